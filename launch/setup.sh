@@ -1,0 +1,84 @@
+# Sourced by the scripts beside it. Puts the packages of requirements.lock and an editable jaxlm into .venv, once:
+# a stamp in .venv remembers what was installed, so a second run touches neither the environment nor the network.
+# Leaves the caller in the checkout's root with VENV set. Keeps to the bash 3.2 that macOS ships.
+#
+#   PYTHON=/path/to/python   the interpreter to build .venv from (default: the first fitting one on PATH)
+
+fail() { # fail STATUS MESSAGE: one line, then out
+  echo "error: $2" >&2
+  exit "$1"
+}
+
+find_python() { # sets PY and PY_VERSION
+  local candidate rejected="" candidates
+  candidates=(python3 python3.13 python3.12 python3.11 python)
+  if [ -n "${PYTHON:-}" ]; then candidates=("$PYTHON"); fi
+  for candidate in "${candidates[@]}"; do
+    # A name on PATH may still not run (a version manager's shim, an uninstalled version): that is no candidate.
+    PY_VERSION=$("$candidate" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) || PY_VERSION=""
+    case $PY_VERSION in
+      3.11.* | 3.12.* | 3.13.*)
+        PY=$(command -v "$candidate")
+        return
+        ;;
+    esac
+    rejected=${rejected:-"$candidate ${PY_VERSION:+is $PY_VERSION}"}
+    [ -n "$PY_VERSION" ] || rejected=${PYTHON:+"$PYTHON does not run"}
+  done
+  fail 2 "jaxlm needs Python 3.11, 3.12 or 3.13${rejected:+ ($rejected)}: install one or set PYTHON=/path/to/python"
+}
+
+make_venv() { # make_venv [--clear]
+  if command -v uv >/dev/null 2>&1; then
+    uv venv --no-python-downloads --python "$PY" "${1:---allow-existing}" "$VENV"
+  else
+    "$PY" -m venv "$@" "$VENV"
+  fi
+}
+
+install() { # install ARGUMENTS: as `pip install` takes them
+  if command -v uv >/dev/null 2>&1; then
+    uv pip install --python "$VENV/bin/python" "$@"
+  else
+    # A .venv that uv made has no pip of its own.
+    "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip
+    "$VENV/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@"
+  fi
+}
+
+explain() { # explain LOG: the one line that says what went wrong
+  local errors evidence
+  errors=$(grep -iE '^ *(error|caused by|×|├─▶|╰─▶)' "$1") || true
+  evidence=$errors
+  # pip tells of a dead index in warnings only; its error is then that it found nothing.
+  case $errors in *"No matching distribution"*) evidence=$(cat "$1") ;; esac
+  if grep -qiE 'connection|resol|dns|unreachable|timed out|max retries|proxy|error sending request' <<<"$evidence"; then
+    fail 1 "no package index answers: check the network, or set PIP_INDEX_URL (UV_DEFAULT_INDEX for uv) to one that does; log: $1"
+  fi
+  fail 1 "installing the packages failed: $(tail -n 1 <<<"$errors"); log: $1"
+}
+
+set_up() {
+  local stamp="$VENV/.jaxlm-installed" log="$VENV.log" checksum had_checksum="" had_python="" had_root="" clear=""
+  PY=""
+  checksum=$(cat pyproject.toml requirements.lock | cksum)
+  if [ -x "$VENV/bin/python" ] && [ -e "$stamp" ]; then
+    { read -r had_checksum && read -r had_python && read -r had_root; } <"$stamp"
+  fi
+  if [ -n "${PYTHON:-}" ]; then find_python; else PY_VERSION=$had_python; fi
+  if [ "$had_checksum|$had_python|$had_root" = "$checksum|$PY_VERSION|$PWD" ]; then return; fi
+
+  [ -n "$PY" ] || find_python
+  # Start anew where an earlier run served another Python or another folder: an environment cannot be moved.
+  if [ -n "$had_root" ] && [ "$had_python|$had_root" != "$PY_VERSION|$PWD" ]; then clear=--clear; fi
+  echo "Installing the pinned packages into $VENV with Python $PY_VERSION, once (log: $log)" >&2
+  rm -f "$stamp"
+  make_venv $clear >"$log" 2>&1 || fail 1 "cannot make $VENV (Debian and Ubuntu need python3-venv); log: $log"
+  { install --require-hashes -r requirements.lock && install --no-deps --no-build-isolation -e .; } >>"$log" 2>&1 ||
+    explain "$log"
+  printf '%s\n' "$checksum" "$PY_VERSION" "$PWD" >"$stamp"
+}
+
+cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
+VENV=$PWD/.venv
+set_up
