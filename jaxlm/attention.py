@@ -1,0 +1,151 @@
+"""Attention behind one function: causal, bidirectional, sliding window, segments, bias, soft cap.
+
+B batch, T query position, S key position, H heads, K key/value heads, G = H / K, C head width.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.sharding import Layout
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which keys a query may see. Segment 0 is padding; arrays are None where the question doesn't arise."""
+
+    causal: bool
+    window: int | None = None
+    """Only the last `window` positions, the query's own included."""
+    segments_BT: jax.Array | None = None
+    segments_BS: jax.Array | None = None
+
+    def dense(self, start: int, stop: int, first: int, last: int) -> jax.Array | None:
+        """Boolean `[B or 1, stop - start, last - first]` for a block of queries and a span of keys; None: all seen."""
+        t, s = jnp.arange(start, stop)[:, None], jnp.arange(first, last)[None, :]
+        seen = None
+        if self.causal:
+            seen = (t >= s)[None]
+        if self.window is not None:
+            near = (t - s < self.window) if self.causal else (abs(t - s) < self.window)
+            seen = near[None] if seen is None else seen & near[None]
+        if self.segments_BT is not None and self.segments_BS is not None:
+            same = self.segments_BT[:, start:stop, None] == self.segments_BS[:, None, first:last]
+            seen = same if seen is None else seen & same
+        return seen
+
+
+def unavailable(implementation: str, mask: Mask, bias: bool, softcap: float | None, dtype: str) -> str | None:
+    """Why an implementation can't answer this request here, or None if it can."""
+    if implementation == "xla":
+        return None
+    if jax.default_backend() != "gpu":
+        return f"needs an NVIDIA GPU, and this program runs on {jax.default_backend()}"
+    if dtype != "bfloat16":
+        return f"computes in bfloat16, not {dtype}; set execution.dtype=bfloat16"
+    if softcap is not None:
+        return "has no soft cap"
+    return None
+
+
+def choose(implementation: str, mask: Mask, bias: bool, softcap: float | None, dtype: str) -> tuple[str, str]:
+    """The implementation for a request and the reason. One that was asked for by name and can't run is an error."""
+    if implementation != "auto":
+        why = unavailable(implementation, mask, bias, softcap, dtype)
+        if why:
+            raise ValueError(f"execution.attention: {implementation} {why}; use auto or xla")
+        return implementation, "asked for by execution.attention"
+    why = unavailable("cudnn", mask, bias, softcap, dtype)
+    return ("cudnn", "fused kernel of this GPU") if why is None else ("xla", f"cudnn {why}")
+
+
+def attend(
+    q_BTHC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
+    mask: Mask,
+    *,
+    shard: Layout,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias_HTS: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention → `[B, T, H, C]`. Scores and softmax in float32. Every query must see at least one key.
+
+    `scale` defaults to C^-1/2; `softcap` squashes scores as cap·tanh(score / cap) (Gemma 2); grouped-query where K < H.
+    """
+    scale = q_BTHC.shape[-1] ** -0.5 if scale is None else scale
+    name, _ = choose(shard.execution.attention, mask, bias_HTS is not None, softcap, shard.execution.dtype)
+    # Under context parallelism queries stay sharded by position and every device gathers the keys.
+    k_BSKC, v_BSKC = (shard(x, "batch", None, "kv", None) for x in (k_BSKC, v_BSKC))
+    if mask.segments_BS is not None:
+        mask = Mask(mask.causal, mask.window, mask.segments_BT, shard(mask.segments_BS, "batch", None))
+    run = {"xla": _xla, "cudnn": _cudnn}[name]
+    return shard(run(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_HTS), "batch", "seq", "heads", None)
+
+
+def _cudnn(q_BTHC, k_BSKC, v_BSKC, mask: Mask, scale, softcap, bias_HTS):  # type: ignore[no-untyped-def]
+    segmented = mask.segments_BT is not None
+    seen = mask.dense(0, q_BTHC.shape[1], 0, k_BSKC.shape[1]) if segmented or mask.window else None
+    return jax.nn.dot_product_attention(
+        q_BTHC,
+        k_BSKC,
+        v_BSKC,
+        bias=None if bias_HTS is None else bias_HTS[None].astype(q_BTHC.dtype),
+        mask=None if seen is None else seen[:, None],
+        is_causal=mask.causal and seen is None,
+        scale=scale,
+        implementation="cudnn",
+    )
+
+
+def _xla(q_BTHC, k_BSKC, v_BSKC, mask: Mask, scale, softcap, bias_HTS):  # type: ignore[no-untyped-def]
+    """Plain XLA in blocks of queries: each sees only the keys that causality and the window can reach, and its scores
+    are computed again in the backward pass, so that they never all exist at one time and stay in cache on a CPU."""
+    T, S = q_BTHC.shape[1], k_BSKC.shape[1]
+    blocks = query_blocks(T, S, mask)
+    if len(blocks) == 1:
+        return _block(q_BTHC, k_BSKC, v_BSKC, mask.dense(0, T, 0, S), bias_HTS, scale, softcap)
+    out = []
+    for start, stop, first, last in blocks:
+        bias = None if bias_HTS is None else bias_HTS[:, start:stop, first:last]
+        seen = mask.dense(start, stop, first, last)
+        run = jax.checkpoint(partial(_block, scale=scale, softcap=softcap))
+        out.append(run(q_BTHC[:, start:stop], k_BSKC[:, first:last], v_BSKC[:, first:last], seen, bias))
+    return jnp.concatenate(out, 1)
+
+
+BLOCK = 128  # queries a block: scores of a few heads fit a CPU's cache, and the causal half is skipped
+MOST_BLOCKS = 16
+
+
+def query_blocks(T: int, S: int, mask: Mask) -> list[tuple[int, int, int, int]]:
+    """(first query, end, first key, end) of each block. One block where blocks would gain nothing or don't divide T."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if T != S or T <= BLOCK or (not mesh.empty and mesh.shape.get("context", 1) > 1):
+        return [(0, T, 0, S)]
+    size = max(BLOCK, -(-T // MOST_BLOCKS))
+    out = []
+    for start in range(0, T, size):
+        stop = min(start + size, T)
+        first = max(0, start - mask.window + 1) if mask.window is not None else 0
+        last = stop if mask.causal else S if mask.window is None else min(S, stop + mask.window - 1)
+        out.append((start, stop, first, last))
+    return out
+
+
+def _block(q_BTHC, k_BSKC, v_BSKC, seen, bias_HTS, scale, softcap):  # type: ignore[no-untyped-def]
+    B, T, H, C = q_BTHC.shape
+    K = k_BSKC.shape[2]
+    q_BTKGC = (q_BTHC * jnp.asarray(scale, q_BTHC.dtype)).reshape(B, T, K, H // K, C)
+    s_BKGTS = jnp.einsum("btkgc,bskc->bkgts", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        s_BKGTS = softcap * jnp.tanh(s_BKGTS / softcap)
+    if bias_HTS is not None:
+        s_BKGTS += bias_HTS.reshape(1, K, H // K, *bias_HTS.shape[1:]).astype(jnp.float32)
+    if seen is not None:
+        s_BKGTS = jnp.where(seen[:, None, None], s_BKGTS, -1e30)
+    p_BKGTS = jax.nn.softmax(s_BKGTS, -1).astype(v_BSKC.dtype)
+    return jnp.einsum("bkgts,bskc->btkgc", p_BKGTS, v_BSKC).reshape(B, T, H, C)

@@ -1,0 +1,303 @@
+"""The run: frozen, typed, nested. A config file is a Python function `config() -> Run`; nothing here imports jax.
+
+`Run` is generic in the two parts that belong to a family: `Run[llama.Config, causal.Config]`. Those dataclasses live
+beside the code that reads them (`models/llama.py`, `objectives/causal.py`); everything else is here.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import io
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+M = TypeVar("M")  # a model's Config
+O = TypeVar("O")  # an objective's Config  # noqa: E741
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where text comes from and how it becomes tokens."""
+
+    train: tuple[str, ...] = ("stdlib",)
+    """Sources: stdlib, a file, folder or glob of text, JSONL (.gz, .zst), Parquet, tfds:NAME/CONFIG[:split]."""
+    weights: tuple[float, ...] = ()
+    """Mixture weight of each training source; empty: by their size."""
+    valid: tuple[str, ...] = ()
+    """Validation sources; empty: `holdout` of the whole documents of every training source."""
+    holdout: float = 0.02
+    """Share of documents held out for validation where `valid` is empty."""
+    text_field: str = "text"
+    """Field that holds the text in JSONL, Parquet and TFDS records."""
+    tokenizer: str = "sentencepiece:8192"
+    """sentencepiece:VOCAB trains one on the training text; else a .model, a tokenizer.json, a folder, or bytes."""
+    cache: str = "~/.cache/jaxlm"
+    """Folder for tokenizers and token caches; safe to delete."""
+    document_mask: bool = True
+    """No token attends to another document of its packed window."""
+    tokenize_workers: int = 2
+    """Processes that tokenise."""
+    workers: int = 0
+    """Processes that make training batches; 0: threads of this one."""
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Optimizer, schedule and the parameters they touch. Patterns are regular expressions searched in `a/b/c` paths."""
+
+    name: Literal["adamw", "sgd", "lion", "adafactor", "muon"] = "adamw"
+    lr: float = 1e-3
+    """Peak learning rate (muon: of its AdamW groups)."""
+    schedule: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = "cosine"
+    warmup: int = 100
+    """Steps of linear warm-up from zero."""
+    decay: float = 0.2
+    """wsd: share of all steps spent in the final linear decay."""
+    final: float = 0.1
+    """Learning rate at the end, as a share of the peak (linear, cosine, wsd)."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.9
+    """sgd: momentum; 0 turns it off."""
+    muon_lr: float = 0.02
+    """muon: learning rate of the hidden matrices, scaled by sqrt(max(1, rows / columns))."""
+    muon_momentum: float = 0.95
+    weight_decay: float = 0.1
+    """Decoupled weight decay; adafactor too. Norm scales and biases are never decayed."""
+    no_decay: tuple[str, ...] = ()
+    """Further paths that are not decayed."""
+    adamw_paths: tuple[str, ...] = ()
+    """muon: further hidden matrices that AdamW takes instead."""
+    freeze: tuple[str, ...] = ()
+    """Paths that are not trained: no gradient, no optimizer state, no decay."""
+    clip: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0: off."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, used for validation and samples; 0: off."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """What one run does."""
+
+    steps: int = 1000
+    batch_size: int = 32
+    """Sequences per update, over all devices and micro-batches."""
+    seq_len: int = 256
+    micro_batches: int = 1
+    """Gradient accumulation: parts an update's batch is split into."""
+    eval_every: int = 200
+    """Steps between validations; 0: only at the end."""
+    eval_batches: int = 0
+    """Validation batches; 0: the whole validation set."""
+    sample_every: int = 0
+    """Steps between samples; 0: before and after training only."""
+    prompts: tuple[str, ...] = ("def ", "import ", "The ")
+    sample_tokens: int = 64
+    patience: int = 0
+    """Early stopping: validations without improvement; 0: off."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is NaN or Inf: stop naming the examples, or skip the update and count it."""
+    log_every: int = 10
+    save_every: int = 200
+    keep: int = 3
+    """Checkpoints kept, besides the best one."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Mesh axis sizes, outer to inner, and the tables from logical axes to them."""
+
+    replica: int = 1
+    stage: int = 1
+    data: int | None = None
+    """Default: whatever devices the other axes leave."""
+    fsdp: int = 1
+    context: int = 1
+    expert: int = 1
+    tensor: int = 1
+    axis_type: Literal["auto", "explicit"] = "auto"
+    """explicit: sharding in types, where a missing annotation is an error (used in tests)."""
+    store: tuple[str, ...] = ()
+    """Changes to how weights rest: `embed=fsdp+data`, `vocab=` (none)."""
+    compute: tuple[str, ...] = ()
+    """Changes to how a block uses weights and activations."""
+    replicated: tuple[str, ...] = ()
+    """Large weights that may rest unsharded on a mesh that could shard them, by path pattern."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the mathematics is run; never what it computes, up to rounding."""
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of matrix products and activations. Weights, norms, softmax and losses stay in float32."""
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    remat: Literal["none", "dots", "full"] = "none"
+    """Activations recomputed in the backward pass: none, all but matrix products, or all of each block."""
+    scan: bool = True
+    """Loop over layers (compiles once) or unroll them. Checkpoints are the same."""
+    loss_chunk: int = 0
+    """Tokens whose logits exist at one time; 0: chosen so that they take a few MiB."""
+
+
+@dataclass(frozen=True)
+class Run(Generic[M, O]):
+    """Everything that determines a run. Written to `config.json` in the run directory."""
+
+    name: str
+    model: M
+    objective: O
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    mesh: Mesh = field(default_factory=Mesh)
+    execution: Execution = field(default_factory=Execution)
+    seed: int = 0
+    out: str = "runs"
+    """Folder that run directories are made in."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out).expanduser() / self.name
+
+
+def family(part: Any) -> str:
+    """Name of the module that a model's or objective's Config lives in, which is its row in the table."""
+    return type(part).__module__.rsplit(".", 1)[-1]
+
+
+def to_dict(run: Run) -> dict[str, Any]:
+    """Plain JSON values; the two family parts carry their family's name."""
+    out = dataclasses.asdict(run)
+    for key in ("model", "objective"):
+        out[key] = {"family": family(getattr(run, key))} | out[key]
+    return out
+
+
+def from_dict(values: dict[str, Any], models: dict[str, Any], objectives: dict[str, Any]) -> Run:
+    """The inverse of `to_dict`. `models` and `objectives` map family names to modules with a `Config`."""
+    values = dict(values)
+    for key, table in (("model", models), ("objective", objectives)):
+        part = dict(values[key])
+        name = part.pop("family")
+        if name not in table:
+            raise ValueError(f"{key}.family: unknown {name!r}{nearest(name, table)}")
+        values[key] = _build(table[name].Config, part, key)
+    return _build(Run, values, "")
+
+
+def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    names = {f.name for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in names:
+            raise ValueError(f"unknown config key {'.'.join(filter(None, (where, key)))}{nearest(key, names)}")
+    done = {}
+    for key, value in values.items():
+        kind = hints[key]
+        if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+            value = _build(kind, value, ".".join(filter(None, (where, key))))
+        elif typing.get_origin(kind) is tuple and isinstance(value, list):
+            value = tuple(value)
+        done[key] = value
+    return cls(**done)
+
+
+def flatten(run: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted field names to values: {"optim.lr": 0.001, …}."""
+    out: dict[str, Any] = {}
+    for f in dataclasses.fields(run):
+        value = getattr(run, f.name)
+        if dataclasses.is_dataclass(value):
+            out |= flatten(value, f"{prefix}{f.name}.")
+        else:
+            out[prefix + f.name] = value
+    return out
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), 1, 0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def load(path: str | Path) -> Run:
+    """Run the function `config()` of a config file, which may return any `Run`. Executes that file: it is code."""
+    path = Path(path)
+    spec = importlib.util.spec_from_file_location(f"jaxlm_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not isinstance(getattr(module, "config", None), types.FunctionType):
+        raise ValueError(f"{path}: has no function config() that returns a Run")
+    run = module.config()
+    if not isinstance(run, Run):
+        raise ValueError(f"{path}: config() returned {type(run).__name__}, not a Run")
+    return run
+
+
+def override(run: Run, args: list[str]) -> Run:
+    """Apply typed command-line overrides such as ["--optim.lr", "3e-4"]. Unknown keys and wrong types are one-line errors."""
+    import tyro  # half a second that `--help` of the other commands need not wait for
+
+    if not args:
+        return run
+    known = flatten(run)
+    flags = {f"--{k}" for k in known} | {
+        "--" + ".".join([*k.split(".")[:-1], "no-" + k.split(".")[-1]]) for k, v in known.items() if isinstance(v, bool)
+    }
+    given = [a.split("=", 1)[0].replace("_", "-") for a in args if a.startswith("--") and a != "--help"]
+    for flag in given:
+        if flag not in {f.replace("_", "-") for f in flags}:
+            name = flag.removeprefix("--").replace("-", "_")
+            raise ValueError(f"unknown config key {name}{nearest(name, known)}")
+    kind = Run[type(run.model), type(run.objective)]  # type: ignore[misc]
+    if "--help" in args:
+        return tyro.cli(kind, default=run, args=args, prog="jaxlm train CONFIG")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # its boxed message becomes one line below
+            return tyro.cli(kind, default=run, args=args)
+    except SystemExit:
+        raise ValueError(_wrong_type(run, args, known)) from None
+
+
+def _wrong_type(run: Run, args: list[str], known: dict[str, Any]) -> str:
+    """Name the one override that the types refuse."""
+    import tyro
+
+    kind = Run[type(run.model), type(run.objective)]  # type: ignore[misc]
+    hints = _hints(run)
+    starts = [i for i, a in enumerate(args) if a.startswith("--")] + [len(args)]
+    for a, b in zip(starts, starts[1:], strict=False):
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                tyro.cli(kind, default=run, args=args[a:b])
+        except SystemExit:
+            flag, _, value = args[a].partition("=")
+            name = flag.removeprefix("--").replace("-", "_")
+            value = " ".join(([value] if value else []) + args[a + 1 : b])
+            return f"{name}: {value!r} is not a valid {hints.get(name, 'value')} (now {known.get(name)!r})"
+    return f"cannot read the overrides {' '.join(args)!r}; see --help"
+
+
+def _hints(part: Any, prefix: str = "") -> dict[str, str]:
+    out = {}
+    for name, kind in typing.get_type_hints(type(part)).items():
+        value = getattr(part, name, None)
+        if dataclasses.is_dataclass(value):
+            out |= _hints(value, f"{prefix}{name}.")
+        else:
+            text = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+            out[prefix + name] = text
+    return out
+
+
+def dump(run: Run, path: Path) -> None:
+    path.write_text(json.dumps(to_dict(run), indent=2) + "\n")

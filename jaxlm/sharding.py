@@ -1,0 +1,222 @@
+"""The mesh, the tables from logical axes to mesh axes, and start-up of many processes."""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlm import config, tree
+from jaxlm.params import Spec, is_spec
+
+AXES = ("replica", "stage", "data", "fsdp", "context", "expert", "tensor")  # outer to inner
+BATCH_AXES = ("replica", "data", "fsdp")
+Axes = tuple[str, ...]
+
+STORE: dict[str, Axes] = {
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv": ("tensor",),
+    "ffn": ("tensor",),
+    "vocab": ("tensor",),
+    "experts": ("expert",),
+}
+COMPUTE: dict[str, Axes] = {
+    "batch": BATCH_AXES,
+    "seq": ("context",),
+    "heads": ("tensor",),
+    "kv": ("tensor",),
+    "ffn": ("tensor",),
+    "vocab": ("tensor",),
+    "experts": ("expert",),
+}
+
+
+def start_processes() -> None:
+    """Join the other processes of the run where a launcher has described them in the environment.
+
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` start processes by hand (or on loopback); under
+    SLURM, Open MPI, Kubernetes and on TPU pods JAX finds the others by itself when `JAXLM_DISTRIBUTED=1` asks for it.
+    """
+    env = os.environ
+    if "JAX_COORDINATOR_ADDRESS" in env:
+        try:
+            number, mine = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
+        except (KeyError, ValueError):
+            raise ValueError("JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and JAX_PROCESS_ID too") from None
+        jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], number, mine)
+    elif env.get("JAXLM_DISTRIBUTED") == "1":
+        jax.distributed.initialize()
+
+
+def make_mesh(c: config.Mesh, devices: list[Any] | None = None) -> jax.sharding.Mesh | None:
+    """The mesh of all devices, or None for a single one: then nothing is annotated at all."""
+    devices = jax.devices() if devices is None else devices
+    sizes = {a: getattr(c, a) for a in AXES}
+    if sizes["data"] is None:
+        sizes["data"] = 1 if -1 in sizes.values() else -1
+    free = [a for a, n in sizes.items() if n == -1]
+    if len(free) > 1:
+        raise ValueError(f"mesh: only one axis may be -1, not {' and '.join(free)}")
+    for a, n in sizes.items():
+        if n < 1 and n != -1:
+            raise ValueError(f"mesh.{a}: {n} is not a size; use a positive number, or -1 for what is left")
+    fixed = math.prod(n for n in sizes.values() if n != -1)
+    if free and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+    elif fixed != len(devices):
+        shown = " × ".join(f"{a} {n}" for a, n in sizes.items() if n != 1) or "1"
+        raise ValueError(f"mesh: {shown} does not fit {len(devices)} devices; change a size or set one axis to -1")
+    if len(devices) == 1:
+        return None
+    kind = AxisType.Explicit if c.axis_type == "explicit" else AxisType.Auto
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(kind,) * len(AXES), devices=devices)
+
+
+def _amended(table: dict[str, Axes], changes: tuple[str, ...], name: str) -> dict[str, Axes]:
+    table = dict(table)
+    known = STORE.keys() | COMPUTE.keys() | {"layers"}
+    for change in changes:
+        logical, eq, mesh = change.partition("=")
+        axes = tuple(a for a in mesh.split("+") if a)
+        if not eq or logical not in known:
+            raise ValueError(f"mesh.{name}: {change!r} is not LOGICAL=MESH+MESH{config.nearest(logical, known)}")
+        for a in axes:
+            if a not in AXES:
+                raise ValueError(f"mesh.{name}: {change!r}: no mesh axis {a!r}{config.nearest(a, AXES)}")
+        table[logical] = axes
+    return table
+
+
+def _manual() -> bool:
+    return any(t == AxisType.Manual for t in jax.sharding.get_abstract_mesh().axis_types)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Logical axis → mesh axes. `store` is how weights rest, `compute` how a block uses them; moving between is FSDP.
+
+    Also carries `execution`, so that models take one argument for "where and how", and none of them knows a mesh.
+    """
+
+    store: Mapping[str, Axes] = field(default_factory=lambda: dict(STORE))
+    compute: Mapping[str, Axes] = field(default_factory=lambda: dict(COMPUTE))
+    execution: config.Execution = config.Execution()
+
+    @classmethod
+    def of(cls, mesh: config.Mesh, execution: config.Execution) -> "Layout":
+        return cls(_amended(STORE, mesh.store, "store"), _amended(COMPUTE, mesh.compute, "compute"), execution)
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.execution.dtype)
+
+    def spec(self, axes: tuple[str | None, ...], table: Mapping[str, Axes] | None = None) -> P:
+        """`("batch", "seq", None)` → `P(("replica", "data", "fsdp"), "context", None)`."""
+        table = self.compute if table is None else table
+        parts = [table.get(a, ()) if a else () for a in axes]
+        used = [m for part in parts for m in part]
+        if len(used) != len(set(used)):
+            raise ValueError(f"mesh tables: {axes} would put one mesh axis on two dimensions: {parts}")
+        return P(*(None if not p else p[0] if len(p) == 1 else p for p in parts))
+
+    def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """Pin where an array lives; on one device and inside shard_map nothing."""
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or _manual():
+            return x
+        pin = jax.reshard if mesh.are_all_axes_explicit else jax.lax.with_sharding_constraint
+        return pin(x, self.spec(axes))
+
+    def einsum(self, eq: str, x: jax.Array, w: Any, *axes: str | None) -> jax.Array:
+        """Contract `x` with a weight and say where the result lives. A weight with its own `einsum` answers for itself.
+
+        The letters shared by `x` and `w` end `x` and begin `w`, so the product is one matrix multiplication.
+        """
+        if hasattr(w, "einsum"):
+            return w.einsum(eq, x, self, *axes)
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:  # two plain matrices: XLA then needs no transposing copies on any backend
+            n = sum(a in eq.partition(",")[0] for a in eq.partition("->")[0].partition(",")[2])
+            inner = math.prod(w.shape[:n])
+            return (x.reshape(-1, inner) @ w.reshape(inner, -1)).reshape(*x.shape[: x.ndim - n], *w.shape[n:])
+        if mesh.are_all_axes_explicit:
+            return jnp.einsum(eq, x, w, out_sharding=self.spec(axes))
+        return self(jnp.einsum(eq, x, w), *axes)
+
+    def gather(self, params: Any, specs: Any) -> Any:
+        """Weights as a block uses them: cast to the compute dtype, then gathered over the axes that only store."""
+        return jax.tree.map(lambda w, s: self(w.astype(self.dtype), *s.axes[-w.ndim :]), params, specs)
+
+    def shardings(self, specs: Any, mesh: jax.sharding.Mesh | None) -> Any:
+        """Where each weight rests. A dimension that its mesh axes don't divide is an error that names the weight."""
+        if mesh is None:
+            one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            return jax.tree.map(lambda s: one, specs, is_leaf=is_spec)
+
+        def place(path: str, s: Spec) -> NamedSharding:
+            for size, axis in zip(s.shape, s.axes, strict=True):
+                parts = math.prod(mesh.shape[m] for m in self.store.get(axis or "", ()))
+                if size % parts:
+                    raise ValueError(
+                        f"mesh: {path} has {size} {axis}, which {parts} devices of "
+                        f"{'+'.join(self.store[axis or ''])} do not divide; change the mesh or mesh.store"
+                    )
+            return NamedSharding(mesh, self.spec(s.axes, self.store))
+
+        return tree.map_named(place, specs)
+
+    def check_sharded(self, specs: Any, mesh: jax.sharding.Mesh | None, allowed: tuple[str, ...], limit: int) -> None:
+        """Refuse a weight of more than `limit` elements that rests whole on a mesh with a storing axis above 1."""
+        if mesh is None or not any(mesh.shape[a] > 1 for axes in self.store.values() for a in axes):
+            return
+        flat = tree.flatten(specs, is_spec)
+        may = tree.matcher(allowed, flat, "mesh.replicated")
+        for path, s in flat.items():
+            ways = math.prod(mesh.shape[m] for a in s.axes for m in self.store.get(a or "", ()))
+            if ways == 1 and math.prod(s.shape) > limit and not may(path):
+                raise ValueError(
+                    f"mesh: {path} ({math.prod(s.shape):,} elements) would rest unsharded on every device; "
+                    f"give one of its axes {s.axes} a mesh axis in mesh.store, or allow it by name in mesh.replicated"
+                )
+
+
+def on_mesh(mesh: jax.sharding.Mesh | None) -> Any:
+    """Context in which programs are traced: the mesh, or nothing for a single device."""
+    import contextlib
+
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def batch_sharding(layout: Layout, mesh: jax.sharding.Mesh | None, ndim: int = 3) -> Any:
+    """Sharding of batch leaves `[micro, batch, seq]`; longer or shorter leaves drop or add whole axes."""
+    if mesh is None:
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    axes = (None, "batch", "seq", *(None,) * 3)[:ndim]
+    return NamedSharding(mesh, layout.spec(axes))
+
+
+def replicated(mesh: jax.sharding.Mesh | None) -> Any:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, P())
+
+
+def check_batch(c: config.Train, layout: Layout, mesh: jax.sharding.Mesh | None) -> None:
+    """The batch must divide over micro-batches and devices, the sequence over context."""
+    if c.batch_size % c.micro_batches:
+        raise ValueError(f"train.batch_size: {c.batch_size} is not a multiple of train.micro_batches {c.micro_batches}")
+    if mesh is None:
+        return
+    for field_name, size, axis in (
+        ("batch_size", c.batch_size // c.micro_batches, "batch"),
+        ("seq_len", c.seq_len, "seq"),
+    ):
+        parts = int(np.prod([mesh.shape[m] for m in layout.compute.get(axis, ())]))
+        if size % parts:
+            per = " (per micro-batch)" if axis == "batch" else ""
+            raise ValueError(f"train.{field_name}: {size}{per} does not divide over {parts} devices of the mesh")
