@@ -47,15 +47,14 @@ install() { # install ARGUMENTS: as `pip install` takes them
 }
 
 explain() { # explain LOG: the one line that says what went wrong
-  local errors evidence
-  errors=$(grep -iE '^ *(error|caused by|×|├─▶|╰─▶)' "$1") || true
-  evidence=$errors
-  # pip tells of a dead index in warnings only; its error is then that it found nothing.
-  case $errors in *"No matching distribution"*) evidence=$(cat "$1") ;; esac
-  if grep -qiE 'connection|resol|dns|unreachable|timed out|max retries|proxy|error sending request' <<<"$evidence"; then
-    fail 1 "no package index answers: check the network, or set PIP_INDEX_URL (UV_DEFAULT_INDEX for uv) to one that does; log: $1"
+  local errors cause
+  errors=$(grep -iE '^ *([a-z]*error|cause|caused by|×|├─▶|╰─▶)' "$1") || errors="no reason given"
+  # pip warns of a dead index, or says nothing of it; its error is then that it found no version at all.
+  if grep -qiE 'from versions: none|connect|resolve|dns|unreachable|timed out|max retries|proxy' <<<"$errors"; then
+    fail 1 "no package index answers: check the network, or set PIP_INDEX_URL (UV_DEFAULT_INDEX for uv); log: $1"
   fi
-  fail 1 "installing the packages failed: $(tail -n 1 <<<"$errors"); log: $1"
+  cause=$(grep -E '(^ERROR|[a-z]Error): ' <<<"$errors" | tail -n 1) || cause=$(tail -n 1 <<<"$errors")
+  fail 1 "installing the packages failed: ${cause#"${cause%%[! ]*}"}; log: $1"
 }
 
 set_up() {
