@@ -4,9 +4,11 @@
 #
 #   PYTHON=/path/to/python   the interpreter to build .venv from (default: the first fitting one on PATH)
 
-fail() { # fail STATUS MESSAGE: one line, then out
-  echo "error: $2" >&2
-  exit "$1"
+fail() { # fail STATUS MESSAGE...: one line, then out
+  local status=$1
+  shift
+  echo "error: $*" >&2
+  exit "$status"
 }
 
 find_python() { # sets PY and PY_VERSION
@@ -22,8 +24,11 @@ find_python() { # sets PY and PY_VERSION
         return
         ;;
     esac
-    rejected=${rejected:-"$candidate ${PY_VERSION:+is $PY_VERSION}"}
-    [ -n "$PY_VERSION" ] || rejected=${PYTHON:+"$PYTHON does not run"}
+    if [ -n "$PY_VERSION" ]; then
+      rejected=${rejected:-"$candidate is $PY_VERSION"}
+    elif [ -n "${PYTHON:-}" ]; then
+      rejected="$PYTHON does not run"
+    fi
   done
   fail 2 "jaxlm needs Python 3.11, 3.12 or 3.13${rejected:+ ($rejected)}: install one or set PYTHON=/path/to/python"
 }
@@ -49,9 +54,10 @@ install() { # install ARGUMENTS: as `pip install` takes them
 explain() { # explain LOG: the one line that says what went wrong
   local errors cause
   errors=$(grep -iE '^ *([a-z]*error|cause|caused by|×|├─▶|╰─▶)' "$1") || errors="no reason given"
-  # pip warns of a dead index, or says nothing of it; its error is then that it found no version at all.
-  if grep -qiE 'from versions: none|connect|resolve|dns|unreachable|timed out|max retries|proxy' <<<"$errors"; then
-    fail 1 "no package index answers: check the network, or set PIP_INDEX_URL (UV_DEFAULT_INDEX for uv); log: $1"
+  # Of a dead index pip only warns, or says nothing; its error is then that it found no distribution.
+  if grep -qiE 'no matching dist|connect|name resolution|dns|unreachable|timed out|max retries|proxy' <<<"$errors"; then
+    fail 1 "no package index answers with what requirements.lock pins: check the network," \
+      "or set PIP_INDEX_URL (UV_DEFAULT_INDEX for uv); log: $1"
   fi
   cause=$(grep -E '(^ERROR|[a-z]Error): ' <<<"$errors" | tail -n 1) || cause=$(tail -n 1 <<<"$errors")
   fail 1 "installing the packages failed: ${cause#"${cause%%[! ]*}"}; log: $1"

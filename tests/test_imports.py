@@ -1,0 +1,90 @@
+"""Importing jaxlm is light, and changes nothing in the process that imports it."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxlm
+
+ROOT = Path(jaxlm.__file__).parents[1]
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in (ROOT / "jaxlm").rglob("*.py")
+)
+WITHOUT_JAX = [
+    name for name in MODULES if name in ("jaxlm.config", "jaxlm.tree", "jaxlm.cli") or name.startswith("jaxlm.data")
+]
+
+
+def run_python(code: str, *args: str):
+    """What `code` prints as JSON when it runs in a new interpreter."""
+    done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+IMPORT_ONE = """
+import importlib, json, sys
+importlib.import_module(sys.argv[1])
+print(json.dumps(sorted({"jax", "jaxlib"} & set(sys.modules))))
+"""
+
+
+@pytest.mark.parametrize("name", WITHOUT_JAX)
+def test_configs_data_and_the_command_line_import_no_jax(name):
+    assert run_python(IMPORT_ONE, name) == []
+
+
+# jax sets two variables of its own when it is imported: that is not our doing, so it comes first.
+IMPORT_ALL = """
+import importlib, json, logging, os, signal, sys, warnings
+import jax
+import numpy as np
+from jax._src import xla_bridge
+
+def settings():
+    return {
+        "environ": dict(os.environ),
+        "jax config": {name: repr(value) for name, value in jax.config.values.items()},
+        "devices taken": xla_bridge.backends_are_initialized(),
+        "float errors": np.geterr(),
+        "folder": os.getcwd(),
+        "log level": logging.getLogger().level,
+        "signals": [repr(signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)],
+    }
+
+before = settings()
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+after = settings()
+print(json.dumps({
+    "changed": {key: [before[key], after[key]] for key in before if before[key] != after[key]},
+    "foreign": sorted({"torch", "tensorflow"} & set(sys.modules)),
+}))
+"""
+
+
+def test_importing_every_module_changes_no_setting_and_takes_no_device():
+    found = run_python(IMPORT_ALL, *MODULES)
+    assert found["changed"] == {}
+    assert found["foreign"] == []
+
+
+def test_help_takes_less_than_a_second_of_cpu():
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-m", "jaxlm", "--help"], cwd=ROOT, capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(3)) < 1.0
+
+
+def test_the_changelog_opens_with_this_version():
+    headings = [line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")]
+    assert headings[0].split()[1] == jaxlm.__version__
