@@ -1,0 +1,268 @@
+"""Batches as a pure function of (seed, step): hosts, workers and devices change who computes a row, never what it holds."""
+
+import dataclasses
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxlm.data.mixture import Mixture, mixture, shuffled
+from jaxlm.data.packing import Records
+
+if TYPE_CHECKING:
+    import jax
+
+Arrays = dict[str, np.ndarray]
+ToExample = Callable[[Arrays, np.random.Generator], Arrays]
+
+
+def _random(seed: int, i: int) -> np.random.Generator:
+    """A stream of its own for each (seed, example)."""
+    return np.random.Generator(np.random.Philox(key=(seed << 64) | i))
+
+
+def _record(records: Records, i: int, rng: np.random.Generator) -> Arrays:
+    draw = getattr(records, "draw", None)
+    return draw(i, rng) if draw else records[i]
+
+
+class Loader:
+    """Training batches; leaves are [micro, rows, …], `rows` being those this process needs of each micro batch.
+
+    Example `step * batch_size + micro * (batch_size // micro_batches) + row` is the one at [micro, row] of a step.
+    `to_example` must be picklable when workers > 0, and give arrays of the same shapes for every record.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Records],
+        weights: Sequence[float],
+        to_example: ToExample,
+        *,
+        batch_size: int,
+        micro_batches: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        rows: Sequence[int] | None = None,
+        workers: int = 0,
+        prefetch: int = 2,
+        epochs: float | None = None,
+    ) -> None:
+        if batch_size < 1 or micro_batches < 1 or batch_size % micro_batches:
+            raise ValueError(f"batch_size={batch_size} must be a positive multiple of micro_batches={micro_batches}")
+        if not 0 <= seed < 1 << 63:
+            raise ValueError(f"seed={seed} must be at least 0 and below 2**63")
+        if workers < 0 or prefetch < 1:
+            raise ValueError(f"workers={workers} must be at least 0 and prefetch={prefetch} at least 1")
+        self.mixture: Mixture = mixture(parts, weights)
+        self.to_example = to_example
+        self.batch_size, self.micro_batches = batch_size, micro_batches
+        self.seed, self.shuffle = seed, shuffle
+        per_micro = batch_size // micro_batches
+        self.rows = list(range(per_micro)) if rows is None else [int(row) for row in rows]
+        if not self.rows or not all(0 <= row < per_micro for row in self.rows):
+            raise ValueError(f"rows={self.rows} must name rows 0 to {per_micro - 1} of a micro batch")
+        self.workers, self.prefetch = workers, prefetch
+        self.epochs = epochs
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(
+                f"epochs={epochs} of {self.examples_per_epoch} examples are less than one batch of {batch_size}"
+            )
+
+    @property
+    def examples_per_epoch(self) -> int:
+        """Records of all parts that have a weight; in a mixture, small parts come round more often than that."""
+        used = zip(self.mixture.parts, self.mixture.shares, strict=True)
+        return sum(len(part) for part, share in used if share > 0)
+
+    @property
+    def steps(self) -> int | None:
+        """Whole batches in `epochs`; None without that limit."""
+        return None if self.epochs is None else int(self.epochs * self.examples_per_epoch) // self.batch_size
+
+    def state(self, step: int) -> dict[str, int]:
+        """All there is to know to go on at `step`."""
+        return {"seed": self.seed, "index": step * self.batch_size}
+
+    def indices(self, step: int) -> np.ndarray:
+        """Global example indices of this process's rows: int64 [micro, rows]."""
+        per_micro = self.batch_size // self.micro_batches
+        starts = step * self.batch_size + per_micro * np.arange(self.micro_batches)
+        return starts[:, None] + np.array(self.rows)
+
+    def example(self, i: int) -> Arrays:
+        """The i-th example since the start of training."""
+        part, counter = self.mixture.locate(i)
+        records = self.mixture.parts[part]
+        epoch, place = divmod(counter, len(records))
+        if self.shuffle:
+            place = shuffled(place, len(records), self.seed << 16 | part, epoch)  # parts are shuffled apart
+        rng = _random(self.seed, i)
+        try:
+            return self.to_example(_record(records, place, rng), rng)
+        except ValueError as error:
+            raise ValueError(f"example {i} (part {part}, record {place}): {error}") from error
+
+    def batch(self, step: int) -> Arrays:
+        """Leaves [micro, rows, …]."""
+        indices = self.indices(step)
+        return _stack([self.example(int(i)) for i in indices.flat], indices.shape)
+
+    def iterate(self, start_step: int = 0) -> Iterator[Arrays]:
+        """Batches from `start_step` on, made ahead by a thread or by worker processes; close it to stop them."""
+        import grain
+
+        stop = sys.maxsize if self.steps is None else self.steps
+        if start_step >= stop:
+            return
+        threads = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self.prefetch)
+        data = grain.MapDataset.source(_Steps(self, start_step, stop)).to_iter_dataset(threads)
+        if self.workers:
+            options = grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=self.prefetch)
+            data = data.mp_prefetch(options, worker_init_fn=_start_worker)
+        iterator = iter(data)
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """Steps as the random-access source that Grain reads."""
+
+    loader: Loader
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, k: int) -> Arrays:
+        return self.loader.batch(self.start + k)
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Ctrl-C is the main process's to handle, and a worker doesn't outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _die_with(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
+
+
+def _stack(examples: list[Arrays], leading: tuple[int, ...]) -> Arrays:
+    names = examples[0].keys()
+    for example in examples:
+        if example.keys() != names:
+            raise ValueError(f"examples of one batch differ: {sorted(names)} and {sorted(example)}")
+    batch = {}
+    for name in names:
+        try:
+            leaf = np.stack([example[name] for example in examples])
+        except ValueError as error:
+            shapes = sorted({np.shape(example[name]) for example in examples})
+            raise ValueError(
+                f"{name!r} has different shapes in one batch, {shapes}: pad or pack to one length"
+            ) from error
+        batch[name] = leaf.reshape(*leading, *leaf.shape[1:])
+    return batch
+
+
+def evaluation_batches(
+    records: Records,
+    to_example: ToExample,
+    *,
+    batch_size: int,
+    rows: Sequence[int] | None = None,
+    limit: int | None = None,
+) -> Iterator[Arrays]:
+    """Every record once, in order, leaves [1, rows, …]; rows past the end are zeros, so they weigh nothing.
+
+    `limit` caps the number of records. What is random depends on the record alone: each evaluation sees the same.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    total = len(records) if limit is None else min(limit, len(records))
+    if not total:
+        raise ValueError("nothing to evaluate: there are no records, or limit=0")
+    rows = range(batch_size) if rows is None else rows
+    blank: Arrays | None = None
+
+    def example(i: int) -> Arrays:
+        rng = _random(0, i)
+        return to_example(_record(records, i, rng), rng)
+
+    for start in range(0, total, batch_size):
+        held = [start + row for row in rows]
+        if blank is None and any(i >= total for i in held):
+            blank = {name: np.zeros_like(value) for name, value in example(0).items()}
+        yield _stack([example(i) if i < total else blank for i in held], (1, len(held)))  # type: ignore[misc]
+
+
+# ---------------------------------------------------------------------------------------------------------- onto devices
+
+
+def rows_of(sharding: "jax.sharding.Sharding", batch: int) -> list[int]:
+    """Rows of axis 1 (the batch) that this process's devices hold, sorted."""
+    shape = _shape(sharding, batch)
+    try:
+        held = sharding.addressable_devices_indices_map(shape)
+    except ValueError as error:
+        raise ValueError(
+            f"a batch of {batch} rows does not divide over the mesh axes of its sharding {sharding}"
+        ) from error
+    return sorted({row for index in held.values() if index is not None for row in range(batch)[index[1]]})
+
+
+def _shape(sharding: "jax.sharding.Sharding", batch: int) -> tuple[int, ...]:
+    """A shape that fits the sharding, with `batch` as axis 1 and any other axis divisible."""
+    rank = max(2, len(getattr(sharding, "spec", ())))
+    return tuple(batch if axis == 1 else sharding.num_devices for axis in range(rank))
+
+
+def to_device(
+    batch: Mapping[str, np.ndarray],
+    shardings: "Mapping[str, jax.sharding.Sharding] | jax.sharding.Sharding | None",
+    rows: Sequence[int] | None = None,
+) -> "dict[str, jax.Array]":
+    """Global arrays [micro, batch, …] from this process's rows; one sharding serves leaves of lower rank too.
+
+    `rows` says which rows of the global batch these are, as `rows_of` gave them (None: all of them).
+    """
+    import jax
+
+    if shardings is None:
+        return jax.device_put(dict(batch))
+    return {
+        name: _place(jax, leaf, shardings[name] if isinstance(shardings, Mapping) else shardings, rows)
+        for name, leaf in batch.items()
+    }
+
+
+def _place(jax: Any, leaf: np.ndarray, sharding: Any, rows: Sequence[int] | None) -> "jax.Array":
+    spec = getattr(sharding, "spec", None)
+    if spec is not None and len(spec) > leaf.ndim:
+        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec[: leaf.ndim]))
+    if rows is None or sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    # How many rows there are in all follows from how many of the shards are here.
+    probe = sharding.num_devices
+    size = len(rows) * probe // len(rows_of(sharding, probe))
+    local = {row: k for k, row in enumerate(rows)}
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        here = [local[row] for row in range(size)[index[1]]]
+        return leaf[index[0]][:, here][(slice(None), slice(None), *index[2:])]
+
+    return jax.make_array_from_callback((leaf.shape[0], size, *leaf.shape[2:]), sharding, shard)

@@ -1,0 +1,131 @@
+"""Records cut from a token cache by arithmetic alone: any record can be read at any time, in any order."""
+
+import dataclasses
+from typing import Protocol
+
+import numpy as np
+
+from jaxlm.data.cache import Cache
+
+
+class Records(Protocol):
+    """Anything with a length whose items are dicts of arrays; with a `draw(i, rng)` too, items change each epoch."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int, /) -> dict[str, np.ndarray]: ...
+
+
+# ---------------------------------------------------------------------------------------------------------------- packed
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Window i covers stream positions i*T to i*T + T inclusive; see `packed`."""
+
+    cache: Cache
+    seq_len: int
+    document_mask: bool
+
+    def __len__(self) -> int:
+        return -(-(len(self.cache.tokens) - 1) // self.seq_len)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"window {i} of {len(self)}")
+        length = self.seq_len + 1
+        start = i * self.seq_len
+        found = self.cache.tokens[start : start + length]
+        count = len(found)
+        tokens = np.full(length, self.cache.pad_id, np.int32)
+        tokens[:count] = found
+        segments = np.zeros(length, np.int32)
+        positions = np.zeros(length, np.int32)
+        if self.document_mask:
+            offsets = self.cache.offsets
+            first, last = np.searchsorted(offsets, (start, start + count - 1), side="right") - 1
+            begins = np.maximum(offsets[first : last + 1] - start, 0)  # a document that continues begins anew here
+            lengths = np.diff(begins, append=count)
+            segments[:count] = np.repeat(np.arange(1, len(begins) + 1, dtype=np.int32), lengths)
+            positions[:count] = np.arange(count, dtype=np.int32) - np.repeat(begins, lengths)
+        else:
+            segments[:count] = 1
+            positions[:count] = np.arange(count, dtype=np.int32)
+        return {"tokens": tokens, "segments": segments, "positions": positions}
+
+
+def packed(cache: Cache, seq_len: int, *, document_mask: bool = True) -> Packed:
+    """Concatenate and split: windows of seq_len + 1 tokens that overlap by one, so every token but the first is a target once.
+
+    Each record holds int32 [seq_len + 1]: `tokens`, `segments` (1, 2, … for each document in the window, 0 for padding) and
+    `positions` (from 0 in each segment). Without `document_mask` a window is one segment.
+    """
+    if seq_len < 1:
+        raise ValueError(f"seq_len={seq_len} must be at least 1")
+    return Packed(cache, seq_len, document_mask)
+
+
+# ----------------------------------------------------------------------------------------------------------------- pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Stretch i of the corpus, split in two; see `pairs`."""
+
+    cache: Cache
+    length: int
+    seed: int
+    documents: np.ndarray  # int64 [usable], those with at least two tokens between bos and eos
+    ends: np.ndarray  # int64 [usable], stretches up to and including each usable document
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        """The pair that never changes, for validation."""
+        return self.draw(i, np.random.Generator(np.random.Philox(key=(self.seed << 64) | i)))
+
+    def draw(self, i: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """A pair drawn anew: where it is split, and what comes second."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"pair {i} of {len(self)}")
+        which = int(np.searchsorted(self.ends, i, side="right"))
+        begin, end = self._body(which)
+        earlier = int(self.ends[which - 1]) if which else 0
+        stretches, number = int(self.ends[which]) - earlier, i - earlier
+        start = begin + number * (end - begin) // stretches
+        stop = begin + (number + 1) * (end - begin) // stretches
+        split = start + int(rng.integers(1, stop - start))
+        is_next = bool(rng.random() < 0.5)
+        second = self.cache.tokens[split:stop]
+        if not is_next:
+            other = int(rng.integers(len(self.documents) - 1))
+            begin, end = self._body(other + (other >= which))
+            size = min(stop - split, end - begin)  # as long as the true one, or length would tell the answer
+            place = int(rng.integers(begin, end - size + 1))
+            second = self.cache.tokens[place : place + size]
+        return {
+            "first": self.cache.tokens[start:split].astype(np.int32),
+            "second": second.astype(np.int32),
+            "is_next": np.int32(is_next),  # type: ignore[dict-item]
+        }
+
+    def _body(self, which: int) -> tuple[int, int]:
+        """Stream positions of a usable document without its bos and eos."""
+        document = self.documents[which]
+        return int(self.cache.offsets[document]) + 1, int(self.cache.offsets[document + 1]) - 1
+
+
+def pairs(cache: Cache, length: int, seed: int = 0) -> Pairs:
+    """Pairs for next-sentence prediction: `first` int32 [a], `second` int32 [b], a + b <= length, `is_next` int32.
+
+    Half of the time `second` follows `first` in its document, else it comes from a random place in another document.
+    """
+    if length < 4:
+        raise ValueError(f"length={length} must be at least 4, so that every stretch splits in two")
+    bodies = np.diff(cache.offsets) - 2
+    documents = np.flatnonzero(bodies >= 2)
+    if len(documents) < 2:
+        raise ValueError(
+            f"pairs need two documents of at least 2 tokens, {cache.path} has {len(documents)}: give more documents"
+        )
+    return Pairs(cache, length, seed, documents, np.cumsum(-(-bodies[documents] // length)))

@@ -1,0 +1,427 @@
+"""Text to token ids and back: SentencePiece, Hugging Face `tokenizer.json`, or plain bytes, behind one set of names.
+
+`encode` never adds special tokens and never reads one out of the user's text: "</s>" in a document is four characters.
+"""
+
+import functools
+import hashlib
+import heapq
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Tokenizer(Protocol):
+    """What the three classes below have in common; all of them can be pickled.
+
+    The seven ids are None where the vocabulary lacks them, except that `bos_id` falls back to cls, then eos, and
+    `eos_id` to sep, then bos: every vocabulary with any boundary token can mark where documents begin and end.
+    """
+
+    fingerprint: str  # sha256 of what defines the mapping
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    unk_id: int | None
+    mask_id: int | None
+    cls_id: int | None
+    sep_id: int | None
+
+    @property
+    def bytes_per_token(self) -> np.ndarray:
+        """int32 [vocab]: UTF-8 bytes each token stands for, special tokens 0.
+
+        Sums to `len(text.encode())` for `Bytes`, byte-level BPE and models of `train_sentencepiece`; a foreign model that
+        normalises text (lower case, NFKC, a dummy prefix) can't be exact: count the raw text instead.
+        """
+
+    @property
+    def starts_word(self) -> np.ndarray:
+        """bool [vocab]: whether a token begins a word, for whole-word masking."""
+
+    def encode(self, text: str) -> list[int]: ...
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def piece(self, id: int) -> str: ...
+    def id_of(self, piece: str) -> int | None: ...
+    def save(self, folder: str | Path) -> Path: ...
+
+
+KINDS = ("bos", "eos", "pad", "unk", "mask", "cls", "sep")
+
+
+def _set_special(tokenizer: Any, found: dict[str, int | None]) -> None:
+    ids = {kind: found.get(kind) for kind in KINDS}
+
+    def first(*kinds: str) -> int | None:
+        return next((ids[kind] for kind in kinds if ids[kind] is not None), None)
+
+    for kind, id in (ids | {"bos": first("bos", "cls", "eos"), "eos": first("eos", "sep", "bos", "cls")}).items():
+        setattr(tokenizer, f"{kind}_id", id)
+
+
+def _write(path: Path, data: bytes) -> Path:
+    """Write whole or not at all: several processes may save the same run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial.write_bytes(data)
+    partial.replace(path)
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------- bytes
+
+
+class Bytes:
+    """Ids 0..255 are bytes, then seven special tokens and one spare, so that 264 divides evenly over devices."""
+
+    SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<mask>", "<cls>", "<sep>", "<spare>")
+    vocab_size = 256 + len(SPECIAL)
+    fingerprint = hashlib.sha256(f"bytes {SPECIAL}".encode()).hexdigest()
+
+    def __init__(self) -> None:
+        _set_special(self, {k: 256 + i for i, k in enumerate(("pad", "unk", "bos", "eos", "mask", "cls", "sep"))})
+
+    @functools.cached_property
+    def bytes_per_token(self) -> np.ndarray:
+        return (np.arange(self.vocab_size) < 256).astype(np.int32)
+
+    @functools.cached_property
+    def starts_word(self) -> np.ndarray:
+        """White space begins a word, as "▁" does elsewhere."""
+        return np.isin(np.arange(self.vocab_size), list(b" \t\n\r"))
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(int(id) for id in ids if id < 256).decode("utf-8", "replace")
+
+    def piece(self, id: int) -> str:
+        return self.SPECIAL[id - 256] if id >= 256 else chr(id) if 32 <= id < 127 else f"<0x{id:02X}>"
+
+    def id_of(self, piece: str) -> int | None:
+        return next((id for id in range(self.vocab_size) if self.piece(id) == piece), None)
+
+    def save(self, folder: str | Path) -> Path:
+        return _write(Path(folder) / "tokenizer.bytes", b"UTF-8 bytes\n")
+
+
+# --------------------------------------------------------------------------------------------------------- SentencePiece
+
+SPACE = "\u2581"  # SentencePiece writes a space so; in a user's text it must not become one
+
+
+class SentencePiece:
+    """A SentencePiece model, held as its serialised bytes."""
+
+    NAMES: dict[str, tuple[str, ...]] = {
+        "mask": ("<mask>", "[MASK]"),
+        "cls": ("<cls>", "[CLS]"),
+        "sep": ("<sep>", "[SEP]"),
+    }
+
+    def __init__(self, model: bytes) -> None:
+        import sentencepiece
+
+        self.model = model
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ValueError(f"not a SentencePiece model: {str(error).strip() or 'it can not be parsed'}") from error
+        self.vocab_size = self._processor.vocab_size()
+        if not self.vocab_size:
+            raise ValueError("not a SentencePiece model: it holds no pieces")
+        own = {kind: getattr(self._processor, f"{kind}_id")() for kind in ("bos", "eos", "pad", "unk")}
+        named = {
+            kind: next((i for n in names if (i := self.id_of(n)) is not None), None)
+            for kind, names in self.NAMES.items()
+        }
+        _set_special(self, {kind: id for kind, id in (own | named).items() if id is not None and id >= 0})
+        self._bytes = [self.id_of(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        # A dummy prefix would come back before each stretch; such models can't keep the character apart from a space.
+        self._keeps_space = (
+            None not in self._bytes and self._processor.encode(SPACE[:0] + "a", out_type=str)[0][:1] != SPACE
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SentencePiece, (self.model,)
+
+    @functools.cached_property
+    def bytes_per_token(self) -> np.ndarray:
+        sp = self._processor
+        silent = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(self.vocab_size)]
+        sizes = [
+            0 if silent[i] else 1 if sp.is_byte(i) else len(self._plain(i).encode()) for i in range(self.vocab_size)
+        ]
+        return np.array(sizes, np.int32)
+
+    @functools.cached_property
+    def starts_word(self) -> np.ndarray:
+        """A piece that begins with white space begins a word."""
+        return np.array(
+            [self._plain(i)[:1].isspace() or self.piece(i) in ("<0x0A>", "<0x09>") for i in range(self.vocab_size)]
+        )
+
+    def _plain(self, id: int) -> str:
+        return self.piece(id).replace(SPACE, " ")
+
+    def encode(self, text: str) -> list[int]:
+        if SPACE in text and self._keeps_space:
+            ids: list[int] = []
+            for i, stretch in enumerate(text.split(SPACE)):
+                ids += (self._bytes if i else []) + self._processor.encode(stretch)  # type: ignore[operator]
+            return ids
+        return self._processor.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode([int(id) for id in ids])
+
+    def piece(self, id: int) -> str:
+        return self._processor.id_to_piece(int(id))
+
+    def id_of(self, piece: str) -> int | None:
+        id = self._processor.piece_to_id(piece)
+        return id if self._processor.id_to_piece(id) == piece else None
+
+    def save(self, folder: str | Path) -> Path:
+        return _write(Path(folder) / "tokenizer.model", self.model)
+
+
+# ---------------------------------------------------------------------------------------------------------- Hugging Face
+
+
+class HuggingFace:
+    """A `tokenizer.json`; `special` says which piece plays which part (from `tokenizer_config.json`, else by usual names)."""
+
+    NAMES: dict[str, tuple[str, ...]] = {
+        "bos": ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>", "<|begin▁of▁sentence|>"),
+        "eos": ("</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|endoftext|>", "<|end▁of▁sentence|>"),
+        "pad": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|▁pad▁|>"),
+        "unk": ("<unk>", "[UNK]"),
+        "mask": ("<mask>", "[MASK]", "<|mask|>"),
+        "cls": ("[CLS]", "<cls>"),
+        "sep": ("[SEP]", "<sep>"),
+    }
+
+    def __init__(self, source: str, special: dict[str, str] | None = None) -> None:
+        import tokenizers
+
+        self.json, self.special = source, dict(special or {})
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(source)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"not a Hugging Face tokenizer.json: {error}") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        # Without this, a user who writes "</s>" writes the control token.
+        self._tokenizer.encode_special_tokens = True
+        self.fingerprint = hashlib.sha256(f"{source}\0{sorted(self.special.items())}".encode()).hexdigest()
+        # Ids may have holes, so the count of pieces isn't the size of the table.
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        names = {kind: ((self.special[kind],) if kind in self.special else usual) for kind, usual in self.NAMES.items()}
+        _set_special(
+            self, {kind: next((i for n in ns if (i := self.id_of(n)) is not None), None) for kind, ns in names.items()}
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HuggingFace, (self.json, self.special)
+
+    @functools.cached_property
+    def _style(self) -> str:
+        """How pieces spell bytes: byte-level alphabet, "▁" for a space, or WordPiece."""
+        spec = json.loads(self.json)
+        if spec["model"].get("type") == "WordPiece":
+            return "wordpiece"
+        parts = json.dumps([spec.get(name) for name in ("pre_tokenizer", "decoder")])
+        return "bytelevel" if '"ByteLevel"' in parts else "metaspace"
+
+    @functools.cached_property
+    def bytes_per_token(self) -> np.ndarray:
+        added = self._tokenizer.get_added_tokens_decoder()
+        sizes = np.zeros(self.vocab_size, np.int32)
+        for piece, id in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if id in added:
+                sizes[id] = 0 if added[id].special else len(piece.encode())
+            elif self._style == "bytelevel":
+                sizes[id] = len(piece)  # its alphabet writes each byte as one character
+            elif self._style == "wordpiece":
+                sizes[id] = len(piece.removeprefix("##").encode())
+            else:
+                byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+                sizes[id] = 1 if byte else len(piece.replace(SPACE, " ").encode())
+        sizes[[id for id in (getattr(self, f"{kind}_id") for kind in KINDS) if id is not None]] = 0
+        return sizes
+
+    @functools.cached_property
+    def starts_word(self) -> np.ndarray:
+        starts = np.zeros(self.vocab_size, bool)
+        first = {"bytelevel": ("\u0120", "\u010a", "\u0109"), "metaspace": (SPACE, "\n", "\t", "<0x0A>", "<0x09>")}
+        for piece, id in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            starts[id] = (
+                not piece.startswith("##") if self._style == "wordpiece" else piece.startswith(first[self._style])
+            )
+        starts[[id for id in (getattr(self, f"{kind}_id") for kind in KINDS) if id is not None]] = False
+        return starts
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [found.ids for found in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=True)
+
+    def piece(self, id: int) -> str:
+        piece = self._tokenizer.id_to_token(int(id))
+        return f"<unused {id}>" if piece is None else piece
+
+    def id_of(self, piece: str) -> int | None:
+        return self._tokenizer.token_to_id(piece)
+
+    def save(self, folder: str | Path) -> Path:
+        config = {f"{kind}_token": piece for kind, piece in sorted(self.special.items())}
+        _write(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False).encode())
+        return _write(Path(folder) / "tokenizer.json", self.json.encode())
+
+
+def _special_names(folder: Path) -> dict[str, str]:
+    """Which piece is bos, eos …, as the files beside a tokenizer.json say."""
+    names: dict[str, str] = {}
+    for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        if file.is_file():
+            found = json.loads(file.read_text("utf-8"))
+            for kind in KINDS:
+                entry = found.get(f"{kind}_token")
+                piece = entry.get("content") if isinstance(entry, dict) else entry
+                if isinstance(piece, str):
+                    names[kind] = piece
+    return names
+
+
+# --------------------------------------------------------------------------------------------------------------- opening
+
+
+def load(spec: str | Path) -> Tokenizer:
+    """`bytes`, `x.model`, `x/tokenizer.json`, or a folder that holds one of these or was written by `save`."""
+    path = Path(spec).expanduser()
+    if str(spec) == "bytes":
+        return Bytes()
+    if path.is_dir():
+        held = [
+            path / "tokenizer.json",
+            path / "tokenizer.model",
+            path / "tokenizer.bytes",
+            *sorted(path.glob("*.model")),
+        ]
+        path = next((file for file in held if file.is_file()), path)
+        if path.is_dir():
+            raise ValueError(f"tokenizer {spec}: the folder holds neither tokenizer.json nor a .model file")
+    if not path.is_file():
+        remedy = (
+            "give 'bytes', a .model file, a tokenizer.json or a folder with one, or make one: jaxlm tokenizer train"
+        )
+        raise ValueError(f"tokenizer {str(spec)!r} does not exist: {remedy}")
+    if path.name == "tokenizer.bytes":
+        return Bytes()
+    try:
+        if path.suffix == ".model":
+            return SentencePiece(path.read_bytes())
+        if path.suffix == ".json":
+            return HuggingFace(path.read_text("utf-8"), _special_names(path.parent))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"tokenizer {path}: {error}") from error
+    raise ValueError(f"tokenizer {path} is of an unknown kind: give 'bytes', a .model file or a tokenizer.json")
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+
+CHUNK = 4000  # characters of text handed to the trainer at a time, line breaks and all
+
+# Bytes per token on held-out Python source, vocabulary 8192, 8 MB of text: line by line with "\n" as a symbol of its own
+# 3.26 (unigram) and 3.37 (BPE); whole chunks, so that line breaks join pieces, 3.48 and 3.62; BPE that may also cross
+# scripts (letters, brackets, underscores) 4.25; and that may cross spaces, which makes "):\n        " one piece, 4.83.
+TRAINER = {
+    "model_type": "bpe",
+    "split_by_unicode_script": False,
+    "split_by_whitespace": False,
+    "allow_whitespace_only_pieces": True,
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "user_defined_symbols": ["\t"],  # the trainer keeps tabs out of pieces for its own use
+    "max_sentence_length": 4 * CHUNK + 1,
+    "num_threads": 1,
+    "minloglevel": 2,
+    "pad_id": 0,
+    "unk_id": 1,
+    "bos_id": 2,
+    "eos_id": 3,
+    "pad_piece": "<pad>",
+    "control_symbols": ["<mask>", "<cls>", "<sep>"],
+}
+
+
+def train_sentencepiece(
+    texts: Iterable[str], path: str | Path, *, vocab_size: int = 8192, seed: int = 0, max_bytes: int = 8 << 20
+) -> SentencePiece:
+    """Learn a lossless vocabulary from a sample of at most `max_bytes` of the texts and write it to `path` (.model)."""
+    import sentencepiece
+
+    path = Path(path)
+    if path.suffix != ".model":
+        raise ValueError(f"tokenizer path {path} must end in .model, so that `load` knows its kind")
+    sample = _sample(texts, seed, max_bytes)
+    if not sample:
+        raise ValueError("tokenizer training got no text: the source is empty")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sample), model_writer=model, vocab_size=vocab_size, **TRAINER
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        size = sum(len(chunk.encode()) for chunk in sample)
+        why = str(error).rpartition("] ")[2].strip()  # without the library's own file and line
+        raise ValueError(f"vocab_size={vocab_size} does not fit {size} bytes of text: {why}") from error
+    _write(path, model.getvalue())
+    return SentencePiece(model.getvalue())
+
+
+def _sample(texts: Iterable[str], seed: int, max_bytes: int) -> list[str]:
+    """Chunks with the smallest hashes: the same ones whatever the order of the texts, in one pass and bounded memory."""
+    heap: list[tuple[int, bytes]] = []
+    kept, limit = 0, -1 << 64  # chunks ranked at or below `limit` never come back, or the order of texts would count
+    seen: set[int] = set()
+    for chunk in _chunks(texts):
+        data = chunk.encode("utf-8")
+        rank = -int.from_bytes(hashlib.blake2b(data, digest_size=8, key=str(seed).encode()).digest(), "big")
+        if rank in seen or rank <= limit:
+            continue
+        heapq.heappush(heap, (rank, data))
+        seen.add(rank)
+        kept += len(data)
+        while kept > max_bytes and len(heap) > 1:
+            limit, data = heapq.heappop(heap)
+            seen.discard(limit)
+            kept -= len(data)
+    return [data.decode("utf-8") for _, data in sorted(heap, reverse=True)]
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        yield from (text[i : i + CHUNK] for i in range(0, len(text), CHUNK))
