@@ -5,6 +5,7 @@ A cache folder `NAME-FINGERPRINT/` holds `train/` and perhaps `valid/`, each wit
 """
 
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import dataclasses
 import fcntl
@@ -16,6 +17,7 @@ import multiprocessing.connection
 import os
 import re
 import shutil
+import signal
 import sys
 import threading
 import zlib
@@ -105,9 +107,9 @@ def prepare(
     workers: int = 2,
     progress: bool = True,
 ) -> dict[str, Path]:
-    """Tokenise `source` under `root` unless it's there already; gives the folders of "train" and, with holdout, "valid".
+    """Tokenise `source` under `root` unless it's there; gives the folders of "train" and, with holdout, "valid".
 
-    `workers` processes share the shards (0 or 1: this process does it all). A second process that prepares the same cache waits.
+    `workers` processes share the shards (0 or 1: this process does it all). Others that want the same cache wait.
     """
     if not 0 <= holdout < 1:
         raise ValueError(f"holdout={holdout} must be at least 0 and below 1")
@@ -136,6 +138,9 @@ def prepare(
 def _clear_errors(folder: Path) -> Iterator[None]:
     try:
         yield
+    except concurrent.futures.process.BrokenProcessPool as error:
+        remedy = "run again with fewer workers: finished parts are kept"
+        raise ValueError(f"a tokenising process died, perhaps for want of memory; {remedy}") from error
     except OSError as error:
         remedy = "free space or choose another folder, then run again: finished parts are kept"
         raise ValueError(f"can't write the token cache {folder}: {error.strerror or error}; {remedy}") from error
@@ -168,7 +173,7 @@ def _crc(path: Path) -> int:
     return crc
 
 
-# ------------------------------------------------------------------------------------------------- shard → part (workers)
+# ---------------------------------------------------------------------------------------------- shard → part (workers)
 
 _work: dict[str, Any] = {}  # what every shard of this worker process needs, sent once
 
@@ -177,6 +182,7 @@ def _start_worker(tokenizer: Tokenizer, folder: Path, holdout: float) -> None:
     _work.update(tokenizer=tokenizer, folder=folder, holdout=holdout)
     parent = multiprocessing.parent_process()
     if parent is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
         threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
 
 
@@ -229,7 +235,7 @@ def _tokenise(
     with _bar(len(missing), progress) as advance, contextlib.ExitStack() as stack:
         if workers <= 1:
             _start_worker(tokenizer, folder, holdout)
-            results = map(_tokenise_shard, missing)
+            results: Iterator[tuple[int, int, int]] = map(_tokenise_shard, missing)
         else:
             # Spawned, not forked: JAX and the tokenizers run threads, and a fork would copy their locks.
             pool = concurrent.futures.ProcessPoolExecutor(
@@ -251,7 +257,8 @@ def _bar(total: int, progress: bool) -> Iterator[Callable[[int, int, int], None]
     if not (progress and sys.stderr.isatty() and total):
         yield lambda documents, size, tokens: None
         return
-    from rich import console, progress as bars
+    from rich import console
+    from rich import progress as bars
 
     text = "{task.fields[documents]:,} documents  {task.fields[mb]:,.0f} MB  {task.fields[rate]:,.0f} tokens/s"
     columns = bars.TextColumn("tokenising"), bars.BarColumn(), bars.TextColumn(text), bars.TimeRemainingColumn()
@@ -267,7 +274,7 @@ def _bar(total: int, progress: bool) -> Iterator[Callable[[int, int, int], None]
         yield advance
 
 
-# ------------------------------------------------------------------------------------------------------- parts → a cache
+# ----------------------------------------------------------------------------------------------------- parts → a cache
 
 
 def _merge(folder: Path, part: str, cuts: tuple[sources.Shard, ...], tokenizer: Tokenizer) -> None:

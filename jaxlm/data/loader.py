@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step): hosts, workers and devices change who computes a row, never what it holds."""
+"""Batches as a pure function of (seed, step): hosts and workers change who computes a row, never what it holds."""
 
 import dataclasses
 import multiprocessing
@@ -124,8 +124,18 @@ class Loader:
         threads = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self.prefetch)
         data = grain.MapDataset.source(_Steps(self, start_step, stop)).to_iter_dataset(threads)
         if self.workers:
+            from absl import flags
+
+            if (
+                not flags.FLAGS.is_parsed()
+            ):  # Grain reads a flag of its own, which raises unless absl parsed the command line
+                flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=self.prefetch)
             data = data.mp_prefetch(options, worker_init_fn=_start_worker)
+            # Through pipes: shared memory runs out in containers, and stays behind when a run is killed.
+            data = grain.experimental.WithOptionsIterDataset(
+                data, grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+            )
         iterator = iter(data)
         try:
             yield from iterator
@@ -210,7 +220,7 @@ def evaluation_batches(
         yield _stack([example(i) if i < total else blank for i in held], (1, len(held)))  # type: ignore[misc]
 
 
-# ---------------------------------------------------------------------------------------------------------- onto devices
+# -------------------------------------------------------------------------------------------------------- onto devices
 
 
 def rows_of(sharding: "jax.sharding.Sharding", batch: int) -> list[int]:

@@ -15,7 +15,7 @@ class Records(Protocol):
     def __getitem__(self, i: int, /) -> dict[str, np.ndarray]: ...
 
 
-# ---------------------------------------------------------------------------------------------------------------- packed
+# -------------------------------------------------------------------------------------------------------------- packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +54,17 @@ class Packed:
 
 
 def packed(cache: Cache, seq_len: int, *, document_mask: bool = True) -> Packed:
-    """Concatenate and split: windows of seq_len + 1 tokens that overlap by one, so every token but the first is a target once.
+    """Concatenate and split: windows of seq_len + 1 tokens overlap by one: all but the first token are a target once.
 
-    Each record holds int32 [seq_len + 1]: `tokens`, `segments` (1, 2, … for each document in the window, 0 for padding) and
-    `positions` (from 0 in each segment). Without `document_mask` a window is one segment.
+    Each record holds int32 [seq_len + 1]: `tokens`, `segments` (1, 2, … for each document in the window, 0 for padding)
+    and `positions` (from 0 in each segment). Without `document_mask` a window is one segment.
     """
     if seq_len < 1:
         raise ValueError(f"seq_len={seq_len} must be at least 1")
     return Packed(cache, seq_len, document_mask)
 
 
-# ----------------------------------------------------------------------------------------------------------------- pairs
+# --------------------------------------------------------------------------------------------------------------- pairs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,15 +5,40 @@ import glob
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .rst .tex .html .xml .csv .tsv .py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .js .ts .rb .pl .sh "
-    ".lua .r .jl .scala .sql .toml .yaml .yml .cfg .ini .en .de .fr .zh".split()
+    f".{suffix}"
+    for suffix in (
+        *("txt", "text", "md", "rst", "tex", "html", "xml", "csv", "tsv", "en", "de", "fr", "zh"),
+        *(
+            "py",
+            "pyi",
+            "c",
+            "h",
+            "cc",
+            "cpp",
+            "hpp",
+            "cu",
+            "rs",
+            "go",
+            "java",
+            "kt",
+            "js",
+            "ts",
+            "rb",
+            "pl",
+            "sh",
+            "lua",
+        ),
+        *("r", "jl", "scala", "sql", "toml", "yaml", "yml", "cfg", "ini"),
+    )
 )
 GROUPS = 64  # small files are grouped into about so many shards of similar size
 JSONL_BYTES = 32 << 20  # an uncompressed JSONL file is cut into stretches of about this size
@@ -74,7 +99,10 @@ def shards(source: str, *, field: str = "text") -> tuple[Shard, ...]:
 
 def read(shard: Shard) -> Iterator[Document]:
     """The documents of one shard, in order; those without a single character are left out."""
-    return (document for document in READERS[shard.kind](shard) if document.text)
+    try:
+        yield from (document for document in READERS[shard.kind](shard) if document.text)
+    except OSError as error:
+        raise ValueError(f"{error.filename or shard.paths[0]} can't be read: {error.strerror or error}") from error
 
 
 def documents(source: str, *, field: str = "text") -> Iterator[Document]:
@@ -89,7 +117,7 @@ def held_out(key: str, share: float) -> bool:
     return int.from_bytes(digest, "big") < share * 2.0**64
 
 
-# ---------------------------------------------------------------------------------------------- which files, which kind
+# --------------------------------------------------------------------------------------------- which files, which kind
 
 
 def _kind_of(file: Path) -> str:
@@ -100,7 +128,7 @@ def _kind_of(file: Path) -> str:
     if file.suffix.lower() in TEXT_SUFFIXES:
         return "text"
     raise ValueError(
-        f"data source {file} is of an unknown kind: known are {', '.join(SUFFIX_KINDS)} and text files such as .txt .md .py"
+        f"data source {file} is of an unknown kind: known are {', '.join(SUFFIX_KINDS)} and text such as .txt .md .py"
     )
 
 
@@ -150,7 +178,7 @@ def _module(name: str) -> Any:
         raise ValueError(f"this data source needs {REMEDY[name]}: pip install {REMEDY[name]} ({error})") from error
 
 
-# ------------------------------------------------------------------------------------------------------------ text files
+# ---------------------------------------------------------------------------------------------------------- text files
 
 
 def _text_shards(root: Path, files: list[Path], field: str) -> list[Shard]:
@@ -196,7 +224,7 @@ def _stdlib_shards(field: str) -> list[Shard]:
     return [dataclasses.replace(first, skipped=skipped), *rest]
 
 
-# ----------------------------------------------------------------------------------------------------------------- JSONL
+# --------------------------------------------------------------------------------------------------------------- JSONL
 
 
 def _jsonl_shards(root: Path, files: list[Path], field: str) -> list[Shard]:
@@ -205,7 +233,7 @@ def _jsonl_shards(root: Path, files: list[Path], field: str) -> list[Shard]:
         size = file.stat().st_size
         pieces = max(1, size // JSONL_BYTES) if file.suffix.lower() not in OPENERS else 1
         cuts = [size * i // pieces for i in range(pieces + 1)]
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             found.append(_file_shard("jsonl", root, [file], field, start=start, stop=stop, size=stop - start))
     return found
 
@@ -225,6 +253,7 @@ def _read_jsonl(shard: Shard) -> Iterator[Document]:
     """Lines that begin in [start, stop); a key is the line's byte offset in the decompressed file."""
     (path,), (key,) = shard.paths, shard.keys
     opener = OPENERS.get(Path(path).suffix.lower())
+    damage = _damage(path)
     with opener(path) if opener else open(path, "rb") as file:
         at = 0
         if shard.start:
@@ -234,7 +263,7 @@ def _read_jsonl(shard: Shard) -> Iterator[Document]:
         while opener or at < shard.stop:
             try:
                 line = next(lines, b"")
-            except (OSError, EOFError, *_zstd_errors(path)) as error:
+            except damage as error:
                 raise ValueError(f"{path} is damaged after byte {at} of its text: {error}") from error
             if not line:
                 return
@@ -243,8 +272,10 @@ def _read_jsonl(shard: Shard) -> Iterator[Document]:
             at += len(line)
 
 
-def _zstd_errors(path: str) -> tuple[type[Exception], ...]:
-    return (_module("zstandard").ZstdError,) if path.lower().endswith(".zst") else ()
+def _damage(path: str) -> tuple[type[BaseException], ...]:
+    """What the decompressors raise."""
+    more = (_module("zstandard").ZstdError,) if path.lower().endswith(".zst") else ()
+    return (OSError, EOFError, zlib.error, *more)
 
 
 def _json_text(line: bytes, field: str, path: str, at: int) -> str:
@@ -283,7 +314,7 @@ def _missing(where: str, field: str, there: Iterable[str]) -> str:
     return f"{where}: no text field {field!r}; text fields there: {', '.join(sorted(there)) or 'none'}"
 
 
-# --------------------------------------------------------------------------------------------------------------- Parquet
+# ------------------------------------------------------------------------------------------------------------- Parquet
 
 
 def _parquet_file(path: str | Path) -> Any:
@@ -315,7 +346,7 @@ def _read_parquet(shard: Shard) -> Iterator[Document]:
             yield Document(f"{key}@{shard.start}.{row}", text.as_py() or "")
 
 
-# ------------------------------------------------------------------------------------------------------------------ TFDS
+# ---------------------------------------------------------------------------------------------------------------- TFDS
 
 
 def _tfds_builder(name: str) -> Any:
@@ -372,7 +403,7 @@ def _tfds_shards(source: str, field: str) -> list[Shard]:
     key = f"{builder.info.full_name}/{split}"
     return [
         Shard("tfds", "", (name, split), (key, ""), field, start, stop, stamp, size=stop - start)
-        for start, stop in zip(cuts, cuts[1:], strict=False)
+        for start, stop in itertools.pairwise(cuts)
     ]
 
 

@@ -9,19 +9,45 @@ import heapq
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+KINDS = ("bos", "eos", "pad", "unk", "mask", "cls", "sep")
+
+
+class SpecialIds:
+    """The ids of the seven special tokens, None where the vocabulary lacks one.
+
+    But `bos_id` falls back to cls, then eos, and `eos_id` to sep, then bos, then cls: every vocabulary with any
+    boundary token can mark where documents begin and end.
+    """
+
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    unk_id: int | None
+    mask_id: int | None
+    cls_id: int | None
+    sep_id: int | None
+
+    def _assign(self, found: Mapping[str, int | None]) -> None:
+        def first(*kinds: str) -> int | None:
+            return next((id for kind in kinds if (id := found.get(kind)) is not None), None)
+
+        self.bos_id = first("bos", "cls", "eos")
+        self.eos_id = first("eos", "sep", "bos", "cls")
+        self.pad_id, self.unk_id, self.mask_id = found.get("pad"), found.get("unk"), found.get("mask")
+        self.cls_id, self.sep_id = found.get("cls"), found.get("sep")
+
+    def _special(self) -> list[int]:
+        return sorted({id for kind in KINDS if (id := getattr(self, f"{kind}_id")) is not None})
+
 
 class Tokenizer(Protocol):
-    """What the three classes below have in common; all of them can be pickled.
-
-    The seven ids are None where the vocabulary lacks them, except that `bos_id` falls back to cls, then eos, and
-    `eos_id` to sep, then bos: every vocabulary with any boundary token can mark where documents begin and end.
-    """
+    """What the three classes below have in common, beside the ids of `SpecialIds`; all can be pickled."""
 
     fingerprint: str  # sha256 of what defines the mapping
     vocab_size: int
@@ -37,8 +63,8 @@ class Tokenizer(Protocol):
     def bytes_per_token(self) -> np.ndarray:
         """int32 [vocab]: UTF-8 bytes each token stands for, special tokens 0.
 
-        Sums to `len(text.encode())` for `Bytes`, byte-level BPE and models of `train_sentencepiece`; a foreign model that
-        normalises text (lower case, NFKC, a dummy prefix) can't be exact: count the raw text instead.
+        Sums to `len(text.encode())` for `Bytes`, byte-level BPE and models of `train_sentencepiece`; a foreign model
+        that normalises text (lower case, NFKC, a dummy prefix) can't be exact: count the raw text instead.
         """
 
     @property
@@ -53,19 +79,6 @@ class Tokenizer(Protocol):
     def save(self, folder: str | Path) -> Path: ...
 
 
-KINDS = ("bos", "eos", "pad", "unk", "mask", "cls", "sep")
-
-
-def _set_special(tokenizer: Any, found: dict[str, int | None]) -> None:
-    ids = {kind: found.get(kind) for kind in KINDS}
-
-    def first(*kinds: str) -> int | None:
-        return next((ids[kind] for kind in kinds if ids[kind] is not None), None)
-
-    for kind, id in (ids | {"bos": first("bos", "cls", "eos"), "eos": first("eos", "sep", "bos", "cls")}).items():
-        setattr(tokenizer, f"{kind}_id", id)
-
-
 def _write(path: Path, data: bytes) -> Path:
     """Write whole or not at all: several processes may save the same run."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,10 +88,10 @@ def _write(path: Path, data: bytes) -> Path:
     return path
 
 
-# ----------------------------------------------------------------------------------------------------------------- bytes
+# --------------------------------------------------------------------------------------------------------------- bytes
 
 
-class Bytes:
+class Bytes(SpecialIds):
     """Ids 0..255 are bytes, then seven special tokens and one spare, so that 264 divides evenly over devices."""
 
     SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<mask>", "<cls>", "<sep>", "<spare>")
@@ -86,7 +99,7 @@ class Bytes:
     fingerprint = hashlib.sha256(f"bytes {SPECIAL}".encode()).hexdigest()
 
     def __init__(self) -> None:
-        _set_special(self, {k: 256 + i for i, k in enumerate(("pad", "unk", "bos", "eos", "mask", "cls", "sep"))})
+        self._assign({k: 256 + i for i, k in enumerate(("pad", "unk", "bos", "eos", "mask", "cls", "sep"))})
 
     @functools.cached_property
     def bytes_per_token(self) -> np.ndarray:
@@ -116,15 +129,15 @@ class Bytes:
         return _write(Path(folder) / "tokenizer.bytes", b"UTF-8 bytes\n")
 
 
-# --------------------------------------------------------------------------------------------------------- SentencePiece
+# ------------------------------------------------------------------------------------------------------- SentencePiece
 
 SPACE = "\u2581"  # SentencePiece writes a space so; in a user's text it must not become one
 
 
-class SentencePiece:
+class SentencePiece(SpecialIds):
     """A SentencePiece model, held as its serialised bytes."""
 
-    NAMES: dict[str, tuple[str, ...]] = {
+    NAMES: ClassVar[dict[str, tuple[str, ...]]] = {
         "mask": ("<mask>", "[MASK]"),
         "cls": ("<cls>", "[CLS]"),
         "sep": ("<sep>", "[SEP]"),
@@ -147,7 +160,7 @@ class SentencePiece:
             kind: next((i for n in names if (i := self.id_of(n)) is not None), None)
             for kind, names in self.NAMES.items()
         }
-        _set_special(self, {kind: id for kind, id in (own | named).items() if id is not None and id >= 0})
+        self._assign({kind: id for kind, id in (own | named).items() if id is not None and id >= 0})
         self._bytes = [self.id_of(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         # A dummy prefix would come back before each stretch; such models can't keep the character apart from a space.
         self._keeps_space = (
@@ -180,7 +193,7 @@ class SentencePiece:
         if SPACE in text and self._keeps_space:
             ids: list[int] = []
             for i, stretch in enumerate(text.split(SPACE)):
-                ids += (self._bytes if i else []) + self._processor.encode(stretch)  # type: ignore[operator]
+                ids += (self._bytes if i else []) + self._processor.encode(stretch)
             return ids
         return self._processor.encode(text)
 
@@ -201,13 +214,13 @@ class SentencePiece:
         return _write(Path(folder) / "tokenizer.model", self.model)
 
 
-# ---------------------------------------------------------------------------------------------------------- Hugging Face
+# -------------------------------------------------------------------------------------------------------- Hugging Face
 
 
-class HuggingFace:
-    """A `tokenizer.json`; `special` says which piece plays which part (from `tokenizer_config.json`, else by usual names)."""
+class HuggingFace(SpecialIds):
+    """A `tokenizer.json`; `special` says which piece plays which part, as `tokenizer_config.json` does."""
 
-    NAMES: dict[str, tuple[str, ...]] = {
+    NAMES: ClassVar[dict[str, tuple[str, ...]]] = {
         "bos": ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>", "<|begin▁of▁sentence|>"),
         "eos": ("</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|endoftext|>", "<|end▁of▁sentence|>"),
         "pad": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|▁pad▁|>"),
@@ -233,8 +246,8 @@ class HuggingFace:
         # Ids may have holes, so the count of pieces isn't the size of the table.
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         names = {kind: ((self.special[kind],) if kind in self.special else usual) for kind, usual in self.NAMES.items()}
-        _set_special(
-            self, {kind: next((i for n in ns if (i := self.id_of(n)) is not None), None) for kind, ns in names.items()}
+        self._assign(
+            {kind: next((i for n in ns if (i := self.id_of(n)) is not None), None) for kind, ns in names.items()}
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -263,7 +276,7 @@ class HuggingFace:
             else:
                 byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
                 sizes[id] = 1 if byte else len(piece.replace(SPACE, " ").encode())
-        sizes[[id for id in (getattr(self, f"{kind}_id") for kind in KINDS) if id is not None]] = 0
+        sizes[self._special()] = 0
         return sizes
 
     @functools.cached_property
@@ -274,7 +287,7 @@ class HuggingFace:
             starts[id] = (
                 not piece.startswith("##") if self._style == "wordpiece" else piece.startswith(first[self._style])
             )
-        starts[[id for id in (getattr(self, f"{kind}_id") for kind in KINDS) if id is not None]] = False
+        starts[self._special()] = False
         return starts
 
     def encode(self, text: str) -> list[int]:
@@ -313,7 +326,7 @@ def _special_names(folder: Path) -> dict[str, str]:
     return names
 
 
-# --------------------------------------------------------------------------------------------------------------- opening
+# ------------------------------------------------------------------------------------------------------------- opening
 
 
 def load(spec: str | Path) -> Tokenizer:
@@ -348,14 +361,14 @@ def load(spec: str | Path) -> Tokenizer:
     raise ValueError(f"tokenizer {path} is of an unknown kind: give 'bytes', a .model file or a tokenizer.json")
 
 
-# -------------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------ training
 
 CHUNK = 4000  # characters of text handed to the trainer at a time, line breaks and all
 
-# Bytes per token on held-out Python source, vocabulary 8192, 8 MB of text: line by line with "\n" as a symbol of its own
-# 3.26 (unigram) and 3.37 (BPE); whole chunks, so that line breaks join pieces, 3.48 and 3.62; BPE that may also cross
-# scripts (letters, brackets, underscores) 4.25; and that may cross spaces, which makes "):\n        " one piece, 4.83.
-TRAINER = {
+# Bytes per token on held-out Python source, vocabulary 8192: line by line with "\n" as a symbol of its own 3.26
+# (unigram) and 3.37 (BPE); whole chunks, so that line breaks join pieces, 3.48 and 3.62; BPE that may also cross
+# scripts (letters, brackets, underscores) 4.25; and that may cross spaces too, so "):\n        " is one piece, 4.83.
+TRAINER: dict[str, Any] = {
     "model_type": "bpe",
     "split_by_unicode_script": False,
     "split_by_whitespace": False,
@@ -403,7 +416,7 @@ def train_sentencepiece(
 
 
 def _sample(texts: Iterable[str], seed: int, max_bytes: int) -> list[str]:
-    """Chunks with the smallest hashes: the same ones whatever the order of the texts, in one pass and bounded memory."""
+    """Chunks with the smallest hashes: the same whatever the order of the texts, in one pass and bounded memory."""
     heap: list[tuple[int, bytes]] = []
     kept, limit = 0, -1 << 64  # chunks ranked at or below `limit` never come back, or the order of texts would count
     seen: set[int] = set()
