@@ -40,6 +40,8 @@ class Data:
     """Folder for tokenizers and token caches; safe to delete."""
     document_mask: bool = True
     """No token attends to another document of its packed window."""
+    compare_compression: bool = False
+    """At the end, compress the validation text with gzip -9 and xz -9 for comparison."""
     tokenize_workers: int = 2
     """Processes that tokenise."""
     workers: int = 0

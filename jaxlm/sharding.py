@@ -194,12 +194,12 @@ def on_mesh(mesh: jax.sharding.Mesh | None) -> Any:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def batch_sharding(layout: Layout, mesh: jax.sharding.Mesh | None, ndim: int = 3) -> Any:
-    """Sharding of batch leaves `[micro, batch, seq]`; longer or shorter leaves drop or add whole axes."""
+def batch_sharding(layout: Layout, mesh: jax.sharding.Mesh | None, shape: tuple[int, ...], seq_len: int) -> Any:
+    """Where a batch leaf `[micro, batch, …]` lives: rows over the batch axes, positions (size `seq_len`) over context."""
     if mesh is None:
-        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    axes = (None, "batch", "seq", *(None,) * 3)[:ndim]
-    return NamedSharding(mesh, layout.spec(axes))
+        return replicated(mesh)
+    inner = ("seq",) if shape[2:3] == (seq_len,) else ()
+    return NamedSharding(mesh, layout.spec((None, "batch", *inner)))
 
 
 def replicated(mesh: jax.sharding.Mesh | None) -> Any:

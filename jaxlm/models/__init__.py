@@ -2,15 +2,33 @@
 
 - `Config`: a frozen dataclass of shapes, with `vocab` and `positions` (longest sequence, or None for no limit).
 - `specs(c)`: the weights as a tree of `Spec`; layers stacked under `blocks`.
-- `hidden(c, specs, params, batch, *, shard, key=None) -> [B, T, D]`: `batch` is a dict (`tokens`, `segments`, `positions` …);
-  `key` turns dropout on.
+- `hidden(c, specs, params, batch, *, shard, key=None) -> [B, T, D]`: `batch` is a dict (`tokens`, `segments`,
+  `positions` …); `key` turns dropout on.
 - `readout(c, specs, params, hidden, *, shard) -> losses.Readout`: what the vocabulary's logits are made of.
+- `attention_width(c)`: layers × heads × head width, which attention's FLOPs grow with.
 - `generates`: whether each position predicts the next.
-- `attention_width(c)`: heads × head width × layers, which attention's FLOPs grow with.
 """
 
+from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 from jaxlm.models import bert, gpt2, llama
+from jaxlm.sharding import Layout
 
 MODELS: dict[str, ModuleType] = {"gpt2": gpt2, "llama": llama, "bert": bert}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A family with its configuration, specs and layout filled in: what objectives call with `params` and a batch."""
+
+    family: ModuleType
+    config: Any
+    specs: Any
+    shard: Layout
+
+    def __getattr__(self, name: str) -> Any:
+        """`model.hidden(params, batch, key=key)`, `model.readout(params, x)`, `model.pooled(params, x)`."""
+        return partial(getattr(self.family, name), self.config, self.specs, shard=self.shard)

@@ -1,0 +1,274 @@
+"""From a `Run` to the parts of its program: names become functions and data here, and nowhere below."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm import attention, config, optim, params, sharding, step, tree
+from jaxlm.attention import Mask
+from jaxlm.data import cache as caches
+from jaxlm.data import loader, packing, tokenizer
+from jaxlm.models import MODELS, Model
+from jaxlm.objectives import OBJECTIVES
+
+LARGE = 1 << 20  # elements from which a weight must not rest unsharded on a mesh that could shard it
+
+
+@dataclass(frozen=True)
+class HostHalf:
+    """The objective's host half with its tokenizer, as loader workers need it: picklable."""
+
+    objective: str
+    settings: Any
+    tokens: Any
+    length: int
+
+    def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        record = record | {"length": self.length}
+        return OBJECTIVES[self.objective].example(self.settings, record, self.tokens, rng)
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything of a run that isn't weights or data."""
+
+    run: config.Run
+    tokens: Any
+    mesh: jax.sharding.Mesh | None
+    layout: sharding.Layout
+    specs: Any
+    model: Model
+    objective: ModuleType
+    optimizer: optim.Optimizer
+    notes: dict[str, str]
+    """Choices that were made and why: printed once and stored in the run."""
+
+    def loss(self, weights: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
+        return self.objective.loss(self.run.objective, self.model, weights, batch, key)
+
+    @property
+    def whole(self) -> Any:
+        return sharding.replicated(self.mesh)
+
+    @property
+    def state_shardings(self) -> step.State:
+        homes = self.layout.shardings(self.specs, self.mesh)
+        return step.shardings(self.specs, homes, self.optimizer, self.run.optim.ema > 0, self.whole)
+
+    def init(self) -> step.State:
+        """Fresh weights and optimizer state, each leaf born on its own device."""
+        make = lambda key: step.init_state(self.specs, self.optimizer, key, self.run.optim.ema > 0)  # noqa: E731
+        with sharding.on_mesh(self.mesh):
+            return jax.jit(make, out_shardings=self.state_shardings)(jax.random.key(self.run.seed))
+
+    def abstract_state(self) -> step.State:
+        """Shapes, dtypes and shardings of the state: what a checkpoint is restored to."""
+        make = lambda: step.init_state(  # noqa: E731
+            self.specs, self.optimizer, jax.random.key(0), self.run.optim.ema > 0
+        )
+        return jax.tree.map(
+            lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home),
+            jax.eval_shape(make),
+            self.state_shardings,
+        )
+
+    def batch_shardings(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Of a batch's leaves `[micro, rows, …]`, given the leaves of this process."""
+        return {
+            k: sharding.batch_sharding(self.layout, self.mesh, v.shape, self.run.train.seq_len)
+            for k, v in batch.items()
+        }
+
+    def rows(self, batch_size: int) -> list[int] | None:
+        """Rows of a micro-batch that this process must make; None: all."""
+        if self.mesh is None or jax.process_count() == 1:
+            return None
+        return loader.rows_of(sharding.batch_sharding(self.layout, self.mesh, (1, batch_size), -1), batch_size)
+
+    def to_device(self, batch: dict[str, np.ndarray], rows: list[int] | None) -> dict[str, jax.Array]:
+        return loader.to_device(batch, self.batch_shardings(batch), rows)
+
+    def train_step(self) -> Callable[[step.State, dict], tuple[step.State, dict]]:
+        """jitted, state donated."""
+        c = self.run.optim
+        f = step.make_train_step(
+            self.loss, self.objective.weights, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema
+        )
+        return jax.jit(f, donate_argnums=0, out_shardings=(self.state_shardings, None))
+
+    def flops_per_token(self) -> dict[str, float]:
+        from jaxlm import log
+
+        c, flat = self.run.model, tree.flatten(self.specs, params.is_spec)
+        looked_up = {"embed", "position", "type", "head"}
+        matrices = sum(math.prod(s.shape) for p, s in flat.items() if s.is_matrix and p not in looked_up)
+        share = 1.0
+        if self.run.train.seq_len and hasattr(self.objective, "places"):
+            share = self.objective.places(self.run.objective, self.run.train.seq_len) / self.run.train.seq_len
+        width = self.model.family.attention_width(c) // c.layers
+        return log.flops_per_token(
+            int(matrices + share * c.vocab * c.width), c.layers, width, self.run.train.seq_len
+        )
+
+
+def program(run: config.Run, tokens: Any) -> Program:
+    """Check the run against its tokenizer and the devices, and put its functions together."""
+    family, objective = MODELS[config.family(run.model)], OBJECTIVES[config.family(run.objective)]
+    objective.check(run.objective, tokens)
+    positions = getattr(run.model, "positions", None)
+    if positions is not None and run.train.seq_len > positions:
+        raise ValueError(f"train.seq_len: {run.train.seq_len} is longer than model.positions {positions}")
+    if not tokens.vocab_size <= run.model.vocab < tokens.vocab_size + 1024:
+        raise ValueError(
+            f"model.vocab: {run.model.vocab} does not fit the tokenizer's {tokens.vocab_size} tokens; "
+            f"set model.vocab to {-(-tokens.vocab_size // 128) * 128} (padding of less than 1024 is fine)"
+        )
+    if objective.records == "packed" and not family.generates and config.family(run.objective) == "causal":
+        raise ValueError("objective: a bidirectional encoder sees its targets; use masked or next_sentence")
+    if family.generates and config.family(run.objective) != "causal":
+        raise ValueError(f"objective: {config.family(run.objective)} needs an encoder such as bert")
+    mesh = sharding.make_mesh(run.mesh)
+    layout = sharding.Layout.of(run.mesh, run.execution)
+    sharding.check_batch(run.train, layout, mesh)
+    specs = family.specs(run.model) | objective.specs(run.objective, run.model.width)
+    layout.shardings(specs, mesh)  # refuses what doesn't divide, before any data is touched
+    layout.check_sharded(specs, mesh, run.mesh.replicated, LARGE)
+    implementation, why = attention.choose(
+        run.execution.attention, Mask(family.generates), False, None, run.execution.dtype
+    )
+    notes = {
+        "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "mesh": "one device" if mesh is None else " × ".join(f"{a} {n}" for a, n in mesh.shape.items() if n > 1),
+        "attention": f"{implementation} ({why})",
+        "precision": f"float32 weights, {run.execution.dtype} compute",
+        "layers": ("scanned" if run.execution.scan else "unrolled") + f", remat {run.execution.remat}",
+    }
+    model = Model(family, run.model, specs, layout)
+    optimizer = optim.make(run.optim, run.train.steps, specs)
+    return Program(run, tokens, mesh, layout, specs, model, objective, optimizer, notes)
+
+
+def load_tokenizer(run: config.Run, say: Callable[[str], None] = print) -> Any:
+    """The run's own copy if it has one, else what `data.tokenizer` names, trained on the training text if it must be."""
+    own = run.folder / "tokenizer"
+    if own.is_dir():
+        return tokenizer.load(str(own))
+    kind, _, size = run.data.tokenizer.partition(":")
+    if kind != "sentencepiece" or not size:
+        return tokenizer.load(run.data.tokenizer)
+    try:
+        vocab = int(size)
+    except ValueError:
+        raise ValueError(f"data.tokenizer: {size!r} in {run.data.tokenizer!r} is not a vocabulary size") from None
+    share = 0.0 if run.data.valid else run.data.holdout
+    stamp = [
+        (s.name, s.stamp) for source in run.data.train for s in caches.sources.shards(source, field=run.data.text_field)
+    ]
+    name = hashlib.sha256(repr((run.data.train, run.data.text_field, share, vocab, stamp)).encode()).hexdigest()[:16]
+    path = Path(run.data.cache).expanduser() / "tokenizers" / f"{name}.model"
+    if not path.exists() and jax.process_index() == 0:
+        say(f"training a SentencePiece tokenizer of {vocab} pieces on {', '.join(run.data.train)} …")
+        started = time.perf_counter()
+        texts = (
+            text
+            for source in run.data.train
+            for text in caches.texts(source, field=run.data.text_field, holdout=share, part="train")
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.train_sentencepiece(texts, path, vocab_size=vocab)
+        say(f"tokenizer: {path} ({time.perf_counter() - started:.0f} s)")
+    while not path.exists():  # another process of this run is training it
+        time.sleep(0.2)
+    return tokenizer.load(str(path))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenised training and validation data of a run."""
+
+    train: list[caches.Cache]
+    weights: list[float]
+    valid: list[caches.Cache]
+
+
+def corpus(run: config.Run, tokens: Any) -> Corpus:
+    """Tokenise what isn't yet, and open it by memory map."""
+    share = 0.0 if run.data.valid else run.data.holdout
+    if not run.data.valid and not share:
+        raise ValueError("data.holdout: 0 leaves nothing to validate on; set it above 0 or name data.valid")
+
+    def prepared(source: str, holdout: float) -> dict[str, Path]:
+        return caches.prepare(
+            source,
+            tokens,
+            run.data.cache,
+            field=run.data.text_field,
+            holdout=holdout,
+            workers=run.data.tokenize_workers,
+            progress=jax.process_index() == 0,
+        )
+
+    parts = [prepared(source, share) for source in run.data.train]
+    train = [caches.open_cache(p["train"]) for p in parts]
+    valid_paths = [prepared(s, 0.0)["train"] for s in run.data.valid] or [p["valid"] for p in parts]
+    weights = list(run.data.weights) or [float(len(c.tokens)) for c in train]
+    if len(weights) != len(train):
+        raise ValueError(f"data.weights: {len(weights)} weights for {len(train)} training sources")
+    return Corpus(train, weights, [caches.open_cache(p) for p in valid_paths])
+
+
+def records(run: config.Run, part: caches.Cache) -> Any:
+    kind, length = OBJECTIVES[config.family(run.objective)].records, run.train.seq_len
+    if kind == "pairs":
+        return packing.pairs(part, length - 3, run.seed)
+    return packing.packed(part, length, document_mask=run.data.document_mask)
+
+
+def host_half(run: config.Run, tokens: Any) -> HostHalf:
+    return HostHalf(config.family(run.objective), run.objective, tokens, run.train.seq_len - 3)
+
+
+def training_loader(run: config.Run, tokens: Any, data: Corpus, rows: list[int] | None) -> loader.Loader:
+    return loader.Loader(
+        [records(run, c) for c in data.train],
+        data.weights,
+        host_half(run, tokens),
+        batch_size=run.train.batch_size,
+        micro_batches=run.train.micro_batches,
+        seed=run.seed,
+        rows=rows,
+        workers=run.data.workers,
+    )
+
+
+def validation_batches(p: Program, data: Corpus, limit: int = 0) -> Iterator[dict]:
+    """On the devices: every validation record once, in order; `limit` batches of each source if not 0."""
+    size = p.run.train.batch_size // p.run.train.micro_batches
+    rows = p.rows(size)
+    for part in data.valid:
+        for batch in loader.evaluation_batches(
+            records(p.run, part),
+            host_half(p.run, p.tokens),
+            batch_size=size,
+            rows=rows,
+            limit=limit * size if limit else None,
+        ):
+            yield p.to_device(batch, rows)
+
+
+def saved(state: step.State) -> dict[str, Any]:
+    """What a checkpoint holds: whole weights whatever is frozen, so that it opens without the run's configuration."""
+    return dict(step=state.step, params=state.all_params, opt=state.opt, ema=state.ema)
+
+
+def restored(values: dict[str, Any], optimizer: optim.Optimizer) -> step.State:
+    trainable, frozen = tree.partition(values["params"], optimizer.trainable)
+    return step.State(values["step"], trainable, frozen, values["opt"], values["ema"])

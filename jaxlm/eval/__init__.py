@@ -1,0 +1,1 @@
+"""Evaluation, separate from training: reads a configuration and weights, never the loop or the step."""

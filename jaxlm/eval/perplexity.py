@@ -1,0 +1,63 @@
+"""Loss, perplexity, bits per byte and accuracy over a validation set: sums with weights, divided once at the end."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Sums = dict[str, dict[str, float]]
+
+
+def make_eval_step(loss: Any, totals_of: Any, bytes_per_token: np.ndarray) -> Callable[[Any, dict], Any]:
+    """jitted `(params, batch) → (sums, totals)`; batch leaves `[1, batch, …]`, padding rows weigh nothing.
+
+    `bytes` among the totals counts the raw text bytes of the target tokens, special tokens none.
+    """
+    table_V = np.asarray(bytes_per_token, np.float32)
+
+    def step(params: Any, batch: dict) -> tuple[dict, dict]:
+        batch = jax.tree.map(lambda x: x[0], batch)
+        totals = totals_of(batch)
+        if "targets" in batch:
+            size_BT = jnp.asarray(table_V)[batch["targets"]]
+            totals = totals | {"bytes": (size_BT * (batch["weights"] > 0)).sum()}
+        return loss(params, batch, None), totals
+
+    return jax.jit(step)
+
+
+def evaluate(step: Callable[[Any, dict], Any], params: Any, batches: Iterable[dict]) -> dict[str, float]:
+    """Means over all batches, added up in float64. With one loss the metrics carry no prefix.
+
+    `perplexity` is exp(nll per target); `bits_per_byte` counts every target's nats, end-of-document tokens included,
+    over the text's bytes, so it compares with a compressor's size of the same text.
+    """
+    sums: Sums = {}
+    totals: dict[str, float] = {}
+    for batch in batches:
+        part, weight = jax.device_get(step(params, batch))
+        for name, values in part.items():
+            for metric, value in values.items():
+                done = sums.setdefault(name, {})
+                done[metric] = done.get(metric, 0.0) + float(value)
+        for name, value in weight.items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+    if not sums:
+        raise ValueError("data.valid: no validation batches; raise data.holdout or name validation sources")
+    out: dict[str, float] = {}
+    for name, values in sums.items():
+        if totals[name] == 0:
+            raise ValueError(f"data.valid: not a single target ({name}) in the validation set")
+        prefix = "" if len(sums) == 1 else f"{name}/"
+        out |= {f"{prefix}{metric}": value / totals[name] for metric, value in values.items()}
+        if "nll" in values:
+            out[f"{prefix}perplexity"] = math.exp(min(700.0, values["nll"] / totals[name]))
+            if name == "tokens" and totals.get("bytes"):
+                out["bits_per_byte"] = values["nll"] / math.log(2) / totals["bytes"]
+        out[f"{prefix}targets"] = totals[name]
+    if len(sums) > 1:
+        out["loss"] = sum(v["loss"] / totals[n] for n, v in sums.items())
+    return out

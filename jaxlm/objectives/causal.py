@@ -1,0 +1,56 @@
+"""Causal language modelling: every token predicts the next one of its document."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm.losses import cross_entropy
+from jaxlm.models import Model
+
+records = "packed"
+
+
+@dataclass(frozen=True)
+class Config:
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    """Weight of log²Z, which keeps logits from drifting (PaLM used 1e-4)."""
+
+
+def specs(c: Config, width: int) -> dict[str, Any]:
+    return {}
+
+
+def check(c: Config, tokenizer: Any) -> None:
+    pass
+
+
+def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """`[T + 1]` → inputs and targets `[T]`. The last token of a document has no target in the next one."""
+    tokens, segments = record["tokens"], record["segments"]
+    return dict(
+        tokens=tokens[:-1],
+        targets=tokens[1:],
+        weights=((segments[1:] == segments[:-1]) & (segments[1:] > 0)).astype(np.float32),
+        segments=segments[:-1],
+        positions=record["positions"][:-1],
+    )
+
+
+def weights(batch: dict) -> dict[str, jax.Array]:
+    return {"tokens": batch["weights"].sum()}
+
+
+def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
+    x_BTD = model.hidden(params, batch, key=key)
+    sums = cross_entropy(
+        model.readout(params, x_BTD),
+        batch["targets"],
+        batch["weights"],
+        shard=model.shard,
+        label_smoothing=c.label_smoothing,
+        z_loss=c.z_loss,
+    )
+    return {"tokens": dict(loss=sums.loss, nll=sums.nll, accuracy=sums.correct)}

@@ -1,0 +1,109 @@
+"""Masked language modelling as BERT was trained (Devlin et al. 2019, section 3.1 and appendix A.1)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.losses import cross_entropy
+from jaxlm.models import Model
+
+records = "packed"
+
+
+@dataclass(frozen=True)
+class Config:
+    rate: float = 0.15
+    """Share of tokens that are predicted; of those 80 % become the mask token, 10 % a random one, 10 % stay."""
+    whole_word: bool = False
+    """Choose whole words instead of single tokens."""
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+def specs(c: Config, width: int) -> dict[str, Any]:
+    return {}
+
+
+def check(c: Config, tokenizer: Any) -> None:
+    if tokenizer.mask_id is None:
+        raise ValueError("objective: masked language modelling needs a mask token, and data.tokenizer has none")
+
+
+def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """`[T + 1]` → corrupted `[T]` and `[K]` positions to predict. `rng` differs each epoch, and so does the masking."""
+    tokens, segments = record["tokens"][:-1], record["segments"][:-1]
+    out = dict(tokens=tokens, segments=segments, positions=record["positions"][:-1])
+    return out | corrupt(c, tokens, segments > 0, tokenizer, rng)
+
+
+def corrupt(
+    c: Config, tokens: np.ndarray, real: np.ndarray, tokenizer: Any, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Corrupted `tokens`, and `at`, `targets`, `weights` of a fixed number of places. Special tokens are never chosen."""
+    special = [i for i in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id)]
+    free = np.flatnonzero(real & ~np.isin(tokens, [i for i in special if i is not None]))
+    most = places(c, len(tokens))
+    wanted = min(most, max(1, round(c.rate * len(free)))) if len(free) else 0
+    if c.whole_word:
+        chosen = _words(free, tokens, tokenizer.starts_word, wanted, rng)
+    else:
+        chosen = rng.choice(free, wanted, replace=False) if wanted else free
+    chosen = np.sort(chosen)
+    n = len(chosen)
+    draw = rng.random(n)
+    out = tokens.copy()
+    out[chosen[draw < 0.8]] = tokenizer.mask_id
+    swap = chosen[(draw >= 0.8) & (draw < 0.9)]
+    out[swap] = rng.integers(0, tokenizer.vocab_size, len(swap))
+    at, targets, weights = np.zeros(most, np.int32), np.zeros(most, np.int32), np.zeros(most, np.float32)
+    at[:n], targets[:n], weights[:n] = chosen, tokens[chosen], 1.0
+    return dict(tokens=out, at=at, targets=targets, weights=weights)
+
+
+def places(c: Config, length: int) -> int:
+    """Static number of predictions a row: the expected number, rounded up so that a context mesh axis divides it."""
+    return -(-int(np.ceil(c.rate * length)) // 8) * 8
+
+
+def _words(
+    free: np.ndarray, tokens: np.ndarray, starts: np.ndarray, wanted: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Whole words in random order, as many as fit into `wanted` tokens."""
+    if not wanted:
+        return free[:0]
+    begins = starts[tokens[free]] | np.append(True, np.diff(free) > 1)
+    words = np.split(free, np.flatnonzero(begins)[1:])
+    chosen: list[np.ndarray] = []
+    for i in rng.permutation(len(words)):
+        if len(words[i]) <= wanted:
+            chosen.append(words[i])
+            wanted -= len(words[i])
+        if not wanted:
+            break
+    return np.concatenate(chosen) if chosen else free[:0]
+
+
+def weights(batch: dict) -> dict[str, jax.Array]:
+    return {"masked": batch["weights"].sum()}
+
+
+def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
+    return {"masked": sums(c, model, params, model.hidden(params, batch, key=key), batch)}
+
+
+def sums(c: Config, model: Model, params: Any, x_BTD: jax.Array, batch: dict) -> dict[str, jax.Array]:
+    """Only the chosen places reach the vocabulary: a seventh of the head's work at the usual rate."""
+    x_BTD = model.shard(x_BTD, "batch", None, None)
+    x_BKD = jnp.take_along_axis(x_BTD, model.shard(batch["at"], "batch", None)[..., None], axis=1)
+    out = cross_entropy(
+        model.readout(params, model.shard(x_BKD, "batch", "seq", None)),
+        batch["targets"],
+        batch["weights"],
+        shard=model.shard,
+        label_smoothing=c.label_smoothing,
+        z_loss=c.z_loss,
+    )
+    return dict(loss=out.loss, nll=out.nll, accuracy=out.correct)

@@ -1,0 +1,119 @@
+"""One update: (state, batch) → (state, metrics). Pure; jitted at the edge, with the state donated."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from jaxlm import params as weights
+from jaxlm import tree
+from jaxlm.optim import Optimizer, state_shardings
+
+Loss = Callable[[Any, dict, jax.Array | None], dict[str, dict[str, jax.Array]]]
+Weights = Callable[[dict], dict[str, jax.Array]]
+
+
+@struct.dataclass
+class State:
+    """Everything a checkpoint holds. Trees of weights are nested dicts."""
+
+    step: jax.Array
+    """Updates made, int32."""
+    params: Any
+    """What the optimizer moves; None where `frozen` has the weight."""
+    frozen: Any
+    opt: Any
+    ema: Any
+    """Moving average of `params`, or None."""
+
+    @property
+    def all_params(self) -> Any:
+        return tree.merge(self.params, self.frozen)
+
+    @property
+    def eval_params(self) -> Any:
+        """The weights to validate and sample with: averaged where an average is kept."""
+        return self.all_params if self.ema is None else tree.merge(self.ema, self.frozen)
+
+
+def init_state(specs: Any, optimizer: Optimizer, key: jax.Array, ema: bool) -> State:
+    """A fresh state; jit it with `out_shardings` and every weight is born on its own device."""
+    params, frozen = tree.partition(weights.init(specs, key), optimizer.trainable)
+    return start(params, frozen, optimizer, ema)
+
+
+def start(params: Any, frozen: Any, optimizer: Optimizer, ema: bool) -> State:
+    copy = jax.tree.map(jnp.copy, params) if ema else None  # donated buffers may not be shared
+    return State(jnp.zeros((), jnp.int32), params, frozen, optimizer.tx.init(params), copy)
+
+
+def shardings(specs: Any, homes: Any, optimizer: Optimizer, ema: bool, whole: Any) -> State:
+    """Where each leaf of a State lives: moments and averages with their weights."""
+    params, frozen = tree.partition(homes, optimizer.trainable)
+    shapes, _ = tree.partition(weights.abstract(specs), optimizer.trainable)
+    return State(
+        step=whole,
+        params=params,
+        frozen=frozen,
+        opt=state_shardings(optimizer.tx, shapes, params, whole),
+        ema=params if ema else None,
+    )
+
+
+def flat_metrics(sums: dict[str, dict[str, jax.Array]], totals: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Means: `{"loss", "nll", "accuracy"}`, prefixed by the loss's name where an objective has several."""
+    single = len(sums) == 1
+    means = {
+        (metric if single else f"{name}/{metric}"): value / totals[name]
+        for name, part in sums.items()
+        for metric, value in part.items()
+    }
+    return means if single else means | {"loss": sum(means[f"{name}/loss"] for name in sums)}
+
+
+def make_train_step(
+    loss: Loss, totals_of: Weights, optimizer: Optimizer, *, seed: int, clip: float, ema: float
+) -> Callable[[State, dict], tuple[State, dict[str, jax.Array]]]:
+    """`batch` leaves are `[micro, batch, …]`; one update a call.
+
+    Micro-batches add up sums, each divided by the weight of the whole batch, so 1, 2 or 4 of them are the same update.
+    An update whose loss or gradient is not finite is left out: `finite` is 0 and the state but for `step` is unchanged.
+    """
+
+    def train_step(state: State, batch: dict) -> tuple[State, dict[str, jax.Array]]:
+        totals = totals_of(batch)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def objective(params: Any, part: dict, k: jax.Array) -> tuple[jax.Array, Any]:
+            sums = loss(tree.merge(params, state.frozen), part, k)
+            return sum((sums[n]["loss"] / totals[n] for n in sums), jnp.zeros(())), sums
+
+        def micro(part: dict, k: jax.Array) -> tuple[Any, Any]:
+            return jax.grad(objective, has_aux=True)(state.params, part, k)
+
+        n = jax.tree.leaves(batch)[0].shape[0]
+        keys = jax.random.split(key, n)
+        grads, sums = micro(jax.tree.map(lambda x: x[0], batch), keys[0])
+        if n > 1:
+            add = lambda done, part: (jax.tree.map(jnp.add, done, micro(*part)), None)  # noqa: E731
+            (grads, sums), _ = jax.lax.scan(add, (grads, sums), jax.tree.map(lambda x: x[1:], (batch, keys)))
+
+        metrics = flat_metrics(sums, totals) | {f"weight/{name}": total for name, total in totals.items()}
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        if clip:
+            scale = jnp.minimum(1.0, clip / (norm + 1e-12))
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, opt = optimizer.tx.update(grads, state.opt, state.params)
+        new = state.replace(params=optax.apply_updates(state.params, updates), opt=opt)
+        if ema:
+            decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))  # young averages forget faster
+            new = new.replace(ema=jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, new.params))
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        metrics |= dict(grad_norm=norm, lr=optimizer.schedule(state.step), finite=finite.astype(jnp.float32))
+        return new.replace(step=state.step + 1), metrics
+
+    return train_step

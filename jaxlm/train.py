@@ -1,0 +1,256 @@
+"""`jaxlm train`: what happens in what order, from a `Run` to a run directory that holds everything about it."""
+
+import dataclasses
+import gzip
+import json
+import lzma
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxlm import assemble, config, loop, report, sharding
+from jaxlm.checkpoint import Checkpoints
+from jaxlm.data import cache as caches
+from jaxlm.eval.perplexity import evaluate, make_eval_step
+from jaxlm.generate import make_generate
+from jaxlm.log import Meter, Progress, RunLog, peak_flops, write_environment
+from jaxlm.models import MODELS
+from jaxlm.objectives import OBJECTIVES
+
+# What may differ between a run directory and the run that continues it: nothing that changes the mathematics.
+MAY_CHANGE = (
+    "out", "mesh.", "execution.", "data.workers", "data.tokenize_workers", "data.cache", "train.log_every",
+    "train.save_every", "train.keep", "train.prompts", "train.sample_", "train.nonfinite", "train.patience",
+)  # fmt: skip
+
+
+def claim(run: config.Run) -> bool:
+    """Make the run directory, or recognise it as this run's own; True if it holds a run to continue."""
+    file = run.folder / "config.json"
+    if file.exists():
+        mine, there = config.flatten(run), config.flatten(read_config(run.folder))
+        differing = [k for k in mine | there if mine.get(k) != there.get(k) and not k.startswith(MAY_CHANGE)]
+        if differing:
+            k = differing[0]
+            raise ValueError(
+                f"{run.folder} belongs to another config: {k} is {there.get(k)!r} there and {mine.get(k)!r} here"
+                f"{f' (and {len(differing) - 1} more)' if differing[1:] else ''}; choose another --name, or delete it"
+            )
+        return True
+    if run.folder.is_dir() and any(run.folder.iterdir()):
+        raise ValueError(f"{run.folder} is not empty and holds no config.json; choose another --name or --out")
+    run.folder.mkdir(parents=True, exist_ok=True)
+    return False
+
+
+def read_config(folder: Path) -> config.Run:
+    file = folder / "config.json"
+    if not file.exists():
+        raise ValueError(f"{folder}: not a run directory (it has no config.json)")
+    try:
+        return config.from_dict(json.loads(file.read_text()), MODELS, OBJECTIVES)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{file}: not JSON ({e}); restore it, or delete the run directory") from None
+
+
+def train(run: config.Run) -> int:
+    """Train, or continue, `run` in its directory. 0: finished; 1: stopped by a signal or a number that isn't finite."""
+    main = jax.process_index() == 0
+    continues = claim(run) if main else (run.folder / "config.json").exists()
+    tokens = assemble.load_tokenizer(run)
+    p = assemble.program(run, tokens)
+    data = assemble.corpus(run, tokens)
+    if main:
+        tokens.save(run.folder / "tokenizer")
+        config.dump(run, run.folder / "config.json")
+        write_environment(run.folder)
+        for name, note in p.notes.items():
+            print(f"{name:12} {note}")
+    with sharding.on_mesh(p.mesh), Checkpoints(run.folder / "checkpoints", keep=run.train.keep) as checkpoints:
+        state, meta = _first_state(p, checkpoints)
+        start = int(meta.get("step", 0))
+        if continues and main:
+            print(f"continuing {run.folder} after step {start}")
+        with RunLog(run.folder, resume_step=start, enabled=main) as log:
+            return _run(p, data, state, meta, checkpoints, log)
+
+
+def _first_state(p: assemble.Program, checkpoints: Checkpoints) -> tuple[Any, dict]:
+    """From the newest sound checkpoint, straight to this mesh's shards, or fresh."""
+    if checkpoints.latest() is None:
+        return p.init(), {}
+    values, meta = checkpoints.restore(assemble.saved(p.abstract_state()))
+    return assemble.restored(values, p.optimizer), meta
+
+
+def _run(
+    p: assemble.Program, data: assemble.Corpus, state: Any, meta: dict, checkpoints: Checkpoints, log: RunLog
+) -> int:
+    run, c, main = p.run, p.run.train, jax.process_index() == 0
+    start = int(meta.get("step", 0))
+    rows = p.rows(c.batch_size // c.micro_batches)
+    loader = assemble.training_loader(run, p.tokens, data, rows)
+    compiled = _compile(p, state, p.to_device(loader.batch(start), rows), log, start)
+    validate = _validator(p, data, log)
+    sample = _sampler(p, log) if p.model.family.generates and c.prompts else lambda step, state: None
+    if start == 0:
+        sample(0, state)
+        validate(0, state)
+    if log.enabled:
+        log.event(start, "start", parameters=assemble.params.count(p.specs), notes=p.notes)
+    flops, kind = p.flops_per_token(), jax.devices()[0].device_kind
+    peak = peak_flops(kind)
+    meter = Meter(c.steps, start=start, flops=flops, peak=peak and peak * jax.device_count())
+    tokens_a_step = c.batch_size * c.seq_len
+
+    with Progress(c.steps, enabled=main) as progress:
+
+        def show(step: int, metrics: dict, waited: float) -> None:
+            meter.update(data_s=waited, step_s=0.0, tokens=tokens_a_step)
+            reading = meter.read()
+            progress.update(step, metrics, reading)
+            if step % c.log_every == 0 or step == c.steps or not metrics["finite"]:
+                log.train(step, metrics | {"tokens": step * tokens_a_step}, reading)
+
+        def check(step: int, state: Any) -> dict:
+            metrics = validate(step, state)
+            shown = [f"{k} {metrics[k]:.4f}" for k in ("loss", "bits_per_byte", "accuracy") if k in metrics]
+            progress.say(f"step {step}: validation {', '.join(shown)}")
+            meter.pause()
+            return metrics
+
+        def save(step: int, state: Any, validation: dict | None, stopping: dict) -> None:
+            meta = {"step": step, "loader": loader.state(step), "config": config.to_dict(run), "stopping": stopping}
+            score = {"valid/loss": validation["loss"]} if validation else None
+            checkpoints.save(step, assemble.saved(state), meta, metrics=score)
+            meter.pause()
+
+        hooks = loop.Hooks(
+            batches=loader.iterate,
+            to_device=lambda batch: p.to_device(batch, rows),
+            step=compiled,
+            indices=loader.indices,
+            log=show,
+            validate=check,
+            sample=sample,
+            save=save,
+        )
+        try:
+            end = loop.train(
+                state,
+                hooks,
+                start=start,
+                steps=c.steps,
+                eval_every=c.eval_every,
+                sample_every=c.sample_every,
+                save_every=c.save_every,
+                agree_every=c.log_every,
+                patience=c.patience,
+                stop_on_nonfinite=c.nonfinite == "stop",
+                **meta.get("stopping", {}),
+            )
+        except loop.NonFiniteError as error:
+            log.event(start, "stopped", reason=str(error))
+            raise
+    checkpoints.wait()
+    if end.reason == "interrupted":
+        if main:
+            print(f"interrupted after step {end.step}; saved. Go on with: jaxlm train {run.folder}")
+        return 1
+    _finish(p, end, sample, log)
+    return 0
+
+
+def _compile(p: assemble.Program, state: Any, batch: dict, log: RunLog, step: int) -> Callable[[Any, dict], Any]:
+    """Ahead of the loop: the step compiles once, and says how long that took and how much memory it needs."""
+    started = time.perf_counter()
+    compiled = p.train_step().lower(state, batch).compile()
+    seconds = time.perf_counter() - started
+    memory = compiled.memory_analysis()
+    size = memory and memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    if jax.process_index() == 0:
+        shown = f", {size / 2**20:,.0f} MiB a device" if size else ""
+        print(f"compiled     the step in {seconds:.1f} s{shown}")
+    log.event(step, "compiled", bytes_per_device=size, time={"seconds": seconds})
+    return compiled
+
+
+def _validator(p: assemble.Program, data: assemble.Corpus, log: RunLog) -> Callable[[int, Any], dict]:
+    evaluate_batch = make_eval_step(p.loss, p.objective.weights, p.tokens.bytes_per_token)
+
+    def validate(step: int, state: Any) -> dict:
+        started = time.perf_counter()
+        batches = assemble.validation_batches(p, data, p.run.train.eval_batches)
+        metrics = evaluate(evaluate_batch, state.eval_params, batches)
+        log.valid(step, metrics, {"seconds": time.perf_counter() - started})
+        return metrics
+
+    return validate
+
+
+def _sampler(p: assemble.Program, log: RunLog) -> Callable[[int, Any], None]:
+    c = p.run.train
+    generate = make_generate(p.model, eos=p.tokens.eos_id, new_tokens=c.sample_tokens, temperature=0.8, top_k=50)
+    prompts = [[p.tokens.bos_id, *p.tokens.encode(text)] for text in c.prompts]
+
+    def sample(step: int, state: Any) -> None:
+        for text, new in zip(c.prompts, generate(state.eval_params, prompts, p.run.seed), strict=True):
+            log.sample(step, text, p.tokens.decode(new))
+            if jax.process_index() == 0 and step in (0, c.steps):
+                print(f"── sample {'before' if step == 0 else 'after'} training ──\n{text}{p.tokens.decode(new)}")
+
+    return sample
+
+
+def _finish(p: assemble.Program, end: loop.Outcome, sample: Callable[[int, Any], None], log: RunLog) -> None:
+    sample(end.step, end.state)
+    if jax.process_index():
+        return
+    run = p.run
+    log.event(end.step, "end", reason=end.reason, best=end.best)
+    if run.data.compare_compression:
+        compressed = compression(run)
+        log.event(end.step, "compression", **compressed)
+        final = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1]) and _last_valid(run.folder)
+        print(
+            f"bits per byte of the validation text: gzip -9 {compressed['gzip']:.3f}, xz -9 {compressed['xz']:.3f}, "
+            f"this model {final['bits_per_byte']:.3f}"
+        )
+    page = report.build(run.folder)
+    print(f"{end.reason} at step {end.step}; report: {page}")
+
+
+def _last_valid(folder: Path) -> dict:
+    from jaxlm.log import read_lines
+
+    return [line for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "valid"][-1]
+
+
+def compression(run: config.Run) -> dict[str, float]:
+    """Bits per byte that gzip -9 and xz -9 need for the very validation text, in one piece."""
+    share = 0.0 if run.data.valid else run.data.holdout
+    sources, part = (run.data.valid, "train") if run.data.valid else (run.data.train, "valid")
+    texts = (t for s in sources for t in caches.texts(s, field=run.data.text_field, holdout=share, part=part))
+    raw = "".join(texts).encode()
+    return {
+        "bytes": len(raw),
+        "gzip": 8 * len(gzip.compress(raw, 9)) / len(raw),
+        "xz": 8 * len(lzma.compress(raw, preset=9)) / len(raw),
+    }
+
+
+def writable(folder: Path) -> None:
+    """Fail before the work, not after it."""
+    at = folder
+    while not at.exists():
+        at = at.parent
+    if not os.access(at, os.W_OK):
+        raise ValueError(f"out: no permission to write in {at}; choose another --out")
+
+
+def replace(run: config.Run, **fields: Any) -> config.Run:
+    return dataclasses.replace(run, **fields)
