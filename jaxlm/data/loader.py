@@ -139,6 +139,8 @@ class Loader:
         iterator = iter(data)
         try:
             yield from iterator
+        except ValueError as error:  # Grain adds lines about itself to what the user has to read
+            raise ValueError(str(error).partition("\n-----")[0]) from error
         finally:
             iterator.close()
 

@@ -242,8 +242,39 @@ def _open_gzip(path: str) -> Any:
     return importlib.import_module("gzip").open(path, "rb")
 
 
+class _Zstd(io.RawIOBase):
+    """Zstandard frames as a file; the library's own takes a file that was cut off for one that ends."""
+
+    def __init__(self, path: str) -> None:
+        self._file = open(path, "rb")
+        self._frame: Any = None
+        self._packed = self._plain = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._plain:
+            self._packed = self._packed or self._file.read(1 << 16)
+            if not self._packed and self._frame:
+                raise EOFError("it ends in the middle of a frame")
+            if not self._packed:
+                return 0
+            self._frame = self._frame or _module("zstandard").ZstdDecompressor().decompressobj()
+            self._plain = self._frame.decompress(self._packed)
+            self._packed = self._frame.unused_data if self._frame.eof else b""
+            self._frame = None if self._frame.eof else self._frame
+        count = min(len(buffer), len(self._plain))
+        buffer[:count], self._plain = self._plain[:count], self._plain[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 def _open_zstd(path: str) -> Any:
-    return io.BufferedReader(_module("zstandard").open(path, "rb"))
+    return io.BufferedReader(_Zstd(path), 1 << 20)
 
 
 OPENERS: dict[str, Callable[[str], Any]] = {".gz": _open_gzip, ".zst": _open_zstd}

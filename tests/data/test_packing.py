@@ -1,0 +1,142 @@
+"""Packing: every token is a target once, no segment mixes documents, and pairs are half true."""
+
+import numpy as np
+import pytest
+
+from jaxlm.data import cache, packing
+from jaxlm.data.tokenizer import Bytes
+
+
+def make_cache(folder, texts) -> cache.Cache:
+    """A cache with these documents in this order."""
+    folder.mkdir()
+    for i, text in enumerate(texts):
+        (folder / f"{i:04}.txt").write_text(text)
+    return cache.open_cache(cache.prepare(str(folder), Bytes(), folder / "root", workers=1)["train"])
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> cache.Cache:
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("abcdefgh"), size)) for size in (1, 2, 3, 40, 5, 1, 1, 17, 100, 8, 2, 64)]
+    return make_cache(tmp_path_factory.mktemp("packing") / "corpus", texts)
+
+
+@pytest.mark.parametrize("document_mask", [True, False])
+@pytest.mark.parametrize("seq_len", [1, 2, 7, 16, 64, 243, 1000])
+def test_every_token_is_a_target_exactly_once(corpus, seq_len, document_mask):
+    records = packing.packed(corpus, seq_len, document_mask=document_mask)
+    stream = np.asarray(corpus.tokens)
+    targets = []
+    for i in range(len(records)):
+        record = records[i]
+        assert {name: (leaf.shape, leaf.dtype) for name, leaf in record.items()} == dict.fromkeys(
+            ("tokens", "segments", "positions"), ((seq_len + 1,), np.dtype(np.int32))
+        )
+        real = record["segments"] > 0
+        assert record["tokens"][0] == stream[i * seq_len]
+        assert real[: real.sum()].all() and (record["tokens"][~real] == Bytes().pad_id).all()
+        targets.append(record["tokens"][1:][real[1:]])
+    assert np.array_equal(np.concatenate(targets), stream[1:])
+    assert all(len(t) == seq_len for t in targets[:-1]) and len(targets[-1])
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 7, 16, 64, 1000])
+def test_segments_and_positions_follow_the_documents(corpus, seq_len):
+    document_of = np.repeat(np.arange(len(corpus)), np.diff(corpus.offsets))
+    records = packing.packed(corpus, seq_len)
+    for i in range(len(records)):
+        record = records[i]
+        documents = document_of[i * seq_len : i * seq_len + seq_len + 1]
+        want_segments = documents - documents[0] + 1
+        want_positions = [k - int(np.argmax(documents == d)) for k, d in enumerate(documents)]
+        count = len(documents)
+        assert record["segments"][:count].tolist() == want_segments.tolist()
+        assert record["positions"][:count].tolist() == want_positions
+        assert not record["segments"][count:].any() and not record["positions"][count:].any()
+
+
+def test_without_document_mask_a_window_is_one_segment(corpus):
+    record = packing.packed(corpus, 32, document_mask=False)[1]
+    assert (record["segments"] == 1).all() and record["positions"].tolist() == list(range(33))
+
+
+def test_records_end(corpus):
+    records = packing.packed(corpus, 16)
+    with pytest.raises(IndexError):
+        records[len(records)]
+    with pytest.raises(ValueError, match="seq_len=0"):
+        packing.packed(corpus, 0)
+
+
+def test_pairs_follow_each_other_half_of_the_time(corpus):
+    records = packing.pairs(corpus, 12)
+    stream, rng, true = np.asarray(corpus.tokens), np.random.default_rng(1), 0
+    documents = [corpus.document(i)[1:-1].tolist() for i in range(len(corpus))]
+
+    def holders(part: list[int]) -> set[int]:
+        return {
+            n
+            for n, d in enumerate(documents)
+            if any(d[k : k + len(part)] == part for k in range(len(d) - len(part) + 1))
+        }
+
+    draws = [(i, records.draw(i, rng)) for _ in range(100) for i in range(len(records))]
+    for _, pair in draws:
+        first, second = pair["first"].tolist(), pair["second"].tolist()
+        assert first and second and len(first) + len(second) <= 12
+        assert max(first + second) < 256  # no special token
+        assert holders(first) and holders(second)
+        if pair["is_next"]:
+            assert holders(first + second)
+            true += 1
+    assert stream.max() >= 256 and abs(true / len(draws) - 0.5) < 0.05
+    assert {leaf.dtype for _, pair in draws for leaf in pair.values()} == {np.dtype(np.int32)}
+
+
+def test_false_seconds_come_from_another_document(tmp_path):
+    texts = ["a" * 40, "b" * 40, "c" * 3, "d"]
+    records = packing.pairs(make_cache(tmp_path / "corpus", texts), 10)
+    rng = np.random.default_rng(0)
+    seen = set()
+    for i in list(range(len(records))) * 30:
+        pair = records.draw(i, rng)
+        (first,), (second,) = set(pair["first"].tolist()), set(pair["second"].tolist())
+        assert (first == second) == bool(pair["is_next"])
+        seen.add(chr(second))
+    assert seen == {"a", "b", "c"}  # one token can't be split in two
+
+
+def test_stretches_cover_every_document(corpus):
+    records = packing.pairs(corpus, 12)
+    usable = [d for i in range(len(corpus)) if len(d := corpus.document(i)[1:-1]) > 1]
+    assert len(records) == sum(-(-len(d) // 12) for d in usable)
+    covered = np.concatenate(
+        [np.concatenate([p["first"], p["second"]]) for p in map(_true_pair(records), range(len(records)))]
+    )
+    assert np.array_equal(covered, np.concatenate(usable))
+
+
+def _true_pair(records):
+    def draw(i):
+        return next(p for s in range(100) if (p := records.draw(i, np.random.default_rng(s)))["is_next"])
+
+    return draw
+
+
+def test_pairs_are_drawn_anew_but_items_are_fixed(corpus):
+    records = packing.pairs(corpus, 12, seed=3)
+
+    def same(a, b) -> bool:
+        return all(np.array_equal(a[name], b[name]) for name in a)
+
+    long = len(records) - 1
+    assert same(records[long], packing.pairs(corpus, 12, seed=3)[long])
+    assert not all(same(records.draw(long, np.random.default_rng(s)), records[long]) for s in range(20))
+
+
+def test_pairs_need_two_documents(tmp_path, corpus):
+    with pytest.raises(ValueError, match="two documents"):
+        packing.pairs(make_cache(tmp_path / "corpus", ["only one that can be split", "x"]), 12)
+    with pytest.raises(ValueError, match="length=3"):
+        packing.pairs(corpus, 3)
