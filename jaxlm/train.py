@@ -1,6 +1,5 @@
 """`jaxlm train`: what happens in what order, from a `Run` to a run directory that holds everything about it."""
 
-import dataclasses
 import gzip
 import json
 import lzma
@@ -12,12 +11,12 @@ from typing import Any
 
 import jax
 
-from jaxlm import assemble, config, loop, report, sharding
+from jaxlm import assemble, config, loop, params, report, sharding
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import cache as caches
 from jaxlm.eval.perplexity import evaluate, make_eval_step
 from jaxlm.generate import make_generate
-from jaxlm.log import Meter, Progress, RunLog, peak_flops, write_environment
+from jaxlm.log import Meter, Progress, RunLog, peak_flops, read_lines, write_environment
 from jaxlm.models import MODELS
 from jaxlm.objectives import OBJECTIVES
 
@@ -100,8 +99,8 @@ def _run(
     if start == 0:
         sample(0, state)
         validate(0, state)
-    if log.enabled:
-        log.event(start, "start", parameters=assemble.params.count(p.specs), notes=p.notes)
+    if start == 0:
+        log.event(0, "start", parameters=params.count(p.specs), notes=p.notes)
     flops, kind = p.flops_per_token(), jax.devices()[0].device_kind
     peak = peak_flops(kind)
     meter = Meter(c.steps, start=start, flops=flops, peak=peak and peak * jax.device_count())
@@ -215,19 +214,13 @@ def _finish(p: assemble.Program, end: loop.Outcome, sample: Callable[[int, Any],
     if run.data.compare_compression:
         compressed = compression(run)
         log.event(end.step, "compression", **compressed)
-        final = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1]) and _last_valid(run.folder)
+        final = [line for line in read_lines(run.folder / "metrics.jsonl") if line["kind"] == "valid"][-1]
         print(
             f"bits per byte of the validation text: gzip -9 {compressed['gzip']:.3f}, xz -9 {compressed['xz']:.3f}, "
             f"this model {final['bits_per_byte']:.3f}"
         )
     page = report.build(run.folder)
     print(f"{end.reason} at step {end.step}; report: {page}")
-
-
-def _last_valid(folder: Path) -> dict:
-    from jaxlm.log import read_lines
-
-    return [line for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "valid"][-1]
 
 
 def compression(run: config.Run) -> dict[str, float]:
@@ -251,6 +244,3 @@ def writable(folder: Path) -> None:
     if not os.access(at, os.W_OK):
         raise ValueError(f"out: no permission to write in {at}; choose another --out")
 
-
-def replace(run: config.Run, **fields: Any) -> config.Run:
-    return dataclasses.replace(run, **fields)

@@ -1,0 +1,238 @@
+"""The command line. Importing this loads neither jax nor any other heavy package: `--help` answers at once."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Handler = Callable[[argparse.Namespace, list[str]], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: done; 1: it failed or was interrupted; 2: the request can't be met, said in one line."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    if rest and not args.overrides:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return args.run(args, rest)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        print(f"jaxlm: {one_line(error)}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        from jaxlm.loop import NonFiniteError
+
+        if debug or not isinstance(error, NonFiniteError):
+            raise
+        print(f"jaxlm: {one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; free space or choose another folder"
+    return " ".join(str(error).split())
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jaxlm",
+        description="Language models on JAX: pretrain, evaluate, generate.",
+        epilog="example: jaxlm train configs/quickstart.py --train.steps 100",
+    )
+    parser.add_argument("--debug", action="store_true", help="show a traceback for every error")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(of: Any, name: str, run: Handler, help: str, example: str, overrides: bool = False) -> Any:
+        p = of.add_parser(name, help=help, description=help, epilog=f"example: {example}", add_help=not overrides)
+        p.set_defaults(run=run, overrides=overrides)
+        return p
+
+    p = command(commands, "train", _train, "train a config, or continue a run directory",
+                "jaxlm train configs/quickstart.py --optim.lr 3e-4 --mesh.fsdp 8", overrides=True)  # fmt: skip
+    p.add_argument("config", metavar="CONFIG|RUN_DIR", nargs="?", help="a config file or name, or a run directory")
+    p.add_argument("--dry-run", action="store_true", help="show what would run, and don't")
+    p.add_argument("-h", "--help", action="store_true", help="the overrides of that config, with their values")
+
+    p = command(commands, "eval", _evaluate, "loss, perplexity, bits per byte and accuracy of a run on its validation set",
+                "jaxlm eval runs/quickstart --data README.md")  # fmt: skip
+    p.add_argument("model", metavar="RUN_DIR")
+    p.add_argument("--data", nargs="+", metavar="SOURCE", help="other text to evaluate on")
+    p.add_argument("--step", type=int, help="of a checkpoint (default: the newest)")
+    p.add_argument("--batches", type=int, default=0, help="at most so many of each source")
+    p.add_argument("--json", action="store_true", help="end with one line of JSON")
+
+    p = command(commands, "generate", _generate, "continue a prompt",
+                "jaxlm generate runs/quickstart --prompt 'def main(' --temperature 0.8")  # fmt: skip
+    p.add_argument("model", metavar="RUN_DIR")
+    p.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    p.add_argument("--tokens", type=int, default=128, help="at most so many new ones (default 128)")
+    p.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    p.add_argument("--top-k", type=int, default=0)
+    p.add_argument("--top-p", type=float, default=1.0)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--step", type=int, help="of a checkpoint (default: the newest)")
+    p.add_argument("--json", action="store_true", help="end with one line of JSON")
+
+    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer").add_subparsers(required=True)
+    p = command(tokenizer, "train", _tokenizer_train, "train a lossless SentencePiece tokenizer with byte fallback",
+                "jaxlm tokenizer train stdlib --vocab 8192 --out code.model")  # fmt: skip
+    p.add_argument("source", nargs="+", metavar="SOURCE")
+    p.add_argument("--vocab", type=int, default=8192)
+    p.add_argument("--out", type=Path, required=True, metavar="FILE.model")
+    p.add_argument("--field", default="text", help="of JSONL, Parquet and TFDS records")
+
+    data = commands.add_parser("data", help="tokenise data, look at data").add_subparsers(required=True)
+    p = command(data, "prepare", _data_prepare, "tokenise the data of a config into its cache",
+                "jaxlm data prepare configs/quickstart.py", overrides=True)  # fmt: skip
+    p.add_argument("config", metavar="CONFIG", nargs="?")
+    p.add_argument("-h", "--help", action="store_true")
+    p = command(data, "inspect", _data_inspect, "show decoded training examples, with what is learned from marked",
+                "jaxlm data inspect configs/quickstart.py", overrides=True)  # fmt: skip
+    p.add_argument("config", metavar="CONFIG", nargs="?")
+    p.add_argument("--examples", type=int, default=2)
+    p.add_argument("-h", "--help", action="store_true")
+
+    p = command(commands, "report", _report, "rebuild report.html and report.png from a run's logs",
+                "jaxlm report runs/quickstart")  # fmt: skip
+    p.add_argument("model", metavar="RUN_DIR", type=Path)
+    command(commands, "doctor", _doctor, "devices, versions, what is missing and the command that mends it", "jaxlm doctor")
+    return parser
+
+
+def _resolve(name: str) -> Path:
+    """A config file by path, or by its bare name among those that come with the package."""
+    package = Path(__file__).parent
+    folders = [package / "_configs", package.parent / "configs"]
+    candidates = [Path(name), *(folder / f"{name.removesuffix('.py')}.py" for folder in folders)]
+    for path in candidates:
+        if path.is_file():
+            return path
+    from jaxlm.config import nearest
+
+    known = sorted(p.stem for folder in folders for p in folder.glob("*.py"))
+    raise ValueError(f"no config file {name}{nearest(name, known)}")
+
+
+def _load(args: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
+    """(the run as its file has it, the run with overrides)."""
+    from jaxlm import config
+
+    if args.config is None:
+        raise ValueError(f"give a config, for example: jaxlm train quickstart{' --help' if args.help else ''}")
+    if Path(args.config).is_dir():
+        from jaxlm.train import read_config
+
+        folder = Path(args.config)
+        base = read_config(folder)
+        base = config.dataclasses.replace(base, name=folder.resolve().name, out=str(folder.parent))
+    else:
+        base = config.load(_resolve(args.config))
+    return base, config.override(base, rest + (["--help"] if args.help else []))
+
+
+def _start() -> None:
+    from jaxlm import sharding
+
+    sharding.start_processes()
+
+
+def _train(args: argparse.Namespace, rest: list[str]) -> int:
+    base, run = _load(args, rest)
+    _start()
+    from jaxlm import dry_run, train
+
+    train.writable(run.folder)
+    if args.dry_run:
+        return dry_run.show(base, run)
+    return train.train(run)
+
+
+def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
+    _start()
+    from jaxlm import inference
+
+    metrics = inference.evaluate(Path(args.model), data=args.data, step=args.step, batches=args.batches)
+    for name, value in metrics.items():
+        print(f"{name:16} {value:.6g}")
+    return _json(args, metrics)
+
+
+def _generate(args: argparse.Namespace, rest: list[str]) -> int:
+    _start()
+    from jaxlm import inference
+
+    texts = inference.generate(
+        Path(args.model), args.prompt, tokens=args.tokens, temperature=args.temperature, top_k=args.top_k,
+        top_p=args.top_p, seed=args.seed, step=args.step,
+    )  # fmt: skip
+    for prompt, text in zip(args.prompt, texts, strict=True):
+        print(prompt + text)
+    return _json(args, {"prompts": args.prompt, "texts": texts})
+
+
+def _json(args: argparse.Namespace, values: dict) -> int:
+    if args.json:
+        import json
+
+        print(json.dumps(values))
+    return 0
+
+
+def _tokenizer_train(args: argparse.Namespace, rest: list[str]) -> int:
+    from jaxlm.data import cache, tokenizer
+
+    texts = (text for source in args.source for text in cache.texts(source, field=args.field, part="train"))
+    made = tokenizer.train_sentencepiece(texts, args.out, vocab_size=args.vocab)
+    print(f"{args.out}: {made.vocab_size} pieces")
+    return 0
+
+
+def _data_prepare(args: argparse.Namespace, rest: list[str]) -> int:
+    _, run = _load(args, rest)
+    from jaxlm import assemble
+
+    data = assemble.corpus(run, assemble.load_tokenizer(run))
+    for name, caches in (("train", data.train), ("valid", data.valid)):
+        for c in caches:
+            print(f"{name}: {len(c):,} documents, {len(c.tokens):,} tokens, {c.raw_bytes.sum():,} bytes")
+    return 0
+
+
+def _data_inspect(args: argparse.Namespace, rest: list[str]) -> int:
+    _, run = _load(args, rest)
+    from jaxlm import assemble, dry_run
+
+    tokens = assemble.load_tokenizer(run)
+    loader = assemble.training_loader(run, tokens, assemble.corpus(run, tokens), None)
+    for i in range(args.examples):
+        dry_run.show_example(loader.example(i), tokens, f"example {i}")
+    return 0
+
+
+def _report(args: argparse.Namespace, rest: list[str]) -> int:
+    from jaxlm import report
+
+    print(report.build(args.model))
+    return 0
+
+
+def _doctor(args: argparse.Namespace, rest: list[str]) -> int:
+    from jaxlm import doctor
+
+    _, ok = doctor.doctor()
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""`jaxlm train --dry-run`: the resolved run, its parameters, its memory and one decoded batch, without training."""
+
+import math
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.table
+import rich.text
+
+from jaxlm import assemble, config, params, sharding, tree
+
+console = rich.console.Console(highlight=False)
+
+
+def show(base: config.Run, run: config.Run) -> int:
+    """`base` is the run as its file has it, `run` with the overrides of the command line."""
+    show_config(base, run)
+    tokens = assemble.load_tokenizer(run)
+    p = assemble.program(run, tokens)
+    for name, note in p.notes.items():
+        console.print(f"{name:12} {note}")
+    show_parameters(p)
+    loader = assemble.training_loader(run, tokens, assemble.corpus(run, tokens), None)
+    console.print(
+        f"data         {loader.examples_per_epoch:,} windows an epoch; "
+        f"{run.train.steps * run.train.batch_size / loader.examples_per_epoch:.2f} epochs"
+    )
+    show_memory(p, loader)
+    show_example(loader.example(0), tokens, "first training example")
+    return 0
+
+
+def show_config(base: config.Run, run: config.Run) -> None:
+    plain: dict[str, Any] = {}
+    for part, prefix in ((config.Data(), "data."), (config.Optim(), "optim."), (config.Train(), "train."),
+                         (config.Mesh(), "mesh."), (config.Execution(), "execution."), (type(run.model)(), "model."),
+                         (type(run.objective)(), "objective.")):  # fmt: skip
+        plain |= config.flatten(part, prefix)
+    table = rich.table.Table("field", "value", "from", title=f"run {run.name} → {run.folder}", title_justify="left")
+    mine, file = config.flatten(run), config.flatten(base)
+    for key, value in mine.items():
+        where = "command line" if value != file[key] else "default" if plain.get(key) == value else "config file"
+        style = {"command line": "bold", "default": "dim", "config file": ""}[where]
+        table.add_row(key, repr(value), where, style=style)
+    console.print(table)
+
+
+def show_parameters(p: assemble.Program) -> None:
+    flat = tree.flatten(p.specs, params.is_spec)
+    table = rich.table.Table("parameter", "shape", "axes", "at rest", "elements", "optimizer")
+    for path, s in flat.items():
+        rest = "whole" if p.mesh is None else str(p.layout.spec(s.axes, p.layout.store)).removeprefix("PartitionSpec")
+        axes = ", ".join(a or "·" for a in s.axes)
+        table.add_row(path, "×".join(map(str, s.shape)), axes, rest, f"{math.prod(s.shape):,}", p.optimizer.groups[path])
+    console.print(table)
+    trained = sum(math.prod(s.shape) for path, s in flat.items() if p.optimizer.trainable(path))
+    console.print(f"parameters   {params.count(p.specs):,}, of which {trained:,} are trained")
+
+
+def show_memory(p: assemble.Program, loader: Any) -> None:
+    """What the compiler says of this very step: nothing is guessed, and nothing runs."""
+    c = p.run.train
+    rows = p.rows(c.batch_size // c.micro_batches)
+    with sharding.on_mesh(p.mesh):
+        batch = p.to_device(loader.batch(0), rows)
+        compiled = p.train_step().lower(p.abstract_state(), batch).compile()
+    m = compiled.memory_analysis()
+    if m is None:
+        console.print("memory       this backend's compiler gives no memory analysis")
+        return
+    mib = 1 << 20
+    console.print(
+        f"memory       {(m.argument_size_in_bytes + m.temp_size_in_bytes) / mib:,.0f} MiB a device: "
+        f"state and batch {m.argument_size_in_bytes / mib:,.0f}, temporaries {m.temp_size_in_bytes / mib:,.0f}"
+    )
+
+
+def show_example(example: dict[str, np.ndarray], tokens: Any, title: str) -> None:
+    """Decoded, with the targets that count underlined and every document in its own colour."""
+    text = rich.text.Text()
+    at = set(example["at"][example["weights"] > 0].tolist()) if "at" in example else None
+    ids, segments = example["tokens"], example["segments"]
+    counted = 0
+    for t in range(len(ids)):
+        # In causal training position t predicts t + 1: mark the token that is predicted.
+        target = (t in at) if at is not None else (t > 0 and example["weights"][t - 1] > 0)
+        counted += target
+        colour = "dim" if segments[t] == 0 else ("cyan", "green", "magenta", "yellow")[int(segments[t]) % 4]
+        text.append(tokens.piece(int(ids[t])), style=colour + (" underline" if target else ""))
+    console.print(f"{title}: {len(ids)} tokens in {len(set(segments[segments > 0].tolist()))} document(s), "
+                  f"{counted} of them targets (underlined)")  # fmt: skip
+    console.print(text)
