@@ -246,7 +246,7 @@ class _Zstd(io.RawIOBase):
     """Zstandard frames as a file; the library's own takes a file that was cut off for one that ends."""
 
     def __init__(self, path: str) -> None:
-        self._file = open(path, "rb")
+        self._file = open(path, "rb")  # noqa: SIM115 (closed in `close`)
         self._frame: Any = None
         self._packed = self._plain = b""
 

@@ -156,6 +156,13 @@ def test_each_epoch_sees_every_record_once_in_a_new_order(caches):
     assert len(set(map(tuple, epochs))) == 3
 
 
+def test_random_streams_belong_to_the_example_not_the_record(caches):
+    records = packing.packed(caches[1], 32)
+    loader = Loader([records], [1.0], _noisy(), batch_size=1)
+    noise = {loader.example(i)["noise"].tobytes() for i in range(3 * len(records))}
+    assert len(noise) == 3 * len(records)
+
+
 def test_pairs_are_drawn_anew_each_epoch(caches):
     records = packing.pairs(caches[1], 64)
     loader = Loader(

@@ -170,6 +170,17 @@ def test_training_depends_on_the_texts_and_the_seed_alone(tmp_path):
     assert train(texts, max_bytes=1 << 20) != first
 
 
+def test_the_sample_is_the_same_for_any_order_of_the_texts():
+    rng = random.Random(0)
+    texts = [f"{i} " + "x" * rng.choice([1, 10, 500]) for i in range(300)]
+    want = tok._sample(texts, 0, 5000)
+    assert 3000 < sum(map(len, want)) <= 5000
+    for _ in range(20):
+        rng.shuffle(texts)
+        assert tok._sample(texts, 0, 5000) == want
+    assert tok._sample(texts, 1, 5000) != want
+
+
 def test_training_is_quiet_and_faults_are_clear(tmp_path, capfd):
     tok.train_sentencepiece(TEXTS, tmp_path / "x.model", vocab_size=330)
     assert capfd.readouterr() == ("", "")
