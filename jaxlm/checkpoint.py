@@ -118,9 +118,8 @@ class Checkpoints:
         if step == self.step:
             return False
         items = _nested(state)
-        json_items = {"meta": _json(meta, "meta"), **({"metrics": _json(dict(metrics), "metrics")} if metrics else {})}
-        if jax.process_index() == 0:
-            self._make_room(step)
+        json_items = {"meta": _json(meta, "meta"), "metrics": _json(dict(metrics or {}), "metrics")}
+        self._make_room(step)
         saver = self._saver_for((*items, *json_items))
         arguments = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
         arguments |= {name: ocp.args.JsonSave(value) for name, value in json_items.items()}
@@ -167,7 +166,7 @@ class Checkpoints:
             trees = {name: self._read(at, name, tree, cast=False) for name, tree in wanted.items()}
             return trees, self._read_json(at, "meta")
 
-        trees, meta = self._first_sound(step, (*wanted, "meta"), read, remember=True)
+        trees, meta = self._first_sound(step, (*wanted, "meta", "metrics"), read, remember=True)
         return _like(abstract_state, trees), meta
 
     def restore_params(self, abstract_params: Any, step: int | None = None, *, item: str = "params") -> Any:
@@ -241,28 +240,43 @@ class Checkpoints:
         write_manifest(next(p for p in (final.with_name(final.name + ".orbax-checkpoint-tmp"), final) if p.is_dir()))
 
     def _make_room(self, step: int) -> None:
-        """Make the folder, sweep what killed processes left, and set aside what this run has gone back behind."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not self._swept:
-                for path in self.folder.iterdir():
-                    if TEMPORARY.fullmatch(path.name):
-                        shutil.rmtree(path)
-                self._swept = True
-            for other in self.steps():
-                if other < step and other not in self._faults:
-                    continue
-                if other not in self._faults and (self.step is None or other <= self.step):
-                    raise ValueError(
-                        f"{self.folder} already has checkpoint-{other}, not older than step {step}, which this run has"
-                        " not continued from: continue it, or choose another folder"
-                    )
-                aside = _free_name(self.path(other).with_name(f"checkpoint-{other}.aside"))
-                self.path(other).rename(aside)
-                why = self._faults.pop(other, f"the run went back to step {self.step}")
-                _say(f"checkpoint-{other} is set aside as {aside.name}: {why}")
-        except OSError as error:
-            raise ValueError(self._explain(error, step)) from error
+        """Process 0 tidies the folder for all; if it can't, no process goes on to wait for the others."""
+        fault: ValueError | None = None
+        if jax.process_index() == 0:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if not self._swept:
+                    self._sweep()
+                self._set_aside(step)
+            except OSError as error:
+                fault = ValueError(self._explain(error, step))
+                fault.__cause__ = error
+            except ValueError as error:
+                fault = error
+        if not _all_agree(fault is None):
+            raise fault or ValueError(f"checkpoint at step {step} was not saved: process 0 says why")
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left."""
+        for path in self.folder.iterdir():
+            if TEMPORARY.fullmatch(path.name):
+                shutil.rmtree(path)
+        self._swept = True
+
+    def _set_aside(self, step: int) -> None:
+        """Rename what this run has gone back behind; refuse to write among the steps of another run."""
+        for other in self.steps():
+            if other < step and other not in self._faults:
+                continue
+            if other not in self._faults and (self.step is None or other <= self.step):
+                raise ValueError(
+                    f"{self.folder} already has checkpoint-{other}, not older than step {step}, which this run has not"
+                    " continued from: continue it, or choose another folder"
+                )
+            aside = _free_name(self.path(other).with_name(f"checkpoint-{other}.aside"))
+            self.path(other).rename(aside)
+            why = self._faults.pop(other, f"the run went back to step {self.step}")
+            _say(f"checkpoint-{other} is set aside as {aside.name}: {why}")
 
     def _give_up(self, error: Exception) -> None:
         """Free the space of a save that failed and say why in one line; an unknown error stays what it is."""

@@ -143,13 +143,13 @@ def test_host_memory_does_not_grow_with_the_number_of_saves(tmp_path):
         pytest.skip("no /proc here")
     state = {"params": {"x": jax.random.normal(jax.random.key(0), (2048, 1024))}}  # 8 MiB
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        for step in range(60):
+        for step in range(40):
             checkpoints.save(step, state, {})
-            if step == 29:  # allocators and caches have reached their size
+            if step == 19:  # allocators and caches have reached their size
                 checkpoints.wait()
                 before = resident()
         checkpoints.wait()
-        assert resident() - before < 80 << 20  # 30 leaked copies would be 240 MiB
+        assert resident() - before < 80 << 20  # 20 leaked copies would be 160 MiB
 
 
 def test_the_last_ones_and_the_best_one_are_kept(tmp_path):
@@ -223,6 +223,7 @@ def test_any_damaged_file_of_the_newest_step_is_survived(tmp_path, kind, capsys)
             survived.add(file)
             assert f"WARNING: checkpoint-20 is damaged: {file.relative_to(newest)}" in said
             assert "checkpoint-10 is used instead" in said
+            assert kind != "truncate" or "bytes instead of" in said or file.name == "manifest.json"
             with pytest.raises(ValueError, match=r"^[^\n]*checkpoint-20 is damaged: [^\n]*$"):
                 checkpoints.restore(abstract(small(0)), step=20)
         file.write_bytes(bytes_)
