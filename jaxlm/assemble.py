@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import attention, config, optim, params, sharding, step, tree
+from jaxlm import attention, config, layers, optim, params, sharding, step, tree
 from jaxlm.attention import Mask
 from jaxlm.data import cache as caches
 from jaxlm.data import loader, packing, tokenizer
@@ -149,7 +149,7 @@ def program(run: config.Run, tokens: Any) -> Program:
         "mesh": "one device" if mesh is None else " × ".join(f"{a} {n}" for a, n in mesh.shape.items() if n > 1),
         "attention": f"{implementation} ({why})",
         "precision": f"float32 weights, {run.execution.dtype} compute",
-        "layers": ("scanned" if run.execution.scan else "unrolled") + f", remat {run.execution.remat}",
+        "layers": ("scanned" if layers.scanned(layout) else "unrolled") + f", remat {run.execution.remat}",
     }
     model = Model(family, run.model, specs, layout)
     optimizer = optim.make(run.optim, run.train.steps, specs)

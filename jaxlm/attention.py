@@ -101,28 +101,33 @@ def _cudnn(q_BTHC, k_BSKC, v_BSKC, mask: Mask, scale, softcap, bias_HTS):  # typ
     )
 
 
-def _xla(q_BTHC, k_BSKC, v_BSKC, mask: Mask, scale, softcap, bias_HTS):  # type: ignore[no-untyped-def]
-    """Plain XLA in blocks of queries: each sees only the keys that causality and the window can reach, and its scores
-    are computed again in the backward pass, so that they never all exist at one time and stay in cache on a CPU."""
-    T, S = q_BTHC.shape[1], k_BSKC.shape[1]
-    blocks = query_blocks(T, S, mask)
-    if len(blocks) == 1:
-        return _block(q_BTHC, k_BSKC, v_BSKC, mask.dense(0, T, 0, S), bias_HTS, scale, softcap)
-    out = []
-    for start, stop, first, last in blocks:
-        bias = None if bias_HTS is None else bias_HTS[:, start:stop, first:last]
-        seen = mask.dense(start, stop, first, last)
-        run = jax.checkpoint(partial(_block, scale=scale, softcap=softcap))
-        out.append(run(q_BTHC[:, start:stop], k_BSKC[:, first:last], v_BSKC[:, first:last], seen, bias))
-    return jnp.concatenate(out, 1)
-
-
 BLOCK = 128  # queries a block: scores of a few heads fit a CPU's cache, and the causal half is skipped
 MOST_BLOCKS = 16
+KEEP_SCORES = 512  # positions up to which the backward pass keeps a block's scores instead of computing them again
+
+
+def _xla(q_BTHC, k_BSKC, v_BSKC, mask: Mask, scale, softcap, bias_HTS):  # type: ignore[no-untyped-def]
+    """Plain XLA in blocks of queries: each sees only the keys that causality and the window can reach, so that all
+    scores never exist at one time. Operands are laid out once so that every product is a plain batched matrix product.
+    """
+    B, T, H, C = q_BTHC.shape
+    S, K = k_BSKC.shape[1:3]
+    q_BKGTC = (q_BTHC * jnp.asarray(scale, q_BTHC.dtype)).reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
+    k_BKCS, v_BKSC = k_BSKC.transpose(0, 2, 3, 1), v_BSKC.transpose(0, 2, 1, 3)
+    block = partial(_block, softcap=softcap)
+    if S > KEEP_SCORES:
+        block = jax.checkpoint(block)
+    out = []
+    for start, stop, first, last in query_blocks(T, S, mask):
+        bias = None if bias_HTS is None else bias_HTS[:, start:stop, first:last]
+        seen = mask.dense(start, stop, first, last)
+        out.append(block(q_BKGTC[:, :, :, start:stop], k_BKCS[..., first:last], v_BKSC[:, :, first:last], seen, bias))
+    o_BKGTC = out[0] if len(out) == 1 else jnp.concatenate(out, 3)
+    return o_BKGTC.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C)
 
 
 def query_blocks(T: int, S: int, mask: Mask) -> list[tuple[int, int, int, int]]:
-    """(first query, end, first key, end) of each block. One block where blocks would gain nothing or don't divide T."""
+    """(first query, end, first key, end) of each block. One block where blocks would gain nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     if T != S or T <= BLOCK or (not mesh.empty and mesh.shape.get("context", 1) > 1):
         return [(0, T, 0, S)]
@@ -136,16 +141,15 @@ def query_blocks(T: int, S: int, mask: Mask) -> list[tuple[int, int, int, int]]:
     return out
 
 
-def _block(q_BTHC, k_BSKC, v_BSKC, seen, bias_HTS, scale, softcap):  # type: ignore[no-untyped-def]
-    B, T, H, C = q_BTHC.shape
-    K = k_BSKC.shape[2]
-    q_BTKGC = (q_BTHC * jnp.asarray(scale, q_BTHC.dtype)).reshape(B, T, K, H // K, C)
-    s_BKGTS = jnp.einsum("btkgc,bskc->bkgts", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32)
+def _block(q_BKGTC, k_BKCS, v_BKSC, seen, bias_HTS, softcap):  # type: ignore[no-untyped-def]
+    B, K, G, T, C = q_BKGTC.shape
+    s = jnp.einsum("bkqc,bkcs->bkqs", q_BKGTC.reshape(B, K, G * T, C), k_BKCS, preferred_element_type=jnp.float32)
+    s_BKGTS = s.reshape(B, K, G, T, -1)
     if softcap is not None:
         s_BKGTS = softcap * jnp.tanh(s_BKGTS / softcap)
     if bias_HTS is not None:
-        s_BKGTS += bias_HTS.reshape(1, K, H // K, *bias_HTS.shape[1:]).astype(jnp.float32)
+        s_BKGTS += bias_HTS.reshape(1, K, G, *bias_HTS.shape[1:]).astype(jnp.float32)
     if seen is not None:
         s_BKGTS = jnp.where(seen[:, None, None], s_BKGTS, -1e30)
-    p_BKGTS = jax.nn.softmax(s_BKGTS, -1).astype(v_BSKC.dtype)
-    return jnp.einsum("bkgts,bskc->btkgc", p_BKGTS, v_BSKC).reshape(B, T, H, C)
+    p = jax.nn.softmax(s_BKGTS, -1).astype(v_BKSC.dtype).reshape(s.shape)
+    return jnp.einsum("bkqs,bksc->bkqc", p, v_BKSC).reshape(B, K, G, T, C)

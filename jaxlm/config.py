@@ -143,8 +143,9 @@ class Execution:
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     remat: Literal["none", "dots", "full"] = "none"
     """Activations recomputed in the backward pass: none, all but matrix products, or all of each block."""
-    scan: bool = True
-    """Loop over layers (compiles once) or unroll them. Checkpoints are the same."""
+    scan: bool | None = None
+    """Loop over layers (compiles once) or unroll them; default: unroll on a CPU, whose loops are slower, else loop.
+    Checkpoints are the same."""
     loss_chunk: int = 0
     """Tokens whose logits exist at one time; 0: chosen so that they take a few MiB."""
 
@@ -187,29 +188,56 @@ def from_dict(values: dict[str, Any], models: dict[str, Any], objectives: dict[s
     """The inverse of `to_dict`. `models` and `objectives` map family names to modules with a `Config`."""
     values = dict(values)
     for key, table in (("model", models), ("objective", objectives)):
-        part = dict(values[key])
-        name = part.pop("family")
+        part = values.get(key)
+        if not isinstance(part, dict) or "family" not in part:
+            raise ValueError(f"{key}.family: missing; known: {', '.join(sorted(table))}")
+        name = part["family"]
         if name not in table:
-            raise ValueError(f"{key}.family: unknown {name!r}{nearest(name, table)}")
-        values[key] = _build(table[name].Config, part, key)
+            raise ValueError(f"{key}.family: unknown {name!r}{nearest(str(name), table)}")
+        values[key] = _build(table[name].Config, {k: v for k, v in part.items() if k != "family"}, key)
     return _build(Run, values, "")
 
 
 def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    names = {f.name for f in dataclasses.fields(cls)}
+    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    name = lambda key: ".".join(filter(None, (where, key)))  # noqa: E731
     for key in values:
-        if key not in names:
-            raise ValueError(f"unknown config key {'.'.join(filter(None, (where, key)))}{nearest(key, names)}")
+        if key not in fields:
+            raise ValueError(f"unknown config key {name(key)}{nearest(key, fields)}")
+    for key, f in fields.items():
+        if key not in values and f.default is f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{name(key)}: missing")
     done = {}
     for key, value in values.items():
         kind = hints[key]
         if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-            value = _build(kind, value, ".".join(filter(None, (where, key))))
+            value = _build(kind, value, name(key))
         elif typing.get_origin(kind) is tuple and isinstance(value, list):
             value = tuple(value)
+        if not _fits(value, kind):
+            raise ValueError(f"{name(key)}: {value!r} is not a valid {_shown(kind)}")
         done[key] = value
     return cls(**done)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value has the type of a field; the types are those that this file and the families use."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(kind, TypeVar):  # a family part, built already
+        return True
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, inner[0]) for v in value)
+    if inner:
+        return any(_fits(value, k) for k in inner)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _shown(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
 def flatten(run: Any, prefix: str = "") -> dict[str, Any]:
@@ -290,14 +318,13 @@ def _wrong_type(run: Run, args: list[str], known: dict[str, Any]) -> str:
 
 
 def _hints(part: Any, prefix: str = "") -> dict[str, str]:
-    out = {}
+    out: dict[str, str] = {}
     for name, kind in typing.get_type_hints(type(part)).items():
         value = getattr(part, name, None)
         if dataclasses.is_dataclass(value):
             out |= _hints(value, f"{prefix}{name}.")
         else:
-            text = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-            out[prefix + name] = text
+            out[prefix + name] = _shown(kind)
     return out
 
 

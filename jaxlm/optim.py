@@ -1,6 +1,7 @@
 """Optimizers and schedules: optax chains, and which parameters each of them gets."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -162,9 +163,7 @@ def _muon(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any) -
 
     def shape_scale(s: Spec) -> float:
         n = matrix_dimensions(s)
-        rows, columns = (
-            int(jnp.prod(jnp.array([s.shape[i] for i in dims]))) for dims in (n.output_axis, n.reduction_axis)
-        )
+        rows, columns = (math.prod(s.shape[i] for i in dims) for dims in (n.output_axis, n.reduction_axis))
         return max(1.0, rows / columns) ** 0.5
 
     def rescale(updates: Any, params: Any = None) -> Any:
@@ -192,12 +191,15 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
 
     `params`: abstract trainable weights; `shardings`: theirs; `whole`: the replicated sharding.
     """
-    state = jax.eval_shape(tx.init, params)
-    shapes = jax.tree.map(lambda p, h: (p.shape, h), params, shardings)
-    return optax.tree.map_params(
-        tx,
-        lambda leaf, home: home[1] if leaf.shape == home[0] else whole,
-        state,
-        shapes,
-        transform_non_params=lambda _: whole,
-    )
+    homes = {
+        path: (leaf.shape, home)
+        for (path, leaf), home in zip(tree.flatten(params).items(), tree.flatten(shardings).values(), strict=True)
+    }
+
+    def place(path: tuple, leaf: Any) -> Any:
+        # A moment sits in the optimizer's state under its weight's own path, whatever chains and groups surround it.
+        name = "/".join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
+        shape, home = homes.get(name, next((h for p, h in homes.items() if name.endswith("/" + p)), (None, whole)))
+        return home if leaf.shape == shape else whole
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))

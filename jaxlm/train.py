@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import math
 import os
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jaxlm import assemble, config, loop, params, report, sharding
+from jaxlm import assemble, config, loop, params, report, sharding, tree
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import cache as caches
 from jaxlm.eval.perplexity import evaluate, make_eval_step
@@ -100,7 +101,9 @@ def _run(
         sample(0, state)
         validate(0, state)
     if start == 0:
-        log.event(0, "start", parameters=params.count(p.specs), notes=p.notes)
+        flat = tree.flatten(p.specs, params.is_spec)
+        trained = sum(math.prod(s.shape) for path, s in flat.items() if p.optimizer.trainable(path))
+        log.event(0, "model", parameters=params.count(p.specs), trainable=trained, notes=p.notes)
     flops, kind = p.flops_per_token(), jax.devices()[0].device_kind
     peak = peak_flops(kind)
     meter = Meter(c.steps, start=start, flops=flops, peak=peak and peak * jax.device_count())
