@@ -1,6 +1,7 @@
 """`jaxlm train --dry-run`: the resolved run, its parameters, its memory and one decoded batch, without training."""
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import rich.text
 
 from jaxlm import assemble, config, params, sharding, tree
 
-console = rich.console.Console(highlight=False)
+console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def show(base: config.Run, run: config.Run) -> int:

@@ -75,7 +75,7 @@ def train(run: config.Run) -> int:
         start = int(meta.get("step", 0))
         if continues and main:
             print(f"continuing {run.folder} after step {start}")
-        with RunLog(run.folder, resume_step=start, enabled=main) as log:
+        with RunLog(run.folder, resume_step=start if meta else -1, enabled=main) as log:
             return _run(p, data, state, meta, checkpoints, log)
 
 
@@ -177,7 +177,8 @@ def _compile(p: assemble.Program, state: Any, batch: dict, log: RunLog, step: in
     if jax.process_index() == 0:
         shown = f", {size / 2**20:,.0f} MiB a device" if size else ""
         print(f"compiled     the step in {seconds:.1f} s{shown}")
-    log.event(step, "compiled", bytes_per_device=size, time={"seconds": seconds})
+    if step == 0:  # a continued run's log is the uninterrupted run's
+        log.event(0, "compiled", bytes_per_device=size, time={"seconds": seconds})
     return compiled
 
 
