@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlm import assemble, params, sharding
+import jax
+
+from jaxlm import assemble, config, params, sharding
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.eval import perplexity
 from jaxlm.generate import make_generate
@@ -13,9 +15,15 @@ from jaxlm.train import read_config
 
 
 def open_run(folder: Path, step: int | None = None, data: Sequence[str] | None = None) -> tuple[assemble.Program, Any]:
-    """(program, weights): the averaged weights where the run keeps an average."""
+    """(program, weights): the averaged weights where the run keeps an average.
+
+    The mesh is this machine's, every device with whole weights and its share of the batch, whatever it was in training.
+    """
     run = read_config(folder)
-    run = dataclasses.replace(run, name=folder.resolve().name, out=str(folder.parent))
+    run = dataclasses.replace(run, name=folder.resolve().name, out=str(folder.parent), mesh=config.Mesh())
+    rows, n = run.train.batch_size // run.train.micro_batches, jax.device_count()  # rows that divide over devices here
+    train = dataclasses.replace(run.train, batch_size=-(-rows // n) * n, micro_batches=1)
+    run = dataclasses.replace(run, train=train)
     if data:
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, valid=tuple(data)))
     p = assemble.program(run, assemble.load_tokenizer(run))
