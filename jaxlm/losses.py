@@ -116,7 +116,8 @@ def _forward(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan):  # type: ignore
 def _backward(plan, gradients, cotangent):  # type: ignore[no-untyped-def]
     g = cotangent.loss  # nll and correct are for reading only
     dx_BTD, dw_VD, db_V = gradients
-    return (dx_BTD * g).astype(dx_BTD.dtype), (dw_VD * g).astype(dw_VD.dtype), db_V * g, None, None
+    dx_BTD, dw_VD = ((d.astype(jnp.float32) * g).astype(d.dtype) for d in (dx_BTD, dw_VD))
+    return dx_BTD, dw_VD, db_V * g, None, None
 
 
 _sums.defvjp(_forward, _backward)
@@ -165,7 +166,7 @@ def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want):  # type: 
             mean_N = _reduce(jax.lax.psum, z_NV.sum(-1), vocab_axes) / total_vocab
             loss_N += label_smoothing * (picked_N - mean_N)
         new = Sums(
-            (loss_N * weights_N).sum(), (nll_N * weights_N).sum(), ((picked_N >= top_N) * weights_N).sum()
+            (loss_N * weights_N).sum(), (nll_N * weights_N).sum(), jnp.where(picked_N >= top_N, weights_N, 0.0).sum()
         )
         sums = jax.tree.map(jnp.add, sums, new)
         if not want:
