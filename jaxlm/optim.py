@@ -44,9 +44,10 @@ def _inverse_sqrt(c: config.Optim, steps: int) -> Schedule:
 
 
 def _wsd(c: config.Optim, steps: int) -> Schedule:
-    """Warm-up, stable, then linear decay over the last share `decay` of all steps (Hu et al. 2024)."""
-    decay = max(1, round(c.decay * steps))
-    start = max(0, steps - decay - c.warmup)
+    """Warm-up, stable, then linear decay over the last share `decay` of all steps, or what of it the warm-up leaves
+    (Hu et al. 2024)."""
+    decay = min(max(1, round(c.decay * steps)), steps - c.warmup)
+    start = steps - decay - c.warmup
     return lambda t: c.lr * (1 - (1 - c.final) * jnp.clip((t - start + 1) / decay, 0.0, 1.0))
 
 
