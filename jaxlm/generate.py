@@ -3,6 +3,7 @@
 B prompts, L buffer length (prompt and new tokens, rounded up so that other lengths reuse the program), V vocabulary.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,9 +38,12 @@ def make_generate(
     """`generate(params, prompts, seed) -> new tokens of each prompt`, up to and without `eos`.
 
     Each new token runs the whole buffer through the model: simple, and quick for the short samples of a training run.
+    On a mesh the weights stay sharded and every device sees all prompts, whose number need not divide over devices.
     """
     if not model.family.generates:
         raise ValueError("generate: this model is an encoder; it does not predict the next token")
+    whole = dataclasses.replace(model.shard, compute={**model.shard.compute, "batch": (), "seq": ()})
+    model = dataclasses.replace(model, shard=whole)
     for name, ok in (
         ("temperature", temperature >= 0),
         ("top-k", 0 <= top_k <= model.config.vocab),
