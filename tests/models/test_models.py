@@ -1,0 +1,265 @@
+"""Every architecture: equal to a published one, causal where it should be, blind to padding and neighbours."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import config, losses, params, sharding, tree
+from jaxlm.models import MODELS, Model, bert, gpt2, llama
+
+V, T = 48, 12
+SMALL = {
+    "gpt2": gpt2.Config(vocab=V, layers=2, width=16, heads=4, positions=T),
+    "llama": llama.Config(vocab=V, layers=2, width=16, heads=4, kv_heads=2, head_width=6, ffn=32, rope_theta=500.0),
+    "bert": bert.Config(vocab=V, layers=2, width=16, heads=4, ffn=32, positions=T, dropout=0.0),
+}
+SMALL["llama_tied"] = dataclasses.replace(SMALL["llama"], tied=True)
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(autouse=True)
+def strict_types():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def make_model(name: str, c=None, **execution) -> Model:
+    family, c = MODELS[name.partition("_")[0]], c or SMALL[name]
+    layout = sharding.Layout(execution=config.Execution(**{"dtype": "float32", "scan": True} | execution))
+    return Model(family, c, family.specs(c), layout)
+
+
+def make_weights(model: Model):
+    """Biases and norm scales random too, so that none can be forgotten."""
+    rng = np.random.default_rng(0)
+
+    def one(path: str, s: params.Spec) -> np.ndarray:
+        is_scale = path.rpartition("/")[2].startswith(("norm", "transform_norm")) and not path.endswith("bias")
+        width = np.sqrt(s.shape[-1] if s.is_matrix else 10)
+        return (is_scale + rng.standard_normal(s.shape) / width).astype(np.float32)
+
+    return tree.map_named(one, model.specs)
+
+
+def all_logits(model: Model, weights, batch: dict) -> jax.Array:
+    return losses.logits(model.readout(weights, model.hidden(weights, batch)), model.shard)
+
+
+def make_batch(length: int = T, rows: int = 2, **more) -> dict:
+    rng = np.random.default_rng(0)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
+    return {"tokens": rng.integers(0, V, (rows, length)).astype(np.int32), "positions": positions} | more
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_logits_equal_hugging_face(name):
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        golden = {k: np.asarray(v) for k, v in file.items()}
+    model = make_model(name)
+    flat = {k.removeprefix("weights:"): v.astype(np.float32) for k, v in golden.items() if k.startswith("weights:")}
+    assert {k: v.shape for k, v in flat.items()} == {
+        k: s.shape for k, s in tree.flatten(model.specs, params.is_spec).items()
+    }
+    weights = tree.map_named(lambda path, _: jnp.asarray(flat[path]), model.specs)
+    batch = make_batch() | {k: golden[k] for k in ("tokens", "types", "segments") if k in golden}
+    real = batch.get("segments", np.ones_like(batch["tokens"])) > 0
+    ours = np.asarray(jax.jit(lambda w, b: all_logits(model, w, b))(weights, batch))
+    np.testing.assert_allclose(ours[real], golden["logits"][real], atol=1e-4, rtol=1e-4)
+    if name == "bert":
+        pooled = model.pooled(weights, model.hidden(weights, batch))
+        np.testing.assert_allclose(pooled, golden["pooled"], atol=1e-5, rtol=1e-4)
+
+
+def reach(model: Model, batch: dict) -> np.ndarray:
+    """[T, T]: how strongly the hidden state at each position depends on the token embedded at each position."""
+    weights = make_weights(model)
+    embedded = weights["embed"][batch["tokens"][0]]
+    alone = dict(batch, tokens=np.arange(batch["tokens"].shape[1], dtype=np.int32)[None])
+    alone = {k: v[:1] for k, v in alone.items()}
+
+    def run(x_TD):
+        return model.hidden(weights | {"embed": x_TD}, alone)[0]
+
+    jacobian = jax.jit(jax.jacrev(run))(embedded)  # [T, D, T, D]
+    return np.abs(np.asarray(jacobian)).max((1, 3))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
+def test_causality_by_gradient(name):
+    t = np.arange(T)
+    strength = reach(make_model(name), make_batch())
+    before = t[:, None] >= t[None]
+    expected = np.ones_like(before) if name == "bert" else before
+    assert (strength[~expected] == 0).all(), "a position sees what it must not"
+    assert (strength[expected] > 1e-6).all(), "a position is blind to what it should see"
+
+
+def test_window_limits_each_layer():
+    c = dataclasses.replace(SMALL["llama"], window=3)
+    one, two = (reach(make_model("llama", dataclasses.replace(c, layers=n)), make_batch()) for n in (1, 2))
+    distance = np.arange(T)[:, None] - np.arange(T)[None]
+    for strength, far in ((one, 3), (two, 5)):  # each layer looks back over two more positions
+        seen = (distance >= 0) & (distance < far)
+        assert (strength[~seen] == 0).all() and (strength[seen] > 1e-7).all()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
+def test_no_token_sees_padding_or_another_document(name):
+    segments = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0]], np.int32)
+    positions = np.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0]], np.int32)
+    strength = reach(make_model(name), make_batch(rows=1) | {"segments": segments, "positions": positions})
+    same = segments[0][:, None] == segments[0][None]
+    if name != "bert":
+        same &= np.arange(T)[:, None] >= np.arange(T)[None]
+    assert (strength[~same] == 0).all() and (strength[same] > 1e-7).all()
+
+
+LENGTHS = {"one block of queries": (20, 31), "several blocks": (70, 90, 70), "scores computed again": (290, 20, 290)}
+
+
+def packed_and_alone(lengths: tuple[int, ...]) -> tuple[dict, list[dict]]:
+    """One row of documents (and three places of padding), and each document as a row of its own."""
+    rng, total = np.random.default_rng(1), sum(lengths) + 3
+    row = {k: np.zeros((1, total), np.int32) for k in ("tokens", "segments", "positions")}
+    alone, start = [], 0
+    for i, n in enumerate(lengths):
+        document = {
+            "tokens": rng.integers(0, V, (1, n)).astype(np.int32),
+            "segments": np.full((1, n), i + 1, np.int32),
+            "positions": np.arange(n, dtype=np.int32)[None],
+        }
+        for k, v in document.items():
+            row[k][:, start : start + n] = v
+        alone.append(document)
+        start += n
+    return row, alone
+
+
+CASES = [
+    ("llama", None, "one block of queries"),
+    ("llama", None, "several blocks"),
+    ("llama", 37, "several blocks"),
+    ("bert", None, "several blocks"),
+    ("llama", 150, "scores computed again"),
+    slow("gpt2", None, "several blocks"),
+    slow("bert", None, "one block of queries"),
+    slow("bert", None, "scores computed again"),
+    slow("llama", None, "scores computed again"),
+]
+
+
+@pytest.mark.parametrize(("name", "window", "length"), CASES)
+def test_packed_equals_unpacked(name, window, length):
+    """Logits and gradients. Padding follows the last document, so the packed row also shows that it weighs nothing."""
+    row, alone = packed_and_alone(LENGTHS[length])
+    c = dataclasses.replace(SMALL[name], layers=1, width=8)
+    c = dataclasses.replace(c, **({"window": window} if name == "llama" else {"positions": 1024}))
+    model = make_model(name, c)
+    weights = make_weights(model)
+    rng = np.random.default_rng(2)
+    pull = rng.standard_normal((1, row["tokens"].shape[1], V)).astype(np.float32)
+    pull[row["segments"] == 0] = 0
+
+    @jax.jit
+    def run(w, batch, pull_BTV):
+        z_BTV, back = jax.vjp(lambda w: all_logits(model, w, batch), w)
+        return z_BTV, back(pull_BTV)[0]
+
+    z, gradients = run(weights, row, pull)
+    parts, start = [], 0
+    for document in alone:
+        n = document["tokens"].shape[1]
+        parts.append(run(weights, document, pull[:, start : start + n]))
+        start += n
+    np.testing.assert_allclose(z[:, :start], np.concatenate([p[0] for p in parts], 1), atol=2e-4, rtol=2e-4)
+    summed = jax.tree.map(lambda *g: sum(g), *[p[1] for p in parts])
+    scale = max(np.abs(g).max() for g in jax.tree.leaves(summed))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale, rtol=1e-3), gradients, summed)
+
+
+@functools.cache
+def value_and_grads(name: str, key: int | None = 3, **execution):
+    """Of a model with dropout, run in one way or another."""
+    model = make_model(name, dataclasses.replace(SMALL[name], dropout=0.2), **execution)
+    batch = make_batch()
+
+    def f(w, key):
+        return jnp.square(losses.logits(model.readout(w, model.hidden(w, batch, key=key)), model.shard)).mean()
+
+    return jax.jit(jax.value_and_grad(f))(make_weights(model), None if key is None else jax.random.key(key))
+
+
+WAYS = [
+    *[(name, {"scan": False, "remat": "dots"}) for name in ("gpt2", "llama", "bert")],
+    *[(name, {"remat": "full"}) for name in ("llama", "bert")],
+    ("llama", {"scan": False}),
+    slow("gpt2", {"remat": "full"}),
+    *[slow(name, {"scan": False}) for name in ("gpt2", "bert")],
+    *[slow(name, {"remat": "dots"}) for name in ("gpt2", "llama", "bert")],
+    *[slow(name, {"scan": False, "remat": "full"}) for name in ("gpt2", "llama", "bert")],
+]
+
+
+@pytest.mark.parametrize(("name", "execution"), WAYS)
+def test_scanned_or_not_rematerialized_or_not_it_computes_the_same(name, execution):
+    """Loss, gradients and dropout."""
+    got, expected = value_and_grads(name, **execution), value_and_grads(name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), got, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", slow("gpt2")])
+def test_dropout_follows_its_key(name):
+    values = [value_and_grads(name, key)[0] for key in (3, 4, None)]
+    assert len({float(v) for v in values}) == 3
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
+def test_bfloat16_is_close_and_keeps_float32_weights(name):
+    """Up to the rounding of eight bits; loss and gradients come back in float32."""
+    (value, grads), (expected, whole) = value_and_grads(name, dtype="bfloat16"), value_and_grads(name)
+    np.testing.assert_allclose(value, expected, rtol=0.03)
+    scale = max(float(jnp.linalg.norm(g)) for g in jax.tree.leaves(whole))
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(whole), strict=True):
+        assert a.dtype == jnp.float32
+        assert jnp.linalg.norm(a - b) < 0.1 * jnp.linalg.norm(b) + 2e-3 * scale
+    hidden = jax.eval_shape(make_model(name, dtype="bfloat16").hidden, make_weights(make_model(name)), make_batch())
+    assert hidden.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("llama", {"heads": 3}, r"model\.heads: 3 is not a multiple of model\.kv_heads 2"),
+        ("gpt2", {"width": 18}, r"model\.width: 18 is not a multiple of model\.heads 4"),
+        ("bert", {"width": 18}, r"model\.width: 18 is not a multiple of model\.heads 4"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(name, change, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(name, dataclasses.replace(SMALL[name], **change))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_matrix_of_a_published_size_is_sharded(name):
+    """At the default size no large weight is left whole by the standard tables."""
+    mesh = jax.make_mesh((1, 1, 1, 4, 1, 1, 2), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 7)
+    specs = MODELS[name].specs(dataclasses.replace(MODELS[name].Config(), vocab=32768))
+    sharding.Layout().check_sharded(specs, mesh, (), 1 << 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "c", "count"),
+    [("gpt2", gpt2.Config(), 124_439_808), ("bert", bert.Config(), 110_104_890)],
+)
+def test_parameters_as_published(name, c, count):
+    """GPT-2 small, and BERT base with its pooler and masked-LM head (and 1538 more for next sentences)."""
+    assert params.count(MODELS[name].specs(c)) == count
