@@ -112,7 +112,7 @@ def _xla(q_BTHC, k_BSKC, v_BSKC, mask: Mask, scale, softcap, bias_HTS):  # type:
     """
     B, T, H, C = q_BTHC.shape
     S, K = k_BSKC.shape[1:3]
-    q_BKGTC = (q_BTHC * jnp.asarray(scale, q_BTHC.dtype)).reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
+    q_BKTGC = (q_BTHC * jnp.asarray(scale, q_BTHC.dtype)).reshape(B, T, K, H // K, C).transpose(0, 2, 1, 3, 4)
     k_BKCS, v_BKSC = k_BSKC.transpose(0, 2, 3, 1), v_BSKC.transpose(0, 2, 1, 3)
     block = partial(_block, softcap=softcap)
     if S > KEEP_SCORES:
@@ -121,9 +121,9 @@ def _xla(q_BTHC, k_BSKC, v_BSKC, mask: Mask, scale, softcap, bias_HTS):  # type:
     for start, stop, first, last in query_blocks(T, S, mask):
         bias = None if bias_HTS is None else bias_HTS[:, start:stop, first:last]
         seen = mask.dense(start, stop, first, last)
-        out.append(block(q_BKGTC[:, :, :, start:stop], k_BKCS[..., first:last], v_BKSC[:, :, first:last], seen, bias))
-    o_BKGTC = out[0] if len(out) == 1 else jnp.concatenate(out, 3)
-    return o_BKGTC.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C)
+        out.append(block(q_BKTGC[:, :, start:stop], k_BKCS[..., first:last], v_BKSC[:, :, first:last], seen, bias))
+    o_BKTGC = out[0] if len(out) == 1 else jnp.concatenate(out, 2)
+    return o_BKTGC.transpose(0, 2, 1, 3, 4).reshape(B, T, H, C)
 
 
 def query_blocks(T: int, S: int, mask: Mask) -> list[tuple[int, int, int, int]]:
@@ -141,15 +141,16 @@ def query_blocks(T: int, S: int, mask: Mask) -> list[tuple[int, int, int, int]]:
     return out
 
 
-def _block(q_BKGTC, k_BKCS, v_BKSC, seen, bias_HTS, softcap):  # type: ignore[no-untyped-def]
-    B, K, G, T, C = q_BKGTC.shape
-    s = jnp.einsum("bkqc,bkcs->bkqs", q_BKGTC.reshape(B, K, G * T, C), k_BKCS, preferred_element_type=jnp.float32)
-    s_BKGTS = s.reshape(B, K, G, T, -1)
+def _block(q_BKTGC, k_BKCS, v_BKSC, seen, bias_HTS, softcap):  # type: ignore[no-untyped-def]
+    """Positions and the heads of a group as one dimension, positions first: it may be sharded by position."""
+    B, K, T, G, C = q_BKTGC.shape
+    s = jnp.einsum("bkqc,bkcs->bkqs", q_BKTGC.reshape(B, K, T * G, C), k_BKCS, preferred_element_type=jnp.float32)
+    s_BKTGS = s.reshape(B, K, T, G, -1)
     if softcap is not None:
-        s_BKGTS = softcap * jnp.tanh(s_BKGTS / softcap)
+        s_BKTGS = softcap * jnp.tanh(s_BKTGS / softcap)
     if bias_HTS is not None:
-        s_BKGTS += bias_HTS.reshape(1, K, G, *bias_HTS.shape[1:]).astype(jnp.float32)
+        s_BKTGS += bias_HTS.reshape(1, K, G, *bias_HTS.shape[1:]).swapaxes(2, 3).astype(jnp.float32)
     if seen is not None:
-        s_BKGTS = jnp.where(seen[:, None, None], s_BKGTS, -1e30)
-    p = jax.nn.softmax(s_BKGTS, -1).astype(v_BKSC.dtype).reshape(s.shape)
-    return jnp.einsum("bkqs,bksc->bkqc", p, v_BKSC).reshape(B, K, G, T, C)
+        s_BKTGS = jnp.where(seen[:, None, :, None], s_BKTGS, -1e30)
+    p = jax.nn.softmax(s_BKTGS, -1).astype(v_BKSC.dtype).reshape(s.shape)
+    return jnp.einsum("bkqs,bksc->bkqc", p, v_BKSC).reshape(B, K, T, G, C)
