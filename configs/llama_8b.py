@@ -1,4 +1,4 @@
-"""An 8B Llama shape (Llama 3's) at 8,192 positions: weights sharded over all devices, 2-way tensor parallel inside a host."""
+"""An 8B Llama shape (Llama 3's) at 8,192 positions: weights sharded over all devices, 2-way tensor parallel."""
 
 from jaxlm.config import Data, Execution, Mesh, Optim, Run, Train
 from jaxlm.models import llama

@@ -96,8 +96,8 @@ class Program:
     def to_device(self, batch: dict[str, np.ndarray], rows: list[int] | None) -> dict[str, jax.Array]:
         return loader.to_device(batch, self.batch_shardings(batch), rows)
 
-    def train_step(self) -> Callable[[step.State, dict], tuple[step.State, dict]]:
-        """jitted, state donated."""
+    def train_step(self) -> Any:
+        """The jitted `(state, batch) → (state, metrics)`, state donated; `.lower(…).compile()` it."""
         c = self.run.optim
         f = step.make_train_step(
             self.loss, self.objective.weights, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema
@@ -114,9 +114,7 @@ class Program:
         if self.run.train.seq_len and hasattr(self.objective, "places"):
             share = self.objective.places(self.run.objective, self.run.train.seq_len) / self.run.train.seq_len
         width = self.model.family.attention_width(c) // c.layers
-        return log.flops_per_token(
-            int(matrices + share * c.vocab * c.width), c.layers, width, self.run.train.seq_len
-        )
+        return log.flops_per_token(int(matrices + share * c.vocab * c.width), c.layers, width, self.run.train.seq_len)
 
 
 def program(run: config.Run, tokens: Any) -> Program:
@@ -157,7 +155,7 @@ def program(run: config.Run, tokens: Any) -> Program:
 
 
 def load_tokenizer(run: config.Run, say: Callable[[str], None] = print) -> Any:
-    """The run's own copy if it has one, else what `data.tokenizer` names, trained on the training text if it must be."""
+    """The run's own copy, else what `data.tokenizer` names, trained on the training text if it must be."""
     own = run.folder / "tokenizer"
     if own.is_dir():
         return tokenizer.load(str(own))

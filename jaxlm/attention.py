@@ -5,6 +5,7 @@ B batch, T query position, S key position, H heads, K key/value heads, G = H / K
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ def attend(
     return shard(run(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_HTS), "batch", "seq", "heads", None)
 
 
-def _cudnn(q_BTHC, k_BSKC, v_BSKC, mask: Mask, scale, softcap, bias_HTS):  # type: ignore[no-untyped-def]
+def _cudnn(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_HTS):
     segmented = mask.segments_BT is not None
     seen = mask.dense(0, q_BTHC.shape[1], 0, k_BSKC.shape[1]) if segmented or mask.window else None
     return jax.nn.dot_product_attention(
@@ -106,7 +107,7 @@ MOST_BLOCKS = 16
 KEEP_SCORES = 512  # positions up to which the backward pass keeps a block's scores instead of computing them again
 
 
-def _xla(q_BTHC, k_BSKC, v_BSKC, mask: Mask, scale, softcap, bias_HTS):  # type: ignore[no-untyped-def]
+def _xla(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_HTS):
     """Plain XLA in blocks of queries: each sees only the keys that causality and the window can reach, so that all
     scores never exist at one time. Operands are laid out once so that every product is a plain batched matrix product.
     """
@@ -114,7 +115,7 @@ def _xla(q_BTHC, k_BSKC, v_BSKC, mask: Mask, scale, softcap, bias_HTS):  # type:
     S, K = k_BSKC.shape[1:3]
     q_BKTGC = (q_BTHC * jnp.asarray(scale, q_BTHC.dtype)).reshape(B, T, K, H // K, C).transpose(0, 2, 1, 3, 4)
     k_BKCS, v_BKSC = k_BSKC.transpose(0, 2, 3, 1), v_BSKC.transpose(0, 2, 1, 3)
-    block = partial(_block, softcap=softcap)
+    block: Any = partial(_block, softcap=softcap)
     if S > KEEP_SCORES:
         block = jax.checkpoint(block)
     out = []
@@ -141,7 +142,7 @@ def query_blocks(T: int, S: int, mask: Mask) -> list[tuple[int, int, int, int]]:
     return out
 
 
-def _block(q_BKTGC, k_BKCS, v_BKSC, seen, bias_HTS, softcap):  # type: ignore[no-untyped-def]
+def _block(q_BKTGC, k_BKCS, v_BKSC, seen, bias_HTS, softcap):
     """Positions and the heads of a group as one dimension, positions first: it may be sharded by position."""
     B, K, T, G, C = q_BKTGC.shape
     s = jnp.einsum("bkqc,bkcs->bkqs", q_BKTGC.reshape(B, K, T * G, C), k_BKCS, preferred_element_type=jnp.float32)

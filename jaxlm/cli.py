@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="show what would run, and don't")
     p.add_argument("-h", "--help", action="store_true", help="the overrides of that config, with their values")
 
-    p = command(commands, "eval", _evaluate, "loss, perplexity, bits per byte and accuracy of a run on its validation set",
+    p = command(commands, "eval", _evaluate, "loss, perplexity, bits per byte and accuracy of a run",
                 "jaxlm eval runs/quickstart --data README.md")  # fmt: skip
     p.add_argument("model", metavar="RUN_DIR")
     p.add_argument("--data", nargs="+", metavar="SOURCE", help="other text to evaluate on")
@@ -106,7 +106,9 @@ def build_parser() -> argparse.ArgumentParser:
     p = command(commands, "report", _report, "rebuild report.html and report.png from a run's logs",
                 "jaxlm report runs/quickstart")  # fmt: skip
     p.add_argument("model", metavar="RUN_DIR", type=Path)
-    command(commands, "doctor", _doctor, "devices, versions, what is missing and the command that mends it", "jaxlm doctor")
+    command(
+        commands, "doctor", _doctor, "devices, versions, what is missing and the command that mends it", "jaxlm doctor"
+    )
     return parser
 
 

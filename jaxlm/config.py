@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib.util
 import io
+import itertools
 import json
 import types
 import typing
@@ -274,7 +275,7 @@ def load(path: str | Path) -> Run:
 
 
 def override(run: Run, args: list[str]) -> Run:
-    """Apply typed command-line overrides such as ["--optim.lr", "3e-4"]. Unknown keys and wrong types are one-line errors."""
+    """Apply typed overrides such as ["--optim.lr", "3e-4"]. Unknown keys and wrong types are one-line errors."""
     import tyro  # half a second that `--help` of the other commands need not wait for
 
     if not args:
@@ -288,7 +289,7 @@ def override(run: Run, args: list[str]) -> Run:
         if flag not in {f.replace("_", "-") for f in flags}:
             name = flag.removeprefix("--").replace("-", "_")
             raise ValueError(f"unknown config key {name}{nearest(name, known)}")
-    kind = Run[type(run.model), type(run.objective)]  # type: ignore[misc]
+    kind: Any = Run[type(run.model), type(run.objective)]  # type: ignore[misc]
     if "--help" in args:
         return tyro.cli(kind, default=run, args=args, prog="jaxlm train CONFIG")
     try:
@@ -302,10 +303,10 @@ def _wrong_type(run: Run, args: list[str], known: dict[str, Any]) -> str:
     """Name the one override that the types refuse."""
     import tyro
 
-    kind = Run[type(run.model), type(run.objective)]  # type: ignore[misc]
+    kind: Any = Run[type(run.model), type(run.objective)]  # type: ignore[misc]
     hints = _hints(run)
     starts = [i for i, a in enumerate(args) if a.startswith("--")] + [len(args)]
-    for a, b in zip(starts, starts[1:], strict=False):
+    for a, b in itertools.pairwise(starts):
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 tyro.cli(kind, default=run, args=args[a:b])

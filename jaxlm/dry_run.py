@@ -53,7 +53,9 @@ def show_parameters(p: assemble.Program) -> None:
     for path, s in flat.items():
         rest = "whole" if p.mesh is None else str(p.layout.spec(s.axes, p.layout.store)).removeprefix("PartitionSpec")
         axes = ", ".join(a or "·" for a in s.axes)
-        table.add_row(path, "×".join(map(str, s.shape)), axes, rest, f"{math.prod(s.shape):,}", p.optimizer.groups[path])
+        table.add_row(
+            path, "×".join(map(str, s.shape)), axes, rest, f"{math.prod(s.shape):,}", p.optimizer.groups[path]
+        )
     console.print(table)
     trained = sum(math.prod(s.shape) for path, s in flat.items() if p.optimizer.trainable(path))
     console.print(f"parameters   {params.count(p.specs):,}, of which {trained:,} are trained")

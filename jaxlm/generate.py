@@ -67,9 +67,7 @@ def make_generate(
             x_B1D = jnp.take_along_axis(x_BLD, (ends_B - 1)[:, None, None], axis=1)
             z_BV = logits(model.readout(params, x_B1D), model.shard)[:, 0]
             next_B = pick(z_BV, jax.random.fold_in(key, made), temperature, top_k, top_p)
-            tokens_BL = jnp.where(
-                (positions_BL == ends_B[:, None]) & ~done_B[:, None], next_B[:, None], tokens_BL
-            )
+            tokens_BL = jnp.where((positions_BL == ends_B[:, None]) & ~done_B[:, None], next_B[:, None], tokens_BL)
             ends_B = jnp.where(done_B, ends_B, ends_B + 1)
             return made + 1, tokens_BL, ends_B, done_B | (next_B == (-1 if eos is None else eos))
 

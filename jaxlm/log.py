@@ -80,7 +80,8 @@ def flops_per_token(matmul_params: int, layers: int, attention_width: int, seq_l
 class RunLog:
     """Writes one JSON object a line, each with one system call, so that a killed process loses at most the last line.
 
-    resume_step: drop everything later than it first. None: append. enabled: only on process 0 of a run.
+    resume_step: drop everything later than it first. None: append. ended: that step was the last one, so the samples
+    and events of the run's end, which follow its checkpoint, are dropped as well. enabled: only on process 0 of a run.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class RunLog:
         *,
         tensorboard: bool = True,
         resume_step: int | None = None,
+        ended: bool = False,
         enabled: bool = True,
     ):
         self._lines = self._samples = self._events = None
@@ -101,6 +103,8 @@ class RunLog:
             lines = read_lines(path)
             if resume_step is not None:
                 lines = [line for line in lines if line["step"] <= resume_step]
+                if ended:
+                    lines = [x for x in lines if x["step"] < resume_step or x["kind"] in ("train", "valid")]
             _replace(path, "".join(map(_line, lines)))
             _replace(samples, "".join(_sample(x) for x in lines if x["kind"] == "sample"))
         if tensorboard:

@@ -52,7 +52,7 @@ def stop_signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         got.append(number)
-        signal.signal(number, old[number])
+        signal.signal(number, old[signal.Signals(number)])
 
     old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
     try:

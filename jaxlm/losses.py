@@ -33,11 +33,11 @@ def logits(r: Readout, shard: Layout) -> jax.Array:
 class Sums(NamedTuple):
     """Sums over tokens, each times its weight."""
 
-    loss: jax.Array
+    loss: Any
     """What is minimised: smoothed cross entropy plus z-loss, in nats."""
-    nll: jax.Array
+    nll: Any
     """Negative log likelihood, in nats."""
-    correct: jax.Array
+    correct: Any
     """Targets whose logit is the largest."""
 
 
@@ -58,7 +58,7 @@ def cross_entropy(
     """
     mesh = jax.sharding.get_abstract_mesh()
     bias_V = r.bias_V if r.bias_V is not None else jnp.zeros(r.w_VD.shape[:1], jnp.float32)
-    arrays = (r.x_BTD, r.w_VD, bias_V.astype(jnp.float32), targets_BT, weights_BT.astype(jnp.float32))
+    arrays: tuple[Any, ...] = (r.x_BTD, r.w_VD, bias_V.astype(jnp.float32), targets_BT, weights_BT.astype(jnp.float32))
     tokens, vocab = shard.spec(("batch", "seq")), shard.spec(("vocab",))
     if mesh.empty:
         tokens, vocab = P(), P()
@@ -104,16 +104,16 @@ def _chunk(n: int, vocab: int, asked: int) -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _sums(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan):  # type: ignore[no-untyped-def]
+def _sums(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan):
     """Without gradients: evaluation, and whatever is not differentiated."""
     return _everywhere(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan, False)
 
 
-def _forward(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan):  # type: ignore[no-untyped-def]
+def _forward(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan):
     return _everywhere(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan, True)
 
 
-def _backward(plan, gradients, cotangent):  # type: ignore[no-untyped-def]
+def _backward(plan, gradients, cotangent):
     g = cotangent.loss  # nll and correct are for reading only
     dx_BTD, dw_VD, db_V = gradients
     dx_BTD, dw_VD = ((d.astype(jnp.float32) * g).astype(d.dtype) for d in (dx_BTD, dw_VD))
@@ -123,7 +123,7 @@ def _backward(plan, gradients, cotangent):  # type: ignore[no-untyped-def]
 _sums.defvjp(_forward, _backward)
 
 
-def _everywhere(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan, want):  # type: ignore[no-untyped-def]
+def _everywhere(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan, want):
     """Every device scans its own tokens against its own part of the vocabulary; sums and gradients meet at the end."""
     local = partial(_scan, plan=plan, want=want)
     if not plan.tokens and not plan.vocab:
@@ -138,8 +138,13 @@ def _everywhere(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan, want):  # typ
     )(x_BTD, w_VD, bias_V, targets_BT, weights_BT)
 
 
-def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want):  # type: ignore[no-untyped-def]
-    label_smoothing, z_loss, vocab_axes, token_axes = plan.label_smoothing, plan.z_loss, plan.vocab_axes, plan.token_axes
+def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want):
+    label_smoothing, z_loss, vocab_axes, token_axes = (
+        plan.label_smoothing,
+        plan.z_loss,
+        plan.vocab_axes,
+        plan.token_axes,
+    )
     B, T, D = x_BTD.shape
     V = w_VD.shape[0]
     size = _chunk(B * T, V, plan.chunk)
@@ -150,7 +155,7 @@ def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want):  # type: 
     first = _vocab_start(vocab_axes) * V
     total_vocab = V * _ways(vocab_axes)
 
-    def one(carry, part):  # type: ignore[no-untyped-def]
+    def one(carry, part):
         sums, dw_VD, db_V = carry
         x_ND, targets_N, weights_N = part
         z_NV = jnp.dot(x_ND, w_VD.T, preferred_element_type=jnp.float32) + bias_V[None]

@@ -20,9 +20,7 @@ def _after_warmup(c: config.Optim, steps: int, then: Schedule) -> Schedule:
     """Linear warm-up whose first step already moves, then `then(steps since)`."""
     if c.warmup >= steps:
         raise ValueError(f"optim.warmup: {c.warmup} steps do not fit into train.steps {steps}")
-    return lambda t: jnp.where(
-        t < c.warmup, c.lr * (t + 1) / max(1, c.warmup + 1), then(jnp.maximum(t - c.warmup, 0))
-    )
+    return lambda t: jnp.where(t < c.warmup, c.lr * (t + 1) / max(1, c.warmup + 1), then(jnp.maximum(t - c.warmup, 0)))
 
 
 def _constant(c: config.Optim, steps: int) -> Schedule:
@@ -93,7 +91,7 @@ def make(c: config.Optim, steps: int, specs: Any) -> Optimizer:
     rate = schedule(c, steps)
     labels = tree.map_named(lambda path, s: None if frozen(path) else group(path), specs)
     mask = tree.map_named(lambda path, s: None if frozen(path) else decays(path), specs)
-    used = {label for label in tree.flatten(labels).values()}
+    used = set(tree.flatten(labels).values())
     rows = {name: OPTIMIZERS[name](c, rate, mask, specs, labels) for name in sorted(used)}
     tx = rows[next(iter(used))] if len(used) == 1 else optax.partition(rows, labels)
     groups = {
@@ -146,7 +144,7 @@ def _adafactor(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: A
 
 
 def matrix_dimensions(s: Spec) -> MuonDimensionNumbers:
-    """Which dimensions of a stacked weight are the input and output of its matrix; the layers are a batch of matrices."""
+    """Which dimensions of a stacked weight are its matrix's input and output; the layers are a batch of matrices."""
     own = [i for i, a in enumerate(s.axes) if a != "layers"]
     inputs = own[:-1] if s.axes[own[-1]] == "embed" else own[:1]
     return MuonDimensionNumbers(tuple(inputs), tuple(i for i in own if i not in inputs))

@@ -18,7 +18,7 @@ class Spec(NamedTuple):
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    """A logical name for each dimension (`embed`, `heads`, `ffn`, `vocab` …) or None; `Layout` maps them to the mesh."""
+    """A logical name of each dimension (`embed`, `heads`, `ffn`, `vocab`) or None; `Layout` maps them to the mesh."""
     init: Init
 
     @property

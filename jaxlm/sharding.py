@@ -107,7 +107,7 @@ class Layout:
 
     store: Mapping[str, Axes] = field(default_factory=lambda: dict(STORE))
     compute: Mapping[str, Axes] = field(default_factory=lambda: dict(COMPUTE))
-    execution: config.Execution = config.Execution()
+    execution: config.Execution = field(default_factory=config.Execution)
 
     @classmethod
     def of(cls, mesh: config.Mesh, execution: config.Execution) -> "Layout":
@@ -195,7 +195,7 @@ def on_mesh(mesh: jax.sharding.Mesh | None) -> Any:
 
 
 def batch_sharding(layout: Layout, mesh: jax.sharding.Mesh | None, shape: tuple[int, ...], seq_len: int) -> Any:
-    """Where a batch leaf `[micro, batch, …]` lives: rows over the batch axes, positions (size `seq_len`) over context."""
+    """Where a batch leaf `[micro, batch, …]` lives: rows over the batch axes, positions (`seq_len`) over context."""
     if mesh is None:
         return replicated(mesh)
     inner = ("seq",) if shape[2:3] == (seq_len,) else ()

@@ -16,8 +16,7 @@ Loss = Callable[[Any, dict, jax.Array | None], dict[str, dict[str, jax.Array]]]
 Weights = Callable[[dict], dict[str, jax.Array]]
 
 
-@struct.dataclass
-class State:
+class State(struct.PyTreeNode):
     """Everything a checkpoint holds. Trees of weights are nested dicts."""
 
     step: jax.Array
@@ -71,7 +70,7 @@ def flat_metrics(sums: dict[str, dict[str, jax.Array]], totals: dict[str, jax.Ar
         for name, part in sums.items()
         for metric, value in part.items()
     }
-    return means if single else means | {"loss": sum(means[f"{name}/loss"] for name in sums)}
+    return means if single else means | {"loss": sum((means[f"{name}/loss"] for name in sums), jnp.zeros(()))}
 
 
 def make_train_step(

@@ -61,6 +61,10 @@ def train(run: config.Run) -> int:
     """Train, or continue, `run` in its directory. 0: finished; 1: stopped by a signal or a number that isn't finite."""
     main = jax.process_index() == 0
     continues = claim(run) if main else (run.folder / "config.json").exists()
+    if continues and _ended(run.folder):
+        if main:
+            print(f"{run.folder} is finished already; report: {report.build(run.folder)}")
+        return 0
     tokens = assemble.load_tokenizer(run)
     p = assemble.program(run, tokens)
     data = assemble.corpus(run, tokens)
@@ -75,8 +79,14 @@ def train(run: config.Run) -> int:
         start = int(meta.get("step", 0))
         if continues and main:
             print(f"continuing {run.folder} after step {start}")
-        with RunLog(run.folder, resume_step=start if meta else -1, enabled=main) as log:
+        ended = start == run.train.steps  # but its end was cut off
+        with RunLog(run.folder, resume_step=start if meta else -1, ended=ended, enabled=main) as log:
             return _run(p, data, state, meta, checkpoints, log)
+
+
+def _ended(folder: Path) -> bool:
+    file = folder / "metrics.jsonl"
+    return file.exists() and any(line.get("name") == "end" for line in read_lines(file))
 
 
 def _first_state(p: assemble.Program, checkpoints: Checkpoints) -> tuple[Any, dict]:
@@ -214,7 +224,6 @@ def _finish(p: assemble.Program, end: loop.Outcome, sample: Callable[[int, Any],
     if jax.process_index():
         return
     run = p.run
-    log.event(end.step, "end", reason=end.reason, best=end.best)
     if run.data.compare_compression:
         compressed = compression(run)
         log.event(end.step, "compression", **compressed)
@@ -223,6 +232,7 @@ def _finish(p: assemble.Program, end: loop.Outcome, sample: Callable[[int, Any],
             f"bits per byte of the validation text: gzip -9 {compressed['gzip']:.3f}, xz -9 {compressed['xz']:.3f}, "
             f"this model {final['bits_per_byte']:.3f}"
         )
+    log.event(end.step, "end", reason=end.reason, best=end.best)
     page = report.build(run.folder)
     print(f"{end.reason} at step {end.step}; report: {page}")
 
@@ -247,4 +257,3 @@ def writable(folder: Path) -> None:
         at = at.parent
     if not os.access(at, os.W_OK):
         raise ValueError(f"out: no permission to write in {at}; choose another --out")
-

@@ -10,7 +10,7 @@ Tree = Any
 def flatten(tree: Tree, is_leaf: Callable[[Any], bool] = lambda x: False, prefix: str = "") -> dict[str, Any]:
     """Nested dicts to {"blocks/q": leaf}. None holes are kept out."""
     if isinstance(tree, dict) and not is_leaf(tree):
-        out = {}
+        out: dict[str, Any] = {}
         for key in sorted(tree):
             out |= flatten(tree[key], is_leaf, f"{prefix}{key}/")
         return out

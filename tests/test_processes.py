@@ -24,8 +24,8 @@ def start(family: str, out: Path, mesh: list[str], devices: int, **env: str) -> 
     for i in range(8):
         (text / f"{i}.txt").write_text("".join(f"file {i} line {j} of several words\n" for j in range(60)))
     flags = f"--xla_force_host_platform_device_count={devices}"
-    command = [sys.executable, "-m", "jaxlm", "train", f"tiny_{family}", "--out", str(out), *OVERRIDES, *mesh,
-               "--data.train", str(text), "--data.holdout", "0.3", "--data.cache", str(out.parent / "cache")]  # fmt: skip
+    data = ["--data.train", str(text), "--data.holdout", "0.3", "--data.cache", str(out.parent / "cache")]
+    command = [sys.executable, "-m", "jaxlm", "train", f"tiny_{family}", "--out", str(out), *OVERRIDES, *mesh, *data]
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -43,7 +43,9 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def losses(folder: Path) -> np.ndarray:
-    return np.array([line["loss"] for line in read_lines(folder / "metrics.jsonl") if line["kind"] in ("train", "valid")])
+    return np.array(
+        [line["loss"] for line in read_lines(folder / "metrics.jsonl") if line["kind"] in ("train", "valid")]
+    )
 
 
 @pytest.mark.multiprocess
@@ -72,7 +74,8 @@ def test_two_processes_equal_one(family: str, mesh: list[str], tmp_path: Path) -
     # what two processes saved, one process of one device reads
     process = subprocess.run(
         [sys.executable, "-m", "jaxlm", "eval", str(tmp_path / "two" / f"tiny_{family}"), "--batches", "2", "--json"],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout.splitlines()[-1])["loss"] == pytest.approx(one[-1], rel=1e-4)

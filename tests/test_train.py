@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -76,7 +77,9 @@ def test_a_run_leaves_everything_about_itself(home: Path, capsys: pytest.Capture
     assert cli.main(["eval", str(folder), "--json"]) == 0
     metrics = json.loads(capsys.readouterr().out.splitlines()[-1])
     final = [line for line in log if line["kind"] == "valid"][-1]
-    assert metrics["bits_per_byte"] == pytest.approx(final["bits_per_byte"], rel=1e-5)  # the averaged weights, both times
+    assert metrics["bits_per_byte"] == pytest.approx(
+        final["bits_per_byte"], rel=1e-5
+    )  # the averaged weights, both times
     assert metrics["targets"] == final["targets"]
     assert cli.main(["generate", str(folder), "--prompt", "def f", "--tokens", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["prompts"] == ["def f"]
@@ -116,14 +119,32 @@ def test_resumed_on_another_mesh_sees_the_same_data(home: Path) -> None:
     assert run(home) == 0
     assert run(home, "--name", "moved", "--train.steps", "6", "--train.save-every", "3", "--train.patience", "0") == 0
     folder = home / "runs" / "moved"
-    import shutil
-
     shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
+    cut_log(folder, "end")
     assert cli.main(["train", str(folder), "--mesh.data", "1", "--mesh.fsdp", "8", "--mesh.tensor", "1"]) == 0
     a = [x for x in lines(home / "runs" / "run") if x["kind"] == "train"]
     b = [x for x in lines(folder) if x["kind"] == "train"]
     assert [x["weight/tokens"] for x in a] == [x["weight/tokens"] for x in b]
     np.testing.assert_allclose([x["loss"] for x in a], [x["loss"] for x in b], rtol=1e-5)
+
+
+def cut_log(folder: Path, name: str) -> None:
+    """As if the run had been killed just before that event."""
+    text = (folder / "metrics.jsonl").read_text()
+    assert name in text
+    (folder / "metrics.jsonl").write_text(text[: text.index(f'"name": "{name}"')])
+
+
+def test_a_run_killed_at_its_very_end_ends_once(home: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(home) == 0
+    folder = home / "runs" / "run"
+    whole, samples = lines(folder), (folder / "samples.txt").read_text()
+    cut_log(folder, "end")
+    assert run(home) == 0
+    assert lines(folder) == whole and (folder / "samples.txt").read_text() == samples
+    capsys.readouterr()
+    assert run(home) == 0
+    assert "finished already" in capsys.readouterr().out and lines(folder) == whole
 
 
 BAD = {
@@ -181,7 +202,15 @@ def test_a_directory_of_another_config_is_left_alone(home: Path, capsys: pytest.
 def test_dry_run_shows_where_values_come_from_and_writes_nothing(home: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(home, "--dry-run", "--optim.lr", "2e-2") == 0
     shown = capsys.readouterr().out
-    for words in ("optim.lr", "0.02", "command line", "blocks/q", "adamw, decay 0.1", "MiB a device", "targets (underlined)"):
+    for words in (
+        "optim.lr",
+        "0.02",
+        "command line",
+        "blocks/q",
+        "adamw, decay 0.1",
+        "MiB a device",
+        "targets (underlined)",
+    ):
         assert words in shown
     assert not (home / "runs").exists()
 

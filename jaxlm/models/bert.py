@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2019): bidirectional encoder, LayerNorm after each half, segment embeddings, pooler, masked-LM head.
+"""BERT (Devlin et al. 2019): bidirectional, LayerNorm after each half, segment embeddings, pooler, masked-LM head.
 
 B batch, T position, D model width, H heads, C head width, F ffn width, V vocabulary.
 """
@@ -96,7 +96,9 @@ def block(c: Config, p: dict, x_BTD: jax.Array, key: jax.Array | None, mask: Mas
     return layers.layer_norm(x_BTD + layers.dropout(d_BTD, c.dropout, k2), p["norm2"], p["norm2_bias"], c.eps)
 
 
-def hidden(c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: jax.Array | None = None) -> jax.Array:
+def hidden(
+    c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: jax.Array | None = None
+) -> jax.Array:
     k1, k2 = layers.subkeys(key, 2)
     tokens_BT = batch["tokens"]
     types_BT = batch.get("types", jnp.zeros_like(tokens_BT))

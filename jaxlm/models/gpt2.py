@@ -86,7 +86,9 @@ def block(c: Config, p: dict, x_BTD: jax.Array, key: jax.Array | None, mask: Mas
     return x_BTD + layers.dropout(d_BTD, c.dropout, k2)
 
 
-def hidden(c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: jax.Array | None = None) -> jax.Array:
+def hidden(
+    c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: jax.Array | None = None
+) -> jax.Array:
     k1, k2 = layers.subkeys(key, 2)
     mask = Mask(causal=True, segments_BT=batch.get("segments"), segments_BS=batch.get("segments"))
     x_BTD = layers.embed(params["embed"], batch["tokens"], shard)

@@ -89,7 +89,9 @@ def block(
     return x_BTD + layers.dropout(d_BTD, c.dropout, k2)
 
 
-def hidden(c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: jax.Array | None = None) -> jax.Array:
+def hidden(
+    c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: jax.Array | None = None
+) -> jax.Array:
     k1, k2 = layers.subkeys(key, 2)
     mask = Mask(True, c.window, batch.get("segments"), batch.get("segments"))
     x_BTD = layers.dropout(layers.embed(params["embed"], batch["tokens"], shard), c.dropout, k1)

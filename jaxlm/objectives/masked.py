@@ -42,8 +42,8 @@ def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -
 def corrupt(
     c: Config, tokens: np.ndarray, real: np.ndarray, tokenizer: Any, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """Corrupted `tokens`, and `at`, `targets`, `weights` of a fixed number of places. Special tokens are never chosen."""
-    special = [i for i in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id)]
+    """Corrupted `tokens`; `at`, `targets`, `weights` of a fixed number of places. Special tokens are never chosen."""
+    special = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id)
     free = np.flatnonzero(real & ~np.isin(tokens, [i for i in special if i is not None]))
     most = places(c, len(tokens))
     wanted = min(most, max(1, round(c.rate * len(free)))) if len(free) else 0

@@ -1,4 +1,4 @@
-"""Next-sentence prediction, alone or together with masked language modelling as BERT was trained (Devlin et al. 2019)."""
+"""Next-sentence prediction, alone or with masked language modelling as BERT was trained (Devlin et al. 2019)."""
 
 from dataclasses import dataclass, field
 from typing import Any
