@@ -367,11 +367,12 @@ CHUNK = 4000  # characters of text handed to the trainer at a time, line breaks 
 
 # Bytes per token on held-out Python source, vocabulary 8192: line by line with "\n" as a symbol of its own 3.26
 # (unigram) and 3.37 (BPE); whole chunks, so that line breaks join pieces, 3.48 and 3.62; BPE that may also cross
-# scripts (letters, brackets, underscores) 4.25; and that may cross spaces too, so "):\n        " is one piece, 4.83.
+# scripts (letters, brackets, underscores) 4.25; and that may cross spaces too 4.83. The last is left out: a small model
+# needed as many tokens to reach the same bits per byte, and a prompt that ends inside such a piece reads differently.
 TRAINER: dict[str, Any] = {
     "model_type": "bpe",
     "split_by_unicode_script": False,
-    "split_by_whitespace": False,
+    "split_by_whitespace": True,
     "allow_whitespace_only_pieces": True,
     "byte_fallback": True,
     "normalization_rule_name": "identity",
