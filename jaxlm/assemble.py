@@ -170,7 +170,9 @@ def load_tokenizer(run: config.Run, say: Callable[[str], None] = print) -> Any:
     stamp = [
         (s.name, s.stamp) for source in run.data.train for s in caches.sources.shards(source, field=run.data.text_field)
     ]
-    name = hashlib.sha256(repr((run.data.train, run.data.text_field, share, vocab, stamp, tokenizer.TRAINER)).encode()).hexdigest()[:16]
+    name = hashlib.sha256(
+        repr((run.data.train, run.data.text_field, share, vocab, stamp, tokenizer.TRAINER)).encode()
+    ).hexdigest()[:16]
     path = Path(run.data.cache).expanduser() / "tokenizers" / f"{name}.model"
     if not path.exists() and jax.process_index() == 0:
         say(f"training a SentencePiece tokenizer of {vocab} pieces on {', '.join(run.data.train)} …")
