@@ -142,16 +142,18 @@ def query_blocks(T: int, S: int, mask: Mask) -> list[tuple[int, int, int, int]]:
     return out
 
 
-def _block(q_BKTGC, k_BKCS, v_BKSC, seen, bias_HTS, softcap):
-    """Positions and the heads of a group as one dimension, positions first: it may be sharded by position."""
+def _block(q_BKTGC, k_BKCS, v_BKSC, seen, bias_HTS, softcap):  # type: ignore[no-untyped-def]
     B, K, T, G, C = q_BKTGC.shape
-    s = jnp.einsum("bkqc,bkcs->bkqs", q_BKTGC.reshape(B, K, T * G, C), k_BKCS, preferred_element_type=jnp.float32)
-    s_BKTGS = s.reshape(B, K, T, G, -1)
+    # Positions and a group's heads are the rows of one matrix; on a mesh either may be sharded, and XLA merges them.
+    rows = (T * G,) if jax.sharding.get_abstract_mesh().empty else (T, G)
+    q_BKRC = q_BKTGC.reshape(B, K, *rows, C)
+    s_BKRS = jnp.einsum("bk...c,bkcs->bk...s", q_BKRC, k_BKCS, preferred_element_type=jnp.float32)
+    s_BKTGS = s_BKRS.reshape(B, K, T, G, -1)
     if softcap is not None:
         s_BKTGS = softcap * jnp.tanh(s_BKTGS / softcap)
     if bias_HTS is not None:
         s_BKTGS += bias_HTS.reshape(1, K, G, *bias_HTS.shape[1:]).swapaxes(2, 3).astype(jnp.float32)
     if seen is not None:
         s_BKTGS = jnp.where(seen[:, None, :, None], s_BKTGS, -1e30)
-    p = jax.nn.softmax(s_BKTGS, -1).astype(v_BKSC.dtype).reshape(s.shape)
-    return jnp.einsum("bkqs,bksc->bkqc", p, v_BKSC).reshape(B, K, T, G, C)
+    p_BKRS = jax.nn.softmax(s_BKTGS, -1).astype(v_BKSC.dtype).reshape(s_BKRS.shape)
+    return jnp.einsum("bk...s,bksc->bk...c", p_BKRS, v_BKSC).reshape(B, K, T, G, C)

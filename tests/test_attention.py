@@ -86,7 +86,7 @@ def test_beyond_the_limit_scores_are_computed_again():
     T, mask = KEEP_SCORES + 1, Mask(True)
 
     def kept(T: int) -> int:
-        _, back = jax.vjp(lambda *x: attend(*x, mask, shard=LAYOUT), *(jnp.asarray(x) for x in inputs(T, B=1)))
+        back = jax.eval_shape(lambda *x: jax.vjp(lambda *x: attend(*x, mask, shard=LAYOUT), *x)[1], *inputs(T, B=1))
         return max(x.size for x in jax.tree.leaves(back) if jnp.issubdtype(x.dtype, jnp.floating))
 
     assert kept(T) <= T * 16
@@ -128,13 +128,17 @@ def test_each_group_of_heads_reads_its_own_keys():
     np.testing.assert_allclose(grouped, full, atol=1e-6)
 
 
-def test_softmax_is_formed_in_float32():
-    """600 equal scores in bfloat16: a sum kept in eight bits would stop at 256."""
-    q, k = (jnp.zeros((1, 600, 1, 4), jnp.bfloat16) for _ in range(2))
-    v = jnp.ones((1, 600, 1, 4), jnp.bfloat16)
+def test_scores_and_softmax_are_formed_in_float32():
+    """Scores near 40 would be rounded to quarters in bfloat16, and a sum of 600 equal shares would stop at 256."""
+    rng, shape = np.random.default_rng(0), (32, 8, 1, 4)
+    q = jnp.full(shape, 4.5, jnp.bfloat16)
+    k, v = (jnp.asarray(x, jnp.bfloat16) for x in (4.5 + rng.standard_normal(shape) / 8, rng.standard_normal(shape)))
     out = attend(q, k, v, Mask(False), shard=LAYOUT)
     assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(out.astype(jnp.float32), 1.0, atol=0.01)
+    exact = attend(*(x.astype(jnp.float32) for x in (q, k, v)), Mask(False), shard=LAYOUT)
+    np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.015)
+    same, ones = jnp.zeros((1, 600, 1, 4), jnp.bfloat16), jnp.ones((1, 600, 1, 4), jnp.bfloat16)
+    np.testing.assert_allclose(attend(same, same, ones, Mask(False), shard=LAYOUT).astype(jnp.float32), 1.0, atol=0.01)
 
 
 def test_queries_and_keys_of_different_lengths():

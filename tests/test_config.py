@@ -79,6 +79,8 @@ def test_a_missing_part_is_named(path):
         ("optim.lr", "fast"),
         ("train.steps", "10"),
         ("train.steps", 1.5),
+        ("train.steps", True),
+        ("optim.lr", False),
         ("model.width", None),
         ("data.train", "stdlib"),
         ("data.weights", [1.0, "a"]),

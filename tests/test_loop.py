@@ -29,6 +29,10 @@ class Recorder:
             self.at[kind, step]()
 
     def batches(self, start: int):
+        self.iterator = self.count(start)  # kept, so that nothing but the loop can close it
+        return self.iterator
+
+    def count(self, start: int):
         try:
             for i in range(start, 1000):
                 yield {"update": i}
@@ -242,10 +246,11 @@ def test_a_failing_loader_is_not_swallowed():
 # --------------------------------------------------------------------------------------------------------- real arrays
 
 
-def test_the_loop_moves_nothing_between_host_and_device_but_by_name():
-    """With implicit transfers forbidden: batches are put, metrics are fetched, and nothing else crosses."""
+def test_the_loop_moves_nothing_between_host_and_device_but_by_name(monkeypatch):
+    """With implicit transfers forbidden: batches are put, metrics are fetched once a step, and nothing else crosses."""
     f = jax.jit(lambda s, b: (s + b["x"].sum(), {"loss": s, "finite": s * 0 + 1, "grad_norm": s}), donate_argnums=0)
-    logged = []
+    logged, fetched, device_get = [], [], jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda x: fetched.append(1) or device_get(x))
     hooks = Hooks(
         batches=lambda start: iter([{"x": np.full(3, i, np.float32)} for i in range(start, 5)]),
         to_device=jax.device_put,
@@ -259,9 +264,11 @@ def test_the_loop_moves_nothing_between_host_and_device_but_by_name():
     state = jax.device_put(jnp.zeros(()))
     with jax.transfer_guard("disallow"):
         end = loop.train(state, hooks, start=0, steps=5, **OFTEN)
-    assert float(end.state) == 30.0
+    assert len(fetched) == 5
     assert logged == [(1, 0.0, float), (2, 0.0, float), (3, 3.0, float), (4, 9.0, float), (5, 18.0, float)]
     assert f._cache_size() == 1
+    with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed host-to-device"):
+        loop.train(end.state, Hooks(**vars(hooks) | {"to_device": dict}), start=0, steps=1, **OFTEN)
 
 
 def test_seconds_waited_for_data_are_measured():

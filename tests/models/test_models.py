@@ -123,7 +123,7 @@ def test_no_token_sees_padding_or_another_document(name):
     assert (strength[~same] == 0).all() and (strength[same] > 1e-7).all()
 
 
-LENGTHS = {"one block of queries": (20, 31), "several blocks": (70, 90, 70), "scores computed again": (290, 20, 290)}
+LENGTHS = {"one block of queries": (20, 20), "several blocks": (90, 90), "scores computed again": (290, 290)}
 
 
 def packed_and_alone(lengths: tuple[int, ...]) -> tuple[dict, list[dict]]:
@@ -146,11 +146,11 @@ def packed_and_alone(lengths: tuple[int, ...]) -> tuple[dict, list[dict]]:
 
 CASES = [
     ("llama", None, "one block of queries"),
-    ("llama", None, "several blocks"),
     ("llama", 37, "several blocks"),
     ("bert", None, "several blocks"),
     ("llama", 150, "scores computed again"),
     slow("gpt2", None, "several blocks"),
+    slow("llama", None, "several blocks"),
     slow("bert", None, "one block of queries"),
     slow("bert", None, "scores computed again"),
     slow("llama", None, "scores computed again"),
@@ -187,45 +187,46 @@ def test_packed_equals_unpacked(name, window, length):
 
 
 @functools.cache
-def value_and_grads(name: str, key: int | None = 3, **execution):
-    """Of a model with dropout, run in one way or another."""
+def program(name: str, **execution):
+    """`key → (value, gradients)` of a model with dropout, run in one way or another."""
     model = make_model(name, dataclasses.replace(SMALL[name], dropout=0.2), **execution)
-    batch = make_batch()
+    weights, batch = make_weights(model), make_batch()
 
     def f(w, key):
         return jnp.square(losses.logits(model.readout(w, model.hidden(w, batch, key=key)), model.shard)).mean()
 
-    return jax.jit(jax.value_and_grad(f))(make_weights(model), None if key is None else jax.random.key(key))
+    run = jax.jit(jax.value_and_grad(f))
+    return functools.cache(lambda key: run(weights, jax.random.key(key)))
 
 
 WAYS = [
-    *[(name, {"scan": False, "remat": "dots"}) for name in ("gpt2", "llama", "bert")],
-    *[(name, {"remat": "full"}) for name in ("llama", "bert")],
-    ("llama", {"scan": False}),
-    slow("gpt2", {"remat": "full"}),
-    *[slow(name, {"scan": False}) for name in ("gpt2", "bert")],
+    ("gpt2", {"scan": False}),
+    ("llama", {"scan": False, "remat": "dots"}),
+    ("llama", {"remat": "full"}),
+    ("bert", {"scan": False, "remat": "full"}),
+    *[slow(name, {"scan": False}) for name in ("llama", "bert")],
+    *[slow(name, {"remat": "full"}) for name in ("gpt2", "bert")],
     *[slow(name, {"remat": "dots"}) for name in ("gpt2", "llama", "bert")],
-    *[slow(name, {"scan": False, "remat": "full"}) for name in ("gpt2", "llama", "bert")],
+    *[slow(name, {"scan": False, "remat": "full"}) for name in ("gpt2", "llama")],
 ]
 
 
 @pytest.mark.parametrize(("name", "execution"), WAYS)
 def test_scanned_or_not_rematerialized_or_not_it_computes_the_same(name, execution):
     """Loss, gradients and dropout."""
-    got, expected = value_and_grads(name, **execution), value_and_grads(name)
+    got, expected = program(name, **execution)(3), program(name)(3)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), got, expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", slow("gpt2")])
-def test_dropout_follows_its_key(name):
-    values = [value_and_grads(name, key)[0] for key in (3, 4, None)]
-    assert len({float(v) for v in values}) == 3
-
-
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
+def test_dropout_follows_its_key(name):
+    assert float(program(name)(3)[0]) != float(program(name)(4)[0])
+
+
+@pytest.mark.parametrize("name", [slow("gpt2"), "llama", "bert"])
 def test_bfloat16_is_close_and_keeps_float32_weights(name):
     """Up to the rounding of eight bits; loss and gradients come back in float32."""
-    (value, grads), (expected, whole) = value_and_grads(name, dtype="bfloat16"), value_and_grads(name)
+    (value, grads), (expected, whole) = program(name, dtype="bfloat16")(3), program(name)(3)
     np.testing.assert_allclose(value, expected, rtol=0.03)
     scale = max(float(jnp.linalg.norm(g)) for g in jax.tree.leaves(whole))
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(whole), strict=True):
