@@ -11,12 +11,10 @@ from jaxlm.objectives import causal
 def config() -> Run:
     return Run(
         name="quickstart",
-        model=llama.Config(
-            vocab=8192, layers=6, width=256, heads=4, kv_heads=2, head_width=64, ffn=704, tied=True, positions=512
-        ),
+        model=llama.Config(vocab=8192, layers=4, width=128, heads=2, kv_heads=2, head_width=64, ffn=344, positions=512),
         objective=causal.Config(),
         data=Data(train=("stdlib",), holdout=0.02, tokenizer="sentencepiece:8192", compare_compression=True),
-        optim=Optim(name="muon", lr=3e-3, muon_lr=0.02, schedule="wsd", decay=0.5, final=0.05, warmup=20),
-        train=Train(steps=800, batch_size=16, seq_len=256, eval_every=200, save_every=200),
+        optim=Optim(name="muon", lr=8e-3, muon_lr=0.02, schedule="wsd", decay=0.5, final=0.05, warmup=20),
+        train=Train(steps=2000, batch_size=8, seq_len=256, eval_every=500, save_every=500, sample_tokens=96),
         execution=Execution(dtype="float32"),
     )

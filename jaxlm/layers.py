@@ -83,7 +83,7 @@ Block = Callable[[Any, jax.Array, jax.Array | None], jax.Array]
 
 
 def scanned(shard: Layout) -> bool:
-    """Whether layers are a loop. On a CPU XLA runs a loop's body slower: unrolled, a forward pass took 0.6 of its time."""
+    """Whether layers are a loop. XLA runs a loop's body slower on a CPU: unrolled, a forward took 0.6 of the time."""
     choice = shard.execution.scan
     return jax.default_backend() != "cpu" if choice is None else choice
 
@@ -91,7 +91,7 @@ def scanned(shard: Layout) -> bool:
 def run_blocks(
     block: Block, params: Any, specs: Any, x_BTD: jax.Array, *, shard: Layout, key: jax.Array | None
 ) -> jax.Array:
-    """Apply stacked layers in order: `block(weights, x, dropout key) -> x`; scanned or unrolled, rematerialized by name."""
+    """Apply stacked layers in order: `block(weights, x, dropout key) -> x`; scanned or unrolled, with remat by name."""
     layers = jax.tree.leaves(params)[0].shape[0]
     keys = None if key is None else jax.random.split(key, layers)
 
