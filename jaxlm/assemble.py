@@ -151,6 +151,8 @@ def program(run: config.Run, tokens: Any) -> Program:
     }
     model = Model(family, run.model, specs, layout)
     optimizer = optim.make(run.optim, run.train.steps, specs)
+    for group in sorted(set(optimizer.groups.values())):
+        notes[f"optimizer: {group}"] = "on " + " ".join(p for p, g in optimizer.groups.items() if g == group)
     return Program(run, tokens, mesh, layout, specs, model, objective, optimizer, notes)
 
 

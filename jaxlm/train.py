@@ -232,7 +232,10 @@ def _finish(p: assemble.Program, end: loop.Outcome, sample: Callable[[int, Any],
             f"bits per byte of the validation text: gzip -9 {compressed['gzip']:.3f}, xz -9 {compressed['xz']:.3f}, "
             f"this model {final['bits_per_byte']:.3f}"
         )
-    log.event(end.step, "end", reason=end.reason, best=end.best)
+    skipped = sum(line.get("finite") == 0 for line in read_lines(run.folder / "metrics.jsonl"))
+    if skipped:
+        print(f"{skipped} updates were left out because their loss or gradient was not finite")
+    log.event(end.step, "end", reason=end.reason, best=end.best, skipped=skipped)
     page = report.build(run.folder)
     print(f"{end.reason} at step {end.step}; report: {page}")
 
