@@ -397,7 +397,7 @@ def _progress_line(step: int, steps: int, smooth: float | None, metrics: Mapping
         "grad_norm" in metrics and f"grad {float(metrics['grad_norm']):.2f}",
         "lr" in metrics and f"lr {float(metrics['lr']):.2e}",
         "tokens_per_s" in reading and f"{_short(reading['tokens_per_s'])} tok/s",
-        mfu is not None and f"MFU {mfu:.1%} causal {reading['mfu_full']:.1%} full",
+        mfu is not None and f"MFU {mfu:.1%} ({reading['mfu_full']:.1%} full)",
         "data_wait" in reading and f"data {reading['data_wait']:.0%}",
         "eta_s" in reading and f"ETA {_duration(reading['eta_s'])}",
     ]

@@ -220,8 +220,8 @@ def show(terminal, steps, every_s):
 
 def test_progress_without_a_terminal_prints_plain_lines_now_and_then_and_at_the_end():
     assert show(False, [1, 2, 3, 100], every_s=1000.0).splitlines() == [
-        "step 1/100  loss 3.0000  grad 0.50  lr 1.00e-03  12.3k tok/s  MFU 42.1% causal 44.4% full  data 1%  ETA 1h02m",
-        "step 100/100  loss 3.0000  grad 0.50  lr 1.00e-03  12.3k tok/s  MFU 42.1% causal 44.4% full  data 1%  ETA 1h02m",
+        "step 1/100  loss 3.0000  grad 0.50  lr 1.00e-03  12.3k tok/s  MFU 42.1% (44.4% full)  data 1%  ETA 1h02m",
+        "step 100/100  loss 3.0000  grad 0.50  lr 1.00e-03  12.3k tok/s  MFU 42.1% (44.4% full)  data 1%  ETA 1h02m",
         "[valid] loss 2.9",
     ]
     assert len(show(False, [1, 2, 3], every_s=0.0).splitlines()) == 4
