@@ -142,7 +142,7 @@ def query_blocks(T: int, S: int, mask: Mask) -> list[tuple[int, int, int, int]]:
     return out
 
 
-def _block(q_BKTGC, k_BKCS, v_BKSC, seen, bias_HTS, softcap):  # type: ignore[no-untyped-def]
+def _block(q_BKTGC, k_BKCS, v_BKSC, seen, bias_HTS, softcap):
     B, K, T, G, C = q_BKTGC.shape
     # Positions and a group's heads are the rows of one matrix; on a mesh either may be sharded, and XLA merges them.
     rows = (T * G,) if jax.sharding.get_abstract_mesh().empty else (T, G)
