@@ -232,7 +232,8 @@ def _report(args: argparse.Namespace, rest: list[str]) -> int:
 def _doctor(args: argparse.Namespace, rest: list[str]) -> int:
     from jaxlm import doctor
 
-    _, ok = doctor.doctor()
+    rows, ok = doctor.doctor()
+    doctor.print_rows(rows)
     return 0 if ok else 1
 
 

@@ -233,6 +233,22 @@ def test_every_shipped_config_loads_and_its_weights_are_declared() -> None:
     assert sizes["bert_base"] == pytest.approx(110.2, abs=0.2)
 
 
+def test_the_small_commands(home: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["doctor"]) == 0
+    assert "jaxlib" in capsys.readouterr().out
+    assert cli.main(["data", "inspect", str(home / "c.py"), "--examples", "1"]) == 0
+    assert "of them targets (underlined)" in capsys.readouterr().out
+    assert cli.main(["data", "prepare", str(home / "c.py")]) == 0
+    assert "documents" in capsys.readouterr().out
+    made = home / "made.model"
+    assert cli.main(["tokenizer", "train", str(home / "text"), "--vocab", "300", "--out", str(made)]) == 0
+    assert made.exists()
+    assert cli.main(["train", "tiny_lama"]) == 2
+    assert "did you mean 'tiny_llama'" in capsys.readouterr().err
+    assert cli.main(["eval", str(home)]) == 2
+    assert "not a run directory" in capsys.readouterr().err
+
+
 def test_a_run_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.load(Path(__file__).parents[1] / "configs" / "tiny_llama.py").seed = 1  # type: ignore[misc]
