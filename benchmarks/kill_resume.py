@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,20 +39,23 @@ SETTINGS = {
 }
 
 
-def command(out: Path, cache: Path) -> list[str]:
+def command(source: Path, out: Path, cache: Path) -> list[str]:
     overrides = SETTINGS | {"out": out, "data.cache": cache}
     words = [x for k, v in overrides.items() for x in (f"--{k}", str(v))]
-    return [sys.executable, "-m", "jaxlm", "train", str(ROOT / "configs" / "tiny_llama.py"), *words]
+    return [sys.executable, "-m", "jaxlm", "train", str(source / "configs" / "tiny_llama.py"), *words]
 
 
-def environment(cache: Path) -> dict[str, str]:
+def environment(source: Path, cache: Path) -> dict[str, str]:
     """With compiled programs kept on disk, a restart takes seconds."""
     keep = {"JAX_COMPILATION_CACHE_DIR": str(cache / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return os.environ | keep | {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "PYTHONPATH": str(ROOT)}
+    return os.environ | keep | {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "PYTHONPATH": str(source)}
 
 
 def launch(out: Path, cache: Path, log: Any) -> subprocess.Popen:
-    return subprocess.Popen(command(out, cache), env=environment(cache), stdout=log, stderr=subprocess.STDOUT)
+    """From the copy of the source beside `cache`: somebody may edit the original during these minutes."""
+    source = cache.parent / "source"
+    words, env = command(source, out, cache), environment(source, cache)
+    return subprocess.Popen(words, env=env, cwd=source, stdout=log, stderr=subprocess.STDOUT)
 
 
 def phase(run: Path, since: float) -> str:
@@ -142,6 +146,8 @@ def main() -> int:
         folder = a.keep or Path(temporary)
         folder.mkdir(exist_ok=True)
         cache = folder / "cache"
+        for part in ("jaxlm", "configs"):
+            shutil.copytree(ROOT / part, folder / "source" / part)
         for name in ("warm", "reference"):  # the first fills the caches, the second says how long a run takes
             started = time.perf_counter()
             with open(folder / f"{name}.log", "w") as log:

@@ -104,9 +104,9 @@ class Ours:
             meter = log.Meter(c.steps, flops=self.program.flops_per_token(), peak=1e12)
             progress = log.Progress(c.steps, console=rich.console.Console(file=sys.stderr))
 
-            def show(step: int, metrics: dict, waited: float) -> None:
+            def show(step: int, metrics: dict, data_s: float, step_s: float) -> None:
                 times.append(time.perf_counter())
-                meter.update(data_s=waited, step_s=0.0, tokens=self.tokens)
+                meter.update(data_s=data_s, step_s=step_s, tokens=self.tokens)
                 reading = meter.read()
                 progress.update(step, metrics, reading)
                 if step % c.log_every == 0:

@@ -28,8 +28,8 @@ class Hooks:
     step: Callable[[Any, dict], tuple[Any, dict]]
     indices: Callable[[int], Any]
     """Example indices of an update's batch, for error messages."""
-    log: Callable[[int, Metrics, float], None]
-    """(step, metrics, seconds waited for data)."""
+    log: Callable[[int, Metrics, float, float], None]
+    """(step, metrics, seconds waited for data, seconds in the step: sending it and waiting for it)."""
     validate: Callable[[int, Any], Metrics]
     sample: Callable[[int, Any], None]
     save: Callable[[int, Any, Metrics | None, dict], None]
@@ -82,7 +82,7 @@ def train(
     `best` and `bad` carry early stopping over a restart: the lowest validation loss, and validations since then.
     """
     batches = hooks.batches(start)
-    pending: tuple[int, dict, float] | None = None
+    pending: tuple[int, dict, float, float] | None = None
     done, reason = start, "finished"
 
     def read() -> None:
@@ -90,10 +90,11 @@ def train(
         nonlocal pending
         if pending is None:
             return
-        number, metrics, waited = pending
+        number, metrics, waited, sending = pending
+        asked = time.perf_counter()
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         pending = None
-        hooks.log(number, values, waited)
+        hooks.log(number, values, waited, sending + time.perf_counter() - asked)
         _check(number, values, hooks.indices, stop_on_nonfinite)
 
     with stop_signals() as signals:
@@ -102,10 +103,12 @@ def train(
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - asked
+                sent = time.perf_counter()
                 state, metrics = hooks.step(state, hooks.to_device(batch))
+                sending = time.perf_counter() - sent
                 read()
                 done = update + 1
-                pending = (done, metrics, waited)
+                pending = (done, metrics, waited, sending)
 
                 last = done == steps
                 validation = None

@@ -121,8 +121,8 @@ def _run(
 
     with Progress(c.steps, enabled=main) as progress:
 
-        def show(step: int, metrics: dict, waited: float) -> None:
-            meter.update(data_s=waited, step_s=0.0, tokens=tokens_a_step)
+        def show(step: int, metrics: dict, data_s: float, step_s: float) -> None:
+            meter.update(data_s=data_s, step_s=step_s, tokens=tokens_a_step)
             reading = meter.read()
             progress.update(step, metrics, reading)
             if step % c.log_every == 0 or step == c.steps or not metrics["finite"]:

@@ -61,7 +61,7 @@ class Recorder:
             to_device=lambda batch: batch,
             step=self.step,
             indices=lambda update: np.arange(update * 4, update * 4 + 4).reshape(2, 2),
-            log=lambda step, metrics, waited: self.happened("log", step),
+            log=lambda step, metrics, data_s, step_s: self.happened("log", step),
             validate=self.validate,
             sample=lambda step, state: self.happened("sample", step),
             save=self.save,
@@ -256,7 +256,7 @@ def test_the_loop_moves_nothing_between_host_and_device_but_by_name(monkeypatch)
         to_device=jax.device_put,
         step=f,
         indices=lambda update: update,
-        log=lambda step, metrics, waited: logged.append((step, metrics["loss"], type(metrics["loss"]))),
+        log=lambda step, metrics, data_s, step_s: logged.append((step, metrics["loss"], type(metrics["loss"]))),
         validate=lambda step, state: {"loss": 1.0},
         sample=lambda step, state: None,
         save=lambda step, state, validation, memory: None,
@@ -280,6 +280,6 @@ def test_seconds_waited_for_data_are_measured():
             yield {"update": i}
 
     r.batches = batches
-    hooks = Hooks(**{**vars(r.hooks), "log": lambda step, metrics, seconds: waited.append(seconds)})
+    hooks = Hooks(**{**vars(r.hooks), "log": lambda step, metrics, data_s, step_s: waited.append(data_s)})
     loop.train(0, hooks, start=0, steps=3, **OFTEN)
     assert len(waited) == 3 and min(waited) >= 0.049
