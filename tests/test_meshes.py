@@ -71,7 +71,7 @@ def run(family: str, mesh_config: config.Mesh | None, first=None, *, micro: int 
     specs = MODELS[family].specs(c) | objective.specs(oc, c.width)
     model = Model(MODELS[family], c, specs, layout)
     # an update in proportion to the gradient: a wrong factor shows, which Adam would hide
-    optimizer = optim.make(config.Optim(name="sgd", lr=0.3, warmup=0, weight_decay=0.0), 100, specs)
+    optimizer = optim.make(config.Optim(name="sgd", momentum=0.0, lr=0.3, warmup=0, weight_decay=0.0), 100, specs)
     homes = step.shardings(specs, layout.shardings(specs, mesh), optimizer, False, sharding.replicated(mesh))
     train = step.make_train_step(
         lambda p, b, k: objective.loss(oc, model, p, b, k), objective.weights, optimizer, seed=0, clip=1.0, ema=0.0
