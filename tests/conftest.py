@@ -1,6 +1,7 @@
 """Strict JAX for every test: eight CPU devices, no silent rank or dtype promotion."""
 
 import os
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -11,3 +12,6 @@ import jax
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "float32")
 jax.config.update("jax_disable_most_optimizations", True)  # most of the tests' time is compilation
+
+# A shell starts background jobs with Ctrl-C ignored, and Python then never raises KeyboardInterrupt: tests mean it to.
+signal.signal(signal.SIGINT, signal.default_int_handler)
