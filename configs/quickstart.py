@@ -15,6 +15,6 @@ def config() -> Run:
         objective=causal.Config(),
         data=Data(train=("stdlib",), holdout=0.02, tokenizer="sentencepiece:8192", compare_compression=True),
         optim=Optim(name="muon", lr=8e-3, muon_lr=0.02, schedule="wsd", decay=0.5, final=0.05, warmup=20),
-        train=Train(steps=2000, batch_size=8, seq_len=256, eval_every=500, save_every=500, sample_tokens=96),
+        train=Train(steps=2250, batch_size=8, seq_len=256, eval_every=750, save_every=750, sample_tokens=96),
         execution=Execution(dtype="float32"),
     )
