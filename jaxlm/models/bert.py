@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import layers
-from jaxlm.attention import Mask, attend
+from jaxlm.attention import Mask
+from jaxlm.layers import Output
 from jaxlm.losses import Readout
 from jaxlm.params import Spec, normal, ones, stacked, zeros
 from jaxlm.sharding import Layout
 
+kind = "encoder"
 generates = False
 
 
@@ -81,35 +83,27 @@ def specs(c: Config) -> dict[str, Any]:
     )
 
 
-def block(c: Config, p: dict, x_BTD: jax.Array, key: jax.Array | None, mask: Mask, shard: Layout) -> jax.Array:
-    k1, k2 = layers.subkeys(key, 2)
-    q_BTHC, k_BTHC, v_BTHC = (
-        layers.add_bias(shard.einsum("btd,dhc->bthc", x_BTD, p[n], "batch", "seq", "heads", None), p[f"{n}_bias"])
-        for n in "qkv"
-    )
-    a_BTHC = attend(q_BTHC, k_BTHC, v_BTHC, mask, shard=shard)
-    a_BTD = layers.add_bias(shard.einsum("bthc,hcd->btd", a_BTHC, p["o"], "batch", "seq", None), p["o_bias"])
-    x_BTD = layers.layer_norm(x_BTD + layers.dropout(a_BTD, c.dropout, k1), p["norm1"], p["norm1_bias"], c.eps)
-    u_BTF = layers.add_bias(shard.einsum("btd,df->btf", x_BTD, p["up"], "batch", "seq", "ffn"), p["up_bias"])
-    u_BTF = jax.nn.gelu(u_BTF, approximate=False)
-    d_BTD = layers.add_bias(shard.einsum("btf,fd->btd", u_BTF, p["down"], "batch", "seq", None), p["down_bias"])
-    return layers.layer_norm(x_BTD + layers.dropout(d_BTD, c.dropout, k2), p["norm2"], p["norm2_bias"], c.eps)
-
-
-def hidden(
-    c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: jax.Array | None = None
-) -> jax.Array:
+def forward(
+    c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: jax.Array | None = None, cache: None = None
+) -> Output:
     k1, k2 = layers.subkeys(key, 2)
     tokens_BT = batch["tokens"]
+    mask = Mask(causal=False, segments_BT=batch.get("segments"), segments_BS=batch.get("segments"))
+
+    def block(p: dict, x_BTD: jax.Array, key: jax.Array | None, kind: Any, kept: Any) -> tuple[jax.Array, None]:
+        k1, k2 = layers.subkeys(key, 2)
+        a_BTD, _ = layers.self_attention(p, x_BTD, mask, shard=shard)
+        x_BTD = layers.layer_norm(x_BTD + layers.dropout(a_BTD, c.dropout, k1), p["norm1"], p["norm1_bias"], c.eps)
+        d_BTD = layers.dropout(layers.mlp(p, x_BTD, "gelu", shard), c.dropout, k2)
+        return layers.layer_norm(x_BTD + d_BTD, p["norm2"], p["norm2_bias"], c.eps), None
+
     types_BT = batch.get("types", jnp.zeros_like(tokens_BT))
     x_BTD = layers.embed(params["embed"], tokens_BT, shard)
     x_BTD += layers.embed(params["position"], batch["positions"], shard, rows=None)
     x_BTD += layers.embed(params["type"], types_BT, shard, rows=None)
     x_BTD = layers.dropout(layers.layer_norm(x_BTD, params["norm"], params["norm_bias"], c.eps), c.dropout, k1)
-    mask = Mask(causal=False, segments_BT=batch.get("segments"), segments_BS=batch.get("segments"))
-    return layers.run_blocks(
-        lambda p, x, k: block(c, p, x, k, mask, shard), params["blocks"], specs["blocks"], x_BTD, shard=shard, key=k2
-    )
+    x_BTD, _ = layers.run_blocks(block, params["blocks"], specs["blocks"], x_BTD, shard=shard, key=k2)
+    return Output(x_BTD)
 
 
 def pooled(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layout) -> jax.Array:

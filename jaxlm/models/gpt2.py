@@ -5,16 +5,20 @@ B batch, T position, D model width, H heads, C head width, F ffn width, V vocabu
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 
 from jaxlm import layers
-from jaxlm.attention import Mask, attend
+from jaxlm.attention import Cache, Mask, empty_cache, read_on
+from jaxlm.layers import Output
 from jaxlm.losses import Readout
+from jaxlm.names import Name, fused, linear, same, vector
 from jaxlm.params import Spec, normal, ones, stacked, zeros
 from jaxlm.sharding import Layout
 
+kind = "decoder"
 generates = True
 
 
@@ -24,7 +28,12 @@ class Config:
     layers: int = 12
     width: int = 768
     heads: int = 12
+    ffn: int | None = None
+    """None: four times the width."""
     positions: int = 1024
+    tied: bool = True
+    """The head is the embedding."""
+    activation: str = "gelu_new"
     dropout: float = 0.0
     """On embeddings, attention outputs and ffn outputs."""
     eps: float = 1e-5
@@ -35,7 +44,7 @@ def attention_width(c: Config) -> int:
 
 
 def block_specs(c: Config) -> dict[str, Spec]:
-    D, H, C, F = c.width, c.heads, c.width // c.heads, 4 * c.width
+    D, H, C, F = c.width, c.heads, c.width // c.heads, c.ffn or 4 * c.width
     into, out = normal(0.02), normal(0.02 / math.sqrt(2 * c.layers))
     return dict(
         norm1=Spec((D,), (None,), ones),
@@ -60,45 +69,116 @@ def block_specs(c: Config) -> dict[str, Spec]:
 def specs(c: Config) -> dict[str, Any]:
     if c.width % c.heads:
         raise ValueError(f"model.width: {c.width} is not a multiple of model.heads {c.heads}")
-    return dict(
+    out = dict(
         embed=Spec((c.vocab, c.width), ("vocab", "embed"), normal(0.02)),
         position=Spec((c.positions, c.width), (None, "embed"), normal(0.02)),
         blocks=stacked(c.layers, block_specs(c)),
         norm=Spec((c.width,), (None,), ones),
         norm_bias=Spec((c.width,), (None,), zeros),
     )
+    if not c.tied:
+        out["head"] = Spec((c.vocab, c.width), ("vocab", "embed"), normal(0.02))
+    return out
 
 
-def block(c: Config, p: dict, x_BTD: jax.Array, key: jax.Array | None, mask: Mask, shard: Layout) -> jax.Array:
+def forward(
+    c: Config,
+    specs: Any,
+    params: Any,
+    batch: dict,
+    *,
+    shard: Layout,
+    key: jax.Array | None = None,
+    cache: Cache | None = None,
+) -> Output:
     k1, k2 = layers.subkeys(key, 2)
-    h_BTD = layers.layer_norm(x_BTD, p["norm1"], p["norm1_bias"], c.eps)
-    q_BTHC, k_BTHC, v_BTHC = (
-        layers.add_bias(shard.einsum("btd,dhc->bthc", h_BTD, p[n], "batch", "seq", "heads", None), p[f"{n}_bias"])
-        for n in "qkv"
-    )
-    a_BTHC = attend(q_BTHC, k_BTHC, v_BTHC, mask, shard=shard)
-    a_BTD = layers.add_bias(shard.einsum("bthc,hcd->btd", a_BTHC, p["o"], "batch", "seq", None), p["o_bias"])
-    x_BTD += layers.dropout(a_BTD, c.dropout, k1)
-    h_BTD = layers.layer_norm(x_BTD, p["norm2"], p["norm2_bias"], c.eps)
-    u_BTF = layers.add_bias(shard.einsum("btd,df->btf", h_BTD, p["up"], "batch", "seq", "ffn"), p["up_bias"])
-    u_BTF = jax.nn.gelu(u_BTF, approximate=True)
-    d_BTD = layers.add_bias(shard.einsum("btf,fd->btd", u_BTF, p["down"], "batch", "seq", None), p["down_bias"])
-    return x_BTD + layers.dropout(d_BTD, c.dropout, k2)
+    segments_BT = batch.get("segments")
+    cache = read_on(cache, segments_BT, batch["tokens"].shape)
+    mask = Mask(True, None, segments_BT, segments_BT, batch.get("prefix"))
 
+    def block(p: dict, x_BTD: jax.Array, key: jax.Array | None, kind: Any, kept: Any) -> tuple[jax.Array, Any]:
+        k1, k2 = layers.subkeys(key, 2)
+        h_BTD = layers.layer_norm(x_BTD, p["norm1"], p["norm1_bias"], c.eps)
+        a_BTD, kept = layers.self_attention(p, h_BTD, mask, shard=shard, cache=cache, kept=kept)
+        x_BTD += layers.dropout(a_BTD, c.dropout, k1)
+        h_BTD = layers.layer_norm(x_BTD, p["norm2"], p["norm2_bias"], c.eps)
+        return x_BTD + layers.dropout(layers.mlp(p, h_BTD, c.activation, shard), c.dropout, k2), kept
 
-def hidden(
-    c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: jax.Array | None = None
-) -> jax.Array:
-    k1, k2 = layers.subkeys(key, 2)
-    mask = Mask(causal=True, segments_BT=batch.get("segments"), segments_BS=batch.get("segments"))
     x_BTD = layers.embed(params["embed"], batch["tokens"], shard)
     x_BTD += layers.embed(params["position"], batch["positions"], shard, rows=None)
     x_BTD = layers.dropout(x_BTD, c.dropout, k1)
-    x_BTD = layers.run_blocks(
-        lambda p, x, k: block(c, p, x, k, mask, shard), params["blocks"], specs["blocks"], x_BTD, shard=shard, key=k2
+    x_BTD, cache = layers.run_blocks(
+        block, params["blocks"], specs["blocks"], x_BTD, shard=shard, key=k2, cache=cache
     )
-    return layers.layer_norm(x_BTD, params["norm"], params["norm_bias"], c.eps)
+    return Output(layers.layer_norm(x_BTD, params["norm"], params["norm_bias"], c.eps), cache=cache)
 
 
 def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layout) -> Readout:
-    return Readout(x_BTD.astype(shard.dtype), shard.gather(params["embed"], specs["embed"]))
+    head = "embed" if c.tied else "head"
+    return Readout(x_BTD.astype(shard.dtype), shard.gather(params[head], specs[head]))
+
+
+def init_cache(c: Config, rows: int, length: int, dtype: Any) -> Cache:
+    kept = layers.kv_cache([None] * c.layers, rows, length, c.heads, c.width // c.heads, dtype)
+    return empty_cache(kept, rows, length)
+
+
+# Published files.
+
+MODEL_TYPES = ("gpt2",)
+PREFIX = "transformer."
+IGNORED = (r".*\.attn\.(masked_)?bias",)  # causal masks as buffers
+
+
+def names(c: Config) -> dict[str, Name]:
+    layer, conv = "transformer.h.{layer}.", partial(linear, order="in_out")
+    qkv, biases = ("blocks/q", "blocks/k", "blocks/v"), ("blocks/q_bias", "blocks/k_bias", "blocks/v_bias")
+    return {
+        "embed": same("transformer.wte.weight"),
+        "position": same("transformer.wpe.weight"),
+        "blocks/norm1": vector(layer + "ln_1.weight"),
+        "blocks/norm1_bias": vector(layer + "ln_1.bias"),
+        **fused(conv, layer + "attn.c_attn.weight", *qkv),
+        **fused(vector, layer + "attn.c_attn.bias", *biases),
+        "blocks/o": conv(layer + "attn.c_proj.weight", ins=2),
+        "blocks/o_bias": vector(layer + "attn.c_proj.bias"),
+        "blocks/norm2": vector(layer + "ln_2.weight"),
+        "blocks/norm2_bias": vector(layer + "ln_2.bias"),
+        "blocks/up": conv(layer + "mlp.c_fc.weight"),
+        "blocks/up_bias": vector(layer + "mlp.c_fc.bias"),
+        "blocks/down": conv(layer + "mlp.c_proj.weight"),
+        "blocks/down_bias": vector(layer + "mlp.c_proj.bias"),
+        "norm": vector("transformer.ln_f.weight"),
+        "norm_bias": vector("transformer.ln_f.bias"),
+        "head": same("lm_head.weight"),
+    }
+
+
+def from_hf(values: dict[str, Any]) -> Config:
+    for name, usual in dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False).items():
+        if values.get(name, usual) != usual:
+            raise ValueError(f"config.json: {name} {values[name]!r} of gpt2 is not supported, only {usual}")
+    activation = values.get("activation_function", "gelu_new")
+    if activation not in layers.ACTIVATIONS:
+        raise ValueError(f"config.json: activation_function {activation!r} is unknown")
+    return Config(
+        vocab=values["vocab_size"],
+        layers=values["n_layer"],
+        width=values["n_embd"],
+        heads=values["n_head"],
+        ffn=values.get("n_inner"),
+        positions=values["n_positions"],
+        tied=bool(values.get("tie_word_embeddings", True)),
+        activation=activation,
+        dropout=float(values.get("resid_pdrop", 0.1)),
+        eps=values.get("layer_norm_epsilon", 1e-5),
+    )
+
+
+def to_hf(c: Config) -> dict[str, Any]:
+    return dict(
+        architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=c.vocab, n_layer=c.layers, n_embd=c.width,
+        n_head=c.heads, n_inner=c.ffn, n_positions=c.positions, activation_function=c.activation,
+        resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=0.0, layer_norm_epsilon=c.eps,
+        tie_word_embeddings=c.tied,
+    )  # fmt: skip

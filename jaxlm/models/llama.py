@@ -1,19 +1,24 @@
-"""Llama (Touvron et al. 2023) and its kin: RoPE, RMSNorm, SwiGLU, grouped-query attention, no biases.
+"""Llama (Touvron et al. 2023) and its kin: RoPE, RMSNorm before each half, gated ffn, grouped-query attention.
 
-B batch, T position, D model width, H heads, K key/value heads, C head width, F ffn width, V vocabulary.
+Mistral adds sliding windows, Qwen 2 biases on q, k and v, Qwen 3 norms on queries and keys, SmolLM 3 layers without
+rotation. B batch, T position, D model width, H heads, K key/value heads, C head width, F ffn width, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
-from jaxlm import layers
-from jaxlm.attention import Mask, attend
+from jaxlm import layers, rope
+from jaxlm.attention import Cache, Mask, empty_cache, read_on
+from jaxlm.layers import Output
 from jaxlm.losses import Readout
-from jaxlm.params import Spec, fan_in, normal, ones, stacked
+from jaxlm.names import Name, linear, same, vector
+from jaxlm.params import Spec, fan_in, normal, ones, stacked, zeros
+from jaxlm.rope import Rope
 from jaxlm.sharding import Layout
 
+kind = "decoder"
 generates = True
 
 
@@ -28,13 +33,24 @@ class Config:
     ffn: int = 2048
     positions: int | None = None
     """Longest sequence; None: no limit."""
-    rope_theta: float = 1e4
+    rope: Rope = Rope()
     tied: bool = False
     """The head is the embedding."""
     window: int | None = None
-    """Sliding-window attention over this many positions."""
+    """Sliding-window attention over this many positions, in the layers that `windowed` names."""
+    windowed: tuple[bool, ...] = (True,)
+    """Which layers the window holds for, as a pattern that repeats."""
+    rotated: tuple[bool, ...] = (True,)
+    """Which layers rotate queries and keys, as a pattern that repeats."""
+    qk_norm: bool = False
+    """RMSNorm on each head's queries and keys."""
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
     dropout: float = 0.0
     eps: float = 1e-5
+    model_type: Literal["llama", "mistral", "qwen2", "qwen3", "smollm3"] = "llama"
+    """What published files of this model call its architecture."""
 
 
 def attention_width(c: Config) -> int:
@@ -44,7 +60,7 @@ def attention_width(c: Config) -> int:
 def block_specs(c: Config) -> dict[str, Spec]:
     D, H, K, C, F = c.width, c.heads, c.kv_heads, c.head_width, c.ffn
     deep = (2 * c.layers) ** -0.5  # keeps the residual stream's variance near one at any depth
-    return dict(
+    out = dict(
         norm1=Spec((D,), (None,), ones),
         q=Spec((D, H, C), ("embed", "heads", None), fan_in(0)),
         k=Spec((D, K, C), ("embed", "kv", None), fan_in(0)),
@@ -55,6 +71,17 @@ def block_specs(c: Config) -> dict[str, Spec]:
         up=Spec((D, F), ("embed", "ffn"), fan_in(0)),
         down=Spec((F, D), ("ffn", "embed"), fan_in(0, scale=deep)),
     )
+    if c.qk_norm:
+        out |= dict(q_norm=Spec((C,), (None,), ones), k_norm=Spec((C,), (None,), ones))
+    if c.qkv_bias:
+        out["q_bias"] = Spec((H, C), ("heads", None), zeros)
+        out |= {f"{n}_bias": Spec((K, C), ("kv", None), zeros) for n in "kv"}
+    if c.o_bias:
+        out["o_bias"] = Spec((D,), (None,), zeros)
+    if c.mlp_bias:
+        out |= {f"{n}_bias": Spec((F,), ("ffn",), zeros) for n in ("gate", "up")}
+        out["down_bias"] = Spec((D,), (None,), zeros)
+    return out
 
 
 def specs(c: Config) -> dict[str, Any]:
@@ -70,42 +97,187 @@ def specs(c: Config) -> dict[str, Any]:
     return out
 
 
-def block(
-    c: Config, p: dict, x_BTD: jax.Array, key: jax.Array | None, mask: Mask, positions_BT: jax.Array, shard: Layout
-) -> jax.Array:
-    k1, k2 = layers.subkeys(key, 2)
-    h_BTD = layers.rms_norm(x_BTD, p["norm1"], c.eps)
-    q_BTHC = shard.einsum("btd,dhc->bthc", h_BTD, p["q"], "batch", "seq", "heads", None)
-    k_BTKC = shard.einsum("btd,dkc->btkc", h_BTD, p["k"], "batch", "seq", "kv", None)
-    v_BTKC = shard.einsum("btd,dkc->btkc", h_BTD, p["v"], "batch", "seq", "kv", None)
-    q_BTHC, k_BTKC = (layers.rope(x, positions_BT, c.rope_theta) for x in (q_BTHC, k_BTKC))
-    a_BTHC = attend(q_BTHC, k_BTKC, v_BTKC, mask, shard=shard)
-    a_BTD = shard.einsum("bthc,hcd->btd", a_BTHC, p["o"], "batch", "seq", None)
-    x_BTD += layers.dropout(a_BTD, c.dropout, k1)
-    h_BTD = layers.rms_norm(x_BTD, p["norm2"], c.eps)
-    gate_BTF = shard.einsum("btd,df->btf", h_BTD, p["gate"], "batch", "seq", "ffn")
-    up_BTF = shard.einsum("btd,df->btf", h_BTD, p["up"], "batch", "seq", "ffn")
-    d_BTD = shard.einsum("btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, p["down"], "batch", "seq", None)
-    return x_BTD + layers.dropout(d_BTD, c.dropout, k2)
+def kinds(c: Config) -> list[tuple[int | None, bool]]:
+    """(window, rotated) of each layer."""
+    return [
+        (c.window if c.windowed[i % len(c.windowed)] else None, c.rotated[i % len(c.rotated)]) for i in range(c.layers)
+    ]
 
 
-def hidden(
-    c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: jax.Array | None = None
-) -> jax.Array:
+def forward(
+    c: Config,
+    specs: Any,
+    params: Any,
+    batch: dict,
+    *,
+    shard: Layout,
+    key: jax.Array | None = None,
+    cache: Cache | None = None,
+) -> Output:
     k1, k2 = layers.subkeys(key, 2)
-    mask = Mask(True, c.window, batch.get("segments"), batch.get("segments"))
+    segments_BT = batch.get("segments")
+    cache = read_on(cache, segments_BT, batch["tokens"].shape)
+    sin_cos = rope.table(c.rope, c.head_width, batch["positions"])
+
+    def block(p: dict, x_BTD: jax.Array, key: jax.Array | None, kind: Any, kept: Any) -> tuple[jax.Array, Any]:
+        window, rotated = kind
+        k1, k2 = layers.subkeys(key, 2)
+        mask = Mask(True, window, segments_BT, segments_BT, batch.get("prefix"))
+        a_BTD, kept = layers.self_attention(
+            p,
+            layers.rms_norm(x_BTD, p["norm1"], c.eps),
+            mask,
+            shard=shard,
+            sin_cos=sin_cos if rotated else None,
+            norm=lambda x, scale: layers.rms_norm(x, scale, c.eps),
+            cache=cache,
+            kept=kept,
+        )
+        x_BTD += layers.dropout(a_BTD, c.dropout, k1)
+        d_BTD = layers.mlp(p, layers.rms_norm(x_BTD, p["norm2"], c.eps), "silu", shard)
+        return x_BTD + layers.dropout(d_BTD, c.dropout, k2), kept
+
     x_BTD = layers.dropout(layers.embed(params["embed"], batch["tokens"], shard), c.dropout, k1)
-    x_BTD = layers.run_blocks(
-        lambda p, x, k: block(c, p, x, k, mask, batch["positions"], shard),
-        params["blocks"],
-        specs["blocks"],
-        x_BTD,
-        shard=shard,
-        key=k2,
+    x_BTD, cache = layers.run_blocks(
+        block, params["blocks"], specs["blocks"], x_BTD, shard=shard, key=k2, kinds=kinds(c), cache=cache
     )
-    return layers.rms_norm(x_BTD, params["norm"], c.eps)
+    return Output(layers.rms_norm(x_BTD, params["norm"], c.eps), cache=cache)
 
 
 def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layout) -> Readout:
     head = "embed" if c.tied else "head"
     return Readout(x_BTD.astype(shard.dtype), shard.gather(params[head], specs[head]))
+
+
+def init_cache(c: Config, rows: int, length: int, dtype: Any) -> Cache:
+    windows = [window for window, _ in kinds(c)]
+    return empty_cache(layers.kv_cache(windows, rows, length, c.kv_heads, c.head_width, dtype), rows, length)
+
+
+# Published files.
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
+MODEL_TYPES = tuple(ARCHITECTURES)
+IGNORED = (r".*rotary_emb\.inv_freq",)
+
+
+def names(c: Config) -> dict[str, Name]:
+    layer = "model.layers.{layer}."
+    return {
+        "embed": same("model.embed_tokens.weight"),
+        "blocks/norm1": vector(layer + "input_layernorm.weight"),
+        "blocks/q": linear(layer + "self_attn.q_proj.weight"),
+        "blocks/k": linear(layer + "self_attn.k_proj.weight"),
+        "blocks/v": linear(layer + "self_attn.v_proj.weight"),
+        "blocks/q_bias": vector(layer + "self_attn.q_proj.bias"),
+        "blocks/k_bias": vector(layer + "self_attn.k_proj.bias"),
+        "blocks/v_bias": vector(layer + "self_attn.v_proj.bias"),
+        "blocks/q_norm": vector(layer + "self_attn.q_norm.weight"),
+        "blocks/k_norm": vector(layer + "self_attn.k_norm.weight"),
+        "blocks/o": linear(layer + "self_attn.o_proj.weight", ins=2),
+        "blocks/o_bias": vector(layer + "self_attn.o_proj.bias"),
+        "blocks/norm2": vector(layer + "post_attention_layernorm.weight"),
+        "blocks/gate": linear(layer + "mlp.gate_proj.weight"),
+        "blocks/gate_bias": vector(layer + "mlp.gate_proj.bias"),
+        "blocks/up": linear(layer + "mlp.up_proj.weight"),
+        "blocks/up_bias": vector(layer + "mlp.up_proj.bias"),
+        "blocks/down": linear(layer + "mlp.down_proj.weight"),
+        "blocks/down_bias": vector(layer + "mlp.down_proj.bias"),
+        "norm": vector("model.norm.weight"),
+        "head": same("lm_head.weight"),
+    }
+
+
+THETA = {"smollm3": 2e6}  # where config.json leaves rope_theta out
+
+
+def from_hf(values: dict[str, Any]) -> Config:
+    kind, n, heads = values["model_type"], values["num_hidden_layers"], values["num_attention_heads"]
+    if values.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"config.json: hidden_act {values['hidden_act']!r} of {kind} is not supported, only silu")
+    bias = bool(values.get("attention_bias", False))
+    window, windowed = _windows(kind, values, n)
+    rotated = values.get("no_rope_layers") or [
+        (i + 1) % values.get("no_rope_layer_interval", 4) != 0 if kind == "smollm3" else True for i in range(n)
+    ]
+    return Config(
+        vocab=values["vocab_size"],
+        layers=n,
+        width=values["hidden_size"],
+        heads=heads,
+        kv_heads=values.get("num_key_value_heads") or heads,
+        head_width=values.get("head_dim") or (128 if kind == "qwen3" else values["hidden_size"] // heads),
+        ffn=values["intermediate_size"],
+        positions=values.get("max_position_embeddings"),
+        rope=rope.from_hf(values, THETA.get(kind, 1e4)),
+        tied=bool(values.get("tie_word_embeddings", kind == "smollm3")),
+        window=window,
+        windowed=layers.pattern(windowed),
+        rotated=layers.pattern([bool(r) for r in rotated]),
+        qk_norm=kind == "qwen3",
+        qkv_bias=bias or kind == "qwen2",
+        o_bias=bias,
+        mlp_bias=bool(values.get("mlp_bias", False)),
+        eps=values.get("rms_norm_eps", 1e-6),
+        model_type=kind,
+    )
+
+
+def _windows(kind: str, values: dict[str, Any], n: int) -> tuple[int | None, list[bool]]:
+    """(window, which layers it holds for). Qwen and SmolLM state a window that `use_sliding_window` may turn off."""
+    window = values.get("sliding_window")
+    if kind == "llama" or (kind != "mistral" and not values.get("use_sliding_window", False)):
+        window = None
+    types = values.get("layer_types")
+    if window is None:
+        return None, [True]
+    if types:
+        return window, [t == "sliding_attention" for t in types]
+    if kind == "smollm3":
+        return window, [not r for r in values.get("no_rope_layers") or [(i + 1) % 4 != 0 for i in range(n)]]
+    return window, [kind == "mistral" or i >= values.get("max_window_layers", 28) for i in range(n)]
+
+
+def to_hf(c: Config) -> dict[str, Any]:
+    """What `config.json` says of the architecture; refuses a model that this `model_type` can't express."""
+    kind = c.model_type
+    allowed = dict(
+        qk_norm=kind == "qwen3", qkv_bias=kind != "mistral", o_bias=kind not in ("mistral", "qwen2"),
+        mlp_bias=kind in ("llama", "smollm3"), window=kind != "llama",
+    )  # fmt: skip
+    for name, ok in allowed.items():
+        if getattr(c, name) and not ok:
+            raise ValueError(f"model.{name}: files of model_type {kind!r} can't express it; set another model.model_type")
+    if kind != "smollm3" and not all(c.rotated):
+        raise ValueError(f"model.rotated: files of model_type {kind!r} rotate every layer; set model.model_type=smollm3")
+    if (kind == "qwen3") != c.qk_norm or (kind == "qwen2" and not c.qkv_bias) or (
+        kind not in ("qwen2",) and c.qkv_bias != c.o_bias
+    ):
+        raise ValueError(f"model.model_type: {kind!r} does not have these norms and biases; set the one that fits")
+    out = dict(
+        architectures=[ARCHITECTURES[kind]], model_type=kind, vocab_size=c.vocab, num_hidden_layers=c.layers,
+        hidden_size=c.width, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_width,
+        intermediate_size=c.ffn, hidden_act="silu", rms_norm_eps=c.eps, rope_parameters=rope.to_hf(c.rope),
+        max_position_embeddings=c.positions or 1 << 20, tie_word_embeddings=c.tied,
+    )  # fmt: skip
+    each = kinds(c)
+    if kind in ("llama", "qwen3", "smollm3"):
+        out["attention_bias"] = c.o_bias
+    if kind in ("llama", "smollm3"):
+        out["mlp_bias"] = c.mlp_bias
+    if kind == "mistral":
+        if not all(c.windowed):
+            raise ValueError("model.windowed: Mistral's files have the window in every layer; set model.model_type=qwen2")
+        out["sliding_window"] = c.window
+    elif kind != "llama":
+        out |= dict(use_sliding_window=c.window is not None, sliding_window=c.window)
+        out["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w, _ in each]
+    if kind == "smollm3":
+        out["no_rope_layers"] = [int(r) for _, r in each]
+    return out
