@@ -2,6 +2,7 @@
 
 from jaxlm.config import Data, Execution, Mesh, Optim, Run, Train
 from jaxlm.models import llama
+from jaxlm.rope import Rope
 from jaxlm.objectives import causal
 
 
@@ -17,7 +18,7 @@ def config() -> Run:
             head_width=64,
             ffn=8192,
             positions=4096,
-            rope_theta=5e5,
+            rope=Rope(theta=5e5),
             tied=True,
         ),
         objective=causal.Config(z_loss=1e-4),

@@ -2,6 +2,7 @@
 
 from jaxlm.config import Data, Execution, Mesh, Optim, Run, Train
 from jaxlm.models import llama
+from jaxlm.rope import Rope
 from jaxlm.objectives import causal
 
 
@@ -17,7 +18,7 @@ def config() -> Run:
             head_width=128,
             ffn=14336,
             positions=8192,
-            rope_theta=5e5,
+            rope=Rope(theta=5e5),
         ),
         objective=causal.Config(z_loss=1e-4),
         data=Data(train=("tfds:c4/en",), tokenizer="llama3/tokenizer.json", workers=8),

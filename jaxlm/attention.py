@@ -1,14 +1,16 @@
-"""Attention behind one function: causal, bidirectional, sliding window, segments, bias, soft cap.
+"""Attention behind one function: causal, bidirectional, prefix, sliding window, segments, bias, soft cap, sinks, cache.
 
 B batch, T query position, S key position, H heads, K key/value heads, G = H / K, C head width.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from jaxlm.sharding import Layout
 
@@ -22,23 +24,111 @@ class Mask:
     """Only the last `window` positions, the query's own included."""
     segments_BT: jax.Array | None = None
     segments_BS: jax.Array | None = None
+    prefix_BS: jax.Array | None = None
+    """Keys that every query of their segment may see, causal or not."""
+    at_T: jax.Array | None = None
+    """Places of the queries in their row; None: 0, 1, 2 …"""
+    at_S: jax.Array | None = None
+    """Places of the keys; negative: an empty slot of a cache."""
+
+    def places(self, start: int, stop: int, first: int, last: int) -> tuple[jax.Array, jax.Array]:
+        """Places in the row of a block of queries and of a span of keys."""
+        t = jnp.arange(start, stop) if self.at_T is None else self.at_T[start:stop]
+        return t, jnp.arange(first, last) if self.at_S is None else self.at_S[first:last]
 
     def dense(self, start: int, stop: int, first: int, last: int) -> jax.Array | None:
         """Boolean `[B or 1, stop - start, last - first]` for a block of queries and a span of keys; None: all seen."""
-        t, s = jnp.arange(start, stop)[:, None], jnp.arange(first, last)[None, :]
+        t_T, s_S = self.places(start, stop, first, last)
+        t, s = t_T[:, None], s_S[None, :]
         seen = None
         if self.causal:
             seen = (t >= s)[None]
+        if self.prefix_BS is not None and seen is not None:
+            seen = seen | self.prefix_BS[:, None, first:last]
         if self.window is not None:
             near = (t - s < self.window) if self.causal else (abs(t - s) < self.window)
             seen = near[None] if seen is None else seen & near[None]
+        if self.at_S is not None:
+            seen = (s >= 0)[None] if seen is None else seen & (s >= 0)[None]
         if self.segments_BT is not None and self.segments_BS is not None:
             same = self.segments_BT[:, start:stop, None] == self.segments_BS[:, None, first:last]
             seen = same if seen is None else seen & same
         return seen
 
 
-def unavailable(implementation: str, mask: Mask, bias: bool, softcap: float | None, dtype: str) -> str | None:
+class Cache(struct.PyTreeNode):
+    """What a model remembers of the tokens it has read. Rows are padded on the left, so all write to the same slot."""
+
+    layers: tuple[dict[str, jax.Array], ...]
+    """Of each layer, arrays `[B, slots, …]`. Fewer slots than the longest row make a ring, for sliding windows."""
+    end: jax.Array
+    """Slots filled: where the next token goes."""
+    real_BS: jax.Array
+    """Which places hold tokens; the others are padding."""
+    fresh: bool = struct.field(pytree_node=False, default=True)
+    """Nothing was read yet, so new tokens need to look at nothing but themselves."""
+
+
+def empty_cache(layers: list[dict[str, jax.Array]], rows: int, length: int) -> Cache:
+    return Cache(tuple(layers), jnp.zeros((), jnp.int32), jnp.zeros((rows, length), bool))
+
+
+def ring(window: int | None, length: int, slack: int = 0) -> int:
+    """Slots a layer needs for rows of `length`: the window, and what one call may write before it looks (`slack`)."""
+    return length if window is None else min(length, window + slack)
+
+
+def read_on(cache: Cache | None, segments_BT: jax.Array | None, shape: tuple[int, ...]) -> Cache | None:
+    """The cache as it stands once `shape` = (B, T) new tokens are in it, all but its layers. Once a forward pass."""
+    if cache is None:
+        return None
+    real_BT = jnp.ones(shape, bool) if segments_BT is None else segments_BT > 0
+    real_BS = jax.lax.dynamic_update_slice(cache.real_BS, real_BT, (jnp.zeros((), jnp.int32), cache.end))
+    return cache.replace(real_BS=real_BS, end=cache.end + shape[1])
+
+
+def remember(
+    kept: dict[str, jax.Array] | None, new: dict[str, jax.Array], mask: Mask, cache: Cache | None
+) -> tuple[dict[str, jax.Array], Mask, dict[str, jax.Array] | None]:
+    """Write a layer's new keys and values (`[B, T, …]`) → (what queries look at, with which mask, what is kept).
+
+    `cache` comes from `read_on`. Without a cache: the new ones alone, and nothing is kept.
+    """
+    if cache is None or kept is None:
+        return new, mask, None
+    T, size, length = jax.tree.leaves(new)[0].shape[1], jax.tree.leaves(kept)[0].shape[1], cache.real_BS.shape[1]
+    start = cache.end - T
+    if not cache.fresh and size < length and mask.window is not None and size < mask.window + T - 1:
+        raise ValueError(f"cache: {T} tokens at once overwrite a window of {mask.window} in a ring of {size} slots")
+    kept = {name: _write(kept[name], x.astype(kept[name].dtype), start, length) for name, x in new.items()}
+    if cache.fresh:
+        return new, mask, kept
+    slots = jnp.arange(size)
+    at_S = slots if size == length else cache.end - 1 - (cache.end - 1 - slots) % size
+    real_BS = cache.real_BS if size == length else jnp.take(cache.real_BS, jnp.maximum(at_S, 0), axis=1)
+    ones_BT = jnp.ones((real_BS.shape[0], T), jnp.int32)
+    at_T = start + jnp.arange(T)
+    return (
+        kept,
+        dataclasses.replace(
+            mask, segments_BT=ones_BT, segments_BS=real_BS.astype(jnp.int32), prefix_BS=None, at_T=at_T, at_S=at_S
+        ),
+        kept,
+    )
+
+
+def _write(kept: jax.Array, new: jax.Array, start: jax.Array, length: int) -> jax.Array:
+    T, size = new.shape[1], kept.shape[1]
+    if size == length or T == 1:
+        at = (jnp.zeros((), jnp.int32), start % size) + (jnp.zeros((), jnp.int32),) * (kept.ndim - 2)
+        return jax.lax.dynamic_update_slice(kept, new, at)
+    n = min(T, size)
+    return kept.at[:, (start + T - n + jnp.arange(n)) % size].set(new[:, T - n :])
+
+
+def unavailable(
+    implementation: str, mask: Mask, bias: bool, softcap: float | None, dtype: str, sinks: bool = False
+) -> str | None:
     """Why an implementation can't answer this request here, or None if it can."""
     if implementation == "xla":
         return None
@@ -48,17 +138,21 @@ def unavailable(implementation: str, mask: Mask, bias: bool, softcap: float | No
         return f"computes in bfloat16, not {dtype}; set execution.dtype=bfloat16"
     if softcap is not None:
         return "has no soft cap"
+    if sinks:
+        return "has no attention sinks"
     return None
 
 
-def choose(implementation: str, mask: Mask, bias: bool, softcap: float | None, dtype: str) -> tuple[str, str]:
+def choose(
+    implementation: str, mask: Mask, bias: bool, softcap: float | None, dtype: str, sinks: bool = False
+) -> tuple[str, str]:
     """The implementation for a request and the reason. One that was asked for by name and can't run is an error."""
     if implementation != "auto":
-        why = unavailable(implementation, mask, bias, softcap, dtype)
+        why = unavailable(implementation, mask, bias, softcap, dtype, sinks)
         if why:
             raise ValueError(f"execution.attention: {implementation} {why}; use auto or xla")
         return implementation, "asked for by execution.attention"
-    why = unavailable("cudnn", mask, bias, softcap, dtype)
+    why = unavailable("cudnn", mask, bias, softcap, dtype, sinks)
     return ("cudnn", "fused kernel of this GPU") if why is None else ("xla", f"cudnn {why}")
 
 
@@ -71,30 +165,38 @@ def attend(
     shard: Layout,
     scale: float | None = None,
     softcap: float | None = None,
-    bias_HTS: jax.Array | None = None,
+    bias_BHTS: jax.Array | None = None,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax attention → `[B, T, H, C]`. Scores and softmax in float32. Every query must see at least one key.
+    """Softmax attention → `[B, T, H, C of v]`. Scores and softmax in float32. Every query must see at least one key.
 
-    `scale` defaults to C^-1/2; `softcap` squashes scores as cap·tanh(score / cap) (Gemma 2); grouped-query where K < H.
+    `scale` defaults to C^-1/2; `softcap` squashes scores as cap·tanh(score / cap) (Gemma 2); grouped-query where K < H;
+    `bias_BHTS` is added to the scores (B may be 1); `sinks_H` joins each softmax as one more score without a value.
     """
     scale = q_BTHC.shape[-1] ** -0.5 if scale is None else scale
-    name, _ = choose(shard.execution.attention, mask, bias_HTS is not None, softcap, shard.execution.dtype)
+    if mask.at_T is None:
+        asked, dtype, bias = shard.execution.attention, shard.execution.dtype, bias_BHTS is not None
+        name, _ = choose(asked, mask, bias, softcap, dtype, sinks_H is not None)
+    else:  # a few queries against a cache: bound by reading it, whatever the kernel
+        name = "xla"
     # Under context parallelism queries stay sharded by position and every device gathers the keys.
     k_BSKC, v_BSKC = (shard(x, "batch", None, "kv", None) for x in (k_BSKC, v_BSKC))
-    if mask.segments_BS is not None:
-        mask = Mask(mask.causal, mask.window, mask.segments_BT, shard(mask.segments_BS, "batch", None))
+    whole: dict[str, Any] = {
+        n: shard(x, "batch", None) for n in ("segments_BS", "prefix_BS") if (x := getattr(mask, n)) is not None
+    }
+    mask = dataclasses.replace(mask, **whole)
     run = {"xla": _xla, "cudnn": _cudnn}[name]
-    return shard(run(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_HTS), "batch", "seq", "heads", None)
+    return shard(run(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_BHTS, sinks_H), "batch", "seq", "heads", None)
 
 
-def _cudnn(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_HTS):
-    segmented = mask.segments_BT is not None
-    seen = mask.dense(0, q_BTHC.shape[1], 0, k_BSKC.shape[1]) if segmented or mask.window else None
+def _cudnn(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_BHTS, sinks_H):
+    dense = mask.segments_BT is not None or mask.prefix_BS is not None or mask.window
+    seen = mask.dense(0, q_BTHC.shape[1], 0, k_BSKC.shape[1]) if dense else None
     return jax.nn.dot_product_attention(
         q_BTHC,
         k_BSKC,
         v_BSKC,
-        bias=None if bias_HTS is None else bias_HTS[None].astype(q_BTHC.dtype),
+        bias=None if bias_BHTS is None else bias_BHTS.astype(q_BTHC.dtype),
         mask=None if seen is None else seen[:, None],
         is_causal=mask.causal and seen is None,
         scale=scale,
@@ -107,7 +209,7 @@ MOST_BLOCKS = 16
 KEEP_SCORES = 512  # positions up to which the backward pass keeps a block's scores instead of computing them again
 
 
-def _xla(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_HTS):
+def _xla(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_BHTS, sinks_H):
     """Plain XLA in blocks of queries: each sees only the keys that causality and the window can reach, so that all
     scores never exist at one time. Operands are laid out once so that every product is a plain batched matrix product.
     """
@@ -120,17 +222,18 @@ def _xla(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_HTS):
         block = jax.checkpoint(block)
     out = []
     for start, stop, first, last in query_blocks(T, S, mask):
-        bias = None if bias_HTS is None else bias_HTS[:, start:stop, first:last]
+        bias = None if bias_BHTS is None else bias_BHTS[:, :, start:stop, first:last]
         seen = mask.dense(start, stop, first, last)
-        out.append(block(q_BKTGC[:, :, start:stop], k_BKCS[..., first:last], v_BKSC[:, :, first:last], seen, bias))
+        q, k, v = q_BKTGC[:, :, start:stop], k_BKCS[..., first:last], v_BKSC[:, :, first:last]
+        out.append(block(q, k, v, seen, bias, sinks_H))
     o_BKTGC = out[0] if len(out) == 1 else jnp.concatenate(out, 2)
-    return o_BKTGC.transpose(0, 2, 1, 3, 4).reshape(B, T, H, C)
+    return o_BKTGC.transpose(0, 2, 1, 3, 4).reshape(B, T, H, v_BSKC.shape[-1])
 
 
 def query_blocks(T: int, S: int, mask: Mask) -> list[tuple[int, int, int, int]]:
     """(first query, end, first key, end) of each block. One block where blocks would gain nothing."""
     mesh = jax.sharding.get_abstract_mesh()
-    if T != S or T <= BLOCK or (not mesh.empty and mesh.shape.get("context", 1) > 1):
+    if T != S or T <= BLOCK or mask.prefix_BS is not None or (not mesh.empty and mesh.shape.get("context", 1) > 1):
         return [(0, T, 0, S)]
     size = max(BLOCK, -(-T // MOST_BLOCKS))
     out = []
@@ -142,7 +245,7 @@ def query_blocks(T: int, S: int, mask: Mask) -> list[tuple[int, int, int, int]]:
     return out
 
 
-def _block(q_BKTGC, k_BKCS, v_BKSC, seen, bias_HTS, softcap):
+def _block(q_BKTGC, k_BKCS, v_BKSC, seen, bias_BHTS, sinks_H, softcap):
     B, K, T, G, C = q_BKTGC.shape
     # Positions and a group's heads are the rows of one matrix; on a mesh either may be sharded, and XLA merges them.
     rows = (T * G,) if jax.sharding.get_abstract_mesh().empty else (T, G)
@@ -151,9 +254,19 @@ def _block(q_BKTGC, k_BKCS, v_BKSC, seen, bias_HTS, softcap):
     s_BKTGS = s_BKRS.reshape(B, K, T, G, -1)
     if softcap is not None:
         s_BKTGS = softcap * jnp.tanh(s_BKTGS / softcap)
-    if bias_HTS is not None:
-        s_BKTGS += bias_HTS.reshape(1, K, G, *bias_HTS.shape[1:]).swapaxes(2, 3).astype(jnp.float32)
+    if bias_BHTS is not None:
+        b, _, t, s = bias_BHTS.shape
+        s_BKTGS += bias_BHTS.reshape(b, K, G, t, s).swapaxes(2, 3).astype(jnp.float32)
     if seen is not None:
         s_BKTGS = jnp.where(seen[:, None, :, None], s_BKTGS, -1e30)
-    p_BKRS = jax.nn.softmax(s_BKTGS, -1).astype(v_BKSC.dtype).reshape(s_BKRS.shape)
-    return jnp.einsum("bk...s,bksc->bk...c", p_BKRS, v_BKSC).reshape(B, K, T, G, C)
+    p_BKTGS = jax.nn.softmax(s_BKTGS, -1) if sinks_H is None else _softmax_with(s_BKTGS, sinks_H.reshape(K, G))
+    p_BKRS = p_BKTGS.astype(v_BKSC.dtype).reshape(s_BKRS.shape)
+    return jnp.einsum("bk...s,bksc->bk...c", p_BKRS, v_BKSC).reshape(B, K, T, G, -1)
+
+
+def _softmax_with(s_BKTGS: jax.Array, sinks_KG: jax.Array) -> jax.Array:
+    """Softmax over scores and a sink, without the sink's share."""
+    sink = sinks_KG[None, :, None, :, None].astype(jnp.float32)
+    top = jax.lax.stop_gradient(jnp.maximum(s_BKTGS.max(-1, keepdims=True), sink))
+    e_BKTGS = jnp.exp(s_BKTGS - top)
+    return e_BKTGS / (e_BKTGS.sum(-1, keepdims=True) + jnp.exp(sink - top))

@@ -63,7 +63,7 @@ def make_generate(
 
         def one(carry: Any) -> Any:
             made, tokens_BL, ends_B, done_B = carry
-            x_BLD = model.hidden(params, dict(tokens=tokens_BL, positions=positions_BL))
+            x_BLD = model.forward(params, dict(tokens=tokens_BL, positions=positions_BL)).x_BTD
             x_B1D = jnp.take_along_axis(x_BLD, (ends_B - 1)[:, None, None], axis=1)
             z_BV = logits(model.readout(params, x_B1D), model.shard)[:, 0]
             next_B = pick(z_BV, jax.random.fold_in(key, made), temperature, top_k, top_p)

@@ -3,13 +3,39 @@
 B batch, T query position, S key position, D model width, H heads, K key/value heads, C head width, V vocabulary.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
+from jaxlm import rope
+from jaxlm.attention import Cache, Mask, attend, remember, ring
 from jaxlm.sharding import Layout
+
+
+class Output(struct.PyTreeNode):
+    """What a model's `forward` returns."""
+
+    x_BTD: jax.Array
+    """The last layer's output, normalised: what `readout` and task heads take."""
+    aux_B: jax.Array | None = None
+    """Auxiliary loss of each row, a mean over its tokens with its coefficients applied (a router's balance)."""
+    cache: Cache | None = None
+
+
+# By the names that published configurations use.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
 
 # Which results of the forward pass a block keeps for the backward pass; the rest is computed again.
 REMAT: dict[str, Any] = {
@@ -31,25 +57,16 @@ def layer_norm(x_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: flo
     )
 
 
-def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    """In float32 whatever the compute dtype (Zhang & Sennrich 2019)."""
-    x = x_BTD.astype(jnp.float32)
-    y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps)
-    return (y * scale_D.reshape((1,) * (x.ndim - 1) + (-1,)).astype(jnp.float32)).astype(x_BTD.dtype)
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Over the dimensions of `scale`, in float32 whatever the compute dtype (Zhang & Sennrich 2019)."""
+    over = tuple(range(-scale.ndim, 0))
+    wide = x.astype(jnp.float32)
+    y = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), over, keepdims=True) + eps)
+    return (y * scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape).astype(jnp.float32)).astype(x.dtype)
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     return x + bias.reshape((1,) * (x.ndim - bias.ndim) + bias.shape).astype(x.dtype)
-
-
-def rope(x_BTHC: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding, halves paired as in Llama's published weights (Su et al. 2021)."""
-    half = x_BTHC.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BTC = positions_BT[..., None].astype(jnp.float32) * frequencies[None, None]
-    sin, cos = jnp.sin(angle_BTC)[:, :, None], jnp.cos(angle_BTC)[:, :, None]
-    x1, x2 = jnp.split(x_BTHC.astype(jnp.float32), 2, -1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x_BTHC.dtype)
 
 
 def embed(table_VD: jax.Array, ids_BT: jax.Array, shard: Layout, rows: str | None = "vocab") -> jax.Array:
@@ -79,7 +96,73 @@ def subkeys(key: jax.Array | None, n: int) -> list[jax.Array | None]:
     return [None] * n if key is None else list(jax.random.split(key, n))
 
 
-Block = Callable[[Any, jax.Array, jax.Array | None], jax.Array]
+def project(p: dict, name: str, eq: str, x: jax.Array, shard: Layout, *axes: str | None) -> jax.Array:
+    """`x` times the weight `name`, plus `name_bias` where the model has one."""
+    y = shard.einsum(eq, x, p[name], *axes)
+    return add_bias(y, p[f"{name}_bias"]) if f"{name}_bias" in p else y
+
+
+def self_attention(
+    p: dict,
+    x_BTD: jax.Array,
+    mask: Mask,
+    *,
+    shard: Layout,
+    sin_cos: tuple[jax.Array, jax.Array] | None = None,
+    norm: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Callable[[Mask, int, int], jax.Array] | None = None,
+    cache: Cache | None = None,
+    kept: Any = None,
+) -> tuple[jax.Array, Any]:
+    """`[B, T, D]` → `[B, T, D]` and what the layer's cache keeps.
+
+    Weights q (D H C), k and v (D K C), o (H C D) with their biases; q_norm and k_norm (over what their shape covers),
+    `sinks` (H). `sin_cos` from `rope.table`; `bias(mask, T, S)` gives `bias_BHTS` of positions.
+    """
+    q_BTHC = project(p, "q", "btd,dhc->bthc", x_BTD, shard, "batch", "seq", "heads", None)
+    k_BTKC = project(p, "k", "btd,dkc->btkc", x_BTD, shard, "batch", "seq", "kv", None)
+    v_BTKC = project(p, "v", "btd,dkc->btkc", x_BTD, shard, "batch", "seq", "kv", None)
+    if "q_norm" in p:
+        assert norm is not None
+        q_BTHC, k_BTKC = norm(q_BTHC, p["q_norm"]), norm(k_BTKC, p["k_norm"])
+    if sin_cos is not None:
+        q_BTHC, k_BTKC = rope.rotate(q_BTHC, sin_cos), rope.rotate(k_BTKC, sin_cos)
+    seen, mask, kept = remember(kept, dict(k=k_BTKC, v=v_BTKC), mask, cache)
+    a_BTHC = attend(
+        q_BTHC,
+        seen["k"].astype(q_BTHC.dtype),
+        seen["v"].astype(q_BTHC.dtype),
+        mask,
+        shard=shard,
+        scale=scale,
+        softcap=softcap,
+        bias_BHTS=None if bias is None else bias(mask, q_BTHC.shape[1], seen["k"].shape[1]),
+        sinks_H=p.get("sinks"),
+    )
+    return project(p, "o", "bthc,hcd->btd", a_BTHC, shard, "batch", "seq", None), kept
+
+
+def mlp(p: dict, x_BTD: jax.Array, activation: str, shard: Layout) -> jax.Array:
+    """up (D F), activation, down (F D); with `gate` (D F) the activated gate times up (Shazeer 2020)."""
+    act = ACTIVATIONS[activation]
+    up_BTF = project(p, "up", "btd,df->btf", x_BTD, shard, "batch", "seq", "ffn")
+    if "gate" in p:
+        h_BTF = act(project(p, "gate", "btd,df->btf", x_BTD, shard, "batch", "seq", "ffn")) * up_BTF
+    else:
+        h_BTF = act(up_BTF)
+    return project(p, "down", "btf,fd->btd", h_BTF, shard, "batch", "seq", None)
+
+
+def kv_cache(kinds: Sequence[int | None], rows: int, length: int, heads: int, width: int, dtype: Any) -> list[dict]:
+    """Empty keys and values of layers with such windows (None: the whole row), for `attention.empty_cache`."""
+    shapes = [(rows, ring(window, length), heads, width) for window in kinds]
+    return [dict(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype)) for shape in shapes]
+
+
+# (weights, x, dropout key, kind of layer, what its cache keeps) → (x, what its cache keeps)
+Block = Callable[[Any, Any, jax.Array | None, Any, Any], tuple[Any, Any]]
 
 
 def scanned(shard: Layout) -> bool:
@@ -89,20 +172,72 @@ def scanned(shard: Layout) -> bool:
 
 
 def run_blocks(
-    block: Block, params: Any, specs: Any, x_BTD: jax.Array, *, shard: Layout, key: jax.Array | None
-) -> jax.Array:
-    """Apply stacked layers in order: `block(weights, x, dropout key) -> x`; scanned or unrolled, with remat by name."""
-    layers = jax.tree.leaves(params)[0].shape[0]
-    keys = None if key is None else jax.random.split(key, layers)
+    block: Block,
+    params: Any,
+    specs: Any,
+    x: Any,
+    *,
+    shard: Layout,
+    key: jax.Array | None,
+    kinds: Sequence[Any] | None = None,
+    cache: Cache | None = None,
+) -> tuple[Any, Cache | None]:
+    """Apply layers in order, scanned or unrolled, with remat by name → (x, cache with what the layers keep).
 
-    def layer(x_BTD: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
-        p, k = inputs
-        return block(shard.gather(p, specs), x_BTD, k), None
+    `params` is one tree of weights stacked along their first axis, or a tuple of trees, one a layer. `kinds` says what
+    differs between layers but their weights (a window, no rotation); it is static. A scan's body holds one period of
+    the kinds. With a cache layers are always unrolled: a scan would copy the whole cache for each token.
+    """
+    split = isinstance(params, tuple)
+    n = len(params) if split else jax.tree.leaves(params)[0].shape[0]
+    kinds = [None] * n if kinds is None else list(kinds)
+    assert len(kinds) == n
+    keys = [None] * n if key is None else jax.random.split(key, n)
 
-    if shard.execution.remat != "none":
-        layer = jax.checkpoint(layer, policy=REMAT[shard.execution.remat], prevent_cse=not scanned(shard))
-    if scanned(shard):
-        return jax.lax.scan(layer, x_BTD, (params, keys))[0]
-    for i in range(layers):
-        x_BTD, _ = layer(x_BTD, jax.tree.map(lambda w, i=i: w[i], (params, keys)))
-    return x_BTD
+    def layer(kind: Any, x: Any, p: Any, k: Any, kept: Any) -> tuple[Any, Any]:
+        return block(shard.gather(p, specs), x, k, kind, kept)
+
+    if shard.execution.remat != "none" and cache is None:
+        again = partial(jax.checkpoint, policy=REMAT[shard.execution.remat], prevent_cse=not scanned(shard))
+        layer = again(layer, static_argnums=0)
+    if cache is None and not split and scanned(shard):
+        for start, stop, period in stretches(kinds):
+
+            def several(x: Any, inputs: Any, first: int = start, period: int = period) -> tuple[Any, None]:
+                for i in range(period):
+                    p, k = jax.tree.map(lambda w, i=i: w[i], inputs) if period > 1 else inputs
+                    x, _ = layer(kinds[first + i], x, p, k, None)
+                return x, None
+
+            def cut(w: jax.Array, start: int = start, stop: int = stop, period: int = period) -> jax.Array:
+                w = w if stop - start == n else w[start:stop]
+                return w if period == 1 else w.reshape(-1, period, *w.shape[1:])
+
+            x, _ = jax.lax.scan(several, x, jax.tree.map(cut, (params, None if key is None else keys)))
+        return x, None
+    kept = []
+    for i in range(n):
+        p = params[i] if split else jax.tree.map(lambda w, i=i: w[i], params)
+        x, now = layer(kinds[i], x, p, keys[i], None if cache is None else cache.layers[i])
+        kept.append(now)
+    return x, None if cache is None else cache.replace(layers=tuple(kept), fresh=False)
+
+
+def stretches(kinds: Sequence[Any]) -> list[tuple[int, int, int]]:
+    """(first layer, end, period) of each loop over layers: one for a repeating pattern and one for what it leaves over;
+    where nothing repeats, one for each run of equal layers."""
+    n = len(kinds)
+    for period in range(1, n // 2 + 1):
+        if all(kinds[i] == kinds[i % period] for i in range(n)):
+            whole = n // period * period
+            return [(0, whole, period)] + ([(whole, n, n - whole)] if whole < n else [])
+    ends = list(itertools.accumulate(len(list(run)) for _, run in itertools.groupby(kinds)))
+    return [(a, b, 1) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def pattern(values: Sequence[Any]) -> tuple[Any, ...]:
+    """The shortest prefix that, repeated, gives all of them: (a, b, a, b, a) → (a, b)."""
+    for n in range(1, len(values)):
+        if all(v == values[i % n] for i, v in enumerate(values)):
+            return tuple(values[:n])
+    return tuple(values)

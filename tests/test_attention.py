@@ -113,7 +113,7 @@ def test_bias_scale_and_soft_cap(T):
     q, k, v = inputs(T, K=4)
     bias = np.random.default_rng(3).standard_normal((4, T, T)).astype(np.float32)
     seg = segments(T)
-    out = attend(q, k, v, Mask(True, None, seg, seg), shard=LAYOUT, scale=0.3, softcap=2.0, bias_HTS=bias)
+    out = attend(q, k, v, Mask(True, None, seg, seg), shard=LAYOUT, scale=0.3, softcap=2.0, bias_BHTS=bias[None])
     s = 2 * np.tanh(0.3 * np.einsum("bthc,bshc->bhts", q, k) / 2) + bias[None]
     s = np.where(dense(Mask(True, None, seg, seg), T)[:, None], s, -np.inf)
     p = np.exp(s - s.max(-1, keepdims=True))

@@ -30,7 +30,7 @@ def by_hand(model: Model, weights, prompt: list[int], n: int) -> list[int]:
     @jax.jit
     def forward(tokens_BT):
         batch = {"tokens": tokens_BT, "positions": jnp.arange(tokens_BT.shape[1])[None]}
-        return losses.logits(model.readout(weights, model.hidden(weights, batch)), model.shard)[0, -1].argmax()
+        return losses.logits(model.readout(weights, model.forward(weights, batch).x_BTD), model.shard)[0, -1].argmax()
 
     tokens = list(prompt)
     for _ in range(n):
@@ -59,9 +59,9 @@ def test_one_program_for_every_length_of_a_bucket():
     generate = make_generate(model, eos=None, new_tokens=4)
     generate(weights, [[1, 2, 3]])
     counts = []
-    original = model.family.hidden
+    original = model.family.forward
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model.family, "hidden", lambda *a, **k: counts.append(1) or original(*a, **k))
+        patch.setattr(model.family, "forward", lambda *a, **k: counts.append(1) or original(*a, **k))
         generate(weights, [[1] * (BUCKET - 4)])
         assert counts == []
         generate(weights, [[1] * BUCKET])

@@ -41,27 +41,6 @@ def test_norms_of_bfloat16_are_computed_in_float32():
     )
 
 
-def test_rope_keeps_lengths_and_depends_on_distance_alone():
-    q, k = (jnp.asarray(RNG.standard_normal((1, 1, 1, 8)), jnp.float32) for _ in range(2))
-
-    def score(at: int, of: int) -> float:
-        turned = [layers.rope(x, jnp.full((1, 1), p, jnp.int32), 1e4) for x, p in ((q, at), (k, of))]
-        np.testing.assert_allclose(jnp.linalg.norm(turned[0]), jnp.linalg.norm(q), rtol=1e-5)
-        return float((turned[0] * turned[1]).sum())
-
-    assert score(7, 3) == pytest.approx(score(104, 100), rel=1e-3)
-    assert score(7, 3) != pytest.approx(score(3, 7), rel=1e-2)
-    np.testing.assert_allclose(layers.rope(q, jnp.zeros((1, 1), jnp.int32), 1e4), q)
-
-
-def test_rope_is_precise_far_out_in_bfloat16():
-    """Angles are formed in float32: at position 4000 bfloat16 angles would be wrong by whole turns."""
-    x = jnp.ones((1, 1, 1, 8), jnp.bfloat16)
-    far = layers.rope(x, jnp.full((1, 1), 4001, jnp.int32), 1e4).astype(jnp.float32)
-    exact = layers.rope(x.astype(jnp.float32), jnp.full((1, 1), 4001, jnp.int32), 1e4)
-    np.testing.assert_allclose(far, exact, atol=0.01)
-
-
 def test_embed_adds_up_the_gradients_of_repeated_tokens_in_float32():
     table = jnp.zeros((4, 2))
     ids = jnp.zeros((1, 1000), jnp.int32)
@@ -80,19 +59,40 @@ def test_dropout():
     assert layers.dropout(x.astype(jnp.bfloat16), 0.25, key).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("kinds", ["aaaaa", "ababa", "aabbb", "abcde"])
 @pytest.mark.parametrize("scan", [True, False])
-def test_blocks_run_in_order_each_with_its_own_key(scan):
-    weights, specs = {"w": jnp.arange(1.0, 4.0)[:, None]}, {"w": sharding.Spec((3, 1), ("layers", None), None)}
-    keys = []
+def test_blocks_run_in_order_each_with_its_own_key_and_kind(scan, kinds):
+    weights, specs = {"w": jnp.arange(1.0, 6.0)[:, None]}, {"w": sharding.Spec((5, 1), ("layers", None), None)}
+    seen = []
 
-    def block(p, x, key):
+    def block(p, x, key, kind, kept):
         if not scan:
-            keys.append(jax.random.key_data(key).tolist())
-        return 10 * x + p["w"]
+            seen.append(jax.random.key_data(key).tolist())
+        return {k: 10 * v + p["w"] * float(k == kind) for k, v in x.items()}, None
 
-    y = layers.run_blocks(block, weights, specs, jnp.zeros(1), shard=shard(scan=scan), key=jax.random.key(0))
-    assert y.tolist() == [123.0]
-    assert scan or len({tuple(k) for k in keys}) == 3
+    start = {k: jnp.zeros(1) for k in "abcde"}
+    arguments = dict(shard=shard(scan=scan), key=jax.random.key(0), kinds=list(kinds))
+    y, _ = layers.run_blocks(block, weights, specs, start, **arguments)
+    for kind in "abcde":
+        digits = [str(i + 1) if k == kind else "0" for i, k in enumerate(kinds)]
+        assert y[kind].tolist() == [float("".join(digits))]
+    assert scan or len({tuple(k) for k in seen}) == 5
+    split = tuple({"w": w} for w in weights["w"])
+    assert not scan or layers.run_blocks(block, split, specs, start, **arguments)[0]["a"].tolist() == y["a"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "loops"),
+    [
+        ("aaaa", [(0, 4, 1)]),
+        ("ababab", [(0, 6, 2)]),
+        ("aabaabaa", [(0, 6, 3), (6, 8, 2)]),
+        ("aaab", [(0, 3, 1), (3, 4, 1)]),
+        ("a", [(0, 1, 1)]),
+    ],
+)
+def test_a_pattern_of_layers_becomes_as_few_loops_as_it_can(kinds, loops):
+    assert layers.stretches(kinds) == loops
 
 
 @pytest.mark.parametrize(("choice", "expected"), [(True, True), (False, False), (None, False)])
@@ -103,9 +103,9 @@ def test_layers_are_scanned_when_asked_and_by_default_where_loops_are_quick(choi
 def test_full_rematerialization_keeps_no_activation_of_a_block():
     def kept(remat: str) -> int:
         def f(w, x):
-            block = lambda p, x, k: jnp.tanh(x @ p["w"])  # noqa: E731
+            block = lambda p, x, *_: (jnp.tanh(x @ p["w"]), None)  # noqa: E731
             specs = {"w": sharding.Spec((4, 8, 8), ("layers", None, None), None)}
-            return layers.run_blocks(block, w, specs, x, shard=shard(scan=True, remat=remat), key=None).sum()
+            return layers.run_blocks(block, w, specs, x, shard=shard(scan=True, remat=remat), key=None)[0].sum()
 
         _, back = jax.vjp(f, {"w": jnp.ones((4, 8, 8))}, jnp.ones((16, 8)))
         return sum(x.size for x in jax.tree.leaves(back) if hasattr(x, "size"))

@@ -2,11 +2,16 @@
 
 - `Config`: a frozen dataclass of shapes, with `vocab` and `positions` (longest sequence, or None for no limit).
 - `specs(c)`: the weights as a tree of `Spec`; layers stacked under `blocks`.
-- `hidden(c, specs, params, batch, *, shard, key=None) -> [B, T, D]`: `batch` is a dict (`tokens`, `segments`,
-  `positions` …); `key` turns dropout on.
+- `forward(c, specs, params, batch, *, shard, key=None, cache=None) -> layers.Output`: `batch` is a dict (`tokens`,
+  `segments`, `positions` …; an encoder-decoder's other side in `source`, `source_segments`, `source_positions`);
+  `key` turns dropout on; with a `cache` the tokens are read after those it remembers.
 - `readout(c, specs, params, hidden, *, shard) -> losses.Readout`: what the vocabulary's logits are made of.
 - `attention_width(c)`: layers × heads × head width, which attention's FLOPs grow with.
-- `generates`: whether each position predicts the next.
+- `kind`: `decoder`, `encoder` or `encoder_decoder`. `generates`: whether each position predicts the next; what
+  generates has `init_cache(c, rows, length, dtype) -> attention.Cache`.
+- For published files: `MODEL_TYPES` (what their config.json calls it), `from_hf(values) -> Config`,
+  `to_hf(c) -> values`, `names(c) -> {our path: names.Name}`; `IGNORED` (patterns of tensors that say nothing) and `PREFIX` (what files of the
+  bare model leave out) where there are such.
 """
 
 from dataclasses import dataclass
@@ -30,5 +35,5 @@ class Model:
     shard: Layout
 
     def __getattr__(self, name: str) -> Any:
-        """`model.hidden(params, batch, key=key)`, `model.readout(params, x)`, `model.pooled(params, x)`."""
+        """`model.forward(params, batch, key=key)`, `model.readout(params, x)`, `model.pooled(params, x)`."""
         return partial(getattr(self.family, name), self.config, self.specs, shard=self.shard)

@@ -107,9 +107,7 @@ def forward(
     x_BTD = layers.embed(params["embed"], batch["tokens"], shard)
     x_BTD += layers.embed(params["position"], batch["positions"], shard, rows=None)
     x_BTD = layers.dropout(x_BTD, c.dropout, k1)
-    x_BTD, cache = layers.run_blocks(
-        block, params["blocks"], specs["blocks"], x_BTD, shard=shard, key=k2, cache=cache
-    )
+    x_BTD, cache = layers.run_blocks(block, params["blocks"], specs["blocks"], x_BTD, shard=shard, key=k2, cache=cache)
     return Output(layers.layer_norm(x_BTD, params["norm"], params["norm_bias"], c.eps), cache=cache)
 
 
@@ -155,7 +153,9 @@ def names(c: Config) -> dict[str, Name]:
 
 
 def from_hf(values: dict[str, Any]) -> Config:
-    for name, usual in dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False).items():
+    for name, usual in dict(
+        scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False
+    ).items():
         if values.get(name, usual) != usual:
             raise ValueError(f"config.json: {name} {values[name]!r} of gpt2 is not supported, only {usual}")
     activation = values.get("activation_function", "gelu_new")

@@ -4,7 +4,7 @@ Mistral adds sliding windows, Qwen 2 biases on q, k and v, Qwen 3 norms on queri
 rotation. B batch, T position, D model width, H heads, K key/value heads, C head width, F ffn width, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -33,7 +33,7 @@ class Config:
     ffn: int = 2048
     positions: int | None = None
     """Longest sequence; None: no limit."""
-    rope: Rope = Rope()
+    rope: Rope = field(default_factory=Rope)
     tied: bool = False
     """The head is the embedding."""
     window: int | None = None
@@ -253,14 +253,16 @@ def to_hf(c: Config) -> dict[str, Any]:
     )  # fmt: skip
     for name, ok in allowed.items():
         if getattr(c, name) and not ok:
-            raise ValueError(f"model.{name}: files of model_type {kind!r} can't express it; set another model.model_type")
+            raise ValueError(f"model.{name}: not in files of model_type {kind!r}; set another model.model_type")
     if kind != "smollm3" and not all(c.rotated):
-        raise ValueError(f"model.rotated: files of model_type {kind!r} rotate every layer; set model.model_type=smollm3")
-    if (kind == "qwen3") != c.qk_norm or (kind == "qwen2" and not c.qkv_bias) or (
-        kind not in ("qwen2",) and c.qkv_bias != c.o_bias
+        raise ValueError(f"model.rotated: {kind!r} rotates every layer; set model.model_type=smollm3")
+    if (
+        (kind == "qwen3") != c.qk_norm
+        or (kind == "qwen2" and not c.qkv_bias)
+        or (kind not in ("qwen2",) and c.qkv_bias != c.o_bias)
     ):
         raise ValueError(f"model.model_type: {kind!r} does not have these norms and biases; set the one that fits")
-    out = dict(
+    out: dict[str, Any] = dict(
         architectures=[ARCHITECTURES[kind]], model_type=kind, vocab_size=c.vocab, num_hidden_layers=c.layers,
         hidden_size=c.width, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_width,
         intermediate_size=c.ffn, hidden_act="silu", rms_norm_eps=c.eps, rope_parameters=rope.to_hf(c.rope),
@@ -273,7 +275,7 @@ def to_hf(c: Config) -> dict[str, Any]:
         out["mlp_bias"] = c.mlp_bias
     if kind == "mistral":
         if not all(c.windowed):
-            raise ValueError("model.windowed: Mistral's files have the window in every layer; set model.model_type=qwen2")
+            raise ValueError("model.windowed: Mistral has the window in every layer; set model.model_type=qwen2")
         out["sliding_window"] = c.window
     elif kind != "llama":
         out |= dict(use_sliding_window=c.window is not None, sliding_window=c.window)

@@ -44,13 +44,17 @@ def weights(batch: dict) -> dict[str, jax.Array]:
 
 
 def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
-    x_BTD = model.hidden(params, batch, key=key)
+    out = model.forward(params, batch, key=key)
     sums = cross_entropy(
-        model.readout(params, x_BTD),
+        model.readout(params, out.x_BTD),
         batch["targets"],
         batch["weights"],
         shard=model.shard,
         label_smoothing=c.label_smoothing,
         z_loss=c.z_loss,
     )
-    return {"tokens": dict(loss=sums.loss, nll=sums.nll, accuracy=sums.correct)}
+    values = dict(loss=sums.loss, nll=sums.nll, accuracy=sums.correct)
+    if out.aux_B is not None:  # a row's auxiliary loss weighs as much as its targets, so micro-batches and meshes agree
+        values["aux"] = (out.aux_B * batch["weights"].sum(-1)).sum()
+        values["loss"] += values["aux"]
+    return {"tokens": values}

@@ -91,7 +91,7 @@ def weights(batch: dict) -> dict[str, jax.Array]:
 
 
 def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
-    return {"masked": sums(c, model, params, model.hidden(params, batch, key=key), batch)}
+    return {"masked": sums(c, model, params, model.forward(params, batch, key=key).x_BTD, batch)}
 
 
 def sums(c: Config, model: Model, params: Any, x_BTD: jax.Array, batch: dict) -> dict[str, jax.Array]:

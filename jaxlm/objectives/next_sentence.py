@@ -60,7 +60,7 @@ def weights(batch: dict) -> dict[str, jax.Array]:
 
 
 def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
-    x_BTD = model.hidden(params, batch, key=key)
+    x_BTD = model.forward(params, batch, key=key).x_BTD
     first_BD = model.pooled(params, x_BTD)
     w_D2 = model.shard(params["next_sentence"].astype(first_BD.dtype), None, None)
     z_B2 = add_bias(first_BD @ w_D2, params["next_sentence_bias"]).astype(jnp.float32)

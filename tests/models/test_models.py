@@ -11,11 +11,14 @@ import pytest
 
 from jaxlm import config, losses, params, sharding, tree
 from jaxlm.models import MODELS, Model, bert, gpt2, llama
+from jaxlm.rope import Rope
 
 V, T = 48, 12
 SMALL = {
     "gpt2": gpt2.Config(vocab=V, layers=2, width=16, heads=4, positions=T),
-    "llama": llama.Config(vocab=V, layers=2, width=16, heads=4, kv_heads=2, head_width=6, ffn=32, rope_theta=500.0),
+    "llama": llama.Config(
+        vocab=V, layers=2, width=16, heads=4, kv_heads=2, head_width=6, ffn=32, rope=Rope(theta=500.0)
+    ),
     "bert": bert.Config(vocab=V, layers=2, width=16, heads=4, ffn=32, positions=T, dropout=0.0),
 }
 SMALL["llama_tied"] = dataclasses.replace(SMALL["llama"], tied=True)
@@ -51,7 +54,7 @@ def make_weights(model: Model):
 
 
 def all_logits(model: Model, weights, batch: dict) -> jax.Array:
-    return losses.logits(model.readout(weights, model.hidden(weights, batch)), model.shard)
+    return losses.logits(model.readout(weights, model.forward(weights, batch).x_BTD), model.shard)
 
 
 def make_batch(length: int = T, rows: int = 2, **more) -> dict:
@@ -75,7 +78,7 @@ def test_logits_equal_hugging_face(name):
     ours = np.asarray(jax.jit(lambda w, b: all_logits(model, w, b))(weights, batch))
     np.testing.assert_allclose(ours[real], golden["logits"][real], atol=1e-4, rtol=1e-4)
     if name == "bert":
-        pooled = model.pooled(weights, model.hidden(weights, batch))
+        pooled = model.pooled(weights, model.forward(weights, batch).x_BTD)
         np.testing.assert_allclose(pooled, golden["pooled"], atol=1e-5, rtol=1e-4)
 
 
@@ -87,7 +90,7 @@ def reach(model: Model, batch: dict) -> np.ndarray:
     alone = {k: v[:1] for k, v in alone.items()}
 
     def run(x_TD):
-        return model.hidden(weights | {"embed": x_TD}, alone)[0]
+        return model.forward(weights | {"embed": x_TD}, alone).x_BTD[0]
 
     jacobian = jax.jit(jax.jacrev(run))(embedded)  # [T, D, T, D]
     return np.abs(np.asarray(jacobian)).max((1, 3))
@@ -193,7 +196,7 @@ def program(name: str, **execution):
     weights, batch = make_weights(model), make_batch()
 
     def f(w, key):
-        return jnp.square(losses.logits(model.readout(w, model.hidden(w, batch, key=key)), model.shard)).mean()
+        return jnp.square(losses.logits(model.readout(w, model.forward(w, batch, key=key).x_BTD), model.shard)).mean()
 
     run = jax.jit(jax.value_and_grad(f))
     return functools.cache(lambda key: run(weights, jax.random.key(key)))
@@ -232,8 +235,8 @@ def test_bfloat16_is_close_and_keeps_float32_weights(name):
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(whole), strict=True):
         assert a.dtype == jnp.float32
         assert jnp.linalg.norm(a - b) < 0.1 * jnp.linalg.norm(b) + 2e-3 * scale
-    hidden = jax.eval_shape(make_model(name, dtype="bfloat16").hidden, make_weights(make_model(name)), make_batch())
-    assert hidden.dtype == jnp.bfloat16
+    out = jax.eval_shape(make_model(name, dtype="bfloat16").forward, make_weights(make_model(name)), make_batch())
+    assert out.x_BTD.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -252,7 +252,7 @@ def test_masked_predicts_at_the_chosen_places():
     row = {k: v[None] for k, v in rows("masked")[1].items()}
     c = masked.Config()
     got = masked.loss(c, model, weights, row, None)["masked"]
-    z = jax.nn.log_softmax(logits(model.readout(weights, model.hidden(weights, row)), model.shard))[0]
+    z = jax.nn.log_softmax(logits(model.readout(weights, model.forward(weights, row).x_BTD), model.shard))[0]
     at, targets, w = (row[k][0] for k in ("at", "targets", "weights"))
     np.testing.assert_allclose(got["nll"], -(z[at, targets] * w).sum(), rtol=1e-5)
     np.testing.assert_allclose(got["accuracy"], ((z[at].argmax(-1) == targets) * w).sum())
