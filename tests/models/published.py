@@ -1,0 +1,90 @@
+"""Tiny models of every published architecture, as rows of a table: what transformers makes of them, we must make of them.
+
+`tests/golden/make_hf.py` runs each row through transformers and stores what came out; `test_published.py` compares.
+Weights are not stored: both sides draw them from the tensor's name, so a row costs a few kilobytes.
+"""
+
+import zlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+V, ROWS_, T, S = 64, 2, 12, 9
+
+
+class Row(NamedTuple):
+    model: str
+    """Class of transformers."""
+    config: dict[str, Any]
+    """Keyword arguments of its configuration class."""
+    inputs: str = "decoder"
+    """decoder, encoder (ragged), types (encoder with token types), or encoder_decoder (ragged source)."""
+    output: str = "logits"
+    """What is compared: an attribute of transformers' output."""
+
+
+def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The values of a tensor: a function of its name, the same on every machine, exact in float16."""
+    raw = np.random.PCG64(zlib.crc32(name.encode())).random_raw(int(np.prod(shape)))
+    values = (raw >> np.uint64(40)).astype(np.float64) / 2**24 - 0.5
+    is_scale = name.endswith("weight") and len(shape) == 1  # of a norm: around one
+    return (is_scale + values.reshape(shape) * 0.8).astype(np.float16)
+
+
+def inputs(kind: str, vocab: int = V) -> dict[str, np.ndarray]:
+    """Under transformers' names. Padding is on the right."""
+    rng = np.random.PCG64(7)
+    ids = lambda n: (rng.random_raw(ROWS_ * n) % np.uint64(vocab - 4) + 4).reshape(ROWS_, n).astype(np.int32)  # noqa: E731
+    if kind == "encoder_decoder":
+        mask = (np.arange(S)[None] < np.array([[S], [S - 4]])).astype(np.int32)
+        return dict(input_ids=ids(S), attention_mask=mask, decoder_input_ids=ids(T))
+    out = dict(input_ids=ids(T))
+    if kind in ("encoder", "types"):
+        out["attention_mask"] = (np.arange(T)[None] < np.array([[T], [T - 4]])).astype(np.int32)
+    if kind == "types":
+        out["token_type_ids"] = np.broadcast_to((np.arange(T) >= 5).astype(np.int32), (ROWS_, T)).copy()
+    return out
+
+
+# What every row of a family shares; 2 or more layers, grouped heads, and no two sizes alike, so that a mix-up shows.
+LLAMA = dict(
+    vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=32, rms_norm_eps=1e-5, tie_word_embeddings=False,
+)  # fmt: skip
+
+ROWS: dict[str, Row] = {
+    "gpt2": Row("GPT2LMHeadModel", dict(vocab_size=V, n_positions=16, n_embd=16, n_layer=2, n_head=4)),
+    "gpt2_untied": Row("GPT2LMHeadModel", dict(vocab_size=V, n_positions=16, n_embd=20, n_layer=3, n_head=2,
+                       tie_word_embeddings=False)),
+    "gpt2_ffn_relu": Row("GPT2LMHeadModel", dict(vocab_size=V, n_positions=16, n_embd=16, n_layer=2, n_head=4,
+                         n_inner=24, activation_function="relu")),
+    "llama": Row("LlamaForCausalLM", LLAMA | dict(rope_parameters=dict(rope_type="default", rope_theta=500.0))),
+    "llama_tied_wide_heads": Row("LlamaForCausalLM", LLAMA | dict(tie_word_embeddings=True, head_dim=6)),
+    "llama_biases": Row("LlamaForCausalLM", LLAMA | dict(attention_bias=True, mlp_bias=True, num_key_value_heads=4)),
+    "llama_3.1": Row("LlamaForCausalLM", LLAMA | dict(head_dim=16, rope_parameters=dict(
+        rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=8))),
+    "llama_linear": Row("LlamaForCausalLM", LLAMA | dict(rope_parameters=dict(
+        rope_type="linear", rope_theta=1e3, factor=3.0))),
+    "llama_dynamic": Row("LlamaForCausalLM", LLAMA | dict(max_position_embeddings=8, rope_parameters=dict(
+        rope_type="dynamic", rope_theta=1e3, factor=2.0))),
+    "llama_yarn": Row("LlamaForCausalLM", LLAMA | dict(head_dim=16, rope_parameters=dict(
+        rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=8))),
+    "mistral": Row("MistralForCausalLM", LLAMA | dict(sliding_window=None, head_dim=4)),
+    "mistral_window": Row("MistralForCausalLM", LLAMA | dict(sliding_window=4, num_key_value_heads=1)),
+    "mistral_wide_tied": Row("MistralForCausalLM", LLAMA | dict(sliding_window=5, head_dim=8, tie_word_embeddings=True)),
+    "smollm3": Row("SmolLM3ForCausalLM", LLAMA | dict(num_hidden_layers=5, pad_token_id=0)),
+    "smollm3_window": Row("SmolLM3ForCausalLM", LLAMA | dict(
+        num_hidden_layers=4, no_rope_layers=[1, 0, 1, 0], use_sliding_window=True, sliding_window=4, pad_token_id=0)),
+    "smollm3_biases_tied": Row("SmolLM3ForCausalLM", LLAMA | dict(
+        attention_bias=True, tie_word_embeddings=True, pad_token_id=0)),
+    "qwen2": Row("Qwen2ForCausalLM", LLAMA | dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "qwen2_tied": Row("Qwen2ForCausalLM", LLAMA | dict(tie_word_embeddings=True, num_key_value_heads=1)),
+    "qwen2_window": Row("Qwen2ForCausalLM", LLAMA | dict(
+        num_hidden_layers=4, use_sliding_window=True, sliding_window=4, max_window_layers=2)),
+    "qwen3": Row("Qwen3ForCausalLM", LLAMA | dict(head_dim=8)),
+    "qwen3_tied_biases": Row("Qwen3ForCausalLM", LLAMA | dict(
+        head_dim=4, tie_word_embeddings=True, attention_bias=True)),
+    "qwen3_window": Row("Qwen3ForCausalLM", LLAMA | dict(
+        head_dim=6, num_hidden_layers=3, use_sliding_window=True, sliding_window=4, max_window_layers=1)),
+}  # fmt: skip
