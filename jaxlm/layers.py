@@ -4,12 +4,14 @@ B batch, T query position, S key position, D model width, H heads, K key/value h
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from jaxlm import rope
@@ -45,16 +47,17 @@ REMAT: dict[str, Any] = {
 }
 
 
-def layer_norm(x_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float) -> jax.Array:
+def layer_norm(x_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, eps: float) -> jax.Array:
     """In float32 whatever the compute dtype (Ba et al. 2016)."""
     x = x_BTD.astype(jnp.float32)
     mean = jnp.mean(x, -1, keepdims=True)
     x -= mean
     y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps)
     wide = (1,) * (x.ndim - 1) + (-1,)
-    return (y * scale_D.reshape(wide).astype(jnp.float32) + bias_D.reshape(wide).astype(jnp.float32)).astype(
-        x_BTD.dtype
-    )
+    y *= scale_D.reshape(wide).astype(jnp.float32)
+    if bias_D is not None:
+        y += bias_D.reshape(wide).astype(jnp.float32)
+    return y.astype(x_BTD.dtype)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -144,6 +147,47 @@ def self_attention(
     return project(p, "o", "bthc,hcd->btd", a_BTHC, shard, "batch", "seq", None), kept
 
 
+def cross_attention(
+    p: dict,
+    x_BTD: jax.Array,
+    memory_BSD: jax.Array | None,
+    segments_BT: jax.Array | None,
+    segments_BS: jax.Array | None,
+    *,
+    shard: Layout,
+    scale: float | None = None,
+    kept: dict[str, jax.Array] | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`[B, T, D]` that looks at another sequence, `memory`, in segments of the same number → what it saw, and its keys,
+    values and segments to keep. Without a memory it looks at what an earlier call kept.
+
+    Weights cross_q, cross_k, cross_v, cross_o with their biases.
+    """
+    q_BTHC = project(p, "cross_q", "btd,dhc->bthc", x_BTD, shard, "batch", "seq", "heads", None)
+    if memory_BSD is not None:
+        k_BSKC = project(p, "cross_k", "bsd,dkc->bskc", memory_BSD, shard, "batch", "seq", "kv", None)
+        v_BSKC = project(p, "cross_v", "bsd,dkc->bskc", memory_BSD, shard, "batch", "seq", "kv", None)
+        if segments_BS is None:
+            segments_BS = jnp.ones(memory_BSD.shape[:2], jnp.int32)
+        at_T = at_S = None
+    else:
+        assert kept is not None and "cross_k" in kept, "the first call of a cache brings the source"
+        k_BSKC, v_BSKC, segments_BS = (kept[f"cross_{n}"] for n in ("k", "v", "segments"))
+        at_T, at_S = jnp.arange(q_BTHC.shape[1]), jnp.arange(k_BSKC.shape[1])
+    if segments_BT is None:
+        segments_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
+    # Padding has no source to look at; any key will do, and the first one is always there.
+    first_B1 = shard(segments_BS, "batch", None)[:, :1]
+    segments_BT = jnp.where(segments_BT > 0, segments_BT, first_B1)
+    mask = Mask(False, None, segments_BT, segments_BS, at_T=at_T, at_S=at_S)
+    dtype = q_BTHC.dtype
+    a_BTHC = attend(q_BTHC, k_BSKC.astype(dtype), v_BSKC.astype(dtype), mask, shard=shard, scale=scale)
+    keep = dict(cross_k=k_BSKC, cross_v=v_BSKC, cross_segments=segments_BS)
+    if kept is not None:
+        keep = {n: x if n == "cross_segments" else x.astype(kept["k"].dtype) for n, x in keep.items()}
+    return project(p, "cross_o", "bthc,hcd->btd", a_BTHC, shard, "batch", "seq", None), keep
+
+
 def mlp(p: dict, x_BTD: jax.Array, activation: str, shard: Layout) -> jax.Array:
     """up (D F), activation, down (F D); with `gate` (D F) the activated gate times up (Shazeer 2020)."""
     act = ACTIVATIONS[activation]
@@ -153,6 +197,44 @@ def mlp(p: dict, x_BTD: jax.Array, activation: str, shard: Layout) -> jax.Array:
     else:
         h_BTF = act(up_BTF)
     return project(p, "down", "btf,fd->btd", h_BTF, shard, "batch", "seq", None)
+
+
+def relative_buckets(distance: jax.Array, buckets: int, longest: int, both_ways: bool) -> jax.Array:
+    """Bucket of each distance, key's place minus query's (Raffel et al. 2020, section 2.1).
+
+    Near keys have a bucket each, farther ones share them on a logarithmic scale, and all from `longest` on the last.
+    Keys ahead have half of the buckets for themselves if `both_ways`, else bucket 0.
+    """
+    side = buckets // 2 if both_ways else buckets
+    near, d = side // 2, np.arange(longest + 1, dtype=np.int32)
+    # A table made by the host: a logarithm that is off by its last bit moves a distance into the next bucket.
+    share = np.log(np.maximum(d, 1).astype(np.float32) / np.float32(near)) / np.float32(math.log(longest / near))
+    far = near + (share * np.float32(side - near)).astype(np.int32)
+    table = jnp.asarray(np.where(d < near, d, np.minimum(far, side - 1)).astype(np.int32))
+    if not both_ways:
+        return table[jnp.clip(-distance, 0, longest)]
+    return table[jnp.minimum(abs(distance), longest)] + jnp.where(distance > 0, jnp.int32(side), jnp.int32(0))
+
+
+def relative_bias(
+    table_NH: jax.Array, mask: Mask, T: int, S: int, *, longest: int, both_ways: bool, shard: Layout
+) -> jax.Array:
+    """`bias_BHTS` (B = 1) by how far a key is from its query, from T5's table of N buckets; float32. Places have no gaps."""
+    t_T, s_S = mask.places(0, T, 0, S)
+    # All distances on a circle: 0, 1 … S - 1, then the negative ones up to -1. Row t of the bias is the circle turned
+    # by t, which the reshape does: its rows are one shorter than what is laid end to end.
+    n = jnp.arange(T + S, dtype=jnp.int32)
+    distance = s_S[0] - t_T[0] + jnp.where(n < S, n, n - (T + S))
+    buckets_N = relative_buckets(distance, table_NH.shape[0], longest, both_ways)
+    table_HN = shard(table_NH.astype(jnp.float32), None, "heads").T
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.are_all_axes_explicit:
+        line_HN = table_HN.at[:, buckets_N].get(out_sharding=shard.spec(("heads", None)))
+    else:
+        line_HN = table_HN[:, buckets_N]
+    H = line_HN.shape[0]
+    turned_HN = jnp.broadcast_to(line_HN[:, None], (H, T, T + S)).reshape(H, T * (T + S))[:, : T * (T + S - 1)]
+    return shard(turned_HN.reshape(H, T, T + S - 1)[None, :, :, :S], None, "heads", "seq", None)
 
 
 def kv_cache(kinds: Sequence[int | None], rows: int, length: int, heads: int, width: int, dtype: Any) -> list[dict]:
