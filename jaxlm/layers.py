@@ -219,7 +219,7 @@ def relative_buckets(distance: jax.Array, buckets: int, longest: int, both_ways:
 def relative_bias(
     table_NH: jax.Array, mask: Mask, T: int, S: int, *, longest: int, both_ways: bool, shard: Layout
 ) -> jax.Array:
-    """`bias_BHTS` (B = 1) by how far a key is from its query, from T5's table of N buckets; float32. Places have no gaps."""
+    """`bias_BHTS` (B = 1) by how far a key is from its query, from T5's table of N buckets. Places have no gaps."""
     t_T, s_S = mask.places(0, T, 0, S)
     # All distances on a circle: 0, 1 … S - 1, then the negative ones up to -1. Row t of the bias is the circle turned
     # by t, which the reshape does: its rows are one shorter than what is laid end to end.

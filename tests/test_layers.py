@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlm import config, layers, sharding
+from jaxlm.attention import Mask
 
 RNG = np.random.default_rng(0)
 X = (3 * RNG.standard_normal((2, 5, 8)) + 1).astype(np.float32)
@@ -26,6 +27,7 @@ def test_norms():
     mean, var = X.mean(-1, keepdims=True), X.var(-1, keepdims=True)
     expected = (X - mean) / np.sqrt(var + 1e-5) * SCALE + BIAS
     np.testing.assert_allclose(layers.layer_norm(X, SCALE, BIAS, 1e-5), expected, atol=1e-5)
+    np.testing.assert_allclose(layers.layer_norm(X, SCALE, None, 1e-5), expected - BIAS, atol=1e-5)
     expected = X / np.sqrt((X**2).mean(-1, keepdims=True) + 1e-5) * SCALE
     np.testing.assert_allclose(layers.rms_norm(X, SCALE, 1e-5), expected, atol=1e-5)
 
@@ -111,3 +113,22 @@ def test_full_rematerialization_keeps_no_activation_of_a_block():
         return sum(x.size for x in jax.tree.leaves(back) if hasattr(x, "size"))
 
     assert kept("full") < kept("dots") <= kept("none")
+
+
+def test_distances_fall_into_the_published_buckets():
+    """Of T5 and MPNet with 32 buckets up to 128: near ones alone, farther ones shared, keys ahead in the second half."""
+    table, far = jnp.arange(32.0).reshape(32, 1), [0, 1, 7, 8, 11, 12, 15, 16, 31, 32, 127, 128, 999]
+
+    def buckets(T, S, both_ways):
+        mask = Mask(causal=False)
+        bias = layers.relative_bias(table, mask, T, S, longest=128, both_ways=both_ways, shard=shard())
+        assert bias.shape == (1, 1, T, S)
+        return np.asarray(bias)[0, 0].astype(int)
+
+    shared = [0, 1, 7, 8, 8, 9, 9, 10, 11, 12, 15, 15, 15]
+    assert buckets(1000, 1, True)[far, 0].tolist() == shared
+    assert buckets(1, 1000, True)[0, far].tolist() == [0] + [16 + b for b in shared[1:]]
+    assert buckets(1000, 1, False)[far, 0].tolist() == [0, 1, 7, 8, 11, 12, 15, 16, 21, 21, 31, 31, 31]
+    assert not buckets(1, 1000, False).any()
+    both = buckets(150, 150, True)
+    assert (both[3, :147] == both[4, 1:148]).all() and both[9, 1] == 8 and both[1, 9] == 24
