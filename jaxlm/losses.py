@@ -22,12 +22,15 @@ class Readout:
     w_VD: Any
     """[V, D] in the compute dtype, sharded by `vocab` alone."""
     bias_V: jax.Array | None = None
+    softcap: float | None = struct.field(pytree_node=False, default=None)
+    """Logits are squashed as cap·tanh(logit / cap) (Gemma 2)."""
 
 
 def logits(r: Readout, shard: Layout) -> jax.Array:
     """All logits `[B, T, V]` in float32: for generation and tests."""
     out = jnp.einsum("btd,vd->btv", r.x_BTD, r.w_VD, preferred_element_type=jnp.float32)
-    return out if r.bias_V is None else out + r.bias_V[None, None].astype(jnp.float32)
+    out = out if r.bias_V is None else out + r.bias_V[None, None].astype(jnp.float32)
+    return out if r.softcap is None else r.softcap * jnp.tanh(out / r.softcap)
 
 
 class Sums(NamedTuple):
@@ -71,12 +74,13 @@ def cross_entropy(
             shard(arrays[2], "vocab"),
             *(shard(a, "batch", "seq") for a in arrays[3:]),
         )
-    return _sums(*arrays, _Plan(label_smoothing, z_loss, shard.execution.loss_chunk, tokens, vocab))
+    return _sums(*arrays, _Plan(label_smoothing, z_loss, r.softcap, shard.execution.loss_chunk, tokens, vocab))
 
 
 class _Plan(NamedTuple):
     label_smoothing: float
     z_loss: float
+    softcap: float | None
     chunk: int
     tokens: P
     vocab: P
@@ -159,6 +163,9 @@ def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want):
         sums, dw_VD, db_V = carry
         x_ND, targets_N, weights_N = part
         z_NV = jnp.dot(x_ND, w_VD.T, preferred_element_type=jnp.float32) + bias_V[None]
+        if plan.softcap is not None:
+            t_NV = jnp.tanh(z_NV / plan.softcap)
+            z_NV = plan.softcap * t_NV
         top_N = _reduce(jax.lax.pmax, jax.lax.stop_gradient(z_NV.max(-1)), vocab_axes)
         e_NV = jnp.exp(z_NV - top_N[:, None])
         total_N = _reduce(jax.lax.psum, e_NV.sum(-1), vocab_axes)
@@ -180,6 +187,8 @@ def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want):
         d_NV = e_NV * factor_N[:, None] - jnp.where(hit_NV, ((1 - label_smoothing) * weights_N)[:, None], 0.0)
         if label_smoothing:
             d_NV -= (label_smoothing / total_vocab) * weights_N[:, None]
+        if plan.softcap is not None:
+            d_NV *= 1 - jnp.square(t_NV)
         db_V += d_NV.sum(0)
         d_NV = d_NV.astype(w_VD.dtype)
         dx_ND = jnp.dot(d_NV, w_VD, preferred_element_type=jnp.float32)

@@ -28,13 +28,14 @@ def layout(chunk: int = 0) -> sharding.Layout:
     return sharding.Layout(execution=config.Execution(dtype="float32", loss_chunk=chunk))
 
 
-def ours(x, w, b, *, chunk: int = 0, **kw):
-    return cross_entropy(Readout(x, w, b), TARGETS, WEIGHTS, shard=layout(chunk), **kw)
+def ours(x, w, b, *, chunk: int = 0, softcap=None, **kw):
+    return cross_entropy(Readout(x, w, b, softcap), TARGETS, WEIGHTS, shard=layout(chunk), **kw)
 
 
-def reference(x, w, b, label_smoothing=0.0, z_loss=0.0):
+def reference(x, w, b, label_smoothing=0.0, z_loss=0.0, softcap=None):
     """optax, on the whole logits."""
     z = x @ w.T + (0 if b is None else b[None, None])
+    z = z if softcap is None else softcap * jnp.tanh(z / softcap)
     soft = optax.smooth_labels(jax.nn.one_hot(TARGETS, V), label_smoothing)
     loss = optax.softmax_cross_entropy(z, soft) + z_loss * jnp.square(jax.nn.logsumexp(z, -1))
     nll = optax.softmax_cross_entropy_with_integer_labels(z, TARGETS)
@@ -49,7 +50,10 @@ def values_and_grads(f, *arrays):
     return out, grads
 
 
-@pytest.mark.parametrize("smooth", [{}, {"label_smoothing": 0.1, "z_loss": 0.02}], ids=["plain", "smoothed"])
+SMOOTH = {"label_smoothing": 0.1, "z_loss": 0.02}
+
+
+@pytest.mark.parametrize("smooth", [{}, SMOOTH, SMOOTH | {"softcap": 2.0}], ids=["plain", "smoothed", "capped"])
 @pytest.mark.parametrize(("chunk", "bias"), [(0, BIAS), (8, None), (7, BIAS), (1, BIAS), (1000, BIAS)])
 def test_equals_optax(chunk, bias, smooth):
     got = values_and_grads(lambda *a: ours(*a, chunk=chunk, **smooth), X, W, bias)

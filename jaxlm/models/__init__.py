@@ -10,8 +10,8 @@
 - `kind`: `decoder`, `encoder` or `encoder_decoder`. `generates`: whether each position predicts the next; what
   generates has `init_cache(c, rows, length, dtype) -> attention.Cache`.
 - For published files: `MODEL_TYPES` (what their config.json calls it), `from_hf(values) -> Config`,
-  `to_hf(c) -> values`, `names(c) -> {our path: names.Name}`; `IGNORED` (patterns of tensors that say nothing) and `PREFIX` (what files of the
-  bare model leave out) where there are such.
+  `to_hf(c) -> values`, `names(c) -> {our path: names.Name}`; where there are such, `IGNORED` (patterns of tensors that
+  say nothing) and `PREFIX` (what files of the bare model leave out).
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,16 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from jaxlm.models import bert, gpt2, llama
+from jaxlm.models import bert, gemma, gpt2, llama, olmo
 from jaxlm.sharding import Layout
 
-MODELS: dict[str, ModuleType] = {"gpt2": gpt2, "llama": llama, "bert": bert}
+MODELS: dict[str, ModuleType] = {
+    "gpt2": gpt2,
+    "llama": llama,
+    "gemma": gemma,
+    "olmo": olmo,
+    "bert": bert,
+}
 
 
 @dataclass(frozen=True)

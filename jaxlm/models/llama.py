@@ -1,7 +1,8 @@
 """Llama (Touvron et al. 2023) and its kin: RoPE, RMSNorm before each half, gated ffn, grouped-query attention.
 
 Mistral adds sliding windows, Qwen 2 biases on q, k and v, Qwen 3 norms on queries and keys, SmolLM 3 layers without
-rotation. B batch, T position, D model width, H heads, K key/value heads, C head width, F ffn width, V vocabulary.
+rotation; Phi-3 keeps the same weights in fewer tensors.
+B batch, T position, D model width, H heads, K key/value heads, C head width, F ffn width, V vocabulary.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from jaxlm import layers, rope
 from jaxlm.attention import Cache, Mask, empty_cache, read_on
 from jaxlm.layers import Output
 from jaxlm.losses import Readout
-from jaxlm.names import Name, linear, same, vector
+from jaxlm.names import Name, fused, linear, same, vector
 from jaxlm.params import Spec, fan_in, normal, ones, stacked, zeros
 from jaxlm.rope import Rope
 from jaxlm.sharding import Layout
@@ -49,7 +50,7 @@ class Config:
     mlp_bias: bool = False
     dropout: float = 0.0
     eps: float = 1e-5
-    model_type: Literal["llama", "mistral", "qwen2", "qwen3", "smollm3"] = "llama"
+    model_type: Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3"] = "llama"
     """What published files of this model call its architecture."""
 
 
@@ -162,6 +163,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
 }
 MODEL_TYPES = tuple(ARCHITECTURES)
 IGNORED = (r".*rotary_emb\.inv_freq",)
@@ -169,7 +171,7 @@ IGNORED = (r".*rotary_emb\.inv_freq",)
 
 def names(c: Config) -> dict[str, Name]:
     layer = "model.layers.{layer}."
-    return {
+    table = {
         "embed": same("model.embed_tokens.weight"),
         "blocks/norm1": vector(layer + "input_layernorm.weight"),
         "blocks/q": linear(layer + "self_attn.q_proj.weight"),
@@ -192,9 +194,14 @@ def names(c: Config) -> dict[str, Name]:
         "norm": vector("model.norm.weight"),
         "head": same("lm_head.weight"),
     }
+    if c.model_type == "phi3":
+        table |= fused(linear, layer + "self_attn.qkv_proj.weight", "blocks/q", "blocks/k", "blocks/v")
+        table |= fused(linear, layer + "mlp.gate_up_proj.weight", "blocks/gate", "blocks/up")
+    return table
 
 
 THETA = {"smollm3": 2e6}  # where config.json leaves rope_theta out
+EVERY_LAYER = ("mistral", "phi3")  # a window that is stated holds everywhere
 
 
 def from_hf(values: dict[str, Any]) -> Config:
@@ -232,23 +239,23 @@ def from_hf(values: dict[str, Any]) -> Config:
 def _windows(kind: str, values: dict[str, Any], n: int) -> tuple[int | None, list[bool]]:
     """(window, which layers it holds for). Qwen and SmolLM state a window that `use_sliding_window` may turn off."""
     window = values.get("sliding_window")
-    if kind == "llama" or (kind != "mistral" and not values.get("use_sliding_window", False)):
+    if kind == "llama" or (kind not in EVERY_LAYER and not values.get("use_sliding_window", False)):
         window = None
     types = values.get("layer_types")
     if window is None:
         return None, [True]
-    if types:
+    if types and kind not in EVERY_LAYER:
         return window, [t == "sliding_attention" for t in types]
     if kind == "smollm3":
         return window, [not r for r in values.get("no_rope_layers") or [(i + 1) % 4 != 0 for i in range(n)]]
-    return window, [kind == "mistral" or i >= values.get("max_window_layers", 28) for i in range(n)]
+    return window, [kind in EVERY_LAYER or i >= values.get("max_window_layers", 28) for i in range(n)]
 
 
 def to_hf(c: Config) -> dict[str, Any]:
     """What `config.json` says of the architecture; refuses a model that this `model_type` can't express."""
     kind = c.model_type
     allowed = dict(
-        qk_norm=kind == "qwen3", qkv_bias=kind != "mistral", o_bias=kind not in ("mistral", "qwen2"),
+        qk_norm=kind == "qwen3", qkv_bias=kind not in EVERY_LAYER, o_bias=kind not in ("mistral", "phi3", "qwen2"),
         mlp_bias=kind in ("llama", "smollm3"), window=kind != "llama",
     )  # fmt: skip
     for name, ok in allowed.items():
@@ -273,9 +280,9 @@ def to_hf(c: Config) -> dict[str, Any]:
         out["attention_bias"] = c.o_bias
     if kind in ("llama", "smollm3"):
         out["mlp_bias"] = c.mlp_bias
-    if kind == "mistral":
+    if kind in EVERY_LAYER:
         if not all(c.windowed):
-            raise ValueError("model.windowed: Mistral has the window in every layer; set model.model_type=qwen2")
+            raise ValueError(f"model.windowed: {kind} has the window in every layer; set model.model_type=qwen2")
         out["sliding_window"] = c.window
     elif kind != "llama":
         out |= dict(use_sliding_window=c.window is not None, sliding_window=c.window)

@@ -1,4 +1,4 @@
-"""Writes tests/golden/hf: what Hugging Face transformers computes for each row of tests/models/published.py.
+"""Writes tests/golden/hf: what Hugging Face transformers computes for each row of tests/published.py.
 
 Run it where PyTorch and transformers are installed: `python tests/golden/make_hf.py [row …]` (default: rows that have
 no file yet; `all`: every row). The tests read the files and need neither.
@@ -15,7 +15,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import published
 
 HERE = Path(__file__).parent / "hf"

@@ -1,4 +1,4 @@
-"""Tiny models of every published architecture, as rows of a table: what transformers makes of them, we must make of them.
+"""Tiny models of every published architecture: what transformers makes of them, we must make of them.
 
 `tests/golden/make_hf.py` runs each row through transformers and stores what came out; `test_published.py` compares.
 Weights are not stored: both sides draw them from the tensor's name, so a row costs a few kilobytes.
@@ -51,6 +51,8 @@ LLAMA = dict(
     vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=32, rms_norm_eps=1e-5, tie_word_embeddings=False,
 )  # fmt: skip
+GEMMA = LLAMA | dict(head_dim=8, tie_word_embeddings=True)
+LONG = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1], long_factor=[1.5, 4.0])
 
 ROWS: dict[str, Row] = {
     "gpt2": Row("GPT2LMHeadModel", dict(vocab_size=V, n_positions=16, n_embd=16, n_layer=2, n_head=4)),
@@ -72,7 +74,8 @@ ROWS: dict[str, Row] = {
         rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=8))),
     "mistral": Row("MistralForCausalLM", LLAMA | dict(sliding_window=None, head_dim=4)),
     "mistral_window": Row("MistralForCausalLM", LLAMA | dict(sliding_window=4, num_key_value_heads=1)),
-    "mistral_wide_tied": Row("MistralForCausalLM", LLAMA | dict(sliding_window=5, head_dim=8, tie_word_embeddings=True)),
+    "mistral_wide_tied": Row("MistralForCausalLM", LLAMA | dict(sliding_window=5, head_dim=8,
+                              tie_word_embeddings=True)),
     "smollm3": Row("SmolLM3ForCausalLM", LLAMA | dict(num_hidden_layers=5, pad_token_id=0)),
     "smollm3_window": Row("SmolLM3ForCausalLM", LLAMA | dict(
         num_hidden_layers=4, no_rope_layers=[1, 0, 1, 0], use_sliding_window=True, sliding_window=4, pad_token_id=0)),
@@ -87,4 +90,33 @@ ROWS: dict[str, Row] = {
         head_dim=4, tie_word_embeddings=True, attention_bias=True)),
     "qwen3_window": Row("Qwen3ForCausalLM", LLAMA | dict(
         head_dim=6, num_hidden_layers=3, use_sliding_window=True, sliding_window=4, max_window_layers=1)),
+    "phi3": Row("Phi3ForCausalLM", LLAMA | dict(pad_token_id=0)),
+    "phi3_short": Row("Phi3ForCausalLM", LLAMA | dict(
+        original_max_position_embeddings=16, rope_parameters=LONG, pad_token_id=0)),
+    "phi3_long_partial": Row("Phi3ForCausalLM", LLAMA | dict(
+        num_attention_heads=2, original_max_position_embeddings=6, pad_token_id=0, sliding_window=5,
+        rope_parameters=LONG | dict(partial_rotary_factor=0.5))),
+    "gemma": Row("GemmaForCausalLM", GEMMA),
+    "gemma_many_heads": Row("GemmaForCausalLM", GEMMA | dict(num_key_value_heads=1, head_dim=6)),
+    "gemma_untied_biases": Row("GemmaForCausalLM", GEMMA | dict(tie_word_embeddings=False, attention_bias=True)),
+    "gemma2": Row("Gemma2ForCausalLM", GEMMA | dict(num_hidden_layers=3, sliding_window=4, query_pre_attn_scalar=5,
+                  attn_logit_softcapping=0.7, final_logit_softcapping=1.5)),
+    "gemma2_no_caps": Row("Gemma2ForCausalLM", GEMMA | dict(sliding_window=16, query_pre_attn_scalar=8,
+                          attn_logit_softcapping=None, final_logit_softcapping=None)),
+    "gemma2_untied": Row("Gemma2ForCausalLM", GEMMA | dict(num_hidden_layers=4, sliding_window=3, head_dim=4,
+                         tie_word_embeddings=False, layer_types=["full_attention"] * 2 + ["sliding_attention"] * 2)),
+    "gemma3": Row("Gemma3ForCausalLM", GEMMA | dict(num_hidden_layers=4, sliding_window=4, query_pre_attn_scalar=8,
+                  sliding_window_pattern=3)),
+    "gemma3_scaled": Row("Gemma3ForCausalLM", GEMMA | dict(
+        num_hidden_layers=3, sliding_window=5, query_pre_attn_scalar=6, num_key_value_heads=1,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters=dict(full_attention=dict(rope_type="linear", rope_theta=1e3, factor=8.0),
+                             sliding_attention=dict(rope_type="default", rope_theta=1e2)))),
+    "gemma3_untied_cap": Row("Gemma3ForCausalLM", GEMMA | dict(
+        num_hidden_layers=2, sliding_window=4, tie_word_embeddings=False, final_logit_softcapping=2.0)),
+    "olmo2": Row("Olmo2ForCausalLM", LLAMA | dict(rope_parameters=dict(rope_type="default", rope_theta=5e5))),
+    "olmo2_tied": Row("Olmo2ForCausalLM", LLAMA | dict(tie_word_embeddings=True, num_key_value_heads=4)),
+    "olmo2_biases_yarn": Row("Olmo2ForCausalLM", LLAMA | dict(attention_bias=True, num_attention_heads=2,
+        num_key_value_heads=1, rope_parameters=dict(
+        rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=8))),
 }  # fmt: skip

@@ -1,0 +1,116 @@
+"""Every published architecture: transformers' logits from transformers' files, and the same files back.
+
+The expected values come from `tests/golden/make_hf.py`. Where PyTorch and transformers are installed, what we write is
+loaded there and compared too.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from published import ROWS, draw, inputs
+
+from jaxlm import config, losses, params, sharding
+from jaxlm.interop import hf
+from jaxlm.models import MODELS, Model
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "hf"
+TOLERANCE = 1e-4
+
+
+def directory(name: str, folder: Path) -> dict[str, np.ndarray]:
+    """Write the row's files and return its tensors."""
+    golden = np.load(GOLDEN / f"{name}.npz")
+    tensors = {key: draw(key, tuple(shape)) for key, shape in json.loads(str(golden["shapes"])).items()}
+    folder.mkdir()
+    (folder / "config.json").write_text(str(golden["config"]))
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+def open_model(folder: Path) -> tuple[Model, dict]:
+    family, c = hf.describe(folder, MODELS)
+    layout = sharding.Layout(execution=config.Execution(dtype="float32"))
+    specs = family.specs(c)
+    return Model(family, c, specs, layout), hf.load(folder, family, c, specs, layout.shardings(specs, None))
+
+
+def batch_of(kind: str, vocab: int = 64) -> dict[str, np.ndarray]:
+    """transformers' inputs under our names."""
+    given = inputs(kind, vocab)
+    count = lambda a: np.broadcast_to(np.arange(a.shape[1], dtype=np.int32), a.shape)  # noqa: E731
+    tokens = given.get("decoder_input_ids", given["input_ids"])
+    out = dict(tokens=tokens, positions=count(tokens))
+    if kind == "encoder_decoder":
+        source = given["input_ids"]
+        out |= dict(source=source, source_positions=count(source), source_segments=given["attention_mask"])
+        out |= dict(segments=np.ones_like(tokens))
+    elif "attention_mask" in given:
+        out["segments"] = given["attention_mask"]
+    if "token_type_ids" in given:
+        out["types"] = given["token_type_ids"]
+    return out
+
+
+def answer(model: Model, weights: dict, row) -> np.ndarray:
+    """What the row compares: logits, or the last hidden state of a bare encoder."""
+
+    @jax.jit
+    def run(weights, batch):
+        out = model.forward(weights, batch)
+        return out.x_BTD if row.output == "last_hidden_state" else losses.logits(
+            model.readout(weights, out.x_BTD), model.shard
+        )  # fmt: skip
+
+    return np.asarray(run(weights, batch_of(row.inputs)))
+
+
+def real(kind: str) -> np.ndarray:
+    """[B, T]: positions whose output means something."""
+    given = inputs(kind)
+    ones = np.ones_like(given.get("decoder_input_ids", given["input_ids"]))
+    return ones.astype(bool) if kind == "encoder_decoder" else given.get("attention_mask", ones).astype(bool)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_logits_equal_transformers_and_the_files_come_back_bit_by_bit(name, tmp_path):
+    row = ROWS[name]
+    tensors = directory(name, tmp_path / "theirs")
+    model, weights = open_model(tmp_path / "theirs")
+    assert params.count(model.specs) == sum(t.size for t in tensors.values())
+    expected = np.load(GOLDEN / f"{name}.npz")["expected"]
+    got = answer(model, weights, row)
+    where = real(row.inputs)
+    np.testing.assert_allclose(got[where], expected[where], atol=TOLERANCE, rtol=0)
+    assert np.abs(expected[where]).max() > 100 * TOLERANCE
+
+    hf.save(tmp_path / "ours", model.family, model.config, model.specs, weights, dtype="float16", card=False)
+    back = safetensors.numpy.load_file(tmp_path / "ours" / "model.safetensors")
+    assert back.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert back[key].dtype == tensor.dtype
+        np.testing.assert_array_equal(back[key].view(np.uint16), tensor.view(np.uint16), err_msg=key)
+    assert hf.describe(tmp_path / "ours", MODELS) == (model.family, model.config)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_transformers_reads_what_we_write(name, tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: nothing is compared live")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: nothing is compared live")
+    row = ROWS[name]
+    directory(name, tmp_path / "theirs")
+    model, weights = open_model(tmp_path / "theirs")
+    hf.save(tmp_path / "ours", model.family, model.config, model.specs, weights, dtype="float16", card=False)
+    there, report = getattr(transformers, row.model).from_pretrained(
+        tmp_path / "ours", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    with torch.no_grad():
+        out = there.eval()(**{k: torch.from_numpy(np.array(v)).long() for k, v in inputs(row.inputs).items()})
+    where = real(row.inputs)
+    np.testing.assert_allclose(
+        answer(model, weights, row)[where], out[row.output].numpy()[where], atol=TOLERANCE, rtol=0
+    )
