@@ -132,3 +132,15 @@ def test_distances_fall_into_the_published_buckets():
     assert not buckets(1, 1000, False).any()
     both = buckets(150, 150, True)
     assert (both[3, :147] == both[4, 1:148]).all() and both[9, 1] == 8 and both[1, 9] == 24
+
+
+@pytest.mark.parametrize("both_ways", [True, False])
+@pytest.mark.parametrize(("T", "S", "start"), [(5, 7, None), (9, 4, None), (2, 12, 6), (1, 1, None)])
+def test_a_bias_of_distances_is_looked_up_for_every_query_and_key(T, S, start, both_ways):
+    """Also where a few queries stand behind what a cache holds."""
+    table_NH = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
+    mask = Mask(not both_ways) if start is None else Mask(True, at_T=start + jnp.arange(T), at_S=jnp.arange(S))
+    got = layers.relative_bias(jnp.asarray(table_NH), mask, T, S, longest=10, both_ways=both_ways, shard=shard())
+    distance_TS = np.arange(S)[None] - np.arange(T)[:, None] - (start or 0)
+    expected = table_NH[np.asarray(layers.relative_buckets(jnp.asarray(distance_TS), 8, 10, both_ways))]
+    np.testing.assert_array_equal(got, expected.transpose(2, 0, 1)[None])
