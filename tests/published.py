@@ -120,3 +120,48 @@ ROWS: dict[str, Row] = {
         num_key_value_heads=1, rope_parameters=dict(
         rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=8))),
 }  # fmt: skip
+
+ENCODER = dict(
+    vocab_size=V, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
+    max_position_embeddings=20,
+)  # fmt: skip
+DISTIL = dict(vocab_size=V, dim=16, n_layers=2, n_heads=4, hidden_dim=24, max_position_embeddings=20)
+ROBERTA = ENCODER | dict(type_vocab_size=1, layer_norm_eps=1e-5)
+MODERN = ENCODER | dict(  # the second half of a sequence is out of reach of the first in local layers
+    num_hidden_layers=4, local_attention=8, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1,
+    sep_token_id=2,
+)  # fmt: skip
+HIDDEN = "last_hidden_state"
+
+ROWS |= {
+    "bert": Row("BertForPreTraining", ENCODER, "types", "prediction_logits"),
+    "bert_masked_relu": Row("BertForMaskedLM", ENCODER | dict(hidden_act="relu", num_attention_heads=2,
+                            num_hidden_layers=3, layer_norm_eps=1e-5), "types"),
+    "bert_one_type": Row("BertForMaskedLM", ENCODER | dict(type_vocab_size=1, hidden_act="gelu_new"), "encoder"),
+    "minilm": Row("BertModel", ENCODER, "encoder", HIDDEN),
+    "minilm_wide_ffn": Row("BertModel", ENCODER | dict(intermediate_size=40, num_hidden_layers=3), "types", HIDDEN),
+    "minilm_gelu_new": Row("BertModel", ENCODER | dict(hidden_act="gelu_new", num_attention_heads=1), "encoder", HIDDEN),
+    "roberta": Row("RobertaForMaskedLM", ROBERTA, "encoder"),
+    "roberta_bare": Row("RobertaModel", ROBERTA | dict(num_hidden_layers=3), "encoder", HIDDEN),
+    "roberta_relu_types": Row("RobertaForMaskedLM", ROBERTA | dict(hidden_act="relu", type_vocab_size=2,
+                              pad_token_id=3), "types"),
+    "xlm_roberta": Row("XLMRobertaForMaskedLM", ROBERTA, "encoder"),
+    "xlm_roberta_bare": Row("XLMRobertaModel", ROBERTA, "encoder", HIDDEN),
+    "xlm_roberta_gelu_new": Row("XLMRobertaForMaskedLM", ROBERTA | dict(hidden_act="gelu_new", num_attention_heads=2),
+                                "encoder"),
+    "distilbert": Row("DistilBertForMaskedLM", DISTIL, "encoder"),
+    "distilbert_bare": Row("DistilBertModel", DISTIL | dict(n_layers=3, n_heads=2), "encoder", HIDDEN),
+    "distilbert_relu": Row("DistilBertForMaskedLM", DISTIL | dict(activation="relu", hidden_dim=40), "encoder"),
+    "mpnet": Row("MPNetForMaskedLM", ENCODER, "encoder"),
+    "mpnet_bare": Row("MPNetModel", ENCODER | dict(num_hidden_layers=3, layer_norm_eps=1e-5), "encoder", HIDDEN),
+    "mpnet_relu": Row("MPNetForMaskedLM", ENCODER | dict(hidden_act="relu", num_attention_heads=2), "encoder"),
+    "modernbert": Row("ModernBertForMaskedLM", MODERN, "encoder"),
+    "modernbert_bare": Row("ModernBertModel", MODERN | dict(num_hidden_layers=7, local_attention=4), "encoder", HIDDEN),
+    "modernbert_biases": Row("ModernBertForMaskedLM", MODERN | dict(
+        norm_bias=True, attention_bias=True, mlp_bias=True, classifier_bias=True, hidden_activation="gelu_new",
+        classifier_activation="silu", layer_types=["sliding_attention", "full_attention"] * 2), "encoder"),
+    "modernbert_plain": Row("ModernBertForMaskedLM", MODERN | dict(
+        decoder_bias=False, tie_word_embeddings=False, hidden_activation="relu", rope_parameters=dict(
+            full_attention=dict(rope_type="default", rope_theta=500.0),
+            sliding_attention=dict(rope_type="default", rope_theta=20.0))), "encoder"),
+}  # fmt: skip

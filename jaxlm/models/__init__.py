@@ -19,7 +19,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from jaxlm.models import bert, gemma, gpt2, llama, olmo
+from jaxlm.models import bert, gemma, gpt2, llama, modernbert, olmo
 from jaxlm.sharding import Layout
 
 MODELS: dict[str, ModuleType] = {
@@ -28,6 +28,7 @@ MODELS: dict[str, ModuleType] = {
     "gemma": gemma,
     "olmo": olmo,
     "bert": bert,
+    "modernbert": modernbert,
 }
 
 

@@ -1,7 +1,8 @@
 """BERT (Devlin et al. 2019) and its kin: bidirectional, LayerNorm after each half, pooler, masked-LM head.
 
 RoBERTa (also XLM-RoBERTa) counts positions from its padding id, DistilBERT has neither token types nor a pooler, MPNet
-adds a bias by distance to the scores. B batch, T position, D model width, H heads, C head width, F ffn width, V vocabulary.
+adds a bias by distance to the scores.
+B batch, T position, D model width, H heads, C head width, F ffn width, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -151,7 +152,8 @@ def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layo
         raise ValueError("model.head: this model has none, so it predicts no tokens; set it to true")
     w_DD = shard.gather(params["transform"], specs["transform"])
     h_BTD = layers.add_bias(shard.einsum("btd,de->bte", x_BTD, w_DD, "batch", "seq", None), params["transform_bias"])
-    h_BTD = layers.ACTIVATIONS[c.activation](h_BTD)
+    fixed = c.model_type in ("roberta", "xlm-roberta", "mpnet")  # whatever the layers have
+    h_BTD = layers.ACTIVATIONS["gelu" if fixed else c.activation](h_BTD)
     h_BTD = layers.layer_norm(h_BTD, params["transform_norm"], params["transform_norm_bias"], c.eps)
     return Readout(h_BTD, shard.gather(params["embed"], specs["embed"]), params["head_bias"])
 
@@ -212,4 +214,82 @@ def names(c: Config) -> dict[str, Name]:
         file = theirs + ".weight"
         out[ours] = vector(file) if "norm" in ours else linear(file, ins=2 if ours == "blocks/o" else 1)
         out[f"{ours}_bias"] = vector(theirs + ".bias")
+    return out
+
+
+# Names of config.json, by ours. Their attention has a dropout of its own, ours has none.
+FIELDS = dict(
+    vocab="vocab_size", layers="num_hidden_layers", width="hidden_size", heads="num_attention_heads",
+    ffn="intermediate_size", activation="hidden_act", dropout="hidden_dropout_prob",
+)  # fmt: skip
+DISTILBERT_FIELDS = dict(
+    vocab="vocab_size", layers="n_layers", width="dim", heads="n_heads", ffn="hidden_dim", activation="activation",
+    dropout="dropout",
+)  # fmt: skip
+ONLY = dict(  # values that change what a model computes, and the only one we compute
+    position_embedding_type="absolute", is_decoder=False, add_cross_attention=False, tie_word_embeddings=True,
+    relative_attention_num_buckets=BUCKETS,
+)  # fmt: skip
+
+
+def from_hf(values: dict[str, Any]) -> Config:
+    kind = values["model_type"]
+    for name, only in ONLY.items():
+        if values.get(name, only) != only:
+            raise ValueError(f"config.json: {name} {values[name]!r} of {kind} is not supported, only {only!r}")
+    architecture = (values.get("architectures") or [f"{STEMS[kind]}Model"])[0]
+    part = architecture.removeprefix(STEMS[kind])
+    parts = ("Model", "ForMaskedLM") + ("ForPreTraining",) * (kind == "bert")
+    if part not in parts:
+        known = ", ".join(STEMS[kind] + p for p in parts)
+        raise ValueError(f"config.json: architectures {architecture!r} is not read here; known: {known}")
+    ours = {ours: values[name] for ours, name in (DISTILBERT_FIELDS if kind == "distilbert" else FIELDS).items()}
+    if ours["activation"] not in layers.ACTIVATIONS:
+        raise ValueError(f"config.json: activation {ours['activation']!r} of {kind} is unknown")
+    offset = 0
+    if kind not in ("bert", "distilbert"):  # MPNet's code has its padding id written into it
+        offset = 2 if kind == "mpnet" else values.get("pad_token_id", 1) + 1
+    return Config(
+        **ours,
+        positions=values["max_position_embeddings"] - offset,
+        types=0 if kind in ("distilbert", "mpnet") else values.get("type_vocab_size", 2),
+        offset=offset,
+        relative=kind == "mpnet",
+        pooler=bool(values.get("add_pooling_layer", part != "ForMaskedLM" and kind != "distilbert")),
+        head=part != "Model",
+        next_sentence=part == "ForPreTraining",
+        eps=values.get("layer_norm_eps", 1e-12),
+        model_type=kind,
+    )
+
+
+def to_hf(c: Config) -> dict[str, Any]:
+    """What `config.json` says of the architecture; refuses a model that this `model_type` can't express."""
+    kind = c.model_type
+    fits = dict(
+        types=(c.types > 0) == (kind not in ("distilbert", "mpnet")),
+        offset={"bert": c.offset == 0, "distilbert": c.offset == 0, "mpnet": c.offset == 2}.get(kind, c.offset > 0),
+        relative=c.relative == (kind == "mpnet"),
+        pooler=not (c.pooler and kind == "distilbert"),
+        next_sentence=not c.next_sentence or (kind == "bert" and c.head and c.pooler),
+        eps=c.eps == 1e-12 or kind != "distilbert",
+    )
+    for name, ok in fits.items():
+        if not ok:
+            raise ValueError(f"model.{name}: {getattr(c, name)} is not in files of {kind!r}; set another model.model_type")
+    part = "ForPreTraining" if c.next_sentence else "ForMaskedLM" if c.head else "Model"
+    out: dict[str, Any] = dict(architectures=[STEMS[kind] + part], model_type=kind)
+    out |= {name: getattr(c, ours) for ours, name in (DISTILBERT_FIELDS if kind == "distilbert" else FIELDS).items()}
+    out |= dict(max_position_embeddings=c.positions + c.offset, tie_word_embeddings=True)
+    if kind == "distilbert":
+        return out | dict(attention_dropout=0.0, sinusoidal_pos_embds=False)
+    out |= dict(attention_probs_dropout_prob=0.0, layer_norm_eps=c.eps)
+    if c.types:
+        out["type_vocab_size"] = c.types
+    if c.offset and kind != "mpnet":
+        out["pad_token_id"] = c.offset - 1
+    if c.relative:
+        out["relative_attention_num_buckets"] = BUCKETS
+    if c.pooler != (part != "ForMaskedLM"):  # what the class doesn't say
+        out["add_pooling_layer"] = c.pooler
     return out

@@ -1,0 +1,245 @@
+"""ModernBERT (Warner et al. 2024): RoPE, local and global layers, norm before each half, gated ffn, no biases.
+
+The first layer has no norm before its attention, since the embeddings' own norm comes right before; it stands alone
+under `first`, so that the others are one stack. B batch, T position, D model width, H heads, C head width, F ffn width.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+
+from jaxlm import layers, rope
+from jaxlm.attention import Mask
+from jaxlm.layers import Output
+from jaxlm.losses import Readout
+from jaxlm.names import Name, fused, linear, same, vector
+from jaxlm.params import Spec, normal, ones, stacked, zeros
+from jaxlm.rope import Rope
+from jaxlm.sharding import Layout
+
+kind = "encoder"
+generates = False
+
+
+@dataclass(frozen=True)
+class Config:
+    vocab: int = 50368
+    layers: int = 22
+    width: int = 768
+    heads: int = 12
+    ffn: int = 1152
+    positions: int = 8192
+    rope: Rope = field(default_factory=lambda: Rope(theta=160_000.0))
+    rope_local: Rope = field(default_factory=Rope)
+    """Of the layers that the window holds for."""
+    window: int = 65
+    """A token sees this many to either side, itself included, in the layers that `windowed` names."""
+    windowed: tuple[bool, ...] = (False, True, True)
+    """Which layers the window holds for, as a pattern that repeats."""
+    tied: bool = True
+    """The head's last matrix is the embedding."""
+    head: bool = True
+    """The masked-LM head."""
+    activation: str = "gelu"
+    head_activation: str = "gelu"
+    norm_bias: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    transform_bias: bool = False
+    """Of the head's dense layer."""
+    head_bias: bool = True
+    """Of the logits."""
+    dropout: float = 0.0
+    eps: float = 1e-5
+    model_type: Literal["modernbert"] = "modernbert"
+
+
+def attention_width(c: Config) -> int:
+    return c.layers * c.width
+
+
+def norm_specs(c: Config, name: str) -> dict[str, Spec]:
+    out = {name: Spec((c.width,), (None,), ones)}
+    return out | ({f"{name}_bias": Spec((c.width,), (None,), zeros)} if c.norm_bias else {})
+
+
+def block_specs(c: Config, *, first: bool) -> dict[str, Spec]:
+    D, H, C, F = c.width, c.heads, c.width // c.heads, c.ffn
+    into, back = normal(0.02), normal(0.02 / math.sqrt(2 * c.layers))
+    out = dict(
+        q=Spec((D, H, C), ("embed", "heads", None), into),
+        k=Spec((D, H, C), ("embed", "heads", None), into),
+        v=Spec((D, H, C), ("embed", "heads", None), into),
+        o=Spec((H, C, D), ("heads", None, "embed"), back),
+        gate=Spec((D, F), ("embed", "ffn"), into),
+        up=Spec((D, F), ("embed", "ffn"), into),
+        down=Spec((F, D), ("ffn", "embed"), back),
+        **norm_specs(c, "norm2"),
+    )
+    if not first:
+        out |= norm_specs(c, "norm1")
+    if c.attention_bias:
+        out |= {f"{n}_bias": Spec((H, C), ("heads", None), zeros) for n in "qkv"}
+        out["o_bias"] = Spec((D,), (None,), zeros)
+    if c.mlp_bias:
+        out |= {f"{n}_bias": Spec((F,), ("ffn",), zeros) for n in ("gate", "up")}
+        out["down_bias"] = Spec((D,), (None,), zeros)
+    return out
+
+
+def specs(c: Config) -> dict[str, Any]:
+    if c.width % c.heads:
+        raise ValueError(f"model.width: {c.width} is not a multiple of model.heads {c.heads}")
+    if c.layers < 2:
+        raise ValueError(f"model.layers: {c.layers} is too few; ModernBERT has a first layer and at least one more")
+    D, back = c.width, normal(0.02 / math.sqrt(2 * c.layers))
+    out: dict[str, Any] = dict(
+        embed=Spec((c.vocab, D), ("vocab", "embed"), normal(0.02)),
+        **norm_specs(c, "embed_norm"),
+        first=stacked(1, block_specs(c, first=True)),
+        blocks=stacked(c.layers - 1, block_specs(c, first=False)),
+        **norm_specs(c, "norm"),
+    )
+    if c.head:  # a dense layer and a norm before the embedding, or a matrix of its own
+        out |= dict(transform=Spec((D, D), ("embed", None), back), **norm_specs(c, "transform_norm"))
+        if c.transform_bias:
+            out["transform_bias"] = Spec((D,), (None,), zeros)
+        if c.head_bias:
+            out["head_bias"] = Spec((c.vocab,), ("vocab",), zeros)
+        if not c.tied:
+            out["head"] = Spec((c.vocab, D), ("vocab", "embed"), back)
+    return out
+
+
+def norm(c: Config, p: dict, name: str, x_BTD: jax.Array) -> jax.Array:
+    return layers.layer_norm(x_BTD, p[name], p.get(f"{name}_bias"), c.eps)
+
+
+def forward(
+    c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: jax.Array | None = None, cache: None = None
+) -> Output:
+    keys = layers.subkeys(key, 3)
+    segments_BT, positions_BT, C = batch.get("segments"), batch["positions"], c.width // c.heads
+    sin_cos = {True: rope.table(c.rope_local, C, positions_BT), False: rope.table(c.rope, C, positions_BT)}
+
+    def block(p: dict, x_BTD: jax.Array, key: jax.Array | None, windowed: bool, kept: Any) -> tuple[jax.Array, None]:
+        k1, k2 = layers.subkeys(key, 2)
+        mask = Mask(False, c.window if windowed else None, segments_BT, segments_BT)
+        h_BTD = norm(c, p, "norm1", x_BTD) if "norm1" in p else x_BTD
+        a_BTD, _ = layers.self_attention(p, h_BTD, mask, shard=shard, sin_cos=sin_cos[windowed])
+        x_BTD += layers.dropout(a_BTD, c.dropout, k1)
+        d_BTD = layers.mlp(p, norm(c, p, "norm2", x_BTD), c.activation, shard)
+        return x_BTD + layers.dropout(d_BTD, c.dropout, k2), None
+
+    x_BTD = norm(c, params, "embed_norm", layers.embed(params["embed"], batch["tokens"], shard))
+    x_BTD = layers.dropout(x_BTD, c.dropout, keys[0])
+    windowed = [c.windowed[i % len(c.windowed)] for i in range(c.layers)]
+    for name, kinds, k in (("first", windowed[:1], keys[1]), ("blocks", windowed[1:], keys[2])):
+        x_BTD, _ = layers.run_blocks(block, params[name], specs[name], x_BTD, shard=shard, key=k, kinds=kinds)
+    return Output(norm(c, params, "norm", x_BTD))
+
+
+def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layout) -> Readout:
+    if not c.head:
+        raise ValueError("model.head: this model has none, so it predicts no tokens; set it to true")
+    p = {n: shard.gather(params[n], specs[n]) for n in ("transform", "transform_bias") if n in specs}
+    h_BTD = layers.project(p, "transform", "btd,de->bte", x_BTD, shard, "batch", "seq", None)
+    h_BTD = norm(c, params, "transform_norm", layers.ACTIVATIONS[c.head_activation](h_BTD))
+    last = "embed" if c.tied else "head"
+    return Readout(h_BTD, shard.gather(params[last], specs[last]), params.get("head_bias"))
+
+
+# Published files.
+
+MODEL_TYPES = ("modernbert",)
+
+
+def names(c: Config) -> dict[str, Name]:
+    trunk = "model." if c.head else ""  # a bare model's files leave it out
+    out = {
+        "embed": same(trunk + "embeddings.tok_embeddings.weight"),
+        "embed_norm": vector(trunk + "embeddings.norm.weight"),
+        "embed_norm_bias": vector(trunk + "embeddings.norm.bias"),
+        "norm": vector(trunk + "final_norm.weight"),
+        "norm_bias": vector(trunk + "final_norm.bias"),
+        "transform": linear("head.dense.weight"),
+        "transform_bias": vector("head.dense.bias"),
+        "transform_norm": vector("head.norm.weight"),
+        "transform_norm_bias": vector("head.norm.bias"),
+        "head": same("decoder.weight"),
+        "head_bias": vector("decoder.bias"),
+    }
+    return out | _layer_names(trunk, "first", 0) | _layer_names(trunk, "blocks", 1)
+
+
+def _layer_names(trunk: str, stack: str, first: int) -> dict[str, Name]:
+    layer = trunk + "layers.{layer}."
+    qkv, biases = ([f"{stack}/{n}{end}" for n in "qkv"] for end in ("", "_bias"))
+    return {
+        f"{stack}/norm1": vector(layer + "attn_norm.weight", first=first),
+        f"{stack}/norm1_bias": vector(layer + "attn_norm.bias", first=first),
+        **fused(linear, layer + "attn.Wqkv.weight", *qkv, first=first),
+        **fused(vector, layer + "attn.Wqkv.bias", *biases, first=first),
+        f"{stack}/o": linear(layer + "attn.Wo.weight", ins=2, first=first),
+        f"{stack}/o_bias": vector(layer + "attn.Wo.bias", first=first),
+        f"{stack}/norm2": vector(layer + "mlp_norm.weight", first=first),
+        f"{stack}/norm2_bias": vector(layer + "mlp_norm.bias", first=first),
+        **fused(linear, layer + "mlp.Wi.weight", f"{stack}/gate", f"{stack}/up", first=first),
+        **fused(vector, layer + "mlp.Wi.bias", f"{stack}/gate_bias", f"{stack}/up_bias", first=first),
+        f"{stack}/down": linear(layer + "mlp.Wo.weight", first=first),
+        f"{stack}/down_bias": vector(layer + "mlp.Wo.bias", first=first),
+    }
+
+
+# Names of config.json, by ours.
+FIELDS = dict(
+    vocab="vocab_size", layers="num_hidden_layers", width="hidden_size", heads="num_attention_heads",
+    ffn="intermediate_size", positions="max_position_embeddings",
+)  # fmt: skip
+OPTIONS = dict(
+    activation="hidden_activation", head_activation="classifier_activation", norm_bias="norm_bias",
+    attention_bias="attention_bias", mlp_bias="mlp_bias", transform_bias="classifier_bias", head_bias="decoder_bias",
+    tied="tie_word_embeddings", dropout="mlp_dropout", eps="norm_eps",
+)  # fmt: skip
+
+
+def from_hf(values: dict[str, Any]) -> Config:
+    architecture, n = (values.get("architectures") or ["ModernBertModel"])[0], values["num_hidden_layers"]
+    if architecture not in ("ModernBertModel", "ModernBertForMaskedLM"):
+        known = "ModernBertModel, ModernBertForMaskedLM"
+        raise ValueError(f"config.json: architectures {architecture!r} is not read here; known: {known}")
+    options = {ours: values[name] for ours, name in OPTIONS.items() if name in values}
+    for ours in ("activation", "head_activation"):
+        if options.get(ours, "gelu") not in layers.ACTIVATIONS:
+            raise ValueError(f"config.json: {OPTIONS[ours]} {options[ours]!r} of modernbert is unknown")
+    period = values.get("global_attn_every_n_layers", 3)
+    types = values.get("layer_types") or ["sliding_attention" if i % period else "full_attention" for i in range(n)]
+    return Config(
+        **{ours: values[name] for ours, name in FIELDS.items()},
+        **options,
+        rope=_rope(values, "full_attention", values.get("global_rope_theta", 160_000.0)),
+        rope_local=_rope(values, "sliding_attention", values.get("local_rope_theta", 10_000.0)),
+        window=values.get("local_attention", 128) // 2 + 1,
+        windowed=layers.pattern([t == "sliding_attention" for t in types]),
+        head=architecture != "ModernBertModel",
+    )
+
+
+def _rope(values: dict[str, Any], kind: str, theta: float) -> Rope:
+    """Of one kind of layer. An early file's scaling holds for both."""
+    nested = (values.get("rope_parameters") or {}).get(kind) or {}
+    return rope.from_hf(values, theta, {"rope_theta": theta} | (values.get("rope_scaling") or {}) | nested)
+
+
+def to_hf(c: Config) -> dict[str, Any]:
+    """What `config.json` says of the architecture."""
+    windowed = [c.windowed[i % len(c.windowed)] for i in range(c.layers)]
+    return dict(
+        architectures=["ModernBertForMaskedLM" if c.head else "ModernBertModel"], model_type="modernbert",
+        **{name: getattr(c, ours) for ours, name in (FIELDS | OPTIONS).items()},
+        local_attention=2 * (c.window - 1), embedding_dropout=c.dropout, attention_dropout=c.dropout,
+        layer_types=["sliding_attention" if w else "full_attention" for w in windowed],
+        rope_parameters=dict(full_attention=rope.to_hf(c.rope), sliding_attention=rope.to_hf(c.rope_local)),
+    )  # fmt: skip
