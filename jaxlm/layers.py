@@ -147,13 +147,18 @@ def self_attention(
     return project(p, "o", "bthc,hcd->btd", a_BTHC, shard, "batch", "seq", None), kept
 
 
+def own(kept: dict[str, jax.Array] | None) -> dict[str, jax.Array] | None:
+    """What a decoder's layer keeps of its own tokens, without what it keeps of the source."""
+    return kept and {name: x for name, x in kept.items() if not name.startswith("cross_")}
+
+
 def cross_attention(
     p: dict,
     x_BTD: jax.Array,
+    *,
     memory_BSD: jax.Array | None,
     segments_BT: jax.Array | None,
     segments_BS: jax.Array | None,
-    *,
     shard: Layout,
     scale: float | None = None,
     kept: dict[str, jax.Array] | None = None,
@@ -237,9 +242,14 @@ def relative_bias(
     return shard(turned_HN.reshape(H, T, T + S - 1)[None, :, :, :S], None, "heads", "seq", None)
 
 
-def kv_cache(kinds: Sequence[int | None], rows: int, length: int, heads: int, width: int, dtype: Any) -> list[dict]:
-    """Empty keys and values of layers with such windows (None: the whole row), for `attention.empty_cache`."""
-    shapes = [(rows, ring(window, length), heads, width) for window in kinds]
+def kv_cache(
+    kinds: Sequence[int | None], rows: int, length: int, heads: int, width: int, dtype: Any, slack: int = 0
+) -> list[dict]:
+    """Empty keys and values of layers with such windows (None: the whole row), for `attention.empty_cache`.
+
+    `slack`: tokens that one call may read on by, beyond the first, without losing what its window still needs.
+    """
+    shapes = [(rows, ring(window, length, slack), heads, width) for window in kinds]
     return [dict(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype)) for shape in shapes]
 
 

@@ -21,6 +21,8 @@ class Row(NamedTuple):
     """decoder, encoder (ragged), types (encoder with token types), or encoder_decoder (ragged source)."""
     output: str = "logits"
     """What is compared: an attribute of transformers' output."""
+    more: dict[str, tuple[int, ...]] = {}  # noqa: RUF012
+    """Tensors that published files have and a model made from its configuration alone lacks: an untied head."""
 
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -164,4 +166,42 @@ ROWS |= {
         decoder_bias=False, tie_word_embeddings=False, hidden_activation="relu", rope_parameters=dict(
             full_attention=dict(rope_type="default", rope_theta=500.0),
             sliding_attention=dict(rope_type="default", rope_theta=20.0))), "encoder"),
+}  # fmt: skip
+
+T5 = dict(
+    vocab_size=V, d_model=16, d_kv=6, d_ff=24, num_layers=2, num_heads=4, relative_attention_num_buckets=8,
+    relative_attention_max_distance=10,
+)  # fmt: skip
+FLAN = T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+BART = dict(
+    vocab_size=V, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+    encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=20,
+)  # fmt: skip
+HEAD = {"lm_head.weight": (V, 16)}
+
+ROWS |= {
+    "t5": Row("T5ForConditionalGeneration", T5, "encoder_decoder"),
+    "t5_deep_decoder": Row("T5ForConditionalGeneration", T5 | dict(
+        num_decoder_layers=3, d_kv=4, num_heads=2, relative_attention_num_buckets=12), "encoder_decoder"),
+    "t5_gelu": Row("T5ForConditionalGeneration", T5 | dict(
+        feed_forward_proj="gelu", relative_attention_max_distance=128, layer_norm_epsilon=1e-3), "encoder_decoder"),
+    "flan_t5": Row("T5ForConditionalGeneration", FLAN, "encoder_decoder", more=HEAD),
+    "flan_t5_deep_encoder": Row("T5ForConditionalGeneration", FLAN | dict(
+        num_layers=3, num_decoder_layers=1, d_ff=40), "encoder_decoder", more=HEAD),
+    "flan_t5_silu": Row("T5ForConditionalGeneration", FLAN | dict(
+        feed_forward_proj="gated-silu", d_kv=2), "encoder_decoder", more=HEAD),
+    "mt5": Row("MT5ForConditionalGeneration", T5, "encoder_decoder", more=HEAD),
+    "mt5_narrow_heads": Row("MT5ForConditionalGeneration", T5 | dict(
+        num_heads=6, d_kv=2, num_decoder_layers=3), "encoder_decoder", more=HEAD),
+    "mt5_relu": Row("MT5ForConditionalGeneration", T5 | dict(feed_forward_proj="relu"), "encoder_decoder", more=HEAD),
+    "bart": Row("BartForConditionalGeneration", BART, "encoder_decoder"),
+    "bart_relu_scaled": Row("BartForConditionalGeneration", BART | dict(
+        activation_function="relu", scale_embedding=True, decoder_attention_heads=2), "encoder_decoder"),
+    "bart_shallow_decoder": Row("BartForConditionalGeneration", BART | dict(
+        encoder_layers=3, decoder_layers=1, decoder_ffn_dim=40, activation_function="gelu_new"), "encoder_decoder"),
+    "mbart": Row("MBartForConditionalGeneration", BART | dict(scale_embedding=True), "encoder_decoder"),
+    "mbart_deep_decoder": Row("MBartForConditionalGeneration", BART | dict(
+        encoder_layers=1, decoder_layers=3, encoder_attention_heads=2), "encoder_decoder"),
+    "mbart_relu": Row("MBartForConditionalGeneration", BART | dict(
+        activation_function="relu", encoder_ffn_dim=40), "encoder_decoder"),
 }  # fmt: skip

@@ -8,7 +8,7 @@
 - `readout(c, specs, params, hidden, *, shard) -> losses.Readout`: what the vocabulary's logits are made of.
 - `attention_width(c)`: layers × heads × head width, which attention's FLOPs grow with.
 - `kind`: `decoder`, `encoder` or `encoder_decoder`. `generates`: whether each position predicts the next; what
-  generates has `init_cache(c, rows, length, dtype) -> attention.Cache`.
+  generates has `init_cache(c, rows, length, dtype, slack=0) -> attention.Cache`.
 - For published files: `MODEL_TYPES` (what their config.json calls it), `from_hf(values) -> Config`,
   `to_hf(c) -> values`, `names(c) -> {our path: names.Name}`; where there are such, `IGNORED` (patterns of tensors that
   say nothing) and `PREFIX` (what files of the bare model leave out).
@@ -19,7 +19,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from jaxlm.models import bert, gemma, gpt2, llama, modernbert, olmo
+from jaxlm.models import bart, bert, gemma, gpt2, llama, modernbert, olmo, t5
 from jaxlm.sharding import Layout
 
 MODELS: dict[str, ModuleType] = {
@@ -29,6 +29,8 @@ MODELS: dict[str, ModuleType] = {
     "olmo": olmo,
     "bert": bert,
     "modernbert": modernbert,
+    "t5": t5,
+    "bart": bart,
 }
 
 

@@ -28,6 +28,7 @@ def make(name: str, row: published.Row) -> None:
         cls(cls.config_class(**row.config)).to(torch.float16).save_pretrained(folder)
         with safetensors.safe_open(file, "np") as f:
             shapes = {key: list(f.get_slice(key).get_shape()) for key in f.keys()}  # noqa: SIM118
+        shapes |= {key: list(shape) for key, shape in row.more.items()}
         weights = {key: published.draw(key, tuple(shape)) for key, shape in shapes.items()}
         safetensors.numpy.save_file(weights, file, metadata={"format": "pt"})
         model, report = cls.from_pretrained(

@@ -1,0 +1,292 @@
+"""BART (Lewis et al. 2020) and mBART (Liu et al. 2020): an encoder and a decoder with learned positions, LayerNorm
+after each part (mBART: before it, and one at the end), biases, GELU, one embedding for both sides and the head.
+
+B batch, T target position, S source position, D model width, H heads, C head width, F ffn width, V vocabulary.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import jax
+
+from jaxlm import layers
+from jaxlm.attention import Cache, Mask, empty_cache, read_on
+from jaxlm.layers import Output
+from jaxlm.losses import Readout
+from jaxlm.names import Name, linear, same, vector
+from jaxlm.params import Spec, normal, ones, stacked, zeros
+from jaxlm.sharding import Layout
+
+kind = "encoder_decoder"
+generates = True
+
+UNUSED = 2  # rows at the head of a position table: the first one counted positions from its padding id on
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Config:
+    vocab: int = 50265
+    layers: int = 6
+    """Of the encoder."""
+    decoder_layers: int | None = None
+    """None: as many as the encoder has."""
+    width: int = 768
+    heads: int = 12
+    decoder_heads: int | None = None
+    """None: as the encoder."""
+    ffn: int = 3072
+    decoder_ffn: int | None = None
+    """None: as the encoder."""
+    positions: int = 1024
+    activation: str = "gelu"
+    norm_first: bool = False
+    """LayerNorm before each part and at the end of each stack, not after each part: mBART."""
+    scaled: bool = False
+    """Embeddings are multiplied by width^1/2."""
+    tied: bool = True
+    """The head is the embedding."""
+    head_bias: bool = False
+    """Constants that published files add to the logits, zeros in most. They are not trained."""
+    decoder_start: int | None = 2
+    """Id of the token that targets begin after: EOS. mBART: None, it depends on the language."""
+    dropout: float = 0.1
+    """On embeddings, attention outputs and ffn outputs."""
+    model_type: Literal["bart", "mbart"] = "bart"
+    """What published files of this model call its architecture."""
+
+
+def sides(c: Config) -> dict[str, tuple[int, int, int]]:
+    """(layers, heads, ffn width) of both stacks."""
+    of = lambda own, encoder: encoder if own is None else own  # noqa: E731
+    decoder = of(c.decoder_layers, c.layers), of(c.decoder_heads, c.heads), of(c.decoder_ffn, c.ffn)
+    return dict(encoder=(c.layers, c.heads, c.ffn), decoder=decoder)
+
+
+def attention_width(c: Config) -> int:
+    return (c.layers + 2 * sides(c)["decoder"][0]) * c.width
+
+
+def block_specs(D: int, H: int, F: int, cross: bool) -> dict[str, Spec]:
+    C, w = D // H, normal(0.02)
+    out = {}
+    for part in ("", "cross_") if cross else ("",):
+        for n in "qkv":
+            axis = "heads" if n == "q" else "kv"
+            out[f"{part}{n}"] = Spec((D, H, C), ("embed", axis, None), w)
+            out[f"{part}{n}_bias"] = Spec((H, C), (axis, None), zeros)
+        out[f"{part}o"] = Spec((H, C, D), ("heads", None, "embed"), w)
+        out[f"{part}o_bias"] = Spec((D,), (None,), zeros)
+    out |= dict(
+        up=Spec((D, F), ("embed", "ffn"), w),
+        up_bias=Spec((F,), ("ffn",), zeros),
+        down=Spec((F, D), ("ffn", "embed"), w),
+        down_bias=Spec((D,), (None,), zeros),
+    )
+    for n in ("norm1", "norm_cross", "norm2") if cross else ("norm1", "norm2"):
+        out |= _norm(n, D)
+    return out
+
+
+def _norm(name: str, D: int) -> dict[str, Spec]:
+    return {name: Spec((D,), (None,), ones), f"{name}_bias": Spec((D,), (None,), zeros)}
+
+
+def specs(c: Config) -> dict[str, Any]:
+    D, V = c.width, c.vocab
+    out: dict[str, Any] = dict(embed=Spec((V, D), ("vocab", "embed"), normal(0.02)))
+    for side, (n, heads, ffn) in sides(c).items():
+        if D % heads:
+            name = "heads" if side == "encoder" else "decoder_heads"
+            raise ValueError(f"model.width: {D} is not a multiple of model.{name} {heads}")
+        out[side] = dict(
+            position=Spec((UNUSED + c.positions, D), (None, "embed"), normal(0.02)),
+            blocks=stacked(n, block_specs(D, heads, ffn, side == "decoder")),
+            **_norm("norm_embed", D),
+            **(_norm("norm", D) if c.norm_first else {}),
+        )
+    if not c.tied:
+        out["head"] = Spec((V, D), ("vocab", "embed"), normal(0.02))
+    if c.head_bias:
+        out["head_bias"] = Spec((V,), ("vocab",), zeros)
+    return out
+
+
+def encode(
+    c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: jax.Array | None = None
+) -> jax.Array:
+    """`[B, S, D]`: what the decoder looks at."""
+    mask = Mask(False, None, batch.get("source_segments"), batch.get("source_segments"))
+    ids, positions = batch["source"], batch["source_positions"]
+    return _stack(c, "encoder", specs, params, ids, positions, mask, shard=shard, key=key)[0]
+
+
+def forward(
+    c: Config,
+    specs: Any,
+    params: Any,
+    batch: dict,
+    *,
+    shard: Layout,
+    key: jax.Array | None = None,
+    cache: Cache | None = None,
+) -> Output:
+    """With a cache the first call brings the source, and later ones look at what the layers kept of it."""
+    k1, k2 = layers.subkeys(key, 2)
+    segments_BT = batch.get("segments")
+    memory_BSD = encode(c, specs, params, batch, shard=shard, key=k1) if "source" in batch else None
+    look = partial(layers.cross_attention, memory_BSD=memory_BSD, segments_BT=segments_BT,
+                   segments_BS=batch.get("source_segments"), shard=shard)  # fmt: skip
+    mask = Mask(True, None, segments_BT, segments_BT, batch.get("prefix"))
+    cache = read_on(cache, segments_BT, batch["tokens"].shape)
+    x_BTD, cache = _stack(
+        c, "decoder", specs, params, batch["tokens"], batch["positions"], mask, look, shard=shard, key=k2, cache=cache
+    )
+    return Output(x_BTD, cache=cache)
+
+
+def _stack(
+    c: Config,
+    side: str,
+    specs: Any,
+    params: Any,
+    ids_BT: jax.Array,
+    positions_BT: jax.Array,
+    mask: Mask,
+    look: Callable[..., tuple[jax.Array, dict]] | None = None,
+    *,
+    shard: Layout,
+    key: jax.Array | None,
+    cache: Cache | None = None,
+) -> tuple[jax.Array, Cache | None]:
+    """The encoder, or the decoder, which looks at the encoder's output by `look`."""
+    k1, k2 = layers.subkeys(key, 2)
+
+    def norm(p: dict, name: str, x_BTD: jax.Array) -> jax.Array:
+        return layers.layer_norm(x_BTD, p[name], p[f"{name}_bias"], EPS)
+
+    def block(p: dict, x_BTD: jax.Array, key: jax.Array | None, kind: Any, kept: Any) -> tuple[jax.Array, Any]:
+        keys = iter(layers.subkeys(key, 3))
+
+        def part(x_BTD: jax.Array, name: str, f: Callable[[jax.Array], tuple[jax.Array, Any]]) -> tuple[jax.Array, Any]:
+            y_BTD, found = f(norm(p, name, x_BTD) if c.norm_first else x_BTD)
+            x_BTD += layers.dropout(y_BTD, c.dropout, next(keys))
+            return x_BTD if c.norm_first else norm(p, name, x_BTD), found
+
+        x_BTD, now = part(x_BTD, "norm1", lambda h: layers.self_attention(
+            p, h, mask, shard=shard, cache=cache, kept=layers.own(kept)))  # fmt: skip
+        if look is not None:
+            x_BTD, seen = part(x_BTD, "norm_cross", lambda h: look(p, h, kept=kept))
+            now = now and now | seen
+        x_BTD, _ = part(x_BTD, "norm2", lambda h: (layers.mlp(p, h, c.activation, shard), None))
+        return x_BTD, now
+
+    p = params[side]
+    x_BTD = layers.embed(params["embed"], ids_BT, shard) * (c.width**0.5 if c.scaled else 1.0)
+    x_BTD += layers.embed(p["position"], positions_BT + UNUSED, shard, rows=None)
+    x_BTD = layers.dropout(norm(p, "norm_embed", x_BTD), c.dropout, k1)
+    x_BTD, cache = layers.run_blocks(block, p["blocks"], specs[side]["blocks"], x_BTD, shard=shard, key=k2, cache=cache)
+    return norm(p, "norm", x_BTD) if c.norm_first else x_BTD, cache
+
+
+def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layout) -> Readout:
+    head = "embed" if c.tied else "head"
+    bias_V = jax.lax.stop_gradient(params["head_bias"]) if c.head_bias else None
+    return Readout(x_BTD.astype(shard.dtype), shard.gather(params[head], specs[head]), bias_V)
+
+
+def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
+    """Of the decoder. The first call adds each layer's keys and values of the source."""
+    n, heads, _ = sides(c)["decoder"]
+    return empty_cache(layers.kv_cache([None] * n, rows, length, heads, c.width // heads, dtype), rows, length)
+
+
+# Published files.
+
+ARCHITECTURES = {"bart": "BartForConditionalGeneration", "mbart": "MBartForConditionalGeneration"}
+MODEL_TYPES = tuple(ARCHITECTURES)
+PREFIX = "model."
+TIED = {f"model.{side}.embed_tokens.weight": "model.shared.weight" for side in ("encoder", "decoder")}
+IGNORED = (r"(model\.)?(encoder|decoder)\.version",)
+
+
+def names(c: Config) -> dict[str, Name]:
+    out = {"embed": same("model.shared.weight")}
+    for side in ("encoder", "decoder"):
+        layer = f"model.{side}.layers." + "{layer}."
+        out[f"{side}/position"] = same(f"model.{side}.embed_positions.weight")
+        attention = dict(self_attn="", encoder_attn="cross_") if side == "decoder" else dict(self_attn="")
+        for theirs, ours in attention.items():
+            for n in "qkv":
+                out[f"{side}/blocks/{ours}{n}"] = linear(f"{layer}{theirs}.{n}_proj.weight")
+                out[f"{side}/blocks/{ours}{n}_bias"] = vector(f"{layer}{theirs}.{n}_proj.bias")
+            out[f"{side}/blocks/{ours}o"] = linear(f"{layer}{theirs}.out_proj.weight", ins=2)
+            out[f"{side}/blocks/{ours}o_bias"] = vector(f"{layer}{theirs}.out_proj.bias")
+        for theirs, ours in dict(fc1="up", fc2="down").items():
+            out[f"{side}/blocks/{ours}"] = linear(f"{layer}{theirs}.weight")
+            out[f"{side}/blocks/{ours}_bias"] = vector(f"{layer}{theirs}.bias")
+        norms = {f"{layer}self_attn_layer_norm": "blocks/norm1", f"{layer}final_layer_norm": "blocks/norm2"}
+        if side == "decoder":
+            norms[f"{layer}encoder_attn_layer_norm"] = "blocks/norm_cross"
+        norms |= {f"model.{side}.layernorm_embedding": "norm_embed", f"model.{side}.layer_norm": "norm"}
+        for theirs, ours in norms.items():
+            out[f"{side}/{ours}"] = vector(f"{theirs}.weight")
+            out[f"{side}/{ours}_bias"] = vector(f"{theirs}.bias")
+    # The bias is [1, V] there.
+    return out | {"head": same("lm_head.weight"), "head_bias": Name("final_logits_bias", ins=0, order="in_out")}
+
+
+def from_hf(values: dict[str, Any]) -> Config:
+    kind = values["model_type"]
+    first = kind == "mbart"
+    usual = dict(normalize_before=first, add_final_layer_norm=first, normalize_embedding=True,
+                 static_position_embeddings=False, add_bias_logits=False, extra_pos_embeddings=UNUSED)  # fmt: skip
+    for name, value in usual.items():
+        if values.get(name, value) != value:
+            raise ValueError(f"config.json: {name} {values[name]!r} of {kind} is not supported, only {value}")
+    activation = values.get("activation_function", "gelu")
+    if activation not in layers.ACTIVATIONS:
+        raise ValueError(f"config.json: activation_function {activation!r} is unknown")
+    return Config(
+        vocab=values["vocab_size"],
+        layers=values["encoder_layers"],
+        decoder_layers=values["decoder_layers"],
+        width=values["d_model"],
+        heads=values["encoder_attention_heads"],
+        decoder_heads=values["decoder_attention_heads"],
+        ffn=values["encoder_ffn_dim"],
+        decoder_ffn=values["decoder_ffn_dim"],
+        positions=values["max_position_embeddings"],
+        activation=activation,
+        norm_first=first,
+        scaled=bool(values.get("scale_embedding", False)),
+        tied=bool(values.get("tie_word_embeddings", True)),
+        head_bias=True,
+        decoder_start=values.get("decoder_start_token_id", None if first else values.get("eos_token_id", 2)),
+        dropout=float(values.get("dropout", 0.1)),
+        model_type=kind,
+    )
+
+
+def settle(c: Config, tensors: Collection[str]) -> Config:
+    """What config.json leaves open and the names of a file's tensors tell: whether there is a bias of the logits."""
+    return c if "final_logits_bias" in tensors else replace(c, head_bias=False)
+
+
+def to_hf(c: Config) -> dict[str, Any]:
+    """What `config.json` says of the architecture; refuses a model that this `model_type` can't express."""
+    if c.norm_first != (c.model_type == "mbart"):
+        fits = "mbart" if c.norm_first else "bart"
+        raise ValueError(
+            f"model.norm_first: not so in files of model_type {c.model_type!r}; set model.model_type={fits}"
+        )
+    (_, heads, ffn), (n, decoder_heads, decoder_ffn) = sides(c).values()
+    return dict(
+        architectures=[ARCHITECTURES[c.model_type]], model_type=c.model_type, is_encoder_decoder=True,
+        vocab_size=c.vocab, d_model=c.width, encoder_layers=c.layers, decoder_layers=n, encoder_attention_heads=heads,
+        decoder_attention_heads=decoder_heads, encoder_ffn_dim=ffn, decoder_ffn_dim=decoder_ffn,
+        max_position_embeddings=c.positions, activation_function=c.activation, scale_embedding=c.scaled,
+        dropout=c.dropout, tie_word_embeddings=c.tied, decoder_start_token_id=c.decoder_start,
+    )  # fmt: skip
