@@ -40,7 +40,7 @@ DTYPES: dict[str, np.dtype] = {
     "C64": np.dtype(np.complex64),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-BLOCK = 16 << 20  # bytes read at a time where only a part of each row is wanted
+BLOCK = 4 << 20  # bytes read at a time where only a part of each row is wanted
 JSON_LIMIT = 100_000_000  # bytes of a JSON file; the library's own limit of a header
 PICKLED = ("pytorch_model*.bin*", "*.pt", "*.pth", "*.pkl", "*.ckpt", "consolidated*.pth")
 
