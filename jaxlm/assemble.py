@@ -29,11 +29,11 @@ class HostHalf:
     objective: str
     settings: Any
     tokens: Any
-    length: int
+    row: dict[str, Any]
+    """What a row must fit: see `objectives`."""
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        record = record | {"length": self.length}
-        return OBJECTIVES[self.objective].example(self.settings, record, self.tokens, rng)
+        return OBJECTIVES[self.objective].example(self.settings, record | self.row, self.tokens, rng)
 
 
 @dataclass(frozen=True)
@@ -120,19 +120,19 @@ class Program:
 def program(run: config.Run, tokens: Any) -> Program:
     """Check the run against its tokenizer and the devices, and put its functions together."""
     family, objective = MODELS[config.family(run.model)], OBJECTIVES[config.family(run.objective)]
+    _check_pair(family, objective, run)
     objective.check(run.objective, tokens)
     positions = getattr(run.model, "positions", None)
     if positions is not None and run.train.seq_len > positions:
         raise ValueError(f"train.seq_len: {run.train.seq_len} is longer than model.positions {positions}")
-    if not tokens.vocab_size <= run.model.vocab < tokens.vocab_size + 1024:
+    used = objective.vocab(run.objective, tokens) if hasattr(objective, "vocab") else tokens.vocab_size
+    if not used <= run.model.vocab < used + 1024:
+        more = f" and the {used - tokens.vocab_size} that objective adds" if used > tokens.vocab_size else ""
         raise ValueError(
-            f"model.vocab: {run.model.vocab} does not fit the tokenizer's {tokens.vocab_size} tokens; "
-            f"set model.vocab to {-(-tokens.vocab_size // 128) * 128} (padding of less than 1024 is fine)"
+            f"model.vocab: {run.model.vocab} does not fit the tokenizer's {tokens.vocab_size} tokens{more}; "
+            f"set model.vocab to {-(-used // 128) * 128} (padding of less than 1024 is fine)"
         )
-    if objective.records == "packed" and not family.generates and config.family(run.objective) == "causal":
-        raise ValueError("objective: a bidirectional encoder sees its targets; use masked or next_sentence")
-    if family.generates and config.family(run.objective) != "causal":
-        raise ValueError(f"objective: {config.family(run.objective)} needs an encoder such as bert")
+    _window(run)
     mesh = sharding.make_mesh(run.mesh)
     layout = sharding.Layout.of(run.mesh, run.execution)
     sharding.check_batch(run.train, layout, mesh)
@@ -156,6 +156,31 @@ def program(run: config.Run, tokens: Any) -> Program:
     return Program(run, tokens, mesh, layout, specs, model, objective, optimizer, notes)
 
 
+def _check_pair(family: ModuleType, objective: ModuleType, run: config.Run) -> None:
+    """Refuse to train a model for what its kind can't learn: an encoder, for one, sees the tokens that come next."""
+    if family.kind not in objective.models:
+        name, kinds = config.family(run.objective), " or ".join(objective.models)
+        fitting = ", ".join(name for name, module in OBJECTIVES.items() if family.kind in module.models)
+        raise ValueError(
+            f"objective: {name} trains a model of kind {kinds}, and {config.family(run.model)} is of kind "
+            f"{family.kind}; choose {fitting or 'another model'}"
+        )
+    if objective.records == "texts" and run.data.compare_compression:
+        raise ValueError("data.compare_compression: is for plain text, not for pairs of texts; turn it off")
+
+
+def _window(run: config.Run) -> int:
+    """Tokens of text in a record."""
+    objective = OBJECTIVES[config.family(run.objective)]
+    return objective.window(run.objective, run.train.seq_len) if hasattr(objective, "window") else run.train.seq_len
+
+
+def text_field(run: config.Run) -> caches.sources.Field:
+    """Where the text stands in records: in one field, or in two for an objective that learns one text from another."""
+    objective = OBJECTIVES[config.family(run.objective)]
+    return objective.fields(run.objective) if objective.records == "texts" else run.data.text_field
+
+
 def load_tokenizer(run: config.Run, say: Callable[[str], None] = print) -> Any:
     """The run's own copy, else what `data.tokenizer` names, trained on the training text if it must be."""
     own = run.folder / "tokenizer"
@@ -169,20 +194,17 @@ def load_tokenizer(run: config.Run, say: Callable[[str], None] = print) -> Any:
     except ValueError:
         raise ValueError(f"data.tokenizer: {size!r} in {run.data.tokenizer!r} is not a vocabulary size") from None
     share = 0.0 if run.data.valid else run.data.holdout
-    stamp = [
-        (s.name, s.stamp) for source in run.data.train for s in caches.sources.shards(source, field=run.data.text_field)
+    field = text_field(run)
+    stamp = [(s.name, s.stamp) for source in run.data.train for s in caches.sources.shards(source, field=field)]
+    name = hashlib.sha256(repr((run.data.train, field, share, vocab, stamp, tokenizer.TRAINER)).encode()).hexdigest()[
+        :16
     ]
-    name = hashlib.sha256(
-        repr((run.data.train, run.data.text_field, share, vocab, stamp, tokenizer.TRAINER)).encode()
-    ).hexdigest()[:16]
     path = Path(run.data.cache).expanduser() / "tokenizers" / f"{name}.model"
     if not path.exists() and jax.process_index() == 0:
         say(f"training a SentencePiece tokenizer of {vocab} pieces on {', '.join(run.data.train)} …")
         started = time.perf_counter()
         texts = (
-            text
-            for source in run.data.train
-            for text in caches.texts(source, field=run.data.text_field, holdout=share, part="train")
+            text for source in run.data.train for text in caches.texts(source, field=field, holdout=share, part="train")
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.train_sentencepiece(texts, path, vocab_size=vocab)
@@ -212,7 +234,7 @@ def corpus(run: config.Run, tokens: Any) -> Corpus:
             source,
             tokens,
             run.data.cache,
-            field=run.data.text_field,
+            field=text_field(run),
             holdout=holdout,
             workers=run.data.tokenize_workers,
             progress=jax.process_index() == 0,
@@ -227,20 +249,37 @@ def corpus(run: config.Run, tokens: Any) -> Corpus:
     return Corpus(train, weights, [caches.open_cache(p) for p in valid_paths])
 
 
-def records(run: config.Run, part: caches.Cache) -> Any:
-    kind, length = OBJECTIVES[config.family(run.objective)].records, run.train.seq_len
-    if kind == "pairs":
-        return packing.pairs(part, length - 3, run.seed)
-    return packing.packed(part, length, document_mask=run.data.document_mask)
+def records(run: config.Run, tokens: Any, part: caches.Cache, say: Callable[[str], None] | None = None) -> Any:
+    """A cache cut into what the objective's host half takes; `say` hears of texts that lose their end."""
+    objective = OBJECTIVES[config.family(run.objective)]
+    if objective.records == "pairs":
+        return packing.pairs(part, _window(run), run.seed)
+    if objective.records == "packed":
+        return packing.packed(part, _window(run), document_mask=run.data.document_mask)
+    lengths = packing.text_lengths(part, tokens.eos_id)
+    kind = MODELS[config.family(run.model)].kind
+    kept, takes, rooms = objective.fit(run.objective, kind, run.train.seq_len, lengths)
+    cut = (kept < lengths).sum(0)
+    if say and cut.any():
+        say(f"{part.path}: of {len(lengths):,} pairs {cut[0]:,} sources and {cut[1]:,} targets lose their end; "
+            f"raise train.seq_len to keep it")  # fmt: skip
+    return packing.texts(part, lengths, takes, rooms, pack=run.objective.pack)
 
 
 def host_half(run: config.Run, tokens: Any) -> HostHalf:
-    return HostHalf(config.family(run.objective), run.objective, tokens, run.train.seq_len - 3)
+    row = {
+        "seq_len": run.train.seq_len,
+        "length": _window(run),
+        "kind": MODELS[config.family(run.model)].kind,
+        "decoder_start": getattr(run.model, "decoder_start", None),
+    }
+    return HostHalf(config.family(run.objective), run.objective, tokens, row)
 
 
 def training_loader(run: config.Run, tokens: Any, data: Corpus, rows: list[int] | None) -> loader.Loader:
+    say = print if jax.process_index() == 0 else None
     return loader.Loader(
-        [records(run, c) for c in data.train],
+        [records(run, tokens, c, say) for c in data.train],
         data.weights,
         host_half(run, tokens),
         batch_size=run.train.batch_size,
@@ -257,7 +296,7 @@ def validation_batches(p: Program, data: Corpus, limit: int = 0) -> Iterator[dic
     rows = p.rows(size)
     for part in data.valid:
         for batch in loader.evaluation_batches(
-            records(p.run, part),
+            records(p.run, p.tokens, part),
             host_half(p.run, p.tokens),
             batch_size=size,
             rows=rows,

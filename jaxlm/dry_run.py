@@ -81,16 +81,36 @@ def show_memory(p: assemble.Program, loader: Any) -> None:
 
 def show_example(example: dict[str, np.ndarray], tokens: Any, title: str) -> None:
     """Decoded, with the targets that count underlined and every document in its own colour."""
-    text = rich.text.Text()
+    if "source" in example:
+        show_both_sides(example, tokens, title)
+        return
     at = set(example["at"][example["weights"] > 0].tolist()) if "at" in example else None
     ids, segments = example["tokens"], example["segments"]
-    counted = 0
-    for t in range(len(ids)):
-        # In causal training position t predicts t + 1: mark the token that is predicted.
-        target = (t in at) if at is not None else (t > 0 and example["weights"][t - 1] > 0)
-        counted += target
-        colour = "dim" if segments[t] == 0 else ("cyan", "green", "magenta", "yellow")[int(segments[t]) % 4]
-        text.append(tokens.piece(int(ids[t])), style=colour + (" underline" if target else ""))
+    # In causal training position t predicts t + 1: mark the token that is predicted.
+    marked = [(t in at) if at is not None else bool(t and example["weights"][t - 1] > 0) for t in range(len(ids))]
     console.print(f"{title}: {len(ids)} tokens in {len(set(segments[segments > 0].tolist()))} document(s), "
-                  f"{counted} of them targets (underlined)")  # fmt: skip
-    console.print(text)
+                  f"{sum(marked)} of them targets (underlined)")  # fmt: skip
+    console.print(decoded(ids, segments, tokens, marked))
+
+
+def show_both_sides(example: dict[str, np.ndarray], tokens: Any, title: str) -> None:
+    """An encoder-decoder's row: what it reads, then what it is to write; what belongs together has one colour."""
+    marked = (example["weights"] > 0).tolist()
+    for name, ids, segments, marks in (
+        ("source", example["source"], example["source_segments"], [False] * len(example["source"])),
+        ("target", example["targets"], example["segments"], marked),
+    ):
+        real = segments[segments > 0].tolist()
+        console.print(f"{title}, {name}: {len(ids)} tokens, {len(real)} of them of {len(set(real))} text(s), "
+                      f"{sum(marks)} targets (underlined)")  # fmt: skip
+        console.print(decoded(ids, segments, tokens, marks))
+
+
+def decoded(ids: np.ndarray, segments: np.ndarray, tokens: Any, marked: list[bool]) -> rich.text.Text:
+    text = rich.text.Text()
+    for id, segment, mark in zip(ids.tolist(), segments.tolist(), marked, strict=True):
+        colour = "dim" if segment == 0 else ("cyan", "green", "magenta", "yellow")[segment % 4]
+        # An objective may use rows of the model's vocabulary that the tokenizer doesn't know.
+        piece = tokens.piece(id) if id < tokens.vocab_size else f"<row {id}>"
+        text.append(piece, style=colour + (" underline" if mark else ""))
+    return text

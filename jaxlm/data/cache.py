@@ -36,7 +36,10 @@ BLOCK = 16 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """An opened cache: every document is `[bos] + ids + [eos]` at `tokens[offsets[i]:offsets[i + 1]]`."""
+    """An opened cache: every document is `[bos] + ids + [eos]` at `tokens[offsets[i]:offsets[i + 1]]`.
+
+    Where documents are pairs of texts, `[bos] + ids + [eos] + ids of the second + [eos]`.
+    """
 
     path: Path
     tokens: np.memmap  # uint16 or uint32 [tokens]
@@ -88,13 +91,13 @@ def open_cache(path: str | Path, verify: bool = True) -> Cache:
     )
 
 
-def texts(source: str, *, field: str = "text", holdout: float = 0.0, part: str = "valid") -> Iterator[str]:
+def texts(source: str, *, field: sources.Field = "text", holdout: float = 0.0, part: str = "valid") -> Iterator[str]:
     """The very texts behind a cache's part, in the cache's order: what gzip or xz is compared on."""
     if part not in ("train", "valid"):
         raise ValueError(f"part={part!r}: choose 'train' or 'valid'")
     for document in sources.documents(source, field=field):
         if sources.held_out(document.key, holdout) == (part == "valid"):
-            yield document.text
+            yield from document.texts
 
 
 def prepare(
@@ -102,7 +105,7 @@ def prepare(
     tokenizer: Tokenizer,
     root: str | Path,
     *,
-    field: str = "text",
+    field: sources.Field = "text",
     holdout: float = 0.0,
     workers: int = 2,
     progress: bool = True,
@@ -199,10 +202,11 @@ def _tokenise_shard(shard: sources.Shard) -> tuple[int, int, int]:
     sizes: dict[bool, list[int]] = {False: [], True: []}
     for document in sources.read(shard):
         side = sources.held_out(document.key, _work["holdout"])
-        ids[side].append(
-            np.array([tokenizer.bos_id, *tokenizer.encode(document.text), tokenizer.eos_id], _dtype(tokenizer))
-        )
-        sizes[side].append(len(document.text.encode("utf-8")))
+        whole = [tokenizer.bos_id]
+        for text in document.texts:
+            whole += [*tokenizer.encode(text), tokenizer.eos_id]
+        ids[side].append(np.array(whole, _dtype(tokenizer)))
+        sizes[side].append(sum(len(text.encode("utf-8")) for text in document.texts))
     arrays: dict[str, np.ndarray] = {}
     for side, part in ((False, "train"), (True, "valid")):
         arrays[f"{part}_tokens"] = np.concatenate([np.zeros(0, _dtype(tokenizer)), *ids[side]])

@@ -129,3 +129,56 @@ def pairs(cache: Cache, length: int, seed: int = 0) -> Pairs:
             f"pairs need two documents of at least 2 tokens, {cache.path} has {len(documents)}: give more documents"
         )
     return Pairs(cache, length, seed, documents, np.cumsum(-(-bodies[documents] // length)))
+
+
+# --------------------------------------------------------------------------------------------------------------- texts
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Row i holds pairs `firsts[i]` to `firsts[i + 1]` of the cache; see `texts`."""
+
+    cache: Cache
+    lengths: np.ndarray  # int32 [pairs, 2], tokens of each pair's two texts
+    firsts: np.ndarray  # int64 [rows + 1]
+
+    def __len__(self) -> int:
+        return len(self.firsts) - 1
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        begin, end = self.firsts[i : i + 2]
+        offsets = self.cache.offsets
+        return {
+            "tokens": self.cache.tokens[offsets[begin] : offsets[end]].astype(np.int32),
+            "lengths": self.lengths[begin:end],
+        }
+
+
+def text_lengths(cache: Cache, eos_id: int) -> np.ndarray:
+    """int32 [pairs, 2] of a cache of pairs, `[bos] first [eos] second [eos]` each."""
+    begins, ends = cache.offsets[:-1], cache.offsets[1:] - 1
+    is_eos = np.asarray(cache.tokens) == eos_id
+    is_eos[begins] = is_eos[ends] = False  # bos may be eos
+    middles = np.flatnonzero(is_eos)
+    if len(middles) != len(begins) or not ((begins < middles) & (middles < ends)).all():
+        raise ValueError(f"{cache.path} holds no pairs of texts: delete {cache.path.parent} and prepare the data again")
+    return np.stack([middles - begins - 1, ends - middles - 1], 1).astype(np.int32)
+
+
+def texts(cache: Cache, lengths: np.ndarray, takes: np.ndarray, rooms: tuple[int, int], *, pack: bool = True) -> Texts:
+    """Neighbouring pairs, as many to a row as fit: pair i takes `takes[i]` [2] of a row's two `rooms`.
+
+    Each record holds `tokens`, the pairs as the cache has them, and their `lengths` int32 [pairs, 2].
+    """
+    assert (takes <= np.array(rooms)).all()
+    if not pack:
+        return Texts(cache, lengths, np.arange(len(lengths) + 1))
+    firsts, a, b = [0], 0, 0
+    for i, (first, second) in enumerate(takes.tolist()):
+        if a + first > rooms[0] or b + second > rooms[1]:
+            firsts.append(i)
+            a = b = 0
+        a, b = a + first, b + second
+    return Texts(cache, lengths, np.array([*firsts, len(takes)]))

@@ -57,6 +57,15 @@ class Document:
 
     key: str
     text: str
+    second: str | None = None
+    """The other text of a pair."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.text,) if self.second is None else (self.text, self.second)
+
+
+Field = str | tuple[str, str]  # of records: the one that holds the text, or the two that hold a pair of texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +76,7 @@ class Shard:
     name: str
     paths: tuple[str, ...]
     keys: tuple[str, ...]  # one for each path, relative
-    field: str = "text"
+    field: Field = "text"
     start: int = 0
     stop: int = 0
     stamp: str = ""  # changes when the content does: sizes and modification times
@@ -75,14 +84,17 @@ class Shard:
     skipped: int = 0  # files left out because they aren't UTF-8 (standard library only)
 
 
-def shards(source: str, *, field: str = "text") -> tuple[Shard, ...]:
+def shards(source: str, *, field: Field = "text") -> tuple[Shard, ...]:
     """Cut a source into units of work, in an order that depends on the names alone.
 
-    `source` is `stdlib`, a file, a folder, a glob, `tfds:NAME/CONFIG[:split]` or `tfds:/prepared/folder[:split]`.
+    `source` is `stdlib`, a file, a folder, a glob, `tfds:NAME/CONFIG[:split]` or `tfds:/prepared/folder[:split]`; for
+    pairs of texts also the `STEM` of two files `STEM.FIELD` that hold a text a line.
     """
     if not source:
         raise ValueError("data source is empty: name a file, a folder, a glob, 'stdlib' or 'tfds:NAME'")
-    if source == "stdlib":
+    if isinstance(field, tuple) and any(file.is_file() for file in _sides(source, field)):
+        found = _parallel_shards(source, field)
+    elif source == "stdlib":
         found = _stdlib_shards(field)
     elif source.startswith("tfds:"):
         found = _tfds_shards(source, field)
@@ -98,14 +110,14 @@ def shards(source: str, *, field: str = "text") -> tuple[Shard, ...]:
 
 
 def read(shard: Shard) -> Iterator[Document]:
-    """The documents of one shard, in order; those without a single character are left out."""
+    """The documents of one shard, in order; those without a single character, or half a pair, are left out."""
     try:
-        yield from (document for document in READERS[shard.kind](shard) if document.text)
+        yield from (document for document in READERS[shard.kind](shard) if all(document.texts))
     except OSError as error:
         raise ValueError(f"{error.filename or shard.paths[0]} can't be read: {error.strerror or error}") from error
 
 
-def documents(source: str, *, field: str = "text") -> Iterator[Document]:
+def documents(source: str, *, field: Field = "text") -> Iterator[Document]:
     """All documents of a source, shard after shard."""
     for shard in shards(source, field=field):
         yield from read(shard)
@@ -163,7 +175,7 @@ def _stamp(files: Iterable[Path]) -> str:
     return hashlib.sha256(repr(list(parts)).encode()).hexdigest()
 
 
-def _file_shard(kind: str, root: Path, files: list[Path], field: str, **more: Any) -> Shard:
+def _file_shard(kind: str, root: Path, files: list[Path], field: Field, **more: Any) -> Shard:
     more.setdefault("size", sum(f.stat().st_size for f in files))
     keys = tuple(f.relative_to(root).as_posix() for f in files)
     paths = tuple(str(f.absolute()) for f in files)
@@ -181,8 +193,13 @@ def _module(name: str) -> Any:
 # ---------------------------------------------------------------------------------------------------------- text files
 
 
-def _text_shards(root: Path, files: list[Path], field: str) -> list[Shard]:
+def _text_shards(root: Path, files: list[Path], field: Field) -> list[Shard]:
     """Neighbouring files grouped until a group holds its share of the bytes."""
+    if isinstance(field, tuple):
+        raise ValueError(
+            f"data source {files[0]} is plain text, which has no fields {field[0]!r} and {field[1]!r}: give JSONL, or "
+            f"the stem of two files STEM.{field[0]} and STEM.{field[1]} with a text a line"
+        )
     sizes = [f.stat().st_size for f in files]
     share = max(sum(sizes) / GROUPS, 1)
     groups: list[list[Path]] = []
@@ -206,7 +223,7 @@ def _read_text(shard: Shard) -> Iterator[Document]:
             ) from error
 
 
-def _stdlib_shards(field: str) -> list[Shard]:
+def _stdlib_shards(field: Field) -> list[Shard]:
     """Python's own library as a corpus that every machine has; a few test files are in other encodings on purpose."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files, skipped = [], 0
@@ -224,10 +241,58 @@ def _stdlib_shards(field: str) -> list[Shard]:
     return [dataclasses.replace(first, skipped=skipped), *rest]
 
 
+# ------------------------------------------------------------------------------------------------------ parallel files
+
+
+def _sides(stem: str, ends: tuple[str, str]) -> list[Path]:
+    return [Path(f"{stem}.{end}").expanduser() for end in ends]
+
+
+def _parallel_shards(stem: str, field: tuple[str, str]) -> list[Shard]:
+    """Two files whose lines belong together, cut into stretches of lines."""
+    files = _sides(stem, field)
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"data source {stem!r}: {file} is missing; pairs of texts need a file for each side")
+    first, second = (_count_lines(file) for file in files)
+    if first != second:
+        raise ValueError(
+            f"data source {stem!r}: {files[0]} has {first} lines and {files[1]} {second}; line i must belong to line i"
+        )
+    pieces = max(1, sum(f.stat().st_size for f in files) // JSONL_BYTES)
+    cuts = [first * i // pieces for i in range(pieces + 1)]
+    return [
+        _file_shard("parallel", files[0].parent, files, field, start=start, stop=stop, size=stop - start)
+        for start, stop in itertools.pairwise(cuts)
+    ]
+
+
+def _count_lines(path: Path) -> int:
+    """Lines as `_read_parallel` sees them: "\\n" alone ends one, and the last may lack it."""
+    count, last = 0, b"\n"
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            count, last = count + block.count(b"\n"), block[-1:]
+    return count + (last != b"\n")
+
+
+def _read_parallel(shard: Shard) -> Iterator[Document]:
+    with open(shard.paths[0], "rb") as first, open(shard.paths[1], "rb") as second:
+        pairs = itertools.islice(zip(first, second, strict=True), shard.start, shard.stop)
+        for number, lines in enumerate(pairs, shard.start):
+            texts = []
+            for path, line in zip(shard.paths, lines, strict=True):
+                try:
+                    texts.append(line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8"))
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{path}:{number + 1}: not UTF-8: convert it (iconv -t utf-8)") from error
+            yield Document(f"{shard.keys[0]}@{number}", *texts)
+
+
 # --------------------------------------------------------------------------------------------------------------- JSONL
 
 
-def _jsonl_shards(root: Path, files: list[Path], field: str) -> list[Shard]:
+def _jsonl_shards(root: Path, files: list[Path], field: Field) -> list[Shard]:
     found = []
     for file in files:
         size = file.stat().st_size
@@ -299,7 +364,7 @@ def _read_jsonl(shard: Shard) -> Iterator[Document]:
             if not line:
                 return
             if line.strip():
-                yield Document(f"{key}@{at}", _json_text(line, shard.field, path, at))
+                yield Document(f"{key}@{at}", *_json_texts(line, shard.field, path, at))
             at += len(line)
 
 
@@ -309,25 +374,31 @@ def _damage(path: str) -> tuple[type[BaseException], ...]:
     return (OSError, EOFError, zlib.error, *more)
 
 
-def _json_text(line: bytes, field: str, path: str, at: int) -> str:
+def _names(field: Field) -> tuple[str, ...]:
+    return (field,) if isinstance(field, str) else field
+
+
+def _json_texts(line: bytes, field: Field, path: str, at: int) -> list[str]:
     try:
         record = json.loads(line)
     except ValueError as error:  # broken JSON and broken UTF-8 alike
         raise ValueError(f"{path}:{_line_number(path, at)}: not a JSON record: {error}") from error
+    names = _names(field)
     if not isinstance(record, dict):
         raise ValueError(
-            f"{path}:{_line_number(path, at)}: a {type(record).__name__}, where an object with {field!r} is due"
+            f"{path}:{_line_number(path, at)}: a {type(record).__name__}, where an object with {names[0]!r} is due"
         )
-    if not isinstance(record.get(field), str):
-        where = f"{path}:{_line_number(path, at)}"
-        raise ValueError(_missing(where, field, [name for name, value in record.items() if isinstance(value, str)]))
-    try:
-        record[field].encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{path}:{_line_number(path, at)}: {field!r} holds half a surrogate pair: {error.reason}"
-        ) from error
-    return record[field]
+    for name in names:
+        if not isinstance(record.get(name), str):
+            where = f"{path}:{_line_number(path, at)}"
+            raise ValueError(_missing(where, name, [name for name, value in record.items() if isinstance(value, str)]))
+        try:
+            record[name].encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{path}:{_line_number(path, at)}: {name!r} holds half a surrogate pair: {error.reason}"
+            ) from error
+    return [record[name] for name in names]
 
 
 def _line_number(path: str, at: int) -> int:
@@ -355,14 +426,15 @@ def _parquet_file(path: str | Path) -> Any:
         raise ValueError(f"{path} can't be read as Parquet: {str(error).splitlines()[0]}") from error
 
 
-def _parquet_shards(root: Path, files: list[Path], field: str) -> list[Shard]:
+def _parquet_shards(root: Path, files: list[Path], field: Field) -> list[Shard]:
     """One shard for each row group: the unit that Parquet can read on its own."""
     found = []
     for file in files:
         with _parquet_file(file) as opened:
             strings = [f.name for f in opened.schema_arrow if str(f.type) in ("string", "large_string", "string_view")]
-            if field not in strings:
-                raise ValueError(_missing(str(file), field, strings))
+            for name in _names(field):
+                if name not in strings:
+                    raise ValueError(_missing(str(file), name, strings))
             for group in range(opened.num_row_groups):
                 rows = opened.metadata.row_group(group).num_rows
                 found.append(_file_shard("parquet", root, [file], field, start=group, stop=group + 1, size=rows))
@@ -372,9 +444,10 @@ def _parquet_shards(root: Path, files: list[Path], field: str) -> list[Shard]:
 def _read_parquet(shard: Shard) -> Iterator[Document]:
     (path,), (key,) = shard.paths, shard.keys
     with _parquet_file(path) as opened:
-        column = opened.read_row_group(shard.start, columns=[shard.field]).column(0)
-        for row, text in enumerate(column):
-            yield Document(f"{key}@{shard.start}.{row}", text.as_py() or "")
+        names = list(_names(shard.field))
+        table = opened.read_row_group(shard.start, columns=names)
+        for row, texts in enumerate(zip(*(table.column(name) for name in names), strict=True)):
+            yield Document(f"{key}@{shard.start}.{row}", *(text.as_py() or "" for text in texts))
 
 
 # ---------------------------------------------------------------------------------------------------------------- TFDS
@@ -415,7 +488,7 @@ def _tfds_rows(name: str, split: str) -> Any:
         raise ValueError(f"data source tfds:{name}: {remedy} ({_first_line(error)})") from error
 
 
-def _tfds_shards(source: str, field: str) -> list[Shard]:
+def _tfds_shards(source: str, field: Field) -> list[Shard]:
     name, _, split = source.removeprefix("tfds:").partition(":")
     split = split or "train"
     if not name:
@@ -425,7 +498,7 @@ def _tfds_shards(source: str, field: str) -> list[Shard]:
     builder = _tfds_builder(name)
     rows = _tfds_rows(name, split)
     if len(rows):
-        _tfds_text(rows[0], field, f"tfds:{name}")
+        _tfds_texts(rows[0], field, f"tfds:{name}")
     stamp = hashlib.sha256(
         repr((builder.info.full_name, split, len(rows), _split_bytes(builder, split))).encode()
     ).hexdigest()
@@ -443,26 +516,27 @@ def _split_bytes(builder: Any, split: str) -> Any:
     return info.num_bytes, list(info.shard_lengths or ()), [Path(f).stat().st_mtime_ns for f in info.filepaths]
 
 
-def _tfds_text(row: dict[str, Any], field: str, where: str) -> str:
-    value = row.get(field)
-    if not isinstance(value, bytes | str):
-        raise ValueError(
-            _missing(where, field, [name for name, value in row.items() if isinstance(value, bytes | str)])
-        )
-    return value.decode("utf-8") if isinstance(value, bytes) else value
+def _tfds_texts(row: dict[str, Any], field: Field, where: str) -> list[str]:
+    values = [row.get(name) for name in _names(field)]
+    for name, value in zip(_names(field), values, strict=True):
+        if not isinstance(value, bytes | str):
+            there = [name for name, value in row.items() if isinstance(value, bytes | str)]
+            raise ValueError(_missing(where, name, there))
+    return [value.decode("utf-8") if isinstance(value, bytes) else str(value) for value in values]
 
 
 def _read_tfds(shard: Shard) -> Iterator[Document]:
     name, split = shard.paths
     rows = _tfds_rows(name, split)
     for row in range(shard.start, shard.stop):
-        yield Document(f"{shard.keys[0]}@{row}", _tfds_text(rows[row], shard.field, f"tfds:{name} row {row}"))
+        yield Document(f"{shard.keys[0]}@{row}", *_tfds_texts(rows[row], shard.field, f"tfds:{name} row {row}"))
 
 
 SUFFIX_KINDS = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl", ".parquet": "parquet"}
 CUTTERS = {"text": _text_shards, "jsonl": _jsonl_shards, "parquet": _parquet_shards}
 READERS: dict[str, Callable[[Shard], Iterator[Document]]] = {
     "text": _read_text,
+    "parallel": _read_parallel,
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,
     "tfds": _read_tfds,

@@ -1,10 +1,17 @@
 """What a model is trained to do, one objective a file. Each module has:
 
 - `Config`: a frozen dataclass.
-- `records`: `packed` (windows of documents) or `pairs` (two spans of text), the kind of record its host half takes.
+- `records`: what its host half takes: `packed` (windows of documents), `pairs` (two spans of text) or `texts` (pairs of
+  texts in two fields, which `fields(c)` names; `fit` says what such a pair takes of a row).
+- `models`: the kinds of families that it trains.
 - `specs(c, width)`: weights of its own, such as a classification head.
 - `check(c, tokenizer)`: refuses a tokenizer that lacks what the objective needs.
+- `window(c, seq_len)`: tokens of text in a record, where a row of `seq_len` holds another number.
+- `vocab(c, tokenizer)`: rows of the vocabulary in use, where it uses more than the tokenizer's.
+- `places(c, seq_len)`: positions in a row that are predicted, where these are fewer or more.
 - `example(c, record, tokenizer, rng) -> dict of arrays`: the host half, in numpy; one row of a batch.
+  Beside its arrays a record holds what the row must fit: `seq_len`, `length` (the window), `kind` of the family and
+  `decoder_start`, the model's own or None.
 - `weights(batch) -> {name: scalar}`: the total weight of each of its losses over a whole batch.
 - `loss(c, model, params, batch, key) -> {name: {"loss": sum, …metric sums}}`: the device half. All are sums over
   tokens or rows, so that micro-batches, shards and hosts just add; the step divides once by the total weights.
@@ -12,6 +19,14 @@
 
 from types import ModuleType
 
-from jaxlm.objectives import causal, masked, next_sentence
+from jaxlm.objectives import causal, infill, masked, next_sentence, prefix, seq2seq, span_corruption
 
-OBJECTIVES: dict[str, ModuleType] = {"causal": causal, "masked": masked, "next_sentence": next_sentence}
+OBJECTIVES: dict[str, ModuleType] = {
+    "causal": causal,
+    "prefix": prefix,
+    "infill": infill,
+    "masked": masked,
+    "next_sentence": next_sentence,
+    "span_corruption": span_corruption,
+    "seq2seq": seq2seq,
+}

@@ -10,6 +10,7 @@ from jaxlm.losses import cross_entropy
 from jaxlm.models import Model
 
 records = "packed"
+models = ("decoder",)
 
 
 @dataclass(frozen=True)

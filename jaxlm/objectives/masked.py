@@ -11,6 +11,7 @@ from jaxlm.losses import cross_entropy
 from jaxlm.models import Model
 
 records = "packed"
+models = ("encoder",)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from jaxlm.objectives import masked
 from jaxlm.params import Spec, normal, zeros
 
 records = "pairs"
+models = ("encoder",)
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ def check(c: Config, tokenizer: Any) -> None:
         raise ValueError("objective: next-sentence prediction needs [CLS] and [SEP], which data.tokenizer lacks")
     if c.masked_too:
         masked.check(c.mask, tokenizer)
+
+
+def window(c: Config, seq_len: int) -> int:
+    """Tokens of text that fit a row beside [CLS] and two [SEP]."""
+    return seq_len - 3
 
 
 def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -140,3 +140,49 @@ def test_pairs_need_two_documents(tmp_path, corpus):
         packing.pairs(make_cache(tmp_path / "corpus", ["only one that can be split", "x"]), 12)
     with pytest.raises(ValueError, match="length=3"):
         packing.pairs(corpus, 3)
+
+
+# --------------------------------------------------------------------------------------------------------------- texts
+
+
+@pytest.fixture(scope="module")
+def paired(tmp_path_factory) -> tuple[cache.Cache, list[tuple[bytes, bytes]]]:
+    rng = np.random.default_rng(1)
+    word = lambda: "".join(rng.choice(list("abcdefgh"), rng.integers(1, 9))).encode()  # noqa: E731
+    folder, texts = tmp_path_factory.mktemp("paired"), [(word(), word()) for _ in range(50)]
+    for side, end in enumerate(("en", "de")):
+        (folder / f"x.{end}").write_bytes(b"".join(pair[side] + b"\n" for pair in texts))
+    made = cache.prepare(str(folder / "x"), Bytes(), folder / "root", field=("en", "de"), workers=1)
+    return cache.open_cache(made["train"]), texts
+
+
+@pytest.mark.parametrize("rooms", [(20, 20), (30, 12), (1000, 1000)])
+@pytest.mark.parametrize("pack", [True, False])
+def test_rows_hold_neighbouring_pairs_as_many_as_fit(paired, rooms, pack):
+    held, texts = paired
+    lengths = packing.text_lengths(held, Bytes().eos_id)
+    assert lengths.tolist() == [[len(a), len(b)] for a, b in texts]
+    takes = lengths + 2
+    records = packing.texts(held, lengths, takes, rooms, pack=pack)
+    seen = []
+    for i in range(len(records)):
+        record = records[i]
+        used = (record["lengths"] + 2).sum(0)
+        assert (used <= rooms).all() and (len(record["lengths"]) == 1 or pack)
+        nearest = takes[len(seen) + len(record["lengths"]) :][:1]
+        assert not pack or not len(nearest) or (used + nearest[0] > rooms).any(), "the next pair would have fitted"
+        tokens = record["tokens"].tolist()
+        for a, b in record["lengths"].tolist():
+            (bos, *first), (eos, *second), end = tokens[: 1 + a], tokens[1 + a : 2 + a + b], tokens[2 + a + b]
+            assert (bos, eos, end) == (Bytes().bos_id, Bytes().eos_id, Bytes().eos_id)
+            seen.append((bytes(first), bytes(second)))
+            tokens = tokens[3 + a + b :]
+        assert not tokens
+    assert seen == texts
+    with pytest.raises(IndexError):
+        records[len(records)]
+
+
+def test_a_cache_of_plain_documents_holds_no_pairs(corpus):
+    with pytest.raises(ValueError, match="holds no pairs of texts"):
+        packing.text_lengths(corpus, Bytes().eos_id)

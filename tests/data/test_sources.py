@@ -161,6 +161,52 @@ def test_held_out_is_a_share_and_depends_on_the_key_alone():
     assert [key for key in keys[:40] if sources.held_out(key, 0.1)] == ["file10.py", "file22.py", "file35.py"]
 
 
+# --------------------------------------------------------------------------------------------------------------- pairs
+
+
+def _pairs(source, field=("text", "title")) -> list[tuple[str, ...]]:
+    return [document.texts for document in sources.documents(str(source), field=field)]
+
+
+def test_pairs_come_from_two_fields_of_a_record(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(_lines([*RECORDS, {"text": "half", "title": ""}]))
+    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "x.parquet", row_group_size=7)
+    expected = [(record["text"], record["title"]) for record in RECORDS]
+    for name in ("x.jsonl", "x.parquet"):
+        assert _pairs(tmp_path / name) == expected, "half a pair is left out, and its other half with it"
+        keys = [d.key for d in sources.documents(str(tmp_path / name), field=("text", "title"))]
+        assert keys == [d.key for d in sources.documents(str(tmp_path / name))][: len(keys)]
+    for name in ("x.jsonl", "x.parquet"):
+        assert "no text field 'nope'" in _message(lambda name=name: _pairs(tmp_path / name, ("text", "nope")))
+
+
+def test_pairs_come_from_two_files_with_a_text_a_line(tmp_path, monkeypatch):
+    """Lines end at a line feed alone, or one that holds an exotic separator would shift all that follow."""
+    ours = ["one", "two\u2028still two\x0bstill", "", "fo\rur", "five", "six"]
+    theirs = ["eins", "zwei", "drei", "vier", "", "sechs ß"]
+    (tmp_path / "x.en").write_bytes("\n".join(ours).encode())  # the last line needs no line feed
+    (tmp_path / "x.de").write_bytes("\r\n".join([*theirs, ""]).encode())
+    expected = [(a, b) for a, b in zip(ours, theirs, strict=True) if a and b]
+    assert _pairs(tmp_path / "x", ("en", "de")) == expected
+    assert _pairs(tmp_path / "x", ("de", "en")) == [(b, a) for a, b in expected]
+    whole = list(sources.documents(str(tmp_path / "x"), field=("en", "de")))
+    monkeypatch.setattr(sources, "JSONL_BYTES", 20)
+    assert len(sources.shards(str(tmp_path / "x"), field=("en", "de"))) > 2
+    assert list(sources.documents(str(tmp_path / "x"), field=("en", "de"))) == whole
+
+
+def test_faults_of_pairs(tmp_path):
+    (tmp_path / "x.en").write_text("a\nb\n")
+    say = lambda: _message(lambda: _pairs(tmp_path / "x", ("en", "de")))  # noqa: E731
+    assert "x.de is missing" in say()
+    (tmp_path / "x.de").write_text("a\nb\nc")
+    assert "x.en has 2 lines and" in say() and "x.de 3" in say()
+    (tmp_path / "x.de").write_bytes(b"a\n\xff\n")
+    assert "x.de:2: not UTF-8" in say()
+    assert "is plain text, which has no fields" in _message(lambda: _pairs(tmp_path / "x.en", ("en", "de")))
+    assert "does not exist" in _message(lambda: _pairs(tmp_path / "y", ("en", "de")))
+
+
 TFDS = """
 import sys
 import numpy as np
@@ -169,13 +215,14 @@ import tensorflow_datasets as tfds
 class Tiny(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     def _info(self):
-        features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "n": np.int32})
+        text = tfds.features.Text()
+        features = tfds.features.FeaturesDict({"text": text, "more": text, "n": np.int32})
         return tfds.core.DatasetInfo(builder=self, features=features)
     def _split_generators(self, manager):
         return {"train": self._generate_examples(12), "test": self._generate_examples(3)}
     def _generate_examples(self, count):
         for i in range(count):
-            yield i, {"text": f"row {i} é", "n": i}
+            yield i, {"text": f"row {i} é", "more": f"more {i}", "n": i}
 
 builder = Tiny(data_dir=sys.argv[1], file_format="array_record")
 builder.download_and_prepare()
@@ -185,9 +232,12 @@ from jaxlm.data import sources
 rows = list(sources.documents(f"tfds:{folder}"))
 assert sorted(d.text for d in rows) == sorted(f"row {i} é" for i in range(12)), rows
 assert len({d.key for d in rows}) == 12
+assert {d.texts for d in sources.documents(f"tfds:{folder}", field=("text", "more"))} == {
+    (f"row {i} é", f"more {i}") for i in range(12)
+}
 assert len(list(sources.documents(f"tfds:{folder}:test"))) == 3
 assert len(list(sources.documents(f"tfds:{folder}:train[:50%]"))) == 6
-for bad, words in {"nope": "splits there: ", "train": "text fields there: text"}.items():
+for bad, words in {"nope": "splits there: ", "train": "text fields there: more, text"}.items():
     try:
         list(sources.documents(f"tfds:{folder}:{bad}", field="body"))
     except ValueError as error:

@@ -216,7 +216,7 @@ def make(objective: str) -> tuple[Model, dict]:
     return Model(family, c, specs, layout), weights
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", SMALL)
 def test_losses_metrics_and_weights_of_rows_add_up(objective):
     """The loss of a batch is the sum over its rows, whatever else is in the batch."""
     module, (model, weights), examples = OBJECTIVES[objective], make(objective), rows(objective)

@@ -1,0 +1,119 @@
+"""Prefix LM: each document is split once, its beginning is seen both ways and never learned, all the rest is."""
+
+import inspect
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import losses
+from jaxlm.data import packing
+from jaxlm.models import MODELS, gpt2, llama
+from jaxlm.objectives import causal, prefix
+
+TEXTS = ["def f(x):\n    return x\n", "Two children.", "a", "the dog waits in the park, and waits, and waits"]
+SMALL = {
+    "gpt2": gpt2.Config(vocab=400, layers=2, width=16, heads=2, positions=128),
+    "llama": llama.Config(vocab=400, layers=2, width=16, heads=2, kv_heads=1, head_width=8, ffn=16),
+}
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def window(corpus, sentencepiece):
+    records = packing.packed(corpus(TEXTS, sentencepiece), 128)
+    assert len(records) == 1
+    return records[0]
+
+
+def documents(record: dict) -> list[np.ndarray]:
+    segments = record["segments"]
+    return [np.flatnonzero(segments == s) for s in range(1, segments.max() + 1)]
+
+
+def test_all_of_a_document_behind_its_prefix_is_learned_its_end_too(window, sentencepiece):
+    plain = causal.example(causal.Config(), window, sentencepiece, rng())
+    for seed in range(20):
+        out = prefix.example(prefix.Config(), window, sentencepiece, rng(seed))
+        for name in ("tokens", "targets", "segments", "positions"):
+            np.testing.assert_array_equal(out[name], plain[name])
+        for places in documents(window):
+            before, learned = out["prefix"][places[:-1]], out["weights"][places[:-1]]
+            n = int(before.sum())
+            assert 1 <= n <= len(places) - 1 and before[:n].all(), "a prefix is the beginning, never the whole document"
+            # The last token of the prefix predicts the first behind it; what it has seen is never a target.
+            assert learned.tolist() == [0.0] * (n - 1) + [1.0] * (len(places) - n)
+            assert out["targets"][places[-2]] == sentencepiece.eos_id and learned[-1] == 1
+
+
+def test_every_length_of_a_prefix_is_equally_likely_and_drawn_anew(window, sentencepiece):
+    places = documents(window)[1]
+    lengths = [
+        int(prefix.example(prefix.Config(), window, sentencepiece, rng(s))["prefix"][places[:-1]].sum())
+        for s in range(2000)
+    ]
+    found, counts = np.unique(lengths, return_counts=True)
+    assert found.tolist() == list(range(1, len(places)))
+    np.testing.assert_allclose(counts / 2000, 1 / len(found), atol=0.03)
+
+
+def test_a_document_of_one_token_is_neither_prefix_nor_target(sentencepiece):
+    record = {"tokens": [3, 2, 9, 3, 0], "segments": [1, 2, 2, 2, 0], "positions": [0, 0, 1, 2, 0]}
+    out = prefix.example(prefix.Config(), {k: np.array(v, np.int32) for k, v in record.items()}, sentencepiece, rng())
+    assert not out["prefix"][0] and out["weights"][0] == 0 and out["prefix"][1] and out["weights"][3] == 0
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_prefix_is_seen_both_ways_and_nothing_else_from_behind(name, model):
+    net, weights = model(SMALL[name])
+    T = 9
+    segments = np.array([[1, 1, 1, 1, 1, 1, 2, 2, 2]], np.int32)
+    before = np.array([[1, 1, 1, 0, 0, 0, 1, 1, 0]], bool)
+    positions = np.array([[0, 1, 2, 3, 4, 5, 0, 1, 2]], np.int32)
+    batch = dict(tokens=np.arange(T, dtype=np.int32)[None], segments=segments, prefix=before, positions=positions)
+
+    def hidden(x_TD):
+        return net.forward(weights | {"embed": x_TD}, batch).x_BTD[0]
+
+    strength = np.abs(np.asarray(jax.jit(jax.jacrev(hidden))(weights["embed"][:T]))).max((1, 3))
+    t = np.arange(T)
+    seen = ((t[:, None] >= t) | before) & (segments == segments.T)
+    assert (strength[~seen] == 0).all() and (strength[seen] > 1e-7).all()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_packed_equals_unpacked(name, model, summed, window, sentencepiece):
+    """The loss of a window is that of its documents, each in a row of its own."""
+    net, weights = model(SMALL[name])
+    c, rows = prefix.Config(z_loss=1e-3), []
+    packed = prefix.example(c, window, sentencepiece, rng(3))
+    for places in documents(window):
+        row = {k: np.zeros_like(v) for k, v in packed.items()}
+        for k in row:
+            row[k][: len(places) - 1] = packed[k][places[:-1]]
+        row["segments"] = np.minimum(row["segments"], 1)
+        rows.append(row)
+    alone, totals = summed(prefix, c, net, weights, rows)
+    together, total = summed(prefix, c, net, weights, [packed])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), alone, together)
+    assert totals == total == {"tokens": packed["weights"].sum()}
+
+
+def test_the_loss_is_that_of_the_plain_formula(model, window, sentencepiece):
+    net, weights = model(SMALL["llama"])
+    row = {k: v[None] for k, v in prefix.example(prefix.Config(), window, sentencepiece, rng(1)).items()}
+    z = jax.nn.log_softmax(losses.logits(net.readout(weights, net.forward(weights, row).x_BTD), net.shard))[0]
+    nll = -z[np.arange(len(z)), row["targets"][0]] * row["weights"][0]
+    np.testing.assert_allclose(
+        prefix.loss(prefix.Config(), net, weights, row, None)["tokens"]["nll"], nll.sum(), rtol=1e-5
+    )
+
+
+def test_every_decoder_reads_the_prefix():
+    """One that did not would train as a causal model, and nobody would notice."""
+    for name, family in MODELS.items():
+        if family.kind == "decoder":
+            assert 'batch.get("prefix")' in inspect.getsource(family), name

@@ -1,0 +1,133 @@
+"""From a run to its parts: every objective shows, learns and validates; what can't go together is refused."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxlm import assemble, cli, config, sharding
+from jaxlm.eval import perplexity
+from jaxlm.models import MODELS
+from jaxlm.objectives import OBJECTIVES
+
+CONFIG = """
+from jaxlm.config import Data, Execution, Mesh, Optim, Run, Train
+from jaxlm.models import MODELS
+from jaxlm.objectives import OBJECTIVES
+
+def config():
+    return Run(
+        name="run",
+        model=MODELS[{family!r}].Config(**{model!r}),
+        objective=OBJECTIVES[{objective!r}].Config(**{settings!r}),
+        data=Data(train=({text!r},), holdout=0.2, tokenizer="sentencepiece:400", cache={cache!r}, tokenize_workers=1),
+        optim=Optim(lr=1e-2, warmup=1),
+        train=Train(steps=3, batch_size=16, micro_batches=2, seq_len=32, eval_every=3, save_every=3, log_every=1,
+                    prompts=()),
+        mesh=Mesh(data=8),
+        execution=Execution(dtype="float32", scan=True),
+        out={out!r},
+    )
+"""
+LLAMA = dict(vocab=512, layers=1, width=16, heads=2, kv_heads=1, head_width=8, ffn=16)
+BERT = dict(vocab=512, layers=1, width=16, heads=2, ffn=16, positions=32)
+ROWS = {
+    "causal": ("llama", LLAMA, {}),
+    "prefix": ("llama", LLAMA, {}),
+    "infill": ("llama", LLAMA, {"sentinels": ("<cls>", "<sep>", "<mask>")}),
+    "seq2seq": ("llama", LLAMA, {}),
+    "masked": ("bert", BERT, {}),
+    "next_sentence": ("bert", BERT, {}),
+}
+
+
+@pytest.fixture
+def home(tmp_path: Path):
+    """`home(objective, **changes)` writes a config for it and gives the path."""
+    lines = [
+        {"text": f"def f{i}(x):\n    return x + {i}\n" * 3, "source": f"two dogs {i}", "target": f"zwei Hunde {i} «ß»"}
+        for i in range(60)
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+    def write(objective: str, family: str = "", model: dict | None = None, settings: dict | None = None) -> str:
+        row = ROWS[objective]
+        path = tmp_path / f"{objective}.py"
+        path.write_text(
+            CONFIG.format(
+                family=family or row[0],
+                model=model or row[1],
+                settings=settings or row[2],
+                objective=objective,
+                text=str(tmp_path / "x.jsonl"),
+                cache=str(tmp_path / "cache"),
+                out=str(tmp_path / "runs"),
+            )
+        )
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("objective", ROWS)
+def test_data_inspect_shows_rows_and_how_much_of_them_is_learned(objective, home, capsys):
+    assert cli.main(["data", "inspect", home(objective), "--examples", "2"]) == 0
+    shown = capsys.readouterr().out
+    marked = [int(n) for n in re.findall(r"(\d+) (?:of them )?targets \(underlined\)", shown)]
+    assert len(marked) == 2 and min(marked) > 0
+    assert ("Hunde" in shown.replace("\u2581", " ")) == (objective == "seq2seq")
+
+
+@pytest.mark.parametrize("objective", ["prefix", "infill", "seq2seq"])
+def test_it_learns_and_validates_on_a_mesh(objective, home):
+    run = config.load(home(objective))
+    tokens = assemble.load_tokenizer(run)
+    p, data = assemble.program(run, tokens), assemble.corpus(run, tokens)
+    with sharding.on_mesh(p.mesh):
+        state, losses = p.init(), []
+        batch = p.to_device(assemble.training_loader(run, tokens, data, None).batch(0), None)
+        step = p.train_step().lower(state, batch).compile()
+        for _ in range(4):
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+            assert metrics["finite"] == 1 and metrics["weight/tokens"] == np.asarray(batch["weights"]).sum()
+        assert losses[-1] < losses[0]
+        valid = perplexity.evaluate(
+            perplexity.make_eval_step(p.loss, p.objective.weights, tokens.bytes_per_token),
+            state.params,
+            assemble.validation_batches(p, data),
+        )
+    assert valid["targets"] > 0 and valid["perplexity"] > 1 and valid["bits_per_byte"] > 0
+
+
+@pytest.mark.slow
+def test_pairs_train_and_evaluate_from_the_command_line(home, tmp_path, capsys):
+    assert cli.main(["train", home("seq2seq")]) == 0
+    capsys.readouterr()
+    assert cli.main(["eval", str(tmp_path / "runs" / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["targets"] > 0
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_model_is_refused_what_its_kind_can_not_learn(objective, home):
+    module = OBJECTIVES[objective]
+    assert set(module.models) <= {"decoder", "encoder", "encoder_decoder"}
+    run = config.load(home("causal"))
+    for name, family in MODELS.items():
+        if family.kind in module.models:
+            continue
+        wrong = config.Run("run", family.Config(), module.Config(), data=run.data)
+        with pytest.raises(ValueError, match=rf"^objective: {objective} trains .* and {name} is of kind {family.kind}"):
+            assemble.program(wrong, assemble.load_tokenizer(run))
+
+
+def test_texts_that_lose_their_end_are_counted(home, capsys):
+    path = home("seq2seq")
+    assert cli.main(["data", "inspect", path, "--train.seq-len", "8"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    found = re.search(r"of (\d+) pairs (\d+) sources and (\d+) targets lose their end; raise train.seq_len", shown)
+    assert found and int(found[3]) == int(found[1]) > 0
+    assert cli.main(["data", "inspect", path, "--train.seq-len", "64"]) == 0
+    assert "lose their end" not in capsys.readouterr().out
