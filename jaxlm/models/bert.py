@@ -276,7 +276,7 @@ def to_hf(c: Config) -> dict[str, Any]:
     )
     for name, ok in fits.items():
         if not ok:
-            raise ValueError(f"model.{name}: {getattr(c, name)} is not in files of {kind!r}; set another model.model_type")
+            raise ValueError(f"model.{name}: {getattr(c, name)} isn't in {kind!r} files; set another model.model_type")
     part = "ForPreTraining" if c.next_sentence else "ForMaskedLM" if c.head else "Model"
     out: dict[str, Any] = dict(architectures=[STEMS[kind] + part], model_type=kind)
     out |= {name: getattr(c, ours) for ours, name in (DISTILBERT_FIELDS if kind == "distilbert" else FIELDS).items()}

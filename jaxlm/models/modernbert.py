@@ -236,7 +236,8 @@ def _rope(values: dict[str, Any], kind: str, theta: float) -> Rope:
 def to_hf(c: Config) -> dict[str, Any]:
     """What `config.json` says of the architecture."""
     windowed = [c.windowed[i % len(c.windowed)] for i in range(c.layers)]
-    return dict(
+    small = {} if c.vocab > 50283 else dict(pad_token_id=None)  # transformers refuses its default where it doesn't fit
+    return small | dict(
         architectures=["ModernBertForMaskedLM" if c.head else "ModernBertModel"], model_type="modernbert",
         **{name: getattr(c, ours) for ours, name in (FIELDS | OPTIONS).items()},
         local_attention=2 * (c.window - 1), embedding_dropout=c.dropout, attention_dropout=c.dropout,
