@@ -3,6 +3,7 @@
 B batch, T query position, S key position, D model width, H heads, K key/value heads, C head width, V vocabulary.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ class Output(struct.PyTreeNode):
     aux_B: jax.Array | None = None
     """Auxiliary loss of each row, a mean over its tokens with its coefficients applied (a router's balance)."""
     cache: Cache | None = None
+    shown_B: dict[str, jax.Array] | None = None
+    """Figures of each row to show by name, means over its tokens (the share that found no place at an expert)."""
 
 
 # By the names that published configurations use.
@@ -287,7 +290,7 @@ def run_blocks(
     keys = [None] * n if key is None else jax.random.split(key, n)
 
     def layer(kind: Any, x: Any, p: Any, k: Any, kept: Any) -> tuple[Any, Any]:
-        return block(shard.gather(p, specs), x, k, kind, kept)
+        return block(_gathered(p, specs, shard), x, k, kind, kept)
 
     if shard.execution.remat != "none" and cache is None:
         again = partial(jax.checkpoint, policy=REMAT[shard.execution.remat], prevent_cse=not scanned(shard))
@@ -313,6 +316,30 @@ def run_blocks(
         x, now = layer(kinds[i], x, p, keys[i], None if cache is None else cache.layers[i])
         kept.append(now)
     return x, None if cache is None else cache.replace(layers=tuple(kept), fresh=False)
+
+
+def run_stacks(
+    block: Block,
+    stacks: Sequence[tuple[Any, Any, Sequence[Any]]],
+    x: Any,
+    *,
+    shard: Layout,
+    key: jax.Array | None,
+    cache: Cache | None = None,
+) -> tuple[Any, Cache | None]:
+    """`run_blocks` over (params, specs, kinds) one after another: layers whose weights differ in shape."""
+    kept: tuple = ()
+    for (params, specs, kinds), k in zip(stacks, subkeys(key, len(stacks)), strict=True):
+        part = None if cache is None else cache.replace(layers=cache.layers[len(kept) : len(kept) + len(kinds)])
+        x, part = run_blocks(block, params, specs, x, shard=shard, key=k, kinds=kinds, cache=part)
+        kept += () if part is None else part.layers
+    return x, None if cache is None else cache.replace(layers=kept, fresh=False)
+
+
+def _gathered(params: Any, specs: Any, shard: Layout) -> Any:
+    """Weights as a block uses them. Routers stay float32: a rounded score would send tokens to other experts."""
+    exact = dataclasses.replace(shard, execution=dataclasses.replace(shard.execution, dtype="float32"))
+    return jax.tree.map(lambda w, s: (exact if "router" in s.axes else shard).gather(w, s), params, specs)
 
 
 def stretches(kinds: Sequence[Any]) -> list[tuple[int, int, int]]:

@@ -205,3 +205,19 @@ ROWS |= {
     "mbart_relu": Row("MBartForConditionalGeneration", BART | dict(
         activation_function="relu", encoder_ffn_dim=40), "encoder_decoder"),
 }  # fmt: skip
+
+MIXTRAL = LLAMA | dict(num_local_experts=8, num_experts_per_tok=2)
+QWEN_MOE = LLAMA | dict(head_dim=6, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=12)
+
+ROWS |= {
+    "mixtral": Row("MixtralForCausalLM", MIXTRAL),
+    "mixtral_window_tied": Row("MixtralForCausalLM", MIXTRAL | dict(
+        sliding_window=4, tie_word_embeddings=True, head_dim=6, num_key_value_heads=1)),
+    "mixtral_one_choice": Row("MixtralForCausalLM", MIXTRAL | dict(
+        num_local_experts=3, num_experts_per_tok=1, num_key_value_heads=4, num_hidden_layers=3)),
+    "qwen3_moe": Row("Qwen3MoeForCausalLM", QWEN_MOE | dict(norm_topk_prob=True)),
+    "qwen3_moe_dense_first": Row("Qwen3MoeForCausalLM", QWEN_MOE | dict(
+        num_hidden_layers=4, mlp_only_layers=[0, 1], attention_bias=True)),
+    "qwen3_moe_window_tied": Row("Qwen3MoeForCausalLM", QWEN_MOE | dict(
+        use_sliding_window=True, sliding_window=4, tie_word_embeddings=True, num_experts=16, norm_topk_prob=False)),
+}  # fmt: skip
