@@ -119,6 +119,9 @@ def remember(
 
 def _write(kept: jax.Array, new: jax.Array, start: jax.Array, length: int) -> jax.Array:
     T, size = new.shape[1], kept.shape[1]
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.are_all_axes_explicit:  # a cache is born whole; its first tokens say how it is sharded
+        kept = jax.reshard(kept, jax.typeof(new).sharding.spec)
     if size == length or T == 1:
         at = (jnp.zeros((), jnp.int32), start % size) + (jnp.zeros((), jnp.int32),) * (kept.ndim - 2)
         return jax.lax.dynamic_update_slice(kept, new, at)

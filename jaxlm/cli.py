@@ -173,11 +173,10 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
 def _generate(args: argparse.Namespace, rest: list[str]) -> int:
     _start()
     from jaxlm import inference
+    from jaxlm.sampling import Sampling
 
-    texts = inference.generate(
-        Path(args.model), args.prompt, tokens=args.tokens, temperature=args.temperature, top_k=args.top_k,
-        top_p=args.top_p, seed=args.seed, step=args.step,
-    )  # fmt: skip
+    how = Sampling(tokens=args.tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+    texts = inference.generate(Path(args.model), args.prompt, how, args.step)
     for prompt, text in zip(args.prompt, texts, strict=True):
         print(prompt + text)
     return _json(args, {"prompts": args.prompt, "texts": texts})

@@ -1,98 +1,352 @@
-"""Text from a causal model: greedy or sampled, a batch of ragged prompts in one `while_loop`.
+"""Text from a model: ragged prompts read at once into a cache of fixed size, then one token a row and step.
 
-B prompts, L buffer length (prompt and new tokens, rounded up so that other lengths reuse the program), V vocabulary.
+B rows (prompts times samples), P prompt places, L cache slots, N new tokens, V vocabulary, S source places.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
+from jaxlm import sampling
+from jaxlm.attention import Cache
 from jaxlm.losses import logits
 from jaxlm.models import Model
+from jaxlm.params import Spec
+from jaxlm.sampling import Sampling
 
-BUCKET = 64  # buffer lengths are multiples of this
-
-
-def pick(logits_BV: jax.Array, key: jax.Array, temperature: float, top_k: int, top_p: float) -> jax.Array:
-    """One token a row. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep the whole distribution."""
-    if temperature == 0:
-        return jnp.argmax(logits_BV, -1).astype(jnp.int32)
-    z_BV = logits_BV / temperature
-    if top_k:
-        z_BV = jnp.where(z_BV < jax.lax.top_k(z_BV, top_k)[0][:, -1:], -jnp.inf, z_BV)
-    if top_p < 1:
-        sorted_BV = -jnp.sort(-z_BV, -1)
-        p_BV = jax.nn.softmax(sorted_BV, -1)
-        kept_B = (jnp.cumsum(p_BV, -1) - p_BV < top_p).sum(-1)  # the token that crosses top_p is kept
-        z_BV = jnp.where(z_BV < jnp.take_along_axis(sorted_BV, kept_B[:, None] - 1, -1), -jnp.inf, z_BV)
-    return jax.random.categorical(key, z_BV).astype(jnp.int32)
+BUCKET = 64  # prompts, caches and answers are as long as a multiple of this, so that other lengths reuse the program
 
 
-def make_generate(
-    model: Model, *, eos: int | None, new_tokens: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0
-) -> Callable[[Any, Sequence[Sequence[int]], int], list[list[int]]]:
-    """`generate(params, prompts, seed) -> new tokens of each prompt`, up to and without `eos`.
+# ------------------------------------------------------------------------------------------------------- pure functions
 
-    Each new token runs the whole buffer through the model: simple, and quick for the short samples of a training run.
-    On a mesh the weights stay sharded and every device sees all prompts, whose number need not divide over devices.
+
+def prepare(model: Model, params: Any) -> Any:
+    """Weights as decoding reads them: in the compute dtype, and a tuple of layers where they were stacked.
+
+    A stack would be cut anew for each token. What is prepared already stays as it is.
     """
-    if not model.family.generates:
-        raise ValueError("generate: this model is an encoder; it does not predict the next token")
-    whole = dataclasses.replace(model.shard, compute={**model.shard.compute, "batch": (), "seq": ()})
-    model = dataclasses.replace(model, shard=whole)
-    for name, ok in (
-        ("temperature", temperature >= 0),
-        ("top-k", 0 <= top_k <= model.config.vocab),
-        ("top-p", 0 < top_p <= 1),
-    ):
-        if not ok:
-            raise ValueError(f"generate: --{name} is out of range")
 
-    @jax.jit
-    def run(params: Any, tokens_BL: jax.Array, lengths_B: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        B, L = tokens_BL.shape
-        positions_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
+    def cast(w: Any) -> Any:
+        # Top-level vectors (the last norm's scale) work in float32 in training too.
+        return w.astype(model.shard.dtype) if jnp.issubdtype(w.dtype, jnp.floating) and w.ndim > 1 else w
 
-        def more(carry: Any) -> jax.Array:
-            made, _, _, done_B = carry
-            return (made < new_tokens) & ~done_B.all()
+    def walk(p: Any, s: Any) -> Any:
+        if isinstance(p, tuple) or not isinstance(s, dict):
+            return p if isinstance(p, tuple) else jax.tree.map(cast, p)
+        found = jax.tree.leaves(s, is_leaf=lambda x: isinstance(x, Spec))
+        if all(x.axes[:1] == ("layers",) for x in found):
+            n = found[0].shape[0]
+            whole = jax.tree.map(cast, p)
+            return tuple(jax.tree.map(lambda w, i=i: w[i], whole) for i in range(n))
+        return {name: walk(value, s[name]) if name in s else value for name, value in p.items()}
 
-        def one(carry: Any) -> Any:
-            made, tokens_BL, ends_B, done_B = carry
-            x_BLD = model.forward(params, dict(tokens=tokens_BL, positions=positions_BL)).x_BTD
-            x_B1D = jnp.take_along_axis(x_BLD, (ends_B - 1)[:, None, None], axis=1)
-            z_BV = logits(model.readout(params, x_B1D), model.shard)[:, 0]
-            next_B = pick(z_BV, jax.random.fold_in(key, made), temperature, top_k, top_p)
-            tokens_BL = jnp.where((positions_BL == ends_B[:, None]) & ~done_B[:, None], next_B[:, None], tokens_BL)
-            ends_B = jnp.where(done_B, ends_B, ends_B + 1)
-            return made + 1, tokens_BL, ends_B, done_B | (next_B == (-1 if eos is None else eos))
+    return walk(params, model.specs)
 
-        start = (jnp.zeros((), jnp.int32), tokens_BL, lengths_B, jnp.zeros(B, bool))
-        _, tokens_BL, ends_B, _ = jax.lax.while_loop(more, one, start)
-        return tokens_BL, ends_B
 
-    def generate(params: Any, prompts: Sequence[Sequence[int]], seed: int = 0) -> list[list[int]]:
-        if not prompts or not all(prompts):
+def prefill(
+    model: Model, params: Any, batch: dict[str, jax.Array], length: int, slack: int = 0
+) -> tuple[jax.Array, Cache]:
+    """Read prompts (`tokens`, `positions` and `segments`, padded on the left) → logits `[B, V]` after each one's last
+    token, and the cache of `length` slots, from which `extend` may go on by up to 1 + `slack` tokens at once."""
+    rows = batch["tokens"].shape[0]
+    cache = model.family.init_cache(model.config, rows, length, model.shard.dtype, slack)
+    out = model.forward(params, batch, cache=cache)
+    return _logits(model, params, out.x_BTD[:, -1:])[:, 0], out.cache
+
+
+def extend(
+    model: Model, params: Any, cache: Cache, tokens_BT: jax.Array, positions_BT: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """Read on → logits `[B, T, V]` after each of the tokens, and the cache."""
+    out = model.forward(params, dict(tokens=tokens_BT, positions=positions_BT), cache=cache)
+    return _logits(model, params, out.x_BTD), out.cache
+
+
+def _logits(model: Model, params: Any, x_BTD: jax.Array) -> jax.Array:
+    z_BTV = logits(model.readout(params, x_BTD), model.shard)
+    return model.shard(z_BTV, None, None, None)
+
+
+def whole_rows(model: Model) -> Model:
+    """The model with every row on every device: any number of prompts then goes with any mesh."""
+    shard = dataclasses.replace(model.shard, compute={**model.shard.compute, "batch": (), "seq": ()})
+    return dataclasses.replace(model, shard=shard)
+
+
+# ------------------------------------------------------------------------------------------------------------ batching
+
+
+def bucket(n: int) -> int:
+    return -(-n // BUCKET) * BUCKET
+
+
+def left_padded(prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """`tokens`, `positions`, `segments` `[B, P]`, with prompts at the right end."""
+    places = bucket(max(map(len, prompts)))
+    out = {name: np.zeros((len(prompts), places), np.int32) for name in ("tokens", "positions", "segments")}
+    for i, p in enumerate(prompts):
+        out["tokens"][i, places - len(p) :] = p
+        out["positions"][i, places - len(p) :] = np.arange(len(p))
+        out["segments"][i, places - len(p) :] = 1
+    return out
+
+
+def sources(texts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """What an encoder reads: `source`, `source_positions`, `source_segments` `[B, S]`, padded on the right."""
+    places = bucket(max(map(len, texts)))
+    out = {name: np.zeros((len(texts), places), np.int32) for name in ("source", "source_segments")}
+    for i, p in enumerate(texts):
+        out["source"][i, : len(p)], out["source_segments"][i, : len(p)] = p, 1
+    return out | {"source_positions": np.broadcast_to(np.arange(places, dtype=np.int32), (len(texts), places))}
+
+
+# ---------------------------------------------------------------------------------------------------------- generating
+
+
+class State(struct.PyTreeNode):
+    """Answers in the making."""
+
+    cache: Cache
+    key: jax.Array
+    made: jax.Array
+    """Tokens chosen for each row so far."""
+    lengths_B: jax.Array
+    """Of the prompts."""
+    done_B: jax.Array
+    ends_B: jax.Array
+    """Tokens of each answer, with the one that ended it."""
+    tokens_BN: jax.Array
+    logprobs_BN: jax.Array | None
+    top: tuple[jax.Array, jax.Array] | None
+    """(log probabilities, tokens) `[B, N, n]` of the likeliest at each place."""
+    seen_BV: jax.Array | None
+    counts_BV: jax.Array | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What of a `Sampling` shapes the program."""
+
+    top_k: int
+    ends: tuple[int, ...]
+    logprobs: int | None
+    seen: bool
+    counts: bool
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer. Log probabilities are the model's own, before temperature and filters."""
+
+    tokens: list[int]
+    """Up to and without the token that ended it."""
+    reason: str
+    """stop: an end or a stop text; length: `tokens` were made."""
+    logprobs: list[float] | None = None
+    top: list[dict[int, float]] | None = None
+    """The likeliest tokens at each place."""
+    score: float | None = None
+    """Beam search: log probability over length^length_penalty."""
+
+
+class Generator:
+    """The compiled programs of one model. They serve every `Sampling` that uses the same features.
+
+    `eos`: tokens that end an answer. On a mesh weights stay sharded and every device sees all rows.
+    """
+
+    def __init__(self, model: Model, eos: Sequence[int] = ()) -> None:
+        if not model.family.generates:
+            raise ValueError("generate: this model is an encoder; it does not predict the next token")
+        self.model, self.eos = whole_rows(model), tuple(eos)
+        self._prepare = jax.jit(partial(prepare, self.model))
+        self._start = jax.jit(self._start_, static_argnames=("plan", "length", "rows"))
+        self._advance = jax.jit(self._advance_, static_argnames=("plan",), donate_argnums=1)
+
+    def prepare(self, params: Any) -> Any:
+        """Once before many calls; a call prepares by itself what isn't, each time."""
+        return self._prepare(params)
+
+    def plan(self, s: Sampling) -> Plan:
+        sampling.check(s, self.model.config.vocab)
+        used = sampling.knobs(s)
+        counts = "presence_penalty" in used or "frequency_penalty" in used
+        ends = tuple(sorted({*self.eos, *s.stop_ids}))
+        return Plan(s.top_k if s.temperature else 0, ends, s.logprobs, "repetition_penalty" in used, counts)
+
+    def __call__(
+        self, params: Any, prompts: Sequence[Sequence[int]], s: Sampling, source: Sequence[Sequence[int]] | None = None
+    ) -> list[list[Completion]]:
+        """The answers to each prompt, `s.samples` of them. `source`: what an encoder reads for each prompt."""
+        state = self.start(params, prompts, s, source)
+        return self.completions(self.advance(params, state, s, s.tokens), s)
+
+    def start(
+        self,
+        params: Any,
+        prompts: Sequence[Sequence[int]],
+        s: Sampling,
+        source: Sequence[Sequence[int]] | None = None,
+        allow_BV: np.ndarray | None = None,
+    ) -> State:
+        """Read the prompts and choose the first token of each answer. Rows: the samples of a prompt side by side."""
+        plan = self.plan(s)
+        batch = self.batch(prompts, s.tokens, source)
+        length = bucket(batch["tokens"].shape[1] + s.tokens)
+        key, allow_BV = jax.random.key(s.seed), allowed(s, plan, self.model.config.vocab, allow_BV)
+        return self._start(
+            params, batch, key, sampling.knobs(s), allow_BV, plan=plan, length=length, rows=len(prompts) * s.samples
+        )
+
+    def batch(
+        self, prompts: Sequence[Sequence[int]], tokens: int, source: Sequence[Sequence[int]] | None = None
+    ) -> dict[str, np.ndarray]:
+        if not prompts or not all(len(p) for p in prompts):
             raise ValueError("generate: an empty prompt; give at least one token")
-        lengths = np.array([len(p) for p in prompts], np.int32)
-        size = -(-(int(lengths.max()) + new_tokens) // BUCKET) * BUCKET
-        most = model.config.positions
-        if most is not None and size > most:
-            if int(lengths.max()) + new_tokens > most:
-                raise ValueError(
-                    f"generate: prompt and new tokens take {int(lengths.max()) + new_tokens} positions and the model "
-                    f"has {most}; shorten the prompt or ask for fewer tokens"
-                )
-            size = most
-        buffer = np.zeros((len(prompts), size), np.int32)
-        for row, p in zip(buffer, prompts, strict=True):
-            row[: len(p)] = p
-        tokens, ends = jax.device_get(run(params, buffer, lengths, jax.random.key(seed)))
-        out = [list(map(int, row[a:b])) for row, a, b in zip(tokens, lengths, ends, strict=True)]
-        return [row[:-1] if row and row[-1] == eos else row for row in out]
+        need, most = max(map(len, prompts)) + tokens, self.model.config.positions
+        if most is not None and need > most:
+            raise ValueError(
+                f"generate: prompt and new tokens take {need} positions and the model has {most}; "
+                "shorten the prompt or ask for fewer tokens"
+            )
+        if (source is not None) != (self.model.family.kind == "encoder_decoder"):
+            raise ValueError(
+                "generate: an encoder-decoder needs a source for each prompt, and no other model takes one"
+            )
+        return left_padded(prompts) | (sources(source) if source is not None else {})
 
-    return generate
+    def advance(self, params: Any, state: State, s: Sampling, until: int, allow_BV: np.ndarray | None = None) -> State:
+        """Go on until each answer has `until` tokens or has ended. `state` must not be used again."""
+        plan = self.plan(s)
+        allow_BV = allowed(s, plan, self.model.config.vocab, allow_BV)
+        return self._advance(params, state, sampling.knobs(s), allow_BV, np.int32(min(until, s.tokens)), plan=plan)
+
+    def completions(self, state: State, s: Sampling) -> list[list[Completion]]:
+        held = jax.device_get((state.tokens_BN, state.ends_B, state.logprobs_BN, state.top))
+        rows = [_completion(i, self.plan(s).ends, *held) for i in range(len(held[0]))]
+        return [rows[i : i + s.samples] for i in range(0, len(rows), s.samples)]
+
+    def _start_(
+        self, params: Any, batch: dict, key: Any, knobs: dict, allow_BV: Any, *, plan: Plan, length: int, rows: int
+    ) -> State:
+        params = prepare(self.model, params)
+        z_BV, cache = prefill(self.model, params, batch, length)
+        (B, V), N = z_BV.shape, length - batch["tokens"].shape[1]
+        seen_BV = None
+        if plan.seen:
+            seen_BV = (
+                jnp.zeros((B, V), jnp.int32).at[jnp.arange(B)[:, None], batch["tokens"]].max(batch["segments"]) > 0
+            )
+        lengths_B = (batch["segments"] > 0).sum(-1)
+        again = partial(jnp.repeat, repeats=rows // B, axis=0, total_repeat_length=rows)
+        z_BV, lengths_B, seen_BV = jax.tree.map(again, (z_BV, lengths_B, seen_BV))
+        if rows != B:
+            cache = cache.replace(layers=jax.tree.map(again, cache.layers), real_BS=again(cache.real_BS))
+        n = plan.logprobs
+        state = State(
+            cache=cache,
+            key=key,
+            made=jnp.zeros((), jnp.int32),
+            lengths_B=lengths_B,
+            done_B=jnp.zeros(rows, bool),
+            ends_B=jnp.zeros(rows, jnp.int32),
+            tokens_BN=jnp.zeros((rows, N), jnp.int32),
+            logprobs_BN=None if n is None else jnp.zeros((rows, N), jnp.float32),
+            top=(jnp.zeros((rows, N, n), jnp.float32), jnp.zeros((rows, N, n), jnp.int32)) if n else None,
+            seen_BV=seen_BV,
+            counts_BV=jnp.zeros((rows, V), jnp.int32) if plan.counts else None,
+        )
+        return choose(state, z_BV, knobs, allow_BV, plan)
+
+    def _advance_(self, params: Any, state: State, knobs: dict, allow_BV: Any, until: Any, *, plan: Plan) -> State:
+        params = prepare(self.model, params)
+
+        def more(state: State) -> jax.Array:
+            return (state.made < until) & ~state.done_B.all()
+
+        def one(state: State) -> State:
+            last_B1 = jax.lax.dynamic_slice_in_dim(state.tokens_BN, state.made - 1, 1, axis=1)
+            positions_B1 = (state.lengths_B + state.made - 1)[:, None]
+            z_B1V, cache = extend(self.model, params, state.cache, last_B1, positions_B1)
+            return choose(state.replace(cache=cache), z_B1V[:, 0], knobs, allow_BV, plan)
+
+        return jax.lax.while_loop(more, one, state)
+
+
+def choose(state: State, z_BV: jax.Array, knobs: dict, allow_BV: jax.Array | None, plan: Plan) -> State:
+    """The next token of each row, from its logits."""
+    B, at = len(z_BV), state.made
+    own_BV = z_BV
+    z_BV = sampling.penalise(z_BV, knobs, state.seen_BV, state.counts_BV)
+    if allow_BV is not None:
+        z_BV = jnp.where(allow_BV, z_BV, -jnp.inf)
+    if "min_tokens" in knobs and plan.ends:
+        early_B1 = jnp.broadcast_to(at < knobs["min_tokens"], (B, 1))
+        z_BV = jnp.where(early_B1 & _are(jnp.arange(z_BV.shape[1]), plan.ends)[None], -jnp.inf, z_BV)
+    keys_B = None
+    if "temperature" in knobs:
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(state.key, at), jnp.arange(B))
+    next_B = jnp.where(state.done_B, 0, sampling.pick(z_BV, keys_B, knobs, plan.top_k))
+    new: dict[str, Any] = dict(tokens_BN=_put(state.tokens_BN, next_B, at))
+    if plan.logprobs is not None:
+        p_BV = jax.nn.log_softmax(own_BV, -1)
+        new["logprobs_BN"] = _put(state.logprobs_BN, jnp.take_along_axis(p_BV, next_B[:, None], -1)[:, 0], at)
+        if state.top is not None:
+            top = jax.lax.top_k(p_BV, plan.logprobs)
+            new["top"] = tuple(_put(kept, x, at) for kept, x in zip(state.top, top, strict=True))
+    one_hot = (jnp.arange(B), next_B)
+    if state.seen_BV is not None:
+        new["seen_BV"] = state.seen_BV.at[one_hot].set(True)
+    if state.counts_BV is not None:
+        new["counts_BV"] = state.counts_BV.at[one_hot].add(1)
+    return state.replace(
+        made=at + 1,
+        ends_B=jnp.where(state.done_B, state.ends_B, at + 1),
+        done_B=state.done_B | _are(next_B, plan.ends),
+        **new,
+    )
+
+
+def _are(ids: jax.Array, these: tuple[int, ...]) -> jax.Array:
+    return jnp.isin(ids, jnp.asarray(these, jnp.int32)) if these else jnp.zeros(ids.shape, bool)
+
+
+def _put(kept_BN: Any, new_B: jax.Array, at: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(kept_BN, new_B[:, None], at, axis=1)
+
+
+def allowed(s: Sampling, plan: Plan, vocab: int, allow_BV: np.ndarray | None) -> np.ndarray | None:
+    """Which tokens may be chosen, `[B or 1, V]`; None: all."""
+    if not s.allowed_ids and not s.banned_ids:
+        return allow_BV
+    own = np.full((1, vocab), not s.allowed_ids)
+    own[0, list(s.allowed_ids + (plan.ends if s.allowed_ids else ()))] = True
+    own[0, list(s.banned_ids)] = False
+    if not own.any():
+        raise ValueError("sampling.banned_ids: no token is left; ban fewer")
+    return own if allow_BV is None else own & allow_BV
+
+
+def _completion(i: int, ends: tuple[int, ...], tokens_BN: Any, ends_B: Any, logprobs_BN: Any, top: Any) -> Completion:
+    n = int(ends_B[i])
+    stopped = bool(n) and int(tokens_BN[i, n - 1]) in ends
+    n -= stopped
+    likeliest: list[dict[int, float]] | None = None
+    if top is not None:
+        likeliest = [
+            {int(t): float(p) for p, t in zip(ps, ts, strict=True)}
+            for ps, ts in zip(top[0][i, :n], top[1][i, :n], strict=True)
+        ]
+    return Completion(
+        tokens=[int(t) for t in tokens_BN[i, :n]],
+        reason="stop" if stopped else "length",
+        logprobs=None if logprobs_BN is None else [float(x) for x in logprobs_BN[i, :n]],
+        top=likeliest,
+    )

@@ -10,7 +10,8 @@ import jax
 from jaxlm import assemble, config, params, sharding
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.eval import perplexity
-from jaxlm.generate import make_generate
+from jaxlm.generate import Generator
+from jaxlm.sampling import Sampling
 from jaxlm.train import read_config
 
 
@@ -43,22 +44,10 @@ def evaluate(folder: Path, *, data: Sequence[str] | None, step: int | None, batc
         return perplexity.evaluate(eval_step, weights, assemble.validation_batches(p, corpus, batches))
 
 
-def generate(
-    folder: Path,
-    prompts: Sequence[str],
-    *,
-    tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
-    step: int | None,
-) -> list[str]:
+def generate(folder: Path, prompts: Sequence[str], sampling: Sampling, step: int | None = None) -> list[str]:
     """The new text of each prompt."""
     p, weights = open_run(folder, step)
-    run = make_generate(
-        p.model, eos=p.tokens.eos_id, new_tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p
-    )
+    run = Generator(p.model, [p.tokens.eos_id])
     ids = [[p.tokens.bos_id, *p.tokens.encode(text)] for text in prompts]
     with sharding.on_mesh(p.mesh):
-        return [p.tokens.decode(new) for new in run(weights, ids, seed)]
+        return [p.tokens.decode(answer.tokens) for [answer] in run(weights, ids, sampling)]

@@ -16,10 +16,11 @@ from jaxlm import assemble, config, loop, params, report, sharding, tree
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import cache as caches
 from jaxlm.eval.perplexity import evaluate, make_eval_step
-from jaxlm.generate import make_generate
+from jaxlm.generate import Generator
 from jaxlm.log import Meter, Progress, RunLog, peak_flops, read_lines, write_environment
 from jaxlm.models import MODELS
 from jaxlm.objectives import OBJECTIVES
+from jaxlm.sampling import Sampling
 
 # What may differ between a run directory and the run that continues it: nothing that changes the mathematics.
 MAY_CHANGE = (
@@ -207,14 +208,16 @@ def _validator(p: assemble.Program, data: assemble.Corpus, log: RunLog) -> Calla
 
 def _sampler(p: assemble.Program, log: RunLog) -> Callable[[int, Any], None]:
     c = p.run.train
-    generate = make_generate(p.model, eos=p.tokens.eos_id, new_tokens=c.sample_tokens, temperature=0.8, top_k=50)
+    how = Sampling(tokens=c.sample_tokens, temperature=0.8, top_k=min(50, p.run.model.vocab), seed=p.run.seed)
+    generate = Generator(p.model, [p.tokens.eos_id])
     prompts = [[p.tokens.bos_id, *p.tokens.encode(text)] for text in c.prompts]
 
     def sample(step: int, state: Any) -> None:
-        for text, new in zip(c.prompts, generate(state.eval_params, prompts, p.run.seed), strict=True):
-            log.sample(step, text, p.tokens.decode(new))
+        for text, [answer] in zip(c.prompts, generate(state.eval_params, prompts, how), strict=True):
+            new = p.tokens.decode(answer.tokens)
+            log.sample(step, text, new)
             if jax.process_index() == 0 and step in (0, c.steps):
-                print(f"── sample {'before' if step == 0 else 'after'} training ──\n{text}{p.tokens.decode(new)}")
+                print(f"── sample {'before' if step == 0 else 'after'} training ──\n{text}{new}")
 
     return sample
 

@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 
 from jaxlm import config, losses, params, sharding
-from jaxlm.generate import BUCKET, make_generate, pick
+from jaxlm.generate import BUCKET, Generator, extend, left_padded, prefill, prepare
 from jaxlm.models import MODELS, Model, bert, gpt2, llama
+from jaxlm.sampling import Sampling
 
 CONFIGS = {
     "llama": llama.Config(vocab=32, layers=2, width=16, heads=2, kv_heads=1, head_width=8, ffn=32),
+    "windowed": llama.Config(
+        vocab=32, layers=2, width=16, heads=2, kv_heads=1, head_width=8, ffn=32, window=6, windowed=(True, False)
+    ),
+    "two heads": llama.Config(vocab=32, layers=2, width=16, heads=4, kv_heads=2, head_width=8, ffn=32),
     "gpt2": gpt2.Config(vocab=32, layers=2, width=16, heads=2, positions=48),
 }
 PROMPTS = [[1, 2, 3, 4], [9], [30, 31]]
@@ -18,73 +23,124 @@ PROMPTS = [[1, 2, 3, 4], [9], [30, 31]]
 
 def make_model(name: str, **mesh) -> tuple[Model, dict]:
     c, layout = CONFIGS[name], sharding.Layout.of(config.Mesh(**mesh), config.Execution(dtype="float32", scan=True))
-    specs = MODELS[name].specs(c)
+    family = MODELS["gpt2" if name == "gpt2" else "llama"]
+    specs = family.specs(c)
     rng = np.random.default_rng(0)
     weights = jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(np.float32) / 3, specs, is_leaf=params.is_spec)
-    return Model(MODELS[name], c, specs, layout), weights
+    return Model(family, c, specs, layout), weights
 
 
 def by_hand(model: Model, weights, prompt: list[int], n: int) -> list[int]:
-    """Greedy, one whole forward pass of the bare prompt for every token."""
+    """Greedy, one whole forward pass without a cache for every token; what stands right of it can't be seen."""
 
     @jax.jit
-    def forward(tokens_BT):
+    def forward(tokens_BT, at):
         batch = {"tokens": tokens_BT, "positions": jnp.arange(tokens_BT.shape[1])[None]}
-        return losses.logits(model.readout(weights, model.forward(weights, batch).x_BTD), model.shard)[0, -1].argmax()
+        return losses.logits(model.readout(weights, model.forward(weights, batch).x_BTD), model.shard)[0, at].argmax()
 
-    tokens = list(prompt)
-    for _ in range(n):
-        tokens.append(int(forward(np.array([tokens], np.int32))))
-    return tokens[len(prompt) :]
+    tokens = np.zeros((1, 16), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for at in range(len(prompt), len(prompt) + n):
+        tokens[0, at] = forward(tokens, at - 1)
+    return tokens[0, len(prompt) : len(prompt) + n].tolist()
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def tokens(found) -> list[list[int]]:
+    return [answer.tokens for answers in found for answer in answers]
+
+
+@pytest.mark.parametrize("name", ["llama", "windowed", "gpt2"])
 def test_greedy_equals_the_full_forward_for_ragged_prompts(name):
     model, weights = make_model(name)
-    made = make_generate(model, eos=None, new_tokens=3)(weights, PROMPTS)
-    assert made == [by_hand(model, weights, p, 3) for p in PROMPTS]
+    made = tokens(Generator(model)(weights, PROMPTS, Sampling(tokens=12)))
+    assert made == [by_hand(model, weights, p, 12) for p in PROMPTS]
+
+
+@pytest.mark.parametrize("name", ["llama", "windowed", "gpt2"])
+def test_reading_on_by_several_tokens_equals_reading_one_at_a_time(name):
+    model, weights = make_model(name)
+    batch = left_padded(PROMPTS)
+    lengths = np.array([len(p) for p in PROMPTS])[:, None]
+    ids = np.random.default_rng(1).integers(0, 32, (3, 3))
+    slack = dict(slack=2) if name == "windowed" else {}
+
+    @jax.jit
+    def at_once(weights):
+        _, cache = prefill(model, weights, batch, 2 * BUCKET, **slack)
+        return extend(model, weights, cache, ids, lengths + np.arange(3))[0]
+
+    @jax.jit
+    def in_turn(weights):
+        _, cache = prefill(model, weights, batch, 2 * BUCKET)
+        out = []
+        for i in range(3):
+            z, cache = extend(model, weights, cache, ids[:, i : i + 1], lengths + i)
+            out.append(z[:, 0])
+        return jnp.stack(out, 1)
+
+    np.testing.assert_allclose(at_once(weights), in_turn(prepare(model, weights)), atol=1e-4)
 
 
 def test_each_row_stops_at_its_own_end():
     model, weights = make_model("llama")
-    free = make_generate(model, eos=None, new_tokens=12)(weights, PROMPTS)
+    free = tokens(Generator(model)(weights, PROMPTS, Sampling(tokens=12)))
     eos = free[0][3]
     cut = [row[: row.index(eos)] if eos in row else row for row in free]
-    assert make_generate(model, eos=eos, new_tokens=12)(weights, PROMPTS) == cut
+    found = Generator(model, [eos])(weights, PROMPTS, Sampling(tokens=12))
+    assert tokens(found) == cut
     assert len(cut[0]) <= 3 and {len(row) for row in cut} != {len(cut[0])}, "the test needs rows of different lengths"
+    assert [a.reason for [a] in found] == ["stop" if len(row) < 12 else "length" for row in cut]
 
 
-def test_one_program_for_every_length_of_a_bucket():
+def test_one_program_for_every_length_of_a_bucket_and_every_temperature():
     model, weights = make_model("llama")
-    generate = make_generate(model, eos=None, new_tokens=4)
-    generate(weights, [[1, 2, 3]])
+    generate = Generator(model)
+    generate(weights, [[1, 2, 3]], Sampling(tokens=4, temperature=0.5, seed=1))
     counts = []
     original = model.family.forward
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.family, "forward", lambda *a, **k: counts.append(1) or original(*a, **k))
-        generate(weights, [[1] * (BUCKET - 4)])
+        generate(weights, [[1] * BUCKET], Sampling(tokens=6, temperature=0.7, seed=2))
         assert counts == []
-        generate(weights, [[1] * BUCKET])
+        generate(weights, [[1] * (BUCKET + 1)], Sampling(tokens=4, temperature=0.5))
         assert counts != []
 
 
 def test_the_seed_decides_what_is_sampled():
     model, weights = make_model("llama")
-    generate = make_generate(model, eos=None, new_tokens=12, temperature=2.0)
-    assert generate(weights, PROMPTS, 1) == generate(weights, PROMPTS, 1) != generate(weights, PROMPTS, 2)
+    generate = Generator(model)
+
+    def made(seed: int) -> list[list[int]]:
+        return tokens(generate(weights, PROMPTS, Sampling(tokens=12, temperature=2.0, seed=seed)))
+
+    assert made(1) == made(1) != made(2)
+
+
+def test_several_samples_of_a_prompt_differ_and_start_from_the_same_cache():
+    model, weights = make_model("windowed")
+    found = Generator(model)(weights, PROMPTS, Sampling(tokens=12, temperature=2.0, samples=3))
+    assert [len(answers) for answers in found] == [3, 3, 3]
+    assert all(len({tuple(a.tokens) for a in answers}) == 3 for answers in found)
+    # so cold that it is greedy
+    cold = Generator(model)(weights, PROMPTS, Sampling(tokens=12, temperature=1e-4, samples=3))
+    assert tokens(cold) == [by_hand(model, weights, p, 12) for p in PROMPTS for _ in range(3)]
 
 
 @pytest.mark.parametrize("axis_type", ["auto", "explicit"])
-def test_on_a_mesh_any_number_of_prompts(axis_type):
+@pytest.mark.parametrize("sizes", [dict(fsdp=4, data=2), dict(fsdp=2, tensor=2, data=2)], ids=str)
+def test_on_a_mesh_any_number_of_prompts(axis_type, sizes):
     """Prompts need not divide over the devices."""
-    c = config.Mesh(fsdp=4, tensor=1, data=2, axis_type=axis_type)
-    model, weights = make_model("llama", fsdp=4, data=2, axis_type=axis_type)
+    c = config.Mesh(**sizes, axis_type=axis_type)
+    how = Sampling(tokens=4, repetition_penalty=1.3, logprobs=2)
+    model, weights = make_model("two heads", **sizes, axis_type=axis_type)
     mesh = sharding.make_mesh(c)
     with sharding.on_mesh(mesh):
         placed = jax.device_put(weights, model.shard.shardings(model.specs, mesh))
-        made = make_generate(model, eos=None, new_tokens=4)(placed, PROMPTS)
-    alone, weights = make_model("llama")
-    assert made == make_generate(alone, eos=None, new_tokens=4)(weights, PROMPTS)
+        made = Generator(model)(placed, PROMPTS, how)
+    alone, weights = make_model("two heads")
+    expected = Generator(alone)(weights, PROMPTS, how)
+    assert tokens(made) == tokens(expected)
+    np.testing.assert_allclose(made[0][0].logprobs, expected[0][0].logprobs, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -92,68 +148,20 @@ def test_on_a_mesh_any_number_of_prompts(axis_type):
 
 def test_prompts_that_do_not_fit_are_refused():
     model, weights = make_model("gpt2")
-    generate = make_generate(model, eos=None, new_tokens=8)
+    generate = Generator(model)
     with pytest.raises(ValueError, match=r"prompt and new tokens take 49 positions and the model has 48; shorten"):
-        generate(weights, [[1] * 41])
-    assert len(generate(weights, [[1] * 40])[0]) == 8  # to the last position
+        generate(weights, [[1] * 41], Sampling(tokens=8))
+    assert len(tokens(generate(weights, [[1] * 40], Sampling(tokens=8)))[0]) == 8  # to the last position
 
 
 @pytest.mark.parametrize("prompts", [[], [[1], []]])
 def test_empty_prompts_are_refused(prompts):
     model, weights = make_model("llama")
     with pytest.raises(ValueError, match="empty prompt"):
-        make_generate(model, eos=None, new_tokens=2)(weights, prompts)
+        Generator(model)(weights, prompts, Sampling(tokens=2))
 
 
 def test_encoders_are_refused():
     model = Model(bert, bert.Config(), {}, sharding.Layout())
     with pytest.raises(ValueError, match="encoder"):
-        make_generate(model, eos=None, new_tokens=2)
-
-
-@pytest.mark.parametrize(
-    ("setting", "name"),
-    [
-        ({"temperature": -1.0}, "temperature"),
-        ({"top_k": -1}, "top-k"),
-        ({"top_k": 33}, "top-k"),
-        ({"top_p": 0.0}, "top-p"),
-        ({"top_p": 1.1}, "top-p"),
-    ],
-)
-def test_settings_out_of_range_are_refused(setting, name):
-    with pytest.raises(ValueError, match=f"--{name} is out of range"):
-        make_generate(make_model("llama")[0], eos=None, new_tokens=2, **setting)
-
-
-# ------------------------------------------------------------------------------------------------------------- sampling
-
-Z = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))
-
-
-@pytest.mark.parametrize(
-    ("setting", "expected"),
-    [
-        ((0.0, 0, 1.0), [1, 0, 0, 0]),
-        ((1.0, 0, 1.0), [0.4, 0.3, 0.2, 0.1]),
-        ((0.5, 0, 1.0), [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
-        ((1.0, 2, 1.0), [4 / 7, 3 / 7, 0, 0]),
-        ((1.0, 1, 1.0), [1, 0, 0, 0]),
-        ((1.0, 0, 0.5), [4 / 7, 3 / 7, 0, 0]),  # the token that crosses is kept
-        ((1.0, 0, 0.05), [1, 0, 0, 0]),
-        ((1.0, 3, 0.6), [4 / 7, 3 / 7, 0, 0]),  # top-p of what top-k left: 4/9 and 7/9
-        ((1.0, 0, 0.95), [0.4, 0.3, 0.2, 0.1]),
-    ],
-)
-def test_sampling_follows_the_distribution(setting, expected):
-    drawn = pick(jnp.broadcast_to(Z, (20_000, 4)), jax.random.key(0), *setting)
-    shares = np.bincount(drawn, minlength=4) / 20_000
-    assert drawn.dtype == jnp.int32
-    np.testing.assert_allclose(shares, expected, atol=0.015)
-    assert (shares[np.array(expected) == 0] == 0).all()
-
-
-def test_rows_are_filtered_by_themselves():
-    z = jnp.stack([Z, Z[::-1]])
-    drawn = [pick(z, jax.random.key(i), 1.0, 1, 1.0).tolist() for i in range(3)]
-    assert drawn == [[0, 3]] * 3
+        Generator(model)

@@ -150,9 +150,9 @@ def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layo
     return Readout(x_BTD.astype(shard.dtype), shard.gather(params[head], specs[head]))
 
 
-def init_cache(c: Config, rows: int, length: int, dtype: Any) -> Cache:
+def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
     windows = [window for window, _ in kinds(c)]
-    return empty_cache(layers.kv_cache(windows, rows, length, c.kv_heads, c.head_width, dtype), rows, length)
+    return empty_cache(layers.kv_cache(windows, rows, length, c.kv_heads, c.head_width, dtype, slack), rows, length)
 
 
 # Published files.

@@ -1,0 +1,156 @@
+"""Choosing the next token: penalties, temperature, top-k, top-p, min-p.
+
+B rows, V vocabulary, K candidates that are left.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How text is generated. Token ids are the tokenizer's."""
+
+    tokens: int = 128
+    """At most so many new tokens."""
+    min_tokens: int = 0
+    """No end before so many new tokens."""
+    temperature: float = 0.0
+    """0: greedy, the likeliest token."""
+    top_k: int = 0
+    """Draw from the k likeliest tokens; 0: from all."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    min_p: float = 0.0
+    """Leave out tokens less likely than this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens in the prompt and the answer, multiplies negative ones (Keskar et al. 2019)."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of each token that the answer has."""
+    frequency_penalty: float = 0.0
+    """Taken off the logit of a token for each time the answer has it."""
+    beams: int = 1
+    """Beam search with so many hypotheses; 1: none."""
+    length_penalty: float = 1.0
+    """Beam search: a hypothesis' log probability is divided by its length to this power."""
+    early_stopping: Literal["no", "yes", "never"] = "no"
+    """Beam search ends a prompt with `beams` whole hypotheses if none can become better by the best score so far (no),
+    at once (yes), or if none can become better at any length (never)."""
+    samples: int = 1
+    """Answers for each prompt."""
+    stop: tuple[str, ...] = ()
+    """Text that ends an answer; it is cut off."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end an answer, beside the model's own."""
+    allowed_ids: tuple[int, ...] = ()
+    """Only these tokens and the ends; empty: all."""
+    banned_ids: tuple[int, ...] = ()
+    """Never these tokens."""
+    regex: str | None = None
+    """The answer matches this regular expression as a whole."""
+    json_schema: str | None = None
+    """The answer is JSON of this schema."""
+    logprobs: int | None = None
+    """Log probabilities of the chosen tokens, and of so many of the likeliest ones at each place."""
+    seed: int = 0
+
+
+# What each field may be, for one line that names it.
+RANGES: dict[str, tuple[Any, str]] = {
+    "tokens": (lambda x: x >= 1, "at least 1"),
+    "min_tokens": (lambda x: x >= 0, "at least 0"),
+    "temperature": (lambda x: 0 <= x < math.inf, "0 or more"),
+    "top_k": (lambda x: x >= 0, "0 or more"),
+    "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "min_p": (lambda x: 0 <= x <= 1, "from 0 to 1"),
+    "repetition_penalty": (lambda x: 0 < x < math.inf, "above 0"),
+    "presence_penalty": (math.isfinite, "a number"),
+    "frequency_penalty": (math.isfinite, "a number"),
+    "beams": (lambda x: x >= 1, "at least 1"),
+    "length_penalty": (math.isfinite, "a number"),
+    "samples": (lambda x: x >= 1, "at least 1"),
+    "logprobs": (lambda x: x is None or x >= 0, "0 or more"),
+}
+
+
+def check(s: Sampling, vocab: int) -> None:
+    """Refuse what is out of range, by its name."""
+    for name, (ok, allowed) in RANGES.items():
+        if not ok(getattr(s, name)):
+            raise ValueError(f"sampling.{name}: {getattr(s, name)} is out of range; it must be {allowed}")
+    for name in ("top_k", "logprobs"):
+        if (getattr(s, name) or 0) > vocab:
+            raise ValueError(f"sampling.{name}: {getattr(s, name)} is out of range; the vocabulary has {vocab} tokens")
+    for name in ("stop_ids", "allowed_ids", "banned_ids"):
+        for id in getattr(s, name):
+            if not 0 <= id < vocab:
+                raise ValueError(f"sampling.{name}: {id} is not a token; the vocabulary has {vocab}")
+    if any(not text for text in s.stop):
+        raise ValueError("sampling.stop: an empty text would end every answer at once; leave it out")
+    if s.beams > 1:
+        if s.temperature or s.samples > s.beams:
+            what = "temperature above 0" if s.temperature else f"{s.samples} samples of {s.beams} beams"
+            raise ValueError(f"sampling.beams: beam search does not go with {what}; set beams=1 or leave that out")
+    elif s.samples > 1 and not s.temperature:
+        raise ValueError("sampling.samples: greedy answers are all the same; set temperature above 0")
+
+
+def knobs(s: Sampling) -> dict[str, float]:
+    """The numbers that are in use. As arguments of the program, so that another value doesn't compile it again."""
+    neutral = dict(temperature=0.0, top_p=1.0, min_p=0.0)
+    neutral |= dict(repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, min_tokens=0)
+    used = {name: getattr(s, name) for name, value in neutral.items() if getattr(s, name) != value}
+    return used if s.temperature else {k: v for k, v in used.items() if k not in ("top_p", "min_p")}
+
+
+def penalise(
+    z_BV: jax.Array, knobs: dict[str, Any], seen_BV: jax.Array | None, counts_BV: jax.Array | None
+) -> jax.Array:
+    """`seen_BV`: tokens of prompt and answer; `counts_BV`: how often the answer has each token."""
+    if "repetition_penalty" in knobs:
+        assert seen_BV is not None
+        factor = knobs["repetition_penalty"]
+        z_BV = jnp.where(seen_BV, jnp.where(z_BV < 0, z_BV * factor, z_BV / factor), z_BV)
+    if "presence_penalty" in knobs:
+        assert counts_BV is not None
+        z_BV = z_BV - knobs["presence_penalty"] * (counts_BV > 0).astype(z_BV.dtype)
+    if "frequency_penalty" in knobs:
+        assert counts_BV is not None
+        z_BV = z_BV - knobs["frequency_penalty"] * counts_BV.astype(z_BV.dtype)
+    return z_BV
+
+
+def candidates(z_BV: jax.Array, knobs: dict[str, Any], top_k: int) -> tuple[jax.Array, jax.Array | None]:
+    """(logits of what may be drawn, `[B, K]`, -inf: may not; their token ids, None: K is the vocabulary)."""
+    z, ids = z_BV / knobs["temperature"], None
+    if top_k:
+        z, ids = jax.lax.top_k(z, top_k)
+    if "top_p" in knobs:
+        z = jnp.where(z < _least(z, knobs["top_p"], ids is not None), -jnp.inf, z)
+    if "min_p" in knobs:
+        z = jnp.where(z < z.max(-1, keepdims=True) + jnp.log(knobs["min_p"]), -jnp.inf, z)
+    return z, ids
+
+
+def _least(z_BK: jax.Array, top_p: Any, ordered: bool) -> jax.Array:
+    """The smallest logit that top-p keeps, `[B, 1]`: of the token that crosses the share."""
+    sorted_BK = z_BK if ordered else -jnp.sort(-z_BK, -1)
+    p_BK = jax.nn.softmax(sorted_BK, -1)
+    kept_B1 = (jnp.cumsum(p_BK, -1) - p_BK < top_p).sum(-1, keepdims=True)
+    return jnp.take_along_axis(sorted_BK, kept_B1 - 1, -1)
+
+
+def pick(z_BV: jax.Array, keys_B: jax.Array | None, knobs: dict[str, Any], top_k: int) -> jax.Array:
+    """One token a row, each drawn with its own key. Greedy without a temperature."""
+    if "temperature" not in knobs:
+        return jnp.argmax(z_BV, -1).astype(jnp.int32)
+    assert keys_B is not None
+    z_BK, ids_BK = candidates(z_BV, knobs, top_k)
+    drawn_B = jax.vmap(jax.random.categorical)(keys_B, z_BK)
+    if ids_BK is not None:
+        drawn_B = jnp.take_along_axis(ids_BK, drawn_B[:, None], -1)[:, 0]
+    return drawn_B.astype(jnp.int32)
