@@ -42,7 +42,7 @@ def family_of(values: Mapping[str, Any], models: Mapping[str, ModuleType]) -> Mo
     kind, known = values.get("model_type"), {t: f for f in models.values() for t in getattr(f, "MODEL_TYPES", ())}
     if not isinstance(kind, str) or kind not in known:
         near = config.nearest(str(kind), known)
-        near = near if "known" in near else f"{near} known: {', '.join(sorted(known))}"
+        near = near if "known" in near else f"{near[:-1]}, known: {', '.join(sorted(known))}"
         own = "; its own code (auto_map) is never run" if "auto_map" in values else ""
         raise ValueError(f"config.json: model_type {kind!r} is not read here{near}{own}")
     if values.get("quantization_config"):
@@ -63,8 +63,8 @@ def describe(directory: str | Path, models: Mapping[str, ModuleType]) -> tuple[M
         raise ValueError(
             f"{directory}/config.json: lacks {error.args[0]}, which {values['model_type']} needs"
         ) from error
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{directory}/config.json: a value is not of the type it should have ({error})") from error
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{directory}/config.json: a value is not what it should be ({error})") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -103,9 +103,7 @@ def _find(
     files: Files, table: Mapping[str, names.Tensor], family: ModuleType, c: Any, specs: Any, ignore: Iterable[str]
 ) -> dict[str, str]:
     """Name of each of the table's tensors in these files; what is missing, left over or misshapen is an error."""
-    prefix = getattr(family, "PREFIX", "")
-    bare = prefix and not any(name.startswith(prefix) for name in files.entries)
-    here: Callable[[str], str] = lambda name: name.removeprefix(prefix) if bare else name  # noqa: E731
+    here = _spelling(files, getattr(family, "PREFIX", ""))
     found = {name: here(name) for name in table}
     copies = {here(name): here(of) for name, of in _copies(family, c, specs).items() if here(of) in files.entries}
     patterns = [re.compile(p) for p in (*getattr(family, "IGNORED", ()), *ignore)]
@@ -134,6 +132,20 @@ def _find(
                 "set tie_word_embeddings to false there"
             )
     return found
+
+
+def _spelling(files: Files, prefix: str) -> Callable[[str], str]:
+    """From a name in the table to the one in these files, which may be of a bare model, or old."""
+    bare = prefix and not any(name.startswith(prefix) for name in files.entries)
+    old = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}  # from TensorFlow's days
+    if not any(name.endswith(tuple(old.values())) for name in files.entries):
+        old = {}
+
+    def here(name: str) -> str:
+        name = name.removeprefix(prefix) if bare else name
+        return next((name.removesuffix(new) + was for new, was in old.items() if name.endswith(new)), name)
+
+    return here
 
 
 def _listed(found: list[str], what: str) -> str:
@@ -189,6 +201,7 @@ def save(
         raise ValueError(f"{folder}: holds a config.json already; choose another directory or remove it")
     flat = _weights(specs, params)
     table = names.tensors(family.names(c), specs)
+    told = generation or beside.known_settings(extra_files_from)
     kinds = {name: _export_dtype(dtype, name) for name in table}
     common = max(sorted(set(kinds.values()), key=str), key=list(kinds.values()).count)
     written = safetensors.write(
@@ -198,11 +211,9 @@ def save(
         max_bytes=max_bytes,
     )
     count = sum(math.prod(tensor.shape) for tensor in table.values())
-    notes = [
-        f"{len(table)} tensors, {count:,} numbers in {len([f for f in written if f.suffix == '.safetensors'])} file(s)"
-    ]
+    files = written[0].name if len(written) == 1 else f"{len(written) - 1} shards"
+    notes = [f"{files}: {len(table)} tensors, {count:,} parameters as {common}"]
     notes += beside.carry(folder, extra_files_from)
-    told = generation or beside.known_settings(extra_files_from)
     if told is not None and family.generates:
         given = None if generation else extra_files_from
         notes += beside.write_generation(folder, told, given)
@@ -230,10 +241,11 @@ def dtypes(directory: str | Path) -> dict[str, str]:
 
 
 def _export_dtype(dtype: Any, name: str) -> np.dtype:
-    kind = dtype.get(name, "float32") if isinstance(dtype, Mapping) else dtype
-    if str(jnp.dtype(kind)) not in EXPORTED:
-        raise ValueError(f"dtype {kind!r} is not written; choose one of {', '.join(EXPORTED)}")
-    return np.dtype(jnp.dtype(kind))
+    if isinstance(dtype, Mapping):  # a name that it lacks was spelled otherwise there: then what most have
+        dtype = dtype.get(name) or max(dtype.values(), key=list(dtype.values()).count)
+    if (dtype if isinstance(dtype, str) else str(np.dtype(dtype))) not in EXPORTED:
+        raise ValueError(f"dtype {dtype!r} is not written; choose one of {', '.join(EXPORTED)}")
+    return np.dtype(dtype)
 
 
 def _weights(specs: Any, params: Any) -> dict[str, jax.Array]:
