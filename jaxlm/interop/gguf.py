@@ -106,8 +106,8 @@ class Files:
     def _rows(e: Entry, index: Sequence[slice], shape: tuple[int, ...]) -> tuple[int, int]:
         """Rows of the stored tensor that hold a leading stretch of the view; whole heads where rows stand in pairs."""
         inner, row = math.prod(shape[1:]), math.prod(e.shape[1:])
-        group = e.shape[0] // e.place.heads if e.place.stem in e.place.a.pairs else 1
-        first = index[0].start * inner // row // group * group
+        group = e.place.group
+        first = index[0].start * inner // (row * group) * group
         last = -(-index[0].stop * inner // (row * group)) * group
         return first, last
 
@@ -156,8 +156,8 @@ def _entries(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
         place = theirs and gguf_names.place(a, theirs, values)
         if not place:
             raise ValueError(f"{name} is not a tensor of this architecture as known here")
-        if place.stem in a.pairs and shapes[name][0] % (2 * place.heads):
-            raise ValueError(f"{name} has {shapes[name][0]} rows, which {place.heads} heads don't share evenly")
+        if (place.group > 1 and place.group % 2) or shapes[name][0] % place.group:
+            raise ValueError(f"{name} has {shapes[name][0]} rows, which heads of {place.group} don't share in pairs")
         shape = shapes[name][::-1] if place.stem in a.turned and len(shapes[name]) == 2 else shapes[name]
         out[theirs] = Entry(PLAIN.get(kind, np.dtype(np.float32)), shape, place, kind, t.data)
     return out
@@ -295,6 +295,8 @@ def save(
         writer.close()
         partial.replace(path)
     finally:
+        for file in writer.fout or ():  # the library leaves it open after an error
+            file.close()
         partial.unlink(missing_ok=True)
     return path
 
@@ -359,8 +361,10 @@ def _add(writer: Any, fields: Mapping[str, Any]) -> None:
 
 def _packed(s: Stored, w: np.ndarray) -> np.ndarray:
     w = np.ascontiguousarray(s.place.write(w))
-    if s.kind == "F16" and not np.isfinite(out := w.astype(np.float16)).all():
-        if np.isfinite(w).all():
+    if s.kind == "F16":
+        with np.errstate(over="ignore"):
+            out = w.astype(np.float16)
+        if np.isinf(out).sum() > np.isinf(w).sum():
             raise ValueError(f"gguf: {s.place.name} holds numbers beyond the range of F16")
         return out
     gguf = _gguf()

@@ -5,7 +5,7 @@ Facts about the format are llama.cpp's: what its converter writes and its loader
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -224,18 +224,19 @@ class Place:
     name: str
     stem: str
     a: Architecture
-    heads: int = field(default=0)
+    group: int = 1
+    """Rows that stay together: those of a head where they stand in pairs."""
 
     def read(self, w: np.ndarray) -> np.ndarray:
         if self.stem in self.a.pairs:
-            w = w.reshape(self.heads, w.shape[0] // self.heads // 2, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+            w = w.reshape(-1, self.group // 2, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
         if self.stem in self.a.turned and w.ndim == 2:
             w = w.T
         return w - w.dtype.type(1) if self._plus_one else w
 
     def write(self, w: np.ndarray) -> np.ndarray:
         if self.stem in self.a.pairs:
-            w = w.reshape(self.heads, 2, w.shape[0] // self.heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+            w = w.reshape(-1, 2, self.group // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
         if self.stem in self.a.turned and w.ndim == 2:
             w = w.T
         return w + w.dtype.type(1) if self._plus_one else w
@@ -262,10 +263,8 @@ def place(a: Architecture, file: str, values: Values) -> Place | None:
     stem = next((ours for ours, theirs in a.stems.items() if theirs == template), None)
     if stem is None:
         return None
-    heads = values.get("num_attention_heads", 0)
-    if stem.endswith("attn_k"):
-        heads = values.get("num_key_value_heads") or heads
-    return Place(f"{stem.format(layer=layer)}.{suffix}", stem, a, heads)
+    group = values["head_dim"] if stem in a.pairs else 1
+    return Place(f"{stem.format(layer=layer)}.{suffix}", stem, a, group)
 
 
 # -------------------------------------------------------------------------------------------------------------- config
