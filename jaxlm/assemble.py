@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -123,8 +123,12 @@ def program(run: config.Run, tokens: Any) -> Program:
     _check_pair(family, objective, run)
     objective.check(run.objective, tokens)
     positions = getattr(run.model, "positions", None)
-    if positions is not None and run.train.seq_len > positions:
-        raise ValueError(f"train.seq_len: {run.train.seq_len} is longer than model.positions {positions}")
+    rows = {"train.seq_len": run.train.seq_len}
+    if family.kind == "encoder_decoder":
+        rows["objective.target_len"] = objective.places(run.objective, run.train.seq_len)
+    for name, length in rows.items():
+        if positions is not None and length > positions:
+            raise ValueError(f"{name}: {length} is longer than model.positions {positions}")
     used = objective.vocab(run.objective, tokens) if hasattr(objective, "vocab") else tokens.vocab_size
     if not used <= run.model.vocab < used + 1024:
         more = f" and the {used - tokens.vocab_size} that objective adds" if used > tokens.vocab_size else ""
@@ -266,14 +270,26 @@ def records(run: config.Run, tokens: Any, part: caches.Cache, say: Callable[[str
     return packing.texts(part, lengths, takes, rooms, pack=run.objective.pack)
 
 
-def host_half(run: config.Run, tokens: Any) -> HostHalf:
-    row = {
+def _row(run: config.Run) -> dict[str, Any]:
+    return {
         "seq_len": run.train.seq_len,
         "length": _window(run),
         "kind": MODELS[config.family(run.model)].kind,
         "decoder_start": getattr(run.model, "decoder_start", None),
     }
-    return HostHalf(config.family(run.objective), run.objective, tokens, row)
+
+
+def host_half(run: config.Run, tokens: Any) -> HostHalf:
+    return HostHalf(config.family(run.objective), run.objective, tokens, _row(run))
+
+
+def prompts(run: config.Run, tokens: Any, texts: Sequence[str]) -> tuple[list[list[int]], list[list[int]] | None]:
+    """What a model of this run reads before it goes on from each text: prompts, and an encoder's sources or None."""
+    objective = OBJECTIVES[config.family(run.objective)]
+    if not hasattr(objective, "prompt"):
+        return [[tokens.bos_id, *tokens.encode(text)] for text in texts], None
+    found = [objective.prompt(run.objective, tokens, text, _row(run)) for text in texts]
+    return [prompt for prompt, _ in found], [source for _, source in found if source is not None] or None
 
 
 def training_loader(run: config.Run, tokens: Any, data: Corpus, rows: list[int] | None) -> loader.Loader:

@@ -96,14 +96,13 @@ def show_example(example: dict[str, np.ndarray], tokens: Any, title: str) -> Non
 def show_both_sides(example: dict[str, np.ndarray], tokens: Any, title: str) -> None:
     """An encoder-decoder's row: what it reads, then what it is to write; what belongs together has one colour."""
     marked = (example["weights"] > 0).tolist()
-    for name, ids, segments, marks in (
-        ("source", example["source"], example["source_segments"], [False] * len(example["source"])),
-        ("target", example["targets"], example["segments"], marked),
-    ):
-        real = segments[segments > 0].tolist()
-        console.print(f"{title}, {name}: {len(ids)} tokens, {len(real)} of them of {len(set(real))} text(s), "
-                      f"{sum(marks)} targets (underlined)")  # fmt: skip
-        console.print(decoded(ids, segments, tokens, marks))
+    read, written = example["source_segments"], example["segments"]
+    console.print(
+        f"{title}, source: {(read > 0).sum()} of {len(read)} tokens, {len(set(read[read > 0].tolist()))} text(s)"
+    )
+    console.print(decoded(example["source"], read, tokens, [False] * len(read)))
+    console.print(f"{title}, target: {len(written)} tokens, {sum(marked)} of them targets (underlined)")
+    console.print(decoded(example["targets"], written, tokens, marked))
 
 
 def decoded(ids: np.ndarray, segments: np.ndarray, tokens: Any, marked: list[bool]) -> rich.text.Text:

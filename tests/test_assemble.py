@@ -24,7 +24,7 @@ def config():
         objective=OBJECTIVES[{objective!r}].Config(**{settings!r}),
         data=Data(train=({text!r},), holdout=0.2, tokenizer="sentencepiece:400", cache={cache!r}, tokenize_workers=1),
         optim=Optim(lr=1e-2, warmup=1),
-        train=Train(steps=3, batch_size=16, micro_batches=2, seq_len=32, eval_every=3, save_every=3, log_every=1,
+        train=Train(steps=3, batch_size=8, seq_len=32, eval_every=3, save_every=3, log_every=1,
                     prompts=()),
         mesh=Mesh(data=8),
         execution=Execution(dtype="float32", scan=True),
@@ -33,14 +33,19 @@ def config():
 """
 LLAMA = dict(vocab=512, layers=1, width=16, heads=2, kv_heads=1, head_width=8, ffn=16)
 BERT = dict(vocab=512, layers=1, width=16, heads=2, ffn=16, positions=32)
+T5 = dict(vocab=512, layers=1, width=16, heads=2, head_width=8, ffn=16)
+BART = dict(vocab=512, layers=1, width=16, heads=2, ffn=16, positions=32)
 ROWS = {
     "causal": ("llama", LLAMA, {}),
     "prefix": ("llama", LLAMA, {}),
     "infill": ("llama", LLAMA, {"sentinels": ("<cls>", "<sep>", "<mask>")}),
     "seq2seq": ("llama", LLAMA, {}),
+    "span_corruption": ("t5", T5, {"sentinels": 50, "target_len": 16}),
+    "translation": ("bart", BART, {"target_len": 24}),
     "masked": ("bert", BERT, {}),
     "next_sentence": ("bert", BERT, {}),
 }
+OBJECTIVE_OF = {"translation": "seq2seq"}  # of rows that have another name
 
 
 @pytest.fixture
@@ -60,7 +65,7 @@ def home(tmp_path: Path):
                 family=family or row[0],
                 model=model or row[1],
                 settings=settings or row[2],
-                objective=objective,
+                objective=OBJECTIVE_OF.get(objective, objective),
                 text=str(tmp_path / "x.jsonl"),
                 cache=str(tmp_path / "cache"),
                 out=str(tmp_path / "runs"),
@@ -77,14 +82,22 @@ def test_data_inspect_shows_rows_and_how_much_of_them_is_learned(objective, home
     shown = capsys.readouterr().out
     marked = [int(n) for n in re.findall(r"(\d+) (?:of them )?targets \(underlined\)", shown)]
     assert len(marked) == 2 and min(marked) > 0
-    assert ("Hunde" in shown.replace("\u2581", " ")) == (objective == "seq2seq")
+    assert ("Hunde" in shown.replace("\u2581", " ")) == (objective in ("seq2seq", "translation"))
 
 
-@pytest.mark.parametrize("objective", ["prefix", "infill", "seq2seq"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "prefix",
+        "span_corruption",
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ("infill", "seq2seq", "translation")),
+    ],
+)
 def test_it_learns_and_validates_on_a_mesh(objective, home):
     run = config.load(home(objective))
     tokens = assemble.load_tokenizer(run)
     p, data = assemble.program(run, tokens), assemble.corpus(run, tokens)
+    name = "spans" if objective == "span_corruption" else "tokens"
     with sharding.on_mesh(p.mesh):
         state, losses = p.init(), []
         batch = p.to_device(assemble.training_loader(run, tokens, data, None).batch(0), None)
@@ -92,14 +105,15 @@ def test_it_learns_and_validates_on_a_mesh(objective, home):
         for _ in range(4):
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
-            assert metrics["finite"] == 1 and metrics["weight/tokens"] == np.asarray(batch["weights"]).sum()
+            assert metrics["finite"] == 1 and metrics[f"weight/{name}"] == np.asarray(batch["weights"]).sum()
         assert losses[-1] < losses[0]
         valid = perplexity.evaluate(
             perplexity.make_eval_step(p.loss, p.objective.weights, tokens.bytes_per_token),
             state.params,
             assemble.validation_batches(p, data),
         )
-    assert valid["targets"] > 0 and valid["perplexity"] > 1 and valid["bits_per_byte"] > 0
+    assert valid["targets"] > 0 and valid["perplexity"] > 1
+    assert ("bits_per_byte" in valid) == (name == "tokens"), "spans are no whole text"
 
 
 @pytest.mark.slow
@@ -121,6 +135,37 @@ def test_every_model_is_refused_what_its_kind_can_not_learn(objective, home):
         wrong = config.Run("run", family.Config(), module.Config(), data=run.data)
         with pytest.raises(ValueError, match=rf"^objective: {objective} trains .* and {name} is of kind {family.kind}"):
             assemble.program(wrong, assemble.load_tokenizer(run))
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes", "words"),
+    [
+        ("span_corruption", ["--model.vocab", "449"], "tokenizer's 400 tokens and the 50 that objective adds; set"),
+        ("span_corruption", ["--objective.sentinels", "1"], "objective.sentinels: 1 are too few for the gaps"),
+        ("translation", ["--objective.target-len", "40"], "objective.target_len: 40 is longer than model.positions 32"),
+        ("translation", ["--train.seq-len", "40"], "train.seq_len: 40 is longer than model.positions 32"),
+        ("seq2seq", ["--data.compare-compression"], "data.compare_compression"),
+        ("infill", ["--objective.sentinels"], "objective.sentinels: data.tokenizer has no <fim_prefix>"),
+    ],
+)
+def test_a_run_that_can_not_be_is_refused_in_one_line(objective, changes, words, home, capsys):
+    assert cli.main(["train", home(objective), *changes, "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("objective", ["causal", "seq2seq", "translation"])
+def test_prompts_are_what_the_model_was_trained_to_go_on_from(objective, home):
+    run = config.load(home(objective))
+    tokens = assemble.load_tokenizer(run)
+    prompts, sources = assemble.prompts(run, tokens, ["two dogs", "a"])
+    ids = [tokens.encode(text) for text in ("two dogs", "a")]
+    if objective == "translation":
+        start = run.model.decoder_start
+        assert (prompts, sources) == ([[start]] * 2, [[*x, tokens.eos_id] for x in ids])
+    else:
+        end = [tokens.sep_id] if objective == "seq2seq" else []
+        assert (prompts, sources) == ([[tokens.bos_id, *x, *end] for x in ids], None)
 
 
 def test_texts_that_lose_their_end_are_counted(home, capsys):

@@ -12,6 +12,8 @@
 - `example(c, record, tokenizer, rng) -> dict of arrays`: the host half, in numpy; one row of a batch.
   Beside its arrays a record holds what the row must fit: `seq_len`, `length` (the window), `kind` of the family and
   `decoder_start`, the model's own or None.
+- `prompt(c, tokenizer, text, row) -> (tokens, what an encoder reads or None)`: what a model reads before it goes on,
+  where that is more than BOS and the text.
 - `weights(batch) -> {name: scalar}`: the total weight of each of its losses over a whole batch.
 - `loss(c, model, params, batch, key) -> {name: {"loss": sum, …metric sums}}`: the device half. All are sums over
   tokens or rows, so that micro-batches, shards and hosts just add; the step divides once by the total weights.

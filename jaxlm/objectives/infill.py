@@ -71,8 +71,8 @@ def marks(c: Config, tokenizer: Any) -> tuple[int, int, int]:
     )
 
 
-def prompt(c: Config, tokenizer: Any, prefix: str, suffix: str) -> list[int]:
-    """What a model that was trained so continues with the middle, ended by EOS."""
+def gap(c: Config, tokenizer: Any, prefix: str, suffix: str) -> list[int]:
+    """A prompt that a model which was trained so continues with the middle, ended by EOS."""
     before, after, middle = marks(c, tokenizer)
     return [tokenizer.bos_id, before, *tokenizer.encode(prefix), after, *tokenizer.encode(suffix), middle]
 

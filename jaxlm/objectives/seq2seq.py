@@ -101,10 +101,12 @@ def _named(field: str, piece: str, tokenizer: Any) -> int:
     return found
 
 
-def prompt(c: Config, tokenizer: Any, kind: str, text: str) -> list[int]:
-    """What a model reads before it writes: a decoder's tokens up to the separator, or all that an encoder sees."""
+def prompt(c: Config, tokenizer: Any, text: str, row: dict) -> tuple[list[int], list[int] | None]:
+    """What comes before a target: a decoder's tokens up to the separator; or the start, and what the encoder reads."""
     ids = tokenizer.encode(text)
-    return [*ids, tokenizer.eos_id] if kind == "encoder_decoder" else [tokenizer.bos_id, *ids, separator(c, tokenizer)]
+    if row["kind"] == "decoder":
+        return [tokenizer.bos_id, *ids, separator(c, tokenizer)], None
+    return [start_id(c.decoder_start, tokenizer, row["decoder_start"])], [*ids, tokenizer.eos_id]
 
 
 def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -117,7 +119,7 @@ def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -
         pairs.append((tokens[begin : begin + a], tokens[begin + whole + 1 : begin + whole + 1 + b]))
     eos = [tokenizer.eos_id]
     if record["kind"] == "encoder_decoder":
-        start = start_id(c.decoder_start, tokenizer, record.get("decoder_start"))
+        start = start_id(c.decoder_start, tokenizer, record["decoder_start"])
         sources, targets = ([np.append(pair[side], eos) for pair in pairs] for side in (0, 1))
         return rows(sources, targets, rooms, start, tokenizer.pad_id or 0)
     bos, middle = [tokenizer.bos_id], [separator(c, tokenizer)]

@@ -114,8 +114,14 @@ def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -
             source, target = corrupt(c, text, marks, rng)
             sources.append(np.append(source, eos))
             targets.append(np.append(target, eos))
-    start = seq2seq.start_id(c.decoder_start, tokenizer, record.get("decoder_start"))
+    start = seq2seq.start_id(c.decoder_start, tokenizer, record["decoder_start"])
     return seq2seq.rows(sources, targets, rooms, start, tokenizer.pad_id or 0)
+
+
+def prompt(c: Config, tokenizer: Any, text: str, row: dict) -> tuple[list[int], list[int]]:
+    """A text with a gap at its end: the model writes the mark and then what follows."""
+    start = seq2seq.start_id(c.decoder_start, tokenizer, row["decoder_start"])
+    return [start], [*tokenizer.encode(text), int(sentinels(c, tokenizer)[0]), tokenizer.eos_id]
 
 
 def corrupt(c: Config, text: np.ndarray, marks: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

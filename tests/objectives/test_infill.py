@@ -184,7 +184,7 @@ def test_it_repeats_with_its_generator_and_leaves_the_record_alone(corpus, sente
 
 def test_a_prompt_is_what_training_showed(sentencepiece):
     before, after, middle = infill.marks(NAMED, sentencepiece)
-    ids = infill.prompt(NAMED, sentencepiece, "def f(", "return x")
+    ids = infill.gap(NAMED, sentencepiece, "def f(", "return x")
     encode = sentencepiece.encode
     assert ids == [sentencepiece.bos_id, before, *encode("def f("), after, *encode("return x"), middle]
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.data import cache, packing
 from jaxlm.data.tokenizer import Bytes
-from jaxlm.models import llama
+from jaxlm.models import bart, llama
 from jaxlm.objectives import seq2seq
 
 C = seq2seq.Config()
@@ -20,7 +20,10 @@ PAIRS = [
     ("climbing on the frame of a swing set in the park", "klettern"),
     ("</s> is text here", "<s> too"),
 ]
-SMALL = llama.Config(vocab=400, layers=1, width=16, heads=2, kv_heads=1, head_width=8, ffn=16)
+SMALL = {
+    "decoder": llama.Config(vocab=400, layers=1, width=16, heads=2, kv_heads=1, head_width=8, ffn=16),
+    "encoder_decoder": bart.Config(vocab=400, layers=1, width=16, heads=2, ffn=16, positions=90),
+}
 MULTI30K = Path(__file__).parents[3] / "shared" / "data" / "multi30k"
 
 
@@ -121,17 +124,21 @@ def test_a_decoder_reads_both_and_learns_the_target_alone(pack, pairs, tokens):
 def test_a_prompt_is_what_training_showed(pairs, sentencepiece):
     (a, _), eos = PAIRS[0], sentencepiece.eos_id
     (out, *_) = examples(seq2seq.Config(pack=False), pairs(PAIRS, sentencepiece), sentencepiece, "decoder", 120)
-    prompt = seq2seq.prompt(C, sentencepiece, "decoder", a)
+    prompt, source = seq2seq.prompt(C, sentencepiece, a, {"kind": "decoder", "decoder_start": None})
+    assert source is None
     assert out["tokens"][: len(prompt)].tolist() == prompt and out["weights"][len(prompt) - 1] == 1
     assert not out["weights"][: len(prompt) - 1].any()
-    assert seq2seq.prompt(C, sentencepiece, "encoder_decoder", a) == [*sentencepiece.encode(a), eos]
+    row = {"kind": "encoder_decoder", "decoder_start": None}
+    assert seq2seq.prompt(C, sentencepiece, a, row) == ([eos], [*sentencepiece.encode(a), eos])
 
 
-def test_packed_equals_unpacked_and_any_split_of_a_batch(model, summed, pairs, sentencepiece):
-    net, weights = model(SMALL)
+@pytest.mark.parametrize("kind", SMALL)
+def test_packed_equals_unpacked_and_any_split_of_a_batch(kind, model, summed, pairs, sentencepiece):
+    net, weights = model(SMALL[kind])
+    assert net.family.kind == kind
     held = pairs(PAIRS, sentencepiece)
-    packed = examples(C, held, sentencepiece, "decoder", 120)
-    single = examples(seq2seq.Config(pack=False), held, sentencepiece, "decoder", 120)
+    packed = examples(C, held, sentencepiece, kind, 90)
+    single = examples(seq2seq.Config(pack=False), held, sentencepiece, kind, 90)
     assert len(packed) < len(single) == len(PAIRS)
     together, totals = summed(seq2seq, C, net, weights, packed)
     alone, total = summed(seq2seq, C, net, weights, single)

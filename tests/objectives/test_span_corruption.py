@@ -9,9 +9,12 @@ import pytest
 
 from jaxlm.data import packing
 from jaxlm.data.tokenizer import Bytes
+from jaxlm.losses import logits
+from jaxlm.models import t5
 from jaxlm.objectives import span_corruption as spans
 
 C = spans.Config()
+SMALL = t5.Config(vocab=512, layers=1, width=16, heads=2, head_width=8, ffn=16)
 TEXTS = [
     "def größe(x):\n    return x + 1\n" * 3,
     "Two children are climbing on the frame of a swing set in the park.",
@@ -25,7 +28,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def example(c: spans.Config, record: dict, tokens, seq_len: int, seed: int = 0) -> dict[str, np.ndarray]:
-    return spans.example(c, record | {"seq_len": seq_len}, tokens, rng(seed))
+    return spans.example(c, record | {"seq_len": seq_len, "decoder_start": None}, tokens, rng(seed))
 
 
 def mended(source: list[int], target: list[int], marks: list[int]) -> list[int]:
@@ -166,6 +169,12 @@ def test_sentinels_are_the_tokenizers_or_rows_behind_it(t5_like, sentencepiece):
     assert spans.vocab(C, sentencepiece) == sentencepiece.vocab_size + 100
 
 
+def test_a_prompt_is_a_text_with_a_gap_at_its_end(t5_like):
+    prompt, source = spans.prompt(C, t5_like, "the dog", {"decoder_start": None})
+    assert prompt == [t5_like.pad_id]
+    assert source == [*t5_like.encode("the dog"), t5_like.id_of("<extra_id_0>"), t5_like.eos_id]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -192,3 +201,44 @@ def test_rows_that_will_not_do_are_refused():
         with pytest.raises(ValueError, match=words):
             spans.places(c, seq_len)
     assert spans.places(spans.Config(sentinels=28, target_len=114), 512) == 114
+
+
+# --------------------------------------------------------------------------------------------------------- device half
+
+
+@pytest.fixture
+def packed(corpus, sentencepiece) -> dict[str, np.ndarray]:
+    record = packing.packed(corpus(TEXTS, sentencepiece), spans.window(C, 200))[0]
+    return example(spans.Config(target_len=96), record, sentencepiece, 200, 1)
+
+
+def alone(packed: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Each text of a packed row in a row of its own."""
+    rows = []
+    for s in range(1, packed["segments"].max() + 1):
+        row = {k: np.zeros_like(v) for k, v in packed.items()}
+        for k in row:
+            places = packed["source_segments" if k.startswith("source") else "segments"] == s
+            row[k][: places.sum()] = packed[k][places]
+        row["segments"], row["source_segments"] = (np.minimum(row[k], 1) for k in ("segments", "source_segments"))
+        rows.append(row)
+    return rows
+
+
+def test_packed_equals_unpacked_and_any_split_of_a_batch(model, summed, packed):
+    net, weights = model(SMALL)
+    c = spans.Config(z_loss=1e-3, label_smoothing=0.1)
+    rows = alone(packed)
+    assert len(rows) == 3
+    apart, totals = summed(spans, c, net, weights, rows)
+    together, total = summed(spans, c, net, weights, [packed])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), apart, together)
+    assert totals == total == {"spans": packed["weights"].sum()}
+
+
+def test_the_loss_is_that_of_the_plain_formula(model, packed):
+    net, weights = model(SMALL)
+    row = {k: v[None] for k, v in packed.items()}
+    z = jax.nn.log_softmax(logits(net.readout(weights, net.forward(weights, row).x_BTD), net.shard))[0]
+    nll = -(z[np.arange(len(z)), packed["targets"]] * packed["weights"]).sum()
+    np.testing.assert_allclose(spans.loss(C, net, weights, row, None)["spans"]["nll"], nll, rtol=1e-5)
