@@ -221,3 +221,27 @@ ROWS |= {
     "qwen3_moe_window_tied": Row("Qwen3MoeForCausalLM", QWEN_MOE | dict(
         use_sliding_window=True, sliding_window=4, tie_word_embeddings=True, num_experts=16, norm_topk_prob=False)),
 }  # fmt: skip
+
+DEEPSEEK = LLAMA | dict(
+    num_key_value_heads=4, num_hidden_layers=3, q_lora_rank=10, kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4,
+    v_head_dim=5, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=12, first_k_dense_replace=1,
+)  # fmt: skip
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=8, beta_fast=32.0,
+            beta_slow=1.0)  # fmt: skip
+DEEPSEEK_V3 = DEEPSEEK | dict(n_group=4, topk_group=2, n_shared_experts=1)
+
+ROWS |= {
+    "deepseek_v2": Row("DeepseekV2ForCausalLM", DEEPSEEK),
+    "deepseek_v2_groups_yarn": Row("DeepseekV2ForCausalLM", DEEPSEEK | dict(
+        topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=2.5, q_lora_rank=None,
+        rope_parameters=YARN | dict(mscale=0.7, mscale_all_dim=0.9), n_shared_experts=1)),
+    "deepseek_v2_tied_biases": Row("DeepseekV2ForCausalLM", DEEPSEEK | dict(
+        tie_word_embeddings=True, attention_bias=True, first_k_dense_replace=0)),
+    "deepseek_v3": Row("DeepseekV3ForCausalLM", DEEPSEEK_V3),
+    "deepseek_v3_yarn_halves": Row("DeepseekV3ForCausalLM", DEEPSEEK_V3 | dict(
+        rope_interleave=False, norm_topk_prob=False, first_k_dense_replace=2, num_hidden_layers=4, n_shared_experts=2,
+        rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=1.0))),
+    "deepseek_v3_one_group_tied_biases": Row("DeepseekV3ForCausalLM", DEEPSEEK_V3 | dict(
+        tie_word_embeddings=True, attention_bias=True, n_group=1, topk_group=1, q_lora_rank=None,
+        routed_scaling_factor=1.0, first_k_dense_replace=0)),
+}  # fmt: skip
