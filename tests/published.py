@@ -245,3 +245,18 @@ ROWS |= {
         tie_word_embeddings=True, attention_bias=True, n_group=1, topk_group=1, q_lora_rank=None,
         routed_scaling_factor=1.0, first_k_dense_replace=0)),
 }  # fmt: skip
+
+GPT_OSS = LLAMA | dict(
+    head_dim=6, num_local_experts=8, num_experts_per_tok=3, sliding_window=4, num_hidden_layers=3,
+    rope_parameters=YARN | dict(truncate=False, rope_theta=150000.0),
+)  # fmt: skip
+
+ROWS |= {
+    "gpt_oss": Row("GptOssForCausalLM", GPT_OSS),
+    "gpt_oss_clamped_tied": Row("GptOssForCausalLM", GPT_OSS | dict(
+        tie_word_embeddings=True, swiglu_limit=0.3, swiglu_alpha=1.1, num_key_value_heads=1, num_local_experts=4)),
+    "gpt_oss_no_biases_full_first": Row("GptOssForCausalLM", GPT_OSS | dict(
+        attention_bias=False, num_hidden_layers=4, num_key_value_heads=4, num_experts_per_tok=1,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        rope_parameters=dict(rope_type="default", rope_theta=1e4))),
+}  # fmt: skip

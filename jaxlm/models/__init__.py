@@ -19,7 +19,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from jaxlm.models import bart, bert, deepseek, gemma, gpt2, llama, mixtral, modernbert, olmo, t5
+from jaxlm.models import bart, bert, deepseek, gemma, gpt2, gpt_oss, llama, mixtral, modernbert, olmo, t5
 from jaxlm.sharding import Layout
 
 MODELS: dict[str, ModuleType] = {
@@ -29,6 +29,7 @@ MODELS: dict[str, ModuleType] = {
     "olmo": olmo,
     "mixtral": mixtral,
     "deepseek": deepseek,
+    "gpt_oss": gpt_oss,
     "bert": bert,
     "modernbert": modernbert,
     "t5": t5,
