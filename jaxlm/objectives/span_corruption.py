@@ -1,5 +1,6 @@
 """Span corruption as T5 was trained (Raffel et al. 2020, section 3.1.4): gaps in a text, and what stood in them."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,7 @@ def counts(c: Config, n: int) -> tuple[int, int]:
     return taken, min(max(round(taken / c.span), 1), n - taken)
 
 
+@functools.lru_cache
 def window(c: Config, seq_len: int) -> int:
     """Tokens of text whose corrupted form, with its EOS, just fits a source of `seq_len`."""
     n = 2
