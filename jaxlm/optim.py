@@ -81,18 +81,23 @@ def make(c: config.Optim, steps: int, specs: Any) -> Optimizer:
     if all(frozen(p) for p in flat):
         raise ValueError("optim.freeze: every parameter is frozen; nothing would be trained")
 
+    def matrix(path: str) -> bool:  # biases of heads or experts have two dimensions too
+        return flat[path].is_matrix and not path.endswith("bias")
+
     def decays(path: str) -> bool:
-        return flat[path].is_matrix and not spared(path)
+        return matrix(path) and not spared(path)
 
     def group(path: str) -> str:
-        hidden = "layers" in flat[path].axes and flat[path].is_matrix
+        if path.endswith("selection_bias"):
+            return "balance"
+        hidden = "layers" in flat[path].axes and matrix(path)
         return "muon" if c.name == "muon" and hidden and not to_adamw(path) else "adamw" if c.name == "muon" else c.name
 
     rate = schedule(c, steps)
     labels = tree.map_named(lambda path, s: None if frozen(path) else group(path), specs)
     mask = tree.map_named(lambda path, s: None if frozen(path) else decays(path), specs)
     used = set(tree.flatten(labels).values())
-    rows = {name: OPTIMIZERS[name](c, rate, mask, specs, labels) for name in sorted(used)}
+    rows = {name: (OPTIMIZERS | OWN)[name](c, rate, mask, specs, labels) for name in sorted(used)}
     tx = rows[next(iter(used))] if len(used) == 1 else optax.partition(rows, labels)
     groups = {
         path: "frozen"
@@ -144,8 +149,8 @@ def _adafactor(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: A
 
 
 def matrix_dimensions(s: Spec) -> MuonDimensionNumbers:
-    """Which dimensions of a stacked weight are its matrix's input and output; the layers are a batch of matrices."""
-    own = [i for i, a in enumerate(s.axes) if a != "layers"]
+    """Which dimensions of a stacked weight are its matrix's input and output; layers and experts are a batch."""
+    own = [i for i, a in enumerate(s.axes) if a not in ("layers", "experts")]
     inputs = own[:-1] if s.axes[own[-1]] == "embed" else own[:1]
     return MuonDimensionNumbers(tuple(inputs), tuple(i for i in own if i not in inputs))
 
@@ -183,6 +188,22 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adafactor": _adafactor,
     "muon": _muon,
 }
+
+
+BALANCE_RATE = 1e-3  # at the peak of the schedule, which it follows
+
+
+def _balance(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any) -> optax.GradientTransformation:
+    """Steps of one size against an expert's load, for the biases that `moe.route` chooses by (DeepSeek V3, section
+    2.1.2). Their gradient is no gradient of the loss, and only its sign is read: neither its scale nor clipping counts.
+    """
+    return optax.chain(
+        optax.stateless(lambda g, _: jax.tree.map(jnp.sign, g)),
+        optax.scale_by_learning_rate(lambda t: rate(t) * (BALANCE_RATE / c.lr)),
+    )
+
+
+OWN = {"balance": _balance}  # of certain weights, whatever `optim.name` is
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any, whole: Any) -> Any:

@@ -1,0 +1,190 @@
+"""Models with experts: one update however it is cut up, experts kept even, files that can't be held refused."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import config, moe, optim, sharding, step
+from jaxlm.models import Model, deepseek, gpt_oss, mixtral
+from jaxlm.moe import Moe
+from jaxlm.objectives import causal
+
+T = 16
+SMALL = mixtral.Config(
+    vocab=32, layers=2, width=16, heads=4, kv_heads=2, head_width=4, positions=T,
+    moe=Moe(experts=4, top_k=2, ffn=12, balance=0.5, router_z=0.1, selection_bias=True, score="sigmoid"),
+)  # fmt: skip
+
+
+def make_step(c, optim_config: config.Optim, mesh_config: config.Mesh | None = None):
+    mc = mesh_config or config.Mesh()
+    mesh = sharding.make_mesh(mc, jax.devices()[:1] if mesh_config is None else jax.devices())
+    layout = sharding.Layout.of(mc, config.Execution(dtype="float32"))
+    specs = mixtral.specs(c)
+    model = Model(mixtral, c, specs, layout)
+    optimizer = optim.make(optim_config, 1000, specs)
+    homes = step.shardings(specs, layout.shardings(specs, mesh), optimizer, False, sharding.replicated(mesh))
+    one = step.make_train_step(
+        lambda p, b, k: causal.loss(causal.Config(), model, p, b, None), causal.weights, optimizer,
+        seed=0, clip=1.0, ema=0.0,
+    )  # fmt: skip
+    with sharding.on_mesh(mesh):
+        state = jax.jit(lambda k: step.init_state(specs, optimizer, k, False), out_shardings=homes)(jax.random.key(0))
+    return mesh, layout, state, jax.jit(one, out_shardings=(homes, None))
+
+
+def rows(micro: int) -> dict:
+    """Eight rows of unlike lengths."""
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(0, 32, (8, T + 1)).astype(np.int32)
+    segments = (np.arange(T)[None] < rng.integers(4, T + 1, (8, 1))).astype(np.int32)
+    batch = dict(
+        tokens=tokens[:, :-1], targets=tokens[:, 1:], segments=segments, weights=segments.astype(np.float32),
+        positions=np.broadcast_to(np.arange(T, dtype=np.int32), (8, T)),
+    )  # fmt: skip
+    return {k: v.reshape(micro, 8 // micro, T) for k, v in batch.items()}
+
+
+SGD = config.Optim(name="sgd", momentum=0.0, lr=0.3, warmup=0, weight_decay=0.0)
+
+
+@functools.cache
+def one_update(micro: int, mesh_config: config.Mesh | None = None):
+    mesh, layout, state, run = make_step(SMALL, SGD, mesh_config)
+    with sharding.on_mesh(mesh):
+        batch = {
+            k: jax.device_put(v, sharding.batch_sharding(layout, mesh, v.shape, T)) for k, v in rows(micro).items()
+        }
+        state, metrics = run(state, batch)
+    return {k: float(metrics[k]) for k in ("loss", "aux", "nll", "grad_norm")}, jax.device_get(state.params)
+
+
+@pytest.mark.parametrize(
+    ("micro", "mesh_config"),
+    [(2, None), (4, None), (2, config.Mesh(data=2, expert=2, tensor=2, axis_type="explicit"))],
+    ids=["2 micro-batches", "4 micro-batches", "2 on a mesh"],
+)
+def test_the_same_update_however_the_batch_is_cut(micro, mesh_config):
+    """Rows of unlike lengths, balance and z-loss included."""
+    expected, whole = one_update(1)
+    got, parts = one_update(micro, mesh_config)
+    assert expected["aux"] > 0.5
+    np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), parts, whole)
+
+
+def test_a_selection_bias_moves_against_the_load_and_evens_it_out():
+    """Without a balance loss, from biases that send most tokens to two of four experts."""
+    c = dataclasses.replace(SMALL, layers=1, moe=dataclasses.replace(SMALL.moe, balance=0.0, router_z=0.0))
+    _, layout, state, run = make_step(c, dataclasses.replace(SGD, lr=1e-9, freeze=("router",)))
+    model, batch = Model(mixtral, c, mixtral.specs(c), layout), jax.tree.map(jnp.asarray, rows(1))
+    skew = jnp.asarray([[0.2, 0.15, 0.0, 0.0]])
+    state.params["blocks"]["selection_bias"] = skew
+
+    @jax.jit
+    def load(weights: dict) -> jax.Array:
+        """Of each expert, in equal shares, less one: what the biases' gradient says."""
+        one = jax.tree.map(lambda a: a[0], batch)
+        share = one["weights"].sum(-1) / one["weights"].sum()
+        aux = lambda w: (model.forward(w, one).aux_B * share).sum()  # noqa: E731
+        return jax.grad(aux)(weights)["blocks"]["selection_bias"][0] / moe.BIAS_PULL
+
+    before = load(state.all_params)
+    assert before.max() > 0.3
+    for i in range(200):
+        state, metrics = run(state, batch)
+        if i == 0:
+            moved = state.params["blocks"]["selection_bias"] - skew
+            np.testing.assert_allclose(moved, -optim.BALANCE_RATE * jnp.sign(before)[None], rtol=1e-3)
+        assert metrics["aux"] == 0
+    assert jnp.abs(load(state.all_params)).max() < 0.1
+
+
+def test_the_gradient_of_selection_biases_is_nothing_in_the_global_norm():
+    """Else a load would be read as a steep loss, and clipping would slow everything down."""
+    c = dataclasses.replace(SMALL, moe=dataclasses.replace(SMALL.moe, balance=0.0, router_z=0.0))
+    norms = []
+    for frozen in ((), ("selection_bias",)):
+        _, _, state, run = make_step(c, dataclasses.replace(SGD, freeze=frozen))
+        norms.append(float(run(state, rows(1))[1]["grad_norm"]))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
+def test_optimizers_take_experts_one_by_one_and_spare_their_biases():
+    specs = gpt_oss.specs(gpt_oss.Config(vocab=32, layers=2, width=16, heads=4, kv_heads=2, head_width=4))
+    groups = optim.make(config.Optim(name="muon"), 1000, specs).groups
+    assert groups["blocks/experts/gate"] == "muon, decay 0.1"
+    assert groups["blocks/experts/gate_bias"] == groups["blocks/q_bias"] == "adamw, no decay"
+    stacked = specs["blocks"]["experts"]
+    assert optim.matrix_dimensions(stacked["gate"]) == optim.matrix_dimensions(stacked["down"]) == ((2,), (3,))
+    groups = optim.make(config.Optim(name="lion"), 1000, mixtral.specs(SMALL)).groups
+    assert groups["blocks/selection_bias"] == "balance, no decay"
+
+
+QWEN = dict(
+    model_type="qwen3_moe", vocab_size=32, num_hidden_layers=4, hidden_size=16, num_attention_heads=4, num_experts=4,
+    num_experts_per_tok=2, moe_intermediate_size=8, intermediate_size=24,
+)  # fmt: skip
+DEEPSEEK = dict(
+    model_type="deepseek_v2", vocab_size=32, num_hidden_layers=2, hidden_size=16, num_attention_heads=4,
+    n_routed_experts=4, num_experts_per_tok=2, intermediate_size=24,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "message"),
+    [
+        (mixtral, QWEN | dict(mlp_only_layers=[2]), r"mlp_only_layers \[2\] puts dense layers after"),
+        (mixtral, QWEN | dict(decoder_sparse_step=2), r"decoder_sparse_step 2 puts dense layers after"),
+        (mixtral, QWEN | dict(hidden_act="gelu"), r"hidden_act 'gelu' of qwen3_moe"),
+        (deepseek, DEEPSEEK | dict(norm_topk_prob=True), r"norm_topk_prob True of deepseek_v2"),
+        (deepseek, DEEPSEEK | dict(topk_method="noaux_tc"), r"topk_method 'noaux_tc' of deepseek_v2"),
+        (deepseek, DEEPSEEK | dict(num_key_value_heads=2), r"num_key_value_heads 2 of deepseek_v2"),
+        (deepseek, DEEPSEEK | dict(mlp_bias=True), r"mlp_bias True of deepseek_v2"),
+        (deepseek, DEEPSEEK | dict(moe_layer_freq=2), r"moe_layer_freq 2 of deepseek_v2"),
+    ],
+)
+def test_a_published_model_that_would_differ_is_refused(family, values, message):
+    with pytest.raises(ValueError, match=message):
+        family.from_hf(values)
+
+
+@pytest.mark.parametrize(
+    ("family", "c", "message"),
+    [
+        (mixtral, SMALL, r"model\.moe\.score: sigmoid is not in files of model_type 'mixtral', which have softmax"),
+        (mixtral, mixtral.Config(dense=1), r"model\.dense: not in files of model_type 'mixtral'"),
+        (mixtral, mixtral.Config(model_type="qwen3_moe"), r"model\.qk_norm: files of model_type 'qwen3_moe'"),
+        (mixtral, mixtral.Config(moe=Moe(shared=8)), r"model\.moe\.shared: 8 is not in files"),
+        (gpt_oss, gpt_oss.Config(moe=Moe(normalized=False)), r"model\.moe\.normalized: False is not in files"),
+        (deepseek, deepseek.Config(moe=Moe(score="sigmoid", shared=64)), r"model\.moe\.shared: 64 is not"),
+        (deepseek, deepseek.Config(model_type="deepseek_v2"), r"model\.moe\.score: sigmoid is not in files"),
+    ],
+)
+def test_a_model_that_its_files_can_not_say_is_not_written(family, c, message):
+    with pytest.raises(ValueError, match=message):
+        family.to_hf(c)
+
+
+@pytest.mark.parametrize(
+    ("c", "message"),
+    [
+        (Moe(experts=4, top_k=5), r"model\.moe\.top_k: 5 choices among 4 experts"),
+        (Moe(experts=4, groups=3), r"model\.moe\.groups: 1 of 3 groups of 4 experts do not hold 2 choices"),
+        (Moe(experts=4, groups=4, top_groups=1), r"model\.moe\.groups: 1 of 4 groups of 4 experts do not hold 2"),
+    ],
+)
+def test_a_mixture_that_can_not_be_is_refused(c, message):
+    with pytest.raises(ValueError, match=message):
+        moe.specs(c, 16)
+
+
+def test_an_absorbed_latent_cache_is_small():
+    """A token keeps a latent and one rotated key, whatever the heads are."""
+    c = deepseek.Config(layers=2, heads=64, latent=8, rotated_width=4)
+    cache = deepseek.init_cache(c, 3, 10, jnp.bfloat16)
+    assert [x.shape for x in jax.tree.leaves(cache.layers)] == [(3, 10, 8), (3, 10, 4)] * 2
