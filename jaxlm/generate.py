@@ -3,9 +3,8 @@
 B rows (prompts times samples), P prompt places, L cache slots, N new tokens, V vocabulary, S source places.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,98 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from jaxlm import sampling
+from jaxlm import beam, sampling
 from jaxlm.attention import Cache
-from jaxlm.losses import logits
+from jaxlm.decode import bucket, extend, left_padded, prefill, prepare, sources, whole_rows
 from jaxlm.models import Model
-from jaxlm.params import Spec
 from jaxlm.sampling import Sampling
-
-BUCKET = 64  # prompts, caches and answers are as long as a multiple of this, so that other lengths reuse the program
-
-
-# ------------------------------------------------------------------------------------------------------- pure functions
-
-
-def prepare(model: Model, params: Any) -> Any:
-    """Weights as decoding reads them: in the compute dtype, and a tuple of layers where they were stacked.
-
-    A stack would be cut anew for each token. What is prepared already stays as it is.
-    """
-
-    def cast(w: Any) -> Any:
-        # Top-level vectors (the last norm's scale) work in float32 in training too.
-        return w.astype(model.shard.dtype) if jnp.issubdtype(w.dtype, jnp.floating) and w.ndim > 1 else w
-
-    def walk(p: Any, s: Any) -> Any:
-        if isinstance(p, tuple) or not isinstance(s, dict):
-            return p if isinstance(p, tuple) else jax.tree.map(cast, p)
-        found = jax.tree.leaves(s, is_leaf=lambda x: isinstance(x, Spec))
-        if all(x.axes[:1] == ("layers",) for x in found):
-            n = found[0].shape[0]
-            whole = jax.tree.map(cast, p)
-            return tuple(jax.tree.map(lambda w, i=i: w[i], whole) for i in range(n))
-        return {name: walk(value, s[name]) if name in s else value for name, value in p.items()}
-
-    return walk(params, model.specs)
-
-
-def prefill(
-    model: Model, params: Any, batch: dict[str, jax.Array], length: int, slack: int = 0
-) -> tuple[jax.Array, Cache]:
-    """Read prompts (`tokens`, `positions` and `segments`, padded on the left) → logits `[B, V]` after each one's last
-    token, and the cache of `length` slots, from which `extend` may go on by up to 1 + `slack` tokens at once."""
-    rows = batch["tokens"].shape[0]
-    cache = model.family.init_cache(model.config, rows, length, model.shard.dtype, slack)
-    out = model.forward(params, batch, cache=cache)
-    return _logits(model, params, out.x_BTD[:, -1:])[:, 0], out.cache
-
-
-def extend(
-    model: Model, params: Any, cache: Cache, tokens_BT: jax.Array, positions_BT: jax.Array
-) -> tuple[jax.Array, Cache]:
-    """Read on → logits `[B, T, V]` after each of the tokens, and the cache."""
-    out = model.forward(params, dict(tokens=tokens_BT, positions=positions_BT), cache=cache)
-    return _logits(model, params, out.x_BTD), out.cache
-
-
-def _logits(model: Model, params: Any, x_BTD: jax.Array) -> jax.Array:
-    z_BTV = logits(model.readout(params, x_BTD), model.shard)
-    return model.shard(z_BTV, None, None, None)
-
-
-def whole_rows(model: Model) -> Model:
-    """The model with every row on every device: any number of prompts then goes with any mesh."""
-    shard = dataclasses.replace(model.shard, compute={**model.shard.compute, "batch": (), "seq": ()})
-    return dataclasses.replace(model, shard=shard)
-
-
-# ------------------------------------------------------------------------------------------------------------ batching
-
-
-def bucket(n: int) -> int:
-    return -(-n // BUCKET) * BUCKET
-
-
-def left_padded(prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-    """`tokens`, `positions`, `segments` `[B, P]`, with prompts at the right end."""
-    places = bucket(max(map(len, prompts)))
-    out = {name: np.zeros((len(prompts), places), np.int32) for name in ("tokens", "positions", "segments")}
-    for i, p in enumerate(prompts):
-        out["tokens"][i, places - len(p) :] = p
-        out["positions"][i, places - len(p) :] = np.arange(len(p))
-        out["segments"][i, places - len(p) :] = 1
-    return out
-
-
-def sources(texts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-    """What an encoder reads: `source`, `source_positions`, `source_segments` `[B, S]`, padded on the right."""
-    places = bucket(max(map(len, texts)))
-    out = {name: np.zeros((len(texts), places), np.int32) for name in ("source", "source_segments")}
-    for i, p in enumerate(texts):
-        out["source"][i, : len(p)], out["source_segments"][i, : len(p)] = p, 1
-    return out | {"source_positions": np.broadcast_to(np.arange(places, dtype=np.int32), (len(texts), places))}
-
 
 # ---------------------------------------------------------------------------------------------------------- generating
 
@@ -168,6 +80,7 @@ class Generator:
         self.model, self.eos = whole_rows(model), tuple(eos)
         self._prepare = jax.jit(partial(prepare, self.model))
         self._start = jax.jit(self._start_, static_argnames=("plan", "length", "rows"))
+        self._search = jax.jit(partial(beam.search, self.model), static_argnames=("how",))
         self._advance = jax.jit(self._advance_, static_argnames=("plan",), donate_argnums=1)
 
     def prepare(self, params: Any) -> Any:
@@ -185,6 +98,8 @@ class Generator:
         self, params: Any, prompts: Sequence[Sequence[int]], s: Sampling, source: Sequence[Sequence[int]] | None = None
     ) -> list[list[Completion]]:
         """The answers to each prompt, `s.samples` of them. `source`: what an encoder reads for each prompt."""
+        if s.beams > 1:
+            return self._best(params, prompts, s, source)
         state = self.start(params, prompts, s, source)
         return self.completions(self.advance(params, state, s, s.tokens), s)
 
@@ -232,6 +147,18 @@ class Generator:
         held = jax.device_get((state.tokens_BN, state.ends_B, state.logprobs_BN, state.top))
         rows = [_completion(i, self.plan(s).ends, *held) for i in range(len(held[0]))]
         return [rows[i : i + s.samples] for i in range(0, len(rows), s.samples)]
+
+    def _best(self, params: Any, prompts: Sequence[Sequence[int]], s: Sampling, source: Any) -> list[list[Completion]]:
+        plan, batch = self.plan(s), self.batch(prompts, s.tokens, source)
+        length = bucket(batch["tokens"].shape[1] + s.tokens)
+        allow_BV = allowed(s, plan, self.model.config.vocab, None)
+        how = beam.How(s.beams, plan.ends, length)
+        found = jax.device_get(self._search(params, batch, sampling.knobs(s), allow_BV, beam.rules_of(s), how=how))
+        out = []
+        for tokens_KN, lengths_K, scores_K in zip(*found, strict=True):
+            rows = [_completion(i, plan.ends, tokens_KN, lengths_K, None, None) for i in range(s.samples)]
+            out.append([replace(row, score=float(scores_K[i])) for i, row in enumerate(rows)])
+        return out
 
     def _start_(
         self, params: Any, batch: dict, key: Any, knobs: dict, allow_BV: Any, *, plan: Plan, length: int, rows: int
@@ -285,11 +212,7 @@ def choose(state: State, z_BV: jax.Array, knobs: dict, allow_BV: jax.Array | Non
     B, at = len(z_BV), state.made
     own_BV = z_BV
     z_BV = sampling.penalise(z_BV, knobs, state.seen_BV, state.counts_BV)
-    if allow_BV is not None:
-        z_BV = jnp.where(allow_BV, z_BV, -jnp.inf)
-    if "min_tokens" in knobs and plan.ends:
-        early_B1 = jnp.broadcast_to(at < knobs["min_tokens"], (B, 1))
-        z_BV = jnp.where(early_B1 & _are(jnp.arange(z_BV.shape[1]), plan.ends)[None], -jnp.inf, z_BV)
+    z_BV = sampling.restrict(z_BV, knobs, allow_BV, plan.ends, at)
     keys_B = None
     if "temperature" in knobs:
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(state.key, at), jnp.arange(B))
@@ -309,13 +232,9 @@ def choose(state: State, z_BV: jax.Array, knobs: dict, allow_BV: jax.Array | Non
     return state.replace(
         made=at + 1,
         ends_B=jnp.where(state.done_B, state.ends_B, at + 1),
-        done_B=state.done_B | _are(next_B, plan.ends),
+        done_B=state.done_B | sampling.among(next_B, plan.ends),
         **new,
     )
-
-
-def _are(ids: jax.Array, these: tuple[int, ...]) -> jax.Array:
-    return jnp.isin(ids, jnp.asarray(these, jnp.int32)) if these else jnp.zeros(ids.shape, bool)
 
 
 def _put(kept_BN: Any, new_B: jax.Array, at: jax.Array) -> jax.Array:
@@ -350,3 +269,9 @@ def _completion(i: int, ends: tuple[int, ...], tokens_BN: Any, ends_B: Any, logp
         logprobs=None if logprobs_BN is None else [float(x) for x in logprobs_BN[i, :n]],
         top=likeliest,
     )
+
+
+def trimmed(c: Completion, n: int) -> Completion:
+    """Its first `n` tokens, which completed a stop text."""
+    first = [x if x is None else x[:n] for x in (c.logprobs, c.top)]
+    return replace(c, tokens=c.tokens[:n], reason="stop", logprobs=first[0], top=first[1])

@@ -124,6 +124,22 @@ def penalise(
     return z_BV
 
 
+def restrict(
+    z_BV: jax.Array, knobs: dict[str, Any], allow_BV: jax.Array | None, ends: tuple[int, ...], made: Any
+) -> jax.Array:
+    """Only tokens of `allow_BV` (`[B or 1, V]`, None: all), and no end where fewer than `min_tokens` were `made`."""
+    if allow_BV is not None:
+        z_BV = jnp.where(allow_BV, z_BV, -jnp.inf)
+    if "min_tokens" in knobs and ends:
+        early = (made < knobs["min_tokens"]) & among(jnp.arange(z_BV.shape[-1]), ends)
+        z_BV = jnp.where(early[None], -jnp.inf, z_BV)
+    return z_BV
+
+
+def among(ids: jax.Array, these: tuple[int, ...]) -> jax.Array:
+    return jnp.isin(ids, jnp.asarray(these, jnp.int32)) if these else jnp.zeros(ids.shape, bool)
+
+
 def candidates(z_BV: jax.Array, knobs: dict[str, Any], top_k: int) -> tuple[jax.Array, jax.Array | None]:
     """(logits of what may be drawn, `[B, K]`, -inf: may not; their token ids, None: K is the vocabulary)."""
     z, ids = z_BV / knobs["temperature"], None

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxlm import config, losses, params, sharding
-from jaxlm.generate import BUCKET, Generator, extend, left_padded, prefill, prepare
+from jaxlm.decode import BUCKET, extend, left_padded, prefill, prepare
+from jaxlm.generate import Generator
 from jaxlm.models import MODELS, Model, bert, gpt2, llama
 from jaxlm.sampling import Sampling
 

@@ -9,7 +9,8 @@ import heapq
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -71,7 +72,14 @@ class Tokenizer(Protocol):
     def starts_word(self) -> np.ndarray:
         """bool [vocab]: whether a token begins a word, for whole-word masking."""
 
+    @property
+    def token_bytes(self) -> list[bytes]:
+        """What each token stands for in the middle of a text; special tokens: their name."""
+
     def encode(self, text: str) -> list[int]: ...
+    def encode_special(self, text: str) -> list[int]:
+        """As `encode`, but special tokens that the text spells out become themselves: for chat templates."""
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def piece(self, id: int) -> str: ...
@@ -86,6 +94,13 @@ def _write(path: Path, data: bytes) -> Path:
     partial.write_bytes(data)
     partial.replace(path)
     return path
+
+
+def _between(text: str, special: Mapping[str, int], encode: Callable[[str], list[int]]) -> list[int]:
+    """Ids of the special pieces where the text spells them, and of what is between them by `encode`."""
+    names = sorted(filter(None, special), key=len, reverse=True)
+    parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+    return [id for part in parts if part for id in ([special[part]] if part in special else encode(part))]
 
 
 # --------------------------------------------------------------------------------------------------------------- bytes
@@ -110,8 +125,15 @@ class Bytes(SpecialIds):
         """White space begins a word, as "▁" does elsewhere."""
         return np.isin(np.arange(self.vocab_size), list(b" \t\n\r"))
 
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes]:
+        return [bytes([id]) if id < 256 else self.piece(id).encode() for id in range(self.vocab_size)]
+
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
+
+    def encode_special(self, text: str) -> list[int]:
+        return _between(text, {piece: 256 + i for i, piece in enumerate(self.SPECIAL)}, self.encode)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
@@ -189,6 +211,21 @@ class SentencePiece(SpecialIds):
     def _plain(self, id: int) -> str:
         return self.piece(id).replace(SPACE, " ")
 
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes]:
+        sp = self._processor
+        return [
+            bytes([int(self.piece(i)[1:-1], 16)]) if sp.is_byte(i) else self._plain(i).encode()
+            for i in range(self.vocab_size)
+        ]
+
+    @functools.cached_property
+    def _controls(self) -> dict[str, int]:
+        return {self.piece(i): i for i in range(self.vocab_size) if self._processor.is_control(i)}
+
+    def encode_special(self, text: str) -> list[int]:
+        return _between(text, self._controls, self.encode)
+
     def encode(self, text: str) -> list[int]:
         if SPACE in text and self._keeps_space:
             ids: list[int] = []
@@ -215,6 +252,12 @@ class SentencePiece(SpecialIds):
 
 
 # -------------------------------------------------------------------------------------------------------- Hugging Face
+
+
+# GPT-2's alphabet: printable characters of Latin-1 are themselves, the other bytes follow from U+0100 on.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_REST = [byte for byte in range(256) if byte not in _PRINTABLE]
+BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(_REST)}
 
 
 class HuggingFace(SpecialIds):
@@ -290,8 +333,36 @@ class HuggingFace(SpecialIds):
         starts[self._special()] = False
         return starts
 
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes]:
+        added, out = self._tokenizer.get_added_tokens_decoder(), [b""] * self.vocab_size
+        for piece, id in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if id in added:
+                out[id] = piece.encode()
+            elif self._style == "bytelevel":
+                out[id] = bytes(BYTE_OF[c] for c in piece) if all(c in BYTE_OF for c in piece) else piece.encode()
+            elif self._style == "wordpiece":
+                out[id] = piece[2:].encode() if piece.startswith("##") else f" {piece}".encode()
+            elif len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+                out[id] = bytes([int(piece[1:-1], 16)])
+            else:
+                out[id] = piece.replace(SPACE, " ").encode()
+        return out
+
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _reads_special(self) -> Any:
+        import tokenizers
+
+        made = tokenizers.Tokenizer.from_str(self.json)
+        made.no_padding()
+        made.no_truncation()
+        return made
+
+    def encode_special(self, text: str) -> list[int]:
+        return self._reads_special.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [found.ids for found in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]

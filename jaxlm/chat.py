@@ -1,0 +1,120 @@
+"""A conversation with a model: its own template, answers as they come, history that fits its window."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxlm import stream
+from jaxlm.generate import Generator
+from jaxlm.sampling import Sampling
+from jaxlm.template import render
+
+
+def find_template(folder: Path) -> str | None:
+    """The chat template among a model's files, or beside its tokenizer."""
+    for at in (folder, folder / "tokenizer"):
+        if (file := at / "chat_template.jinja").is_file():
+            return file.read_text("utf-8")
+        for name in ("chat_template.json", "tokenizer_config.json"):
+            if not (file := at / name).is_file():
+                continue
+            try:
+                found = json.loads(file.read_text("utf-8")).get("chat_template")
+            except (json.JSONDecodeError, AttributeError):
+                raise ValueError(f"{file}: not a JSON object; restore it from where the model came from") from None
+            if isinstance(found, list):  # several, by name
+                named = {entry.get("name"): entry.get("template") for entry in found}
+                found = named.get("default", next(iter(named.values()), None))
+            if isinstance(found, str):
+                return found
+    return None
+
+
+def encode(tokens: Any, template: str, messages: list[dict[str, Any]], answer: bool = True) -> list[int]:
+    """Token ids of a conversation. The template alone decides whether a begin-of-text token comes first."""
+    names = {
+        kind: "" if id is None else tokens.piece(id) for kind, id in (("bos", tokens.bos_id), ("eos", tokens.eos_id))
+    }
+    return tokens.encode_special(render(template, messages, **names, answer=answer))
+
+
+@dataclass
+class Chat:
+    """One conversation. `params` had best be prepared."""
+
+    generate: Generator
+    tokens: Any
+    params: Any
+    template: str
+    sampling: Sampling
+    system: str | None = None
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    dropped: int = 0
+    """Messages that no longer fit."""
+
+    def reset(self) -> None:
+        self.messages, self.dropped = [], 0
+
+    def say(self, text: str) -> Iterator[str]:
+        """The answer, piece by piece. What was said of it is remembered, even if it is cut short."""
+        self.messages.append(dict(role="user", content=text))
+        try:
+            prompt = self._fitting()
+        except ValueError:
+            self.messages.pop()
+            raise
+        said = ""
+        try:
+            for _, piece in stream.stream(self.generate, self.tokens, self.params, [prompt], self.sampling, every=4):
+                said += piece
+                yield piece
+        finally:
+            self.messages.append(dict(role="assistant", content=said))
+
+    def _fitting(self) -> list[int]:
+        """The prompt, without the oldest turns where all don't fit the model's window."""
+        most = self.generate.model.config.positions
+        while True:
+            first = [dict(role="system", content=self.system)] if self.system else []
+            ids = encode(self.tokens, self.template, first + self.messages)
+            if most is None or len(ids) + self.sampling.tokens <= most:
+                return ids
+            later = [i for i, m in enumerate(self.messages) if m["role"] == "user" and i]
+            if not later:
+                raise ValueError(
+                    f"chat: this message takes {len(ids)} tokens, an answer up to {self.sampling.tokens}, and the "
+                    f"model has {most} positions; shorten it, or set --tokens lower"
+                )
+            self.dropped += later[0]
+            self.messages = self.messages[later[0] :]
+
+
+def converse(chat: Chat, lines: Iterator[str], say: Any, prompt: str = "") -> None:
+    """Answer each line until there is none or /exit. /reset forgets; Ctrl-C ends an answer.
+
+    `say(text)` shows text as it comes; `prompt` is shown before each turn.
+    """
+    while True:
+        say(prompt)
+        line = next(lines, None)
+        if line is None or line.strip() == "/exit":
+            return
+        if line.strip() == "/reset":
+            chat.reset()
+            say("(forgotten)\n")
+            continue
+        if not line.strip():
+            continue
+        before = chat.dropped
+        try:
+            for piece in chat.say(line.rstrip("\n")):
+                say(piece)
+        except KeyboardInterrupt:
+            say(" …")
+        except ValueError as error:
+            say(f"jaxlm: {error}")
+        say("\n")
+        if chat.dropped > before:
+            say(f"({chat.dropped - before} messages at the beginning no longer fit and were forgotten)\n")

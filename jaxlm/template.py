@@ -1,0 +1,110 @@
+"""Chat templates: Jinja that came with somebody's model, so it runs in a sandbox in a process of its own with limits.
+
+This file is that process too, and then imports nothing of jaxlm.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SECONDS = 10
+MEMORY = 1 << 30
+LONGEST = 1 << 20  # characters a template may write
+
+
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    bos: str = "",
+    eos: str = "",
+    answer: bool = True,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
+    """The conversation as the model was trained to read it. `answer`: it ends where the model's answer begins."""
+    given = dict(messages=list(messages), bos_token=bos, eos_token=eos, add_generation_prompt=answer)
+    request = json.dumps(dict(template=template, variables=given | dict(variables or {})))
+    try:
+        # Isolated: neither the current folder nor the environment adds modules to what it imports.
+        done = subprocess.run(
+            [sys.executable, "-I", __file__], input=request, capture_output=True, text=True, encoding="utf-8",
+            timeout=SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"chat template: took more than {SECONDS} s; use another template") from None
+    if done.returncode or not done.stdout:
+        raise ValueError(f"chat template: took more than {SECONDS} s or {MEMORY >> 20} MiB; use another template")
+    result = json.loads(done.stdout)
+    if "error" in result:
+        raise ValueError(f"chat template: {result['error']}")
+    return result["text"]
+
+
+def _limit() -> None:
+    try:
+        import resource
+    except ImportError:  # not a POSIX system: the parent's time limit remains
+        return
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
+def _environment() -> Any:
+    from datetime import datetime
+
+    import jinja2
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %} … {% endgeneration %}` marks what the model wrote; it shows as it is."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
+                sort_keys: bool = False) -> str:  # fmt: skip
+        # Jinja's own escapes < and > for HTML, which models have not seen.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    made.filters["tojson"] = to_json
+    made.globals |= dict(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
+    return made
+
+
+def _serve() -> None:
+    """One request from standard input, its answer to standard output."""
+    request = json.load(sys.stdin)
+    try:
+        import jinja2  # noqa: F401
+    except ImportError:
+        print(json.dumps({"error": "needs jinja2, which is not installed; pip install 'jaxlm[generate]'"}))
+        return
+    _limit()
+    try:
+        parts, size = [], 0
+        for part in _environment().from_string(request["template"]).generate(**request["variables"]):
+            parts.append(part)
+            size += len(part)
+            if size > LONGEST:
+                raise ValueError(f"writes more than {LONGEST:,} characters")
+        answer = {"text": "".join(parts)}
+    except Exception as error:  # whatever a hostile template can provoke becomes one line
+        answer = {"error": " ".join(str(error).split())[:300] or type(error).__name__}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    _serve()
