@@ -168,7 +168,9 @@ STEMS = {  # of the classes that transformers has for them
     "mpnet": "MPNet",
 }
 MODEL_TYPES = tuple(STEMS)
-IGNORED = (r"(.*\.)?embeddings\.position_ids",)
+# What the class that config.json names leaves behind too: Google's own BERT is a BertForMaskedLM with a pooler.
+IGNORED = (r"(.*\.)?embeddings\.position_ids", r"(.*\.)?pooler\.dense\..*", r"cls\.seq_relationship\..*")
+TIED = {"cls.predictions.decoder.bias": "cls.predictions.bias", "lm_head.decoder.bias": "lm_head.bias"}
 
 BERT = dict(
     q="attention.self.query", k="attention.self.key", v="attention.self.value", o="attention.output.dense",
@@ -183,11 +185,12 @@ DISTILBERT = dict(
     norm1="sa_layer_norm", up="ffn.lin1", down="ffn.lin2", norm2="output_layer_norm",
 )  # fmt: skip
 LAYER = {"bert": BERT, "roberta": BERT, "xlm-roberta": BERT, "mpnet": BERT | MPNET, "distilbert": DISTILBERT}
-# The head's dense layer, its norm, and what the bias of the vocabulary belongs to.
+CLS, LM = "cls.predictions.", "lm_head."
+# The head's dense layer, its norm, the matrix that is the embedding, and the bias of the vocabulary.
 HEADS = {
-    "bert": ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions"),
-    "distilbert": ("vocab_transform", "vocab_layer_norm", "vocab_projector"),
-    "roberta": ("lm_head.dense", "lm_head.layer_norm", "lm_head"),
+    "bert": (CLS + "transform.dense", CLS + "transform.LayerNorm", CLS + "decoder.weight", CLS + "bias"),
+    "distilbert": ("vocab_transform", "vocab_layer_norm", "vocab_projector.weight", "vocab_projector.bias"),
+    "roberta": (LM + "dense", LM + "layer_norm", LM + "decoder.weight", LM + "bias"),
 }
 
 
@@ -195,7 +198,7 @@ def names(c: Config) -> dict[str, Name]:
     stem = {"xlm-roberta": "roberta"}.get(c.model_type, c.model_type)
     trunk = f"{stem}." if c.head else ""  # a bare model's files leave it out
     layer = trunk + ("transformer.layer.{layer}." if stem == "distilbert" else "encoder.layer.{layer}.")
-    transform, transform_norm, head = HEADS[stem if stem in HEADS else "roberta"]
+    transform, transform_norm, head, head_bias = HEADS[stem if stem in HEADS else "roberta"]
     modules = {f"blocks/{ours}": layer + theirs for ours, theirs in LAYER[c.model_type].items()} | {
         "norm": trunk + "embeddings.LayerNorm",
         "pooler": trunk + "pooler.dense",
@@ -208,7 +211,8 @@ def names(c: Config) -> dict[str, Name]:
         "position": same(trunk + "embeddings.position_embeddings.weight"),
         "type": same(trunk + "embeddings.token_type_embeddings.weight"),
         "relative": same(trunk + "encoder.relative_attention_bias.weight"),
-        "head_bias": vector(head + ".bias"),
+        "head": same(head),  # never a weight of ours: files may hold the embedding under this name too
+        "head_bias": vector(head_bias),
     }
     for ours, theirs in modules.items():
         file = theirs + ".weight"

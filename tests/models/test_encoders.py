@@ -1,15 +1,18 @@
 """What BERT's kin and ModernBERT have of their own; logits and files are compared in `test_published.py`."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from published import ROWS, draw, inputs
 
 from jaxlm import config, names, params, sharding, tree
-from jaxlm.models import Model, bert, modernbert
+from jaxlm.interop import hf
+from jaxlm.models import MODELS, Model, bert, modernbert
 from jaxlm.params import is_spec
 from jaxlm.rope import Rope
 
@@ -179,6 +182,51 @@ def test_a_model_without_a_head_says_so():
         make_model(dataclasses.replace(TINY, pooler=False)).pooled({}, jnp.zeros((1, T, 8)))
     with pytest.raises(ValueError, match=r"model\.layers: 1 is too few"):
         modernbert.specs(dataclasses.replace(MODERN, layers=1))
+
+
+def published_files(folder, c, change=lambda files: files) -> bert.Config:
+    """Write a model's files, changed, and load them; returns the Config that was found."""
+    specs = bert.specs(c)
+    files = {key: draw(key, tensor.shape) for key, tensor in names.tensors(bert.names(c), specs).items()}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(bert.to_hf(c)))
+    safetensors.numpy.save_file(change(files), folder / "model.safetensors", metadata={"format": "pt"})
+    family, found = hf.describe(folder, MODELS)
+    specs = family.specs(found)
+    weights = hf.load(folder, family, found, specs, sharding.Layout().shardings(specs, None))
+    embedding = next(w for key, w in files.items() if key.endswith("word_embeddings.weight"))
+    np.testing.assert_array_equal(weights["embed"], embedding.astype(np.float32))
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_may_hold_the_head_twice_but_not_two_heads(tmp_path, kind):
+    c = dataclasses.replace(CONFIGS[kind], pooler=False)
+    entries = bert.names(c)
+    head, bias = entries["head"].file, entries["head_bias"].file
+
+    def twice(files):
+        more = {} if kind == "distilbert" else {head.replace("weight", "bias"): files[bias].copy()}
+        return files | more | {head: files[entries["embed"].file].copy()}
+
+    assert published_files(tmp_path / "twice", c, twice) == c
+    with pytest.raises(ValueError, match=r"though config\.json ties them"):
+        published_files(tmp_path / "two", c, lambda files: twice(files) | {head: -files[entries["embed"].file]})
+
+
+def test_early_files_of_bert_are_read(tmp_path):
+    """TensorFlow's names of norms, a buffer, and what BertForMaskedLM leaves behind: pooler, next-sentence head."""
+    c = dataclasses.replace(TINY, pooler=False)
+    more = {"bert.pooler.dense.weight": (8, 8), "bert.pooler.dense.bias": (8,), "cls.seq_relationship.weight": (2, 8)}
+
+    def early(files):
+        old = {k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): w
+               for k, w in files.items()}  # fmt: skip
+        assert old.keys() != files.keys()
+        old["bert.embeddings.position_ids"] = np.arange(T)[None]
+        return old | {key: draw(key, shape) for key, shape in more.items()}
+
+    assert published_files(tmp_path / "early", c, early) == c
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta_bare", "xlm_roberta_bare", "mpnet_bare"])
