@@ -241,7 +241,7 @@ def _local(p: dict, x_BTD: jax.Array, real_BT: jax.Array, *, c: Moe, act: Gated,
     mine_NK = (chosen_NK >= first) & (chosen_NK < first + E)
     if "down_bias" in w and axes.ffn:  # once, though every part of the width gives a part of the sum
         w = w | {"down_bias": w["down_bias"] * (jax.lax.axis_index(axes.ffn) == 0).astype(w["down_bias"].dtype)}
-    if kept_BTK is None:
+    if kept_BTK is None or place_BTK is None:
         y_NKD = _dropless(w, x_ND, jnp.where(mine_NK, chosen_NK - first, E), act, jax.default_backend() == "cpu")
     else:
         size = min(places, T)  # no more of this device's tokens can want an expert

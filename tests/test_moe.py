@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import config, moe, params, sharding
+from jaxlm import config, layers, moe, params, sharding
 from jaxlm.moe import Moe
 
 B, T, D = 4, 16, 8
@@ -81,8 +82,7 @@ def plain_loop(c: Moe, p, x):
     return out
 
 
-@pytest.mark.parametrize("biases", [False, True])
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize(("name", "biases"), [*[(name, False) for name in ROUTERS], ("mixtral", True)])
 def test_every_token_gets_the_sum_of_its_experts(name, biases):
     c = ROUTERS[name]
     _, p, x, segments = make(c, biases)
@@ -100,8 +100,7 @@ def all_experts(c: Moe, p, x):
     return jnp.einsum("btef,efd,bte->btd", jax.nn.silu(gate) * up, w["down"], share)
 
 
-@pytest.mark.parametrize("how", ["blocks", "ragged_dot"])
-@pytest.mark.parametrize("name", ["mixtral", "deepseek v3"])
+@pytest.mark.parametrize(("name", "how"), [("mixtral", "blocks"), ("deepseek v3", "blocks"), ("mixtral", "ragged_dot")])
 def test_gradients_equal_those_of_all_experts(name, how, monkeypatch):
     """Of experts, router and tokens, whichever way experts are multiplied."""
     monkeypatch.setattr(moe.jax, "default_backend", lambda: "cpu" if how == "blocks" else "other")
@@ -114,7 +113,7 @@ def test_gradients_equal_those_of_all_experts(name, how, monkeypatch):
     assert np.abs(got[0]["router"]).max() > 1
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 700])
+@pytest.mark.parametrize("tokens", [1, 700])
 def test_any_number_of_tokens(tokens):
     c = ROUTERS["mixtral"]
     _, p, _, _ = make(c)
@@ -151,7 +150,7 @@ def with_capacity(c: Moe, p, x, segments):
     return out, dropped
 
 
-@pytest.mark.parametrize("capacity", [0.5, 1.0, 8.0])
+@pytest.mark.parametrize("capacity", [0.5, 8.0])
 def test_capacity_drops_what_finds_no_place_and_says_how_much(capacity):
     c = dataclasses.replace(ROUTERS["mixtral"], capacity=capacity)
     _, p, x, segments = make(c)
@@ -188,6 +187,25 @@ def test_padding_changes_no_loss():
     np.testing.assert_array_equal(np.asarray(y1)[segments > 0], np.asarray(y2)[segments > 0])
 
 
+def test_routers_stay_exact_in_bfloat16():
+    """Their weights are not rounded with the others, so tokens go where float32 sends them."""
+    specs = dict(
+        router=params.Spec((D, 8), ("embed", "router"), params.zeros),
+        up=params.Spec((D, 8), ("embed", "ffn"), params.zeros),
+    )
+    weights = {n: jnp.full((1, D, 8), 1 + 2**-12) for n in specs}
+    stacked = params.stacked(1, specs)
+    seen = {}
+
+    def block(p, x, key, kind, kept):
+        seen.update(p)
+        return x, None
+
+    layout = sharding.Layout(execution=config.Execution(dtype="bfloat16", scan=False))
+    layers.run_blocks(block, weights, stacked, jnp.zeros(1), shard=layout, key=None)
+    assert seen["router"].dtype == jnp.float32 and seen["up"].dtype == jnp.bfloat16
+
+
 MESHES = {
     "expert": config.Mesh(data=1, expert=8),
     "data x expert x tensor": config.Mesh(data=2, expert=2, tensor=2),
@@ -196,9 +214,10 @@ MESHES = {
 
 
 @functools.cache
-def gradients(router: str, biases: bool, capacity: float | None, mesh: str | None, axis_type: str = "explicit"):
-    c = dataclasses.replace(ROUTERS[router], capacity=capacity, router_z=0.1, balance=0.5)
-    specs, p, x, segments = make(c, biases)
+def gradients(capacity: float | None, mesh: str | None = None, axis_type: str = "explicit"):
+    """Of a mixture with biases and all that a router can have: (outputs, losses and gradients; the program's text)."""
+    c = dataclasses.replace(ROUTERS["deepseek v3"], capacity=capacity, router_z=0.1, balance=0.5)
+    specs, p, x, segments = make(c, biases=True)
     mc = config.Mesh() if mesh is None else dataclasses.replace(MESHES[mesh], axis_type=axis_type)
     m = sharding.make_mesh(mc, jax.devices()[:1] if mesh is None else jax.devices())
     layout = sharding.Layout.of(mc, LAYOUT.execution)
@@ -208,21 +227,33 @@ def gradients(router: str, biases: bool, capacity: float | None, mesh: str | Non
         return jnp.square(y).sum() + tally.aux_B.sum(), (y, tally)
 
     with sharding.on_mesh(m):
-        homes = layout.shardings(specs, m)
         if m is not None:
-            tokens = [jax.sharding.NamedSharding(m, layout.spec(("batch", "seq", *[None] * n))) for n in (1, 0)]
-            x, segments = (jax.device_put(a, s) for a, s in zip((x, segments), tokens, strict=True))
-        p = jax.tree.map(jax.device_put, p, homes)
-        step = jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))
-        return jax.device_get(step(p, x, segments)), step.lower(p, x, segments)
+            homes = [jax.sharding.NamedSharding(m, layout.spec(("batch", "seq", *[None] * n))) for n in (1, 0)]
+            x, segments = (jax.device_put(a, s) for a, s in zip((x, segments), homes, strict=True))
+        p = jax.tree.map(jax.device_put, p, layout.shardings(specs, m))
+        program = jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True)).lower(p, x, segments).compile()
+        return jax.device_get(program(p, x, segments)), program.as_text()
 
 
-@pytest.mark.parametrize("capacity", [None, 0.8])
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("axis_type", ["explicit", "auto"])
+@pytest.mark.parametrize(
+    ("mesh", "axis_type", "capacity"),
+    [
+        ("expert", "explicit", None),
+        ("data x expert x tensor", "explicit", None),
+        ("data x expert x tensor", "auto", 0.8),
+        ("fsdp x context x expert", "auto", None),
+        ("fsdp x context x expert", "explicit", 0.8),
+    ],
+)
 def test_a_mesh_gives_what_one_device_gives(mesh, axis_type, capacity):
-    """Outputs, losses, dropped shares and every gradient, with biases and all that routers have."""
-    for router in ("mixtral", "deepseek v3"):
-        expected, _ = gradients(router, True, capacity, None)
-        got, _ = gradients(router, True, capacity, mesh, axis_type)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-5), got, expected)
+    """Outputs, losses, dropped shares and every gradient; and no device ever gets the weights of all experts."""
+    expected, _ = gradients(capacity)
+    got, program = gradients(capacity, mesh, axis_type)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-5), got, expected)
+    moved = re.findall(r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(", program)
+    sizes = [
+        int(np.prod([int(n) for n in dims.split(",") if n])) for s in moved for dims in re.findall(r"\[([\d,]*)\]", s)
+    ]
+    assert max(sizes) < 8 * D * 12
+    if "fsdp" in mesh:
+        assert 4 * D * 12 in sizes  # its own experts, gathered from where they rest

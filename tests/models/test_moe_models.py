@@ -65,7 +65,11 @@ def one_update(micro: int, mesh_config: config.Mesh | None = None):
 
 @pytest.mark.parametrize(
     ("micro", "mesh_config"),
-    [(2, None), (4, None), (2, config.Mesh(data=2, expert=2, tensor=2, axis_type="explicit"))],
+    [
+        pytest.param(2, None, marks=pytest.mark.slow),
+        (4, None),
+        (2, config.Mesh(data=2, expert=2, tensor=2, axis_type="explicit")),
+    ],
     ids=["2 micro-batches", "4 micro-batches", "2 on a mesh"],
 )
 def test_the_same_update_however_the_batch_is_cut(micro, mesh_config):
