@@ -234,7 +234,7 @@ def relative_bias(
     n = jnp.arange(T + S, dtype=jnp.int32)
     distance = s_S[0] - t_T[0] + jnp.where(n < S, n, n - (T + S))
     buckets_N = relative_buckets(distance, table_NH.shape[0], longest, both_ways)
-    table_HN = shard(table_NH.astype(jnp.float32), None, "heads").T
+    table_HN = shard(jnp.asarray(table_NH, jnp.float32), None, "heads").T
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.are_all_axes_explicit:
         line_HN = table_HN.at[:, buckets_N].get(out_sharding=shard.spec(("heads", None)))

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm import layers
 from jaxlm.attention import Cache, Mask, empty_cache, read_on
@@ -118,9 +119,11 @@ def encode(
     c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: jax.Array | None = None
 ) -> jax.Array:
     """`[B, S, D]`: what the decoder looks at."""
-    mask = Mask(False, None, batch.get("source_segments"), batch.get("source_segments"))
-    ids, positions = batch["source"], batch["source_positions"]
-    return _stack(c, "encoder", specs, params, ids, positions, mask, shard=shard, key=key)[0]
+    segments_BS, positions_BS = batch.get("source_segments"), batch["source_positions"]
+    if segments_BS is not None:  # padding may go on behind the last position, where the table has nothing but NaN
+        positions_BS = jnp.where(segments_BS > 0, positions_BS, 0)
+    mask = Mask(False, None, segments_BS, segments_BS)
+    return _stack(c, "encoder", specs, params, batch["source"], positions_BS, mask, shard=shard, key=key)[0]
 
 
 def forward(
@@ -283,10 +286,11 @@ def to_hf(c: Config) -> dict[str, Any]:
             f"model.norm_first: not so in files of model_type {c.model_type!r}; set model.model_type={fits}"
         )
     (_, heads, ffn), (n, decoder_heads, decoder_ffn) = sides(c).values()
-    return dict(
+    out: dict[str, Any] = dict(
         architectures=[ARCHITECTURES[c.model_type]], model_type=c.model_type, is_encoder_decoder=True,
         vocab_size=c.vocab, d_model=c.width, encoder_layers=c.layers, decoder_layers=n, encoder_attention_heads=heads,
         decoder_attention_heads=decoder_heads, encoder_ffn_dim=ffn, decoder_ffn_dim=decoder_ffn,
         max_position_embeddings=c.positions, activation_function=c.activation, scale_embedding=c.scaled,
-        dropout=c.dropout, tie_word_embeddings=c.tied, decoder_start_token_id=c.decoder_start,
+        dropout=c.dropout, tie_word_embeddings=c.tied,
     )  # fmt: skip
+    return out if c.decoder_start is None else out | dict(decoder_start_token_id=c.decoder_start)

@@ -42,6 +42,8 @@ class Config:
     """Of distances, each with a bias of its own in every head."""
     longest: int = 128
     """Distance from which all share one bucket."""
+    positions: int | None = None
+    """Longest sequence; None: no limit."""
     tied: bool = False
     """The head is the embedding."""
     scaled: bool = False
@@ -226,7 +228,7 @@ def from_hf(values: dict[str, Any]) -> Config:
     return Config(
         vocab=values["vocab_size"],
         layers=values["num_layers"],
-        decoder_layers=values.get("num_decoder_layers"),
+        decoder_layers=values.get("num_decoder_layers") or values["num_layers"],
         width=values["d_model"],
         heads=values["num_heads"],
         head_width=values["d_kv"],
@@ -258,12 +260,13 @@ def to_hf(c: Config) -> dict[str, Any]:
         raise ValueError(
             "model.activation: files of model_type 't5' can't say gated gelu but as gelu_new; use gelu_new"
         )
-    out = dict(
+    out: dict[str, Any] = dict(
         architectures=[ARCHITECTURES[c.model_type]], model_type=c.model_type, is_encoder_decoder=True,
         vocab_size=c.vocab, num_layers=c.layers, num_decoder_layers=c.depth, d_model=c.width, num_heads=c.heads,
         d_kv=c.head_width, d_ff=c.ffn, feed_forward_proj=f"gated-{activation}" if c.gated else activation,
         relative_attention_num_buckets=c.buckets, relative_attention_max_distance=c.longest, dropout_rate=c.dropout,
-        layer_norm_epsilon=c.eps, tie_word_embeddings=c.tied, decoder_start_token_id=c.decoder_start,
+        layer_norm_epsilon=c.eps, tie_word_embeddings=c.tied,
     )  # fmt: skip
-    # transformers takes tie_word_embeddings for both; where they differ it reads this field after that one.
-    return out if c.tied == c.scaled or c.model_type == "mt5" else out | dict(scale_decoder_outputs=c.scaled)
+    if c.tied != c.scaled and c.model_type == "t5":  # which tie_word_embeddings stands for both of, without this
+        out["scale_decoder_outputs"] = c.scaled
+    return out if c.decoder_start is None else out | dict(decoder_start_token_id=c.decoder_start)
