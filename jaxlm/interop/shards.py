@@ -126,8 +126,8 @@ def _limit(home: Sharding, itemsize: int) -> int:
 def _arriving(home: Sharding, sources: Sequence[Source], where: Where) -> Iterator[tuple[np.ndarray, Index]]:
     """What a stretch of a weight needs, piece by piece, in the file's order of dimensions."""
     kinds = {s.dtype for s in sources}
-    # JAX has no float64 unless asked, and pieces that travel together have one dtype.
-    wire = kinds.pop() if len(kinds) == 1 and np.dtype(np.float64) not in kinds else np.dtype(np.float32)
+    # Pieces that travel together have one dtype; nearly always the file has one for all layers.
+    wire = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
     for s in sources:
         for index, starts in _pieces(s.part, s.view, where, _limit(home, wire.itemsize)):
             x = s.read(index)

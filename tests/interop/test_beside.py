@@ -46,7 +46,7 @@ def read(path: Path) -> dict:
 def test_settings_with_ids_from_both_files(tmp_path):
     put(
         tmp_path,
-        config__json={"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": None, "decoder_start_token_id": 0},
+        config__json={"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 4, "decoder_start_token_id": 0},
         generation_config__json={
             **{"eos_token_id": [5, 6], "do_sample": True, "temperature": 1, "top_k": 20, "top_p": 0.9},
             **{"repetition_penalty": 1.05, "max_new_tokens": 64, "transformers_version": "5.0", "use_cache": True},
@@ -54,11 +54,11 @@ def test_settings_with_ids_from_both_files(tmp_path):
         },
     )
     assert read_generation(tmp_path) == Generation(
-        eos=(5, 6), bos=1, start=0, sample=True, temperature=1.0, top_k=20, top_p=0.9, repetition_penalty=1.05,
+        eos=(5, 6), bos=1, pad=4, start=0, sample=True, temperature=1.0, top_k=20, top_p=0.9, repetition_penalty=1.05,
         new_tokens=64, others=("penalty_alpha", "suppress_tokens"),
     )  # fmt: skip
     (tmp_path / "generation_config.json").unlink()
-    assert read_generation(tmp_path) == Generation(eos=(2,), bos=1, start=0)
+    assert read_generation(tmp_path) == Generation(eos=(2,), bos=1, pad=4, start=0)
     (tmp_path / "config.json").unlink()
     assert read_generation(tmp_path) == Generation()
 
