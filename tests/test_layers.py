@@ -116,7 +116,7 @@ def test_full_rematerialization_keeps_no_activation_of_a_block():
 
 
 def test_distances_fall_into_the_published_buckets():
-    """Of T5 and MPNet with 32 buckets up to 128: near ones alone, farther ones shared, keys ahead in the second half."""
+    """Of T5 and MPNet with 32 up to 128: near ones alone, farther ones shared, keys ahead in the second half."""
     table, far = jnp.arange(32.0).reshape(32, 1), [0, 1, 7, 8, 11, 12, 15, 16, 31, 32, 127, 128, 999]
 
     def buckets(T, S, both_ways):
