@@ -189,7 +189,7 @@ def test_layers_of_several_dtypes_on_several_devices(tmp_path, monkeypatch):
     """Each device's piece of the moment is of another layer."""
     monkeypatch.setattr(shards, "SMALL", 0)
     c = config.Mesh(fsdp=4, data=2, store=("layers=fsdp", "embed="))
-    file = {n: x.astype(np.float32) if ".1." in n else x for n, x in toy_file(TIED, ml_dtypes.bfloat16).items()}
+    file = {n: x if ".1." in n else x.astype(ml_dtypes.bfloat16) for n, x in toy_file(TIED, np.float32).items()}
     homes = sharding.Layout.of(c, config.Execution()).shardings(toy_specs(TIED), sharding.make_mesh(c))
     found = hf.load(directory(tmp_path, file), TOY, TIED, toy_specs(TIED), homes)
     for path, due in by_hand(TIED, file).items():
