@@ -1,9 +1,9 @@
 """A conversation with a model: its own template, answers as they come, history that fits its window."""
 
-import json
+import contextlib
+from collections.abc import Generator as Pieces
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from jaxlm import stream
@@ -12,32 +12,10 @@ from jaxlm.sampling import Sampling
 from jaxlm.template import render
 
 
-def find_template(folder: Path) -> str | None:
-    """The chat template among a model's files, or beside its tokenizer."""
-    for at in (folder, folder / "tokenizer"):
-        if (file := at / "chat_template.jinja").is_file():
-            return file.read_text("utf-8")
-        for name in ("chat_template.json", "tokenizer_config.json"):
-            if not (file := at / name).is_file():
-                continue
-            try:
-                found = json.loads(file.read_text("utf-8")).get("chat_template")
-            except (json.JSONDecodeError, AttributeError):
-                raise ValueError(f"{file}: not a JSON object; restore it from where the model came from") from None
-            if isinstance(found, list):  # several, by name
-                named = {entry.get("name"): entry.get("template") for entry in found}
-                found = named.get("default", next(iter(named.values()), None))
-            if isinstance(found, str):
-                return found
-    return None
-
-
 def encode(tokens: Any, template: str, messages: list[dict[str, Any]], answer: bool = True) -> list[int]:
     """Token ids of a conversation. The template alone decides whether a begin-of-text token comes first."""
-    names = {
-        kind: "" if id is None else tokens.piece(id) for kind, id in (("bos", tokens.bos_id), ("eos", tokens.eos_id))
-    }
-    return tokens.encode_special(render(template, messages, **names, answer=answer))
+    bos, eos = ("" if id is None else tokens.piece(id) for id in (tokens.bos_id, tokens.eos_id))
+    return tokens.encode_special(render(template, messages, bos=bos, eos=eos, answer=answer))
 
 
 @dataclass
@@ -57,7 +35,7 @@ class Chat:
     def reset(self) -> None:
         self.messages, self.dropped = [], 0
 
-    def say(self, text: str) -> Iterator[str]:
+    def say(self, text: str) -> Pieces[str, None, None]:
         """The answer, piece by piece. What was said of it is remembered, even if it is cut short."""
         self.messages.append(dict(role="user", content=text))
         try:
@@ -75,20 +53,20 @@ class Chat:
 
     def _fitting(self) -> list[int]:
         """The prompt, without the oldest turns where all don't fit the model's window."""
-        most = self.generate.model.config.positions
+        most, kept = self.generate.model.config.positions, self.messages
+        first = [dict(role="system", content=self.system)] if self.system else []
         while True:
-            first = [dict(role="system", content=self.system)] if self.system else []
-            ids = encode(self.tokens, self.template, first + self.messages)
+            ids = encode(self.tokens, self.template, first + kept)
             if most is None or len(ids) + self.sampling.tokens <= most:
+                self.dropped, self.messages = self.dropped + len(self.messages) - len(kept), kept
                 return ids
-            later = [i for i, m in enumerate(self.messages) if m["role"] == "user" and i]
+            later = [i for i, m in enumerate(kept) if m["role"] == "user" and i]
             if not later:
                 raise ValueError(
                     f"chat: this message takes {len(ids)} tokens, an answer up to {self.sampling.tokens}, and the "
                     f"model has {most} positions; shorten it, or set --tokens lower"
                 )
-            self.dropped += later[0]
-            self.messages = self.messages[later[0] :]
+            kept = kept[later[0] :]
 
 
 def converse(chat: Chat, lines: Iterator[str], say: Any, prompt: str = "") -> None:
@@ -109,8 +87,9 @@ def converse(chat: Chat, lines: Iterator[str], say: Any, prompt: str = "") -> No
             continue
         before = chat.dropped
         try:
-            for piece in chat.say(line.rstrip("\n")):
-                say(piece)
+            with contextlib.closing(chat.say(line.rstrip("\n"))) as pieces:
+                for piece in pieces:
+                    say(piece)
         except KeyboardInterrupt:
             say(" …")
         except ValueError as error:

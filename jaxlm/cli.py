@@ -73,16 +73,20 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
 
     p = command(commands, "generate", _generate, "continue a prompt",
-                "jaxlm generate runs/quickstart --prompt 'def main(' --temperature 0.8")  # fmt: skip
-    p.add_argument("model", metavar="RUN_DIR")
-    p.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    p.add_argument("--tokens", type=int, default=128, help="at most so many new ones (default 128)")
-    p.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
-    p.add_argument("--top-k", type=int, default=0)
-    p.add_argument("--top-p", type=float, default=1.0)
-    p.add_argument("--seed", type=int, default=0)
+                "jaxlm generate runs/quickstart --prompt 'def main(' --temperature 0.8", overrides=True)  # fmt: skip
+    p.add_argument("model", metavar="RUN_DIR", nargs="?")
+    p.add_argument("--prompt", action="append", help="may be given several times")
     p.add_argument("--step", type=int, help="of a checkpoint (default: the newest)")
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
+    p.add_argument("-h", "--help", action="store_true", help="how text may be chosen, with the model's own values")
+
+    p = command(commands, "chat", _chat, "talk with a model: /reset forgets, /exit ends, Ctrl-C ends an answer",
+                "jaxlm chat runs/tuned --system 'Answer in one line.'", overrides=True)  # fmt: skip
+    p.add_argument("model", metavar="RUN_DIR", nargs="?")
+    p.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    p.add_argument("--template", type=Path, metavar="FILE", help="chat template in Jinja (default: the model's own)")
+    p.add_argument("--step", type=int, help="of a checkpoint (default: the newest)")
+    p.add_argument("-h", "--help", action="store_true", help="how text may be chosen, with the model's own values")
 
     tokenizer = commands.add_parser("tokenizer", help="train a tokenizer").add_subparsers(required=True)
     p = command(tokenizer, "train", _tokenizer_train, "train a lossless SentencePiece tokenizer with byte fallback",
@@ -170,16 +174,65 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
     return _json(args, metrics)
 
 
+def _sampling(args: argparse.Namespace, rest: list[str]) -> Any:
+    """The model's own settings, with overrides; None: help was asked for, and given."""
+    import contextlib
+    import dataclasses
+    import io
+
+    import tyro
+
+    from jaxlm import inference
+    from jaxlm.config import nearest
+
+    own = inference.Sampling() if args.model is None else inference.settings(Path(args.model))
+    if args.model is None and not args.help:
+        raise ValueError("give a run directory, for example: jaxlm generate runs/quickstart --prompt 'def main('")
+    if args.help:
+        return tyro.cli(inference.Sampling, default=own, args=["--help"], prog="jaxlm generate|chat RUN_DIR")
+    known = [f.name for f in dataclasses.fields(own)]
+    for flag in (a.split("=", 1)[0] for a in rest if a.startswith("--")):
+        name = flag.removeprefix("--").replace("-", "_")
+        if name not in known:
+            raise ValueError(f"unknown option {flag}{nearest(name, known)}")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # its boxed message becomes one line
+            return tyro.cli(inference.Sampling, default=own, args=rest)
+    except SystemExit:
+        raise ValueError(f"{' '.join(rest)}: a value is of the wrong type; see jaxlm generate --help") from None
+
+
 def _generate(args: argparse.Namespace, rest: list[str]) -> int:
     _start()
     from jaxlm import inference
-    from jaxlm.sampling import Sampling
 
-    how = Sampling(tokens=args.tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-    texts = inference.generate(Path(args.model), args.prompt, how, args.step)
-    for prompt, text in zip(args.prompt, texts, strict=True):
-        print(prompt + text)
-    return _json(args, {"prompts": args.prompt, "texts": texts})
+    how = _sampling(args, rest)
+    if not args.prompt:
+        raise ValueError("give a --prompt")
+    found = inference.generate(Path(args.model), args.prompt, how, args.step)
+    for prompt, answers in zip(args.prompt, found, strict=True):
+        for answer in answers:
+            print(prompt + answer.text)
+    texts = [[a.text for a in answers] for answers in found]
+    values: dict[str, Any] = {"prompts": args.prompt, "texts": texts if how.samples > 1 else [t for [t] in texts]}
+    values["reasons"] = [[a.completion.reason for a in answers] for answers in found]
+    if how.logprobs is not None:
+        values["logprobs"] = [[a.completion.logprobs for a in answers] for answers in found]
+        values["likeliest"] = [[a.completion.top for a in answers] for answers in found]
+    return _json(args, values)
+
+
+def _chat(args: argparse.Namespace, rest: list[str]) -> int:
+    _start()
+    from jaxlm import inference
+
+    def say(text: str) -> None:
+        print(text, end="", flush=True)
+
+    how, prompt = _sampling(args, rest), "> " if sys.stdin.isatty() else ""
+    more = dict(system=args.system, template=args.template, step=args.step, prompt=prompt)
+    inference.chat(Path(args.model), iter(sys.stdin.readline, ""), say, how, **more)
+    return 0
 
 
 def _json(args: argparse.Namespace, values: dict) -> int:

@@ -273,5 +273,5 @@ def _completion(i: int, ends: tuple[int, ...], tokens_BN: Any, ends_B: Any, logp
 
 def trimmed(c: Completion, n: int) -> Completion:
     """Its first `n` tokens, which completed a stop text."""
-    first = [x if x is None else x[:n] for x in (c.logprobs, c.top)]
-    return replace(c, tokens=c.tokens[:n], reason="stop", logprobs=first[0], top=first[1])
+    logprobs, top = c.logprobs and c.logprobs[:n], c.top and c.top[:n]
+    return replace(c, tokens=c.tokens[:n], reason="stop", logprobs=logprobs, top=top)

@@ -1,16 +1,18 @@
 """Use of a trained run: its config and weights alone, on whatever devices are here."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxlm import assemble, config, params, sharding
+from jaxlm import assemble, config, params, sharding, stream
+from jaxlm.chat import Chat, converse
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.eval import perplexity
 from jaxlm.generate import Generator
+from jaxlm.interop.beside import chat_templates, read_generation
 from jaxlm.sampling import Sampling
 from jaxlm.train import read_config
 
@@ -44,10 +46,54 @@ def evaluate(folder: Path, *, data: Sequence[str] | None, step: int | None, batc
         return perplexity.evaluate(eval_step, weights, assemble.validation_batches(p, corpus, batches))
 
 
-def generate(folder: Path, prompts: Sequence[str], sampling: Sampling, step: int | None = None) -> list[str]:
-    """The new text of each prompt."""
+def settings(folder: Path) -> Sampling:
+    """What the model's own files advise; the default where they say nothing."""
+    g, s = read_generation(folder), Sampling()
+    given: dict[str, Any] = dict(
+        top_p=g.top_p, min_p=g.min_p, repetition_penalty=g.repetition_penalty, tokens=g.new_tokens
+    )
+    given |= dict(beams=g.beams, length_penalty=g.length_penalty)
+    if g.sample:
+        given |= dict(temperature=1.0 if g.temperature is None else g.temperature, top_k=g.top_k, beams=None)
+    return dataclasses.replace(s, **{name: value for name, value in given.items() if value is not None})
+
+
+def _generator(p: assemble.Program, folder: Path) -> Generator:
+    eos = {*read_generation(folder).eos, *(() if p.tokens.eos_id is None else (p.tokens.eos_id,))}
+    return Generator(p.model, sorted(eos))
+
+
+def generate(
+    folder: Path, prompts: Sequence[str], sampling: Sampling, step: int | None = None
+) -> list[list[stream.Answer]]:
+    """The new texts of each prompt."""
     p, weights = open_run(folder, step)
-    run = Generator(p.model, [p.tokens.eos_id])
-    ids = [[p.tokens.bos_id, *p.tokens.encode(text)] for text in prompts]
+    ids, source = assemble.prompts(p.run, p.tokens, prompts)
     with sharding.on_mesh(p.mesh):
-        return [p.tokens.decode(answer.tokens) for [answer] in run(weights, ids, sampling)]
+        run = _generator(p, folder)
+        return stream.answers(run, p.tokens, run.prepare(weights), ids, sampling, source)
+
+
+def chat(
+    folder: Path,
+    lines: Iterator[str],
+    say: Callable[[str], None],
+    sampling: Sampling,
+    *,
+    system: str | None = None,
+    template: Path | None = None,
+    step: int | None = None,
+    prompt: str = "",
+) -> None:
+    """Answer lines by the model's chat template until there are none; `say` shows text as it comes."""
+    if template is not None:
+        text = template.read_text("utf-8")
+    else:
+        found = chat_templates(folder) or chat_templates(folder / "tokenizer")
+        if not found:
+            raise ValueError(f"{folder}: the model has no chat template; give one with --template FILE.jinja")
+        text = found.get("default", next(iter(found.values())))
+    p, weights = open_run(folder, step)
+    with sharding.on_mesh(p.mesh):
+        run = _generator(p, folder)
+        converse(Chat(run, p.tokens, run.prepare(weights), text, sampling, system), lines, say, prompt)

@@ -126,7 +126,7 @@ def _beams(
 ) -> Pieces[tuple[int, str], None, list[list[Answer]]]:
     if grammar:
         raise ValueError("sampling.beams: beam search does not go with regex or json_schema; set beams=1")
-    out = []
+    out: list[list[Answer]] = []
     for i, completions in enumerate(generate(params, prompts, s, source)):
         out.append([])
         for j, completion in enumerate(completions):

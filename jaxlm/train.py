@@ -210,10 +210,10 @@ def _sampler(p: assemble.Program, log: RunLog) -> Callable[[int, Any], None]:
     c = p.run.train
     how = Sampling(tokens=c.sample_tokens, temperature=0.8, top_k=min(50, p.run.model.vocab), seed=p.run.seed)
     generate = Generator(p.model, [p.tokens.eos_id])
-    prompts = [[p.tokens.bos_id, *p.tokens.encode(text)] for text in c.prompts]
+    prompts, source = assemble.prompts(p.run, p.tokens, c.prompts)
 
     def sample(step: int, state: Any) -> None:
-        for text, [answer] in zip(c.prompts, generate(state.eval_params, prompts, how), strict=True):
+        for text, [answer] in zip(c.prompts, generate(state.eval_params, prompts, how, source), strict=True):
             new = p.tokens.decode(answer.tokens)
             log.sample(step, text, new)
             if jax.process_index() == 0 and step in (0, c.steps):
