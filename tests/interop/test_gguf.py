@@ -1,7 +1,10 @@
 """GGUF files: what is written comes back, stands as llama.cpp expects it, and damaged or foreign files are refused."""
 
+import dataclasses
 import json
+import os
 import struct
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -446,6 +449,63 @@ def test_numbers_beyond_float16_and_existing_files_are_refused(tmp_path: Path) -
     ours.save(tmp_path / "x.gguf", family, c, specs, weights)
     with pytest.raises(ValueError, match="exists already"):
         ours.save(tmp_path / "x.gguf", family, c, specs, weights)
+
+
+# ----------------------------------------------------------------------------------------------------------- llama.cpp
+
+LLAMA_CPP = """
+import json, sys, urllib.request
+import xllamacpp
+
+for line in sys.stdin:
+    path, ids, text = json.loads(line)
+    p = xllamacpp.CommonParams()
+    p.model.path, p.n_ctx, p.warmup, p.verbosity = path, 256, False, -1
+    server = xllamacpp.Server(p)
+    asked = dict(prompt=ids, n_predict=1, temperature=0, n_probs=1 << 20, ignore_eos=True)
+    found = server.handle_completions(asked)
+    found = json.loads(found) if isinstance(found, (str, bytes)) else found
+    told = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    body = json.dumps(dict(content=text, add_special=False, parse_special=False)).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(server.listening_address + "/tokenize", body, headers)
+    tokens = json.loads(urllib.request.urlopen(request).read())["tokens"]
+    print("ANSWER", json.dumps([[t["id"], t["logprob"]] for t in told]), "TOKENS", tokens, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_llama_cpp_computes_the_same(tmp_path: Path) -> None:
+    """All log probabilities after a prompt, and the tokens of a text. llama.cpp keeps keys and values in float16."""
+    python = os.environ.get("JAXLM_LLAMACPP_PYTHON")
+    if not python:
+        pytest.skip("PEER MISSING: set JAXLM_LLAMACPP_PYTHON to a Python that has xllamacpp (or its like)")
+    _, made = bpe("gpt-2")
+    prompt, lines, due = made.encode("The capital of France is a mesh, and 12 heads."), [], []
+    for name, (family_name, c) in ROWS.items():
+        family, c = MODELS[family_name], dataclasses.replace(c, vocab=made.vocab_size)
+        specs = family.specs(c)
+        weights = jax.tree.map(
+            lambda w: w + 0.1 * jnp.cos(jnp.arange(w.size) ** 2).reshape(w.shape), params.init(specs, jax.random.key(0))
+        )
+        weights = jax.tree.map(lambda w: w.astype(jnp.float16).astype(jnp.float32), weights)
+        path = ours.save(tmp_path / f"{name}.gguf", family, c, specs, weights, text=ours.Text(made, False, None))
+        model = Model(family, c, specs, Layout(execution=config.Execution(dtype="float32")))
+        batch = dict(tokens=jnp.asarray([prompt]), positions=jnp.arange(len(prompt))[None])
+        z_TV = jax.nn.log_softmax(logits(model.readout(weights, model.forward(weights, batch).x_BTD), model.shard)[0])
+        # The server tells nothing of a token that is half a character: end where a whole one is likeliest.
+        last = next(i for i in range(len(prompt) - 1, 0, -1) if made.decode([int(z_TV[i].argmax())]).isascii())
+        lines.append(json.dumps([str(path), prompt[: last + 1], TEXTS[1]]))
+        due.append(np.asarray(z_TV[last]))
+    done = subprocess.run([python, "-c", LLAMA_CPP], input="\n".join(lines), capture_output=True, text=True)
+    answers = [line for line in done.stdout.splitlines() if line.startswith("ANSWER")]
+    assert len(answers) == len(ROWS), done.stderr[-2000:]
+    for name, answer, z_V in zip(ROWS, answers, due, strict=True):
+        told, tokens = answer.removeprefix("ANSWER ").split(" TOKENS ")
+        far = {id: abs(logprob - z_V[id]) for id, logprob in json.loads(told)}
+        assert len(far) == len(z_V), name
+        assert max(far.values()) < 0.03 and np.std(z_V) > 0.3, (name, max(far.values()), np.std(z_V))
+        assert json.loads(tokens) == made.encode(TEXTS[1])
 
 
 # --------------------------------------------------------------------------------------------------------- real weights
