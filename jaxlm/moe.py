@@ -366,12 +366,13 @@ def _dropless(w: dict, x_ND: jax.Array, expert_NK: jax.Array, act: Gated, blocks
     slot_M = jnp.where(expert_M < E, slot_M + shift_E.at[expert_M].get(mode="fill", fill_value=0), rows)
     slot_NK = slot_M.reshape(expert_NK.shape)
     x_PD = _spread(x_ND, slot_NK, rows)
-    expert_P = jnp.minimum(jnp.searchsorted(end_E, jnp.arange(0, rows, size), side="right"), E - 1)
+    expert_P = jnp.searchsorted(end_E, jnp.arange(0, rows, size), side="right")  # E past the last one's rows
     if blocks:
         y_PD = _in_blocks(act, w, x_PD, expert_P, end_E[-1] // size)
     else:
         dot = lambda x, w: jax.lax.ragged_dot(x, w, size_E)  # noqa: E731
-        y_PD = _ffn(w, x_PD, act, dot, lambda b: b[expert_P])
+        # A kernel may leave anything in the rows past the last group: no bias may take a gradient from there.
+        y_PD = _ffn(w, x_PD, act, dot, lambda b: b.at[expert_P].get(mode="fill", fill_value=0))
     return _collect(y_PD, slot_NK)
 
 

@@ -214,7 +214,7 @@ MESHES = {
 
 
 @functools.cache
-def gradients(capacity: float | None, mesh: str | None = None, axis_type: str = "explicit"):
+def gradients(capacity: float | None, mesh: str | None = None, axis_type: str = "explicit", how: str = "blocks"):
     """Of a mixture with biases and all that a router can have: (outputs, losses and gradients; the program's text)."""
     c = dataclasses.replace(ROUTERS["deepseek v3"], capacity=capacity, router_z=0.1, balance=0.5)
     specs, p, x, segments = make(c, biases=True)
@@ -236,19 +236,20 @@ def gradients(capacity: float | None, mesh: str | None = None, axis_type: str = 
 
 
 @pytest.mark.parametrize(
-    ("mesh", "axis_type", "capacity"),
+    ("mesh", "axis_type", "capacity", "how"),
     [
-        ("expert", "explicit", None),
-        ("data x expert x tensor", "explicit", None),
-        ("data x expert x tensor", "auto", 0.8),
-        ("fsdp x context x expert", "auto", None),
-        ("fsdp x context x expert", "explicit", 0.8),
+        ("expert", "explicit", None, "blocks"),
+        ("data x expert x tensor", "explicit", None, "ragged_dot"),
+        ("data x expert x tensor", "auto", 0.8, "fixed"),
+        ("fsdp x context x expert", "auto", None, "blocks"),
+        ("fsdp x context x expert", "explicit", 0.8, "fixed"),
     ],
 )
-def test_a_mesh_gives_what_one_device_gives(mesh, axis_type, capacity):
+def test_a_mesh_gives_what_one_device_gives(mesh, axis_type, capacity, how, monkeypatch):
     """Outputs, losses, dropped shares and every gradient; and no device ever gets the weights of all experts."""
     expected, _ = gradients(capacity)
-    got, program = gradients(capacity, mesh, axis_type)
+    monkeypatch.setattr(moe.jax, "default_backend", lambda: "other" if how == "ragged_dot" else "cpu")
+    got, program = gradients(capacity, mesh, axis_type, how)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-5), got, expected)
     moved = re.findall(r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(", program)
     sizes = [
