@@ -31,7 +31,9 @@ WORDS: dict[str, tuple[str, ...]] = {
     "gpt-2": (GPT2,),
     "smollm": (r"\p{N}", GPT2),  # each digit on its own
     "llama-bpe": (_CASED % r"\p{N}{1,3}",),
+    "dbrx": (_CASED % r"\p{N}{1,3}",),
     "qwen2": (_CASED % r"\p{N}",),
+    "deepseek-r1-qwen": (_CASED % r"\p{N}",),
     "tekken": (_WORDS % ("", "") + r"\p{N}" + _REST,),
     "gpt-4o": (_WORDS % (_ENDING, _ENDING) + r"\p{N}{1,3}" + _REST,),
 }
@@ -39,8 +41,9 @@ WORDS: dict[str, tuple[str, ...]] = {
 ALIASES = {
     **dict.fromkeys(("phi-2", "mpt", "olmo", "jais", "jina-es", "jina-de", "roberta-bpe", "granite-docling"), "gpt-2"),
     **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell", "exaone"), "smollm"),
-    **dict.fromkeys(("llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "dbrx", "smaug-bpe"), "llama-bpe"),
-    **dict.fromkeys(("deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan"), "qwen2"),
+    **dict.fromkeys(("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2"), "llama-bpe"),
+    **dict.fromkeys(("smaug-bpe",), "dbrx"),
+    **dict.fromkeys(("stablelm2", "megrez", "hunyuan"), "deepseek-r1-qwen"),
 }
 ADDS_BOS = {"llama-bpe", "tekken"}  # where the file doesn't say
 WHOLE_WORDS = {"llama-bpe", "tekken"}  # a word of the vocabulary is taken without merging

@@ -260,7 +260,7 @@ def bpe(pre: str) -> tuple[dict[str, Any], tokenizers.HuggingFace]:
     made = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in ("gpt-2", "smollm"))
     first: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
-    if pre in ("qwen2", "llama-bpe"):  # as in their published tokenizer.json
+    if pre in ("qwen2", "llama-bpe", "dbrx"):  # as in their published tokenizer.json
         digits = r"\p{N}" if pre == "qwen2" else r"\p{N}{1,3}"
         words = (
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|"
@@ -288,7 +288,7 @@ def bpe(pre: str) -> tuple[dict[str, Any], tokenizers.HuggingFace]:
     return named, tokenizers.HuggingFace(made.to_str(), {"bos": "<s>", "eos": "</s>"})
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2"])
 def test_byte_level_tokenizers_cut_as_published_ones(pre: str) -> None:
     fields, published = bpe(pre)
     read = gguf_tokenizer.read(fields)

@@ -34,11 +34,15 @@ print(json.dumps(out))
 """
 
 
-def make(family: str, dtype: str = "float32", **more: Any) -> tuple[Model, Any]:
+def make(family: str, dtype: str = "float32", sharp: float = 4, **more: Any) -> tuple[Model, Any]:
     f = MODELS[family]
     c = f.Config(**dict(vocab=64, layers=2, width=32, heads=4, positions=64) | more)
     specs = f.specs(c)
-    return Model(f, c, specs, Layout(execution=config.Execution(dtype=dtype))), params.init(specs, jax.random.key(0))
+    weights = params.init(specs, jax.random.key(0))
+    blocks = {
+        name: w * (sharp if name in "qkv" else 1) for name, w in weights["blocks"].items()
+    }  # so that positions tell
+    return Model(f, c, specs, Layout(execution=config.Execution(dtype=dtype))), weights | {"blocks": blocks}
 
 
 MODELS_HERE = {
@@ -76,7 +80,7 @@ def test_programs_compute_what_the_model_does_without_this_package(family: str, 
 
 
 def test_bfloat16_weights_are_stored_as_such(tmp_path: Path) -> None:
-    model, given = make("llama", "bfloat16", **MODELS_HERE["llama"])
+    model, given = make("llama", "bfloat16", 1, **MODELS_HERE["llama"])
     stablehlo.save(tmp_path / "out", model, given, lengths=(16,), cache=0)
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert {str(w.dtype) for name, w in weights.items() if w.ndim > 1} == {"bfloat16"}
