@@ -130,7 +130,13 @@ def _write(kept: jax.Array, new: jax.Array, start: jax.Array, length: int) -> ja
 
 
 def unavailable(
-    implementation: str, mask: Mask, bias: bool, softcap: float | None, dtype: str, sinks: bool = False
+    implementation: str,
+    mask: Mask,
+    bias: bool,
+    softcap: float | None,
+    dtype: str,
+    sinks: bool = False,
+    widths: tuple[int, int] = (0, 0),
 ) -> str | None:
     """Why an implementation can't answer this request here, or None if it can."""
     if implementation == "xla":
@@ -143,19 +149,27 @@ def unavailable(
         return "has no soft cap"
     if sinks:
         return "has no attention sinks"
+    if widths[0] != widths[1]:
+        return f"has one width for keys and values, not {widths[0]} and {widths[1]}"
     return None
 
 
 def choose(
-    implementation: str, mask: Mask, bias: bool, softcap: float | None, dtype: str, sinks: bool = False
+    implementation: str,
+    mask: Mask,
+    bias: bool,
+    softcap: float | None,
+    dtype: str,
+    sinks: bool = False,
+    widths: tuple[int, int] = (0, 0),
 ) -> tuple[str, str]:
     """The implementation for a request and the reason. One that was asked for by name and can't run is an error."""
     if implementation != "auto":
-        why = unavailable(implementation, mask, bias, softcap, dtype, sinks)
+        why = unavailable(implementation, mask, bias, softcap, dtype, sinks, widths)
         if why:
             raise ValueError(f"execution.attention: {implementation} {why}; use auto or xla")
         return implementation, "asked for by execution.attention"
-    why = unavailable("cudnn", mask, bias, softcap, dtype, sinks)
+    why = unavailable("cudnn", mask, bias, softcap, dtype, sinks, widths)
     return ("cudnn", "fused kernel of this GPU") if why is None else ("xla", f"cudnn {why}")
 
 
@@ -179,7 +193,8 @@ def attend(
     scale = q_BTHC.shape[-1] ** -0.5 if scale is None else scale
     if mask.at_T is None:
         asked, dtype, bias = shard.execution.attention, shard.execution.dtype, bias_BHTS is not None
-        name, _ = choose(asked, mask, bias, softcap, dtype, sinks_H is not None)
+        widths = k_BSKC.shape[-1], v_BSKC.shape[-1]
+        name, _ = choose(asked, mask, bias, softcap, dtype, sinks_H is not None, widths)
     else:  # a few queries against a cache: bound by reading it, whatever the kernel
         name = "xla"
     # Under context parallelism queries stay sharded by position and every device gathers the keys.

@@ -5,6 +5,7 @@ all heads share. B batch, T query position, S key position, D model width, H hea
 R rotated head width, W value width, L width of the latent, V vocabulary.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -147,7 +148,8 @@ def latent_attention(
         q_BTHL = shard(jnp.einsum("bthn,lhn->bthl", q_BTHN, p["k_b"]), "batch", "seq", "heads", None)
         q_BTHC = jnp.concatenate([q_BTHL, q_BTHR], -1)
         k_BS1C = jnp.concatenate([l_BSL, r_BSR], -1)[:, :, None]
-        a_BTHL = attend(q_BTHC, k_BS1C, l_BSL[:, :, None], mask, shard=shard, scale=score_scale(c))
+        one = dataclasses.replace(shard, compute={**shard.compute, "kv": ()})  # the one key is on every device
+        a_BTHL = attend(q_BTHC, k_BS1C, l_BSL[:, :, None], mask, shard=one, scale=score_scale(c))
         a_BTHW = shard(jnp.einsum("bthl,lhw->bthw", a_BTHL, p["v_b"]), "batch", "seq", "heads", None)
     return project(p, "o", "bthw,hwd->btd", a_BTHW, shard, "batch", "seq", None), kept
 
