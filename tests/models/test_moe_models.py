@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import config, moe, optim, sharding, step
+from jaxlm import attention, config, moe, optim, sharding, step
+from jaxlm.attention import Mask
 from jaxlm.models import Model, deepseek, gpt_oss, mixtral
 from jaxlm.moe import Moe
 from jaxlm.objectives import causal
+from jaxlm.params import is_spec
 
 T = 16
 SMALL = mixtral.Config(
@@ -192,3 +194,51 @@ def test_an_absorbed_latent_cache_is_small():
     c = deepseek.Config(layers=2, heads=64, latent=8, rotated_width=4)
     cache = deepseek.init_cache(c, 3, 10, jnp.bfloat16)
     assert [x.shape for x in jax.tree.leaves(cache.layers)] == [(3, 10, 8), (3, 10, 4)] * 2
+
+
+LATENT = deepseek.Config(
+    vocab=32, layers=1, dense=0, width=16, heads=4, plain_width=4, rotated_width=4, value_width=6, latent=8,
+    moe=Moe(experts=4, top_k=2, ffn=8, capacity=0.5),
+)  # fmt: skip
+
+
+def test_read_on_from_latents_on_a_mesh():
+    """Queries are taken to the latents, of which there is one a token for all heads; and experts then drop nothing."""
+    specs = deepseek.specs(LATENT)
+    rng = np.random.default_rng(0)
+    weights = jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(np.float32) / 3, specs, is_leaf=is_spec)
+    tokens, positions = (
+        rng.integers(0, 32, (2, 6)).astype(np.int32),
+        np.broadcast_to(np.arange(6, dtype=np.int32), (2, 6)),
+    )
+
+    def read(mesh_config: config.Mesh, cuts: tuple[int, ...]) -> np.ndarray:
+        mesh = sharding.make_mesh(mesh_config, jax.devices()[: 8 if cuts else 1])
+        layout = sharding.Layout.of(mesh_config, config.Execution(dtype="float32"))
+        layout = dataclasses.replace(layout, compute={**layout.compute, "batch": (), "seq": ()})
+        free = dataclasses.replace(LATENT, moe=dataclasses.replace(LATENT.moe, capacity=None))
+        c = LATENT if cuts else free
+        run = jax.jit(lambda w, b, cache: deepseek.forward(c, specs, w, b, shard=layout, cache=cache))
+        with sharding.on_mesh(mesh):
+            w = jax.device_put(weights, layout.shardings(specs, mesh))
+            cache, out = deepseek.init_cache(c, 2, 6, jnp.float32) if cuts else None, []
+            for a, b in zip((0, *cuts), (*cuts, 6), strict=True):
+                got = run(w, dict(tokens=tokens[:, a:b], positions=positions[:, a:b]), cache)
+                cache = got.cache
+                out.append(got.x_BTD)
+            return np.concatenate(jax.device_get(out), 1)
+
+    mesh = config.Mesh(data=2, expert=2, tensor=2, axis_type="explicit")
+    np.testing.assert_allclose(read(mesh, (3, 4)), read(config.Mesh(), ()), atol=2e-5)
+
+
+def test_a_fused_kernel_is_not_chosen_for_keys_and_values_of_unlike_widths(monkeypatch):
+    monkeypatch.setattr(attention.jax, "default_backend", lambda: "gpu")
+    plain = dict(mask=Mask(True), bias=False, softcap=None, dtype="bfloat16")
+    assert attention.choose("auto", **plain, widths=(64, 64))[0] == "cudnn"
+    assert attention.choose("auto", **plain, widths=(24, 16)) == (
+        "xla",
+        "cudnn has one width for keys and values, not 24 and 16",
+    )
+    with pytest.raises(ValueError, match=r"execution\.attention: cudnn has one width"):
+        attention.choose("cudnn", **plain, widths=(24, 16))
