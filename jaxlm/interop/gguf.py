@@ -42,6 +42,7 @@ QUANTIZED = (
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
 )
 WRITTEN = {"f16": ("F16", "MOSTLY_F16"), "q8_0": ("Q8_0", "MOSTLY_Q8_0")}
+IN_F32 = ("position_embd", "ffn_gate_inp")  # matrices that llama.cpp wants in full
 FACTORS = "rope_freqs.weight"  # divisors of the rotation's frequencies, which become part of the configuration
 # Values of config.json that a GGUF file doesn't hold: dropout, and names that share an architecture.
 SILENT = {"model_type", "architectures", "resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout"}
@@ -142,7 +143,7 @@ def open_file(path: str | Path) -> Files:
 
 
 def _entries(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], values: Values) -> dict:
-    a = gguf_names.architecture(gguf_names.of_model_type(values["model_type"]))
+    a = gguf_names.ARCHITECTURES[gguf_names.of_model_type(values["model_type"])]
     out = {}
     for name, t in tensors.items():
         if name == FACTORS:
@@ -152,14 +153,19 @@ def _entries(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
             raise ValueError(
                 f"{name} is stored as {kind}, which is not read; known are {', '.join((*PLAIN, *QUANTIZED))}"
             )
-        theirs = gguf_names.theirs(a, name)
-        place = theirs and gguf_names.place(a, theirs, values)
-        if not place:
+        theirs, shape, dtype = gguf_names.theirs(a, name), shapes[name], PLAIN.get(kind, np.dtype(np.float32))
+        if not theirs:
             raise ValueError(f"{name} is not a tensor of this architecture as known here")
-        if (place.group > 1 and place.group % 2) or shapes[name][0] % place.group:
-            raise ValueError(f"{name} has {shapes[name][0]} rows, which heads of {place.group} don't share in pairs")
-        shape = shapes[name][::-1] if place.stem in a.turned and len(shapes[name]) == 2 else shapes[name]
-        out[theirs] = Entry(PLAIN.get(kind, np.dtype(np.float32)), shape, place, kind, t.data)
+        several = "{expert}" in theirs
+        for i in range(shape[0]) if several else [0]:
+            file = theirs.format(expert=i)
+            place = gguf_names.place(a, file, values)
+            assert place, file
+            own, data = (shape[1:], t.data[i]) if several else (shape, t.data)
+            if (place.group > 1 and place.group % 2) or own[0] % place.group:
+                raise ValueError(f"{name} has {own[0]} rows, which heads of {place.group} don't share in pairs")
+            own = own[::-1] if place.stem in a.turned and len(own) == 2 else own
+            out[file] = Entry(dtype, own, place, kind, data)
     return out
 
 
@@ -261,13 +267,12 @@ def save(
             what = type(w).__name__
             raise ValueError(f"{weight}: is {what}, not plain numbers; merge adapters and dequantise before export")
     values = gguf_names.complete(family.to_hf(c))
-    arch = gguf_names.of_model_type(values["model_type"])
     fields, factors = gguf_names.metadata(values)
     table = names.tensors(family.names(c), specs)
-    stored = _plan(kind, arch, values, table)
-    _check(family, values, {"general.architecture": arch} | fields, stored, factors)
+    stored = _plan(kind, values, table)
+    _check(family, values, fields, stored, factors)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    writer = gguf.GGUFWriter(partial, arch)
+    writer = gguf.GGUFWriter(partial, fields.pop("general.architecture"))
     writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType[WRITTEN[kind][1]])
@@ -277,19 +282,20 @@ def save(
         found = gguf_tokenizer.write(text.tokenizer, values["vocab_size"], text.add_bos)
         _add(writer, {f"tokenizer.ggml.{key}": value for key, value in found.items()})
         writer.add_string("tokenizer.chat_template", text.chat_template or "")
-    for s in stored.values():
+    for tensor, s in stored.items():
         byte = gguf.quant_shape_to_byte_shape(s.shape, gguf.GGMLQuantizationType.Q8_0) if s.kind == "Q8_0" else s.shape
         dtype = PLAIN.get(s.kind, np.dtype(np.uint8))
         size = math.prod(byte) * dtype.itemsize
-        writer.add_tensor_info(s.place.name, byte, dtype, size, gguf.GGMLQuantizationType[s.kind])
+        writer.add_tensor_info(tensor, byte, dtype, size, gguf.GGMLQuantizationType[s.kind])
     if factors is not None:
         writer.add_tensor_info(FACTORS, factors.shape, factors.dtype, factors.nbytes)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for file, s in stored.items():
-            writer.write_tensor_data(_packed(s, shards.collect(table[file], flat, np.dtype(np.float32))))
+        for s in stored.values():
+            parts = [_packed(s, shards.collect(table[file], flat, np.dtype(np.float32))) for file in s.files]
+            writer.write_tensor_data(parts[0] if s.place.expert is None else np.stack(parts))
         if factors is not None:
             writer.write_tensor_data(factors)
         writer.close()
@@ -308,19 +314,26 @@ class Stored(NamedTuple):
     kind: str
     shape: tuple[int, ...]
     """As stored, outermost first."""
+    files: tuple[str, ...]
+    """The Hugging Face tensors in it: one, or those of all experts."""
 
 
-def _plan(kind: str, arch: str, values: Values, table: Mapping[str, names.Tensor]) -> dict[str, Stored]:
-    out, a = {}, gguf_names.ARCHITECTURES[arch]
+def _plan(kind: str, values: Values, table: Mapping[str, names.Tensor]) -> dict[str, Stored]:
+    """By GGUF's names."""
+    arch = gguf_names.of_model_type(values["model_type"])
+    out: dict[str, Stored] = {}
+    a = gguf_names.ARCHITECTURES[arch]
     for file, tensor in table.items():
         place = gguf_names.place(a, file, values)
         if place is None:
             raise ValueError(f"gguf: {file} has no place in files of architecture {arch}")
         shape = tensor.shape[::-1] if place.stem in a.turned else tensor.shape
-        flat = len(shape) == 1 or place.stem == "position_embd"  # llama.cpp wants these in F32
+        flat = len(shape) == 1 or place.stem.endswith(IN_F32)
         if not flat and kind == "q8_0" and shape[-1] % 32:
             raise ValueError(f"gguf: q8_0 needs rows of a multiple of 32; {place.name} has {shape[-1]}: choose f16")
-        out[file] = Stored(place, "F32" if flat else WRITTEN[kind][0], shape)
+        files = (*(out[place.name].files if place.name in out else ()), file)
+        whole = shape if place.expert is None else (len(files), *shape)
+        out[place.name] = Stored(place, "F32" if flat else WRITTEN[kind][0], whole, files)
     return out
 
 
@@ -328,7 +341,7 @@ def _check(
     family: ModuleType, values: Values, fields: Fields, stored: Mapping[str, Stored], factors: np.ndarray | None
 ) -> None:
     """Whether the metadata say all that config.json would, by reading them as `open_file` does."""
-    shapes = {s.place.name: s.shape for s in stored.values()}
+    shapes = {name: s.shape for name, s in stored.items()}
     back = gguf_names.complete(family.to_hf(family.from_hf(gguf_names.config(fields, shapes, factors))))
     for name, ours in values.items():
         if name not in SILENT and not _same(ours, back.get(name)):

@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 
 from jaxlm.config import nearest
-
-Fields = Mapping[str, Any]
-Values = dict[str, Any]
-"""What stands in a config.json."""
+from jaxlm.interop import gguf_rope
+from jaxlm.interop.gguf_rope import Fields, Values
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,8 @@ class Architecture:
     """Stems whose weights Hugging Face stores [in, out]."""
     one: bool = False
     """Norm scales are stored plus one."""
+    name: str = ""
+    """What files call it, where another row of the table has that name too."""
     more: Callable[[Fields, Values], Values] = lambda fields, values: {}
     """Further values of config.json: what the architecture implies, or says in its own way."""
     extra: Callable[[Values], dict[str, Any]] = lambda values: {}
@@ -48,6 +48,12 @@ KEYS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
 OPTIONAL = {"attention.head_count_kv", "attention.key_length", "attn_logit_softcapping", "final_logit_softcapping"}
+MIXTRAL_KEYS = KEYS | {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
+QWEN3MOE_KEYS = KEYS | {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
 GPT2_KEYS = {
     "block_count": "n_layer",
     "context_length": "n_positions",
@@ -86,6 +92,17 @@ _AFTER = {
 GEMMA_STEMS = {ours: theirs for ours, theirs in STEMS.items() if ours != "output"}  # the head is always the embedding
 GEMMA2_STEMS = GEMMA_STEMS | _AFTER | {"blk.{layer}.ffn_norm": _BLOCK + "pre_feedforward_layernorm"}
 OLMO2_STEMS = {k: v for k, v in STEMS.items() if not k.endswith((".attn_norm", ".ffn_norm"))} | _AFTER
+# All experts of a layer stand in one tensor, one after another.
+MIXTRAL_STEMS = STEMS | {
+    "blk.{layer}.ffn_gate_inp": _BLOCK + "block_sparse_moe.gate",
+    "blk.{layer}.ffn_gate_exps": _BLOCK + "block_sparse_moe.experts.{expert}.w1",
+    "blk.{layer}.ffn_up_exps": _BLOCK + "block_sparse_moe.experts.{expert}.w3",
+    "blk.{layer}.ffn_down_exps": _BLOCK + "block_sparse_moe.experts.{expert}.w2",
+}
+QWEN3MOE_STEMS = STEMS | {
+    "blk.{layer}.ffn_gate_inp": _BLOCK + "mlp.gate",
+    **{f"blk.{{layer}}.ffn_{n}_exps": _BLOCK + f"mlp.experts.{{expert}}.{n}_proj" for n in ("gate", "up", "down")},
+}
 GPT2_STEMS = {
     "token_embd": "transformer.wte",
     "position_embd": "transformer.wpe",
@@ -122,6 +139,10 @@ def _square(values: Values) -> dict[str, Any]:
             f"gguf: llama.cpp wants {values['model_type']} with heads × head_dim = hidden_size, not {heads}"
         )
     return {}
+
+
+def _qwen3moe(fields: Fields, values: Values) -> Values:
+    return dict(norm_topk_prob=True, mlp_only_layers=[], decoder_sparse_step=1)
 
 
 def _gemma(fields: Fields, values: Values) -> Values:
@@ -181,9 +202,11 @@ def _gpt2(fields: Fields, values: Values) -> Values:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(("llama", "mistral"), STEMS, KEYS, PAIRS, more=_llama),
+    "mixtral": Architecture(("mixtral",), MIXTRAL_STEMS, MIXTRAL_KEYS, PAIRS, name="llama"),
     "smollm3": Architecture(("smollm3",), STEMS, KEYS, PAIRS, more=_llama),
     "qwen2": Architecture(("qwen2",), STEMS, KEYS, extra=_square),
     "qwen3": Architecture(("qwen3",), STEMS, KEYS),
+    "qwen3moe": Architecture(("qwen3_moe",), QWEN3MOE_STEMS, QWEN3MOE_KEYS, more=_qwen3moe),
     "olmo2": Architecture(("olmo2",), OLMO2_STEMS, KEYS, extra=_square),
     "gemma": Architecture(("gemma",), GEMMA_STEMS, KEYS, one=True, more=_gemma),
     "gemma2": Architecture(("gemma2",), GEMMA2_STEMS, KEYS, one=True, more=_gemma2, extra=_gemma2_extra),
@@ -198,12 +221,16 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def architecture(name: Any) -> Architecture:
+def of_fields(fields: Fields) -> str:
+    """Row of the table for a file's metadata."""
+    name = fields.get("general.architecture")
+    if name == "llama" and fields.get("llama.expert_count"):
+        return "mixtral"
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         hint = nearest(str(name), ARCHITECTURES)
         raise ValueError(f"general.architecture is {name!r}{hint}; known are {known}")
-    return ARCHITECTURES[name]
+    return str(name)
 
 
 def of_model_type(model_type: str) -> str:
@@ -226,6 +253,8 @@ class Place:
     a: Architecture
     group: int = 1
     """Rows that stay together: those of a head where they stand in pairs."""
+    expert: int | None = None
+    """Which part of the tensor, where all experts are in one."""
 
     def read(self, w: np.ndarray) -> np.ndarray:
         if self.stem in self.a.pairs:
@@ -247,11 +276,11 @@ class Place:
 
 
 def theirs(a: Architecture, name: str) -> str | None:
-    """The Hugging Face name of a GGUF file's tensor."""
+    """The Hugging Face name of a GGUF file's tensor, `{expert}` standing for the number of each."""
     body, _, suffix = name.rpartition(".")
     number = re.match(r"blk\.(\d+)\.", body)
     stem = a.stems.get(re.sub(r"^blk\.\d+\.", "blk.{layer}.", body))
-    return stem and f"{stem.format(layer=number and number[1])}.{suffix}"
+    return stem and f"{stem.format(layer=number and number[1], expert='{expert}')}.{suffix}"
 
 
 def place(a: Architecture, file: str, values: Values) -> Place | None:
@@ -260,25 +289,22 @@ def place(a: Architecture, file: str, values: Values) -> Place | None:
     number = re.search(r"\.(\d+)\.", body)
     layer = number[1] if number else ""
     template = re.sub(r"\.\d+\.", ".{layer}.", body, count=1)
+    expert = re.search(r"\.experts\.(\d+)\.", template)
+    template = re.sub(r"\.experts\.\d+\.", ".experts.{expert}.", template)
     stem = next((ours for ours, theirs in a.stems.items() if theirs == template), None)
     if stem is None:
         return None
     group = values["head_dim"] if stem in a.pairs else 1
-    return Place(f"{stem.format(layer=layer)}.{suffix}", stem, a, group)
+    return Place(f"{stem.format(layer=layer)}.{suffix}", stem, a, group, int(expert[1]) if expert else None)
 
 
 # -------------------------------------------------------------------------------------------------------------- config
 
 
-def shortest(x: Any) -> Any:
-    """A number as people wrote it: the file's float32 1e-5 is 9.999999747378752e-06 as a Python float."""
-    return float(str(np.float32(x))) if isinstance(x, float) else x
-
-
 def config(fields: Fields, shapes: Mapping[str, tuple[int, ...]], factors: np.ndarray | None) -> Values:
     """What config.json would say. `shapes` of the file's tensors; `factors`: its `rope_freqs.weight`, if any."""
-    name = str(fields.get("general.architecture"))
-    a = architecture(name)
+    a = ARCHITECTURES[of_fields(fields)]
+    name = fields["general.architecture"]
     values: Values = {"model_type": a.model_types[0]}
     for key, theirs in a.keys.items():
         found = fields.get(f"{name}.{key}")
@@ -289,22 +315,22 @@ def config(fields: Fields, shapes: Mapping[str, tuple[int, ...]], factors: np.nd
                 raise ValueError(f"{name}.{key} differs between layers, which no family here has")
             found = found[0]
         if found is not None:
-            values[theirs] = shortest(found)
-    if fields.get(f"{name}.expert_count"):
+            values[theirs] = gguf_rope.shortest(found)
+    if fields.get(f"{name}.expert_count") and "expert_count" not in a.keys:
         raise ValueError(f"{name}.expert_count: a mixture of experts in a GGUF file is not read")
     if "token_embd.weight" not in shapes:
         raise ValueError("token_embd.weight is missing")
     values["vocab_size"] = shapes["token_embd.weight"][0]
     values["tie_word_embeddings"] = "output.weight" not in shapes
-    if a.keys is KEYS:
+    if a.keys is not GPT2_KEYS:
         values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
-        values["rope_parameters"] = _rope(fields, name, values, factors)
+        values["rope_parameters"] = gguf_rope.read(fields, name, factors)
         width = fields.get(f"{name}.attention.value_length", values["head_dim"])
         turned = fields.get(f"{name}.rope.dimension_count", values["head_dim"])
         if width != values["head_dim"] or turned != values["head_dim"]:
             raise ValueError(f"{name}: heads whose keys, values and rotated parts differ in width are not read")
     values["tensors"] = shapes.keys()
-    values |= a.more({k: shortest(v) for k, v in fields.items()}, values)
+    values |= a.more({k: gguf_rope.shortest(v) for k, v in fields.items()}, values)
     del values["tensors"]
     return values
 
@@ -322,89 +348,11 @@ def metadata(values: Values) -> tuple[dict[str, Any], np.ndarray | None]:
     a = ARCHITECTURES[name]
     fields: dict[str, Any] = {key: values[theirs] for key, theirs in a.keys.items() if values.get(theirs) is not None}
     factors = None
-    if a.keys is KEYS:
+    if a.keys is not GPT2_KEYS:
         fields |= {"rope.dimension_count": values["head_dim"], "attention.value_length": values["head_dim"]}
         rope = values["rope_parameters"]
-        more, factors = _rope_fields(rope.get("full_attention", rope), values["head_dim"])
+        more, factors = gguf_rope.write(rope.get("full_attention", rope), values["head_dim"])
         fields |= more
     fields |= {"vocab_size": values["vocab_size"]} | a.extra(values)
-    return {f"{name}.{key}": value for key, value in fields.items()}, factors
-
-
-# ------------------------------------------------------------------------------------------------------------ rotation
-
-
-def _rope(fields: Fields, name: str, values: Values, factors: np.ndarray | None) -> Values:
-    told = {k: shortest(v) for k, v in fields.items() if k.startswith(f"{name}.rope.")}
-    out: Values = {"rope_type": "default", "rope_theta": told.get(f"{name}.rope.freq_base", 10000.0)}
-    scaling = f"{name}.rope.scaling."
-    kind = told.get(scaling + "type", "none")
-    known = {"type", "factor", "original_context_length", "finetuned"}
-    known |= {"yarn_beta_fast", "yarn_beta_slow"} if kind == "yarn" else set()
-    odd = {k for k in told if k.startswith(scaling)} - {scaling + k for k in known}
-    odd = {k for k in odd if not (k.endswith("attn_factor") and told[k] == 1)}
-    if odd or kind not in ("none", "linear", "yarn") or (kind != "none" and factors is not None):
-        raise ValueError(f"{scaling}type {kind!r}{' with ' + ', '.join(sorted(odd)) if odd else ''} is not read")
-    if factors is not None:
-        return out | _fit_llama3(factors, out["rope_theta"], told.get(scaling + "original_context_length", 8192))
-    if kind != "none":
-        out |= {"rope_type": kind, "factor": told[scaling + "factor"]}
-    if kind == "yarn":
-        out["original_max_position_embeddings"] = told[scaling + "original_context_length"]
-        out |= {k: told[scaling + "yarn_" + k] for k in ("beta_fast", "beta_slow") if scaling + "yarn_" + k in told}
-    return out
-
-
-def _plain(theta: float, width: int) -> np.ndarray:
-    return theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
-
-
-def _llama3(plain: np.ndarray, p: Mapping[str, Any]) -> np.ndarray:
-    """Divisors of the plain frequencies."""
-    turns = p["original_max_position_embeddings"] * plain / (2 * np.pi)
-    keep = (turns - p["low_freq_factor"]) / (p["high_freq_factor"] - p["low_freq_factor"])
-    keep = np.clip(keep, 0, 1)
-    return 1 / ((1 - keep) / p["factor"] + keep)
-
-
-def _fit_llama3(factors: np.ndarray, theta: float, trained: int) -> Values:
-    """What gave these divisors; `trained` is a guess.
-
-    Only trained / low and trained / high count, so low is 1, as in every published model.
-    """
-    factors = factors.astype(np.float64).reshape(-1)
-    plain, most = _plain(theta, 2 * len(factors)), float(factors.max())
-    usual = {
-        "factor": most,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": trained,
-    }
-    tried = [usual]
-    between = (factors > 1 + 1e-4) & (factors < most * (1 - 1e-4))
-    if between.sum() >= 2:
-        keep = (1 / factors[between] - 1 / most) / (1 - 1 / most)
-        slope, start = np.polyfit(plain[between], keep, 1)
-        high = 1 - 1 / start
-        trained = round(slope * 2 * np.pi * (high - 1))
-        tried.append(usual | {"high_freq_factor": round(high, 3), "original_max_position_embeddings": trained})
-    for p in tried:
-        if np.allclose(_llama3(plain, p), factors, rtol=1e-4):
-            return {"rope_type": "llama3"} | p
-    raise ValueError("rope_freqs.weight: divisors of frequencies of another form than Llama 3's are not read")
-
-
-def _rope_fields(p: Mapping[str, Any], width: int) -> tuple[dict[str, Any], np.ndarray | None]:
-    fields: dict[str, Any] = {"rope.freq_base": float(p["rope_theta"])}
-    kind = p.get("rope_type", "default")
-    if kind == "llama3":
-        fields["rope.scaling.original_context_length"] = p["original_max_position_embeddings"]
-        return fields, _llama3(_plain(p["rope_theta"], width), p).astype(np.float32)
-    if kind in ("linear", "yarn"):
-        fields |= {"rope.scaling.type": kind, "rope.scaling.factor": float(p["factor"])}
-    if kind == "yarn":
-        fields["rope.scaling.original_context_length"] = p["original_max_position_embeddings"]
-        fields |= {f"rope.scaling.yarn_{k}": float(p[k]) for k in ("beta_fast", "beta_slow") if k in p}
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        raise ValueError(f"gguf: rope_type {kind!r} has no form in the file")
-    return fields, None
+    prefix = a.name or name
+    return {"general.architecture": prefix} | {f"{prefix}.{key}": value for key, value in fields.items()}, factors

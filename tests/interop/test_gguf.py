@@ -17,16 +17,17 @@ from weights import smollm2
 from jaxlm import config, params, sharding, tree
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.interop import gguf as ours
-from jaxlm.interop import gguf_names, gguf_tokenizer
+from jaxlm.interop import gguf_rope, gguf_tokenizer
 from jaxlm.losses import logits
 from jaxlm.models import MODELS, Model
+from jaxlm.moe import Moe
 from jaxlm.rope import Rope
 from jaxlm.sharding import Layout
 
 gguf = pytest.importorskip("gguf")
 
 BASE = dict(vocab=48, layers=3, width=64, heads=4, kv_heads=2, head_width=32, ffn=96, positions=128)
-LLAMA, GEMMA = MODELS["llama"].Config, MODELS["gemma"].Config
+LLAMA, GEMMA, MIXTRAL = (MODELS[name].Config for name in ("llama", "gemma", "mixtral"))
 ROWS: dict[str, tuple[str, Any]] = {
     "llama": ("llama", LLAMA(**BASE)),
     "tied": ("llama", LLAMA(**BASE, tied=True)),
@@ -37,6 +38,11 @@ ROWS: dict[str, tuple[str, Any]] = {
     "smollm3": ("llama", LLAMA(**BASE | dict(layers=5), model_type="smollm3", rotated=(True, True, True, False))),
     "qwen2": ("llama", LLAMA(**BASE | dict(head_width=16), model_type="qwen2", qkv_bias=True)),
     "qwen3": ("llama", LLAMA(**BASE, model_type="qwen3", qk_norm=True)),
+    "mixtral": ("mixtral", MIXTRAL(**BASE, moe=Moe(experts=4, top_k=2, ffn=96))),
+    "qwen3moe": (
+        "mixtral",
+        MIXTRAL(**BASE, moe=Moe(experts=4, top_k=2, ffn=32), model_type="qwen3_moe", qk_norm=True),
+    ),
     "olmo2": ("olmo", MODELS["olmo"].Config(**BASE | dict(head_width=16))),
     "gemma": ("gemma", GEMMA(**BASE, model_type="gemma", score_width=32)),
     "gemma2": (
@@ -99,7 +105,7 @@ def test_what_is_written_comes_back(name: str, tmp_path: Path) -> None:
     same(weights, back)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "mixtral"])
 def test_a_part_is_read_as_the_whole_would_be(name: str, tmp_path: Path) -> None:
     family, c, specs, weights = draw(name)
     files = ours.open_file(ours.save(tmp_path / "x.gguf", family, c, specs, weights, kind="q8_0"))
@@ -176,9 +182,9 @@ def test_divisors_of_llama_3_are_recognised() -> None:
     ):
         told = Rope(5e5, scaling="llama3", factor=factor, low_freq_factor=low, high_freq_factor=high, trained=trained)
         p = dict(factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_position_embeddings=trained)
-        divisors = gguf_names._llama3(gguf_names._plain(5e5, width), p).astype(np.float32)
+        divisors = gguf_rope.divisors(gguf_rope.plain(5e5, width), p).astype(np.float32)
         fields = {"llama.rope.freq_base": 5e5}
-        found = gguf_names._rope(fields, "llama", {}, divisors)
+        found = gguf_rope.read(fields, "llama", divisors)
         assert found["original_max_position_embeddings"] / found["high_freq_factor"] == pytest.approx(
             trained / high, 1e-2
         )
@@ -187,7 +193,7 @@ def test_divisors_of_llama_3_are_recognised() -> None:
         )
         assert found["factor"] == told.factor
     with pytest.raises(ValueError, match="another form"):
-        gguf_names._rope(fields, "llama", {}, np.linspace(1, 3, 64).astype(np.float32))
+        gguf_rope.read(fields, "llama", np.linspace(1, 3, 64).astype(np.float32))
 
 
 # ------------------------------------------------------------------------------------------------------- quantizations
@@ -400,7 +406,7 @@ def test_what_is_not_known_or_does_not_fit_is_refused(tmp_path: Path) -> None:
     kinds = gguf.GGUFValueType
     faults: list[tuple[dict[str, Any], str, str]] = [
         ({"general.architecture": ("lama", kinds.STRING)}, "", "general.architecture is 'lama'.*llama"),
-        ({"llama.expert_count": (8, kinds.UINT32)}, "", "expert_count"),
+        ({"llama.expert_count": (8, kinds.UINT32)}, "", "llama.expert_used_count is missing"),
         ({"llama.rope.scaling.type": ("longrope", kinds.STRING)}, "", "rope.scaling.type 'longrope'"),
         ({"llama.rope.dimension_count": (32, kinds.UINT32)}, "", "differ in width"),
         ({"split.count": (3, kinds.UINT16)}, "", "merge them first"),
