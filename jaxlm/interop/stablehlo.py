@@ -7,6 +7,7 @@ them, and `run.py`, which shows how to call them. Weights are arguments of every
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -71,6 +72,8 @@ def save(
 def _checked(
     folder: Path, model: Model, lengths: Sequence[int], cache: int | None
 ) -> tuple[Model, tuple[int, ...], int]:
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ValueError("StableHLO programs need the flatbuffers package: pip install 'jaxlm[interop]'")
     if (folder / "model.json").exists():
         raise ValueError(f"{folder}: holds a model.json already; choose another folder or remove it")
     if model.family.kind == "encoder_decoder":
