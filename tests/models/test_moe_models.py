@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import attention, config, moe, optim, sharding, step
+from jaxlm import attention, config, moe, optim, params, sharding, step
 from jaxlm.attention import Mask
 from jaxlm.models import Model, deepseek, gpt_oss, mixtral
 from jaxlm.moe import Moe
@@ -17,7 +17,7 @@ from jaxlm.params import is_spec
 
 T = 16
 SMALL = mixtral.Config(
-    vocab=32, layers=2, width=16, heads=4, kv_heads=2, head_width=4, positions=T,
+    vocab=32, layers=1, width=16, heads=4, kv_heads=2, head_width=4, positions=T,
     moe=Moe(experts=4, top_k=2, ffn=12, balance=0.5, router_z=0.1, selection_bias=True, score="sigmoid"),
 )  # fmt: skip
 
@@ -242,3 +242,46 @@ def test_a_fused_kernel_is_not_chosen_for_keys_and_values_of_unlike_widths(monke
     )
     with pytest.raises(ValueError, match=r"execution\.attention: cudnn has one width"):
         attention.choose("cudnn", **plain, widths=(24, 16))
+
+
+DEEPSEEK_YARN = dict(type="yarn", factor=40, beta_fast=32, beta_slow=1, original_max_position_embeddings=4096)
+PUBLISHED = {
+    "mixtral-8x7b": (46_702_792_704, mixtral, dict(
+        model_type="mixtral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2, rope_theta=1e6,
+        sliding_window=None, max_position_embeddings=32768, rms_norm_eps=1e-5)),
+    "qwen3-30b-a3b": (30_532_122_624, mixtral, dict(
+        model_type="qwen3_moe", vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
+        num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        moe_intermediate_size=768, norm_topk_prob=True, rope_theta=1e6, rope_scaling=None, sliding_window=None,
+        use_sliding_window=False, max_window_layers=48, decoder_sparse_step=1, mlp_only_layers=[])),
+    "gpt-oss-20b": (20_914_757_184, gpt_oss, dict(
+        model_type="gpt_oss", vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=24,
+        num_attention_heads=64, num_key_value_heads=8, head_dim=64, num_local_experts=32, experts_per_token=4,
+        rope_theta=150000, sliding_window=128, swiglu_limit=7.0, attention_bias=True, rope_scaling=dict(
+            rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+            original_max_position_embeddings=4096))),
+    "deepseek-v2-lite": (15_706_484_224, deepseek, dict(
+        model_type="deepseek_v2", vocab_size=102400, hidden_size=2048, intermediate_size=10944, num_hidden_layers=27,
+        num_attention_heads=16, num_key_value_heads=16, q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128,
+        qk_rope_head_dim=64, v_head_dim=128, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6,
+        moe_intermediate_size=1408, first_k_dense_replace=1, topk_method="greedy", scoring_func="softmax", n_group=1,
+        topk_group=1, norm_topk_prob=False, routed_scaling_factor=1.0, moe_layer_freq=1,
+        rope_scaling=DEEPSEEK_YARN | dict(mscale=0.707, mscale_all_dim=0.707))),
+    "deepseek-v3": (671_026_419_200, deepseek, dict(
+        model_type="deepseek_v3", vocab_size=129280, hidden_size=7168, intermediate_size=18432, num_hidden_layers=61,
+        num_attention_heads=128, num_key_value_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128,
+        qk_rope_head_dim=64, v_head_dim=128, n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8,
+        moe_intermediate_size=2048, first_k_dense_replace=3, topk_method="noaux_tc", scoring_func="sigmoid", n_group=8,
+        topk_group=4, norm_topk_prob=True, routed_scaling_factor=2.5, moe_layer_freq=1, num_nextn_predict_layers=1,
+        rope_scaling=DEEPSEEK_YARN | dict(mscale=1.0, mscale_all_dim=1.0))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    """The settings that models are published with, as they stand in their config.json, and their known sizes."""
+    count, family, values = PUBLISHED[name]
+    c = family.from_hf(values)
+    assert params.count(family.specs(c)) == count
+    assert family.from_hf(family.to_hf(c)) == dataclasses.replace(c, positions=c.positions or 1 << 20)
