@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 
 from jaxlm import rope
-from jaxlm.attention import Cache, Mask, attend, remember, ring
+from jaxlm.attention import SLOTS, Cache, Mask, attend, remember, ring
 from jaxlm.sharding import Layout
 
 
@@ -180,7 +180,9 @@ def cross_attention(
         at_T = at_S = None
     else:
         assert kept is not None and "cross_k" in kept, "the first call of a cache brings the source"
-        k_BSKC, v_BSKC, segments_BS = (kept[f"cross_{n}"] for n in ("k", "v", "segments"))
+        k_BSKC, v_BSKC, segments_BS = (
+            jnp.moveaxis(kept[n], SLOTS.get(n, 1), 1) for n in ("cross_k", "cross_v", "cross_segments")
+        )
         at_T, at_S = jnp.arange(q_BTHC.shape[1]), jnp.arange(k_BSKC.shape[1])
     if segments_BT is None:
         segments_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
@@ -192,6 +194,7 @@ def cross_attention(
     a_BTHC = attend(q_BTHC, k_BSKC.astype(dtype), v_BSKC.astype(dtype), mask, shard=shard, scale=scale)
     keep = dict(cross_k=k_BSKC, cross_v=v_BSKC, cross_segments=segments_BS)
     if kept is not None:
+        keep = {n: jnp.moveaxis(x, 1, SLOTS.get(n, 1)) for n, x in keep.items()}
         keep = {n: x if n == "cross_segments" else x.astype(kept["k"].dtype) for n, x in keep.items()}
     return project(p, "cross_o", "bthc,hcd->btd", a_BTHC, shard, "batch", "seq", None), keep
 
@@ -252,8 +255,10 @@ def kv_cache(
 
     `slack`: tokens that one call may read on by, beyond the first, without losing what its window still needs.
     """
-    shapes = [(rows, ring(window, length, slack), heads, width) for window in kinds]
-    return [dict(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype)) for shape in shapes]
+    sizes = [ring(window, length, slack) for window in kinds]
+    return [
+        dict(k=jnp.zeros((rows, heads, width, n), dtype), v=jnp.zeros((rows, heads, n, width), dtype)) for n in sizes
+    ]
 
 
 # (weights, x, dropout key, kind of layer, what its cache keeps) → (x, what its cache keeps)
