@@ -3,7 +3,7 @@
 B rows (prompts times samples), P prompt places, L cache slots, N new tokens, V vocabulary, S source places.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -115,7 +115,7 @@ class Generator:
         plan = self.plan(s)
         batch = self.batch(prompts, s.tokens, source)
         length = bucket(batch["tokens"].shape[1] + s.tokens)
-        key, allow_BV = jax.random.key(s.seed), allowed(s, plan, self.model.config.vocab, allow_BV)
+        key, allow_BV = jax.random.key(s.seed), self.allowed(s, allow_BV)
         return self._start(
             params, batch, key, sampling.knobs(s), allow_BV, plan=plan, length=length, rows=len(prompts) * s.samples
         )
@@ -140,23 +140,27 @@ class Generator:
     def advance(self, params: Any, state: State, s: Sampling, until: int, allow_BV: np.ndarray | None = None) -> State:
         """Go on until each answer has `until` tokens or has ended. `state` must not be used again."""
         plan = self.plan(s)
-        allow_BV = allowed(s, plan, self.model.config.vocab, allow_BV)
+        allow_BV = self.allowed(s, allow_BV)
         return self._advance(params, state, sampling.knobs(s), allow_BV, np.int32(min(until, s.tokens)), plan=plan)
+
+    def allowed(self, s: Sampling, allow_BV: np.ndarray | None = None) -> np.ndarray | None:
+        """Which tokens may be chosen, `[B or 1, V]`; None: all."""
+        return allowed(s, self.plan(s), self.model.config.vocab, allow_BV)
 
     def completions(self, state: State, s: Sampling) -> list[list[Completion]]:
         held = jax.device_get((state.tokens_BN, state.ends_B, state.logprobs_BN, state.top))
-        rows = [_completion(i, self.plan(s).ends, *held) for i in range(len(held[0]))]
+        rows = [completion_of(i, self.plan(s).ends, *held) for i in range(len(held[0]))]
         return [rows[i : i + s.samples] for i in range(0, len(rows), s.samples)]
 
     def _best(self, params: Any, prompts: Sequence[Sequence[int]], s: Sampling, source: Any) -> list[list[Completion]]:
         plan, batch = self.plan(s), self.batch(prompts, s.tokens, source)
         length = bucket(batch["tokens"].shape[1] + s.tokens)
-        allow_BV = allowed(s, plan, self.model.config.vocab, None)
+        allow_BV = self.allowed(s)
         how = beam.How(s.beams, plan.ends, length)
         found = jax.device_get(self._search(params, batch, sampling.knobs(s), allow_BV, beam.rules_of(s), how=how))
         out = []
         for tokens_KN, lengths_K, scores_K in zip(*found, strict=True):
-            rows = [_completion(i, plan.ends, tokens_KN, lengths_K, None, None) for i in range(s.samples)]
+            rows = [completion_of(i, plan.ends, tokens_KN, lengths_K) for i in range(s.samples)]
             out.append([replace(row, score=float(scores_K[i])) for i, row in enumerate(rows)])
         return out
 
@@ -195,16 +199,26 @@ class Generator:
     def _advance_(self, params: Any, state: State, knobs: dict, allow_BV: Any, until: Any, *, plan: Plan) -> State:
         params = prepare(self.model, params)
 
+        # XLA copies a cache whose leading dimension is 1 four times a step, and one without it once.
+        thin = len(state.done_B) == 1 and jax.sharding.get_abstract_mesh().empty
+
+        def carried(state: State, change: Callable[[jax.Array], jax.Array]) -> State:
+            kept = jax.tree.map(change, state.cache.layers) if thin else state.cache.layers
+            return state.replace(cache=state.cache.replace(layers=kept))
+
         def more(state: State) -> jax.Array:
             return (state.made < until) & ~state.done_B.all()
 
         def one(state: State) -> State:
+            state = carried(state, lambda x: x[None])
             last_B1 = jax.lax.dynamic_slice_in_dim(state.tokens_BN, state.made - 1, 1, axis=1)
             positions_B1 = (state.lengths_B + state.made - 1)[:, None]
             z_B1V, cache = extend(self.model, params, state.cache, last_B1, positions_B1)
-            return choose(state.replace(cache=cache), z_B1V[:, 0], knobs, allow_BV, plan)
+            state = choose(state.replace(cache=cache), z_B1V[:, 0], knobs, allow_BV, plan)
+            return carried(state, lambda x: x[0])
 
-        return jax.lax.while_loop(more, one, state)
+        state = jax.lax.while_loop(more, one, carried(state, lambda x: x[0]))
+        return carried(state, lambda x: x[None])
 
 
 def choose(state: State, z_BV: jax.Array, knobs: dict, allow_BV: jax.Array | None, plan: Plan) -> State:
@@ -253,7 +267,10 @@ def allowed(s: Sampling, plan: Plan, vocab: int, allow_BV: np.ndarray | None) ->
     return own if allow_BV is None else own & allow_BV
 
 
-def _completion(i: int, ends: tuple[int, ...], tokens_BN: Any, ends_B: Any, logprobs_BN: Any, top: Any) -> Completion:
+def completion_of(
+    i: int, ends: tuple[int, ...], tokens_BN: Any, ends_B: Any, logprobs_BN: Any = None, top: Any = None
+) -> Completion:
+    """Of row `i`."""
     n = int(ends_B[i])
     stopped = bool(n) and int(tokens_BN[i, n - 1]) in ends
     n -= stopped
