@@ -76,6 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
                 "jaxlm generate runs/quickstart --prompt 'def main(' --temperature 0.8", overrides=True)  # fmt: skip
     p.add_argument("model", metavar="RUN_DIR", nargs="?")
     p.add_argument("--prompt", action="append", help="may be given several times")
+    p.add_argument("--draft", metavar="RUN_DIR|lookup", help="a smaller model of the same tokenizer proposes tokens, "
+                   "or what was said before does: the same text, sooner")  # fmt: skip
+    p.add_argument("--proposals", type=int, default=4, help="tokens that the draft proposes at a time (default 4)")
     p.add_argument("--step", type=int, help="of a checkpoint (default: the newest)")
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
     p.add_argument("-h", "--help", action="store_true", help="how text may be chosen, with the model's own values")
@@ -209,7 +212,8 @@ def _generate(args: argparse.Namespace, rest: list[str]) -> int:
     how = _sampling(args, rest)
     if not args.prompt:
         raise ValueError("give a --prompt")
-    found = inference.generate(Path(args.model), args.prompt, how, args.step)
+    more = dict(draft=args.draft, proposals=args.proposals)
+    found = inference.generate(Path(args.model), args.prompt, how, args.step, **more)
     for prompt, answers in zip(args.prompt, found, strict=True):
         for answer in answers:
             print(prompt + answer.text)

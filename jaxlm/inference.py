@@ -1,9 +1,10 @@
 """Use of a trained run: its config and weights alone, on whatever devices are here."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -14,6 +15,7 @@ from jaxlm.eval import perplexity
 from jaxlm.generate import Generator
 from jaxlm.interop.beside import chat_templates, read_generation
 from jaxlm.sampling import Sampling
+from jaxlm.speculative import Speculative
 from jaxlm.train import read_config
 
 
@@ -55,6 +57,9 @@ def settings(folder: Path) -> Sampling:
     given |= dict(beams=g.beams, length_penalty=g.length_penalty)
     if g.sample:
         given |= dict(temperature=1.0 if g.temperature is None else g.temperature, top_k=g.top_k, beams=None)
+    left_out = [*g.others, *(["no_repeat_ngram_size"] if g.no_repeat_ngram else [])]
+    if left_out:
+        print(f"generation_config.json: without counterpart here, left out: {', '.join(left_out)}", file=sys.stderr)
     return dataclasses.replace(s, **{name: value for name, value in given.items() if value is not None})
 
 
@@ -64,14 +69,31 @@ def _generator(p: assemble.Program, folder: Path) -> Generator:
 
 
 def generate(
-    folder: Path, prompts: Sequence[str], sampling: Sampling, step: int | None = None
+    folder: Path,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    step: int | None = None,
+    *,
+    draft: Path | Literal["lookup"] | None = None,
+    proposals: int = 4,
 ) -> list[list[stream.Answer]]:
-    """The new texts of each prompt."""
+    """The new texts of each prompt. `draft`: a smaller model of the same tokenizer that proposes tokens, or `lookup`:
+    what followed the last two tokens before."""
     p, weights = open_run(folder, step)
     ids, source = assemble.prompts(p.run, p.tokens, prompts)
     with sharding.on_mesh(p.mesh):
         run = _generator(p, folder)
-        return stream.answers(run, p.tokens, run.prepare(weights), ids, sampling, source)
+        weights = run.prepare(weights)
+        if draft is None:
+            return stream.answers(run, p.tokens, weights, ids, sampling, source)
+        if sampling.stop or source is not None:
+            raise ValueError("generate: --draft does not go with --stop or an encoder-decoder; leave it out")
+        proposer, more = (None, None) if draft == "lookup" else open_run(Path(draft))
+        if proposer is not None and proposer.tokens.fingerprint != p.tokens.fingerprint:
+            raise ValueError(f"--draft {draft}: its tokenizer is another one; use a draft with the same tokenizer")
+        fast = Speculative(run, None if proposer is None else Generator(proposer.model), proposals)
+        found = fast(weights, more, ids, sampling).completions
+        return [[stream.Answer(p.tokens.decode(c.tokens), c) for c in several] for several in found]
 
 
 def chat(

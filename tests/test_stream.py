@@ -2,12 +2,13 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from jaxlm import config, constrain, params, sharding, stream
+from jaxlm import cli, config, constrain, inference, params, sharding, stream
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.generate import Generator
 from jaxlm.models import Model, llama
@@ -193,3 +194,33 @@ def test_a_missing_library_is_one_line_with_the_remedy(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     with pytest.raises(ValueError, match=r"pip install 'jaxlm\[generate\]'"):
         constrain.open_grammar(TOKENS, Sampling(regex="a"), 264, (257,))
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def test_the_command_line_reaches_every_way_to_choose(generate, weights, monkeypatch, tmp_path, capsys):
+    run = SimpleNamespace(model=generate.model, tokens=TOKENS, mesh=None, run=None)
+    monkeypatch.setattr(inference, "open_run", lambda folder, step=None: (run, weights))
+    monkeypatch.setattr(
+        inference.assemble, "prompts", lambda run, tokens, texts: ([tokens.encode(t) for t in texts], None)
+    )
+
+    def called(*more: str) -> dict:
+        assert cli.main(["generate", str(tmp_path), "--prompt", "abc", "--prompt", "x", "--json", *more]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    ours = [a.text for [a] in stream.answers(generate, TOKENS, weights, PROMPTS, Sampling(tokens=6))]
+    assert called("--tokens", "6")["texts"] == ours
+    assert called("--tokens", "6", "--draft", "lookup")["texts"] == ours
+    assert called("--tokens", "6", "--draft", str(tmp_path), "--proposals", "2")["texts"] == ours
+    many = called("--tokens", "6", "--temperature", "1", "--samples", "2", "--logprobs", "1", "--stop", "q", "zz")
+    assert [len(several) for several in many["texts"]] == [2, 2] and len(many["likeliest"][0][0][0]) == 1
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps(dict(max_new_tokens=3, do_sample=True, temperature=0.5, top_k=4, eos_token_id=[1, 2], typical_p=0.5))
+    )
+    found = inference.settings(tmp_path)
+    assert (found.tokens, found.temperature, found.top_k) == (3, 0.5, 4)
+    assert "left out: typical_p" in capsys.readouterr().err
+    assert cli.main(["generate", str(tmp_path), "--prompt", "a", "--draft", "lookup", "--stop", "x"]) == 2
+    assert "--draft does not go with --stop" in capsys.readouterr().err
