@@ -127,8 +127,21 @@ def test_several_samples_of_a_prompt_differ_and_start_from_the_same_cache():
     assert tokens(cold) == [by_hand(model, weights, p, 12) for p in PROMPTS for _ in range(3)]
 
 
-@pytest.mark.parametrize("axis_type", ["auto", "explicit"])
-@pytest.mark.parametrize("sizes", [dict(fsdp=4, data=2), dict(fsdp=2, tensor=2, data=2)], ids=str)
+@pytest.mark.parametrize(
+    ("axis_type", "sizes"),
+    [
+        ("explicit", dict(fsdp=2, tensor=2, data=2)),
+        *[
+            pytest.param(kind, sizes, marks=pytest.mark.slow)
+            for kind, sizes in [
+                ("explicit", dict(fsdp=4, data=2)),
+                ("auto", dict(fsdp=4, data=2)),
+                ("auto", dict(fsdp=2, tensor=2, data=2)),
+            ]
+        ],
+    ],
+    ids=str,
+)
 def test_on_a_mesh_any_number_of_prompts(axis_type, sizes):
     """Prompts need not divide over the devices."""
     c = config.Mesh(**sizes, axis_type=axis_type)
