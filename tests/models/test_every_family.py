@@ -1,0 +1,172 @@
+"""What holds for every architecture: packed = alone, with a cache = at once, scanned = unrolled, any mesh = one device."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from published import ROWS
+
+from jaxlm import config, losses, params, sharding, tree
+from jaxlm.models import MODELS, Model
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "hf"
+# The variants that have most to get wrong; of the other architectures, the first.
+TELLING = ("llama_3.1", "mistral_wide_tied", "smollm3_window", "qwen2_window", "qwen3_window", "gemma2", "gemma3")
+
+
+@functools.cache
+def published(name: str) -> dict:
+    with np.load(GOLDEN / f"{name}.npz") as golden:
+        return json.loads(str(golden["config"]))
+
+
+def cases() -> list[str]:
+    """One row for each `model_type`."""
+    chosen: dict[str, str] = {}
+    for name in ROWS:
+        kind = published(name)["model_type"]
+        if kind not in chosen or name in TELLING:
+            chosen[kind] = name
+    return list(chosen.values())
+
+
+CASES = cases()
+GENERATING = [name for name in CASES if ROWS[name].inputs not in ("encoder", "types")]
+
+
+def make_model(name: str, layout: sharding.Layout | None = None, **execution) -> Model:
+    values = published(name)
+    family = next(f for f in MODELS.values() if values["model_type"] in f.MODEL_TYPES)
+    c = family.from_hf(values)
+    layout = layout or sharding.Layout(execution=config.Execution(**{"dtype": "float32", "scan": False} | execution))
+    return Model(family, c, family.specs(c), layout)
+
+
+def make_weights(model: Model) -> dict:
+    """Near the initial ones, but no bias is zero and no scale one."""
+    rng = np.random.default_rng(0)
+    first = jax.tree.map(np.asarray, params.init(model.specs, jax.random.key(0)))
+    return tree.map_named(
+        lambda path, s: tree.flatten(first)[path] + rng.normal(0, 0.2, s.shape).astype(np.float32), model.specs
+    )
+
+
+def documents(model: Model, lengths: tuple[int, ...], rows: int = 1) -> list[dict]:
+    """Batches of one document a row; an encoder-decoder's has a source of another length."""
+    rng, out = np.random.default_rng(1), []
+    for n in lengths:
+        count = lambda n: np.broadcast_to(np.arange(n, dtype=np.int32), (rows, n))  # noqa: E731
+        draw = lambda n: rng.integers(4, model.config.vocab, (rows, n)).astype(np.int32)  # noqa: E731
+        one = dict(tokens=draw(n), positions=count(n), segments=np.ones((rows, n), np.int32))
+        if model.family.kind == "encoder_decoder":
+            m = n + 2
+            one |= dict(source=draw(m), source_positions=count(m), source_segments=np.ones((rows, m), np.int32))
+        out.append(one)
+    return out
+
+
+def packed(parts: list[dict], padding: int = 3) -> dict:
+    """All documents in one row, and some padding."""
+    out = {}
+    for key in parts[0]:
+        number = key.endswith("segments")
+        row = np.concatenate([p[key] * (i + 1) if number else p[key] for i, p in enumerate(parts)], 1)
+        out[key] = np.pad(row, ((0, 0), (0, padding)))
+    return out
+
+
+def all_logits(model: Model, weights: dict, batch: dict) -> jax.Array:
+    return losses.logits(model.readout(weights, model.forward(weights, batch).x_BTD), model.shard)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_packed_equals_alone(name):
+    model = make_model(name)
+    weights, parts = make_weights(model), documents(model, (6, 6))
+    run = jax.jit(lambda w, b: all_logits(model, w, b))
+    together, alone = run(weights, packed(parts)), [run(weights, p) for p in parts]
+    np.testing.assert_allclose(together[:, :12], np.concatenate(alone, 1), atol=2e-5, rtol=1e-4)
+    assert np.isfinite(together).all()
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_with_a_cache_equals_at_once(name):
+    """Prompts of 5 and 3 tokens padded on the left, then one token at a time, past every window; then several."""
+    model = make_model(name)
+    weights, T, prompt = make_weights(model), 12, 5
+    batch = documents(model, (T,), rows=2)[0]
+    start = np.array([[0], [2]])  # of each row
+    batch["segments"] = (np.arange(T)[None] >= start).astype(np.int32)
+    batch["positions"] = np.maximum(np.arange(T, dtype=np.int32)[None] - start, 0).astype(np.int32)
+    expected = np.asarray(jax.jit(lambda w, b: all_logits(model, w, b))(weights, batch))
+
+    @jax.jit
+    def read(weights, batch, cache):
+        out = model.forward(weights, batch, cache=cache)
+        return losses.logits(model.readout(weights, out.x_BTD), model.shard), out.cache
+
+    cache = model.family.init_cache(model.config, 2, T, jnp.float32)
+    got, at = [], 0
+    for n in (prompt, *[1] * (T - prompt)):
+        part = {k: v[:, at : at + n] for k, v in batch.items() if k in ("tokens", "positions", "segments")}
+        part |= {k: v for k, v in batch.items() if k.startswith("source") and at == 0}
+        z, cache = read(weights, part, cache)
+        got.append(z)
+        at += n
+    got, real = np.concatenate(got, 1), batch["segments"] > 0
+    np.testing.assert_allclose(got[real], expected[real], atol=2e-5, rtol=1e-4)
+    assert int(cache.end) == T
+
+
+@functools.cache
+def gradients(name: str, **execution):
+    """(loss, gradients) on one device, of one way to run the layers."""
+    model = make_model(name, **execution)
+    return jax.jit(jax.value_and_grad(functools.partial(_loss, model)))(make_weights(model), _rows(model))
+
+
+def _rows(model: Model) -> dict:
+    return documents(model, (8,), rows=8)[0]
+
+
+def _loss(model: Model, weights: dict, batch: dict) -> jax.Array:
+    out = model.forward(weights, batch)
+    targets = jnp.roll(batch["tokens"], -1, 1)
+    sums = losses.cross_entropy(
+        model.readout(weights, out.x_BTD), targets, jnp.ones(targets.shape, jnp.float32), shard=model.shard
+    )
+    aux = jnp.zeros(()) if out.aux_B is None else out.aux_B.sum() * targets.shape[1]
+    return (sums.loss + aux) / targets.size
+
+
+def assert_close(got, expected) -> None:
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+    scale = max(float(np.abs(g).max()) for g in jax.tree.leaves(expected[1]))
+    assert scale > 1e-3
+    for (path, a), b in zip(tree.flatten(got[1]).items(), tree.flatten(expected[1]).values(), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * scale, rtol=1e-3, err_msg=path)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scanned_and_rematerialized_equals_unrolled(name):
+    assert_close(gradients(name, scan=True, remat="full"), gradients(name))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_mesh_equals_one_device(name):
+    """Explicit axes, where a missing annotation is an error."""
+    moe = "experts" in {a for s in tree.flatten(make_model(name).specs, params.is_spec).values() for a in s.axes}
+    c = config.Mesh(data=2, fsdp=1 if moe else 2, expert=2 if moe else 1, tensor=2, axis_type="explicit")
+    mesh = sharding.make_mesh(c)
+    model = make_model(name, sharding.Layout.of(c, config.Execution(dtype="float32", scan=True)))
+    homes = model.shard.shardings(model.specs, mesh)
+    with sharding.on_mesh(mesh):
+        weights = jax.device_put(make_weights(model), homes)
+        batch = {k: jax.device_put(v, sharding.NamedSharding(mesh, model.shard.spec(("batch", None))))
+                 for k, v in _rows(model).items()}  # fmt: skip
+        got = jax.jit(jax.value_and_grad(functools.partial(_loss, model)), out_shardings=(None, homes))(weights, batch)
+    assert_close(jax.device_get(got), gradients(name))
