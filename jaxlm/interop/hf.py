@@ -54,17 +54,20 @@ def family_of(values: Mapping[str, Any], models: Mapping[str, ModuleType]) -> Mo
 
 
 def describe(directory: str | Path, models: Mapping[str, ModuleType]) -> tuple[ModuleType, Any]:
-    """The family and its Config."""
+    """The family and its Config. Where its files may have more or less than config.json says, they decide."""
     values = read_config(directory)
     family = family_of(values, models)
     try:
-        return family, family.from_hf(values)
+        c = family.from_hf(values)
     except KeyError as error:
         raise ValueError(
             f"{directory}/config.json: lacks {error.args[0]}, which {values['model_type']} needs"
         ) from error
     except (TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{directory}/config.json: a value is not what it should be ({error})") from error
+    if hasattr(family, "settle") and any(Path(directory).glob("*.safetensors")):
+        c = family.settle(c, safetensors.open_files(directory).entries)
+    return family, c
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -105,7 +108,9 @@ def _find(
     """Name of each of the table's tensors in these files; what is missing, left over or misshapen is an error."""
     here = _spelling(files, getattr(family, "PREFIX", ""))
     found = {name: here(name) for name in table}
-    copies = {here(name): here(of) for name, of in _copies(family, c, specs).items() if here(of) in files.entries}
+    copies = {here(name): here(of) for name, of in _copies(family, c, specs).items()}
+    kept = {of: name for name, of in copies.items() if name in files.entries and of not in files.entries}
+    found = {name: kept.get(theirs, theirs) for name, theirs in found.items()}  # early files keep any of the copies
     patterns = [re.compile(p) for p in (*getattr(family, "IGNORED", ()), *ignore)]
     missing = [name for name in found.values() if name not in files.entries]
     extra = [
@@ -125,7 +130,7 @@ def _find(
         if not jnp.issubdtype(entry.dtype, jnp.floating):
             due = f"{entry.dtype} numbers where floats are due; bring the unquantised weights"
             raise ValueError(f"{entry.file}: {found[name]} holds {due}")
-    for name, of in copies.items():
+    for name, of in ((name, kept.get(of, of)) for name, of in copies.items()):
         if name in files.entries and not _equal(files, name, of):
             raise ValueError(
                 f"{files.entries[name].file}: {name} differs from {of}, though config.json ties them; "
@@ -134,18 +139,22 @@ def _find(
     return found
 
 
-def _spelling(files: Files, prefix: str) -> Callable[[str], str]:
-    """From a name in the table to the one in these files, which may be of a bare model, or old."""
-    bare = prefix and not any(name.startswith(prefix) for name in files.entries)
+def _spelling(files: Files, prefixes: str | tuple[str, ...]) -> Callable[[str], str]:
+    """From a name in the table to the one in these files, which may be of a bare model or of a larger one, or old."""
+    prefixes = (prefixes,) if isinstance(prefixes, str) else prefixes
+    here = next((p for p in prefixes if any(name.startswith(p) for name in files.entries)), "")
     old = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}  # from TensorFlow's days
     if not any(name.endswith(tuple(old.values())) for name in files.entries):
         old = {}
 
-    def here(name: str) -> str:
-        name = name.removeprefix(prefix) if bare else name
-        return next((name.removesuffix(new) + was for new, was in old.items() if name.endswith(new)), name)
+    def spell(name: str) -> str:
+        was = next((p for p in prefixes if p and name.startswith(p)), "")
+        if not here:
+            name = name.removeprefix(was)
+        name = next((name.removesuffix(new) + early for new, early in old.items() if name.endswith(new)), name)
+        return here + name if here and not was and here + name in files.entries else name
 
-    return here
+    return spell
 
 
 def _listed(found: list[str], what: str) -> str:

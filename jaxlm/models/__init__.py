@@ -11,7 +11,8 @@
   generates has `init_cache(c, rows, length, dtype, slack=0) -> attention.Cache`.
 - For published files: `MODEL_TYPES` (what their config.json calls it), `from_hf(values) -> Config`,
   `to_hf(c) -> values`, `names(c) -> {our path: names.Name}`; where there are such, `IGNORED` (patterns of tensors that
-  say nothing) and `PREFIX` (what files of the bare model leave out).
+  say nothing), `PREFIX` (what files of the bare model leave out; several: any of them) and
+  `settle(c, tensor names) -> Config` (heads that files have or lack, whatever their config.json says).
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,8 @@ adds a bias by distance to the scores.
 B batch, T position, D model width, H heads, C head width, F ffn width, V vocabulary.
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -168,8 +169,8 @@ STEMS = {  # of the classes that transformers has for them
     "mpnet": "MPNet",
 }
 MODEL_TYPES = tuple(STEMS)
-# What the class that config.json names leaves behind too: Google's own BERT is a BertForMaskedLM with a pooler.
-IGNORED = (r"(.*\.)?embeddings\.position_ids", r"(.*\.)?pooler\.dense\..*", r"cls\.seq_relationship\..*")
+PREFIX = ("bert.", "roberta.", "distilbert.", "mpnet.")
+IGNORED = (r"(.*\.)?embeddings\.position_ids",)
 TIED = {"cls.predictions.decoder.bias": "cls.predictions.bias", "lm_head.decoder.bias": "lm_head.bias"}
 
 BERT = dict(
@@ -243,10 +244,6 @@ def from_hf(values: dict[str, Any]) -> Config:
             raise ValueError(f"config.json: {name} {values[name]!r} of {kind} is not supported, only {only!r}")
     architecture = (values.get("architectures") or [f"{STEMS[kind]}Model"])[0]
     part = architecture.removeprefix(STEMS[kind])
-    parts = ("Model", "ForMaskedLM") + ("ForPreTraining",) * (kind == "bert")
-    if part not in parts:
-        known = ", ".join(STEMS[kind] + p for p in parts)
-        raise ValueError(f"config.json: architectures {architecture!r} is not read here; known: {known}")
     ours = {ours: values[name] for ours, name in (DISTILBERT_FIELDS if kind == "distilbert" else FIELDS).items()}
     if ours["activation"] not in layers.ACTIVATIONS:
         raise ValueError(f"config.json: activation {ours['activation']!r} of {kind} is unknown")
@@ -260,11 +257,21 @@ def from_hf(values: dict[str, Any]) -> Config:
         offset=offset,
         relative=kind == "mpnet",
         pooler=bool(values.get("add_pooling_layer", part != "ForMaskedLM" and kind != "distilbert")),
-        head=part != "Model",
+        head=part in ("ForMaskedLM", "ForPreTraining"),
         next_sentence=part == "ForPreTraining",
         eps=values.get("layer_norm_eps", 1e-12),
         model_type=kind,
     )
+
+
+def settle(c: Config, files: Collection[str]) -> Config:
+    """With the heads that the files have: config.json often names the class that a model was made from."""
+
+    def has(module: str) -> bool:
+        return any(name.endswith(f"{module}.weight") for name in files)
+
+    head = has(names(c)["transform"].file.removesuffix(".weight"))
+    return replace(c, head=head, pooler=has("pooler.dense"), next_sentence=head and has("cls.seq_relationship"))
 
 
 def to_hf(c: Config) -> dict[str, Any]:

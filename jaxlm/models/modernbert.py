@@ -5,7 +5,8 @@ under `first`, so that the others are one stack. B batch, T position, D model wi
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
@@ -154,6 +155,7 @@ def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layo
 # Published files.
 
 MODEL_TYPES = ("modernbert",)
+PREFIX = "model."
 
 
 def names(c: Config) -> dict[str, Name]:
@@ -207,9 +209,6 @@ OPTIONS = dict(
 
 def from_hf(values: dict[str, Any]) -> Config:
     architecture, n = (values.get("architectures") or ["ModernBertModel"])[0], values["num_hidden_layers"]
-    if architecture not in ("ModernBertModel", "ModernBertForMaskedLM"):
-        known = "ModernBertModel, ModernBertForMaskedLM"
-        raise ValueError(f"config.json: architectures {architecture!r} is not read here; known: {known}")
     options = {ours: values[name] for ours, name in OPTIONS.items() if name in values}
     for ours in ("activation", "head_activation"):
         if options.get(ours, "gelu") not in layers.ACTIVATIONS:
@@ -223,8 +222,13 @@ def from_hf(values: dict[str, Any]) -> Config:
         rope_local=_rope(values, "sliding_attention", values.get("local_rope_theta", 10_000.0)),
         window=values.get("local_attention", 128) // 2 + 1,
         windowed=layers.pattern([t == "sliding_attention" for t in types]),
-        head=architecture != "ModernBertModel",
+        head=architecture == "ModernBertForMaskedLM",
     )
+
+
+def settle(c: Config, files: Collection[str]) -> Config:
+    """With the head if the files have it, whatever class config.json names."""
+    return replace(c, head="head.dense.weight" in files and ("decoder.bias" in files or not c.head_bias))
 
 
 def _rope(values: dict[str, Any], kind: str, theta: float) -> Rope:

@@ -276,6 +276,16 @@ def test_a_copy_of_the_embedding_must_be_one(tmp_path, name):
         load(directory(tmp_path / "other", file))
 
 
+def test_a_copy_stands_in_for_an_embedding_that_is_not_there(tmp_path):
+    file = toy_file(TIED)
+    whole = load(directory(tmp_path / "whole", file))
+    file["lm_head.weight"] = file.pop("model.wte.weight")
+    np.testing.assert_array_equal(load(directory(tmp_path / "head", file))["embed"], whole["embed"])
+    file["model.again.weight"] = file["lm_head.weight"] + 1
+    with pytest.raises(ValueError, match="differs from"):
+        load(directory(tmp_path / "both", file))
+
+
 # ----------------------------------------------------------------------------------------------------- what doesn't fit
 
 

@@ -142,12 +142,6 @@ def test_early_and_late_configurations_of_modernbert_say_the_same():
         (bert, {"is_decoder": True}, "is_decoder True of bert is not supported, only False"),
         (bert, {"tie_word_embeddings": False}, "tie_word_embeddings False"),
         (bert, {"hidden_act": "mish"}, "'mish' of bert is unknown"),
-        (
-            bert,
-            {"architectures": ["BertForQuestionAnswering"]},
-            "known: BertModel, BertForMaskedLM, BertForPreTraining",
-        ),
-        (modernbert, {"architectures": ["ModernBertForTokenClassification"]}, "known: ModernBertModel, ModernBertFor"),
         (modernbert, {"classifier_activation": "mish"}, "classifier_activation 'mish' of modernbert is unknown"),
     ],
 )
@@ -215,9 +209,10 @@ def test_files_may_hold_the_head_twice_but_not_two_heads(tmp_path, kind):
 
 
 def test_early_files_of_bert_are_read(tmp_path):
-    """TensorFlow's names of norms, a buffer, and what BertForMaskedLM leaves behind: pooler, next-sentence head."""
+    """TensorFlow's names of norms, a buffer, and heads of BertForPreTraining under the name of BertForMaskedLM."""
     c = dataclasses.replace(TINY, pooler=False)
-    more = {"bert.pooler.dense.weight": (8, 8), "bert.pooler.dense.bias": (8,), "cls.seq_relationship.weight": (2, 8)}
+    more = {"bert.pooler.dense.weight": (8, 8), "bert.pooler.dense.bias": (8,)}
+    more |= {"cls.seq_relationship.weight": (2, 8), "cls.seq_relationship.bias": (2,)}
 
     def early(files):
         old = {k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): w
@@ -226,7 +221,24 @@ def test_early_files_of_bert_are_read(tmp_path):
         old["bert.embeddings.position_ids"] = np.arange(T)[None]
         return old | {key: draw(key, shape) for key, shape in more.items()}
 
-    assert published_files(tmp_path / "early", c, early) == c
+    assert published_files(tmp_path / "early", c, early) == dataclasses.replace(c, pooler=True, next_sentence=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_decide_over_what_config_json_calls_them(tmp_path, kind):
+    """Sentence encoders often bear the name of the masked-LM class that they were made from."""
+    c = dataclasses.replace(CONFIGS[kind], head=False)
+
+    def as_masked(files):
+        path, other = tmp_path / "bare" / "config.json", {"architectures": [f"{bert.STEMS[kind]}ForMaskedLM"]}
+        path.write_text(json.dumps(json.loads(path.read_text()) | other))
+        return files
+
+    assert published_files(tmp_path / "bare", c, as_masked) == c
+    stem = "roberta." if kind == "xlm-roberta" else f"{kind}."
+    assert published_files(tmp_path / "whole", c, lambda files: {stem + k: w for k, w in files.items()}) == c
+    with pytest.raises(ValueError, match=r"1 tensor is not this model's \(qa_outputs.weight\)"):
+        published_files(tmp_path / "task", c, lambda files: files | {"qa_outputs.weight": np.zeros((2, 8), np.float16)})
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta_bare", "xlm_roberta_bare", "mpnet_bare"])
