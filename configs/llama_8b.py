@@ -2,8 +2,8 @@
 
 from jaxlm.config import Data, Execution, Mesh, Optim, Run, Train
 from jaxlm.models import llama
-from jaxlm.rope import Rope
 from jaxlm.objectives import causal
+from jaxlm.rope import Rope
 
 
 def config() -> Run:

@@ -140,7 +140,7 @@ def from_hf(values: dict[str, Any], theta: float, parameters: dict[str, Any] | N
     `parameters` replaces the file's own where they are nested by layer type.
     """
     p = dict(parameters or values.get("rope_parameters") or values.get("rope_scaling") or {})
-    kind = p.pop("rope_type", None) or p.pop("type", None) or "default"
+    kind: Any = p.pop("rope_type", None) or p.pop("type", None) or "default"
     p.pop("type", None)
     kind = {"su": "longrope", "ntk": "dynamic"}.get(kind, kind)
     if kind != "default" and kind not in SCALED:
@@ -155,7 +155,7 @@ def from_hf(values: dict[str, Any], theta: float, parameters: dict[str, Any] | N
     unknown = p.keys() - set(SCALED.get(kind, ())) - {"finetuned", "max_position_embeddings"}
     if unknown and kind != "default":
         raise ValueError(f"config.json: rope_parameters of {kind} have unknown {', '.join(sorted(unknown))}")
-    more = {
+    more: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in p.items() if k in SCALED.get(kind, ()) and v is not None
     }
     if kind not in ("default", "linear"):

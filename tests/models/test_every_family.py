@@ -1,4 +1,4 @@
-"""What holds for every architecture: packed = alone, with a cache = at once, scanned = unrolled, any mesh = one device."""
+"""What holds for every architecture: packed = alone, cached = at once, scanned = unrolled, any mesh = one device."""
 
 import functools
 import json
