@@ -84,7 +84,7 @@ def specs(c: Moe, width: int, *, deep: float = 1.0, biases: bool = False) -> dic
     if biases:
         out["router_bias"] = Spec((E,), ("router",), zeros)
         experts |= {f"{n}_bias": Spec((E, F), ("experts", "ffn"), zeros) for n in ("gate", "up")}
-        experts["down_bias"] = Spec((E, D), ("experts", None), zeros)
+        experts["down_bias"] = Spec((E, D), ("experts", "embed"), zeros)
     if c.selection_bias:
         out["selection_bias"] = Spec((E,), ("router",), zeros)
     if S:

@@ -160,7 +160,7 @@ def test_scanned_and_rematerialized_equals_unrolled(name):
 def test_a_mesh_equals_one_device(name):
     """Explicit axes, where a missing annotation is an error."""
     moe = "experts" in {a for s in tree.flatten(make_model(name).specs, params.is_spec).values() for a in s.axes}
-    c = config.Mesh(data=2, fsdp=1 if moe else 2, expert=2 if moe else 1, tensor=2, axis_type="explicit")
+    c = config.Mesh(data=1 if moe else 2, fsdp=2, expert=2 if moe else 1, tensor=2, axis_type="explicit")
     mesh = sharding.make_mesh(c)
     model = make_model(name, sharding.Layout.of(c, config.Execution(dtype="float32", scan=True)))
     homes = model.shard.shardings(model.specs, mesh)
