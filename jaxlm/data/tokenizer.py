@@ -80,6 +80,12 @@ class Tokenizer(Protocol):
     def encode_special(self, text: str) -> list[int]:
         """As `encode`, but special tokens that the text spells out become themselves: for chat templates."""
 
+    def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode`, and the stretch of characters each token stands for, without the white space around it.
+
+        Tokens that share a character all have it; a token of nothing but white space has an empty stretch.
+        """
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def piece(self, id: int) -> str: ...
@@ -101,6 +107,18 @@ def _between(text: str, special: Mapping[str, int], encode: Callable[[str], list
     names = sorted(filter(None, special), key=len, reverse=True)
     parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
     return [id for part in parts if part for id in ([special[part]] if part in special else encode(part))]
+
+
+def _trimmed(text: str, spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Without white space at either end: tokenizers differ in whether a word's token covers the space before it."""
+    out = []
+    for start, end in spans:
+        while start < end and text[start].isspace():
+            start += 1
+        while start < end and text[end - 1].isspace():
+            end -= 1
+        out.append((start, end))
+    return out
 
 
 # --------------------------------------------------------------------------------------------------------------- bytes
@@ -131,6 +149,10 @@ class Bytes(SpecialIds):
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
+
+    def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        spans = [(i, i + 1) for i, character in enumerate(text) for _ in character.encode("utf-8")]
+        return self.encode(text), _trimmed(text, spans)
 
     def encode_special(self, text: str) -> list[int]:
         return _between(text, {piece: 256 + i for i, piece in enumerate(self.SPECIAL)}, self.encode)
@@ -233,6 +255,25 @@ class SentencePiece(SpecialIds):
                 ids += (self._bytes if i else []) + self._processor.encode(stretch)
             return ids
         return self._processor.encode(text)
+
+    def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        apart = SPACE in text and self._keeps_space
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        at = 0
+        for i, stretch in enumerate(text.split(SPACE) if apart else [text]):
+            if i:
+                ids += self._bytes  # type: ignore[arg-type]
+                spans += [(at, at + 1)] * len(self._bytes)
+                at += 1
+            found = self._processor.encode(stretch, return_type="offset_mapping")
+            ids += found["ids"]
+            spans += [(at + start, at + end) for start, end in found["offsets"]]
+            at += len(stretch)
+        for i in reversed(range(len(spans) - 1)):  # of a character's bytes only the last is given its place
+            if spans[i][0] == spans[i][1] == spans[i + 1][0]:
+                spans[i] = spans[i + 1]
+        return ids, _trimmed(text, spans)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
@@ -351,6 +392,10 @@ class HuggingFace(SpecialIds):
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        return found.ids, _trimmed(text, found.offsets)
 
     @functools.cached_property
     def _reads_special(self) -> Any:

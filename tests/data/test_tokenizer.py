@@ -263,3 +263,25 @@ def test_load_faults_are_one_clear_line(tmp_path, name, data, words):
     with pytest.raises(ValueError, match=words) as caught:
         tok.load(path.parent if name.startswith("folder") else path)
     assert "\n" not in str(caught.value)
+
+
+def test_offsets_are_the_characters_that_tokens_stand_for(lossless):
+    """In order, without white space around them, and nothing else is left out; the ids are those of `encode`."""
+    for text in _random_texts() + TEXTS:
+        ids, spans = lossless.encode_offsets(text)
+        assert ids == lossless.encode(text) and len(spans) == len(ids)
+        covered = {i for start, end in spans for i in range(start, end)}
+        assert {i for i, character in enumerate(text) if not character.isspace()} <= covered
+        assert all(a <= b and text[a:b].strip() == text[a:b] for a, b in spans)
+        assert [a for a, b in spans if b > a] == sorted(a for a, b in spans if b > a)
+
+
+def test_offsets_name_the_token_of_each_word(wordpiece, sentencepiece):
+    text = "a  play (plays) Ä"
+    ids, spans = wordpiece.encode_offsets(text)
+    assert [(wordpiece.piece(i), text[a:b]) for i, (a, b) in zip(ids, spans, strict=True)] == [
+        ("a", "a"), ("play", "play"), ("[UNK]", "("), ("play", "play"), ("##s", "s"), ("[UNK]", ")"), ("[UNK]", "Ä"),
+    ]  # fmt: skip
+    ids, spans = sentencepiece.encode_offsets("x 🎉y")
+    emoji = [span for i, span in zip(ids, spans, strict=True) if sentencepiece.token_bytes[i] in "🎉".encode()]
+    assert emoji == [(2, 3)] * 4, "each byte of a character has the character's place"
