@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlm.layers import Output
 from jaxlm.losses import cross_entropy
 from jaxlm.models import Model
 
@@ -54,8 +55,16 @@ def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | Non
         label_smoothing=c.label_smoothing,
         z_loss=c.z_loss,
     )
-    values = dict(loss=sums.loss, nll=sums.nll, accuracy=sums.correct)
-    if out.aux_B is not None:  # a row's auxiliary loss weighs as much as its targets, so micro-batches and meshes agree
-        values["aux"] = (out.aux_B * batch["weights"].sum(-1)).sum()
+    values = dict(loss=sums.loss, nll=sums.nll, accuracy=sums.correct) | of_rows(out, batch["weights"])
+    if "aux" in values:
         values["loss"] += values["aux"]
     return {"tokens": values}
+
+
+def of_rows(out: Output, weights_BT: jax.Array) -> dict[str, jax.Array]:
+    """Sums of what a model says of each row: `aux`, which is part of the loss, and what it shows besides.
+
+    A row weighs as much as its targets do, so micro-batches and meshes agree.
+    """
+    each_B = (out.shown_B or {}) | ({} if out.aux_B is None else {"aux": out.aux_B})
+    return {name: (x_B * weights_BT.sum(-1)).sum() for name, x_B in each_B.items()}
