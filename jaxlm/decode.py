@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.attention import SLOTS, Cache
+from jaxlm.layers import layout_of
 from jaxlm.losses import logits
 from jaxlm.models import Model
 from jaxlm.params import Spec, is_spec
@@ -24,22 +25,23 @@ BUCKET = 64  # the least length of prompts and caches: a program serves all leng
 
 
 def prepare(model: Model, params: Any) -> Any:
-    """Weights as decoding reads them: in the compute dtype, and a tuple of layers where they were stacked.
+    """Weights as decoding reads them: in the dtype that layers use, and a tuple of layers where they were stacked.
 
     A stack would be cut anew for each token. What is prepared already stays as it is.
     """
 
-    def cast(w: Any) -> Any:
-        return w.astype(model.shard.dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w
+    def cast(s: Spec, p: Any) -> Any:
+        dtype = layout_of(s, model.shard).dtype
+        return jax.tree.map(lambda w: w.astype(dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w, p)
 
     def walk(p: Any, s: Any) -> Any:
         if isinstance(p, tuple):
             return p
         if isinstance(s, Spec):  # vectors and biases outside of layers work in float32 in training too
-            return jax.tree.map(cast, p) if len(s.shape) > 1 and "embed" in s.axes else p
+            return cast(s, p) if len(s.shape) > 1 and "embed" in s.axes else p
         found = jax.tree.leaves(s, is_leaf=is_spec)
         if found and all(x.axes[:1] == ("layers",) for x in found):
-            whole = jax.tree.map(cast, p)
+            whole = jax.tree.map(cast, s, p, is_leaf=is_spec)
             return tuple(jax.tree.map(lambda w, i=i: w[i], whole) for i in range(found[0].shape[0]))
         return {name: walk(value, s[name]) if name in s else value for name, value in p.items()}
 

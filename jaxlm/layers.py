@@ -17,6 +17,7 @@ from flax import struct
 
 from jaxlm import rope
 from jaxlm.attention import SLOTS, Cache, Mask, attend, remember, ring
+from jaxlm.params import Spec
 from jaxlm.sharding import Layout
 
 
@@ -341,10 +342,16 @@ def run_stacks(
     return x, None if cache is None else cache.replace(layers=kept, fresh=False)
 
 
+def layout_of(s: Spec, shard: Layout) -> Layout:
+    """The layout that a layer's weight is used by. Routers stay float32: a rounded score sends tokens elsewhere."""
+    if "router" not in s.axes:
+        return shard
+    return dataclasses.replace(shard, execution=dataclasses.replace(shard.execution, dtype="float32"))
+
+
 def _gathered(params: Any, specs: Any, shard: Layout) -> Any:
-    """Weights as a block uses them. Routers stay float32: a rounded score would send tokens to other experts."""
-    exact = dataclasses.replace(shard, execution=dataclasses.replace(shard.execution, dtype="float32"))
-    return jax.tree.map(lambda w, s: (exact if "router" in s.axes else shard).gather(w, s), params, specs)
+    """Weights as a block uses them."""
+    return jax.tree.map(lambda w, s: layout_of(s, shard).gather(w, s), params, specs)
 
 
 def stretches(kinds: Sequence[Any]) -> list[tuple[int, int, int]]:

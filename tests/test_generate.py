@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import config, losses, params, sharding
+from jaxlm import config, losses, moe, params, sharding
 from jaxlm.decode import BUCKET, extend, left_padded, prefill, prepare
 from jaxlm.generate import Generator
-from jaxlm.models import MODELS, Model, bert, gpt2, llama
+from jaxlm.models import MODELS, Model, bert, gpt2, llama, mixtral
 from jaxlm.sampling import Sampling
 
 CONFIGS = {
@@ -80,6 +80,35 @@ def test_reading_on_by_several_tokens_equals_reading_one_at_a_time(name):
         return jnp.stack(out, 1)
 
     np.testing.assert_allclose(at_once(weights), in_turn(prepare(model, weights)), atol=1e-4)
+
+
+def test_prompts_go_to_the_experts_that_training_sends_them_to(monkeypatch):
+    """In bfloat16 too, where a rounded router would send some elsewhere."""
+    c = mixtral.Config(
+        vocab=32, layers=2, width=16, heads=2, kv_heads=1, head_width=8, moe=moe.Moe(experts=64, top_k=8, ffn=4)
+    )
+    layout = sharding.Layout(execution=config.Execution(dtype="bfloat16", scan=False))
+    model, rng = Model(mixtral, c, mixtral.specs(c), layout), np.random.default_rng(0)
+    weights = jax.tree.map(
+        lambda s: rng.standard_normal(s.shape).astype(np.float32) / 3, model.specs, is_leaf=params.is_spec
+    )
+    seen, route = [], moe.route
+    monkeypatch.setattr(moe, "route", lambda *args: seen.append(route(*args)[1]) or route(*args))
+    batch = left_padded([rng.integers(0, 32, BUCKET).tolist()] * 4)
+
+    def forward(weights):
+        x_BTD = model.forward(weights, batch).x_BTD[:, -1:]
+        return losses.logits(model.readout(weights, x_BTD), layout)[:, 0], tuple(seen)
+
+    def generation(weights):
+        seen.clear()
+        return prefill(model, weights, batch, 2 * BUCKET)[0], tuple(seen)
+
+    prepared = prepare(model, weights)
+    assert prepared["blocks"][0]["experts"]["up"].dtype == jnp.bfloat16
+    (expected, chosen), (got, too) = jax.jit(forward)(weights), jax.jit(generation)(prepared)
+    np.testing.assert_array_equal(too, chosen)
+    np.testing.assert_allclose(got, expected, atol=0.05)
 
 
 def test_each_row_stops_at_its_own_end():
