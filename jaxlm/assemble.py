@@ -1,6 +1,7 @@
 """From a `Run` to the parts of its program: names become functions and data here, and nowhere below."""
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -117,6 +118,17 @@ class Program:
         return log.flops_per_token(int(matrices + share * c.vocab * c.width), c.layers, width, self.run.train.seq_len)
 
 
+def read_config(folder: Path) -> config.Run:
+    """The configuration of a run directory."""
+    file = folder / "config.json"
+    if not file.exists():
+        raise ValueError(f"{folder}: not a run directory (it has no config.json)")
+    try:
+        return config.from_dict(json.loads(file.read_text()), MODELS, OBJECTIVES)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{file}: not JSON ({e}); restore it, or delete the run directory") from None
+
+
 def program(run: config.Run, tokens: Any) -> Program:
     """Check the run against its tokenizer and the devices, and put its functions together."""
     family, objective = MODELS[config.family(run.model)], OBJECTIVES[config.family(run.objective)]
@@ -129,12 +141,12 @@ def program(run: config.Run, tokens: Any) -> Program:
     for name, length in rows.items():
         if positions is not None and length > positions:
             raise ValueError(f"{name}: {length} is longer than model.positions {positions}")
-    used = objective.vocab(run.objective, tokens) if hasattr(objective, "vocab") else tokens.vocab_size
-    if not used <= run.model.vocab < used + 1024:
+    used = vocabulary(run, tokens)
+    if not used <= run.model.vocab < used + max(1024, used // 64):
         more = f" and the {used - tokens.vocab_size} that objective adds" if used > tokens.vocab_size else ""
         raise ValueError(
             f"model.vocab: {run.model.vocab} does not fit the tokenizer's {tokens.vocab_size} tokens{more}; "
-            f"set model.vocab to {-(-used // 128) * 128} (padding of less than 1024 is fine)"
+            f"set model.vocab to {-(-used // 128) * 128} (some padding is fine)"
         )
     _window(run)
     mesh = sharding.make_mesh(run.mesh)
@@ -158,6 +170,12 @@ def program(run: config.Run, tokens: Any) -> Program:
     for group in sorted(set(optimizer.groups.values())):
         notes[f"optimizer: {group}"] = "on " + " ".join(p for p, g in optimizer.groups.items() if g == group)
     return Program(run, tokens, mesh, layout, specs, model, objective, optimizer, notes)
+
+
+def vocabulary(run: config.Run, tokens: Any) -> int:
+    """Ids in use: the tokenizer's, and what the objective adds."""
+    objective = OBJECTIVES[config.family(run.objective)]
+    return objective.vocab(run.objective, tokens) if hasattr(objective, "vocab") else tokens.vocab_size
 
 
 def _check_pair(family: ModuleType, objective: ModuleType, run: config.Run) -> None:
@@ -290,6 +308,11 @@ def prompts(run: config.Run, tokens: Any, texts: Sequence[str]) -> tuple[list[li
         return [[tokens.bos_id, *tokens.encode(text)] for text in texts], None
     found = [objective.prompt(run.objective, tokens, text, _row(run)) for text in texts]
     return [prompt for prompt, _ in found], [source for _, source in found if source is not None] or None
+
+
+def reads_both_ways(run: config.Run) -> bool:
+    """Whether prompts are."""
+    return getattr(OBJECTIVES[config.family(run.objective)], "both_ways", False)
 
 
 def training_loader(run: config.Run, tokens: Any, data: Corpus, rows: list[int] | None) -> loader.Loader:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+# What a command takes a model from.
+MODEL = "a run directory, a Hugging Face directory, hf:OWNER/NAME, or a .gguf file"
 Handler = Callable[[argparse.Namespace, list[str]], int]
 
 
@@ -47,7 +49,7 @@ def one_line(error: BaseException) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jaxlm",
-        description="Language models on JAX: pretrain, evaluate, generate.",
+        description="Language models on JAX: pretrain, evaluate, generate, import and export.",
         epilog="example: jaxlm train configs/quickstart.py --train.steps 100",
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback for every error")
@@ -64,9 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="show what would run, and don't")
     p.add_argument("-h", "--help", action="store_true", help="the overrides of that config, with their values")
 
-    p = command(commands, "eval", _evaluate, "loss, perplexity, bits per byte and accuracy of a run",
+    p = command(commands, "eval", _evaluate, "loss, perplexity, bits per byte and accuracy of a model",
                 "jaxlm eval runs/quickstart --data README.md")  # fmt: skip
-    p.add_argument("model", metavar="RUN_DIR")
+    p.add_argument("model", metavar="MODEL", help=MODEL)
     p.add_argument("--data", nargs="+", metavar="SOURCE", help="other text to evaluate on")
     p.add_argument("--step", type=int, help="of a checkpoint (default: the newest)")
     p.add_argument("--batches", type=int, default=0, help="at most so many of each source")
@@ -74,9 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = command(commands, "generate", _generate, "continue a prompt",
                 "jaxlm generate runs/quickstart --prompt 'def main(' --temperature 0.8", overrides=True)  # fmt: skip
-    p.add_argument("model", metavar="RUN_DIR", nargs="?")
+    p.add_argument("model", metavar="MODEL", nargs="?", help=MODEL)
     p.add_argument("--prompt", action="append", help="may be given several times")
-    p.add_argument("--draft", metavar="RUN_DIR|lookup", help="a smaller model of the same tokenizer proposes tokens, "
+    p.add_argument("--draft", metavar="MODEL|lookup", help="a smaller model of the same tokenizer proposes tokens, "
                    "or what was said before does: the same text, sooner")  # fmt: skip
     p.add_argument("--proposals", type=int, default=4, help="tokens that the draft proposes at a time (default 4)")
     p.add_argument("--step", type=int, help="of a checkpoint (default: the newest)")
@@ -85,11 +87,35 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = command(commands, "chat", _chat, "talk with a model: /reset forgets, /exit ends, Ctrl-C ends an answer",
                 "jaxlm chat runs/tuned --system 'Answer in one line.'", overrides=True)  # fmt: skip
-    p.add_argument("model", metavar="RUN_DIR", nargs="?")
+    p.add_argument("model", metavar="MODEL", nargs="?", help=MODEL)
     p.add_argument("--system", metavar="TEXT", help="what the model is told first")
     p.add_argument("--template", type=Path, metavar="FILE", help="chat template in Jinja (default: the model's own)")
     p.add_argument("--step", type=int, help="of a checkpoint (default: the newest)")
     p.add_argument("-h", "--help", action="store_true", help="how text may be chosen, with the model's own values")
+
+    p = command(commands, "embed", _embed, "texts to vectors with an encoder",
+                "jaxlm embed all-MiniLM-L6-v2 --text 'A man is eating food.' --out vectors.npy")  # fmt: skip
+    p.add_argument("model", metavar="MODEL", help=MODEL)
+    p.add_argument("--text", action="append", default=[], help="may be given several times")
+    p.add_argument("--file", type=Path, help="one text a line")
+    p.add_argument("--pooling", choices=("mean", "cls"), help="default: what the model's files say, or mean")
+    p.add_argument("--out", type=Path, metavar="FILE.npy", help="float32, one row a text")
+    p.add_argument("--json", action="store_true", help="end with one line of JSON")
+
+    p = command(commands, "import", _import, "make a run directory of a published model",
+                "jaxlm import hf:HuggingFaceTB/SmolLM2-135M models/smollm2")  # fmt: skip
+    p.add_argument("model", metavar="MODEL", help=MODEL)
+    p.add_argument("target", metavar="RUN_DIR")
+    p = command(commands, "export", _export, "write a model for others to read, and check that it is the same",
+                "jaxlm export runs/quickstart quickstart-hf --format hf --dtype bfloat16")  # fmt: skip
+    p.add_argument("model", metavar="MODEL", help=MODEL)
+    p.add_argument("target", metavar="TARGET", help="a new directory; gguf: a new file")
+    p.add_argument("--format", default="hf", help="hf: safetensors as transformers reads them; gguf: for llama.cpp; "
+                   "stablehlo: programs that run without this package (default hf)")  # fmt: skip
+    p.add_argument("--dtype", help="hf: float32, bfloat16, float16 (default: as it is); gguf: f16 (default), q8_0; "
+                   "stablehlo: float32 (default), bfloat16")  # fmt: skip
+    p.add_argument("--step", type=int, help="of a checkpoint (default: the newest)")
+    p.add_argument("--json", action="store_true", help="end with one line of JSON")
 
     tokenizer = commands.add_parser("tokenizer", help="train a tokenizer").add_subparsers(required=True)
     p = command(tokenizer, "train", _tokenizer_train, "train a lossless SentencePiece tokenizer with byte fallback",
@@ -140,7 +166,7 @@ def _load(args: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
     if args.config is None:
         raise ValueError(f"give a config, for example: jaxlm train quickstart{' --help' if args.help else ''}")
     if Path(args.config).is_dir():
-        from jaxlm.train import read_config
+        from jaxlm.assemble import read_config
 
         folder = Path(args.config)
         base = read_config(folder)
@@ -171,7 +197,7 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
     _start()
     from jaxlm import inference
 
-    metrics = inference.evaluate(Path(args.model), data=args.data, step=args.step, batches=args.batches)
+    metrics = inference.evaluate(args.model, data=args.data, step=args.step, batches=args.batches)
     for name, value in metrics.items():
         print(f"{name:16} {value:.6g}")
     return _json(args, metrics)
@@ -188,11 +214,11 @@ def _sampling(args: argparse.Namespace, rest: list[str]) -> Any:
     from jaxlm import inference
     from jaxlm.config import nearest
 
-    own = inference.Sampling() if args.model is None else inference.settings(Path(args.model))
+    own = inference.Sampling() if args.model is None else inference.settings(args.model)
     if args.model is None and not args.help:
-        raise ValueError("give a run directory, for example: jaxlm generate runs/quickstart --prompt 'def main('")
+        raise ValueError("give a model, for example: jaxlm generate runs/quickstart --prompt 'def main('")
     if args.help:
-        return tyro.cli(inference.Sampling, default=own, args=["--help"], prog="jaxlm generate|chat RUN_DIR")
+        return tyro.cli(inference.Sampling, default=own, args=["--help"], prog="jaxlm generate|chat MODEL")
     known = [f.name for f in dataclasses.fields(own)]
     for flag in (a.split("=", 1)[0] for a in rest if a.startswith("--")):
         name = flag.removeprefix("--").replace("-", "_")
@@ -213,7 +239,7 @@ def _generate(args: argparse.Namespace, rest: list[str]) -> int:
     if not args.prompt:
         raise ValueError("give a --prompt")
     more = dict(draft=args.draft, proposals=args.proposals)
-    found = inference.generate(Path(args.model), args.prompt, how, args.step, **more)
+    found = inference.generate(args.model, args.prompt, how, args.step, **more)
     for prompt, answers in zip(args.prompt, found, strict=True):
         for answer in answers:
             print(prompt + answer.text)
@@ -235,8 +261,48 @@ def _chat(args: argparse.Namespace, rest: list[str]) -> int:
 
     how, prompt = _sampling(args, rest), "> " if sys.stdin.isatty() else ""
     more = dict(system=args.system, template=args.template, step=args.step, prompt=prompt)
-    inference.chat(Path(args.model), iter(sys.stdin.readline, ""), say, how, **more)
+    inference.chat(args.model, iter(sys.stdin.readline, ""), say, how, **more)
     return 0
+
+
+def _embed(args: argparse.Namespace, rest: list[str]) -> int:
+    texts = args.text + (args.file.read_text("utf-8").splitlines() if args.file else [])
+    if not texts:
+        raise ValueError("embed: no text; give --text or --file")
+    _start()
+    import numpy as np
+
+    from jaxlm import inference
+
+    vectors = inference.embed(args.model, texts, args.pooling)
+    if args.out:
+        np.save(args.out, vectors)
+        print(f"{args.out}: {vectors.shape[0]} vectors of {vectors.shape[1]}")
+        return _json(args, {"out": str(args.out), "shape": vectors.shape})
+    for text, vector in zip(texts, vectors, strict=True):
+        print(f"{text}\t{' '.join(f'{x:.6f}' for x in vector)}")
+    return _json(args, {"texts": texts, "vectors": vectors.tolist()})
+
+
+def _import(args: argparse.Namespace, rest: list[str]) -> int:
+    _start()
+    from jaxlm import convert
+
+    print(*convert.import_model(args.model, args.target), sep="\n")
+    return 0
+
+
+def _export(args: argparse.Namespace, rest: list[str]) -> int:
+    _start()
+    from jaxlm import convert
+
+    notes, record = convert.export(args.model, args.target, format=args.format, dtype=args.dtype, step=args.step)
+    print(*notes, sep="\n")
+    print(
+        f"logits before and after: off by {record['relative_difference']:.2g} of their deviation, at most by "
+        f"{record['max_abs_difference']:.2g}; same likeliest token at {record['same_top_token']:.1%} of places"
+    )
+    return _json(args, record)
 
 
 def _json(args: argparse.Namespace, values: dict) -> int:

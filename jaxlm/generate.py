@@ -71,13 +71,16 @@ class Completion:
 class Generator:
     """The compiled programs of one model. They serve every `Sampling` that uses the same features.
 
-    `eos`: tokens that end an answer. On a mesh weights stay sharded and every device sees all rows.
+    `eos`: tokens that end an answer. `used`: tokens of the vocabulary that mean something; those beyond, which fill it
+    up to a round number, are never chosen. `both_ways`: prompts are read so, as a prefix language model learned it. On
+    a mesh weights stay sharded and every device sees all rows.
     """
 
-    def __init__(self, model: Model, eos: Sequence[int] = ()) -> None:
+    def __init__(self, model: Model, eos: Sequence[int] = (), used: int | None = None, both_ways: bool = False) -> None:
         if not model.family.generates:
             raise ValueError("generate: this model is an encoder; it does not predict the next token")
-        self.model, self.eos = whole_rows(model), tuple(eos)
+        self.model, self.eos, self.both_ways = whole_rows(model), tuple(eos), both_ways
+        self.used = min(used or model.config.vocab, model.config.vocab)
         self._prepare = jax.jit(partial(prepare, self.model))
         self._start = jax.jit(self._start_, static_argnames=("plan", "length", "rows"))
         self._search = jax.jit(partial(beam.search, self.model), static_argnames=("how",))
@@ -135,7 +138,12 @@ class Generator:
             raise ValueError(
                 "generate: an encoder-decoder needs a source for each prompt, and no other model takes one"
             )
-        return left_padded(prompts) | (sources(source) if source is not None else {})
+        if source is not None and most is not None and max(map(len, source)) > most:
+            raise ValueError(
+                f"generate: a source has {max(map(len, source))} tokens and the model has {most} positions; shorten it"
+            )
+        batch = left_padded(prompts) | (sources(source) if source is not None else {})
+        return batch | ({"prefix": batch["segments"] > 0} if self.both_ways else {})
 
     def advance(self, params: Any, state: State, s: Sampling, until: int, allow_BV: np.ndarray | None = None) -> State:
         """Go on until each answer has `until` tokens or has ended. `state` must not be used again."""
@@ -145,7 +153,17 @@ class Generator:
 
     def allowed(self, s: Sampling, allow_BV: np.ndarray | None = None) -> np.ndarray | None:
         """Which tokens may be chosen, `[B or 1, V]`; None: all."""
-        return allowed(s, self.plan(s), self.model.config.vocab, allow_BV)
+        own, V = None, self.model.config.vocab
+        if s.allowed_ids or s.banned_ids or self.used < V:
+            own = np.full((1, V), not s.allowed_ids)
+            own[0, list(s.allowed_ids + (self.plan(s).ends if s.allowed_ids else ()))] = True
+            own[0, list(s.banned_ids)] = False
+            own[0, self.used :] = False
+            if not own.any():
+                raise ValueError("sampling.banned_ids: no token is left; ban fewer")
+        if own is None or allow_BV is None:
+            return allow_BV if own is None else own
+        return own & allow_BV
 
     def completions(self, state: State, s: Sampling) -> list[list[Completion]]:
         held = jax.device_get((state.tokens_BN, state.ends_B, state.logprobs_BN, state.top))
@@ -253,18 +271,6 @@ def choose(state: State, z_BV: jax.Array, knobs: dict, allow_BV: jax.Array | Non
 
 def _put(kept_BN: Any, new_B: jax.Array, at: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(kept_BN, new_B[:, None], at, axis=1)
-
-
-def allowed(s: Sampling, plan: Plan, vocab: int, allow_BV: np.ndarray | None) -> np.ndarray | None:
-    """Which tokens may be chosen, `[B or 1, V]`; None: all."""
-    if not s.allowed_ids and not s.banned_ids:
-        return allow_BV
-    own = np.full((1, vocab), not s.allowed_ids)
-    own[0, list(s.allowed_ids + (plan.ends if s.allowed_ids else ()))] = True
-    own[0, list(s.banned_ids)] = False
-    if not own.any():
-        raise ValueError("sampling.banned_ids: no token is left; ban fewer")
-    return own if allow_BV is None else own & allow_BV
 
 
 def completion_of(

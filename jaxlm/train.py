@@ -1,7 +1,6 @@
 """`jaxlm train`: what happens in what order, from a `Run` to a run directory that holds everything about it."""
 
 import gzip
-import json
 import lzma
 import math
 import os
@@ -18,8 +17,6 @@ from jaxlm.data import cache as caches
 from jaxlm.eval.perplexity import evaluate, make_eval_step
 from jaxlm.generate import Generator
 from jaxlm.log import Meter, Progress, RunLog, peak_flops, read_lines, write_environment
-from jaxlm.models import MODELS
-from jaxlm.objectives import OBJECTIVES
 from jaxlm.sampling import Sampling
 
 # What may differ between a run directory and the run that continues it: nothing that changes the mathematics.
@@ -33,7 +30,7 @@ def claim(run: config.Run) -> bool:
     """Make the run directory, or recognise it as this run's own; True if it holds a run to continue."""
     file = run.folder / "config.json"
     if file.exists():
-        mine, there = config.flatten(run), config.flatten(read_config(run.folder))
+        mine, there = config.flatten(run), config.flatten(assemble.read_config(run.folder))
         differing = [k for k in mine | there if mine.get(k) != there.get(k) and not k.startswith(MAY_CHANGE)]
         if differing:
             k = differing[0]
@@ -46,16 +43,6 @@ def claim(run: config.Run) -> bool:
         raise ValueError(f"{run.folder} is not empty and holds no config.json; choose another --name or --out")
     run.folder.mkdir(parents=True, exist_ok=True)
     return False
-
-
-def read_config(folder: Path) -> config.Run:
-    file = folder / "config.json"
-    if not file.exists():
-        raise ValueError(f"{folder}: not a run directory (it has no config.json)")
-    try:
-        return config.from_dict(json.loads(file.read_text()), MODELS, OBJECTIVES)
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{file}: not JSON ({e}); restore it, or delete the run directory") from None
 
 
 def train(run: config.Run) -> int:
@@ -209,7 +196,8 @@ def _validator(p: assemble.Program, data: assemble.Corpus, log: RunLog) -> Calla
 def _sampler(p: assemble.Program, log: RunLog) -> Callable[[int, Any], None]:
     c = p.run.train
     how = Sampling(tokens=c.sample_tokens, temperature=0.8, top_k=min(50, p.run.model.vocab), seed=p.run.seed)
-    generate = Generator(p.model, [p.tokens.eos_id])
+    used, both_ways = assemble.vocabulary(p.run, p.tokens), assemble.reads_both_ways(p.run)
+    generate = Generator(p.model, [p.tokens.eos_id], used, both_ways)
     prompts, source = assemble.prompts(p.run, p.tokens, c.prompts)
 
     def sample(step: int, state: Any) -> None:

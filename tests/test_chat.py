@@ -3,16 +3,16 @@
 import io
 import json
 import time
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from jaxlm import cli, config, inference, params, sharding, template
+from jaxlm import cli, config, inference, params, pretrained, sharding, template
 from jaxlm.chat import Chat, converse, encode
 from jaxlm.data.tokenizer import Bytes, HuggingFace
 from jaxlm.generate import Generator
+from jaxlm.interop import beside
 from jaxlm.models import Model, llama
 from jaxlm.sampling import Sampling
 
@@ -164,8 +164,13 @@ def test_lines_are_turns_and_an_interrupted_answer_is_kept(opened):
 
 def test_piped_input_from_the_command_line(opened, monkeypatch, tmp_path, capsys):
     model, weights = opened
-    program = SimpleNamespace(model=model, tokens=TOKENS, mesh=None)
-    monkeypatch.setattr(inference, "open_run", lambda folder, step=None: (program, weights))
+
+    def look(place):
+        found = beside.chat_templates(place)
+        return pretrained.Source(place, "hf", llama, model.config, TOKENS, beside.Generation(), found, ([], []))
+
+    monkeypatch.setattr(pretrained, "look", look)
+    monkeypatch.setattr(inference, "open_model", lambda p, _: pretrained.Pretrained(look(p), model, weights, None))
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nhello\n/exit\n"))
     assert cli.main(["chat", str(tmp_path), "--tokens", "6"]) == 2
     assert "no chat template; give one with --template" in capsys.readouterr().err

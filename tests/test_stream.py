@@ -1,16 +1,17 @@
 """Text as it comes: whole characters, stop texts cut exactly, the same whatever the pace."""
 
+import dataclasses
 import json
 import re
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from jaxlm import cli, config, constrain, inference, params, sharding, stream
+from jaxlm import cli, config, constrain, inference, params, pretrained, sharding, stream
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.generate import Generator
+from jaxlm.interop.beside import read_generation
 from jaxlm.models import Model, llama
 from jaxlm.sampling import Sampling
 
@@ -200,11 +201,12 @@ def test_a_missing_library_is_one_line_with_the_remedy(monkeypatch):
 
 
 def test_the_command_line_reaches_every_way_to_choose(generate, weights, monkeypatch, tmp_path, capsys):
-    run = SimpleNamespace(model=generate.model, tokens=TOKENS, mesh=None, run=None)
-    monkeypatch.setattr(inference, "open_run", lambda folder, step=None: (run, weights))
-    monkeypatch.setattr(
-        inference.assemble, "prompts", lambda run, tokens, texts: ([tokens.encode(t) for t in texts], None)
+    model = generate.model
+    source = pretrained.Source(
+        tmp_path, "hf", model.family, model.config, TOKENS, read_generation(tmp_path), {}, ([], [])
     )
+    monkeypatch.setattr(inference, "open_model", lambda *place: pretrained.Pretrained(source, model, weights, None))
+    monkeypatch.setattr(pretrained, "look", lambda place: dataclasses.replace(source, advice=read_generation(tmp_path)))
 
     def called(*more: str) -> dict:
         assert cli.main(["generate", str(tmp_path), "--prompt", "abc", "--prompt", "x", "--json", *more]) == 0

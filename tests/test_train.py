@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import cli, config, inference
+from jaxlm import cli, config, pretrained
 from jaxlm.log import read_lines
 
 CONFIG = """
@@ -55,7 +55,7 @@ def lines(folder: Path) -> list[dict]:
 
 
 def weights(folder: Path, step: int) -> dict[str, np.ndarray]:
-    values = jax.device_get(inference.open_run(folder, step)[1])
+    values = jax.device_get(pretrained.open_model(folder, step).params)
     return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(values)}
 
 
@@ -246,7 +246,7 @@ def test_the_small_commands(home: Path, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["train", "tiny_lama"]) == 2
     assert "did you mean 'tiny_llama'" in capsys.readouterr().err
     assert cli.main(["eval", str(home)]) == 2
-    assert "not a run directory" in capsys.readouterr().err
+    assert "neither a run directory nor" in capsys.readouterr().err
 
 
 def test_a_run_cannot_be_changed() -> None:

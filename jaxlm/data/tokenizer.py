@@ -76,6 +76,10 @@ class Tokenizer(Protocol):
     def token_bytes(self) -> list[bytes]:
         """What each token stands for in the middle of a text; special tokens: their name."""
 
+    @property
+    def around(self) -> tuple[list[int], list[int]]:
+        """Ids that stand before and after a text on its own, as the vocabulary's makers have it."""
+
     def encode(self, text: str) -> list[int]: ...
     def encode_special(self, text: str) -> list[int]:
         """As `encode`, but special tokens that the text spells out become themselves: for chat templates."""
@@ -87,7 +91,9 @@ class Tokenizer(Protocol):
         """
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text; special tokens, and ids beyond the vocabulary, are left out."""
+
     def piece(self, id: int) -> str: ...
     def id_of(self, piece: str) -> int | None: ...
     def save(self, folder: str | Path) -> Path: ...
@@ -146,6 +152,10 @@ class Bytes(SpecialIds):
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:
         return [bytes([id]) if id < 256 else self.piece(id).encode() for id in range(self.vocab_size)]
+
+    @property
+    def around(self) -> tuple[list[int], list[int]]:
+        return ([] if self.bos_id is None else [self.bos_id]), []
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
@@ -245,6 +255,11 @@ class SentencePiece(SpecialIds):
     def _controls(self) -> dict[str, int]:
         return {self.piece(i): i for i in range(self.vocab_size) if self._processor.is_control(i)}
 
+    @property
+    def around(self) -> tuple[list[int], list[int]]:
+        bos = self._processor.bos_id()
+        return ([bos] if bos >= 0 else []), []
+
     def encode_special(self, text: str) -> list[int]:
         return _between(text, self._controls, self.encode)
 
@@ -279,7 +294,7 @@ class SentencePiece(SpecialIds):
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode([int(id) for id in ids])
+        return self._processor.decode([int(id) for id in ids if id < self.vocab_size])
 
     def piece(self, id: int) -> str:
         return self._processor.id_to_piece(int(id))
@@ -390,6 +405,12 @@ class HuggingFace(SpecialIds):
                 out[id] = piece.replace(SPACE, " ").encode()
         return out
 
+    @functools.cached_property
+    def around(self) -> tuple[list[int], list[int]]:
+        ids, whole = self.encode("a"), self._tokenizer.encode("a").ids
+        at = next(i for i in range(len(whole)) if whole[i : i + len(ids)] == ids)
+        return whole[:at], whole[at + len(ids) :]
+
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -442,6 +463,39 @@ def _special_names(folder: Path) -> dict[str, str]:
     return names
 
 
+def post_processor(before: Mapping[str, int | None], after: Mapping[str, int | None]) -> dict[str, Any]:
+    """Of a tokenizer.json: special pieces (and their ids) before and after a text; between and after two of them."""
+
+    def special(pieces: Iterable[str]) -> list[dict]:
+        return [{"SpecialToken": {"id": piece, "type_id": 0}} for piece in pieces]
+
+    a, b = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    single = [*special(before), a, *special(after)]
+    ids = {piece: {"id": piece, "ids": [id], "tokens": [piece]} for piece, id in {**before, **after}.items()}
+    pair = [*single, b, *special(after)]
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": ids}
+
+
+def _with_told_bos(path: Path) -> str:
+    """A tokenizer.json, with the begin-of-text token that `tokenizer_config.json` asks for and the file itself lacks.
+
+    transformers' Llama and Gemma tokenizers put it before a text whatever the file says; DeepSeek relies on that.
+    """
+    source, beside = path.read_text("utf-8"), path.parent / "tokenizer_config.json"
+    told = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+    if not told.get("add_bos_token") or not str(told.get("tokenizer_class")).startswith(("Llama", "Gemma")):
+        return source
+    names = _special_names(path.parent)
+    found = HuggingFace(source, names)
+    if "bos" not in names or found.around[0]:
+        return source
+    values, piece = json.loads(source), names["bos"]
+    made = post_processor({piece: found.id_of(piece)}, {})
+    before = values.get("post_processor")
+    values["post_processor"] = {"type": "Sequence", "processors": [before, made]} if before else made
+    return json.dumps(values, ensure_ascii=False)
+
+
 # ------------------------------------------------------------------------------------------------------------- opening
 
 
@@ -471,7 +525,7 @@ def load(spec: str | Path) -> Tokenizer:
         if path.suffix == ".model":
             return SentencePiece(path.read_bytes())
         if path.suffix == ".json":
-            return HuggingFace(path.read_text("utf-8"), _special_names(path.parent))
+            return HuggingFace(_with_told_bos(path), _special_names(path.parent))
     except (ValueError, OSError) as error:
         raise ValueError(f"tokenizer {path}: {error}") from error
     raise ValueError(f"tokenizer {path} is of an unknown kind: give 'bytes', a .model file or a tokenizer.json")

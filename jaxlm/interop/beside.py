@@ -148,8 +148,8 @@ def chat_templates(directory: str | Path) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def carry(folder: Path, source: str | Path | None) -> list[str]:
-    """Bring the tokenizer along; a line on what came.
+def carry(folder: Path, source: str | Path | None, kind: str = "decoder") -> list[str]:
+    """Bring the tokenizer along for a model of a `kind`; a line on what came.
 
     `source` is a Hugging Face directory, whose files come byte for byte, or a tokenizer folder of a run.
     """
@@ -164,10 +164,10 @@ def carry(folder: Path, source: str | Path | None) -> list[str]:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(origin / name, folder / name)
     notes = [f"{', '.join(files)}: carried along"] if files else []
-    return notes if (origin / "config.json").is_file() else notes + _own(folder, tokenizers.load(origin))
+    return notes if (origin / "config.json").is_file() else notes + _own(folder, tokenizers.load(origin), kind)
 
 
-def _own(folder: Path, tokens: tokenizers.Tokenizer) -> list[str]:
+def _own(folder: Path, tokens: tokenizers.Tokenizer, kind: str) -> list[str]:
     """Make a run's tokenizer one that transformers opens as it is."""
     path = folder / "tokenizer_config.json"
     if isinstance(tokens, tokenizers.HuggingFace):
@@ -175,7 +175,7 @@ def _own(folder: Path, tokens: tokenizers.Tokenizer) -> list[str]:
         values = {"tokenizer_class": "PreTrainedTokenizerFast"} | (read_json(path) if path.is_file() else {})
         path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
         return []
-    made, why = tokenizer_json.convert(tokens)
+    made, why = tokenizer_json.convert(tokens, kind)
     if made is None:
         return [f"tokenizer.json: not written, it would not be exact ({why}); use tokenizer.model with sentencepiece"]
     (folder / "tokenizer.json").write_text(made, "utf-8")

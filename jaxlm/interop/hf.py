@@ -222,7 +222,7 @@ def save(
     count = sum(math.prod(tensor.shape) for tensor in table.values())
     files = written[0].name if len(written) == 1 else f"{len(written) - 1} shards"
     notes = [f"{files}: {len(table)} tensors, {count:,} parameters as {common}"]
-    notes += beside.carry(folder, extra_files_from)
+    notes += beside.carry(folder, extra_files_from, family.kind)
     if told is not None and family.generates:
         given = None if generation else extra_files_from
         notes += beside.write_generation(folder, told, given)

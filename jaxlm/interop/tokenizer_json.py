@@ -6,14 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.data.tokenizer import KINDS, SPACE, Bytes, SentencePiece, Tokenizer
+from jaxlm.data.tokenizer import KINDS, SPACE, Bytes, SentencePiece, Tokenizer, post_processor
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = range(1, 5)  # SentencePiece's kinds of pieces
 BPE = 2  # among its kinds of models; the library's unigram breaks ties otherwise than SentencePiece
 
 
-def convert(tokenizer: Tokenizer) -> tuple[str | None, str]:
-    """(tokenizer.json, "") or (None, why it can't be made exactly).
+# What stands before and after a text on its own, by kind of model: as they are trained here.
+AROUND = {"decoder": ("bos", None), "encoder": ("cls", "sep"), "encoder_decoder": (None, "eos")}
+
+
+def convert(tokenizer: Tokenizer, kind: str = "decoder") -> tuple[str | None, str]:
+    """(tokenizer.json, "") or (None, why it can't be made exactly). `kind` of the model that reads by it.
 
     Two differences are the format's own: "</s>" in a text becomes the control token there, and "▁" a space.
     """
@@ -26,6 +30,8 @@ def convert(tokenizer: Tokenizer) -> tuple[str | None, str]:
         made = found
     else:
         return None, f"a tokenizer of kind {type(tokenizer).__name__} has a file of its own"
+    ids = [None if part is None else getattr(tokenizer, f"{part}_id") for part in AROUND[kind]]
+    made["post_processor"] = post_processor(*({} if id is None else {tokenizer.piece(id): id} for id in ids))
     text = json.dumps(made, ensure_ascii=False)
     differs = _difference(tokenizer, text)
     return (None, f"{differs!r} would be cut otherwise") if differs else (text, "")

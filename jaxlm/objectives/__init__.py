@@ -14,6 +14,7 @@
   `decoder_start`, the model's own or None.
 - `prompt(c, tokenizer, text, row) -> (tokens, what an encoder reads or None)`: what a model reads before it goes on,
   where that is more than BOS and the text.
+- `both_ways`: True where it teaches a decoder to read prompts both ways.
 - `weights(batch) -> {name: scalar}`: the total weight of each of its losses over a whole batch.
 - `loss(c, model, params, batch, key) -> {name: {"loss": sum, …metric sums}}`: the device half. All are sums over
   tokens or rows, so that micro-batches, shards and hosts just add; the step divides once by the total weights.

@@ -10,6 +10,7 @@ from jaxlm.objectives import causal
 
 records = "packed"
 models = ("decoder",)
+both_ways = True
 weights, loss = causal.weights, causal.loss
 
 

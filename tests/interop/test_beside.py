@@ -20,8 +20,9 @@ FAMILY = SimpleNamespace(
     names=lambda c: {"x": vector("x")},
     to_hf=lambda c: {"model_type": "toy", "architectures": ["ToyForCausalLM"], "decoder_start_token_id": 7},
     generates=True,
+    kind="encoder_decoder",
 )
-ENCODER = SimpleNamespace(**vars(FAMILY) | {"generates": False})
+ENCODER = SimpleNamespace(**vars(FAMILY) | {"generates": False, "kind": "encoder"})
 
 
 def save(folder: Path, family=FAMILY, **more) -> list[str]:
@@ -147,9 +148,10 @@ def test_a_runs_sentencepiece_becomes_an_exact_tokenizer_json(tmp_path):
     assert any(n.startswith("tokenizer.json, tokenizer_config.json: made from the run's tokenizer") for n in notes)
     theirs = library.Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
     for text in TEXTS + corpus():
-        ids = theirs.encode(text).ids
+        ids = theirs.encode(text, add_special_tokens=False).ids
         assert ids == tokens.encode(text) and theirs.decode(ids) == text
     again = tokenizer.load(tmp_path / "out")
+    assert again.around == ([], [3])  # a T5 reads EOS after its source
     assert isinstance(again, tokenizer.HuggingFace)
     for kind in tokenizer.KINDS:
         assert getattr(again, f"{kind}_id") == getattr(tokens, f"{kind}_id"), kind
@@ -191,7 +193,8 @@ def test_a_file_that_reads_a_text_otherwise_is_not_written(tmp_path, monkeypatch
     from jaxlm.interop import tokenizer_json
 
     tokens = tokenizer.train_sentencepiece(corpus(), tmp_path / "x.model", vocab_size=600)
-    assert tokenizer_json.convert(tokens)[0] is not None
+    for kind, around in {"decoder": ([2], []), "encoder": ([5], [6]), "encoder_decoder": ([], [3])}.items():
+        assert tokenizer.HuggingFace(tokenizer_json.convert(tokens, kind)[0]).around == around
     original = tokenizer_json._merges
     monkeypatch.setattr(tokenizer_json, "_merges", lambda scores: list(original(scores))[:-20])
     made, why = tokenizer_json.convert(tokens)

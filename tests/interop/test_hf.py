@@ -69,6 +69,7 @@ TOY = SimpleNamespace(
     TIED={"model.again.weight": "model.wte.weight"},
     IGNORED=(r".*\.inv_freq",),
     generates=True,
+    kind="decoder",
 )
 TIED, UNTIED = SimpleNamespace(tied=True), SimpleNamespace(tied=False)
 

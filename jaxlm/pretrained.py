@@ -1,0 +1,220 @@
+"""A MODEL by its place: a run directory, a Hugging Face directory (or `hf:OWNER/NAME` on the hub), or a GGUF file."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+
+from jaxlm import assemble, config, params, sharding
+from jaxlm.checkpoint import Checkpoints
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.generate import Generator
+from jaxlm.interop import beside, gguf, hf
+from jaxlm.interop.beside import Generation
+from jaxlm.models import MODELS, Model
+from jaxlm.objectives import OBJECTIVES
+
+HUB = "hf:"
+# What is brought from the hub: never a pickle, never code.
+WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+# What a published model of each kind is evaluated by.
+OBJECTIVE = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "seq2seq"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known of a model before its weights are read."""
+
+    path: Path
+    format: str
+    """run, hf or gguf."""
+    family: ModuleType
+    config: Any
+    tokens: Any
+    """None: the files hold no tokenizer."""
+    advice: Generation
+    templates: dict[str, str]
+    """Chat templates by name."""
+    around: tuple[list[int], list[int]]
+    """Ids that stand before and after a text."""
+    run: config.Run | None = None
+    """Of a run directory."""
+    files: gguf.Files | None = None
+
+    @property
+    def extra_files(self) -> Path | None:
+        """Where tokenizer and settings lie that an export carries along."""
+        if self.format == "run":
+            return self.path / "tokenizer"
+        return self.path if self.format == "hf" else None
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model that can be used: its functions, weights and tokenizer, on the devices that are here."""
+
+    source: Source
+    model: Model
+    params: Any
+    mesh: jax.sharding.Mesh | None
+
+    @property
+    def tokens(self) -> Any:
+        if self.source.tokens is None:
+            raise ValueError(f"{self.source.path}: has no tokenizer; put its tokenizer.json beside the weights")
+        return self.source.tokens
+
+    @property
+    def eos(self) -> list[int]:
+        """Tokens that end an answer."""
+        own = self.tokens.eos_id
+        return sorted({*self.source.advice.eos, *(() if own is None else (own,))})
+
+    def generator(self) -> Generator:
+        if (run := self.source.run) is None:
+            return Generator(self.model, self.eos, self.tokens.vocab_size)
+        used, both_ways = assemble.vocabulary(run, self.tokens), assemble.reads_both_ways(run)
+        return Generator(self.model, self.eos, used, both_ways)
+
+    def prompts(self, texts: Sequence[str]) -> tuple[list[list[int]], list[list[int]] | None]:
+        """What the model reads before it goes on from each text: prompts, and an encoder's sources or None."""
+        s, tokens = self.source, self.tokens
+        if s.run is not None and s.run.data.train:  # an imported model was trained elsewhere
+            return assemble.prompts(s.run, tokens, texts)
+        before, after = s.around
+        if s.family.kind == "encoder_decoder":
+            start = s.advice.start if s.advice.start is not None else s.config.decoder_start
+            if start is None:
+                raise ValueError(f"{s.path}: has no decoder_start_token_id; put one into generation_config.json")
+            after = after or [tokens.eos_id]
+            return [[start] for _ in texts], [[*before, *tokens.encode(text), *after] for text in texts]
+        found = [[*before, *tokens.encode(text)] for text in texts]
+        return [ids or [tokens.bos_id] for ids in found], None
+
+
+def look(place: str | Path) -> Source:
+    """What kind of model is there, and what its files say."""
+    place = fetch(str(place)) if str(place).startswith(HUB) else Path(place).expanduser()
+    if place.suffix == ".gguf":
+        return _gguf(place)
+    if not place.is_dir():
+        hint = f", or {HUB}{place} for one on the hub" if str(place).count("/") == 1 else ""
+        raise ValueError(
+            f"{place}: no such model; give a run directory, a Hugging Face directory or a .gguf file{hint}"
+        )
+    if not (place / "config.json").is_file():
+        raise ValueError(f"{place}: has no config.json, so it is neither a run directory nor a Hugging Face directory")
+    return _run(place) if "objective" in hf.read_config(place) else _hf(place)
+
+
+def open_model(place: str | Path, step: int | None = None) -> Pretrained:
+    """The model with its weights on this machine's devices, each with all of them and its share of a batch.
+
+    Of a run: its averaged weights where it keeps an average, of the checkpoint `step` or the newest.
+    """
+    source = look(place)
+    mesh = sharding.make_mesh(config.Mesh())
+    execution = source.run.execution if source.run else published_execution()
+    layout = sharding.Layout.of(config.Mesh(), execution)
+    specs = source.family.specs(source.config)
+    if source.run is not None:
+        objective = OBJECTIVES[config.family(source.run.objective)]
+        specs |= objective.specs(source.run.objective, source.config.width)
+    elif step is not None:
+        raise ValueError(f"--step: {source.path} is no run directory; leave it out")
+    with sharding.on_mesh(mesh):
+        weights = read(source, specs, layout.shardings(specs, mesh), step)
+    return Pretrained(source, Model(source.family, source.config, specs, layout), weights, mesh)
+
+
+def read(source: Source, specs: Any, homes: Any, step: int | None = None) -> Any:
+    """The weights, each device's share straight onto it."""
+    if source.run is None:
+        if source.files is not None:
+            return gguf.load(source.files, source.family, source.config, specs, homes)
+        return hf.load(source.path, source.family, source.config, specs, homes)
+    with Checkpoints(source.path / "checkpoints") as checkpoints:
+        if checkpoints.latest() is None:
+            raise ValueError(f"{source.path}: no checkpoint yet; train it with: jaxlm train {source.path}")
+        item = "ema" if source.run.optim.ema else "params"
+        return checkpoints.restore_params(params.abstract(specs, homes), step, item=item)
+
+
+def published_execution() -> config.Execution:
+    """bfloat16 where the devices are fast at it."""
+    return config.Execution(dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def program(p: Pretrained, data: Sequence[str] | None) -> assemble.Program:
+    """For evaluation on the validation data of the run, or on `data`."""
+    run, n = p.source.run or published_run(p.source), jax.device_count()
+    if not getattr(p.model.config, "head", True):
+        raise ValueError(f"{p.source.path}: its files have no language-model head; use it with: jaxlm embed")
+    rows = run.train.batch_size // run.train.micro_batches  # made to divide over the devices here
+    train = dataclasses.replace(run.train, batch_size=-(-rows // n) * n, micro_batches=1)
+    given = dataclasses.replace(run.data, valid=tuple(data)) if data else run.data
+    if p.source.run is None and not data:
+        raise ValueError(f"eval: {p.source.path} has no validation data of its own; name some with --data")
+    return assemble.program(dataclasses.replace(run, train=train, data=given, mesh=config.Mesh()), p.tokens)
+
+
+def published_run(source: Source) -> config.Run:
+    """A run that fits a published model."""
+    c, kind = source.config, source.family.kind
+    length = min(c.positions or 1024, 1024)
+    return config.Run(
+        name=source.path.stem,
+        model=c,
+        objective=OBJECTIVES[OBJECTIVE[kind]].Config(),
+        data=config.Data(train=(), tokenizer=str(source.path)),
+        train=config.Train(batch_size=8, seq_len=length),
+        execution=published_execution(),
+    )
+
+
+def fetch(name: str) -> Path:
+    """A model of the hub, brought into the hub's own cache: `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION`."""
+    from huggingface_hub import errors, snapshot_download
+
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(WANTED)))
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{name}: can't be brought from the hub ({why}); give a directory instead") from error
+
+
+# --------------------------------------------------------------------------------------------------- the three formats
+
+
+def _run(folder: Path) -> Source:
+    run = assemble.read_config(folder)
+    run = dataclasses.replace(run, name=folder.resolve().name, out=str(folder.parent))
+    tokens = assemble.load_tokenizer(run)
+    templates = beside.chat_templates(folder) or beside.chat_templates(folder / "tokenizer")
+    family = MODELS[config.family(run.model)]
+    advice = beside.read_generation(folder)
+    return Source(folder, "run", family, run.model, tokens, advice, templates, tokens.around, run=run)
+
+
+def _hf(folder: Path) -> Source:
+    family, c = hf.describe(folder, MODELS)
+    held = ("tokenizer.json", "tokenizer.model", "spiece.model")
+    tokens = tokenizers.load(folder) if any((folder / name).is_file() for name in held) else None
+    around: tuple[list[int], list[int]] = tokens.around if tokens is not None else ([], [])
+    advice, templates = beside.read_generation(folder), beside.chat_templates(folder)
+    return Source(folder, "hf", family, c, tokens, advice, templates, around)
+
+
+def _gguf(path: Path) -> Source:
+    files = gguf.open_file(path)
+    family, c = gguf.describe(files, MODELS)
+    text = gguf.text(files)
+    tokens = text.tokenizer
+    before = [tokens.bos_id] if text.add_bos and tokens.bos_id is not None else []
+    templates = {"default": text.chat_template} if text.chat_template else {}
+    return Source(path, "gguf", family, c, tokens, Generation(), templates, (before, []), files=files)
