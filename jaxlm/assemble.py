@@ -70,6 +70,13 @@ class Program:
         with sharding.on_mesh(self.mesh):
             return jax.jit(make, out_shardings=self.state_shardings)(jax.random.key(self.run.seed))
 
+    def init_from(self, weights: Any) -> step.State:
+        """A fresh state around given weights."""
+        trainable, frozen = tree.partition(weights, self.optimizer.trainable)
+        make = lambda trainable, frozen: step.start(trainable, frozen, self.optimizer, self.run.optim.ema > 0)  # noqa: E731
+        with sharding.on_mesh(self.mesh):
+            return jax.jit(make, out_shardings=self.state_shardings, donate_argnums=(0, 1))(trainable, frozen)
+
     def abstract_state(self) -> step.State:
         """Shapes, dtypes and shardings of the state: what a checkpoint is restored to."""
         make = lambda: step.init_state(  # noqa: E731

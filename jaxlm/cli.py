@@ -173,7 +173,18 @@ def _load(args: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
         base = config.dataclasses.replace(base, name=folder.resolve().name, out=str(folder.parent))
     else:
         base = config.load(_resolve(args.config))
+        if start := _value(rest, "--start") or base.start:
+            from jaxlm import pretrained
+
+            base = pretrained.starting(base, start)
     return base, config.override(base, rest + (["--help"] if args.help else []))
+
+
+def _value(args: list[str], flag: str) -> str | None:
+    """Of the last `--flag value` or `--flag=value`."""
+    found = [after for a, after in zip(args, [*args[1:], ""], strict=True) if a == flag]
+    found += [a.partition("=")[2] for a in args if a.startswith(f"{flag}=")]
+    return found[-1] if found else None
 
 
 def _start() -> None:
@@ -324,9 +335,9 @@ def _tokenizer_train(args: argparse.Namespace, rest: list[str]) -> int:
 
 def _data_prepare(args: argparse.Namespace, rest: list[str]) -> int:
     _, run = _load(args, rest)
-    from jaxlm import assemble
+    from jaxlm import assemble, pretrained
 
-    data = assemble.corpus(run, assemble.load_tokenizer(run))
+    data = assemble.corpus(run, pretrained.load_tokenizer(run))
     for name, caches in (("train", data.train), ("valid", data.valid)):
         for c in caches:
             print(f"{name}: {len(c):,} documents, {len(c.tokens):,} tokens, {c.raw_bytes.sum():,} bytes")
@@ -335,9 +346,9 @@ def _data_prepare(args: argparse.Namespace, rest: list[str]) -> int:
 
 def _data_inspect(args: argparse.Namespace, rest: list[str]) -> int:
     _, run = _load(args, rest)
-    from jaxlm import assemble, dry_run
+    from jaxlm import assemble, dry_run, pretrained
 
-    tokens = assemble.load_tokenizer(run)
+    tokens = pretrained.load_tokenizer(run)
     loader = assemble.training_loader(run, tokens, assemble.corpus(run, tokens), None)
     for i in range(args.examples):
         dry_run.show_example(loader.example(i), tokens, f"example {i}")

@@ -163,6 +163,9 @@ class Run(Generic[M, O]):
     train: Train = field(default_factory=Train)
     mesh: Mesh = field(default_factory=Mesh)
     execution: Execution = field(default_factory=Execution)
+    start: str = ""
+    """Model to start from, its weights, architecture and tokenizer: a run directory, a Hugging Face directory,
+    hf:OWNER/NAME or a .gguf file; empty: from fresh weights."""
     seed: int = 0
     out: str = "runs"
     """Folder that run directories are made in."""

@@ -33,7 +33,7 @@ def import_model(place: str, target: str | Path) -> list[str]:
     folder = _fresh(target)
     p = open_model(place)
     run = dataclasses.replace(pretrained.published_run(p.source), name=folder.resolve().name, out=str(folder.parent))
-    notes = [f"tokenizer: {', '.join(_tokenizer_files(p, folder / 'tokenizer'))}"]
+    notes = [f"tokenizer: {', '.join(p.source.save_text(folder / 'tokenizer'))}"]
     if p.source.advice != Generation():
         notes += beside.write_generation(folder, p.source.advice, p.source.extra_files)
     with Checkpoints(folder / "checkpoints") as checkpoints, sharding.on_mesh(p.mesh):
@@ -162,26 +162,12 @@ def _to_hf(p: Pretrained, folder: Path, dtype: str | None) -> list[str]:
         extra = s.extra_files
         if s.format == "gguf":
             extra = Path(made)
-            _tokenizer_files(p, extra)
+            s.save_text(extra)
         origin = f"Made from {s.path.name}." if s.format != "run" else ""
         return hf.save(
             folder, p.model.family, p.model.config, p.model.specs, p.params, extra_files_from=extra, origin=origin,
             **more,
         )  # fmt: skip
-
-
-def _tokenizer_files(p: Pretrained, folder: Path) -> list[str]:
-    """What of the model's files says how text is read, in a folder of its own; their names."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if p.source.format == "hf":
-        names = [name for name in beside.TOKENIZER_FILES if (p.source.path / name).is_file()]
-        for name in names:
-            shutil.copyfile(p.source.path / name, folder / name)
-        return names
-    p.tokens.save(folder)
-    if p.source.templates:
-        (folder / "chat_template.jinja").write_text(p.source.templates["default"], "utf-8")
-    return sorted(path.name for path in folder.iterdir())
 
 
 def _to_gguf(p: Pretrained, path: Path, dtype: str) -> list[str]:

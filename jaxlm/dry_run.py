@@ -9,7 +9,7 @@ import rich.console
 import rich.table
 import rich.text
 
-from jaxlm import assemble, config, params, sharding, tree
+from jaxlm import assemble, config, params, pretrained, sharding, tree
 
 console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
@@ -17,7 +17,7 @@ console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty(
 def show(base: config.Run, run: config.Run) -> int:
     """`base` is the run as its file has it, `run` with the overrides of the command line."""
     show_config(base, run)
-    tokens = assemble.load_tokenizer(run)
+    tokens = pretrained.load_tokenizer(run)
     p = assemble.program(run, tokens)
     for name, note in p.notes.items():
         console.print(f"{name:12} {note}")

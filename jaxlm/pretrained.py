@@ -1,15 +1,17 @@
 """A MODEL by its place: a run directory, a Hugging Face directory (or `hf:OWNER/NAME` on the hub), or a GGUF file."""
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import jax
 
-from jaxlm import assemble, config, params, sharding
+from jaxlm import assemble, config, params, sharding, tree
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.generate import Generator
@@ -44,6 +46,19 @@ class Source:
     run: config.Run | None = None
     """Of a run directory."""
     files: gguf.Files | None = None
+
+    def save_text(self, folder: Path) -> list[str]:
+        """What of its files says how text is read, in a folder of its own; their names."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.format == "hf":
+            names = [name for name in beside.TOKENIZER_FILES if (self.path / name).is_file()]
+            for name in names:
+                shutil.copyfile(self.path / name, folder / name)
+            return names
+        self.tokens.save(folder)
+        if self.templates:
+            (folder / "chat_template.jinja").write_text(self.templates["default"], "utf-8")
+        return sorted(path.name for path in folder.iterdir())
 
     @property
     def extra_files(self) -> Path | None:
@@ -111,6 +126,46 @@ def look(place: str | Path) -> Source:
     return _run(place) if "objective" in hf.read_config(place) else _hf(place)
 
 
+def starting(run: config.Run, place: str) -> config.Run:
+    """The run with the architecture and tokenizer of the model that it starts from."""
+    source = look(place)
+    if source.tokens is None:
+        raise ValueError(f"start: {place} has no tokenizer; put its tokenizer.json beside the weights")
+    return dataclasses.replace(run, model=source.config, start=str(place))
+
+
+def load_tokenizer(run: config.Run) -> Any:
+    """The run's own copy, else that of the model it starts from, else what `data.tokenizer` says."""
+    if run.start and not (run.folder / "tokenizer").is_dir():
+        return look(run.start).tokens
+    return assemble.load_tokenizer(run)
+
+
+def first_params(p: assemble.Program) -> Any:
+    """Weights of a run that starts from a model: that model's, and fresh ones where it has none, such as a head."""
+    source = look(p.run.start)
+    held = specs_of(source)
+    differing = [path for path, s in tree.flatten(p.specs, params.is_spec).items()
+                 if (other := tree.flatten(held, params.is_spec).get(path)) and other.shape != s.shape]  # fmt: skip
+    if source.family is not p.model.family or differing:
+        where = f": {differing[0]} has another shape" if differing else ""
+        raise ValueError(f"start: {source.path} does not fit this run's model{where}; leave the model to --start")
+    homes = p.layout.shardings(held, p.mesh)
+    found = read(source, held, homes)
+    fresh = {name: s for name, s in p.specs.items() if name not in held}
+    make = jax.jit(partial(params.init, fresh), out_shardings=p.layout.shardings(fresh, p.mesh))
+    return {name: value for name, value in found.items() if name in p.specs} | make(jax.random.key(p.run.seed))
+
+
+def specs_of(source: Source) -> Any:
+    """Of the weights that its files hold."""
+    specs = source.family.specs(source.config)
+    if source.run is not None:
+        objective = OBJECTIVES[config.family(source.run.objective)]
+        specs |= objective.specs(source.run.objective, source.config.width)
+    return specs
+
+
 def open_model(place: str | Path, step: int | None = None) -> Pretrained:
     """The model with its weights on this machine's devices, each with all of them and its share of a batch.
 
@@ -120,11 +175,8 @@ def open_model(place: str | Path, step: int | None = None) -> Pretrained:
     mesh = sharding.make_mesh(config.Mesh())
     execution = source.run.execution if source.run else published_execution()
     layout = sharding.Layout.of(config.Mesh(), execution)
-    specs = source.family.specs(source.config)
-    if source.run is not None:
-        objective = OBJECTIVES[config.family(source.run.objective)]
-        specs |= objective.specs(source.run.objective, source.config.width)
-    elif step is not None:
+    specs = specs_of(source)
+    if source.run is None and step is not None:
         raise ValueError(f"--step: {source.path} is no run directory; leave it out")
     with sharding.on_mesh(mesh):
         weights = read(source, specs, layout.shardings(specs, mesh), step)

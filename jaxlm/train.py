@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxlm import assemble, config, loop, params, report, sharding, tree
+from jaxlm import assemble, config, loop, params, pretrained, report, sharding, tree
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import cache as caches
 from jaxlm.eval.perplexity import evaluate, make_eval_step
@@ -53,11 +53,14 @@ def train(run: config.Run) -> int:
         if main:
             print(f"{run.folder} is finished already; report: {report.build(run.folder)}")
         return 0
-    tokens = assemble.load_tokenizer(run)
+    tokens = pretrained.load_tokenizer(run)
     p = assemble.program(run, tokens)
     data = assemble.corpus(run, tokens)
     if main:
-        tokens.save(run.folder / "tokenizer")
+        if run.start and not (run.folder / "tokenizer").is_dir():
+            pretrained.look(run.start).save_text(run.folder / "tokenizer")
+        else:
+            tokens.save(run.folder / "tokenizer")
         config.dump(run, run.folder / "config.json")
         write_environment(run.folder)
         for name, note in p.notes.items():
@@ -78,9 +81,9 @@ def _ended(folder: Path) -> bool:
 
 
 def _first_state(p: assemble.Program, checkpoints: Checkpoints) -> tuple[Any, dict]:
-    """From the newest sound checkpoint, straight to this mesh's shards, or fresh."""
+    """From the newest sound checkpoint, straight to this mesh's shards, or from a model, or fresh."""
     if checkpoints.latest() is None:
-        return p.init(), {}
+        return (p.init_from(pretrained.first_params(p)) if p.run.start else p.init()), {}
     values, meta = checkpoints.restore(assemble.saved(p.abstract_state()))
     return assemble.restored(values, p.optimizer), meta
 

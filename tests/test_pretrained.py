@@ -301,3 +301,58 @@ def test_what_is_no_model(tmp_path, capsys):
     assert "x.gguf" in complaint(capsys, "generate", tmp_path / "x.gguf", "--prompt", "a")
     (tmp_path / "empty").mkdir()
     assert "config.json" in complaint(capsys, "generate", tmp_path / "empty", "--prompt", "a")
+
+
+# ------------------------------------------------------------------------------------------- training from a model on
+
+CONFIG = """
+from jaxlm.config import Data, Execution, Optim, Run, Train
+from jaxlm.models import gpt2
+from jaxlm.objectives import {objective}
+
+def config():
+    return Run("r", gpt2.Config(), {objective}.Config(), out={out!r},
+               data=Data(train=({text!r},), cache={out!r} + "/cache", holdout=0.2), optim=Optim(warmup=1),
+               train=Train(steps=2, batch_size=8, seq_len=16, prompts=(), save_every=1), execution=Execution("float32"))
+"""
+
+
+def config_file(tmp_path: Path, objective: str) -> str:
+    (tmp_path / "text").mkdir()
+    for i in range(12):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"the {i} quick brown foxes jump over {i * i} lazy dogs\n" * 5)
+    file = tmp_path / "c.py"
+    file.write_text(CONFIG.format(objective=objective, out=str(tmp_path), text=str(tmp_path / "text")))
+    return str(file)
+
+
+def test_training_starts_from_a_published_model(llama, tmp_path, capsys):
+    """Whatever architecture the config file had; and a run can be where another starts."""
+    file = config_file(tmp_path, "causal")
+    (llama / "chat_template.jinja").write_text("{{ messages }}")
+    try:
+        assert cli.main(["train", file, "--start", str(llama), "--optim.lr", "0", "--model.dropout", "0.1"]) == 0
+    finally:
+        (llama / "chat_template.jinja").unlink()
+    run = tmp_path / "r"
+    before, after = pretrained.open_model(llama), pretrained.open_model(run)
+    jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+    assert after.model.config.dropout == 0.1 and after.source.templates == {"default": "{{ messages }}"}
+    assert after.prompts(["a"])[0] == [[258, 97]]  # as it was trained here
+    assert cli.main(["train", file, "--start", str(run), "--name", "more"]) == 0
+    moved = pretrained.open_model(tmp_path / "more").params
+    assert float(np.abs(moved["head"] - before.params["head"]).max()) > 0
+    capsys.readouterr()
+    assert "no such model" in complaint(capsys, "train", file, "--start", tmp_path / "none", "--name", "x")
+
+
+def test_heads_that_the_model_lacks_are_fresh(tmp_path, capsys):
+    folder = published(tmp_path / "bert", "bert", next_sentence=False)
+    file = config_file(tmp_path, "next_sentence")
+    assert cli.main(["train", file, "--start", str(folder), "--optim.lr", "0"]) == 0
+    opened, start = pretrained.open_model(tmp_path / "r"), pretrained.open_model(folder)
+    assert float(np.abs(opened.params["next_sentence"]).max()) > 0
+    np.testing.assert_array_equal(opened.params["blocks"]["q"], start.params["blocks"]["q"])
+    capsys.readouterr()
+    assert cli.main(["export", str(tmp_path / "r"), str(tmp_path / "whole")]) == 0
+    assert "BertForPreTraining" in (tmp_path / "whole" / "config.json").read_text()
