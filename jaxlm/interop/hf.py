@@ -226,7 +226,7 @@ def save(
     if told is not None and family.generates:
         given = None if generation else extra_files_from
         notes += beside.write_generation(folder, told, given)
-    ids = {} if told is None else beside.token_ids(told)
+    ids = {"pad_token_id": None} if told is None else beside.token_ids(told)  # unsaid, it may lie beyond the vocabulary
     values = {**ids, **values, "dtype": str(common)}
     if card:
         beside.write_card(folder, values, count, origin)

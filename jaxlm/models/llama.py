@@ -289,4 +289,6 @@ def to_hf(c: Config) -> dict[str, Any]:
         out["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w, _ in each]
     if kind == "smollm3":
         out["no_rope_layers"] = [int(r) for _, r in each]
+    if kind == "phi3" and c.rope.trained:  # transformers takes this one, whatever rope_parameters say
+        out["original_max_position_embeddings"] = c.rope.trained
     return out

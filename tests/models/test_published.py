@@ -4,6 +4,7 @@ The expected values come from `tests/golden/make_hf.py`. Where PyTorch and trans
 loaded there and compared too.
 """
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -94,6 +95,9 @@ def test_logits_equal_transformers_and_the_files_come_back_bit_by_bit(name, tmp_
         assert back[key].dtype == tensor.dtype
         np.testing.assert_array_equal(back[key].view(np.uint16), tensor.view(np.uint16), err_msg=key)
     assert hf.describe(tmp_path / "ours", MODELS) == (model.family, model.config)
+    given, written = (hf.read_config(tmp_path / folder) for folder in ("theirs", "ours"))
+    if (given.get("rope_parameters") or {}).get("rope_type") == "longrope":  # transformers ignores the inner one
+        assert written["original_max_position_embeddings"] == given["original_max_position_embeddings"]
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -114,3 +118,16 @@ def test_transformers_reads_what_we_write(name, tmp_path):
     np.testing.assert_allclose(
         answer(model, weights, row)[where], out[row.output].numpy()[where], atol=TOLERANCE, rtol=0
     )
+
+
+def test_the_readme_tells_what_is_compared_here():
+    """Where this fails: `python tests/golden/make_table.py`."""
+    root = Path(__file__).parents[2]
+    spec = importlib.util.spec_from_file_location("make_table", root / "tests" / "golden" / "make_table.py")
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    shown = (root / "README.md").read_text("utf-8").split(table.BEGIN)[1].split(table.END)[0].splitlines()
+    lines = [line for line in shown if "`" in line and "`model_type`" not in line]
+    assert [line.rsplit("|", 2)[0].rstrip() + " |" for line in lines] == table.without_figures()
+    assert all(float(line.rsplit("|", 2)[1]) < TOLERANCE for line in lines)
+    assert table.rows().keys() == {kind for f in MODELS.values() for kind in f.MODEL_TYPES if kind != "gemma3"}
