@@ -84,8 +84,9 @@ def table() -> str:
             expected, where = np.load(TESTS / "golden" / "hf" / f"{name}.npz")["expected"], real(ROWS[name].inputs)
             found.append(float(np.abs(answer(model, weights, ROWS[name])[where] - expected[where]).max()))
         largest.append(max(found))
-    head = "| models | `model_type` | family | GGUF | variants compared | largest difference |\n|---|---|---|---|---|---|\n"
-    return head + "".join(f"{line} {x:.1e} |\n" for line, x in zip(without_figures(), largest, strict=True))
+    head = "| models | `model_type` | family | GGUF | variants compared | largest difference |\n"
+    lines = [f"{line} {x:.1e} |\n" for line, x in zip(without_figures(), largest, strict=True)]
+    return f"{head}{'|---' * 6}|\n{''.join(lines)}"
 
 
 def main() -> None:
