@@ -12,10 +12,15 @@ from jaxlm.sampling import Sampling
 from jaxlm.template import render
 
 
+def rendered(tokens: Any, template: str, messages: list[dict[str, Any]], answer: bool = True) -> str:
+    """The text of a conversation; `answer`: up to where the model's answer begins."""
+    bos, eos = ("" if id is None else tokens.piece(id) for id in (tokens.bos_id, tokens.eos_id))
+    return render(template, messages, bos=bos, eos=eos, answer=answer)
+
+
 def encode(tokens: Any, template: str, messages: list[dict[str, Any]], answer: bool = True) -> list[int]:
     """Token ids of a conversation. The template alone decides whether a begin-of-text token comes first."""
-    bos, eos = ("" if id is None else tokens.piece(id) for id in (tokens.bos_id, tokens.eos_id))
-    return tokens.encode_special(render(template, messages, bos=bos, eos=eos, answer=answer))
+    return tokens.encode_special(rendered(tokens, template, messages, answer))
 
 
 @dataclass

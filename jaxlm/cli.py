@@ -72,6 +72,14 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--data", nargs="+", metavar="SOURCE", help="other text to evaluate on")
     p.add_argument("--step", type=int, help="of a checkpoint (default: the newest)")
     p.add_argument("--batches", type=int, default=0, help="at most so many of each source")
+    p.add_argument("--tasks", metavar="A,B", help="tasks of the lm-evaluation-harness instead of text")
+    p.add_argument(
+        "--task-folder", type=Path, metavar="DIR", help="your own tasks in YAML, instead of the built-in ones"
+    )
+    p.add_argument("--shots", type=int, help="examples before each question (default: the task's)")
+    p.add_argument("--limit", type=int, help="at most so many examples of each task")
+    p.add_argument("--chat", action="store_true", help="ask by the model's chat template")
+    p.add_argument("--out", type=Path, help="where results and examples of tasks go (default evals/NAME)")
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
 
     p = command(commands, "generate", _generate, "continue a prompt",
@@ -208,6 +216,12 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
     _start()
     from jaxlm import inference
 
+    if args.tasks:
+        out = args.out or Path("evals") / Path(args.model).name
+        more = dict(step=args.step, shots=args.shots, limit=args.limit, folder=args.task_folder, chats=args.chat)
+        found, shown = inference.evaluate_tasks(args.model, args.tasks.split(","), out, **more)
+        print(f"{shown}\n{out}: results.json, results.md and every example")
+        return _json(args, found)
     metrics = inference.evaluate(args.model, data=args.data, step=args.step, batches=args.batches)
     for name, value in metrics.items():
         print(f"{name:16} {value:.6g}")

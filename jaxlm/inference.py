@@ -1,6 +1,7 @@
 """Use of a model, whatever its format: evaluate, generate, chat, embed. See `pretrained` for what may be opened."""
 
 import dataclasses
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,44 @@ def evaluate(place: str, *, data: Sequence[str] | None, step: int | None, batche
     with sharding.on_mesh(p.mesh):
         eval_step = perplexity.make_eval_step(p.loss, p.objective.weights, p.tokens.bytes_per_token)
         return perplexity.evaluate(eval_step, opened.params, assemble.validation_batches(p, corpus, batches))
+
+
+def evaluate_tasks(
+    place: str, tasks: Sequence[str], out: Path, *, step: int | None = None, shots: int | None = None,
+    limit: int | None = None, folder: Path | None = None, chats: bool = False, rows: int = 16,
+) -> tuple[dict[str, Any], str]:  # fmt: skip
+    """Tasks of the lm-evaluation-harness: (results, a table). `out` gets both, and every example with its answer."""
+    try:
+        from jaxlm.eval import harness
+    except ImportError as error:
+        raise ValueError(f"--tasks needs the lm-evaluation-harness ({error}): pip install 'jaxlm[eval]'") from None
+    p = open_model(place, step)
+    s = p.source
+    if chats and not s.templates:
+        raise ValueError(f"{place}: the model has no chat template; leave out --chat")
+    with sharding.on_mesh(p.mesh):
+        run = p.generator()
+        lm = harness.Harness(
+            p.model, run, run.prepare(p.params), p.tokens, p.around, rows=rows, name=s.path.name,
+            template=s.templates.get("default") if chats else None,
+        )  # fmt: skip
+        print(f"begin of text: {lm.bos_policy}")
+        found = harness.evaluate(lm, tasks, shots=shots, limit=limit, folder=folder, chats=chats)
+    if lm.scorer.truncated:
+        print(
+            f"{lm.scorer.truncated} contexts lost their beginning: the model has {lm.longest} places", file=sys.stderr
+        )
+    samples = found.pop("samples")
+    out.mkdir(parents=True, exist_ok=True)
+    kept = {name: found[name] for name in ("results", "versions", "n-shot", "n-samples", "higher_is_better")}
+    about = {"model": str(place), "begin_of_text": lm.bos_policy, "truncated": lm.scorer.truncated}
+    (out / "results.json").write_text(json.dumps(about | kept, indent=1, default=str) + "\n")
+    for task, examples in samples.items():
+        lines = [json.dumps(e, default=str) for e in examples]
+        (out / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
+    shown = harness.table(found)
+    (out / "results.md").write_text(shown + "\n")
+    return about | kept, shown
 
 
 def embed(place: str, texts: Sequence[str], pooling: str | None = None, step: int | None = None) -> np.ndarray:

@@ -89,6 +89,12 @@ class Pretrained:
         own = self.tokens.eos_id
         return sorted({*self.source.advice.eos, *(() if own is None else (own,))})
 
+    @property
+    def around(self) -> tuple[list[int], list[int]]:
+        """Ids that stand before and after a text: of a run those it was trained with."""
+        s = self.source
+        return ([self.tokens.bos_id], []) if s.run is not None and s.run.data.train else s.around
+
     def generator(self) -> Generator:
         if (run := self.source.run) is None:
             return Generator(self.model, self.eos, self.tokens.vocab_size)
