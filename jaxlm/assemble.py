@@ -194,8 +194,8 @@ def _check_pair(family: ModuleType, objective: ModuleType, run: config.Run) -> N
             f"objective: {name} trains a model of kind {kinds}, and {config.family(run.model)} is of kind "
             f"{family.kind}; choose {fitting or 'another model'}"
         )
-    if objective.records == "texts" and run.data.compare_compression:
-        raise ValueError("data.compare_compression: is for plain text, not for pairs of texts; turn it off")
+    if objective.records in ("texts", "examples") and run.data.compare_compression:
+        raise ValueError("data.compare_compression: is for plain text, not for examples; turn it off")
 
 
 def _window(run: config.Run) -> int:
@@ -245,18 +245,21 @@ def load_tokenizer(run: config.Run, say: Callable[[str], None] = print) -> Any:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenised training and validation data of a run."""
+    """Tokenised training and validation data of a run: caches, or for objectives that read their sources themselves
+    lists of records."""
 
-    train: list[caches.Cache]
+    train: list[Any]
     weights: list[float]
-    valid: list[caches.Cache]
+    valid: list[Any]
 
 
-def corpus(run: config.Run, tokens: Any) -> Corpus:
-    """Tokenise what isn't yet, and open it by memory map."""
+def corpus(run: config.Run, tokens: Any, template: str | None = None) -> Corpus:
+    """Tokenise what isn't yet, and open it by memory map. `template`: the model's own, of chats."""
     share = 0.0 if run.data.valid else run.data.holdout
     if not run.data.valid and not share:
         raise ValueError("data.holdout: 0 leaves nothing to validate on; set it above 0 or name data.valid")
+    if OBJECTIVES[config.family(run.objective)].records == "examples":
+        return _examples(run, tokens, template)
 
     def prepared(source: str, holdout: float) -> dict[str, Path]:
         return caches.prepare(
@@ -272,15 +275,45 @@ def corpus(run: config.Run, tokens: Any) -> Corpus:
     parts = [prepared(source, share) for source in run.data.train]
     train = [caches.open_cache(p["train"]) for p in parts]
     valid_paths = [prepared(s, 0.0)["train"] for s in run.data.valid] or [p["valid"] for p in parts]
-    weights = list(run.data.weights) or [float(len(c.tokens)) for c in train]
-    if len(weights) != len(train):
-        raise ValueError(f"data.weights: {len(weights)} weights for {len(train)} training sources")
-    return Corpus(train, weights, [caches.open_cache(p) for p in valid_paths])
+    return Corpus(train, _weights(run, [len(c.tokens) for c in train]), [caches.open_cache(p) for p in valid_paths])
 
 
-def records(run: config.Run, tokens: Any, part: caches.Cache, say: Callable[[str], None] | None = None) -> Any:
-    """A cache cut into what the objective's host half takes; `say` hears of texts that lose their end."""
+def _weights(run: config.Run, sizes: Sequence[int]) -> list[float]:
+    """Of the training sources in the mixture."""
+    weights = list(run.data.weights) or [float(n) for n in sizes]
+    if len(weights) != len(sizes):
+        raise ValueError(f"data.weights: {len(weights)} weights for {len(sizes)} training sources")
+    return weights
+
+
+def _examples(run: config.Run, tokens: Any, template: str | None) -> Corpus:
+    objective, row = OBJECTIVES[config.family(run.objective)], _row(run) | {"template": template}
+
+    def read(source: str) -> list[dict]:
+        found, notes = objective.read(run.objective, source, tokens, row)
+        for note in notes if jax.process_index() == 0 else ():
+            print(note)
+        return found
+
+    train, valid = [read(source) for source in run.data.train], [read(source) for source in run.data.valid]
+    if not valid:
+        for i, items in enumerate(train):
+            order = np.random.default_rng(0).permutation(len(items))
+            n = max(1, round(run.data.holdout * len(items)))
+            if n == len(items):
+                raise ValueError(
+                    f"data.train: {run.data.train[i]} has too few examples to hold some out for validation"
+                )
+            valid.append([items[j] for j in sorted(order[:n])])
+            train[i] = [items[j] for j in sorted(order[n:])]
+    return Corpus(train, _weights(run, [len(items) for items in train]), valid)
+
+
+def records(run: config.Run, tokens: Any, part: Any, say: Callable[[str], None] | None = None) -> Any:
+    """A part of a corpus as what the objective's host half takes; `say` hears of texts that lose their end."""
     objective = OBJECTIVES[config.family(run.objective)]
+    if objective.records == "examples":
+        return part
     if objective.records == "pairs":
         return packing.pairs(part, _window(run), run.seed)
     if objective.records == "packed":
@@ -338,17 +371,27 @@ def training_loader(run: config.Run, tokens: Any, data: Corpus, rows: list[int] 
 
 def validation_batches(p: Program, data: Corpus, limit: int = 0) -> Iterator[dict]:
     """On the devices: every validation record once, in order; `limit` batches of each source if not 0."""
+    for part in data.valid:
+        yield from _batches(p, part, limit)
+
+
+def each_record(p: Program, data: Corpus) -> Iterator[Iterator[dict]]:
+    """Of each part, training first: its records once, in order; the last batch is filled up."""
+    for part in [*data.train, *data.valid]:
+        yield _batches(p, part)
+
+
+def _batches(p: Program, part: Any, limit: int = 0) -> Iterator[dict]:
     size = p.run.train.batch_size // p.run.train.micro_batches
     rows = p.rows(size)
-    for part in data.valid:
-        for batch in loader.evaluation_batches(
-            records(p.run, p.tokens, part),
-            host_half(p.run, p.tokens),
-            batch_size=size,
-            rows=rows,
-            limit=limit * size if limit else None,
-        ):
-            yield p.to_device(batch, rows)
+    for batch in loader.evaluation_batches(
+        records(p.run, p.tokens, part),
+        host_half(p.run, p.tokens),
+        batch_size=size,
+        rows=rows,
+        limit=limit * size if limit else None,
+    ):
+        yield p.to_device(batch, rows)
 
 
 def saved(state: step.State) -> dict[str, Any]:

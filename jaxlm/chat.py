@@ -2,14 +2,17 @@
 
 import contextlib
 from collections.abc import Generator as Pieces
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from jaxlm import stream
+from jaxlm.data import conversations
+from jaxlm.data.conversations import Conversation
 from jaxlm.generate import Generator
 from jaxlm.sampling import Sampling
-from jaxlm.template import render
+from jaxlm.template import render, render_all
 
 
 def rendered(tokens: Any, template: str, messages: list[dict[str, Any]], answer: bool = True) -> str:
@@ -21,6 +24,14 @@ def rendered(tokens: Any, template: str, messages: list[dict[str, Any]], answer:
 def encode(tokens: Any, template: str, messages: list[dict[str, Any]], answer: bool = True) -> list[int]:
     """Token ids of a conversation. The template alone decides whether a begin-of-text token comes first."""
     return tokens.encode_special(rendered(tokens, template, messages, answer))
+
+
+def learnable(found: Sequence[Conversation], tokens: Any, template: str | None) -> list[conversations.Tokens]:
+    """Whole conversations for training, by a template or plainly without one; told apart what the assistant says."""
+    if not template:
+        return [conversations.encode_plainly(c, tokens) for c in found]
+    bos, eos = ("" if id is None else tokens.piece(id) for id in (tokens.bos_id, tokens.eos_id))
+    return conversations.encode(found, partial(render_all, template, bos=bos, eos=eos), tokens)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The command line. Importing this loads neither jax nor any other heavy package: `--help` answers at once."""
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -190,7 +191,7 @@ def _load(args: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
 
 def _value(args: list[str], flag: str) -> str | None:
     """Of the last `--flag value` or `--flag=value`."""
-    found = [after for a, after in zip(args, [*args[1:], ""], strict=True) if a == flag]
+    found = [after for a, after in itertools.pairwise([*args, ""]) if a == flag]
     found += [a.partition("=")[2] for a in args if a.startswith(f"{flag}=")]
     return found[-1] if found else None
 
@@ -351,10 +352,11 @@ def _data_prepare(args: argparse.Namespace, rest: list[str]) -> int:
     _, run = _load(args, rest)
     from jaxlm import assemble, pretrained
 
-    data = assemble.corpus(run, pretrained.load_tokenizer(run))
+    data = assemble.corpus(run, pretrained.load_tokenizer(run), pretrained.template_of(run))
     for name, caches in (("train", data.train), ("valid", data.valid)):
         for c in caches:
-            print(f"{name}: {len(c):,} documents, {len(c.tokens):,} tokens, {c.raw_bytes.sum():,} bytes")
+            more = f", {len(c.tokens):,} tokens, {c.raw_bytes.sum():,} bytes" if hasattr(c, "tokens") else ""
+            print(f"{name}: {len(c):,} {'documents' if more else 'records'}{more}")
     return 0
 
 
@@ -363,7 +365,7 @@ def _data_inspect(args: argparse.Namespace, rest: list[str]) -> int:
     from jaxlm import assemble, dry_run, pretrained
 
     tokens = pretrained.load_tokenizer(run)
-    loader = assemble.training_loader(run, tokens, assemble.corpus(run, tokens), None)
+    loader = assemble.training_loader(run, tokens, assemble.corpus(run, tokens, pretrained.template_of(run)), None)
     for i in range(args.examples):
         dry_run.show_example(loader.example(i), tokens, f"example {i}")
     return 0

@@ -22,7 +22,7 @@ def show(base: config.Run, run: config.Run) -> int:
     for name, note in p.notes.items():
         console.print(f"{name:12} {note}")
     show_parameters(p)
-    loader = assemble.training_loader(run, tokens, assemble.corpus(run, tokens), None)
+    loader = assemble.training_loader(run, tokens, assemble.corpus(run, tokens, pretrained.template_of(run)), None)
     console.print(
         f"data         {loader.examples_per_epoch:,} windows an epoch; "
         f"{run.train.steps * run.train.batch_size / loader.examples_per_epoch:.2f} epochs"

@@ -1,6 +1,7 @@
 """Use of a model, whatever its format: evaluate, generate, chat, embed. See `pretrained` for what may be opened."""
 
 import dataclasses
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 from jaxlm import assemble, pretrained, sharding, stream
 from jaxlm.chat import Chat, converse
 from jaxlm.embed import Recipe, embed_texts, read_recipe
-from jaxlm.eval import perplexity
+from jaxlm.eval import harness, perplexity
 from jaxlm.pretrained import open_model
 from jaxlm.sampling import Sampling
 from jaxlm.speculative import Speculative
@@ -21,7 +22,7 @@ from jaxlm.speculative import Speculative
 def evaluate(place: str, *, data: Sequence[str] | None, step: int | None, batches: int) -> dict[str, float]:
     opened = open_model(place, step)
     p = pretrained.program(opened, data)
-    corpus = assemble.corpus(p.run, p.tokens)
+    corpus = assemble.corpus(p.run, p.tokens, opened.source.templates.get("default"))
     with sharding.on_mesh(p.mesh):
         eval_step = perplexity.make_eval_step(p.loss, p.objective.weights, p.tokens.bytes_per_token)
         return perplexity.evaluate(eval_step, opened.params, assemble.validation_batches(p, corpus, batches))
@@ -32,10 +33,8 @@ def evaluate_tasks(
     limit: int | None = None, folder: Path | None = None, chats: bool = False, rows: int = 16,
 ) -> tuple[dict[str, Any], str]:  # fmt: skip
     """Tasks of the lm-evaluation-harness: (results, a table). `out` gets both, and every example with its answer."""
-    try:
-        from jaxlm.eval import harness
-    except ImportError as error:
-        raise ValueError(f"--tasks needs the lm-evaluation-harness ({error}): pip install 'jaxlm[eval]'") from None
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("--tasks needs the lm-evaluation-harness: pip install 'jaxlm[eval]'")
     p = open_model(place, step)
     s = p.source
     if chats and not s.templates:

@@ -3,6 +3,7 @@
 N tokens of one device, D model width, V vocabulary (of this device where the head is sharded).
 """
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -75,6 +76,29 @@ def cross_entropy(
             *(shard(a, "batch", "seq") for a in arrays[3:]),
         )
     return _sums(*arrays, _Plan(label_smoothing, z_loss, r.softcap, shard.execution.loss_chunk, tokens, vocab))
+
+
+def log_likelihoods(r: Readout, targets_BT: jax.Array, *, shard: Layout) -> jax.Array:
+    """`[B, T]`: the log probability of each target, in nats. Without gradients: for those of a function of it, give its
+    derivatives to `cross_entropy` as weights. Logits exist for `execution.loss_chunk` tokens of all rows at a time."""
+    r = jax.lax.stop_gradient(r)
+    (B, T), V = targets_BT.shape, r.w_VD.shape[0]
+    n = max(1, -(-T // max(1, _chunk(B * T, V, shard.execution.loss_chunk) // B)))
+    size, pad = -(-T // n), -T % -(-T // n)
+    x_BTD = shard(r.x_BTD, "batch", None, None)  # every device cuts its own rows, whatever shared them in the model
+
+    def parts(a: jax.Array) -> jax.Array:
+        padded = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
+        return jnp.moveaxis(padded.reshape(B, -1, size, *a.shape[2:]), 1, 0)
+
+    def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x_BND, targets_BN = part
+        z_BNV = shard(logits(dataclasses.replace(r, x_BTD=x_BND), shard), "batch", None, "vocab")
+        hit_BNV = jax.lax.broadcasted_iota(targets_BN.dtype, z_BNV.shape, 2) == targets_BN[..., None]
+        return jnp.where(hit_BNV, z_BNV, 0.0).sum(-1) - jax.nn.logsumexp(z_BNV, -1)
+
+    found = jax.lax.map(one, (parts(x_BTD), parts(shard(targets_BT, "batch", None))))
+    return jnp.moveaxis(found, 0, 1).reshape(B, -1)[:, :T]
 
 
 class _Plan(NamedTuple):

@@ -147,6 +147,13 @@ def load_tokenizer(run: config.Run) -> Any:
     return assemble.load_tokenizer(run)
 
 
+def template_of(run: config.Run) -> str | None:
+    """The chat template of the run's own model, or of the one it starts from."""
+    own = run.folder / "tokenizer"
+    found = beside.chat_templates(own) if own.is_dir() else look(run.start).templates if run.start else {}
+    return found.get("default")
+
+
 def first_params(p: assemble.Program) -> Any:
     """Weights of a run that starts from a model: that model's, and fresh ones where it has none, such as a head."""
     source = look(p.run.start)

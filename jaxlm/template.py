@@ -14,6 +14,10 @@ MEMORY = 1 << 30
 LONGEST = 1 << 20  # characters a template may write
 
 
+Conversation = tuple[Sequence[Mapping[str, Any]], bool]
+"""(messages, whether the text ends where the model's answer begins)."""
+
+
 def render(
     template: str,
     messages: Sequence[Mapping[str, Any]],
@@ -24,30 +28,44 @@ def render(
     variables: Mapping[str, Any] | None = None,
 ) -> str:
     """The conversation as the model was trained to read it. `answer`: it ends where the model's answer begins."""
-    given = dict(messages=list(messages), bos_token=bos, eos_token=eos, add_generation_prompt=answer)
-    request = json.dumps(dict(template=template, variables=given | dict(variables or {})))
+    return render_all(template, [(messages, answer)], bos=bos, eos=eos, variables=variables)[0]
+
+
+def render_all(
+    template: str,
+    conversations: Sequence[Conversation],
+    *,
+    bos: str = "",
+    eos: str = "",
+    variables: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Many of them in one process, which has `SECONDS` and a little for each."""
+    fixed = dict(bos_token=bos, eos_token=eos) | dict(variables or {})
+    each = [dict(messages=list(messages), add_generation_prompt=answer) for messages, answer in conversations]
+    seconds = SECONDS + len(each) // 100
+    request = json.dumps(dict(template=template, fixed=fixed, each=each, seconds=seconds))
     try:
         # Isolated: neither the current folder nor the environment adds modules to what it imports.
         done = subprocess.run(
             [sys.executable, "-I", __file__], input=request, capture_output=True, text=True, encoding="utf-8",
-            timeout=SECONDS,
+            timeout=seconds,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise ValueError(f"chat template: took more than {SECONDS} s; use another template") from None
+        raise ValueError(f"chat template: took more than {seconds} s; use another template") from None
     if done.returncode or not done.stdout:
-        raise ValueError(f"chat template: took more than {SECONDS} s or {MEMORY >> 20} MiB; use another template")
+        raise ValueError(f"chat template: took more than {seconds} s or {MEMORY >> 20} MiB; use another template")
     result = json.loads(done.stdout)
     if "error" in result:
         raise ValueError(f"chat template: {result['error']}")
-    return result["text"]
+    return result["texts"]
 
 
-def _limit() -> None:
+def _limit(seconds: int) -> None:
     try:
         import resource
     except ImportError:  # not a POSIX system: the parent's time limit remains
         return
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
@@ -84,6 +102,16 @@ def _environment() -> Any:
     return made
 
 
+def _written(template: Any, variables: dict[str, Any]) -> str:
+    parts, size = [], 0
+    for part in template.generate(**variables):
+        parts.append(part)
+        size += len(part)
+        if size > LONGEST:
+            raise ValueError(f"writes more than {LONGEST:,} characters")
+    return "".join(parts)
+
+
 def _serve() -> None:
     """One request from standard input, its answer to standard output."""
     request = json.load(sys.stdin)
@@ -92,15 +120,10 @@ def _serve() -> None:
     except ImportError:
         print(json.dumps({"error": "needs jinja2, which is not installed; pip install 'jaxlm[generate]'"}))
         return
-    _limit()
+    _limit(request["seconds"])
     try:
-        parts, size = [], 0
-        for part in _environment().from_string(request["template"]).generate(**request["variables"]):
-            parts.append(part)
-            size += len(part)
-            if size > LONGEST:
-                raise ValueError(f"writes more than {LONGEST:,} characters")
-        answer = {"text": "".join(parts)}
+        template = _environment().from_string(request["template"])
+        answer: dict[str, Any] = {"texts": [_written(template, request["fixed"] | each) for each in request["each"]]}
     except Exception as error:  # whatever a hostile template can provoke becomes one line
         answer = {"error": " ".join(str(error).split())[:300] or type(error).__name__}
     print(json.dumps(answer))

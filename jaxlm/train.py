@@ -6,10 +6,12 @@ import math
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxlm import assemble, config, loop, params, pretrained, report, sharding, tree
 from jaxlm.checkpoint import Checkpoints
@@ -55,7 +57,7 @@ def train(run: config.Run) -> int:
         return 0
     tokens = pretrained.load_tokenizer(run)
     p = assemble.program(run, tokens)
-    data = assemble.corpus(run, tokens)
+    data = assemble.corpus(run, tokens, pretrained.template_of(run))
     if main:
         if run.start and not (run.folder / "tokenizer").is_dir():
             pretrained.look(run.start).save_text(run.folder / "tokenizer")
@@ -67,6 +69,8 @@ def train(run: config.Run) -> int:
             print(f"{name:12} {note}")
     with sharding.on_mesh(p.mesh), Checkpoints(run.folder / "checkpoints", keep=run.train.keep) as checkpoints:
         state, meta = _first_state(p, checkpoints)
+        if getattr(p.objective, "needs_reference", lambda c: False)(run.objective):
+            _remember_reference(p, data, None if meta else state.all_params)
         start = int(meta.get("step", 0))
         if continues and main:
             print(f"continuing {run.folder} after step {start}")
@@ -86,6 +90,29 @@ def _first_state(p: assemble.Program, checkpoints: Checkpoints) -> tuple[Any, di
         return (p.init_from(pretrained.first_params(p)) if p.run.start else p.init()), {}
     values, meta = checkpoints.restore(assemble.saved(p.abstract_state()))
     return assemble.restored(values, p.optimizer), meta
+
+
+def _remember_reference(p: assemble.Program, data: assemble.Corpus, weights: Any | None) -> None:
+    """What the first weights find of each record goes into it, and into a file for a run that is continued."""
+    file = p.run.folder / "reference.npz"
+    if weights is None:
+        if not file.is_file():
+            raise ValueError(f"{file}: is gone, and the weights at the start with it; train anew under another --name")
+        with np.load(file) as held:
+            found = [held[f"part{i}"] for i in range(len(held.files))]
+    else:
+        find = jax.jit(partial(p.objective.reference, p.run.objective, p.model), out_shardings=p.whole)
+        found = [
+            np.concatenate([jax.device_get(find(weights, jax.tree.map(lambda x: x[0], batch))) for batch in batches])
+            for batches in assemble.each_record(p, data)
+        ]
+        if jax.process_index() == 0:
+            np.savez(file, **{f"part{i}": values for i, values in enumerate(found)})
+    for items, values in zip([*data.train, *data.valid], found, strict=True):
+        if len(values) < len(items):
+            raise ValueError(f"{file}: is of other data than data.train and data.valid now hold; train anew")
+        for item, value in zip(items, values, strict=False):
+            item["reference"] = value
 
 
 def _run(

@@ -9,11 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.model import TemplateLM
-from lm_eval.evaluator import simple_evaluate
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import make_table
-
 from jaxlm import stream
 from jaxlm.chat import rendered
 from jaxlm.config import nearest
@@ -27,26 +22,23 @@ LONGEST = 2048  # places of a model, at most
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
-class Harness(TemplateLM):
-    """A model as the harness asks for it."""
+class Harness:
+    """A model as the harness asks for it. `evaluate` tells the harness so: its package sets environment variables when
+    it is imported, which importing this must not."""
+
+    rank, world_size, device, tokenizer = 0, 1, None, None
 
     def __init__(
         self, model: Model, generate: Generator, params: Any, tokens: Any,
         around: tuple[Sequence[int], Sequence[int]], *, rows: int = 16, template: str | None = None, name: str = "",
     ) -> None:  # fmt: skip
         """`params` had best be prepared. `around`: ids that stand before and after every text. `template`: of chats."""
-        super().__init__()
         self.generate, self.params, self.tokens = generate, params, tokens
         self.before, self.after = (list(ids) for ids in around)
         self.longest = min(model.config.positions or LONGEST, LONGEST)
         self.scorer = Scorer(model, params, rows, self.longest)
         self.rows, self.template, self.name = rows, template, name
         self.seq2seq = model.family.kind == "encoder_decoder"
-        self.backend = "seq2seq" if self.seq2seq else "causal"
-
-    @property
-    def eot_token_id(self) -> int:
-        return self.tokens.eos_id
 
     @property
     def prefix_token_id(self) -> int:
@@ -82,10 +74,6 @@ class Harness(TemplateLM):
     def _source(self, text: str) -> list[int]:
         """What an encoder reads."""
         return [*self.tok_encode(text), *(self.after or [self.tokens.eos_id])]
-
-    def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
-        found = self.scorer([Request(context, continuation) for _, context, continuation in requests])
-        return [(s.log_likelihood, s.greedy) for s in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         if self.seq2seq:
@@ -145,7 +133,12 @@ def evaluate(
     lm: Harness, tasks: Sequence[str], *, shots: int | None = None, limit: int | None = None,
     folder: Path | None = None, chats: bool = False, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """The harness's results with each example's; `folder`: further tasks in YAML, without the built-in ones."""
+    """The harness's results with each example's; `folder`: tasks in YAML, instead of the built-in ones."""
+    from lm_eval.api.model import LM
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    LM.register(Harness)
     manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
     known = set(manager.all_tasks)
     for task in tasks:
@@ -165,4 +158,6 @@ def _near(task: str, known: set[str]) -> str:
 
 
 def table(found: dict[str, Any]) -> str:
+    from lm_eval.utils import make_table
+
     return make_table(found)

@@ -1,8 +1,10 @@
 """What a model is trained to do, one objective a file. Each module has:
 
 - `Config`: a frozen dataclass.
-- `records`: what its host half takes: `packed` (windows of documents), `pairs` (two spans of text) or `texts` (pairs of
-  texts in two fields, which `fields(c)` names; `fit` says what such a pair takes of a row).
+- `records`: what its host half takes: `packed` (windows of documents), `pairs` (two spans of text), `texts` (pairs of
+  texts in two fields, which `fields(c)` names; `fit` says what such a pair takes of a row), or `examples`: what its own
+  `read(c, source, tokenizer, row) -> (records, notes)` makes of a source, where `row` has the model's chat `template`
+  too, and notes are lines that a user should see.
 - `models`: the kinds of families that it trains.
 - `specs(c, width)`: weights of its own, such as a classification head.
 - `check(c, tokenizer)`: refuses a tokenizer that lacks what the objective needs.
@@ -15,6 +17,8 @@
 - `prompt(c, tokenizer, text, row) -> (tokens, what an encoder reads or None)`: what a model reads before it goes on,
   where that is more than BOS and the text.
 - `both_ways`: True where it teaches a decoder to read prompts both ways.
+- `reference(c, model, params, batch)`, where `needs_reference(c)`: what the weights that training starts from find of
+  each row; it stands in the records as `reference`.
 - `weights(batch) -> {name: scalar}`: the total weight of each of its losses over a whole batch.
 - `loss(c, model, params, batch, key) -> {name: {"loss": sum, …metric sums}}`: the device half. All are sums over
   tokens or rows, so that micro-batches, shards and hosts just add; the step divides once by the total weights.
@@ -22,7 +26,7 @@
 
 from types import ModuleType
 
-from jaxlm.objectives import causal, infill, masked, next_sentence, prefix, seq2seq, span_corruption
+from jaxlm.objectives import causal, infill, masked, next_sentence, preference, prefix, seq2seq, sft, span_corruption
 
 OBJECTIVES: dict[str, ModuleType] = {
     "causal": causal,
@@ -30,6 +34,8 @@ OBJECTIVES: dict[str, ModuleType] = {
     "infill": infill,
     "masked": masked,
     "next_sentence": next_sentence,
+    "sft": sft,
+    "preference": preference,
     "span_corruption": span_corruption,
     "seq2seq": seq2seq,
 }

@@ -1,0 +1,190 @@
+"""Preferences between two answers to a prompt: DPO (Rafailov et al. 2023), IPO (Azar et al. 2023), KTO (Ethayarajh et
+al. 2024) and ORPO (Hong et al. 2024).
+
+A row holds both whole texts, prompt and preferred answer as segment 1, prompt and other answer as segment 2, so one
+forward pass reads them and neither sees the other. B rows, T positions, A answers of a row: preferred, other and, for
+KTO, one that belongs to another prompt.
+
+What the reference model (the weights at the start) finds of each answer is computed once, before training, and stands
+in the batch as `reference` [B, A].
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import chat
+from jaxlm.data import conversations
+from jaxlm.losses import cross_entropy, log_likelihoods
+from jaxlm.models import Model
+
+records = "examples"
+models = ("decoder",)
+PREFERRED, OTHER, FOREIGN = 1, 2, 3  # segments
+
+
+@dataclass(frozen=True)
+class Config:
+    method: Literal["dpo", "ipo", "kto", "orpo"] = "dpo"
+    beta: float = 0.1
+    """How strongly the model is held to its reference; orpo: weight of the odds ratio."""
+    label_smoothing: float = 0.0
+    """dpo: share of preferences that are taken to be wrong (conservative DPO)."""
+    sft: float = 0.0
+    """Weight of the preferred answer's mean negative log likelihood beside the preference; orpo has it always."""
+    prompt: str = "prompt"
+    """Field: a text, or a list of messages."""
+    preferred: str = "chosen"
+    other: str = "rejected"
+    template: str = ""
+    """Chat template in Jinja; empty: the model's own, or plain texts if it has none."""
+
+
+def specs(c: Config, width: int) -> dict[str, Any]:
+    return {}
+
+
+def check(c: Config, tokenizer: Any) -> None:
+    if c.beta <= 0:
+        raise ValueError(f"objective.beta: {c.beta} must be above 0")
+    if not 0 <= c.label_smoothing < 0.5:
+        raise ValueError(f"objective.label_smoothing: {c.label_smoothing} must be at least 0 and below 0.5")
+
+
+def needs_reference(c: Config) -> bool:
+    return c.method != "orpo"
+
+
+def read(c: Config, source: str, tokenizer: Any, row: dict) -> tuple[list[dict], list[str]]:
+    """(pairs of answers, what a user should know of them). `row["template"]`: the model's own template or None."""
+    found = []
+    for where, values in conversations.rows(source):
+        sides: list[Any] = [values.get(name) for name in (c.preferred, c.other)]
+        if not all(sides):
+            there = ", ".join(values) or "none"
+            raise ValueError(f"{where}: no {c.preferred!r} and {c.other!r}; fields: {there}; name them in objective")
+        prompt = conversations.listed(where, values[c.prompt], "user") if values.get(c.prompt) else []
+        for side in sides:
+            answer = conversations.listed(where, side, "assistant")  # some files repeat the prompt in it
+            found.append(conversations.Conversation(where, [*([] if len(answer) > 1 else prompt), *answer]))
+    texts = chat.learnable(found, tokenizer, c.template or row["template"])
+    answers = [(t.ids, len(t.ids) - t.learned[::-1].index(False) if False in t.learned else 1) for t in _trimmed(texts)]
+    pairs = list(zip(answers[::2], answers[1::2], strict=True))
+    items: list[dict[str, Any]] = []
+    for i, (good, bad) in enumerate(pairs):
+        several = [good, bad]
+        if c.method == "kto":  # the prompt of this pair, the answer of the next
+            ids, begin = pairs[(i + 1) % len(pairs)][0]
+            several.append(([*good[0][: good[1]], *ids[begin:]], good[1]))
+        items.append({"texts": several, "reference": [0.0] * len(several)})
+    room = row["seq_len"] // (3 if c.method == "kto" else 2)
+    long = sum(any(len(ids) - 1 > room for ids, _ in item["texts"]) for item in items)
+    note = f"{source}: in {long:,} of {len(items):,} pairs a prompt loses its beginning; raise train.seq_len to keep it"
+    return items, [note] if long else []
+
+
+def _trimmed(texts: list[conversations.Tokens]) -> list[conversations.Tokens]:
+    """Up to the end of the last answer."""
+    out = []
+    for t in texts:
+        n = len(t.ids) - t.learned[::-1].index(True)
+        out.append(conversations.Tokens(t.ids[:n], t.learned[:n]))
+    return out
+
+
+def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """`texts`: (ids of a whole text, where the answer begins) of each answer. A text that doesn't fit its share of the
+    row loses the beginning of its prompt."""
+    texts, room = record["texts"], record["seq_len"] // len(record["texts"])
+    out = {name: np.zeros(record["seq_len"], np.int32) for name in ("tokens", "targets", "segments", "positions")}
+    weights, at = np.zeros(record["seq_len"], np.float32), 0
+    for number, (ids, begin) in enumerate(texts, 1):
+        cut = max(0, len(ids) - 1 - room)
+        ids, begin = ids[cut:], max(1, begin - cut)
+        n = len(ids) - 1
+        place = slice(at, at + n)
+        out["tokens"][place], out["targets"][place] = ids[:-1], ids[1:]
+        out["segments"][place], out["positions"][place] = number, np.arange(n)
+        weights[at + begin - 1 : at + n] = 1
+        at += n
+    return out | dict(weights=weights, reference=np.asarray(record["reference"], np.float32))
+
+
+def weights(batch: dict) -> dict[str, jax.Array]:
+    return {"pairs": (batch["segments"] == PREFERRED).any(-1).sum().astype(jnp.float32)}
+
+
+def likelihoods(model: Model, params: Any, batch: dict, answers: int, key: jax.Array | None = None) -> Any:
+    """(log likelihood of each answer `[B, A]`, without gradients; its tokens `[B, A]`; readout)."""
+    out = model.forward(params, batch, key=key)
+    readout = model.readout(params, out.x_BTD)
+    log_BT = log_likelihoods(readout, batch["targets"], shard=model.shard) * batch["weights"]
+    mine_BAT = batch["segments"][:, None] == jnp.arange(1, answers + 1)[None, :, None]
+    log_BA = jnp.where(mine_BAT, log_BT[:, None], 0.0).sum(-1)
+    return log_BA, jnp.where(mine_BAT, batch["weights"][:, None], 0.0).sum(-1), readout
+
+
+def reference(c: Config, model: Model, params: Any, batch: dict) -> jax.Array:
+    """`[B, A]`: what is stored of the reference model."""
+    return likelihoods(model, params, batch, batch["reference"].shape[-1])[0]
+
+
+def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
+    log_BA, count_BA, readout = likelihoods(model, params, batch, batch["reference"].shape[-1], key)
+    real_B = (batch["segments"] == PREFERRED).any(-1)
+    zero = jnp.zeros_like(log_BA)
+
+    def of(log_BA: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        loss_B, margin_B = METHODS[c.method](c, log_BA, batch["reference"], jnp.maximum(count_BA, 1), real_B)
+        metrics = dict(margin=margin_B, accuracy=(margin_B > 0).astype(jnp.float32))
+        metrics |= dict(preferred=log_BA[:, 0], other=log_BA[:, 1])
+        return jnp.where(real_B, loss_B, 0.0).sum(), {n: jnp.where(real_B, m, 0.0).sum() for n, m in metrics.items()}
+
+    (total, metrics), slope_BA = jax.value_and_grad(of, has_aux=True)(log_BA)
+    # The chain rule by hand: each target weighs as much as the loss depends on its answer's likelihood.
+    slope_BAT = jnp.where(batch["segments"][:, None] == jnp.arange(1, zero.shape[-1] + 1)[None, :, None],
+                          slope_BA[..., None], 0.0)  # fmt: skip
+    pulled = cross_entropy(readout, batch["targets"], -slope_BAT.sum(1) * batch["weights"], shard=model.shard).loss
+    return {"pairs": dict(loss=total + pulled - jax.lax.stop_gradient(pulled), **metrics)}
+
+
+def _dpo(c: Config, log_BA: Any, ref_BA: Any, count_BA: Any, real_B: Any) -> tuple[jax.Array, jax.Array]:
+    margin_B = c.beta * ((log_BA - ref_BA)[:, 0] - (log_BA - ref_BA)[:, 1])
+    wrong = c.label_smoothing
+    loss_B = -(1 - wrong) * jax.nn.log_sigmoid(margin_B) - wrong * jax.nn.log_sigmoid(-margin_B)
+    return loss_B + _sft(c.sft, log_BA, count_BA), margin_B
+
+
+def _ipo(c: Config, log_BA: Any, ref_BA: Any, count_BA: Any, real_B: Any) -> tuple[jax.Array, jax.Array]:
+    """With means over tokens, so that long answers weigh no more."""
+    gain_BA = (log_BA - ref_BA) / count_BA
+    margin_B = gain_BA[:, 0] - gain_BA[:, 1]
+    return jnp.square(margin_B - 1 / (2 * c.beta)) + _sft(c.sft, log_BA, count_BA), margin_B
+
+
+def _kto(c: Config, log_BA: Any, ref_BA: Any, count_BA: Any, real_B: Any) -> tuple[jax.Array, jax.Array]:
+    """Each answer against the drift from the reference, which answers to other prompts estimate in this micro-batch."""
+    gain_BA = log_BA - ref_BA
+    drift = jnp.where(real_B, gain_BA[:, FOREIGN - 1], 0.0).sum() / jnp.maximum(real_B.sum(), 1)
+    drift = jax.lax.stop_gradient(jnp.maximum(drift, 0.0))
+    good_B = jax.nn.sigmoid(c.beta * (gain_BA[:, 0] - drift))
+    bad_B = jax.nn.sigmoid(c.beta * (drift - gain_BA[:, 1]))
+    loss_B = ((1 - good_B) + (1 - bad_B)) / 2 + _sft(c.sft, log_BA, count_BA)
+    return loss_B, c.beta * (gain_BA[:, 0] - gain_BA[:, 1])
+
+
+def _orpo(c: Config, log_BA: Any, ref_BA: Any, count_BA: Any, real_B: Any) -> tuple[jax.Array, jax.Array]:
+    mean_BA = log_BA / count_BA
+    odds_BA = mean_BA - jnp.log1p(-jnp.exp(jnp.minimum(mean_BA, -1e-6)))
+    margin_B = odds_BA[:, 0] - odds_BA[:, 1]
+    return -mean_BA[:, 0] - c.beta * jax.nn.log_sigmoid(margin_B), margin_B
+
+
+def _sft(weight: float, log_BA: jax.Array, count_BA: jax.Array) -> Any:
+    return -weight * log_BA[:, 0] / count_BA[:, 0] if weight else 0.0
+
+
+METHODS = {"dpo": _dpo, "ipo": _ipo, "kto": _kto, "orpo": _orpo}
