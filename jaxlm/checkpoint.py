@@ -57,7 +57,7 @@ class Checkpoints:
         *,
         keep: int = 3,
         keep_best: bool = True,
-        best_metric: str = "valid/loss",
+        best_metric: str = "valid/score",
         every: int = 1,
         timeout_s: int = 1200,
     ):

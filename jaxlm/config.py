@@ -79,6 +79,11 @@ class Optim:
     """muon: further hidden matrices that AdamW takes instead."""
     freeze: tuple[str, ...] = ()
     """Paths that are not trained: no gradient, no optimizer state, no decay."""
+    layer_decay: float = 1.0
+    """Learning rate of each layer as a share of that of the layer above it; embeddings come below the first layer,
+    heads above the last (0.65–0.95 in fine-tuning, as ULMFiT and ELECTRA do)."""
+    top_layers: int | None = None
+    """Train only so many of the last layers, and the heads; None: all. `freeze` leaves out whole kinds of weights."""
     clip: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0: off."""
     ema: float = 0.0
@@ -104,7 +109,11 @@ class Train:
     prompts: tuple[str, ...] = ("def ", "import ", "The ")
     sample_tokens: int = 64
     patience: int = 0
-    """Early stopping: validations without improvement; 0: off."""
+    """Early stopping: validations without improvement of `metric`; 0: off."""
+    metric: str = "loss"
+    """What of a validation tells which checkpoint is best. Of losses and perplexities lower is better, else higher."""
+    use: Literal["last", "best"] = "last"
+    """Checkpoint that eval, generate, embed and export take if none is named."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is NaN or Inf: stop naming the examples, or skip the update and count it."""
     log_every: int = 10

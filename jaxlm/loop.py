@@ -76,10 +76,11 @@ def train(
     best: float = float("inf"),
     bad: int = 0,
     stop_on_nonfinite: bool = True,
+    save_best: bool = False,
 ) -> Outcome:
     """Updates `start` … `steps`. Metrics are read one step late, so the host never waits for the step it just sent.
 
-    `best` and `bad` carry early stopping over a restart: the lowest validation loss, and validations since then.
+    `best` and `bad` carry early stopping over a restart: the lowest validation score, and validations since then.
     """
     batches = hooks.batches(start)
     pending: tuple[int, dict, float, float] | None = None
@@ -110,13 +111,13 @@ def train(
                 done = update + 1
                 pending = (done, metrics, waited, sending)
 
-                last = done == steps
+                last, improved = done == steps, False
                 validation = None
                 if last or (eval_every and done % eval_every == 0):
                     read()
                     validation = hooks.validate(done, state)
-                    better = validation["loss"] < best
-                    best, bad = (validation["loss"], 0) if better else (best, bad + 1)
+                    improved = validation["score"] < best
+                    best, bad = (validation["score"], 0) if improved else (best, bad + 1)
                     if patience and bad >= patience:
                         reason = "stopped early"
                 if sample_every and done % sample_every == 0 and not last:
@@ -124,7 +125,7 @@ def train(
                     hooks.sample(done, state)
                 if _asked_to_stop(signals, done, agree_every):
                     reason = "interrupted"
-                if last or reason != "finished" or (save_every and done % save_every == 0):
+                if last or reason != "finished" or (save_every and done % save_every == 0) or (save_best and improved):
                     read()
                     hooks.save(done, state, validation, {"best": best, "bad": bad})
                 if reason != "finished":

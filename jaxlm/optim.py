@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
@@ -99,6 +101,9 @@ def make(c: config.Optim, steps: int, specs: Any) -> Optimizer:
     used = set(tree.flatten(labels).values())
     rows = {name: (OPTIMIZERS | OWN)[name](c, rate, mask, specs, labels) for name in sorted(used)}
     tx = rows[next(iter(used))] if len(used) == 1 else optax.partition(rows, labels)
+    if c.layer_decay != 1 or c.top_layers is not None:
+        scales, _ = tree.partition(depth_scales(c, specs), lambda path: not frozen(path))
+        tx = optax.chain(tx, optax.stateless(lambda u, _: jax.tree.map(jnp.multiply, u, scales)))
     groups = {
         path: "frozen"
         if frozen(path)
@@ -106,6 +111,32 @@ def make(c: config.Optim, steps: int, specs: Any) -> Optimizer:
         for path in flat
     }
     return Optimizer(tx, rate, lambda path: not frozen(path), groups)
+
+
+LOOKED_UP = re.compile(r"(.*/)?(embed|position|type)(_|$)")
+
+
+def depth_scales(c: config.Optim, specs: Any) -> Any:
+    """What each weight's updates are multiplied by for its height: embeddings, the layers of a stack, heads.
+
+    Weight decay is part of an update, so what is multiplied by 0 stays as it was.
+    """
+    deepest = max((s.shape[0] for s in tree.flatten(specs, is_spec).values() if s.axes[:1] == ("layers",)), default=0)
+    if c.top_layers is not None and not 0 <= c.top_layers <= deepest:
+        raise ValueError(f"optim.top_layers: {c.top_layers} of {deepest} layers can't be trained")
+
+    def one(path: str, s: Spec) -> Any:
+        if s.axes[:1] != ("layers",):
+            if not LOOKED_UP.match(path):
+                return 1.0
+            return 0.0 if c.top_layers is not None else c.layer_decay ** (deepest + 1)
+        n = s.shape[0]
+        scale = c.layer_decay ** np.arange(n, 0, -1.0)
+        if c.top_layers is not None:
+            scale[: n - c.top_layers] = 0.0
+        return scale.astype(np.float32).reshape(-1, *[1] * (len(s.shape) - 1))
+
+    return tree.map_named(one, specs)
 
 
 def _finish(c: config.Optim, rate: Schedule, mask: Any) -> optax.GradientTransformation:

@@ -182,7 +182,8 @@ def specs_of(source: Source) -> Any:
 def open_model(place: str | Path, step: int | None = None) -> Pretrained:
     """The model with its weights on this machine's devices, each with all of them and its share of a batch.
 
-    Of a run: its averaged weights where it keeps an average, of the checkpoint `step` or the newest.
+    Of a run: its averaged weights where it keeps an average, of the checkpoint `step`, or else the one that its
+    configuration says to use.
     """
     source = look(place)
     mesh = sharding.make_mesh(config.Mesh())
@@ -205,6 +206,8 @@ def read(source: Source, specs: Any, homes: Any, step: int | None = None) -> Any
     with Checkpoints(source.path / "checkpoints") as checkpoints:
         if checkpoints.latest() is None:
             raise ValueError(f"{source.path}: no checkpoint yet; train it with: jaxlm train {source.path}")
+        if step is None and source.run.train.use == "best":
+            step = checkpoints.best()
         item = "ema" if source.run.optim.ema else "params"
         return checkpoints.restore_params(params.abstract(specs, homes), step, item=item)
 

@@ -24,7 +24,8 @@ from jaxlm.sampling import Sampling
 # What may differ between a run directory and the run that continues it: nothing that changes the mathematics.
 MAY_CHANGE = (
     "out", "mesh.", "execution.", "data.workers", "data.tokenize_workers", "data.cache", "train.log_every",
-    "train.save_every", "train.keep", "train.prompts", "train.sample_", "train.nonfinite", "train.patience",
+    "train.save_every", "train.keep", "train.use", "train.prompts", "train.sample_", "train.nonfinite",
+    "train.patience",
 )  # fmt: skip
 
 
@@ -127,8 +128,7 @@ def _run(
     sample = _sampler(p, log) if p.model.family.generates and c.prompts else lambda step, state: None
     if start == 0:
         sample(0, state)
-        validate(0, state)
-    if start == 0:
+        score(run, validate(0, state))  # so that an unknown metric is found before the work
         flat = tree.flatten(p.specs, params.is_spec)
         trained = sum(math.prod(s.shape) for path, s in flat.items() if p.optimizer.trainable(path))
         log.event(0, "model", parameters=params.count(p.specs), trainable=trained, notes=p.notes)
@@ -151,12 +151,12 @@ def _run(
             shown = [f"{k} {metrics[k]:.4f}" for k in ("loss", "bits_per_byte", "accuracy") if k in metrics]
             progress.say(f"step {step}: validation {', '.join(shown)}")
             meter.pause()
-            return metrics
+            return metrics | {"score": score(run, metrics)}
 
         def save(step: int, state: Any, validation: dict | None, stopping: dict) -> None:
             meta = {"step": step, "loader": loader.state(step), "config": config.to_dict(run), "stopping": stopping}
-            score = {"valid/loss": validation["loss"]} if validation else None
-            checkpoints.save(step, assemble.saved(state), meta, metrics=score)
+            told = {"valid/score": validation["score"]} if validation else None
+            checkpoints.save(step, assemble.saved(state), meta, metrics=told)
             meter.pause()
 
         hooks = loop.Hooks(
@@ -181,6 +181,7 @@ def _run(
                 agree_every=c.log_every,
                 patience=c.patience,
                 stop_on_nonfinite=c.nonfinite == "stop",
+                save_best=c.use == "best",
                 **meta.get("stopping", {}),
             )
         except loop.NonFiniteError as error:
@@ -208,6 +209,15 @@ def _compile(p: assemble.Program, state: Any, batch: dict, log: RunLog, step: in
     if step == 0:  # a continued run's log is the uninterrupted run's
         log.event(0, "compiled", bytes_per_device=size, time={"seconds": seconds})
     return compiled
+
+
+def score(run: config.Run, metrics: dict[str, float]) -> float:
+    """Of a validation; lower is better."""
+    name = run.train.metric
+    if name not in metrics:
+        raise ValueError(f"train.metric: unknown {name!r}{config.nearest(name, metrics)}")
+    falls = name.rpartition("/")[2] in ("loss", "nll", "perplexity", "bits_per_byte", "aux")
+    return metrics[name] if falls else -metrics[name]
 
 
 def _validator(p: assemble.Program, data: assemble.Corpus, log: RunLog) -> Callable[[int, Any], dict]:

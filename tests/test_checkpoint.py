@@ -156,7 +156,7 @@ def test_the_last_ones_and_the_best_one_are_kept(tmp_path):
     state = make()
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step, loss in [(1, 3.0), (2, 1.0), (3, 2.0), (4, float("nan")), (5, 2.5), (6, None)]:
-            checkpoints.save(step, state, {}, metrics=None if loss is None else {"valid/loss": loss})
+            checkpoints.save(step, state, {}, metrics=None if loss is None else {"valid/score": loss})
         checkpoints.wait()
         assert checkpoints.steps() == [2, 5, 6]
         assert (checkpoints.best(), checkpoints.latest()) == (2, 6)
@@ -406,7 +406,7 @@ def state(step):
     return {"params": {"w": put(whole, P("fsdp")), "b": put(whole[0], P())}, "step": put(np.int32(step), P())}
 with Checkpoints(folder, keep=2) as checkpoints:
     for step in (1, 2, 3):
-        checkpoints.save(step, state(step), {"step": step}, metrics={"valid/loss": float(step)})
+        checkpoints.save(step, state(step), {"step": step}, metrics={"valid/score": float(step)})
     checkpoints.wait()
     if rank == 0:
         os.truncate(folder + "/checkpoint-3/meta/metadata", 1)

@@ -47,7 +47,7 @@ class Recorder:
     def validate(self, step: int, state: int) -> dict:
         assert state == step
         self.happened("validate", step)
-        return {"loss": self.valid(step)}
+        return {"score": self.valid(step)}
 
     def save(self, step, state, validation, memory) -> None:
         assert state == step
@@ -75,6 +75,13 @@ class Recorder:
 
 
 # --------------------------------------------------------------------------------------------------------------- order
+
+
+def test_the_best_state_is_saved_when_asked_for():
+    scores = {2: 3.0, 4: 1.0, 6: 2.0, 8: 0.5, 10: 0.7}
+    r = Recorder(valid=lambda step: scores[step])
+    r.run(eval_every=2, save_every=0, save_best=True)
+    assert r.of("save") == [2, 4, 8, 10]
 
 
 def test_each_thing_happens_when_it_is_due():
@@ -121,7 +128,7 @@ def test_a_save_gets_the_validation_of_its_own_step_or_none():
     r, got = Recorder(), {}
     r.at = {("save", s): lambda s=s: got.update({s: r.saved[1]}) for s in (3, 6, 9, 10)}
     r.run(save_every=3)
-    assert got == {3: None, 6: {"loss": 1 / 6}, 9: None, 10: {"loss": 0.1}}
+    assert got == {3: None, 6: {"score": 1 / 6}, 9: None, 10: {"score": 0.1}}
 
 
 # ------------------------------------------------------------------------------------------------------ early stopping
@@ -132,7 +139,7 @@ def test_early_stopping_counts_validations_without_improvement():
     r = Recorder(valid=losses.get)
     end = r.run(patience=2)
     assert (end.step, end.reason, end.best) == (8, "stopped early", 2.0)
-    assert r.saved == (8, {"loss": 2.5}, {"best": 2.0, "bad": 2})
+    assert r.saved == (8, {"score": 2.5}, {"best": 2.0, "bad": 2})
     assert Recorder(valid=losses.get).run(patience=3).reason == "finished"
 
 
@@ -257,7 +264,7 @@ def test_the_loop_moves_nothing_between_host_and_device_but_by_name(monkeypatch)
         step=f,
         indices=lambda update: update,
         log=lambda step, metrics, data_s, step_s: logged.append((step, metrics["loss"], type(metrics["loss"]))),
-        validate=lambda step, state: {"loss": 1.0},
+        validate=lambda step, state: {"score": 1.0},
         sample=lambda step, state: None,
         save=lambda step, state, validation, memory: None,
     )

@@ -282,3 +282,34 @@ def test_muon_follows_the_schedule():
         updates, state = optimizer.tx.update(numbers(SPECS, 1), state, w)
         sizes.append(float(jnp.abs(updates["blocks"]["q"]).max()))
     assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.2) and sizes[2] == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- height
+
+
+def moved(c: config.Optim) -> dict[str, np.ndarray]:
+    """One update of each weight, from the same gradients."""
+    weights, grads = numbers(SPECS), numbers(SPECS, 1)
+    o = make(dataclasses.replace(c, warmup=0, schedule="constant"))
+    trainable, _ = tree.partition(weights, o.trainable)
+    grads, _ = tree.partition(grads, o.trainable)
+    updates, _ = o.tx.update(grads, o.tx.init(trainable), trainable)
+    return tree.flatten(updates)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_lower_layers_learn_slower(name):
+    plain, scaled = moved(config.Optim(name=name)), moved(config.Optim(name=name, layer_decay=0.5))
+    for path in ("blocks/q", "blocks/norm"):
+        for layer, share in enumerate((1 / 8, 1 / 4, 1 / 2)):
+            np.testing.assert_allclose(scaled[path][layer], share * plain[path][layer], rtol=1e-6)
+    np.testing.assert_allclose(scaled["embed"], plain["embed"] / 16, rtol=1e-6)
+    np.testing.assert_array_equal(scaled["norm"], plain["norm"])
+
+
+def test_only_the_top_layers_move():
+    got = moved(config.Optim(top_layers=1, weight_decay=0.5, freeze=("blocks/up",)))
+    assert not got["embed"].any() and not got["blocks/q"][:2].any()
+    assert got["blocks/q"][2].all() and got["norm"].all() and "blocks/up" not in got
+    with pytest.raises(ValueError, match=r"optim.top_layers: 4 of 3 layers"):
+        make(config.Optim(top_layers=4, warmup=0))

@@ -252,3 +252,16 @@ def test_the_small_commands(home: Path, capsys: pytest.CaptureFixture) -> None:
 def test_a_run_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.load(Path(__file__).parents[1] / "configs" / "tiny_llama.py").seed = 1  # type: ignore[misc]
+
+
+def test_the_best_checkpoint_is_used_where_the_run_says_so(home: Path, capsys: pytest.CaptureFixture) -> None:
+    """At a rate that breaks the model the first validation is the best one."""
+    more = ["--optim.lr", "30", "--optim.clip", "0", "--train.save_every", "0", "--train.eval_every", "1"]
+    assert run(home, *more, "--train.use", "best", "--train.metric", "accuracy") == 0
+    folder = home / "runs" / "run"
+    valid = {line["step"]: line["accuracy"] for line in lines(folder) if line["kind"] == "valid" and line["step"]}
+    best = max(valid, key=lambda step: (valid[step], step))
+    assert weights(folder, None).keys() == weights(folder, best).keys()
+    jax.tree.map(np.testing.assert_array_equal, weights(folder, None), weights(folder, best))
+    assert run(home, "--name", "other", "--train.metric", "acuracy") == 2
+    assert "train.metric: unknown 'acuracy'; did you mean 'accuracy'?" in capsys.readouterr().err
