@@ -4,7 +4,6 @@ B rows, P prompt places, T tokens, V vocabulary, S source places.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.attention import SLOTS, Cache
+from jaxlm.attention import Cache
 from jaxlm.layers import layout_of
 from jaxlm.losses import logits
 from jaxlm.models import Model
@@ -54,18 +53,9 @@ def prefill(
     """Read prompts (`tokens`, `positions` and `segments`, padded on the left) → logits `[B, V]` after each one's last
     token, and the cache of `length` slots, from which `extend` may go on by up to 1 + `slack` tokens at once."""
     rows = batch["tokens"].shape[0]
-    roomy = "slack" in inspect.signature(model.family.init_cache).parameters
-    more = dict(slack=slack) if roomy else {}
-    cache = model.family.init_cache(model.config, rows, length, model.shard.dtype, **more)
-    if slack and not roomy and any(_slots(kept) < length for kept in cache.layers):
-        raise ValueError("generate: the sliding windows of this model are read on by one token at a time only")
+    cache = model.family.init_cache(model.config, rows, length, model.shard.dtype, slack)
     out = model.forward(params, batch, cache=cache)
     return _logits(model, params, out.x_BTD[:, -1:])[:, 0], out.cache
-
-
-def _slots(kept: dict[str, jax.Array]) -> int:
-    name, first = next(iter(kept.items()))
-    return first.shape[SLOTS.get(name, 1)]
 
 
 def extend(

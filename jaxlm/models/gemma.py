@@ -153,8 +153,9 @@ def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layo
     return Readout(x_BTD.astype(shard.dtype), shard.gather(params[head], specs[head]), softcap=c.softcap_logits)
 
 
-def init_cache(c: Config, rows: int, length: int, dtype: Any) -> Cache:
-    return empty_cache(layers.kv_cache(windows(c), rows, length, c.kv_heads, c.head_width, dtype), rows, length)
+def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
+    kept = layers.kv_cache(windows(c), rows, length, c.kv_heads, c.head_width, dtype, slack)
+    return empty_cache(kept, rows, length)
 
 
 # Published files.

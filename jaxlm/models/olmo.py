@@ -118,8 +118,8 @@ def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layo
     return Readout(x_BTD.astype(shard.dtype), shard.gather(params[head], specs[head]))
 
 
-def init_cache(c: Config, rows: int, length: int, dtype: Any) -> Cache:
-    kept = layers.kv_cache([None] * c.layers, rows, length, c.kv_heads, c.head_width, dtype)
+def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
+    kept = layers.kv_cache([None] * c.layers, rows, length, c.kv_heads, c.head_width, dtype, slack)
     return empty_cache(kept, rows, length)
 
 
