@@ -113,14 +113,24 @@ class Program:
         return jax.jit(f, donate_argnums=0, out_shardings=(self.state_shardings, None))
 
     def flops_per_token(self) -> dict[str, float]:
+        """Of one of a row's `seq_len` tokens: of a mixture of experts those that it meets, of an encoder-decoder its
+        decoder too, which runs over `places` other tokens a row."""
         from jaxlm import log
 
         c, flat = self.run.model, tree.flatten(self.specs, params.is_spec)
-        looked_up = {"embed", "position", "type", "head"}
-        matrices = sum(math.prod(s.shape) for p, s in flat.items() if s.is_matrix and p not in looked_up)
         share = 1.0
         if self.run.train.seq_len and hasattr(self.objective, "places"):
             share = self.objective.places(self.run.objective, self.run.train.seq_len) / self.run.train.seq_len
+
+        def met(path: str, s: params.Spec) -> float:
+            name = path.rpartition("/")[2]
+            if not s.is_matrix or name.endswith("bias") or name in ("embed", "position", "type", "head"):
+                return 0.0
+            part = c.moe.top_k / c.moe.experts if "experts" in s.axes else 1.0
+            on_targets = path.startswith("decoder/") and name not in ("cross_k", "cross_v")
+            return part * math.prod(s.shape) * (share if on_targets else 1.0)
+
+        matrices = sum(met(path, s) for path, s in flat.items())
         width = self.model.family.attention_width(c) // c.layers
         return log.flops_per_token(int(matrices + share * c.vocab * c.width), c.layers, width, self.run.train.seq_len)
 

@@ -9,12 +9,12 @@ import pytest
 
 from jaxlm import assemble, cli, config, sharding
 from jaxlm.eval import perplexity
-from jaxlm.models import MODELS
+from jaxlm.models import MODELS, Model
 from jaxlm.objectives import OBJECTIVES
 
 CONFIG = """
 from jaxlm.config import Data, Execution, Mesh, Optim, Run, Train
-from jaxlm.models import MODELS
+from jaxlm.models import MODELS, Model
 from jaxlm.objectives import OBJECTIVES
 
 def config():
@@ -176,3 +176,35 @@ def test_texts_that_lose_their_end_are_counted(home, capsys):
     assert found and int(found[3]) == int(found[1]) > 0
     assert cli.main(["data", "inspect", path, "--train.seq-len", "64"]) == 0
     assert "lose their end" not in capsys.readouterr().out
+
+
+def flops(model, objective, **more) -> float:
+    """Weights that a token of a row is multiplied with, by 6 FLOPs each; attention left out."""
+    run = config.Run("r", model, objective, train=config.Train(seq_len=32, batch_size=8), **more)
+    family, module = (table[config.family(part)] for table, part in ((MODELS, model), (OBJECTIVES, objective)))
+    specs = family.specs(model) | module.specs(objective, model.width)
+    p = assemble.Program(run, None, None, sharding.Layout(), specs, Model(family, model, specs, sharding.Layout()),
+                         module, None, {})  # fmt: skip
+    found = p.flops_per_token()
+    return (2 * found["causal"] - found["full"]) / 6
+
+
+def test_flops_count_the_weights_that_a_token_meets():
+    from jaxlm.models import bert, llama, mixtral, t5
+    from jaxlm.moe import Moe
+    from jaxlm.objectives import causal, masked, seq2seq
+
+    D, F, V, A = 16, 24, 64, 4 * 16 * 16  # q, k, v, o of four heads of four
+    shape = dict(vocab=V, layers=2, width=D, heads=4, head_width=4, ffn=F)
+    assert flops(llama.Config(**shape, kv_heads=4), causal.Config()) == 2 * (A + 3 * D * F) + V * D
+    assert flops(llama.Config(**shape, kv_heads=4, tied=True), causal.Config()) == 2 * (A + 3 * D * F) + V * D
+    experts = Moe(experts=8, top_k=2, ffn=F)
+    expected = 2 * (A + D * 8 + 2 * 3 * D * F) + V * D
+    assert flops(mixtral.Config(**shape, kv_heads=4, moe=experts), causal.Config()) == expected
+    encoder = bert.Config(vocab=V, layers=2, width=D, heads=4, ffn=F, pooler=False)
+    share = masked.places(masked.Config(), 32) / 32
+    assert flops(encoder, masked.Config()) == int(2 * (A + 2 * D * F) + D * D + share * V * D)
+    both = t5.Config(**shape, gated=False)
+    decoder = 2 * (A + 2 * D * D + 2 * D * F) * 0.25 + 2 * 2 * D * D  # keys and values of the source are its tokens'
+    expected = 2 * (A + 2 * D * F) + decoder + 0.25 * V * D
+    assert flops(both, seq2seq.Config(target_len=8)) == expected
