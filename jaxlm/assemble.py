@@ -1,11 +1,13 @@
 """From a `Run` to the parts of its program: names become functions and data here, and nowhere below."""
 
+import dataclasses
 import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -102,6 +104,9 @@ class Program:
         return loader.rows_of(sharding.batch_sharding(self.layout, self.mesh, (1, batch_size), -1), batch_size)
 
     def to_device(self, batch: dict[str, np.ndarray], rows: list[int] | None) -> dict[str, jax.Array]:
+        """Texts of one row each go together in fewer where the objective doesn't mind and one process has them all."""
+        if rows is None and getattr(self.objective, "packs", False):
+            batch = packing.together(batch, self.layout.ways("batch", self.mesh))
         return loader.to_device(batch, self.batch_shardings(batch), rows)
 
     def train_step(self) -> Any:
@@ -316,7 +321,19 @@ def _examples(run: config.Run, tokens: Any, template: str | None) -> Corpus:
                 )
             valid.append([items[j] for j in sorted(order[:n])])
             train[i] = [items[j] for j in sorted(order[n:])]
+    if jax.process_index() == 0:
+        _warn_of_leaks(train, valid)
     return Corpus(train, _weights(run, [len(items) for items in train]), valid)
+
+
+def _warn_of_leaks(train: list[list[dict]], valid: list[list[dict]]) -> None:
+    """Validation examples that are learned tell nothing."""
+    seen = {tuple(item["ids"]): item["where"] for items in train for item in items if "ids" in item}
+    every = [item for items in valid for item in items if "ids" in item]
+    both = [item for item in every if tuple(item["ids"]) in seen]
+    if both:
+        first = f"{both[0]['where']} is {seen[tuple(both[0]['ids'])]}"
+        print(f"{len(both):,} of {len(every):,} validation examples stand in the training data too (first: {first})")
 
 
 def records(run: config.Run, tokens: Any, part: Any, say: Callable[[str], None] | None = None) -> Any:
@@ -358,6 +375,27 @@ def prompts(run: config.Run, tokens: Any, texts: Sequence[str]) -> tuple[list[li
         return [[tokens.bos_id, *tokens.encode(text)] for text in texts], None
     found = [objective.prompt(run.objective, tokens, text, _row(run)) for text in texts]
     return [prompt for prompt, _ in found], [source for _, source in found if source is not None] or None
+
+
+def predictions(p: Program, weights: Any, part: Any) -> list[np.ndarray]:
+    """What the model says of each of a part's records, in order."""
+    find = jax.jit(partial(p.objective.predict, p.run.objective, p.model), out_shardings=p.whole)
+    size = p.run.train.batch_size // p.run.train.micro_batches
+    rows, cut = p.rows(size), p.layout.ways("seq", p.mesh) == 1
+    out: list[np.ndarray] = []
+    for batch in loader.evaluation_batches(part, host_half(p.run, p.tokens), batch_size=size, rows=rows):
+        batch = packing.trimmed(batch) if cut else batch
+        placed = loader.to_device(batch, p.batch_shardings(batch), rows)
+        out += list(jax.device_get(find(weights, jax.tree.map(lambda x: x[0], placed))))
+    return out[: len(part)]
+
+
+def settled(run: config.Run) -> config.Run:
+    """With what an objective takes from its training data, such as the names of labels."""
+    objective = OBJECTIVES[config.family(run.objective)]
+    if not hasattr(objective, "settle"):
+        return run
+    return dataclasses.replace(run, objective=objective.settle(run.objective, run.data.train))
 
 
 def reads_both_ways(run: config.Run) -> bool:

@@ -186,7 +186,10 @@ def _load(args: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
             from jaxlm import pretrained
 
             base = pretrained.starting(base, start)
-    return base, config.override(base, rest + (["--help"] if args.help else []))
+    run = config.override(base, rest + (["--help"] if args.help else []))
+    from jaxlm import assemble
+
+    return base, assemble.settled(run)
 
 
 def _value(args: list[str], flag: str) -> str | None:
@@ -223,7 +226,9 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
         found, shown = inference.evaluate_tasks(args.model, args.tasks.split(","), out, **more)
         print(f"{shown}\n{out}: results.json, results.md and every example")
         return _json(args, found)
-    metrics = inference.evaluate(args.model, data=args.data, step=args.step, batches=args.batches)
+    metrics, report = inference.evaluate(args.model, data=args.data, step=args.step, batches=args.batches)
+    if report:
+        print(report)
     for name, value in metrics.items():
         print(f"{name:16} {value:.6g}")
     return _json(args, metrics)

@@ -13,19 +13,26 @@ import numpy as np
 from jaxlm import assemble, pretrained, sharding, stream
 from jaxlm.chat import Chat, converse
 from jaxlm.embed import Recipe, embed_texts, read_recipe
-from jaxlm.eval import harness, perplexity
+from jaxlm.eval import answers, harness, perplexity
 from jaxlm.pretrained import open_model
 from jaxlm.sampling import Sampling
 from jaxlm.speculative import Speculative
 
 
-def evaluate(place: str, *, data: Sequence[str] | None, step: int | None, batches: int) -> dict[str, float]:
+def evaluate(place: str, *, data: Sequence[str] | None, step: int | None, batches: int) -> tuple[dict[str, float], str]:
+    """(figures, report of predictions where the objective makes them)."""
     opened = open_model(place, step)
     p = pretrained.program(opened, data)
     corpus = assemble.corpus(p.run, p.tokens, opened.source.templates.get("default"))
     with sharding.on_mesh(p.mesh):
         eval_step = perplexity.make_eval_step(p.loss, p.objective.weights, p.tokens.bytes_per_token)
-        return perplexity.evaluate(eval_step, opened.params, assemble.validation_batches(p, corpus, batches))
+        figures = perplexity.evaluate(eval_step, opened.params, assemble.validation_batches(p, corpus, batches))
+        if not hasattr(p.objective, "predict"):
+            return figures, ""
+        items = [item for part in corpus.valid for item in part]
+        found = assemble.predictions(p, opened.params, items)
+    values, report = answers.score(p.objective, p.run.objective, items, found)
+    return figures | values, report
 
 
 def evaluate_tasks(

@@ -22,7 +22,8 @@ def _after_warmup(c: config.Optim, steps: int, then: Schedule) -> Schedule:
     """Linear warm-up whose first step already moves, then `then(steps since)`."""
     if c.warmup >= steps:
         raise ValueError(f"optim.warmup: {c.warmup} steps do not fit into train.steps {steps}")
-    return lambda t: jnp.where(t < c.warmup, c.lr * (t + 1) / max(1, c.warmup + 1), then(jnp.maximum(t - c.warmup, 0)))
+    later = lambda t: jnp.maximum(then(jnp.maximum(t - c.warmup, 0)), 0.0)  # noqa: E731  # rounding may pass zero
+    return lambda t: jnp.where(t < c.warmup, c.lr * (t + 1) / max(1, c.warmup + 1), later(t))
 
 
 def _constant(c: config.Optim, steps: int) -> Schedule:

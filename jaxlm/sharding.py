@@ -126,6 +126,10 @@ class Layout:
             raise ValueError(f"mesh tables: {axes} would put one mesh axis on two dimensions: {parts}")
         return P(*(None if not p else p[0] if len(p) == 1 else p for p in parts))
 
+    def ways(self, axis: str, mesh: jax.sharding.Mesh | None) -> int:
+        """How many devices share a dimension of activations."""
+        return 1 if mesh is None else math.prod(mesh.shape[a] for a in self.compute.get(axis, ()))
+
     def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """Pin where an array lives; on one device and inside shard_map nothing."""
         mesh = jax.sharding.get_abstract_mesh()

@@ -16,6 +16,7 @@ import numpy as np
 from jaxlm import assemble, config, loop, params, pretrained, report, sharding, tree
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import cache as caches
+from jaxlm.eval import answers
 from jaxlm.eval.perplexity import evaluate, make_eval_step
 from jaxlm.generate import Generator
 from jaxlm.log import Meter, Progress, RunLog, peak_flops, read_lines, write_environment
@@ -197,18 +198,33 @@ def _run(
 
 
 def _compile(p: assemble.Program, state: Any, batch: dict, log: RunLog, step: int) -> Callable[[Any, dict], Any]:
-    """Ahead of the loop: the step compiles once, and says how long that took and how much memory it needs."""
+    """Ahead of the loop: the step compiles once, and says how long that took and how much memory it needs.
+
+    Batches of packed texts have a few shapes; those that come later compile when they come.
+    """
+    program = p.train_step()
     started = time.perf_counter()
-    compiled = p.train_step().lower(state, batch).compile()
+    compiled = {_shapes(batch): program.lower(state, batch).compile()}
     seconds = time.perf_counter() - started
-    memory = compiled.memory_analysis()
+    memory = compiled[_shapes(batch)].memory_analysis()
     size = memory and memory.argument_size_in_bytes + memory.temp_size_in_bytes
     if jax.process_index() == 0:
         shown = f", {size / 2**20:,.0f} MiB a device" if size else ""
         print(f"compiled     the step in {seconds:.1f} s{shown}")
     if step == 0:  # a continued run's log is the uninterrupted run's
         log.event(0, "compiled", bytes_per_device=size, time={"seconds": seconds})
-    return compiled
+
+    def run(state: Any, batch: dict) -> Any:
+        shapes = _shapes(batch)
+        if shapes not in compiled:
+            compiled[shapes] = program.lower(state, batch).compile()
+        return compiled[shapes](state, batch)
+
+    return run
+
+
+def _shapes(batch: dict) -> tuple:
+    return tuple(leaf.shape for leaf in batch.values())
 
 
 def score(run: config.Run, metrics: dict[str, float]) -> float:
@@ -227,6 +243,10 @@ def _validator(p: assemble.Program, data: assemble.Corpus, log: RunLog) -> Calla
         started = time.perf_counter()
         batches = assemble.validation_batches(p, data, p.run.train.eval_batches)
         metrics = evaluate(evaluate_batch, state.eval_params, batches)
+        if hasattr(p.objective, "predict"):
+            items = [item for part in data.valid for item in part]
+            found = assemble.predictions(p, state.eval_params, items)
+            metrics |= answers.score(p.objective, p.run.objective, items, found)[0]
         log.valid(step, metrics, {"seconds": time.perf_counter() - started})
         return metrics
 

@@ -161,19 +161,3 @@ def encode_plainly(c: Conversation, tokens: Any) -> Tokens:
         said = m["role"] == "assistant"
         parts.append(([*tokens.encode(m["content"]), *([tokens.eos_id] if said else [])], said))
     return _joined(c, parts)
-
-
-def fit(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Which conversations share a row of `room` tokens: first fit, the longest first; the same for the same lengths."""
-    free: list[int] = []
-    out: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        n = min(lengths[i], room)
-        row = next((r for r, left in enumerate(free) if left >= n), None)
-        if row is None:
-            free.append(room)
-            out.append([])
-            row = len(out) - 1
-        free[row] -= n
-        out[row].append(i)
-    return out

@@ -1,6 +1,7 @@
 """Records cut from a token cache by arithmetic alone: any record can be read at any time, in any order."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -182,3 +183,54 @@ def texts(cache: Cache, lengths: np.ndarray, takes: np.ndarray, rooms: tuple[int
             a = b = 0
         a, b = a + first, b + second
     return Texts(cache, lengths, np.array([*firsts, len(takes)]))
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Which texts share a row of `room` tokens, the longest first; the same for the same lengths."""
+    free: list[int] = []
+    out: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        n = min(lengths[i], room)
+        row = next((r for r, left in enumerate(free) if left >= n), None)
+        if row is None:
+            free.append(room)
+            out.append([])
+            row = len(out) - 1
+        free[row] -= n
+        out[row].append(i)
+    return out
+
+
+def together(batch: dict[str, np.ndarray], ways: int = 1) -> dict[str, np.ndarray]:
+    """A batch `[micro, rows, T]` of one text a row, laid out in as few rows as hold them, each text a segment.
+
+    The count of rows is rounded up to four sizes an octave and to a multiple of `ways`. Rows beyond are padding.
+    """
+    segments = batch["segments"]
+    T, lengths = segments.shape[2], (segments > 0).sum(-1)
+    rows = [first_fit(row.tolist(), T) for row in lengths]
+    need = max(map(len, rows))
+    step = max(1, (1 << max(need - 1, 1).bit_length()) // 8)
+    need = -(-need // step) * step
+    need = -(-need // ways) * ways
+    out = {name: np.zeros((len(segments), need, T), leaf.dtype) for name, leaf in batch.items()}
+    for m, several in enumerate(rows):
+        for r, members in enumerate(several):
+            at = 0
+            for number, i in enumerate(members, 1):
+                n = lengths[m, i]
+                for name, leaf in batch.items():
+                    out[name][m, r, at : at + n] = leaf[m, i, :n]
+                out["segments"][m, r, at : at + n] = number
+                at += n
+    return out
+
+
+def trimmed(batch: dict[str, np.ndarray], least: int = 32) -> dict[str, np.ndarray]:
+    """A batch `[micro, rows, T]` without the columns that are padding in every row, up to a multiple of `least`."""
+    T = batch["segments"].shape[2]
+    n = min(T, -(-max(1, int((batch["segments"] > 0).sum(-1).max())) // least) * least)
+    return {name: leaf[:, :, :n] if leaf.shape[2:3] == (T,) else leaf for name, leaf in batch.items()}

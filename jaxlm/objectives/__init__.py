@@ -19,6 +19,10 @@
 - `both_ways`: True where it teaches a decoder to read prompts both ways.
 - `reference(c, model, params, batch)`, where `needs_reference(c)`: what the weights that training starts from find of
   each row; it stands in the records as `reference`.
+- `settle(c, sources) -> Config`, where its configuration takes something from the training data: names of labels.
+- `packs`: True where a row may hold several texts as segments, whatever `example` made.
+- `predict(c, model, params, batch) -> [B, …]`, `answers(c, records, predictions) -> (true, predicted)` and `scores`
+  (a row of `eval/answers.py`), where predictions are scored beside the loss.
 - `weights(batch) -> {name: scalar}`: the total weight of each of its losses over a whole batch.
 - `loss(c, model, params, batch, key) -> {name: {"loss": sum, …metric sums}}`: the device half. All are sums over
   tokens or rows, so that micro-batches, shards and hosts just add; the step divides once by the total weights.
@@ -26,7 +30,18 @@
 
 from types import ModuleType
 
-from jaxlm.objectives import causal, infill, masked, next_sentence, preference, prefix, seq2seq, sft, span_corruption
+from jaxlm.objectives import (
+    causal,
+    infill,
+    masked,
+    next_sentence,
+    preference,
+    prefix,
+    seq2seq,
+    sft,
+    span_corruption,
+    tag,
+)
 
 OBJECTIVES: dict[str, ModuleType] = {
     "causal": causal,
@@ -36,6 +51,7 @@ OBJECTIVES: dict[str, ModuleType] = {
     "next_sentence": next_sentence,
     "sft": sft,
     "preference": preference,
+    "tag": tag,
     "span_corruption": span_corruption,
     "seq2seq": seq2seq,
 }

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm import chat
-from jaxlm.data import conversations
+from jaxlm.data import conversations, packing
 from jaxlm.objectives import causal
 from jaxlm.objectives.seq2seq import line_up
 
@@ -55,7 +55,7 @@ def read(c: Config, source: str, tokenizer: Any, row: dict) -> tuple[list[dict],
     if not kept:
         raise ValueError(f"train.seq_len: {row['seq_len']} is too short for any answer in {source}; raise it")
     lengths = [len(t.ids) for t in kept]
-    members = conversations.fit(lengths, room) if c.pack else [[i] for i in range(len(kept))]
+    members = packing.first_fit(lengths, room) if c.pack else [[i] for i in range(len(kept))]
     return [{"texts": [kept[i] for i in some]} for some in members], notes
 
 

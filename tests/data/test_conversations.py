@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from jaxlm.data import conversations
-from jaxlm.data.conversations import Conversation, encode, encode_plainly, fit, read
+from jaxlm.data.conversations import Conversation, encode, encode_plainly, read
 from jaxlm.data.tokenizer import Bytes
 
 TOKENS = Bytes()
@@ -95,11 +95,3 @@ def test_without_a_template():
     assert found.ids == [TOKENS.bos_id, *b"hihello", TOKENS.eos_id] and learned(found) == "hello</s>"
     with pytest.raises(ValueError, match="nothing to learn"):
         conversations._joined(Conversation("a:1", []), [([1], False)])
-
-
-def test_rows_are_filled_and_nothing_is_lost():
-    lengths = [5, 9, 3, 20, 1, 6, 4]
-    rows = fit(lengths, 10)
-    assert sorted(i for row in rows for i in row) == list(range(7))
-    assert all(sum(min(lengths[i], 10) for i in row) <= 10 for row in rows)
-    assert len(rows) == 4 and fit(lengths, 10) == rows

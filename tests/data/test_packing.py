@@ -186,3 +186,28 @@ def test_rows_hold_neighbouring_pairs_as_many_as_fit(paired, rooms, pack):
 def test_a_cache_of_plain_documents_holds_no_pairs(corpus):
     with pytest.raises(ValueError, match="holds no pairs of texts"):
         packing.text_lengths(corpus, Bytes().eos_id)
+
+
+def test_rows_are_filled_and_nothing_is_lost():
+    lengths = [5, 9, 3, 20, 1, 6, 4]
+    rows = packing.first_fit(lengths, 10)
+    assert sorted(i for row in rows for i in row) == list(range(7))
+    assert all(sum(min(lengths[i], 10) for i in row) <= 10 for row in rows)
+    assert len(rows) == 4 and packing.first_fit(lengths, 10) == rows
+
+
+def test_texts_of_a_batch_are_laid_out_in_fewer_rows():
+    rng = np.random.default_rng(0)
+    lengths = np.array([[3, 8, 2, 5, 1, 0], [8, 8, 4, 4, 2, 6]])
+    segments = (np.arange(8)[None, None] < lengths[..., None]).astype(np.int32)
+    batch = dict(tokens=rng.integers(1, 99, (2, 6, 8)) * segments, segments=segments, weights=1.0 * segments)
+    got = packing.together(batch)
+    assert got["tokens"].shape == (2, 4, 8)
+    for m in range(2):
+        whole = [batch["tokens"][m, i, :n].tolist() for i, n in enumerate(lengths[m]) if n]
+        found = [got["tokens"][m, r][got["segments"][m, r] == s].tolist() for r in range(4) for s in range(1, 9)]
+        assert sorted(whole) == sorted(x for x in found if x)
+    assert got["weights"].sum() == batch["weights"].sum()
+    assert packing.together(batch, ways=8)["tokens"].shape == (2, 8, 8)
+    short = packing.trimmed({k: v[:, 2:3] for k, v in batch.items()} | {"labels": np.zeros((2, 1))}, least=4)
+    assert short["tokens"].shape == (2, 1, 4) and short["labels"].shape == (2, 1)

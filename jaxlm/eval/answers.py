@@ -1,0 +1,19 @@
+"""Predictions of a trained task, and what the field's libraries say of them."""
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from jaxlm.eval import metrics
+
+# By what an objective calls its `scores`: (config, true, predicted) → (figures, report to print).
+SCORES: dict[str, Callable[[Any, Any, Any], tuple[dict[str, float], str]]] = {
+    "tags": lambda c, true, found: metrics.tags(true, found, c.labels),
+}
+
+
+def score(objective: ModuleType, c: Any, items: Sequence[dict], found: Sequence[np.ndarray]) -> tuple[dict, str]:
+    """Of predictions for all items, in their order."""
+    return SCORES[objective.scores](c, *objective.answers(c, items, found))

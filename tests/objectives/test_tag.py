@@ -1,0 +1,129 @@
+"""Tagging: words are learned at their first token, packing changes nothing, and figures are the field's own."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import cli, config, pretrained, sharding
+from jaxlm.data import packing
+from jaxlm.data.tokenizer import Bytes
+from jaxlm.models import Model, bert
+from jaxlm.objectives import tag
+from jaxlm.params import init
+
+TOKENS = Bytes()
+SENTENCES = "Ann B-PER\nsaw O\nOslo B-LOC\n\nBob B-PER\nBrown I-PER\nleft O\n\nIt O\nrained O\n\n"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    (tmp_path / "a.txt").write_text(SENTENCES)
+    return str(tmp_path / "a.txt")
+
+
+def items(file: str, c: tag.Config, seq_len: int = 24) -> tuple[list, list]:
+    return tag.read(c, file, TOKENS, dict(seq_len=seq_len, kind="encoder", template=None))
+
+
+def test_a_words_tag_stands_at_its_first_token(file):
+    c = tag.settle(tag.Config(), [file])
+    assert c.labels == ("O", "B-LOC", "B-PER", "I-PER")
+    found, notes = items(file, c)
+    assert notes == [] and found[0]["ids"] == [TOKENS.cls_id, *b"Ann saw Oslo", TOKENS.sep_id]
+    assert found[0]["firsts"] == [1, 4, 8] and found[0]["tags"] == [2, 0, 1]
+    row = tag.example(c, found[0] | dict(seq_len=24), TOKENS, np.random.default_rng(0))
+    assert np.flatnonzero(row["weights"]).tolist() == [1, 4, 8] and row["targets"][[1, 4, 8]].tolist() == [2, 0, 1]
+    assert row["segments"].sum() == 14
+    short, notes = items(file, c, 10)
+    assert short[0]["firsts"] == [1, 4, -1] and "3 of 3 sentences lose their end" in notes[0]
+    heavy = tag.Config(labels=c.labels, class_weights=(0.5, 1, 2, 3))
+    row = tag.example(heavy, found[0] | dict(seq_len=24), TOKENS, np.random.default_rng(0))
+    assert row["weights"][[1, 4, 8]].tolist() == [2, 0.5, 1]
+
+
+def test_words_beyond_the_end_count_as_untagged(file):
+    c = tag.settle(tag.Config(), [file])
+    short, _ = items(file, c, 10)
+    true, told = tag.answers(c, short, [np.full(24, 2)] * 3)
+    assert true[0] == ["B-PER", "O", "B-LOC"] and told[0] == ["B-PER", "B-PER", "O"]
+
+
+def make(c: tag.Config, mesh: config.Mesh | None = None) -> tuple[Model, dict]:
+    shape = bert.Config(vocab=264, layers=1, width=16, heads=2, ffn=24, positions=24, head=False, pooler=False)
+    specs = bert.specs(shape) | tag.specs(c, 16)
+    layout = sharding.Layout.of(mesh or config.Mesh(), config.Execution("float32"))
+    return Model(bert, shape, specs, layout), jax.tree.map(lambda w: 2 * w, init(specs, jax.random.key(0)))
+
+
+def test_packed_sentences_and_meshes_give_the_same(file):
+    c = tag.settle(tag.Config(dropout=0.0, label_smoothing=0.1), [file])
+    found, _ = items(file, c)
+    rows = [tag.example(c, item | dict(seq_len=24), TOKENS, np.random.default_rng(0)) for item in found] * 3
+    batch = {k: np.stack([r[k] for r in rows])[None] for k in rows[0]}
+    model, weights = make(c)
+
+    def value(model, weights, batch):
+        return tag.loss(c, model, weights, jax.tree.map(lambda x: x[0], batch), None)["tags"]["loss"]
+
+    expected = jax.jit(jax.value_and_grad(functools.partial(value, model)))(weights, batch)
+    together = packing.together(batch, ways=8)
+    assert together["tokens"].shape[1] == 8 and (together["segments"] > 0).sum() == (batch["segments"] > 0).sum()
+    got = jax.jit(jax.value_and_grad(functools.partial(value, model)))(weights, together)
+    mesh = config.Mesh(data=4, tensor=2, axis_type="explicit")
+    there, made = make(c, mesh)[0], sharding.make_mesh(mesh)
+    with sharding.on_mesh(made):
+        placed = jax.device_put(weights, there.shard.shardings(there.specs, made))
+        home = {k: sharding.NamedSharding(made, there.shard.spec((None, "batch", None))) for k in together}
+        spread = jax.jit(jax.value_and_grad(functools.partial(value, there)))(placed, jax.device_put(together, home))
+    for other in (got, jax.device_get(spread)):
+        np.testing.assert_allclose(other[0], expected[0], rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), other[1], expected[1])
+    assert all(np.abs(g).max() > 0 for g in (expected[1]["tag"], expected[1]["blocks"]["q"]))
+
+
+def test_the_loss_by_hand(file):
+    c = tag.settle(tag.Config(dropout=0.0), [file])
+    found, _ = items(file, c)
+    row = tag.example(c, found[1] | dict(seq_len=24), TOKENS, np.random.default_rng(0))
+    model, weights = make(c)
+    batch = {k: v[None] for k, v in row.items()}
+    z_TL = np.asarray(model.forward(weights, batch).x_BTD[0] @ weights["tag"]) + np.asarray(weights["tag_bias"])
+    log_TL = z_TL - np.log(np.exp(z_TL).sum(-1, keepdims=True))
+    at = np.flatnonzero(row["weights"])
+    sums = tag.loss(c, model, weights, batch, None)["tags"]
+    np.testing.assert_allclose(sums["loss"], -log_TL[at, row["targets"][at]].sum(), rtol=1e-5)
+    np.testing.assert_array_equal(tag.predict(c, model, weights, batch)[0], z_TL.argmax(-1))
+    assert float(jnp.sum(tag.weights(batch)["tags"])) == len(at)
+
+
+CONFIG = """
+from jaxlm.config import Data, Execution, Optim, Run, Train
+from jaxlm.models import bert
+from jaxlm.objectives import tag
+
+def config():
+    return Run("r", bert.Config(vocab=264, layers=1, width=32, heads=2, ffn=64, positions=32), tag.Config(),
+               data=Data(train=({file!r},), valid=({file!r},), tokenizer="bytes"), optim=Optim(lr=1e-2, warmup=1),
+               train=Train(steps=25, batch_size=8, seq_len=32, eval_every=25, prompts=(), metric="f1", use="best"),
+               execution=Execution("float32"), out={out!r})
+"""
+
+
+def test_from_the_command_line_to_a_report(file, tmp_path, capsys):
+    pytest.importorskip("seqeval")
+    (tmp_path / "c.py").write_text(CONFIG.format(file=file, out=str(tmp_path)))
+    assert cli.main(["train", str(tmp_path / "c.py")]) == 0
+    assert "3 of 3 validation examples stand in the training data too (first: " in capsys.readouterr().out
+    assert pretrained.look(tmp_path / "r").run.objective.labels == ("O", "B-LOC", "B-PER", "I-PER")
+    capsys.readouterr()
+    assert cli.main(["eval", str(tmp_path / "r"), "--data", file]) == 0
+    shown = capsys.readouterr().out
+    assert "entities (seqeval, strict, IOB2)" in shown and "words (scikit-learn)" in shown and "support" in shown
+    assert "f1               1" in shown
+    (tmp_path / "b.txt").write_text(SENTENCES.replace("B-LOC", "B-ORG"))
+    assert cli.main(["eval", str(tmp_path / "r"), "--data", str(tmp_path / "b.txt")]) == 2
+    assert "b.txt:1: unknown label 'B-ORG'" in capsys.readouterr().err
