@@ -107,6 +107,8 @@ class Program:
         """Texts of one row each go together in fewer where the objective doesn't mind and one process has them all."""
         if rows is None and getattr(self.objective, "packs", False):
             batch = packing.together(batch, self.layout.ways("batch", self.mesh))
+        elif rows is None and getattr(self.objective, "trims", False) and self.layout.ways("seq", self.mesh) == 1:
+            batch = packing.trimmed(batch)
         return loader.to_device(batch, self.batch_shardings(batch), rows)
 
     def train_step(self) -> Any:

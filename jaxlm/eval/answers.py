@@ -10,6 +10,7 @@ from jaxlm.eval import metrics
 
 # By what an objective calls its `scores`: (config, true, predicted) → (figures, report to print).
 SCORES: dict[str, Callable[[Any, Any, Any], tuple[dict[str, float], str]]] = {
+    "classes": lambda c, true, found: metrics.KINDS[c.kind](true, found, c.labels),
     "tags": lambda c, true, found: metrics.tags(true, found, c.labels),
 }
 

@@ -2,7 +2,7 @@
 
 import importlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -52,3 +52,25 @@ def tags(true: Sequence[Sequence[str]], found: Sequence[Sequence[str]], labels: 
         values |= of_entities
         text += f"\nentities (seqeval, strict, IOB2)\n{report}"
     return values, text
+
+
+def multiple(true: Sequence[Sequence[str]], found: Sequence[Sequence[str]], labels: Sequence[str]) -> tuple[dict, str]:
+    """Several labels of each text: (micro and macro F1, share of texts with all of them right; per-class report)."""
+    sklearn = _library("sklearn.metrics")
+    table = [[[label in row for label in labels] for row in rows] for rows in (true, found)]
+    f1 = {f"f1_{how}": float(sklearn.f1_score(*table, average=how, zero_division=0)) for how in ("micro", "macro")}
+    report = sklearn.classification_report(*table, target_names=list(labels), digits=4, zero_division=0)
+    return f1 | dict(exact=float(sklearn.accuracy_score(*table))), report
+
+
+def numbers(true: Sequence[float], found: Sequence[float], labels: Sequence[str] = ()) -> tuple[dict[str, float], str]:
+    """(correlations of Pearson and Spearman by SciPy, mean squared error)."""
+    stats = _library("scipy.stats")
+    error = sum((a - b) ** 2 for a, b in zip(true, found, strict=True)) / len(true)
+    values = dict(pearson=float(stats.pearsonr(true, found).statistic), mse=error)
+    values["spearman"] = float(stats.spearmanr(true, found).statistic)
+    return values, "\n".join(f"{name:10} {value:.4f}" for name, value in values.items()) + "\n"
+
+
+# Of classification, by its kind.
+KINDS: dict[str, Callable[..., tuple[dict, str]]] = {"single": classes, "multi": multiple, "regression": numbers}

@@ -20,7 +20,8 @@
 - `reference(c, model, params, batch)`, where `needs_reference(c)`: what the weights that training starts from find of
   each row; it stands in the records as `reference`.
 - `settle(c, sources) -> Config`, where its configuration takes something from the training data: names of labels.
-- `packs`: True where a row may hold several texts as segments, whatever `example` made.
+- `packs`: True where a row may hold several texts as segments, whatever `example` made; `trims`: True where rows, of
+  one text each, may lose the columns that are padding in all of them.
 - `predict(c, model, params, batch) -> [B, …]`, `answers(c, records, predictions) -> (true, predicted)` and `scores`
   (a row of `eval/answers.py`), where predictions are scored beside the loss.
 - `weights(batch) -> {name: scalar}`: the total weight of each of its losses over a whole batch.
@@ -32,6 +33,7 @@ from types import ModuleType
 
 from jaxlm.objectives import (
     causal,
+    classify,
     infill,
     masked,
     next_sentence,
@@ -51,6 +53,7 @@ OBJECTIVES: dict[str, ModuleType] = {
     "next_sentence": next_sentence,
     "sft": sft,
     "preference": preference,
+    "classify": classify,
     "tag": tag,
     "span_corruption": span_corruption,
     "seq2seq": seq2seq,

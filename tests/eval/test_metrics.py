@@ -1,0 +1,48 @@
+"""Figures of the field's libraries, on examples small enough to count by hand."""
+
+import pytest
+
+from jaxlm.eval import metrics
+
+pytest.importorskip("seqeval")
+pytest.importorskip("sklearn")
+
+
+def test_an_entity_counts_only_as_a_whole():
+    true = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-LOC"]]
+    found = [["B-PER", "O", "O", "B-LOC"], ["B-LOC", "B-LOC"]]
+    values, report = metrics.entities(true, found)
+    assert values == pytest.approx(dict(precision=2 / 4, recall=2 / 3, f1=4 / 7))
+    assert "PER" in report and "support" in report
+
+
+def test_an_inside_without_a_beginning_is_no_entity():
+    """The strict mode; the usual default of the library would count it."""
+    values, _ = metrics.entities([["B-PER", "I-PER"]], [["I-PER", "I-PER"]])
+    assert values["f1"] == 0
+
+
+def test_classes_and_words():
+    values, report = metrics.classes(["a", "a", "b", "b"], ["a", "b", "b", "b"], ["a", "b"])
+    assert values["accuracy"] == 0.75 and values["f1_macro"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+    assert "weighted avg" in report
+    values, report = metrics.tags([["NN", "VB"]], [["NN", "NN"]], ["NN", "VB"])
+    assert values["word_accuracy"] == 0.5 and "f1" not in values and "seqeval" not in report
+    values, report = metrics.tags([["B-X", "O"]], [["B-X", "O"]], ["O", "B-X"])
+    assert values["f1"] == 1 and "entities (seqeval, strict, IOB2)" in report
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    def gone(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(metrics.importlib, "import_module", gone)
+    with pytest.raises(ValueError, match=r"need seqeval: pip install 'jaxlm\[eval\]'"):
+        metrics.entities([], [])
+
+
+def test_several_labels_and_numbers():
+    values, _ = metrics.multiple([["a"], ["a", "b"], []], [["a"], ["b"], []], ["a", "b"])
+    assert values == pytest.approx(dict(f1_micro=0.8, f1_macro=(2 / 3 + 1) / 2, exact=2 / 3))
+    values, report = metrics.numbers([1.0, 2.0, 4.0], [1.0, 3.0, 9.0])
+    assert values["spearman"] == pytest.approx(1) and values["mse"] == pytest.approx(26 / 3) and "pearson" in report

@@ -1,0 +1,167 @@
+"""Classification of one text or two, by one label, several, or a number; any family's head."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import cli, config, sharding
+from jaxlm.data import packing
+from jaxlm.data.tokenizer import Bytes
+from jaxlm.models import Model, bert, llama
+from jaxlm.objectives import classify
+from jaxlm.params import init
+
+TOKENS = Bytes()
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    (tmp_path / "a.tsv").write_text("text\tlabel\nso good\tyes\nbad\tno\nit is good\tyes\nbad bad\tno\n")
+    return str(tmp_path / "a.tsv")
+
+
+def row(kind: str = "encoder", seq_len: int = 16) -> dict:
+    return dict(seq_len=seq_len, kind=kind, template=None)
+
+
+def test_texts_and_pairs_as_models_were_pretrained(tmp_path, file):
+    c = classify.settle(classify.Config(), [file])
+    assert c.labels == ("no", "yes")
+    [first, *_], notes = classify.read(c, file, TOKENS, row())
+    cls, sep = TOKENS.cls_id, TOKENS.sep_id
+    assert first["ids"] == [cls, *b"so good", sep] and first["target"].tolist() == [0, 1] and notes == []
+    [other, *_], _ = classify.read(c, file, TOKENS, row("decoder"))
+    assert other["ids"] == [TOKENS.bos_id, *b"so good"]
+    got = classify.example(c, other | row("decoder"), TOKENS, RNG)
+    assert got["at"] == 7 and classify.example(c, first | row(), TOKENS, RNG)["at"] == 0
+    (tmp_path / "p.csv").write_text('a,b,label\n"x, y",zz,1\nlong text,s,0\n')
+    pair = classify.settle(classify.Config(text="a", text2="b"), [str(tmp_path / "p.csv")])
+    [one, two], notes = classify.read(pair, str(tmp_path / "p.csv"), TOKENS, row(seq_len=9))
+    assert one["ids"] == [cls, *b"x, y", sep, *b"zz", sep] and one["types"] == [0] * 6 + [1] * 3
+    assert two["ids"] == [cls, *b"long ", sep, *b"s", sep] and "1 of 2 texts lose their end" in notes[0]
+
+
+def test_several_labels_and_numbers(tmp_path):
+    file = tmp_path / "m.jsonl"
+    file.write_text("\n".join(json.dumps(dict(text="x", label=v)) for v in (["a", "b"], "b", [], "a, c")))
+    c = classify.settle(classify.Config(kind="multi"), [str(file)])
+    items, _ = classify.read(c, str(file), TOKENS, row())
+    assert [i["target"].tolist() for i in items] == [[1, 1, 0], [0, 1, 0], [0, 0, 0], [1, 0, 1]]
+    found = [np.array([1.0, -1, 2]), np.array([-1.0, -1, -1])]
+    assert classify.answers(c, items[:2], found) == ([["a", "b"], ["b"]], [["a", "c"], []])
+    file.write_text(json.dumps(dict(text="x", label=2.5)))
+    c = classify.settle(classify.Config(kind="regression"), [str(file)])
+    [item], _ = classify.read(c, str(file), TOKENS, row())
+    assert item["target"].tolist() == [2.5] and classify.specs(c, 4)["classify"].shape == (4, 1)
+    file.write_text(json.dumps(dict(text="x", label="much")))
+    with pytest.raises(ValueError, match="label is 'much', where a number is due"):
+        classify.read(c, str(file), TOKENS, row())
+
+
+@pytest.mark.parametrize(
+    ("c", "why"),
+    [
+        (classify.Config(labels=("a",)), "1 labels leave nothing"),
+        (classify.Config(labels=("a", "b"), class_weights=(1.0,)), "class_weights"),
+        (classify.Config(kind="multi", labels=("a", "b"), label_smoothing=0.1), "label_smoothing"),
+    ],
+)
+def test_settings(c, why):
+    with pytest.raises(ValueError, match=why):
+        classify.check(c, TOKENS)
+
+
+def make(c: classify.Config, family=bert, mesh: config.Mesh | None = None, **more) -> tuple[Model, dict]:
+    shape = dict(vocab=264, layers=1, width=16, heads=2, ffn=24, positions=24)
+    shape |= dict(head=False) if family is bert else dict(kv_heads=2, head_width=8)
+    model = family.Config(**shape | more)
+    specs = family.specs(model) | classify.specs(c, 16)
+    layout = sharding.Layout.of(mesh or config.Mesh(), config.Execution("float32"))
+    return Model(family, model, specs, layout), jax.tree.map(lambda w: 2 * w, init(specs, jax.random.key(0)))
+
+
+def batch_of(c: classify.Config, file: str, kind: str, n: int = 8) -> dict:
+    items, _ = classify.read(c, file, TOKENS, row(kind))
+    rows = [classify.example(c, item | row(kind), TOKENS, RNG) for item in (items * n)[:n]]
+    return {k: np.stack([r[k] for r in rows]) for k in rows[0]}
+
+
+@pytest.mark.parametrize(("family", "pooler"), [(bert, True), (bert, False), (llama, None)])
+def test_the_loss_by_hand_and_padding_does_not_count(file, family, pooler):
+    c = classify.settle(classify.Config(dropout=0.0, label_smoothing=0.2), [file])
+    model, weights = make(c, family, **({} if pooler is None else dict(pooler=pooler)))
+    batch = batch_of(c, file, model.family.kind)
+    x_BTD = model.forward(weights, {k: batch[k] for k in ("tokens", "segments", "positions")}).x_BTD
+    x_BD = model.pooled(weights, x_BTD) if pooler else x_BTD[np.arange(8), batch["at"]]
+    z_BL = np.asarray(x_BD @ weights["classify"]) + np.asarray(weights["classify_bias"])
+    log_BL = z_BL - np.log(np.exp(z_BL).sum(-1, keepdims=True))
+    expected = -(0.8 * (batch["target"] * log_BL).sum(-1) + 0.2 * log_BL.mean(-1)).sum()
+    got = classify.loss(c, model, weights, batch, None)["texts"]
+    np.testing.assert_allclose(got["loss"], expected, rtol=1e-5)
+    short = {k: v[0] for k, v in packing.trimmed({k: v[None] for k, v in batch.items()}, 4).items()}
+    assert short["tokens"].shape[1] == 12
+    np.testing.assert_allclose(classify.loss(c, model, weights, short, None)["texts"]["loss"], expected, rtol=1e-5)
+    more = {k: np.concatenate([v, np.zeros_like(v)]) for k, v in batch.items()}
+    np.testing.assert_allclose(classify.loss(c, model, weights, more, None)["texts"]["loss"], expected, rtol=1e-5)
+    assert float(classify.weights(more)["texts"]) == 8
+
+
+@pytest.mark.parametrize("family", [bert, llama])
+def test_a_mesh_gives_the_same(file, family):
+    c = classify.settle(classify.Config(dropout=0.0), [file])
+    model, weights = make(c, family)
+    batch = batch_of(c, file, model.family.kind)
+
+    def value(model, weights, batch):
+        return classify.loss(c, model, weights, batch, None)["texts"]["loss"]
+
+    expected = jax.jit(jax.value_and_grad(functools.partial(value, model)))(weights, batch)
+    mesh = config.Mesh(data=4, tensor=2, axis_type="explicit")
+    (there, _), made = make(c, family, mesh), sharding.make_mesh(mesh)
+    with sharding.on_mesh(made):
+        placed = jax.device_put(weights, there.shard.shardings(there.specs, made))
+        home = {
+            k: sharding.NamedSharding(made, there.shard.spec(("batch", *[None] * (v.ndim - 1))))
+            for k, v in batch.items()
+        }
+        got = jax.jit(jax.value_and_grad(functools.partial(value, there)))(placed, jax.device_put(batch, home))
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), jax.device_get(got[1]), expected[1])
+    assert float(np.abs(expected[1]["blocks"]["q"]).max()) > 0
+
+
+CONFIG = """
+from jaxlm.config import Data, Execution, Optim, Run, Train
+from jaxlm.models import bert
+from jaxlm.objectives import classify
+
+def config():
+    return Run("r", bert.Config(vocab=264, layers=1, width=32, heads=2, ffn=64, positions=32), classify.Config(),
+               data=Data(train=({file!r},), valid=({file!r},), tokenizer="bytes"), optim=Optim(lr=1e-2, warmup=1),
+               train=Train(steps=20, batch_size=8, seq_len=32, eval_every=20, prompts=(), metric="f1_macro"),
+               execution=Execution("float32"), out={out!r})
+"""
+
+
+def test_from_the_command_line_to_a_report(file, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    (tmp_path / "c.py").write_text(CONFIG.format(file=file, out=str(tmp_path)))
+    assert cli.main(["train", str(tmp_path / "c.py")]) == 0
+    capsys.readouterr()
+    assert cli.main(["eval", str(tmp_path / "r"), "--data", file, "--json"]) == 0
+    shown = capsys.readouterr().out
+    assert "weighted avg" in shown and json.loads(shown.splitlines()[-1])["f1_macro"] == 1
+    (tmp_path / "e.tsv").write_text("text\tlabel\n")
+    assert cli.main(["eval", str(tmp_path / "r"), "--data", str(tmp_path / "e.tsv")]) == 2
+    assert "is empty: it holds no labelled example" in capsys.readouterr().err
+    (tmp_path / "e.tsv").write_text("sentence\tlabel\nx\tyes\n")
+    assert cli.main(["eval", str(tmp_path / "r"), "--data", str(tmp_path / "e.tsv")]) == 2
+    assert "no text 'text'; columns there: sentence, label. Set objective.text" in capsys.readouterr().err
+    (tmp_path / "e.tsv").write_text("text\tlabel\nx\tyess\n")
+    assert cli.main(["eval", str(tmp_path / "r"), "--data", str(tmp_path / "e.tsv")]) == 2
+    assert "e.tsv:2: unknown label 'yess'; did you mean 'yes'?" in capsys.readouterr().err
