@@ -79,7 +79,8 @@ set_up() {
   echo "Installing the pinned packages into $VENV with Python $PY_VERSION, once (log: $log)" >&2
   rm -f "$stamp"
   make_venv $clear >"$log" 2>&1 || fail 1 "cannot make $VENV (Debian and Ubuntu need python3-venv); log: $log"
-  { install --require-hashes -r requirements.lock && install --no-deps --no-build-isolation -e .; } >>"$log" 2>&1 ||
+  # The lock names every package, so nothing is left to resolve; pips before 24 fail where one is asked for with extras.
+  { install --no-deps --require-hashes -r requirements.lock && install --no-deps --no-build-isolation -e .; } >>"$log" 2>&1 ||
     explain "$log"
   printf '%s\n' "$checksum" "$PY_VERSION" "$PWD" >"$stamp"
 }
