@@ -80,7 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--shots", type=int, help="examples before each question (default: the task's)")
     p.add_argument("--limit", type=int, help="at most so many examples of each task")
     p.add_argument("--chat", action="store_true", help="ask by the model's chat template")
-    p.add_argument("--out", type=Path, help="where results and examples of tasks go (default evals/NAME)")
+    p.add_argument("--against", metavar="OTHER", help="another model on the same examples: differences with their 95 % "
+                   "intervals and p, by a paired bootstrap")  # fmt: skip
+    p.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap (default 10000)")
+    p.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
+    p.add_argument("--out", type=Path, help="where results.json and examples go (default, where there are examples or "
+                   "another model: evals/NAME)")  # fmt: skip
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
 
     p = command(commands, "generate", _generate, "continue a prompt",
@@ -217,21 +222,43 @@ def _train(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
+    if args.resamples < 100:
+        raise ValueError(f"--resamples: {args.resamples} are too few for 95 % intervals; give 1000 or more")
     _start()
     from jaxlm import inference
 
+    others, out = None, args.out or Path("evals") / Path(args.model).name
     if args.tasks:
-        out = args.out or Path("evals") / Path(args.model).name
-        more = dict(step=args.step, shots=args.shots, limit=args.limit, folder=args.task_folder, chats=args.chat)
-        found, shown = inference.evaluate_tasks(args.model, args.tasks.split(","), out, **more)
+        tasks = args.tasks.split(",")
+        more = dict(shots=args.shots, limit=args.limit, folder=args.task_folder, chats=args.chat)
+        values, shown, samples = inference.evaluate_tasks(args.model, tasks, out, step=args.step, **more)
         print(f"{shown}\n{out}: results.json, results.md and every example")
-        return _json(args, found)
-    metrics, report = inference.evaluate(args.model, data=args.data, step=args.step, batches=args.batches)
-    if report:
-        print(report)
-    for name, value in metrics.items():
-        print(f"{name:16} {value:.6g}")
-    return _json(args, metrics)
+        if args.against:
+            _, shown, others = inference.evaluate_tasks(args.against, tasks, out / "against", **more)
+            print(shown)
+    else:
+        found = inference.evaluate(args.model, data=args.data, step=args.step, batches=args.batches)
+        values, samples = dict(found.figures), found.samples
+        if found.report:
+            print(found.report)
+        if args.against:
+            data = args.data or found.data
+            others = inference.evaluate(args.against, data=data, batches=args.batches).samples
+        else:
+            out = args.out
+    about = values if args.tasks else {"model": args.model, "figures": values}
+    about = about | ({"against": args.against} if args.against else {})
+    record, shown = inference.against(samples, others, out, args.resamples, args.seed, about)
+    if not args.tasks:
+        known = {name: ends for each in record["intervals"].values() for name, ends in each.items()}
+        for name, value in found.figures.items():
+            low, high = known.get(name, (None, None))
+            print(f"{name:16} {value:<10.6g} {f'[{low:.6g}, {high:.6g}]' if low is not None else ''}".rstrip())
+        sizes = ", ".join(f"{name} over {n}" for name, n in record["sizes"].items())
+        print(f"in brackets 95 % intervals: bootstrap, {args.resamples:,} resamples, {sizes}")
+    if shown:
+        print(f"\n{args.model} against {args.against}\n{shown}\n{out / 'results.json'}")
+    return _json(args, values | record)
 
 
 def _sampling(args: argparse.Namespace, rest: list[str]) -> Any:

@@ -6,40 +6,59 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxlm import assemble, pretrained, sharding, stream
 from jaxlm.chat import Chat, converse
 from jaxlm.embed import Recipe, embed_texts, read_recipe
-from jaxlm.eval import answers, harness, perplexity
+from jaxlm.eval import answers, compare, counts, harness, perplexity
+from jaxlm.eval.compare import Sample
 from jaxlm.pretrained import open_model
 from jaxlm.sampling import Sampling
 from jaxlm.speculative import Speculative
 
 
-def evaluate(place: str, *, data: Sequence[str] | None, step: int | None, batches: int) -> tuple[dict[str, float], str]:
-    """(figures, report of predictions where the objective makes them)."""
+class Found(NamedTuple):
+    """What an evaluation found."""
+
+    figures: dict[str, float]
+    report: str
+    """Of predictions, where the objective makes them."""
+    samples: dict[str, Sample]
+    """What the figures may be resampled from."""
+    data: tuple[str, ...]
+    """Validation sources; empty: held out of the run's training data."""
+
+
+def evaluate(place: str, *, data: Sequence[str] | None = None, step: int | None = None, batches: int = 0) -> Found:
+    """On the validation data of the run, or on `data`; `batches` of each source if not 0."""
     opened = open_model(place, step)
     p = pretrained.program(opened, data)
     corpus = assemble.corpus(p.run, p.tokens, opened.source.templates.get("default"))
+    keys: list[int] = []
     with sharding.on_mesh(p.mesh):
         eval_step = perplexity.make_eval_step(p.loss, p.objective.weights, p.tokens.bytes_per_token)
-        figures = perplexity.evaluate(eval_step, opened.params, assemble.validation_batches(p, corpus, batches))
+        given = counts.keyed(assemble.validation_batches(p, corpus, batches), keys)
+        parts = perplexity.parts(eval_step, opened.params, given)
+        samples = {"losses": counts.of_losses(parts, keys)}
+        found = Found(perplexity.total(parts), "", samples, tuple(p.run.data.valid))
         if not hasattr(p.objective, "predict"):
-            return figures, ""
+            return found
         items = [item for part in corpus.valid for item in part]
-        found = assemble.predictions(p, opened.params, items)
-    values, report = answers.score(p.objective, p.run.objective, items, found)
-    return figures | values, report
+        predicted = assemble.predictions(p, opened.params, items)
+    values, report = answers.score(p.objective, p.run.objective, items, predicted)
+    samples["answers"] = answers.sample(p.objective, p.run.objective, items, predicted)
+    return found._replace(figures=found.figures | values, report=report)
 
 
 def evaluate_tasks(
     place: str, tasks: Sequence[str], out: Path, *, step: int | None = None, shots: int | None = None,
     limit: int | None = None, folder: Path | None = None, chats: bool = False, rows: int = 16,
-) -> tuple[dict[str, Any], str]:  # fmt: skip
-    """Tasks of the lm-evaluation-harness: (results, a table). `out` gets both, and every example with its answer."""
+) -> tuple[dict[str, Any], str, dict[str, Sample]]:  # fmt: skip
+    """Tasks of the lm-evaluation-harness: (results, a table, what each task's figures may be resampled from). `out`
+    gets both, and every example with its answer."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("--tasks needs the lm-evaluation-harness: pip install 'jaxlm[eval]'")
     p = open_model(place, step)
@@ -68,7 +87,28 @@ def evaluate_tasks(
         (out / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
     shown = harness.table(found)
     (out / "results.md").write_text(shown + "\n")
-    return about | kept, shown
+    return about | kept, shown, counts.of_tasks(samples)
+
+
+def against(
+    samples: dict[str, Sample], others: dict[str, Sample] | None, out: Path | None, resamples: int, seed: int,
+    about: dict[str, Any],
+) -> tuple[dict[str, Any], str]:  # fmt: skip
+    """(intervals of the figures and, beside the same of another model, differences; a table). `out`: a folder whose
+    results.json gets them with what they are `about`."""
+    record: dict[str, Any] = {"resamples": resamples, "seed": seed, "sizes": {}, "intervals": {}}
+    shown = []
+    for name, sample in samples.items():
+        record["sizes"][name] = f"{len(sample.counts_NM)} {sample.unit}"
+        record["intervals"][name] = compare.intervals(sample, resamples, seed)
+        if others is not None and (len(samples) == 1 or name != "losses"):
+            record.setdefault("differences", {})[name] = found = compare.paired(sample, others[name], resamples, seed)
+            note = f"{name}: the same {record['sizes'][name]}, {resamples:,} paired resamples, seed {seed}"
+            shown.append(compare.table(found, note))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "results.json").write_text(json.dumps(about | record, indent=1, default=str) + "\n")
+    return record, "\n\n".join(shown)
 
 
 def embed(place: str, texts: Sequence[str], pooling: str | None = None, step: int | None = None) -> np.ndarray:

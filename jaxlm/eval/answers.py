@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.eval import metrics
+from jaxlm.eval import counts, metrics
+from jaxlm.eval.compare import Sample
 
 # By what an objective calls its `scores`: (config, true, predicted) → (figures, report to print).
 SCORES: dict[str, Callable[[Any, Any, Any], tuple[dict[str, float], str]]] = {
@@ -18,3 +19,8 @@ SCORES: dict[str, Callable[[Any, Any, Any], tuple[dict[str, float], str]]] = {
 def score(objective: ModuleType, c: Any, items: Sequence[dict], found: Sequence[np.ndarray]) -> tuple[dict, str]:
     """Of predictions for all items, in their order."""
     return SCORES[objective.scores](c, *objective.answers(c, items, found))
+
+
+def sample(objective: ModuleType, c: Any, items: Sequence[dict], found: Sequence[np.ndarray]) -> Sample:
+    """The same predictions, to be resampled."""
+    return counts.of_answers(objective.scores, c, items, *objective.answers(c, items, found))

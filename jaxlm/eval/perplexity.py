@@ -1,7 +1,7 @@
 """Loss, perplexity, bits per byte and accuracy over a validation set: sums with weights, divided once at the end."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Sums = dict[str, dict[str, float]]
+Part = tuple[Sums, dict[str, float]]
 
 
 def make_eval_step(loss: Any, totals_of: Any, bytes_per_token: np.ndarray) -> Callable[[Any, dict], Any]:
@@ -29,16 +30,21 @@ def make_eval_step(loss: Any, totals_of: Any, bytes_per_token: np.ndarray) -> Ca
     return jax.jit(step)
 
 
-def evaluate(step: Callable[[Any, dict], Any], params: Any, batches: Iterable[dict]) -> dict[str, float]:
-    """Means over all batches, added up in float64. With one loss the metrics carry no prefix.
+def parts(step: Callable[[Any, dict], Any], params: Any, batches: Iterable[dict]) -> list[Part]:
+    """Of each batch."""
+    return [jax.device_get(step(params, batch)) for batch in batches]
 
-    `perplexity` is exp(nll per target); `bits_per_byte` counts every target's nats, end-of-document tokens included,
-    over the text's bytes, so it compares with a compressor's size of the same text.
-    """
+
+def evaluate(step: Callable[[Any, dict], Any], params: Any, batches: Iterable[dict]) -> dict[str, float]:
+    """Means over all batches."""
+    return total(parts(step, params, batches))
+
+
+def total(found: Sequence[Part]) -> dict[str, float]:
+    """Means over all parts, added up in float64."""
     sums: Sums = {}
     totals: dict[str, float] = {}
-    for batch in batches:
-        part, weight = jax.device_get(step(params, batch))
+    for part, weight in found:
         for name, values in part.items():
             for metric, value in values.items():
                 done = sums.setdefault(name, {})
@@ -47,15 +53,25 @@ def evaluate(step: Callable[[Any, dict], Any], params: Any, batches: Iterable[di
             totals[name] = totals.get(name, 0.0) + float(value)
     if not sums:
         raise ValueError("data.valid: no validation batches; raise data.holdout or name validation sources")
-    out: dict[str, float] = {}
-    for name, values in sums.items():
+    for name in sums:
         if totals[name] == 0:
             raise ValueError(f"data.valid: not a single target ({name}) in the validation set")
+    return {name: float(value) for name, value in means(sums, totals).items()}
+
+
+def means(sums: dict[str, dict[str, Any]], totals: dict[str, Any]) -> dict[str, Any]:
+    """Of sums and total weights, numbers or arrays of them. With one loss the metrics carry no prefix.
+
+    `perplexity` is exp(nll per target); `bits_per_byte` counts every target's nats, end-of-document tokens included,
+    over the text's bytes, so it compares with a compressor's size of the same text.
+    """
+    out: dict[str, Any] = {}
+    for name, values in sums.items():
         prefix = "" if len(sums) == 1 else f"{name}/"
         out |= {f"{prefix}{metric}": value / totals[name] for metric, value in values.items()}
         if "nll" in values:
-            out[f"{prefix}perplexity"] = math.exp(min(700.0, values["nll"] / totals[name]))
-            if name == "tokens" and totals.get("bytes"):
+            out[f"{prefix}perplexity"] = np.exp(np.minimum(700.0, values["nll"] / totals[name]))
+            if name == "tokens" and np.all(totals.get("bytes", 0)):
                 out["bits_per_byte"] = values["nll"] / math.log(2) / totals["bytes"]
         out[f"{prefix}targets"] = totals[name]
     if len(sums) > 1:

@@ -111,6 +111,14 @@ def test_the_command_line_leaves_results_and_every_example(home, tmp_path, monke
     whole = lm.loglikelihood_rolling([asked(text)])[0]
     rows = [json.loads(line) for line in (out / "whole.jsonl").read_text().splitlines()]
     assert rows[1]["bits_per_byte"][0] == pytest.approx(whole, rel=1e-5)
+    args = ["eval", str(home / "model"), "--tasks", "choice,whole", "--task-folder", str(home), "--out", str(out)]
+    assert cli.main([*args, "--against", str(home / "model")]) == 0
+    found = json.loads((out / "results.json").read_text())
+    assert found["differences"]["choice"]["acc"]["p"] == 1 and found["sizes"]["whole"] == "2 examples"
+    assert found["differences"]["whole"]["bits_per_byte"]["value"] == pytest.approx(
+        found["results"]["whole"]["bits_per_byte,none"]
+    )
+    assert (out / "against" / "results.json").is_file()
     assert cli.main(["eval", str(home / "model"), "--tasks", "choise", "--task-folder", str(home)]) == 2
     assert "--tasks: unknown 'choise'; did you mean 'choice'?" in capsys.readouterr().err
 

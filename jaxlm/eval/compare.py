@@ -1,0 +1,109 @@
+"""How far figures would move on other examples of the same kind, and whether two models differ by more than that: the
+bootstrap over examples (Efron & Tibshirani 1993), paired where there are two models (Koehn 2004).
+
+N examples, M counts of each, R resamples.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+RESAMPLES, SEED = 10_000, 0
+LEVEL = 0.95
+AT_ONCE = 1 << 22  # draws, which bound the memory
+Figures = dict[str, np.ndarray]
+
+
+class Sample(NamedTuple):
+    """What one model did on each example: counts whose sums give its figures, so a resample is a matrix product."""
+
+    counts_NM: np.ndarray
+    figures: Callable[[np.ndarray], Figures]
+    """Sums `[R, M]` over some examples → each figure `[R]`."""
+    keys: Sequence[Any] = ()
+    """Equal where two models had the same examples."""
+    unit: str = "examples"
+
+
+def intervals(sample: Sample, resamples: int = RESAMPLES, seed: int = SEED) -> dict[str, list[float]]:
+    """Of each figure the lower and the upper end of its 95 % interval (percentiles); nothing of a single example."""
+    if len(sample.counts_NM) < 2:
+        return {}
+    return {name: _ends(values_R) for name, values_R in _resampled([sample], resamples, seed)[0].items()}
+
+
+def paired(a: Sample, b: Sample, resamples: int = RESAMPLES, seed: int = SEED) -> dict[str, dict[str, Any]]:
+    """Of each figure both values, a - b with its interval, and p: twice the share of resamples in which the difference
+    is zero or has the other sign (one resample added to both counts), so p < 0.05 says what the interval says."""
+    check_same(a, b)
+    whole = [{name: float(v[0]) for name, v in _figures(s, s.counts_NM.sum(0)[None]).items()} for s in (a, b)]
+    drawn = _resampled([a, b], resamples, seed)
+    out = {}
+    for name in (n for n in drawn[0] if n in drawn[1]):
+        apart_R = drawn[0][name] - drawn[1][name]
+        apart_R = apart_R[~np.isnan(apart_R)]
+        beyond = min((apart_R <= 0).sum(), (apart_R >= 0).sum())
+        one, other = whole[0][name], whole[1][name]
+        out[name] = dict(
+            value=one, interval=_ends(drawn[0][name]), against=other, against_interval=_ends(drawn[1][name]),
+            difference=one - other, difference_interval=_ends(apart_R),
+            p=min(1.0, 2 * float(beyond + 1) / (len(apart_R) + 1)),
+        )  # fmt: skip
+    return out
+
+
+def check_same(a: Sample, b: Sample) -> None:
+    """Refuses models that were not asked the same."""
+    if len(a.counts_NM) != len(b.counts_NM):
+        raise ValueError(
+            f"--against: the two models have {len(a.counts_NM)} and {len(b.counts_NM)} {a.unit}; compare them on the "
+            f"same ones, named with --data"
+        )
+    for i, (one, other) in enumerate(zip(a.keys, b.keys, strict=True)):
+        if one != other:
+            raise ValueError(
+                f"--against: number {i + 1} of the {a.unit} is not the same for the two models; compare them on the "
+                f"same data, cut into the same examples (--data, and for losses the same tokenizer and lengths)"
+            )
+    if len(a.counts_NM) < 2:
+        raise ValueError(f"--against: a single one of the {a.unit} tells nothing of chance; give more data")
+
+
+def _resampled(samples: Sequence[Sample], resamples: int, seed: int) -> list[Figures]:
+    """Figures of the same resamples of each."""
+    N, rng = len(samples[0].counts_NM), np.random.default_rng(seed)
+    sums: list[list[np.ndarray]] = [[] for _ in samples]
+    step = max(1, AT_ONCE // N)
+    for at in range(0, resamples, step):
+        rows = min(step, resamples - at)
+        drawn = rng.integers(0, N, (rows, N)) + N * np.arange(rows)[:, None]
+        times_RN = np.bincount(drawn.ravel(), minlength=rows * N).reshape(rows, N).astype(np.float64)
+        for kept, s in zip(sums, samples, strict=True):
+            kept.append(times_RN @ s.counts_NM)
+    return [_figures(s, np.concatenate(kept)) for kept, s in zip(sums, samples, strict=True)]
+
+
+def _figures(s: Sample, sums_RM: np.ndarray) -> Figures:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return s.figures(sums_RM)
+
+
+def _ends(values_R: np.ndarray) -> list[float]:
+    """NaN, what a resample without a single target has, is left out."""
+    rest = 100 * (1 - LEVEL) / 2
+    values_R = values_R[~np.isnan(values_R)]
+    return [float(x) for x in np.percentile(values_R, [rest, 100 - rest])] if len(values_R) else [np.nan, np.nan]
+
+
+def table(found: dict[str, dict[str, Any]], about: str = "") -> str:
+    """Of what `paired` gives."""
+    rows = [("", "value", "against", "difference", "95 % of it", "p")]
+    for name, f in found.items():
+        low, high = f["difference_interval"]
+        rows.append((name, f"{f['value']:.5g}", f"{f['against']:.5g}", f"{f['difference']:+.4g}",
+                     f"{low:+.4g} … {high:+.4g}", f"{f['p']:.4f}"))  # fmt: skip
+    wide = [max(len(row[i]) for row in rows) for i in range(6)]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide, strict=True)))
+             for row in rows]  # fmt: skip
+    return "\n".join([*lines, about] if about else lines)
