@@ -80,10 +80,21 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--shots", type=int, help="examples before each question (default: the task's)")
     p.add_argument("--limit", type=int, help="at most so many examples of each task")
     p.add_argument("--chat", action="store_true", help="ask by the model's chat template")
+    p.add_argument("--code", metavar="FILE", help="problems in HumanEval's format instead of text: pass@k")
+    p.add_argument("--run-generated-code", action="store_true", help="--code: yes, run what the model writes, shut in")
+    p.add_argument("--weak-sandbox", action="store_true", help="--code: also where this machine can't shut it in "
+                   "whole; says what is missing")  # fmt: skip
+    p.add_argument("--samples", type=int, default=1, help="--code: answers to each problem (default 1)")
+    p.add_argument("--k", default="1", metavar="1,10", help="--code: of pass@k (default 1)")
+    p.add_argument("--temperature", type=float, default=0.0, help="--code: of the samples (default 0, the likeliest)")
+    p.add_argument("--top-p", type=float, default=1.0, help="--code: of the samples (default 1)")
+    p.add_argument("--tokens", type=int, default=512, help="--code: of an answer, at most (default 512)")
+    p.add_argument("--seconds", type=float, default=5.0, help="--code: of a program, at most (default 5)")
+    p.add_argument("--memory", type=int, default=1024, metavar="MIB", help="--code: of a program (default 1024)")
     p.add_argument("--against", metavar="OTHER", help="another model on the same examples: differences with their 95 % "
                    "intervals and p, by a paired bootstrap")  # fmt: skip
     p.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap (default 10000)")
-    p.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
+    p.add_argument("--seed", type=int, default=0, help="of the bootstrap, and of samples (default 0)")
     p.add_argument("--out", type=Path, help="where results.json and examples go (default, where there are examples or "
                    "another model: evals/NAME)")  # fmt: skip
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
@@ -228,7 +239,9 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
     from jaxlm import inference
 
     others, out = None, args.out or Path("evals") / Path(args.model).name
-    if args.tasks:
+    if args.code:
+        values, samples, others = _code(args, out)
+    elif args.tasks:
         tasks = args.tasks.split(",")
         more = dict(shots=args.shots, limit=args.limit, folder=args.task_folder, chats=args.chat)
         values, shown, samples = inference.evaluate_tasks(args.model, tasks, out, step=args.step, **more)
@@ -246,12 +259,13 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
             others = inference.evaluate(args.against, data=data, batches=args.batches).samples
         else:
             out = args.out
-    about = values if args.tasks else {"model": args.model, "figures": values}
+    plain = not args.tasks and not args.code
+    about = {"model": args.model, "figures": values} if plain else values
     about = about | ({"against": args.against} if args.against else {})
     record, shown = inference.against(samples, others, out, args.resamples, args.seed, about)
     if not args.tasks:
         known = {name: ends for each in record["intervals"].values() for name, ends in each.items()}
-        for name, value in found.figures.items():
+        for name, value in about["figures"].items():
             low, high = known.get(name, (None, None))
             print(f"{name:16} {value:<10.6g} {f'[{low:.6g}, {high:.6g}]' if low is not None else ''}".rstrip())
         sizes = ", ".join(f"{name} over {n}" for name, n in record["sizes"].items())
@@ -259,6 +273,29 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
     if shown:
         print(f"\n{args.model} against {args.against}\n{shown}\n{out / 'results.json'}")
     return _json(args, values | record)
+
+
+def _code(args: argparse.Namespace, out: Path) -> tuple[dict, dict, dict | None]:
+    """(results, what they may be resampled from, the other model's)."""
+    if not args.run_generated_code:
+        raise ValueError("--code: runs what the model writes on this machine; say so with --run-generated-code")
+    from jaxlm import inference
+    from jaxlm.eval.code import STOPS
+
+    try:
+        ks = [int(k) for k in args.k.split(",")]
+    except ValueError:
+        raise ValueError(f"--k: {args.k!r} are no whole numbers with commas between; give, for example, 1,10") from None
+    how = inference.Sampling(tokens=args.tokens, temperature=args.temperature, top_p=args.top_p, samples=args.samples,
+                             stop=STOPS, seed=args.seed)  # fmt: skip
+    more = dict(weak=args.weak_sandbox, seconds=args.seconds, memory=args.memory << 20)
+    values, sample = inference.evaluate_code(args.model, args.code, out, how, ks, step=args.step, **more)
+    print(f"{out}: results.json and code.jsonl, every answer and what became of it")
+    others = None
+    if args.against:
+        other = inference.evaluate_code(args.against, args.code, out / "against", how, ks, **more)[1]
+        others = {"problems": other}
+    return values, {"problems": sample}, others
 
 
 def _sampling(args: argparse.Namespace, rest: list[str]) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from jaxlm import assemble, pretrained, sharding, stream
 from jaxlm.chat import Chat, converse
 from jaxlm.embed import Recipe, embed_texts, read_recipe
-from jaxlm.eval import answers, compare, counts, harness, perplexity
+from jaxlm.eval import answers, code, compare, counts, harness, perplexity, sandbox
 from jaxlm.eval.compare import Sample
 from jaxlm.pretrained import open_model
 from jaxlm.sampling import Sampling
@@ -90,6 +91,45 @@ def evaluate_tasks(
     return about | kept, shown, counts.of_tasks(samples)
 
 
+def evaluate_code(
+    place: str, source: str, out: Path, how: Sampling, ks: Sequence[int], *, step: int | None = None,
+    weak: bool = False, seconds: float = 5.0, memory: int = 1 << 30, rows: int = 16,
+) -> tuple[dict[str, Any], Sample]:  # fmt: skip
+    """pass@k of problems in HumanEval's format, `how.samples` answers each: (results, what they may be resampled from).
+    Runs what the model writes, see `eval/sandbox`. `out`: gets every answer and what became of it."""
+    problems = code.read(source)
+    for k in ks:
+        code.pass_at_k(how.samples, 0, k)
+    if how.temperature == 0 and how.samples > 1:
+        raise ValueError("--temperature: at 0 all samples are the same; raise it, or ask for --samples 1")
+    box, lacking = sandbox.opened(weak, seconds=seconds, memory=memory)
+    for what in lacking:
+        print(f"programs are not shut in: {what}", file=sys.stderr)
+    p = open_model(place, step)
+    texts: list[list[str]] = [[] for _ in problems]
+    ids, sources = p.prompts([problem.prompt for problem in problems])
+    with sharding.on_mesh(p.mesh):
+        run = p.generator()
+        weights, at_once = run.prepare(p.params), max(1, rows // how.samples)
+        order = sorted(range(len(problems)), key=lambda i: -len(ids[i]))
+        for at in range(0, len(order), at_once):
+            members = order[at : at + at_once]
+            for made in range(0, how.samples, rows):
+                these = dataclasses.replace(how, samples=min(rows, how.samples - made), seed=how.seed + made)
+                read = None if sources is None else [sources[i] for i in members]
+                found = stream.answers(run, p.tokens, weights, [ids[i] for i in members], these, read)
+                for i, several in zip(members, found, strict=True):
+                    texts[i] += [answer.text for answer in several]
+    judged = code.judge(problems, texts, box, os.cpu_count() or 1)
+    sample = code.sample(problems, judged, ks)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "code.jsonl").write_text("\n".join(json.dumps(row) for row in judged) + "\n")
+    figures = {name: float(value[0]) for name, value in sample.figures(sample.counts_NM.sum(0)[None]).items()}
+    about = dict(model=place, problems=len(problems), samples=how.samples, temperature=how.temperature, top_p=how.top_p)
+    about |= dict(tokens=how.tokens, seed=how.seed, seconds=seconds, sandbox=lacking or "whole", figures=figures)
+    return about, sample
+
+
 def against(
     samples: dict[str, Sample], others: dict[str, Sample] | None, out: Path | None, resamples: int, seed: int,
     about: dict[str, Any],
@@ -102,6 +142,10 @@ def against(
         record["sizes"][name] = f"{len(sample.counts_NM)} {sample.unit}"
         record["intervals"][name] = compare.intervals(sample, resamples, seed)
         if others is not None and (len(samples) == 1 or name != "losses"):
+            if name not in others:
+                raise ValueError(
+                    f"--against: the other model has no {name} to compare; it was trained for another task"
+                )
             record.setdefault("differences", {})[name] = found = compare.paired(sample, others[name], resamples, seed)
             note = f"{name}: the same {record['sizes'][name]}, {resamples:,} paired resamples, seed {seed}"
             shown.append(compare.table(found, note))

@@ -220,7 +220,8 @@ def published_execution() -> config.Execution:
 def program(p: Pretrained, data: Sequence[str] | None) -> assemble.Program:
     """For evaluation on the validation data of the run, or on `data`."""
     run, n = p.source.run or published_run(p.source), jax.device_count()
-    if not getattr(p.model.config, "head", True):
+    own_head = OBJECTIVES[config.family(run.objective)].specs(run.objective, p.model.config.width)
+    if not getattr(p.model.config, "head", True) and not own_head:
         raise ValueError(f"{p.source.path}: its files have no language-model head; use it with: jaxlm embed")
     rows = run.train.batch_size // run.train.micro_batches  # made to divide over the devices here
     train = dataclasses.replace(run.train, batch_size=-(-rows // n) * n, micro_batches=1)

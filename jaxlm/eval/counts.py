@@ -5,7 +5,7 @@ right stands for it. N examples, M counts, R resamples, L labels.
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -114,7 +114,7 @@ def _tags(c: Any, true: Sequence[Sequence[str]], found: Sequence[Sequence[str]])
 COUNTS: dict[str, Callable[[Any, Any, Any], Sample]] = {"classes": _classes, "tags": _tags}
 
 
-def means(values: dict[str, Sequence[float]], keys: Sequence[Any] = ()) -> Sample:
+def means(values: Mapping[str, Sequence[float]], keys: Sequence[Any] = ()) -> Sample:
     """Of figures that are means over the examples."""
     table_NM = np.array([np.ones(len(next(iter(values.values())))), *values.values()], float).T
     return Sample(table_NM, lambda sums_RM: dict(zip(values, (sums_RM[:, 1:] / sums_RM[:, :1]).T, strict=True)), keys)
