@@ -315,14 +315,17 @@ def _examples(run: config.Run, tokens: Any, template: str | None) -> Corpus:
     train, valid = [read(source) for source in run.data.train], [read(source) for source in run.data.valid]
     if not valid:
         for i, items in enumerate(train):
-            order = np.random.default_rng(0).permutation(len(items))
-            n = max(1, round(run.data.holdout * len(items)))
-            if n == len(items):
+            # What stands at one place of a file, such as the windows of a long text, stays together.
+            of = [item.get("where", j) for j, item in enumerate(items)]
+            places = list(dict.fromkeys(of))
+            n = max(1, round(run.data.holdout * len(places)))
+            if n == len(places):
                 raise ValueError(
                     f"data.train: {run.data.train[i]} has too few examples to hold some out for validation"
                 )
-            valid.append([items[j] for j in sorted(order[:n])])
-            train[i] = [items[j] for j in sorted(order[n:])]
+            held = {places[j] for j in np.random.default_rng(0).permutation(len(places))[:n]}
+            valid.append([item for item, place in zip(items, of, strict=True) if place in held])
+            train[i] = [item for item, place in zip(items, of, strict=True) if place not in held]
     if jax.process_index() == 0:
         _warn_of_leaks(train, valid)
     return Corpus(train, _weights(run, [len(items) for items in train]), valid)

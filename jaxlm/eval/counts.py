@@ -111,7 +111,22 @@ def _tags(c: Any, true: Sequence[Sequence[str]], found: Sequence[Sequence[str]])
     return Sample(np.hstack([spans_N3, words_NM]), figures)
 
 
-COUNTS: dict[str, Callable[[Any, Any, Any], Sample]] = {"classes": _classes, "tags": _tags}
+def _spans(c: Any, true: Sequence[Sequence[str]], found: Sequence[Sequence[tuple[str, float]]]) -> Sample:
+    each_N2 = np.array([metrics.match(a, b[0][0]) for a, b in zip(true, found, strict=True)])
+    there_N1 = np.array([[float(bool(a))] for a in true])
+
+    def figures(sums_RM: np.ndarray) -> Figures:
+        n, exact, f1, there, there_exact, there_f1 = sums_RM.T
+        out = dict(exact=exact / n, f1=f1 / n)
+        if not 0 < there_N1.sum() < len(true):
+            return out
+        out |= dict(hasans_exact=there_exact / there, hasans_f1=there_f1 / there)
+        return out | dict(noans_exact=(exact - there_exact) / (n - there), noans_f1=(f1 - there_f1) / (n - there))
+
+    return Sample(np.hstack([np.ones_like(there_N1), each_N2, there_N1, there_N1 * each_N2]), figures, unit="questions")
+
+
+COUNTS: dict[str, Callable[[Any, Any, Any], Sample]] = {"classes": _classes, "tags": _tags, "spans": _spans}
 
 
 def means(values: Mapping[str, Sequence[float]], keys: Sequence[Any] = ()) -> Sample:
@@ -122,7 +137,10 @@ def means(values: Mapping[str, Sequence[float]], keys: Sequence[Any] = ()) -> Sa
 
 def of_answers(scores: str, c: Any, items: Sequence[dict], true: Sequence[Any], found: Sequence[Any]) -> Sample:
     """Of predictions. `scores`: what their objective calls them."""
-    keys = [(item.get("where"), repr(answer)) for item, answer in zip(items, true, strict=True)]
+    # Several items may belong to one answer, as the windows of a text do: they come from the same place.
+    places = [item.get("where") for item in items]
+    places = places if len(places) == len(true) else list(dict.fromkeys(places))
+    keys = [(place, repr(answer)) for place, answer in zip(places, true, strict=True)]
     if scores in COUNTS:
         return COUNTS[scores](c, true, found)._replace(keys=keys)
     return means({"exact": [float(a == b) for a, b in zip(true, found, strict=True)]}, keys)

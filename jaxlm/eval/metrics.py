@@ -1,6 +1,10 @@
 """Scores by the libraries that each field uses, so that figures compare with papers; they are the extra `eval`."""
 
+import collections
 import importlib
+import re
+import string
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -70,6 +74,66 @@ def numbers(true: Sequence[float], found: Sequence[float], labels: Sequence[str]
     values = dict(pearson=float(stats.pearsonr(true, found).statistic), mse=error)
     values["spearman"] = float(stats.spearmanr(true, found).statistic)
     return values, "\n".join(f"{name:10} {value:.4f}" for name, value in values.items()) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------------- answers
+
+UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f]")
+
+
+def answer_words(text: str, unspaced: bool) -> list[str]:
+    """What is compared of an answer: lower case, no punctuation, no articles (as SQuAD's own script has it); of Chinese
+    and Japanese each character is a word, since nothing stands between words there (as in MLQA's and CMRC's)."""
+    if unspaced:
+        text = UNSPACED.sub(r" \g<0> ", text)
+    marks = {c for c in text if unspaced and unicodedata.category(c)[0] == "P"} | set(string.punctuation)
+    text = "".join(c for c in text.lower() if c not in marks)
+    return (text if unspaced else re.sub(r"\b(a|an|the)\b", " ", text)).split()
+
+
+def match(true: Sequence[str], found: str) -> tuple[float, float]:
+    """(exact match, F1 over words) with the true answer that is closest; without one, that none was found."""
+    unspaced = any(UNSPACED.search(text) for text in (*true, found))
+    b = answer_words(found, unspaced)
+    answers = [words for text in true if (words := answer_words(text, unspaced))] or [[]]
+    exact, f1 = 0.0, 0.0
+    for a in answers:
+        exact = max(exact, float(a == b))
+        same = sum((collections.Counter(a) & collections.Counter(b)).values())
+        f1 = max(f1, 2 * same / (len(a) + len(b)) if a and b else float(a == b))
+    return exact, f1
+
+
+def spans(true: Sequence[Sequence[str]], found: Sequence[Sequence[tuple[str, float]]]) -> tuple[dict[str, float], str]:
+    """SQuAD's figures. `found`: of each question (text, score above no answer), the best first."""
+    each = [match(a, b[0][0]) for a, b in zip(true, found, strict=True)]
+    values: dict[str, float] = {}
+    lines = [f"{'':12}{'exact':>8}{'f1':>8}{'questions':>11}"]
+    parts = {"": each, "hasans_": [m for m, a in zip(each, true, strict=True) if a],
+             "noans_": [m for m, a in zip(each, true, strict=True) if not a]}  # fmt: skip
+    for name, part in parts.items():
+        if part and (not name or 0 < len(parts["noans_"]) < len(each)):
+            exact, f1 = (sum(column) / len(part) for column in zip(*part, strict=True))
+            values |= {f"{name}exact": exact, f"{name}f1": f1}
+            lines.append(f"{name.rstrip('_') or 'all':12}{exact:8.4f}{f1:8.4f}{len(part):11,}")
+    if "noans_f1" in values:
+        f1, at = best_threshold(true, found)
+        values |= dict(best_f1=f1, best_threshold=at)
+        lines.append(f"with objective.threshold {at:.4g}, the best for these questions, f1 would be {f1:.4f}")
+    return values, "\n".join(lines) + "\n"
+
+
+def best_threshold(true: Sequence[Sequence[str]], found: Sequence[Sequence[tuple[str, float]]]) -> tuple[float, float]:
+    """(F1, by how much no answer must score above the best span to be given) where F1 is highest."""
+    told = [next(((text, score) for text, score in several if text), ("", -1e9)) for several in found]
+    sure = sorted(range(len(told)), key=lambda i: -told[i][1])  # spans are given to ever less sure ones
+    total = best = float(sum(not a for a in true))
+    at = -told[sure[0]][1] - 1
+    for i, after in zip(sure, [*sure[1:], None], strict=True):
+        total += match(true[i], told[i][0])[1] - (not true[i])
+        if total > best and (after is None or told[after][1] < told[i][1]):
+            best, at = total, -told[i][1]
+    return best / len(told), at
 
 
 # Of classification, by its kind.

@@ -32,6 +32,7 @@
 from types import ModuleType
 
 from jaxlm.objectives import (
+    answer,
     causal,
     classify,
     infill,
@@ -55,6 +56,7 @@ OBJECTIVES: dict[str, ModuleType] = {
     "preference": preference,
     "classify": classify,
     "tag": tag,
+    "answer": answer,
     "span_corruption": span_corruption,
     "seq2seq": seq2seq,
 }

@@ -87,7 +87,7 @@ def read(c: Config, source: str, tokenizer: Any, row: dict) -> tuple[list[dict],
         check_labels(((r.where, label) for r in rows for label in _labels(c, r)), c.labels, "objective.labels")
     items, cut = [], 0
     for r, *parts in zip(rows, *encoded, strict=True):
-        ids, types, whole = _joined([list(part) for part in parts], tokenizer, row)
+        ids, types, whole = joined([list(part) for part in parts], tokenizer, row)
         cut += not whole
         items.append(dict(ids=ids, types=types, target=_target(c, r), where=r.where))
     note = f"{source}: {cut:,} of {len(items):,} texts lose their end; raise train.seq_len to keep it"
@@ -104,34 +104,43 @@ def _target(c: Config, row: tables.Row) -> np.ndarray:
     return np.isin(c.labels, _labels(c, row)).astype(np.float32)
 
 
-def _joined(parts: list[list[int]], tokenizer: Any, row: dict) -> tuple[list[int], list[int], bool]:
-    """(ids, number of the text each belongs to, whether all fits). Of a pair the longer one loses its end first."""
-    if row["kind"] == "encoder":
+def marks(tokenizer: Any, kind: str) -> tuple[list[int], list[int], list[int]]:
+    """What stands before a text, between two of them, and at the end."""
+    if kind == "encoder":
         first = tokenizer.bos_id if tokenizer.cls_id is None else tokenizer.cls_id
         sep = tokenizer.eos_id if tokenizer.sep_id is None else tokenizer.sep_id
         twice = tokenizer.piece(first) == "<s>"  # RoBERTa separates two texts by two of them
-        between, last = [sep] * (2 if twice else 1), [sep]
-    else:
-        first, between, last = tokenizer.bos_id, [tokenizer.eos_id], []
-    room = row["seq_len"] - 1 - len(last) - (len(between) if len(parts) > 1 else 0)
+        return [first], [sep] * (2 if twice else 1), [sep]
+    return [tokenizer.bos_id], [tokenizer.eos_id], []
+
+
+def joined(parts: list[list[int]], tokenizer: Any, row: dict) -> tuple[list[int], list[int], bool]:
+    """(ids, number of the text each belongs to, whether all fits). Of a pair the longer one loses its end first."""
+    first, between, last = marks(tokenizer, row["kind"])
+    room = row["seq_len"] - len(first) - len(last) - (len(between) if len(parts) > 1 else 0)
     whole = sum(map(len, parts)) <= room
     while sum(map(len, parts)) > room:
         max(parts, key=len).pop()
-    ids, types = [first, *parts[0]], [0] * (1 + len(parts[0]))
+    ids, types = [*first, *parts[0]], [0] * (len(first) + len(parts[0]))
     if len(parts) > 1:
         ids, types = [*ids, *between, *parts[1]], [*types, *[0] * len(between), *[1] * len(parts[1])]
     return [*ids, *last], [*types, *[types[-1] if len(parts) > 1 else 0] * len(last)], whole
 
 
 def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    weight = record["target"] @ np.array(c.class_weights, np.float32) if c.class_weights and c.kind == "single" else 1.0
+    at = 0 if record["kind"] == "encoder" else len(record["ids"]) - 1
+    return padded(record, tokenizer) | dict(at=np.int32(at), target=record["target"], rows=np.float32(weight))
+
+
+def padded(record: dict, tokenizer: Any) -> dict[str, np.ndarray]:
+    """A text alone in its row."""
     out = {name: np.zeros(record["seq_len"], np.int32) for name in ("tokens", "types", "segments", "positions")}
     n = len(record["ids"])
     out["tokens"][:n], out["types"][:n] = record["ids"], record["types"]
     out["tokens"][n:] = tokenizer.pad_id or 0
     out["segments"][:n], out["positions"][:n] = 1, np.arange(n)
-    weight = record["target"] @ np.array(c.class_weights, np.float32) if c.class_weights and c.kind == "single" else 1.0
-    at = 0 if record["kind"] == "encoder" else n - 1
-    return out | dict(at=np.int32(at), target=record["target"], rows=np.float32(weight))
+    return out
 
 
 def weights(batch: dict) -> dict[str, jax.Array]:
@@ -141,25 +150,41 @@ def weights(batch: dict) -> dict[str, jax.Array]:
 def logits(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | None) -> tuple[jax.Array, Any]:
     """`[B, L]` in float32, and the model's output."""
     body, head = (None, None) if key is None else jax.random.split(key)
+    out = states(model, params, batch, body)
+    z_BL = linear(model, params["classify"], dropout(summary(model, params, batch, out), c.dropout, head))
+    return z_BL + params["classify_bias"][None], out
+
+
+def states(model: Model, params: Any, batch: dict, key: jax.Array | None) -> Any:
+    """The model's output, told which text a token belongs to if it can be."""
     given = batch if getattr(model.config, "types", 0) > 1 else {k: v for k, v in batch.items() if k != "types"}
-    out = model.forward(params, given, key=body)
+    return model.forward(params, given, key=key)
+
+
+def summary(model: Model, params: Any, batch: dict, out: Any) -> jax.Array:
+    """`[B, D]`: what the model makes of each row, where it is read."""
     if getattr(model.config, "pooler", False):
-        x_BD = model.pooled(params, out.x_BTD)
-    else:
-        x_BTD = model.shard(out.x_BTD, "batch", None, None)
-        x_BD = jnp.take_along_axis(x_BTD, model.shard(batch["at"], "batch")[:, None, None], axis=1)[:, 0]
-    w_DL = model.shard(params["classify"].astype(x_BD.dtype), None, None)
-    z_BL = model.shard.einsum("bd,dl->bl", dropout(x_BD, c.dropout, head), w_DL, "batch", None)
-    return z_BL.astype(jnp.float32) + params["classify_bias"][None], out
+        return model.pooled(params, out.x_BTD)
+    return at_places(model, out.x_BTD, batch["at"][:, None])[:, 0]
+
+
+def at_places(model: Model, x_BTD: jax.Array, at_BN: jax.Array) -> jax.Array:
+    """`[B, N, D]`: the states at N places of each row."""
+    x_BTD, at_BN = model.shard(x_BTD, "batch", None, None), model.shard(at_BN, "batch", None)
+    return jnp.take_along_axis(x_BTD, at_BN[..., None], axis=1)
+
+
+def linear(model: Model, w_DL: jax.Array, x_BD: jax.Array) -> jax.Array:
+    """`[B, L]` in float32."""
+    w_DL = model.shard(w_DL.astype(x_BD.dtype), None, None)
+    return model.shard.einsum("bd,dl->bl", x_BD, w_DL, "batch", None).astype(jnp.float32)
 
 
 def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
     z_BL, out = logits(c, model, params, batch, key)
-    y_BL, rows_B = batch["target"], batch["rows"]
+    y_BL, right_B = batch["target"], None
     if c.kind == "single":
-        log_BL = jax.nn.log_softmax(z_BL, -1)
-        loss_B = -(1 - c.label_smoothing) * (y_BL * log_BL).sum(-1) - c.label_smoothing * log_BL.mean(-1)
-        right_B = z_BL.argmax(-1) == y_BL.argmax(-1)
+        loss_B, right_B = single(z_BL, y_BL, c.label_smoothing)
     elif c.kind == "multi":
         each_BL = -y_BL * jax.nn.log_sigmoid(z_BL) - (1 - y_BL) * jax.nn.log_sigmoid(-z_BL)
         scale_L = jnp.asarray(c.class_weights or (1.0,) * len(c.labels), jnp.float32)
@@ -167,14 +192,25 @@ def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | Non
         right_B = ((z_BL > 0) == (y_BL > 0)).all(-1)
     else:
         loss_B = jnp.square(z_BL - y_BL).mean(-1)
-        right_B = None
+    return {"texts": sums(batch["rows"], out, loss_B, right_B)}
+
+
+def single(z_BL: jax.Array, y_BL: jax.Array, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
+    """(cross-entropy, whether the likeliest label is right) of each row; `y_BL` is one at its label."""
+    log_BL = jax.nn.log_softmax(z_BL, -1)
+    loss_B = -(1 - smoothing) * (y_BL * log_BL).sum(-1) - smoothing * log_BL.mean(-1)
+    return loss_B, z_BL.argmax(-1) == y_BL.argmax(-1)
+
+
+def sums(rows_B: jax.Array, out: Any, loss_B: jax.Array, right_B: jax.Array | None) -> dict[str, jax.Array]:
+    """Over rows, by their weights; with what the model adds to the loss (`out.aux_B`)."""
     values = dict(loss=(loss_B * rows_B).sum())
     if right_B is not None:
         values["accuracy"] = (right_B * rows_B).sum()
     if out.aux_B is not None:
         values["aux"] = (out.aux_B * rows_B).sum()
         values["loss"] += values["aux"]
-    return {"texts": values}
+    return values
 
 
 def predict(c: Config, model: Model, params: Any, batch: dict) -> jax.Array:

@@ -46,3 +46,30 @@ def test_several_labels_and_numbers():
     assert values == pytest.approx(dict(f1_micro=0.8, f1_macro=(2 / 3 + 1) / 2, exact=2 / 3))
     values, report = metrics.numbers([1.0, 2.0, 4.0], [1.0, 3.0, 9.0])
     assert values["spearman"] == pytest.approx(1) and values["mse"] == pytest.approx(26 / 3) and "pearson" in report
+
+
+@pytest.mark.parametrize(
+    ("true", "found", "expected"),
+    [
+        (["The Oslo!"], "oslo", (1, 1)),
+        (["in May", "May"], "may 5", (0, 2 / 3)),
+        (["Oslo"], "Rome", (0, 0)),
+        ([], "", (1, 1)),
+        ([], "Oslo", (0, 0)),
+        (["the"], "", (1, 1)),
+        (["北京大学"], "北京", (0, 2 / 3)),
+        (["《北京》"], "北京。", (1, 1)),
+        (["the 北京"], "北京", (0, 0.8)),
+    ],
+)
+def test_answers_as_squad_compares_them(true, found, expected):
+    assert metrics.match(true, found) == pytest.approx(expected)
+
+
+def test_answers_and_none():
+    true = [["a1"], ["b1"], [], []]
+    found = [[("a1", 5.0), ("", 0.0)], [("", 0.0), ("b1", -2.0)], [("", 0.0), ("x", -3.0)], [("y", 1.0)]]
+    values, report = metrics.spans(true, found)
+    assert (values["exact"], values["hasans_f1"], values["noans_exact"]) == (0.5, 0.5, 0.5) and "noans" in report
+    assert (values["best_f1"], values["best_threshold"]) == (0.75, -5), "a1 alone is told, all others have none"
+    assert metrics.spans(true[:2], found[:2])[0] == dict(exact=0.5, f1=0.5)

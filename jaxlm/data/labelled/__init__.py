@@ -135,13 +135,19 @@ def leaks(train: Iterable[Any], other: Iterable[Any]) -> list[tuple[str, str]]:
     return [(example.where, seen[k]) for example in other if (k := key(example)) in seen]
 
 
+def told(part: Split) -> list[str]:
+    """What was left out of a source, in a line or none."""
+    if not part.problems:
+        return []
+    shown = "; ".join(part.problems[:5]) + ("; …" if len(part.problems) > 5 else "")
+    return [f"{part.source}: {len(part.problems):,} left out: {shown}"]
+
+
 def warnings(train: Sequence[Split], others: Sequence[Split]) -> list[str]:
     """What a user should know before training: examples left out, and examples of other splits that are learned."""
     out = []
     for part in [*train, *others]:
-        if part.problems:
-            shown = "; ".join(part.problems[:5]) + ("; …" if len(part.problems) > 5 else "")
-            out.append(f"{part.source}: {len(part.problems):,} left out: {shown}")
+        out += told(part)
     for part in others:
         found = leaks((example for t in train for example in t.examples), part.examples)
         if found:
