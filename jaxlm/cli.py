@@ -127,6 +127,29 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, metavar="FILE.npy", help="float32, one row a text")
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
 
+    p = command(commands, "augment", _augment, "more labelled examples: words by a masked model, or there and back",
+                "jaxlm augment train.tsv --method mask --model runs/bert --text sentence --out more.tsv")  # fmt: skip
+    p.add_argument("file", metavar="FILE", help="a .csv, .tsv or .jsonl table, or CoNLL columns")
+    p.add_argument("--method", choices=("mask", "back_translate"), required=True)
+    p.add_argument("--model", required=True, metavar="MODEL", help=f"mask: an encoder with a language-model head; "
+                   f"back_translate: an encoder-decoder; {MODEL}")  # fmt: skip
+    p.add_argument("--back", metavar="MODEL", help="back_translate: an encoder-decoder that translates back")
+    p.add_argument("--out", type=Path, required=True, help="a new file of the same format, of the new examples alone")
+    p.add_argument("--text", default="text", metavar="COLUMN", help="of a table (default text)")
+    p.add_argument("--columns", default="", metavar="A,B", help="of a .csv or .tsv whose first line is no header")
+    p.add_argument("--word", type=int, default=0, help="column of CoNLL words (default 0)")
+    p.add_argument("--tag", type=int, default=-1, help="column of CoNLL tags (default -1, the last)")
+    p.add_argument("--entities", action="store_true", help="replace words of entities too, which else stay")
+    p.add_argument("--share", type=float, default=0.15, help="mask: of the words (default 0.15)")
+    p.add_argument("--top-k", type=int, default=10, help="mask: draw from so many of the likeliest words (default 10)")
+    p.add_argument("--copies", type=int, default=1, help="new examples of each (default 1)")
+    p.add_argument("--prefix", default="", help="back_translate: text before each, such as T5's task")
+    p.add_argument("--back-prefix", default="", help="the same of --back")
+    p.add_argument("--temperature", type=float, default=0.0, help="back_translate (default 0: the likeliest)")
+    p.add_argument("--beams", type=int, default=1, help="back_translate (default 1)")
+    p.add_argument("--tokens", type=int, default=128, help="back_translate: of a text, at most (default 128)")
+    p.add_argument("--seed", type=int, default=0)
+
     p = command(commands, "import", _import, "make a run directory of a published model",
                 "jaxlm import hf:HuggingFaceTB/SmolLM2-135M models/smollm2")  # fmt: skip
     p.add_argument("model", metavar="MODEL", help=MODEL)
@@ -377,6 +400,22 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     for text, vector in zip(texts, vectors, strict=True):
         print(f"{text}\t{' '.join(f'{x:.6f}' for x in vector)}")
     return _json(args, {"texts": texts, "vectors": vectors.tolist()})
+
+
+def _augment(args: argparse.Namespace, rest: list[str]) -> int:
+    _start()
+    from jaxlm import augment
+    from jaxlm.sampling import Sampling
+
+    how = Sampling(tokens=args.tokens, temperature=args.temperature, beams=args.beams)
+    columns = tuple(name for name in args.columns.split(",") if name)
+    said = augment.augment(
+        args.file, args.out, args.method, args.model, args.back, text=args.text, columns=columns, word=args.word,
+        tag=args.tag, entities=args.entities, share=args.share, top_k=args.top_k, copies=args.copies,
+        prefixes=(args.prefix, args.back_prefix), how=how, seed=args.seed,
+    )  # fmt: skip
+    print(said)
+    return 0
 
 
 def _import(args: argparse.Namespace, rest: list[str]) -> int:
