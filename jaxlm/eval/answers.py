@@ -13,6 +13,7 @@ from jaxlm.eval.compare import Sample
 SCORES: dict[str, Callable[[Any, Any, Any], tuple[dict[str, float], str]]] = {
     "classes": lambda c, true, found: metrics.KINDS[c.kind](true, found, c.labels),
     "tags": lambda c, true, found: metrics.tags(true, found, c.labels),
+    "relations": lambda c, true, found: metrics.relations(true, found, c.labels, c.negative or ""),
     "spans": lambda c, true, found: metrics.spans(true, found),
 }
 

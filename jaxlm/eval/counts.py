@@ -111,6 +111,25 @@ def _tags(c: Any, true: Sequence[Sequence[str]], found: Sequence[Sequence[str]])
     return Sample(np.hstack([spans_N3, words_NM]), figures)
 
 
+def _relations(c: Any, true: Sequence[str], found: Sequence[str]) -> Sample:
+    kinds = sorted({metrics.relation(label) for label in c.labels if label != c.negative})
+    counts_N3L = np.zeros((len(true), 3, len(kinds)))
+    for i, pair in enumerate(zip(true, found, strict=True)):
+        for kind, *each in metrics.related(*pair, c.negative or ""):
+            counts_N3L[i, :, kinds.index(kind)] = each
+    right_N = np.array([float(a == b) for a, b in zip(true, found, strict=True)])
+
+    def figures(sums_RM: np.ndarray) -> Figures:
+        right_RL, true_RL, found_RL, f1_RL = _per_label(sums_RM[:, 2:])
+        right, there, told = right_RL.sum(1), true_RL.sum(1), found_RL.sum(1)
+        return dict(
+            f1_macro=f1_RL.mean(1), f1_micro=_ratio(2 * right, there + told), precision=_ratio(right, told),
+            recall=_ratio(right, there), accuracy=sums_RM[:, 1] / sums_RM[:, 0],
+        )  # fmt: skip
+
+    return Sample(np.column_stack([np.ones_like(right_N), right_N, counts_N3L.reshape(len(true), -1)]), figures)
+
+
 def _spans(c: Any, true: Sequence[Sequence[str]], found: Sequence[Sequence[tuple[str, float]]]) -> Sample:
     each_N2 = np.array([metrics.match(a, b[0][0]) for a, b in zip(true, found, strict=True)])
     there_N1 = np.array([[float(bool(a))] for a in true])
@@ -126,7 +145,12 @@ def _spans(c: Any, true: Sequence[Sequence[str]], found: Sequence[Sequence[tuple
     return Sample(np.hstack([np.ones_like(there_N1), each_N2, there_N1, there_N1 * each_N2]), figures, unit="questions")
 
 
-COUNTS: dict[str, Callable[[Any, Any, Any], Sample]] = {"classes": _classes, "tags": _tags, "spans": _spans}
+COUNTS: dict[str, Callable[[Any, Any, Any], Sample]] = {
+    "classes": _classes,
+    "tags": _tags,
+    "relations": _relations,
+    "spans": _spans,
+}
 
 
 def means(values: Mapping[str, Sequence[float]], keys: Sequence[Any] = ()) -> Sample:

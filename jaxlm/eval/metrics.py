@@ -76,6 +76,39 @@ def numbers(true: Sequence[float], found: Sequence[float], labels: Sequence[str]
     return values, "\n".join(f"{name:10} {value:.4f}" for name, value in values.items()) + "\n"
 
 
+def relation(label: str) -> str:
+    """A relation without its direction: Cause-Effect(e2,e1) is Cause-Effect."""
+    return re.sub(r"\(e[12],e[12]\)$", "", label)
+
+
+def related(true: str, found: str, negative: str) -> list[tuple[str, int, int, int]]:
+    """(relation, right, true, found) of one pair of entities: right only with its direction, and none if negative."""
+    counted = {relation(label) for label in (true, found) if label != negative}
+    return [(kind, int(true == found), int(true != negative and relation(true) == kind),
+             int(found != negative and relation(found) == kind)) for kind in sorted(counted)]  # fmt: skip
+
+
+def relations(true: Sequence[str], found: Sequence[str], labels: Sequence[str], negative: str) -> tuple[dict, str]:
+    """F1 without the negative label: macro as SemEval 2010 task 8 has it, over relations whose two directions count as
+    one but must be right; micro as TACRED has it. And a report of all labels by scikit-learn."""
+    sums = {relation(label): [0, 0, 0] for label in labels if label != negative}
+    for pair in zip(true, found, strict=True):
+        for kind, *counts in related(*pair, negative):
+            sums[kind] = [a + b for a, b in zip(sums[kind], counts, strict=True)]
+    f1 = lambda right, there, told: 2 * right / max(1, there + told)  # noqa: E731
+    right, there, told = map(sum, zip(*sums.values(), strict=True))
+    accuracy = sum(a == b for a, b in zip(true, found, strict=True)) / len(true)
+    values = dict(f1_macro=sum(f1(*counts) for counts in sums.values()) / len(sums), f1_micro=f1(right, there, told),
+                  precision=right / max(1, told), recall=right / max(1, there), accuracy=accuracy)  # fmt: skip
+    width = max(map(len, sums))
+    lines = [f"{'':{width}}{'precision':>11}{'recall':>9}{'f1':>9}{'pairs':>8}"]
+    lines += [f"{kind:{width}}{r / max(1, b):11.4f}{r / max(1, a):9.4f}{f1(r, a, b):9.4f}{a:8,}"
+              for kind, (r, a, b) in sums.items()]  # fmt: skip
+    _, report = classes(true, found, labels)
+    left_out = f", without {negative!r}" if negative else ""
+    return values, f"relations{left_out}\n" + "\n".join(lines) + f"\n\nlabels (scikit-learn)\n{report}"
+
+
 # ------------------------------------------------------------------------------------------------------------- answers
 
 UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f]")

@@ -40,6 +40,7 @@ from jaxlm.objectives import (
     next_sentence,
     preference,
     prefix,
+    relate,
     seq2seq,
     sft,
     span_corruption,
@@ -57,6 +58,7 @@ OBJECTIVES: dict[str, ModuleType] = {
     "classify": classify,
     "tag": tag,
     "answer": answer,
+    "relate": relate,
     "span_corruption": span_corruption,
     "seq2seq": seq2seq,
 }

@@ -91,6 +91,21 @@ def test_counts_add_up_to_the_libraries_figures():
     assert whole(numbers) == pytest.approx({name: figures[name] for name in ("pearson", "mse")})
 
 
+def test_counts_of_relations_and_spans_add_up_too():
+    pytest.importorskip("sklearn")
+    labels = ["X(e1,e2)", "X(e2,e1)", "Y", "no"]
+    true, found = (list(map(str, RNG.choice(labels, 60))) for _ in range(2))
+    items = [{"where": str(i)} for i in range(60)]
+    sample = counts.of_answers("relations", SimpleNamespace(labels=labels, negative="no"), items, true, found)
+    assert whole(sample) == pytest.approx(metrics.relations(true, found, labels, "no")[0])
+    golds = [("a b", "b"), (), ("c",), ()] * 3
+    told = [[("b a", 1.0)], [("", 1.0)], [("a", 2.0)], [("b", 3.0)]] * 3
+    windows = [{"where": str(i)} for i in range(12) for _ in range(i % 3 + 1)]
+    sample = counts.of_answers("spans", None, windows, golds, told)
+    expected = {k: v for k, v in metrics.spans(golds, told)[0].items() if not k.startswith("best_")}
+    assert whole(sample) == pytest.approx(expected) and len(sample.keys) == 12 and sample.unit == "questions"
+
+
 def test_what_no_table_knows_is_right_or_wrong():
     sample = counts.of_answers("answers", None, [{}, {}], ["Paris", "Rome"], ["Paris", "Roma"])
     assert whole(sample) == {"exact": 0.5}

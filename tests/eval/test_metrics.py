@@ -73,3 +73,16 @@ def test_answers_and_none():
     assert (values["exact"], values["hasans_f1"], values["noans_exact"]) == (0.5, 0.5, 0.5) and "noans" in report
     assert (values["best_f1"], values["best_threshold"]) == (0.75, -5), "a1 alone is told, all others have none"
     assert metrics.spans(true[:2], found[:2])[0] == dict(exact=0.5, f1=0.5)
+
+
+def test_relations_as_semeval_and_tacred_count_them():
+    labels = ["X(e1,e2)", "X(e2,e1)", "Y(e1,e2)", "Other"]
+    true = ["X(e1,e2)", "X(e1,e2)", "X(e2,e1)", "Y(e1,e2)", "Other", "Other"]
+    found = ["X(e1,e2)", "X(e2,e1)", "Other", "Y(e1,e2)", "Y(e1,e2)", "Other"]
+    values, report = metrics.relations(true, found, labels, "Other")
+    # X: 1 right of 2 found and 3 true; Y: 1 of 2 and 1.
+    assert values == pytest.approx(dict(f1_macro=(2 / 5 + 2 / 3) / 2, f1_micro=4 / 8, precision=0.5, recall=0.5,
+                                        accuracy=0.5))  # fmt: skip
+    assert "relations, without 'Other'" in report and "support" in report
+    values, _ = metrics.relations(["a", "b"], ["a", "a"], ["a", "b"], "")
+    assert values["f1_macro"] == pytest.approx((2 / 3 + 0) / 2)
