@@ -230,7 +230,7 @@ def together(batch: dict[str, np.ndarray], ways: int = 1) -> dict[str, np.ndarra
 
 
 def trimmed(batch: dict[str, np.ndarray], least: int = 32) -> dict[str, np.ndarray]:
-    """A batch `[micro, rows, T]` without the columns that are padding in every row, up to a multiple of `least`."""
-    T = batch["segments"].shape[2]
-    n = min(T, -(-max(1, int((batch["segments"] > 0).sum(-1).max())) // least) * least)
-    return {name: leaf[:, :, :n] if leaf.shape[2:3] == (T,) else leaf for name, leaf in batch.items()}
+    """A batch `[micro, rows, …, T]` without the columns that are padding in every row, up to a multiple of `least`."""
+    segments = batch["segments"]
+    n = -(-max(1, int((segments > 0).sum(-1).max())) // least) * least
+    return {name: leaf[..., :n] if leaf.shape == segments.shape else leaf for name, leaf in batch.items()}

@@ -14,6 +14,7 @@ SCORES: dict[str, Callable[[Any, Any, Any], tuple[dict[str, float], str]]] = {
     "classes": lambda c, true, found: metrics.KINDS[c.kind](true, found, c.labels),
     "tags": lambda c, true, found: metrics.tags(true, found, c.labels),
     "relations": lambda c, true, found: metrics.relations(true, found, c.labels, c.negative or ""),
+    "choices": lambda c, true, found: metrics.choices(true, found),
     "spans": lambda c, true, found: metrics.spans(true, found),
 }
 

@@ -149,6 +149,7 @@ COUNTS: dict[str, Callable[[Any, Any, Any], Sample]] = {
     "classes": _classes,
     "tags": _tags,
     "relations": _relations,
+    "choices": lambda c, true, found: means({"accuracy": [float(a == b) for a, b in zip(true, found, strict=True)]}),
     "spans": _spans,
 }
 

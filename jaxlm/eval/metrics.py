@@ -109,6 +109,14 @@ def relations(true: Sequence[str], found: Sequence[str], labels: Sequence[str], 
     return values, f"relations{left_out}\n" + "\n".join(lines) + f"\n\nlabels (scikit-learn)\n{report}"
 
 
+def choices(true: Sequence[int], found: Sequence[int]) -> tuple[dict[str, float], str]:
+    """(share of right choices; how often each place is right and chosen, which shows a liking for one)."""
+    n, right, told = len(true), collections.Counter(true), collections.Counter(found)
+    lines = [f"{'choice':8}{'right':>9}{'chosen':>9}"]
+    lines += [f"{chr(ord('A') + i):8}{right[i] / n:9.4f}{told[i] / n:9.4f}" for i in sorted({*right, *told})]
+    return dict(accuracy=sum(a == b for a, b in zip(true, found, strict=True)) / n), "\n".join(lines) + "\n"
+
+
 # ------------------------------------------------------------------------------------------------------------- answers
 
 UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f]")

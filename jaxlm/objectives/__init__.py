@@ -34,6 +34,7 @@ from types import ModuleType
 from jaxlm.objectives import (
     answer,
     causal,
+    choice,
     classify,
     infill,
     masked,
@@ -59,6 +60,7 @@ OBJECTIVES: dict[str, ModuleType] = {
     "tag": tag,
     "answer": answer,
     "relate": relate,
+    "choice": choice,
     "span_corruption": span_corruption,
     "seq2seq": seq2seq,
 }

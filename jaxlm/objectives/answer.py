@@ -163,7 +163,7 @@ def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | Non
     hit_BT2 = jnp.arange(z_BT2.shape[1])[None, :, None] == model.shard(batch["target"], "batch", None)[:, None]
     loss_B2 = -jnp.where(hit_BT2, jax.nn.log_softmax(z_BT2, 1), 0.0).sum(1)
     right_B = (z_BT2.argmax(1) == model.shard(batch["target"], "batch", None)).all(-1)
-    return {"windows": classify.sums(batch["rows"], out, loss_B2.mean(-1), right_B)}
+    return {"windows": classify.sums(batch["rows"], out.aux_B, loss_B2.mean(-1), right_B)}
 
 
 def predict(c: Config, model: Model, params: Any, batch: dict) -> jax.Array:

@@ -192,7 +192,7 @@ def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | Non
         right_B = ((z_BL > 0) == (y_BL > 0)).all(-1)
     else:
         loss_B = jnp.square(z_BL - y_BL).mean(-1)
-    return {"texts": sums(batch["rows"], out, loss_B, right_B)}
+    return {"texts": sums(batch["rows"], out.aux_B, loss_B, right_B)}
 
 
 def single(z_BL: jax.Array, y_BL: jax.Array, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
@@ -202,13 +202,15 @@ def single(z_BL: jax.Array, y_BL: jax.Array, smoothing: float = 0.0) -> tuple[ja
     return loss_B, z_BL.argmax(-1) == y_BL.argmax(-1)
 
 
-def sums(rows_B: jax.Array, out: Any, loss_B: jax.Array, right_B: jax.Array | None) -> dict[str, jax.Array]:
-    """Over rows, by their weights; with what the model adds to the loss (`out.aux_B`)."""
+def sums(
+    rows_B: jax.Array, aux_B: jax.Array | None, loss_B: jax.Array, right_B: jax.Array | None
+) -> dict[str, jax.Array]:
+    """Over rows, by their weights. `aux_B`: what the model adds to the loss."""
     values = dict(loss=(loss_B * rows_B).sum())
     if right_B is not None:
         values["accuracy"] = (right_B * rows_B).sum()
-    if out.aux_B is not None:
-        values["aux"] = (out.aux_B * rows_B).sum()
+    if aux_B is not None:
+        values["aux"] = (aux_B * rows_B).sum()
         values["loss"] += values["aux"]
     return values
 

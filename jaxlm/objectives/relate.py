@@ -155,7 +155,9 @@ def logits(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | N
 
 def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
     z_BL, out = logits(c, model, params, batch, key)
-    return {"pairs": classify.sums(batch["rows"], out, *classify.single(z_BL, batch["target"], c.label_smoothing))}
+    return {
+        "pairs": classify.sums(batch["rows"], out.aux_B, *classify.single(z_BL, batch["target"], c.label_smoothing))
+    }
 
 
 def predict(c: Config, model: Model, params: Any, batch: dict) -> jax.Array:

@@ -86,3 +86,8 @@ def test_relations_as_semeval_and_tacred_count_them():
     assert "relations, without 'Other'" in report and "support" in report
     values, _ = metrics.relations(["a", "b"], ["a", "a"], ["a", "b"], "")
     assert values["f1_macro"] == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_choices_and_a_liking_for_one():
+    values, report = metrics.choices([0, 1, 1, 2], [1, 1, 1, 1])
+    assert values == dict(accuracy=0.5) and "B          0.5000   1.0000" in report

@@ -1,0 +1,52 @@
+"""Multiple choice from tables: a context, its choices in one list or in columns of their own, and which is right."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jaxlm.data.labelled import Choice, Split, split, tables
+
+
+class Names(NamedTuple):
+    """Columns of tables."""
+
+    context: tuple[str, ...] = ("context",)
+    choices: tuple[str, ...] = ("choices",)
+    answer: str = "answer"
+
+
+def read(source: str, names: Names | None = None, columns: Sequence[str] = (), first: int = 0) -> Split:
+    """`first`: number of the first choice. `columns`: of a CSV or TSV file whose first line is no header."""
+    return split(source, (_choice(row, names or Names(), first) for row in tables.read(source, columns)))
+
+
+def _choice(row: tables.Row, names: Names, first: int) -> Choice:
+    context = " ".join(row.text(name, "objective.context") for name in names.context)
+    labels, texts = _choices(row, names.choices)
+    if len(texts) < 2:
+        raise ValueError(f"{row.where}: {len(texts)} choices leave nothing to choose; correct or remove it")
+    told = row.text(names.answer, "objective.answer")
+    if told in labels:
+        at = labels.index(told)
+    elif len(told) == 1 and told.isalpha():
+        at = ord(told.upper()) - ord("A")
+    else:
+        at = int(told) - first if told.removeprefix("-").isdecimal() else -1
+    if not 0 <= at < len(texts):
+        known = ", ".join(labels) or f"{first} to {first + len(texts) - 1}, or A to {chr(ord('A') + len(texts) - 1)}"
+        raise ValueError(
+            f"{row.where}: {names.answer} {told!r} is none of the {len(texts)} choices ({known}); correct it, or set "
+            f"objective.first to the number of the first choice"
+        )
+    return Choice(row.where, context, tuple(texts), at)
+
+
+def _choices(row: tables.Row, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(what the choices are called where they have names, their texts)."""
+    if len(names) > 1:
+        return [], [row.text(name, "objective.choices") for name in names]
+    value: Any = row.cells.get(names[0])
+    if isinstance(value, list) and value and all(isinstance(v, dict) and {"label", "text"} <= v.keys() for v in value):
+        value = {key: [v[key] for v in value] for key in ("label", "text")}
+    if isinstance(value, dict) and {"label", "text"} <= value.keys():
+        return [str(v) for v in value["label"]], [str(v) for v in value["text"]]
+    return [], list(row.words(names[0], "objective.choices"))
