@@ -34,6 +34,18 @@ def learnable(found: Sequence[Conversation], tokens: Any, template: str | None) 
     return conversations.encode(found, partial(render_all, template, bos=bos, eos=eos), tokens)
 
 
+def asked(found: Sequence[Conversation], tokens: Any, template: str | None) -> tuple[list[list[int]], list[str]]:
+    """(what stands before the last of the assistant's texts, by a template or plainly without one; those texts)."""
+    lasts = [max(i for i, m in enumerate(c.messages) if m["role"] == "assistant") for c in found]
+    before = [c.messages[:last] for c, last in zip(found, lasts, strict=True)]
+    true = [c.messages[last]["content"] for c, last in zip(found, lasts, strict=True)]
+    if not template:
+        return [[id for ids, _ in conversations.plain_parts(m, tokens) for id in ids] for m in before], true
+    bos, eos = ("" if id is None else tokens.piece(id) for id in (tokens.bos_id, tokens.eos_id))
+    texts = render_all(template, [(messages, True) for messages in before], bos=bos, eos=eos)
+    return [tokens.encode_special(text) for text in texts], true
+
+
 @dataclass
 class Chat:
     """One conversation. `params` had best be prepared."""

@@ -78,8 +78,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--task-folder", type=Path, metavar="DIR", help="your own tasks in YAML, instead of the built-in ones"
     )
     p.add_argument("--shots", type=int, help="examples before each question (default: the task's)")
-    p.add_argument("--limit", type=int, help="at most so many examples of each task")
+    p.add_argument("--limit", type=int, help="at most so many examples of each task, or texts of each source")
     p.add_argument("--chat", action="store_true", help="ask by the model's chat template")
+    p.add_argument("--metric", metavar="NAME", help="let the model write and compare it with the data's texts: bleu "
+                   "(and chrF), rouge, exact, number (the last of a text)")  # fmt: skip
+    p.add_argument("--beams", type=int, default=1, help="--metric: of beam search (default 1, none)")
     p.add_argument("--code", metavar="FILE", help="problems in HumanEval's format instead of text: pass@k")
     p.add_argument("--run-generated-code", action="store_true", help="--code: yes, run what the model writes, shut in")
     p.add_argument("--weak-sandbox", action="store_true", help="--code: also where this machine can't shut it in "
@@ -88,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--k", default="1", metavar="1,10", help="--code: of pass@k (default 1)")
     p.add_argument("--temperature", type=float, default=0.0, help="--code: of the samples (default 0, the likeliest)")
     p.add_argument("--top-p", type=float, default=1.0, help="--code: of the samples (default 1)")
-    p.add_argument("--tokens", type=int, default=512, help="--code: of an answer, at most (default 512)")
+    p.add_argument("--tokens", type=int, help="of a text, at most (default: --code 512, --metric 128)")
     p.add_argument("--seconds", type=float, default=5.0, help="--code: of a program, at most (default 5)")
     p.add_argument("--memory", type=int, default=1024, metavar="MIB", help="--code: of a program (default 1024)")
     p.add_argument("--against", metavar="OTHER", help="another model on the same examples: differences with their 95 % "
@@ -264,6 +267,8 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
     others, out = None, args.out or Path("evals") / Path(args.model).name
     if args.code:
         values, samples, others = _code(args, out)
+    elif args.metric:
+        values, samples, others = _texts(args, out)
     elif args.tasks:
         tasks = args.tasks.split(",")
         more = dict(shots=args.shots, limit=args.limit, folder=args.task_folder, chats=args.chat)
@@ -282,7 +287,7 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
             others = inference.evaluate(args.against, data=data, batches=args.batches).samples
         else:
             out = args.out
-    plain = not args.tasks and not args.code
+    plain = not args.tasks and not args.code and not args.metric
     about = {"model": args.model, "figures": values} if plain else values
     about = about | ({"against": args.against} if args.against else {})
     record, shown = inference.against(samples, others, out, args.resamples, args.seed, about)
@@ -309,8 +314,8 @@ def _code(args: argparse.Namespace, out: Path) -> tuple[dict, dict, dict | None]
         ks = [int(k) for k in args.k.split(",")]
     except ValueError:
         raise ValueError(f"--k: {args.k!r} are no whole numbers with commas between; give, for example, 1,10") from None
-    how = inference.Sampling(tokens=args.tokens, temperature=args.temperature, top_p=args.top_p, samples=args.samples,
-                             stop=STOPS, seed=args.seed)  # fmt: skip
+    how = inference.Sampling(tokens=args.tokens or 512, temperature=args.temperature, top_p=args.top_p,
+                             samples=args.samples, stop=STOPS, seed=args.seed)  # fmt: skip
     more = dict(weak=args.weak_sandbox, seconds=args.seconds, memory=args.memory << 20)
     values, sample = inference.evaluate_code(args.model, args.code, out, how, ks, step=args.step, **more)
     print(f"{out}: results.json and code.jsonl, every answer and what became of it")
@@ -319,6 +324,20 @@ def _code(args: argparse.Namespace, out: Path) -> tuple[dict, dict, dict | None]
         other = inference.evaluate_code(args.against, args.code, out / "against", how, ks, **more)[1]
         others = {"problems": other}
     return values, {"problems": sample}, others
+
+
+def _texts(args: argparse.Namespace, out: Path) -> tuple[dict, dict, dict | None]:
+    """(results, what they may be resampled from, the other model's)."""
+    from jaxlm import inference
+
+    how = inference.Sampling(tokens=args.tokens or 128, beams=args.beams)
+    more = dict(data=args.data, limit=args.limit)
+    values, about, sample = inference.evaluate_texts(args.model, args.metric, out, how, step=args.step, **more)
+    print(f"{about}\n{out}: results.json and texts.jsonl, every text beside the true one")
+    others = None
+    if args.against:
+        others = {"texts": inference.evaluate_texts(args.against, args.metric, out / "against", how, **more)[2]}
+    return values, {"texts": sample}, others
 
 
 def _sampling(args: argparse.Namespace, rest: list[str]) -> Any:
@@ -407,7 +426,7 @@ def _augment(args: argparse.Namespace, rest: list[str]) -> int:
     from jaxlm import augment
     from jaxlm.sampling import Sampling
 
-    how = Sampling(tokens=args.tokens, temperature=args.temperature, beams=args.beams)
+    how = Sampling(tokens=args.tokens or 512, temperature=args.temperature, beams=args.beams)
     columns = tuple(name for name in args.columns.split(",") if name)
     said = augment.augment(
         args.file, args.out, args.method, args.model, args.back, text=args.text, columns=columns, word=args.word,

@@ -13,8 +13,9 @@ import numpy as np
 
 from jaxlm import assemble, pretrained, sharding, stream
 from jaxlm.chat import Chat, converse
+from jaxlm.config import nearest
 from jaxlm.embed import Recipe, embed_texts, read_recipe
-from jaxlm.eval import answers, code, compare, counts, harness, perplexity, sandbox
+from jaxlm.eval import answers, code, compare, counts, harness, perplexity, sandbox, texts
 from jaxlm.eval.compare import Sample
 from jaxlm.pretrained import open_model
 from jaxlm.sampling import Sampling
@@ -128,6 +129,59 @@ def evaluate_code(
     about = dict(model=place, problems=len(problems), samples=how.samples, temperature=how.temperature, top_p=how.top_p)
     about |= dict(tokens=how.tokens, seed=how.seed, seconds=seconds, sandbox=lacking or "whole", figures=figures)
     return about, sample
+
+
+def evaluate_texts(
+    place: str, metric: str, out: Path, how: Sampling, *, data: Sequence[str] | None = None, step: int | None = None,
+    limit: int | None = None, rows: int = 32,
+) -> tuple[dict[str, Any], str, Sample]:  # fmt: skip
+    """What the model writes beside the true texts of `data`, or of the run's validation data: (results, how they were
+    counted, what they may be resampled from). `out` gets every text."""
+    if metric not in texts.METRICS:
+        raise ValueError(f"--metric: unknown {metric!r}{nearest(metric, texts.METRICS)}")
+    opened = open_model(place, step)
+    p = pretrained.program(opened, data)
+    if not hasattr(p.objective, "asked"):
+        raise ValueError(f"--metric: {place} learned no pairs of texts and no conversations; leave --metric out")
+    if not p.run.data.valid:
+        raise ValueError(f"--metric: {place} has no validation data of its own; name some with --data")
+    row = assemble.host_half(p.run, p.tokens).row
+    row = row | {"template": opened.source.templates.get("default"), "new": how.tokens}
+    prompts: list[list[int]] = []
+    read: list[list[int]] = []
+    true: list[str] = []
+    for source in p.run.data.valid:
+        ids, sources, several, notes = p.objective.asked(p.run.objective, source, p.tokens, row, opened.prompts)
+        for note in notes:
+            print(note)
+        n = len(several) if limit is None else limit
+        prompts, read, true = prompts + ids[:n], read + (sources or [])[:n], true + several[:n]
+    found = _written(opened, prompts, read or None, how, rows)
+    scored = texts.METRICS[metric](true, found)
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(dict(true=a, found=b), ensure_ascii=False) for a, b in zip(true, found, strict=True)]
+    (out / "texts.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    about = dict(model=place, texts=len(true), tokens=how.tokens, beams=how.beams, counted=scored.about)
+    return about | dict(figures=scored.figures), scored.about, scored.sample._replace(keys=true)
+
+
+def _written(
+    p: pretrained.Pretrained, prompts: list[list[int]], read: list[list[int]] | None, how: Sampling, rows: int
+) -> list[str]:
+    """The new text of each prompt; prompts of like length go together."""
+    out = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: -len((read or prompts)[i]))
+    with sharding.on_mesh(p.mesh):
+        run = p.generator()
+        weights = run.prepare(p.params)
+        for at in range(0, len(order), rows):
+            members = order[at : at + rows]
+            filled = members + members[-1:] * (rows - len(members) if at else 0)  # so that nothing compiles anew
+            given = None if read is None else [read[i] for i in filled]
+            answers = stream.answers(run, p.tokens, weights, [prompts[i] for i in filled], how, given)
+            for i, [answer] in zip(members, answers, strict=False):
+                out[i] = answer.text
+    return out
 
 
 def against(

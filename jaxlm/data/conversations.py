@@ -1,7 +1,7 @@
 """Conversations from files, whatever their makers call the parts, and as tokens of which some are learned.
 
 Read: OpenAI's `messages`, ShareGPT's `conversations`, Alpaca's `instruction`, `input`, `output`, and pairs of `prompt`
-and `completion`; as JSON lines or a JSON list.
+and `completion` or `question` and `answer`; as JSON lines or a JSON list.
 """
 
 import json
@@ -18,6 +18,7 @@ ROLES = {
     "bot": "assistant", "model": "assistant", "chatgpt": "assistant", "system": "system", "tool": "tool",
     "observation": "tool", "function": "tool",
 }  # fmt: skip
+PAIRS = (("prompt", "completion"), ("question", "answer"))
 
 
 class Conversation(NamedTuple):
@@ -71,13 +72,13 @@ def messages_of(where: str, row: dict[str, Any]) -> Messages:
         if "instruction" in row and "output" in row:
             task = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
             found = [_said("user", task), _said("assistant", row["output"])]
-        elif "prompt" in row and "completion" in row:
-            found = [*listed(where, row["prompt"], "user"), *listed(where, row["completion"], "assistant")]
+        elif pair := next((pair for pair in PAIRS if row.keys() >= set(pair)), None):
+            found = [*listed(where, row[pair[0]], "user"), *listed(where, row[pair[1]], "assistant")]
         else:
             there = ", ".join(row) or "none"
             raise ValueError(
                 f"{where}: no conversation; fields there: {there}; known are messages, conversations, "
-                "instruction with output, and prompt with completion"
+                "instruction with output, prompt with completion, and question with answer"
             )
         if row.get("system"):
             found = [_said("system", row["system"]), *found]
@@ -156,8 +157,13 @@ def _joined(c: Conversation, parts: Iterable[tuple[Sequence[int], bool]]) -> Tok
 
 def encode_plainly(c: Conversation, tokens: Any) -> Tokens:
     """Without a template: BOS, the texts one after another, EOS after each of the assistant's."""
-    parts: list[tuple[Sequence[int], bool]] = [([tokens.bos_id], False)]
-    for m in c.messages:
+    return _joined(c, plain_parts(c.messages, tokens))
+
+
+def plain_parts(messages: Messages, tokens: Any) -> list[tuple[list[int], bool]]:
+    """(ids, whether the assistant said it) of BOS and each message."""
+    parts: list[tuple[list[int], bool]] = [([tokens.bos_id], False)]
+    for m in messages:
         said = m["role"] == "assistant"
         parts.append(([*tokens.encode(m["content"]), *([tokens.eos_id] if said else [])], said))
-    return _joined(c, parts)
+    return parts

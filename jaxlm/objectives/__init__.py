@@ -16,6 +16,8 @@
   `decoder_start`, the model's own or None.
 - `prompt(c, tokenizer, text, row) -> (tokens, what an encoder reads or None)`: what a model reads before it goes on,
   where that is more than BOS and the text.
+- `asked(c, source, tokenizer, row, prompts) -> (prompts, what an encoder reads or None, true texts, notes)`, where what
+  the model writes can be compared with what should be written; `prompts` makes token ids of texts.
 - `both_ways`: True where it teaches a decoder to read prompts both ways.
 - `reference(c, model, params, batch)`, where `needs_reference(c)`: what the weights that training starts from find of
   each row; it stands in the records as `reference`.

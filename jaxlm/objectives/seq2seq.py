@@ -1,11 +1,12 @@
 """A target text from a source text: translation, summaries; for an encoder-decoder or, in one row, for a decoder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from jaxlm.data import sources
 from jaxlm.objectives import causal
 
 records = "texts"
@@ -107,6 +108,27 @@ def prompt(c: Config, tokenizer: Any, text: str, row: dict) -> tuple[list[int], 
     if row["kind"] == "decoder":
         return [tokenizer.bos_id, *ids, separator(c, tokenizer)], None
     return [start_id(c.decoder_start, tokenizer, row["decoder_start"])], [*ids, tokenizer.eos_id]
+
+
+def asked(
+    c: Config, source: str, tokenizer: Any, row: dict, prompts: Callable[[Sequence[str]], Any]
+) -> tuple[list[list[int]], list[list[int]] | None, list[str], list[str]]:
+    """(what a model reads of each pair as `prompts` gives it, the true texts, what a user should know of them).
+    `row["new"]`: tokens that it may write."""
+    texts, true = zip(*(pair.texts for pair in sources.documents(source, field=fields(c))), strict=True)
+    read, source_ids = prompts(texts)
+    room = row["seq_len"] if source_ids is not None else row["seq_len"] + 1 - row["new"]
+    if room < 3:
+        raise ValueError(
+            f"--tokens: {row['new']} leave nothing of train.seq_len {row['seq_len']} to read; ask for fewer"
+        )
+    whole = read if source_ids is None else source_ids
+    kept = [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in whole]
+    cut = sum(len(ids) > room for ids in whole)
+    notes = (
+        [f"{source}: {cut:,} of {len(true):,} sources lose their end; raise train.seq_len to keep it"] if cut else []
+    )
+    return (kept, None, list(true), notes) if source_ids is None else (read, kept, list(true), notes)
 
 
 def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -59,6 +59,22 @@ def read(c: Config, source: str, tokenizer: Any, row: dict) -> tuple[list[dict],
     return [{"texts": [kept[i] for i in some]} for some in members], notes
 
 
+def asked(
+    c: Config, source: str, tokenizer: Any, row: dict, prompts: Any
+) -> tuple[list[list[int]], None, list[str], list[str]]:
+    """(conversations up to their last answer, these answers, what a user should know). `row["new"]`: tokens of new
+    answers; what doesn't fit beside them is cut off at the beginning."""
+    ids, true = chat.asked(conversations.read(source), tokenizer, c.template or row["template"])
+    room = row["seq_len"] + 1 - row["new"]
+    if room < 1:
+        raise ValueError(
+            f"--tokens: {row['new']} leave nothing of train.seq_len {row['seq_len']} to read; ask for fewer"
+        )
+    cut = sum(len(text) > room for text in ids)
+    note = f"{source}: {cut:,} of {len(ids):,} conversations lose their beginning; raise train.seq_len to keep it"
+    return [text[-room:] for text in ids], None, true, [note] if cut else []
+
+
 def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
     room, texts = record["seq_len"] + 1, record["texts"]
     row = line_up([np.array(t.ids) for t in texts], room, tokenizer.pad_id or 0)
