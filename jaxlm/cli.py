@@ -282,6 +282,8 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
         values, samples = dict(found.figures), found.samples
         if found.report:
             print(found.report)
+        if args.out and found.examples:
+            inference.write_lines(args.out / "examples.jsonl", found.examples)
         if args.against:
             data = args.data or found.data
             others = inference.evaluate(args.against, data=data, batches=args.batches).samples

@@ -84,13 +84,31 @@ def show_example(example: dict[str, np.ndarray], tokens: Any, title: str) -> Non
     if "source" in example:
         show_both_sides(example, tokens, title)
         return
-    at = set(example["at"][example["weights"] > 0].tolist()) if "at" in example else None
-    ids, segments = example["tokens"], example["segments"]
-    # In causal training position t predicts t + 1: mark the token that is predicted.
-    marked = [(t in at) if at is not None else bool(t and example["weights"][t - 1] > 0) for t in range(len(ids))]
+    if "weights" not in example:
+        show_whole(example, tokens, title)
+        return
+    ids, segments, counts = example["tokens"], example["segments"], example["weights"] > 0
+    if "at" in example:
+        at = set(example["at"][counts].tolist())
+    else:
+        # In causal training position t predicts t + 1: mark the token that is predicted. Tags are of the token itself.
+        ahead = np.array_equal(example["targets"][:-1][counts[:-1]], ids[1:][counts[:-1]])
+        at = set((np.flatnonzero(counts) + ahead).tolist())
+    marked = [t in at for t in range(len(ids))]
     console.print(f"{title}: {len(ids)} tokens in {len(set(segments[segments > 0].tolist()))} document(s), "
                   f"{sum(marked)} of them targets (underlined)")  # fmt: skip
     console.print(decoded(ids, segments, tokens, marked))
+
+
+def show_whole(example: dict[str, np.ndarray], tokens: Any, title: str) -> None:
+    """An example that is judged as a whole: its text, or its texts, and what is wanted of it."""
+    rows, segments = (np.atleast_2d(example[name]) for name in ("tokens", "segments"))
+    for ids, segment in zip(rows, segments, strict=True):
+        n = int((segment > 0).sum())
+        console.print(f"{title}: {n} of {len(ids)} tokens")
+        console.print(decoded(ids[:n], segment[:n], tokens, [False] * n))
+    wanted = {name: leaf for name, leaf in example.items() if np.shape(leaf) != example["tokens"].shape}
+    console.print(", ".join(f"{name} {np.asarray(leaf).tolist()}" for name, leaf in wanted.items()))
 
 
 def show_both_sides(example: dict[str, np.ndarray], tokens: Any, title: str) -> None:

@@ -32,6 +32,8 @@ class Found(NamedTuple):
     """What the figures may be resampled from."""
     data: tuple[str, ...]
     """Validation sources; empty: held out of the run's training data."""
+    examples: list[dict[str, Any]]
+    """What is true and what was found of each, where the objective makes predictions."""
 
 
 def evaluate(place: str, *, data: Sequence[str] | None = None, step: int | None = None, batches: int = 0) -> Found:
@@ -45,14 +47,14 @@ def evaluate(place: str, *, data: Sequence[str] | None = None, step: int | None 
         given = counts.keyed(assemble.validation_batches(p, corpus, batches), keys)
         parts = perplexity.parts(eval_step, opened.params, given)
         samples = {"losses": counts.of_losses(parts, keys)}
-        found = Found(perplexity.total(parts), "", samples, tuple(p.run.data.valid))
+        found = Found(perplexity.total(parts), "", samples, tuple(p.run.data.valid), [])
         if not hasattr(p.objective, "predict"):
             return found
         items = [item for part in corpus.valid for item in part]
         predicted = assemble.predictions(p, opened.params, items)
-    values, report = answers.score(p.objective, p.run.objective, items, predicted)
-    samples["answers"] = answers.sample(p.objective, p.run.objective, items, predicted)
-    return found._replace(figures=found.figures | values, report=report)
+    judged = answers.judge(p.objective, p.run.objective, items, predicted)
+    samples["answers"] = judged.sample
+    return found._replace(figures=found.figures | judged.figures, report=judged.report, examples=judged.examples)
 
 
 def evaluate_tasks(
@@ -158,9 +160,7 @@ def evaluate_texts(
         prompts, read, true = prompts + ids[:n], read + (sources or [])[:n], true + several[:n]
     found = _written(opened, prompts, read or None, how, rows)
     scored = texts.METRICS[metric](true, found)
-    out.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(dict(true=a, found=b), ensure_ascii=False) for a, b in zip(true, found, strict=True)]
-    (out / "texts.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    write_lines(out / "texts.jsonl", [dict(true=a, found=b) for a, b in zip(true, found, strict=True)])
     about = dict(model=place, texts=len(true), tokens=how.tokens, beams=how.beams, counted=scored.about)
     return about | dict(figures=scored.figures), scored.about, scored.sample._replace(keys=true)
 
@@ -182,6 +182,12 @@ def _written(
             for i, [answer] in zip(members, answers, strict=False):
                 out[i] = answer.text
     return out
+
+
+def write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """As JSON lines."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
 
 
 def against(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,20 @@ def score(objective: ModuleType, c: Any, items: Sequence[dict], found: Sequence[
     return SCORES[objective.scores](c, *objective.answers(c, items, found))
 
 
-def sample(objective: ModuleType, c: Any, items: Sequence[dict], found: Sequence[np.ndarray]) -> Sample:
-    """The same predictions, to be resampled."""
-    return counts.of_answers(objective.scores, c, items, *objective.answers(c, items, found))
+class Judged(NamedTuple):
+    figures: dict[str, float]
+    report: str
+    sample: Sample
+    """To be resampled."""
+    examples: list[dict[str, Any]]
+    """Where each stands, what is true, what was found."""
+
+
+def judge(objective: ModuleType, c: Any, items: Sequence[dict], found: Sequence[np.ndarray]) -> Judged:
+    """All that is to be said of the same predictions."""
+    true, told = objective.answers(c, items, found)
+    values, report = SCORES[objective.scores](c, true, told)
+    sample = counts.of_answers(objective.scores, c, items, true, told)
+    rows = [dict(where=where, true=a, found=b)
+            for where, a, b in zip(counts.places(items, len(true)), true, told, strict=True)]  # fmt: skip
+    return Judged(values, report, sample, rows)

@@ -160,12 +160,16 @@ def means(values: Mapping[str, Sequence[float]], keys: Sequence[Any] = ()) -> Sa
     return Sample(table_NM, lambda sums_RM: dict(zip(values, (sums_RM[:, 1:] / sums_RM[:, :1]).T, strict=True)), keys)
 
 
+def places(items: Sequence[dict], answers: int) -> list[str | None]:
+    """Where each answer's item stands. Several items may belong to one, as the windows of a text do: they come from
+    the same place."""
+    out = [item.get("where") for item in items]
+    return out if len(out) == answers else list(dict.fromkeys(out))
+
+
 def of_answers(scores: str, c: Any, items: Sequence[dict], true: Sequence[Any], found: Sequence[Any]) -> Sample:
     """Of predictions. `scores`: what their objective calls them."""
-    # Several items may belong to one answer, as the windows of a text do: they come from the same place.
-    places = [item.get("where") for item in items]
-    places = places if len(places) == len(true) else list(dict.fromkeys(places))
-    keys = [(place, repr(answer)) for place, answer in zip(places, true, strict=True)]
+    keys = [(place, repr(answer)) for place, answer in zip(places(items, len(true)), true, strict=True)]
     if scores in COUNTS:
         return COUNTS[scores](c, true, found)._replace(keys=keys)
     return means({"exact": [float(a == b) for a, b in zip(true, found, strict=True)]}, keys)

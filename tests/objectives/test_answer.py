@@ -189,7 +189,7 @@ def config():
     return Run("r", bert.Config(vocab=264, layers=1, width=32, heads=2, ffn=64, positions=24),
                answer.Config(stride=6), data=Data(train=({file!r},), valid={valid!r}, tokenizer="bytes", holdout=0.4),
                optim=Optim(lr=1e-2, warmup=1), execution=Execution("float32"), out={out!r},
-               train=Train(steps=60, batch_size=16, micro_batches=2, seq_len=24, eval_every=60, prompts=(), metric="f1"))
+               train=Train(steps=60, batch_size=16, micro_batches=2, seq_len=24, prompts=(), metric="f1"))
 """
 
 
@@ -198,11 +198,16 @@ def test_from_the_command_line_to_a_report(file, tmp_path, capsys):
     (tmp_path / "c.py").write_text(CONFIG.format(file=file, valid=(file,), out=str(tmp_path)))
     assert cli.main(["train", str(tmp_path / "c.py"), "--optim.freeze", "^position$"]) == 0
     assert "4 of 4 texts are read in several windows" in capsys.readouterr().out
-    assert cli.main(["eval", str(tmp_path / "r"), "--data", file, "--json"]) == 0
+    assert cli.main(["eval", str(tmp_path / "r"), "--data", file, "--out", str(tmp_path / "out"), "--json"]) == 0
     shown = capsys.readouterr().out
     found = json.loads(shown.splitlines()[-1])
     assert found["f1"] == found["hasans_exact"] == found["noans_exact"] == 1 and "with objective.threshold" in shown
     assert found["sizes"]["answers"] == "4 questions"
+    kept = [json.loads(line) for line in (tmp_path / "out" / "examples.jsonl").read_text().splitlines()]
+    assert [(row["where"], row["true"], row["found"][0][0]) for row in kept[-2:]] == [
+        (f"{file}:3", ["北京"], "北京"), (f"{file}:4", [], "")
+    ]  # fmt: skip
+    assert len(kept[0]["found"]) > 5, "the n best, with how far they are above no answer"
 
 
 def test_windows_of_one_text_are_held_out_together(file, tmp_path, capsys):
