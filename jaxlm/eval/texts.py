@@ -39,7 +39,7 @@ def bleu(true: Texts, found: Texts) -> Scored:
     metric = sacrebleu.BLEU(tokenize={"zh": "zh", "ja": "char"}.get(script(true), "13a"))
     chrf = sacrebleu.CHRF()
     whole, other = metric.corpus_score(found, [true]), chrf.corpus_score(found, [true])
-    each = [metric.sentence_score(b, [a]) for a, b in zip(true, found, strict=True)]
+    each = [metric.corpus_score([b], [[a]]) for a, b in zip(true, found, strict=True)]
     counts_NM = np.array([[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in each], float)
 
     def figures(sums_RM: np.ndarray) -> Figures:

@@ -85,7 +85,7 @@ def read(c: Config, source: str, tokenizer: Any, row: dict) -> tuple[list[dict],
     asked = tokenizer.encode_batch([q.question for q in found.examples])
     encoded: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
     items: list[dict] = []
-    cut = long = several = 0
+    cut = lost = long = several = 0
     for q, ids in zip(found.examples, asked, strict=True):
         head = [*first, *ids[: c.question_len], *between]
         cut += len(ids) > c.question_len
@@ -96,6 +96,7 @@ def read(c: Config, source: str, tokenizer: Any, row: dict) -> tuple[list[dict],
             encoded[q.context] = tokenizer.encode_offsets(q.context)
         tokens, spans = encoded[q.context]
         places = _places(q, spans)
+        lost += len(places) < len(q.answers)
         long += any(z - a >= c.max_answer for a, z in places)
         windows = _windows(len(tokens), room, c.stride)
         several += len(windows) > 1
@@ -111,6 +112,7 @@ def read(c: Config, source: str, tokenizer: Any, row: dict) -> tuple[list[dict],
             )  # fmt: skip
     told = {
         f"{cut:,} questions lose their end; raise objective.question_len to keep it": cut,
+        f"{lost:,} answers have no token; the tokenizer leaves their characters out, so they can't be found": lost,
         f"{long:,} answers are longer than objective.max_answer, so they can't be found; raise it": long,
         f"{several:,} of {len(asked):,} texts are read in several windows, {len(items):,} in all": several,
     }

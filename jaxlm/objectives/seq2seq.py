@@ -117,7 +117,7 @@ def asked(
     `row["new"]`: tokens that it may write."""
     texts, true = zip(*(pair.texts for pair in sources.documents(source, field=fields(c))), strict=True)
     read, source_ids = prompts(texts)
-    room = row["seq_len"] if source_ids is not None else row["seq_len"] + 1 - row["new"]
+    room = row["seq_len"] if source_ids is not None else row["seq_len"] - row["new"]
     if room < 3:
         raise ValueError(
             f"--tokens: {row['new']} leave nothing of train.seq_len {row['seq_len']} to read; ask for fewer"

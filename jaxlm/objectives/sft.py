@@ -65,7 +65,7 @@ def asked(
     """(conversations up to their last answer, these answers, what a user should know). `row["new"]`: tokens of new
     answers; what doesn't fit beside them is cut off at the beginning."""
     ids, true = chat.asked(conversations.read(source), tokenizer, c.template or row["template"])
-    room = row["seq_len"] + 1 - row["new"]
+    room = row["seq_len"] - row["new"]
     if room < 1:
         raise ValueError(
             f"--tokens: {row['new']} leave nothing of train.seq_len {row['seq_len']} to read; ask for fewer"

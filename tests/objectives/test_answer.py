@@ -78,6 +78,16 @@ def test_long_texts_are_read_in_windows_that_overlap(long):
         answer.read(c, long, TOKENS, ROW | dict(seq_len=5))
 
 
+def test_answers_that_tokens_leave_out_are_told(file):
+    class Deaf(Bytes):
+        def encode_offsets(self, text):
+            ids, spans = super().encode_offsets(text)
+            return [i for i in ids if i < 128], [span for i, span in zip(ids, spans, strict=True) if i < 128]
+
+    items, notes = answer.read(answer.Config(), file, Deaf(), ROW)
+    assert items[-1]["target"] == (0, 0) and "1 answers have no token" in notes[0]
+
+
 def scores(item: dict, begin: int, end: int, value: float, none: float = 0.0) -> np.ndarray:
     """That a window's span is found, by its tokens of context."""
     z_T2 = np.full((40, 2), -20.0)
