@@ -89,6 +89,7 @@ def test_empty_splits(tmp_path, monkeypatch, capsys, objective, part):
     status, shown = said(tmp_path, monkeypatch, capsys, objective, valid, train)
     assert status == 2 and "is empty" in shown
     assert f"{part}." in shown or objective == "seq2seq.Config()", "the file"
+    assert "it holds no labelled example; name one that has some" in shown or objective[:3] in ("seq", "sft")
 
 
 @pytest.mark.parametrize("objective", ["classify.Config()", "relate.Config()", "tag.Config()", "answer.Config()"])

@@ -109,7 +109,7 @@ def split(source: str, examples: Iterable[Any], problems: Sequence[str] = ()) ->
     """Refuses a source without a single example."""
     found = list(examples)
     if not found:
-        lost = f"; {len(problems)} were left out, the first: {problems[0]}" if problems else ""
+        lost = f"; {len(problems)} were left out, the first: {problems[0]}" if problems else "; name one that has some"
         raise ValueError(f"data source {source!r} is empty: it holds no labelled example{lost}")
     return Split(source, found, problems)
 
