@@ -3,9 +3,10 @@
 jaxlm train summarize --start hf:facebook/bart-base --data.train train.jsonl --data.valid dev.jsonl
 jaxlm eval runs/summarize --metric rouge --beams 4 --tokens 100
 
-A small model from nothing in a few minutes on a CPU, which learns the form and little more: --train.steps 150
---optim.lr 1e-3 --optim.warmup 20 --data.tokenizer sentencepiece:4096 --model.vocab 4096 --model.layers 2
---model.width 128 --model.heads 4 --model.ffn 512 --train.seq-len 256
+In minutes on a CPU a small chat model says more: `chat`, from pairs of `prompt` (what to do, and the dialogue) and
+`completion` (the summary), and jaxlm eval runs/chat --metric rouge. A small model from nothing learns the form and
+little more: --train.steps 150 --optim.lr 1e-3 --optim.warmup 20 --data.tokenizer sentencepiece:4096 --model.vocab 4096
+--model.layers 2 --model.width 128 --model.heads 4 --model.ffn 512 --train.seq-len 256
 """
 
 from jaxlm.config import Data, Execution, Optim, Run, Train
