@@ -171,9 +171,9 @@ def dialogsum(data: Path, folder: Path) -> None:
         return [dict(prompt=SUMMARIZE + row["dialogue"], completion=row[summary]) for row in rows]
 
     every = asked(records(data / "dialogsum/dev.jsonl"), "summary")
-    write(folder / "train.jsonl", every[:460])
-    write(folder / "valid.jsonl", every[460:])
-    write(folder / "test.jsonl", asked(records(data / "dialogsum/test.jsonl")[:300:3], "summary1"))
+    write(folder / "train.jsonl", every[:-20])
+    write(folder / "valid.jsonl", every[-20:])
+    write(folder / "test.jsonl", asked(records(data / "dialogsum/test.jsonl")[::8], "summary1"))
 
 
 def first_turns(folder: Path) -> Found:
@@ -188,9 +188,9 @@ def first_turns(folder: Path) -> Found:
 
 def gsm8k(data: Path, folder: Path) -> None:
     every = lines(data / "gsm8k/train.jsonl")
-    write(folder / "train.jsonl", every[:-64])
-    write(folder / "valid.jsonl", every[-64:])
-    write(folder / "test.jsonl", lines(data / "gsm8k/test.jsonl")[:200])
+    write(folder / "train.jsonl", every[:-20])
+    write(folder / "valid.jsonl", every[-20:])
+    write(folder / "test.jsonl", lines(data / "gsm8k/test.jsonl")[:100])
 
 
 def commonest_number(folder: Path) -> Found:
@@ -200,7 +200,7 @@ def commonest_number(folder: Path) -> Found:
 
 
 def humaneval(data: Path, folder: Path) -> None:
-    write(folder / "test.jsonl", lines(data / "humaneval/HumanEval.jsonl")[::3])
+    write(folder / "test.jsonl", lines(data / "humaneval/HumanEval.jsonl")[::4])
 
 
 def empty_bodies(folder: Path) -> Found:
@@ -216,7 +216,7 @@ def empty_bodies(folder: Path) -> Found:
 
 TABLES = "--data.train train.tsv --data.valid valid.tsv"
 QUESTIONS = "--train.steps 90 --train.seq-len 256 --train.batch-size 10 --optim.lr 2e-4"
-TUNE = ("--train.steps 24 --train.batch-size 2 --train.seq-len 384 --optim.warmup 2 --optim.lr 1e-4 "
+TUNE = ("--train.steps 16 --train.batch-size 2 --train.seq-len 384 --optim.warmup 2 --optim.lr 1e-4 "
         "--execution.dtype float32")  # fmt: skip
 CHAT = "--start decoder.gguf --data.train train.jsonl --data.valid valid.jsonl"
 TASKS = {
@@ -238,10 +238,10 @@ TASKS = {
     "gsm8k": Task("number", "chat", gsm8k, commonest_number, CHAT, TUNE,
                   "--data {test} --metric number --tokens 128", test="test.jsonl"),
     "humaneval": Task("pass@1", "code", humaneval, empty_bodies, "--start decoder.gguf",
-                      "--train.steps 15 --train.batch-size 4 --train.seq-len 256 --train.eval-batches 4 "
+                      "--train.steps 12 --train.batch-size 4 --train.seq-len 256 --train.eval-batches 2 "
                       "--optim.warmup 2 --execution.dtype float32",
                       "--code {test} --run-generated-code --samples 4 --k 1,4 --temperature 0.2 --top-p 0.95 "
-                      "--tokens 112", test="test.jsonl"),
+                      "--tokens 100", test="test.jsonl"),
 }  # fmt: skip
 
 

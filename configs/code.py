@@ -3,8 +3,8 @@
 jaxlm train code --start hf:HuggingFaceTB/SmolLM2-135M --data.train src/**/*.py
 jaxlm eval runs/code --code HumanEval.jsonl --run-generated-code --samples 20 --k 1,10 --temperature 0.2 --top-p 0.95
 
-Without --data.train it reads the standard library of your Python. In a few minutes on a CPU: --train.steps 15
---train.batch-size 4 --train.seq-len 256 --train.eval-batches 4 --optim.warmup 2 --execution.dtype float32
+Without --data.train it reads the standard library of your Python. In a few minutes on a CPU: --train.steps 12
+--train.batch-size 4 --train.seq-len 256 --train.eval-batches 2 --optim.warmup 2 --execution.dtype float32
 """
 
 from jaxlm.config import Data, Execution, Optim, Run, Train
