@@ -3,8 +3,8 @@
 jaxlm train semeval --start all-MiniLM-L6-v2 --data.train TRAIN_FILE.TXT --data.valid TEST_FILE_FULL.TXT
 
 The files are those published; of a table with marked texts say what its columns are, for one without a header line by
---objective.columns e1 e2 label text. In a few minutes on a CPU: --train.steps 200 --train.batch-size 16
---train.seq-len 64 --optim.lr 3e-4 --optim.warmup 20
+--objective.columns e1 e2 label text. In a few minutes on a CPU: --train.steps 160 --train.batch-size 16
+--train.seq-len 64 --optim.lr 3e-4 --optim.warmup 16
 """
 
 from jaxlm.config import Data, Execution, Optim, Run, Train
