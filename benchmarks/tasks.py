@@ -14,6 +14,7 @@ import collections
 import csv
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -262,23 +263,29 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in records(file) if row["kind"] == "valid"]
 
 
+def children() -> float:
+    """Seconds of processor time that ended commands took, whatever else ran beside them."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def perform(task: Task, data: Path, models: dict[str, Path]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="tasks-") as made:
         folder = Path(made)
         task.files(data, folder)
         for name, place in models.items():
             (folder / name).symlink_to(place.resolve())
-        started = time.perf_counter()
+        about, started, busy = machine(), time.perf_counter(), children()
         *_, shown = [jaxlm(command, folder) for command in task.commands()]
-        minutes = (time.perf_counter() - started) / 60
+        minutes, cpu_minutes = (time.perf_counter() - started) / 60, (children() - busy) / 60
         told = json.loads(shown.splitlines()[-1])
         figures = told.get("figures") or {k: v for k, v in told.items() if isinstance(v, float)}
         intervals = {name: ends for each in told["intervals"].values() for name, ends in each.items()}
         baseline, what = task.baseline(folder)
         return dict(
             metric=task.metric, score=figures[task.metric], interval=intervals.get(task.metric), baseline=baseline,
-            baseline_is=what, minutes=minutes, validation_losses=losses(folder), figures=figures, sizes=told["sizes"],
-            commands=task.commands(), machine=machine(),
+            baseline_is=what, minutes=minutes, cpu_minutes=cpu_minutes, validation_losses=losses(folder),
+            figures=figures, sizes=told["sizes"], commands=task.commands(), machine=about,
         )  # fmt: skip
 
 
@@ -287,8 +294,9 @@ def shown(found: dict[str, dict]) -> str:
     for name, f in found.items():
         ends = " … ".join(f"{x:.4g}" for x in f["interval"]) if f["interval"] else ""
         above = "" if f["score"] > f["baseline"] else "NOT ABOVE"
-        rows.append([name, f["metric"], f["score"], ends, f["baseline"], above, f"{f['minutes']:.1f}"])
-    head = table(rows, ["task", "metric", "score", "95 %", "baseline", "", "minutes"])
+        times = [f"{f[key]:.1f}" for key in ("minutes", "cpu_minutes")]
+        rows.append([name, f["metric"], f["score"], ends, f["baseline"], above, *times])
+    head = table(rows, ["task", "metric", "score", "95 %", "baseline", "", "minutes", "of CPU"])
     return "\n\n".join([head, *(f"{name}: {f['baseline_is']}\n  " + "\n  ".join(f["commands"])
                                 for name, f in found.items())])  # fmt: skip
 
