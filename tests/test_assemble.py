@@ -107,11 +107,8 @@ def test_it_learns_and_validates_on_a_mesh(objective, home):
             losses.append(float(metrics["loss"]))
             assert metrics["finite"] == 1 and metrics[f"weight/{name}"] == np.asarray(batch["weights"]).sum()
         assert losses[-1] < losses[0]
-        valid = perplexity.evaluate(
-            perplexity.make_eval_step(p.loss, p.objective.weights, tokens.bytes_per_token),
-            state.params,
-            assemble.validation_batches(p, data),
-        )
+        evaluate = perplexity.make_eval_step(p.loss, p.objective.weights, tokens.bytes_per_token)
+        valid = perplexity.total(perplexity.parts(evaluate, state.params, assemble.validation_batches(p, data)))
     assert valid["targets"] > 0 and valid["perplexity"] > 1
     assert ("bits_per_byte" in valid) == (name == "tokens"), "spans are no whole text"
 
