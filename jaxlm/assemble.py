@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import attention, config, layers, optim, params, sharding, step, tree
+from jaxlm import attention, config, layers, optim, params, peft, sharding, step, tree
 from jaxlm.attention import Mask
 from jaxlm.data import cache as caches
 from jaxlm.data import loader, packing, tokenizer
@@ -49,13 +49,20 @@ class Program:
     layout: sharding.Layout
     specs: Any
     model: Model
+    adapter: peft.Adapted
     objective: ModuleType
     optimizer: optim.Optimizer
     notes: dict[str, str]
     """Choices that were made and why: printed once and stored in the run."""
 
     def loss(self, weights: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
-        return self.objective.loss(self.run.objective, self.model, weights, batch, key)
+        sums = self.objective.loss(self.run.objective, self.model, weights, batch, key)
+        if key is None or (more := self.adapter.penalty(weights)) is None:
+            return sums
+        # A sum like the others, divided by the whole batch's weight outside.
+        name, total = next(iter(self.objective.weights(batch).items()))
+        mine = sums[name] | dict(loss=sums[name]["loss"] + more * total, adapter_penalty=more * total)
+        return sums | {name: mine}
 
     @property
     def whole(self) -> Any:
@@ -68,25 +75,29 @@ class Program:
 
     def init(self) -> step.State:
         """Fresh weights and optimizer state, each leaf born on its own device."""
-        make = lambda key: step.init_state(self.specs, self.optimizer, key, self.run.optim.ema > 0)  # noqa: E731
         with sharding.on_mesh(self.mesh):
-            return jax.jit(make, out_shardings=self.state_shardings)(jax.random.key(self.run.seed))
+            return jax.jit(self._fresh, out_shardings=self.state_shardings)(jax.random.key(self.run.seed), {})
 
     def init_from(self, weights: Any) -> step.State:
-        """A fresh state around given weights."""
-        trainable, frozen = tree.partition(weights, self.optimizer.trainable)
-        make = lambda trainable, frozen: step.start(trainable, frozen, self.optimizer, self.run.optim.ema > 0)  # noqa: E731
+        """A fresh state around given weights; those that aren't given are fresh too."""
         with sharding.on_mesh(self.mesh):
-            return jax.jit(make, out_shardings=self.state_shardings, donate_argnums=(0, 1))(trainable, frozen)
+            make = jax.jit(self._fresh, out_shardings=self.state_shardings, donate_argnums=1)
+            return make(jax.random.key(self.run.seed), weights)
+
+    def _fresh(self, key: jax.Array, given: Any) -> step.State:
+        ids = None
+        if self.run.adapter.text:
+            found = self.tokens.encode(self.run.adapter.text)
+            ids = (found * -(-self.run.adapter.tokens // max(1, len(found))))[: self.run.adapter.tokens]
+        made = self.adapter.init(self.specs, key, ids, given)
+        trainable, frozen = tree.partition(made, self.optimizer.trainable)
+        return step.start(trainable, frozen, self.optimizer, self.run.optim.ema > 0)
 
     def abstract_state(self) -> step.State:
         """Shapes, dtypes and shardings of the state: what a checkpoint is restored to."""
-        make = lambda: step.init_state(  # noqa: E731
-            self.specs, self.optimizer, jax.random.key(0), self.run.optim.ema > 0
-        )
         return jax.tree.map(
             lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home),
-            jax.eval_shape(make),
+            jax.eval_shape(lambda: self._fresh(jax.random.key(0), {})),
             self.state_shardings,
         )
 
@@ -124,7 +135,7 @@ class Program:
         decoder too, which runs over `places` other tokens a row."""
         from jaxlm import log
 
-        c, flat = self.run.model, tree.flatten(self.specs, params.is_spec)
+        c, flat = self.run.model, tree.flatten(self.model.specs, params.is_spec)
         share = 1.0
         if self.run.train.seq_len and hasattr(self.objective, "places"):
             share = self.objective.places(self.run.objective, self.run.train.seq_len) / self.run.train.seq_len
@@ -176,7 +187,9 @@ def program(run: config.Run, tokens: Any) -> Program:
     mesh = sharding.make_mesh(run.mesh)
     layout = sharding.Layout.of(run.mesh, run.execution)
     sharding.check_batch(run.train, layout, mesh)
-    specs = family.specs(run.model) | objective.specs(run.objective, run.model.width)
+    adapter = peft.Adapted(run.adapter, family, run.model)
+    heads = objective.specs(run.objective, run.model.width)
+    specs = adapter.specs() | heads
     layout.shardings(specs, mesh)  # refuses what doesn't divide, before any data is touched
     layout.check_sharded(specs, mesh, run.mesh.replicated, LARGE)
     implementation, why = attention.choose(
@@ -189,11 +202,13 @@ def program(run: config.Run, tokens: Any) -> Program:
         "precision": f"float32 weights, {run.execution.dtype} compute",
         "layers": ("scanned" if layers.scanned(layout) else "unrolled") + f", remat {run.execution.remat}",
     }
-    model = Model(family, run.model, specs, layout)
-    optimizer = optim.make(run.optim, run.train.steps, specs)
+    model = Model(family, run.model, adapter.base | heads, layout, adapter if adapter.changes else None)
+    optimizer = optim.make(
+        run.optim, run.train.steps, specs, trainable=adapter.trainable, rate_of=adapter.rate, wrap=adapter.allocator
+    )
     for group in sorted(set(optimizer.groups.values())):
         notes[f"optimizer: {group}"] = "on " + " ".join(p for p, g in optimizer.groups.items() if g == group)
-    return Program(run, tokens, mesh, layout, specs, model, objective, optimizer, notes)
+    return Program(run, tokens, mesh, layout, specs, model, adapter, objective, optimizer, notes)
 
 
 def vocabulary(run: config.Run, tokens: Any) -> int:

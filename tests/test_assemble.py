@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxlm import assemble, cli, config, sharding
+from jaxlm import assemble, cli, config, peft, sharding
 from jaxlm.eval import perplexity
 from jaxlm.models import MODELS, Model
 from jaxlm.objectives import OBJECTIVES
@@ -181,7 +181,7 @@ def flops(model, objective, **more) -> float:
     family, module = (table[config.family(part)] for table, part in ((MODELS, model), (OBJECTIVES, objective)))
     specs = family.specs(model) | module.specs(objective, model.width)
     p = assemble.Program(run, None, None, sharding.Layout(), specs, Model(family, model, specs, sharding.Layout()),
-                         module, None, {})  # fmt: skip
+                         peft.Adapted(config.Adapter(), family, model), module, None, {})  # fmt: skip
     found = p.flops_per_token()
     return (2 * found["causal"] - found["full"]) / 6
 
