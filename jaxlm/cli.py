@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 # What a command takes a model from.
-MODEL = "a run directory, a Hugging Face directory, hf:OWNER/NAME, or a .gguf file"
+MODEL = (
+    "a run directory, a Hugging Face directory, hf:OWNER/NAME, or a .gguf file; MODEL+ADAPTER puts an adapter of "
+    "Hugging Face PEFT on it, whose directory alone may name its model"
+)
 Handler = Callable[[argparse.Namespace, list[str]], int]
 
 
@@ -162,7 +165,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("model", metavar="MODEL", help=MODEL)
     p.add_argument("target", metavar="TARGET", help="a new directory; gguf: a new file")
     p.add_argument("--format", default="hf", help="hf: safetensors as transformers reads them; gguf: for llama.cpp; "
-                   "stablehlo: programs that run without this package (default hf)")  # fmt: skip
+                   "stablehlo: programs that run without this package; peft: its adapter alone, which the others merge "
+                   "(default hf)")  # fmt: skip
     p.add_argument("--dtype", help="hf: float32, bfloat16, float16 (default: as it is); gguf: f16 (default), q8_0; "
                    "stablehlo: float32 (default), bfloat16")  # fmt: skip
     p.add_argument("--step", type=int, help="of a checkpoint (default: the newest)")

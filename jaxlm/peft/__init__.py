@@ -84,10 +84,10 @@ class Adapted:
             if not c.method:
                 raise ValueError(f"adapter.base: {c.base} weights can't be trained; choose an adapter.method")
             for path, s in self.every.items():
-                out = _with(out, path, quantize.specs(s.spec, s.ins, s.outs, c.base))
+                out = tree.put(out, path, quantize.specs(s.spec, s.ins, s.outs, c.base))
         own: dict[str, Any] = {}
         for path, s in self.sites.items():
-            own = _with(own, path, stacked(s.layers, METHODS[c.method].specs(c, s)))
+            own = tree.put(own, path, stacked(s.layers, METHODS[c.method].specs(c, s)))
         if self.sites and hasattr(METHODS[c.method], "shared"):
             own |= {"shared": held} if (held := METHODS[c.method].shared(c, self.sites)) else {}
         if self.places:
@@ -123,17 +123,23 @@ class Adapted:
         """Whether the model's weights are anything but plain arrays."""
         return bool(self.c.method) or self.c.base != "float32"
 
-    def start(self, params: Any, prompt_ids: Sequence[int] | None = None, key: jax.Array | None = None) -> Any:
-        """From the model's own weights in float32 and a fresh adapter to what they are at the first step."""
+    def start(
+        self, params: Any, prompt_ids: Sequence[int] | None = None, key: jax.Array | None = None, fresh: bool = True
+    ) -> Any:
+        """From the model's own weights and an adapter, `fresh` or not, to what they are at the first step."""
         c, method = self.c, METHODS.get(self.c.method)
         out = dict(params)
         for path, s in self.every.items() if c.base != "float32" else ():
-            out = _with(out, path, quantize.KINDS[c.base](_at(params, path), s.ins, s.outs))
+            if isinstance(tree.at(params, path), dict):  # has its few bits already
+                continue
+            out = tree.put(out, path, quantize.KINDS[c.base](tree.at(params, path), s.ins, s.outs))
+        if not fresh:
+            return out
         if method is not None and hasattr(method, "start"):
             for path, s in self.sites.items():
-                base = _at(params, path) if c.method == "pissa" else self._leaf(out, s)
-                own = method.start(c, s, base, _at(params["adapter"], path))
-                out["adapter"] = _with(out["adapter"], path, own)
+                base = tree.at(params, path) if c.method == "pissa" else self._leaf(out, s)
+                own = method.start(c, s, base, tree.at(params["adapter"], path))
+                out["adapter"] = tree.put(out["adapter"], path, own)
         if self.places:
             if prompt_ids is None:
                 assert key is not None
@@ -143,13 +149,13 @@ class Adapted:
         return out
 
     def init(self, specs: Any, key: jax.Array, prompt_ids: Sequence[int] | None = None, given: Any = None) -> Any:
-        """Fresh weights of `specs` (this model's and its heads'), with the model's own `given` or fresh too."""
-        plain = {name: self.base.get(name, s) for name, s in specs.items()}
-        made = weights.init({n: s for n, s in plain.items() if given is None or n not in given}, key)
-        return self.start(made | (given or {}), prompt_ids, jax.random.fold_in(key, 1))
+        """Fresh weights of `specs` (this model's and its heads') but for those that are `given`."""
+        given = given or {}
+        made = weights.init({name: self.base.get(name, s) for name, s in specs.items() if name not in given}, key)
+        return self.start(made | given, prompt_ids, jax.random.fold_in(key, 1), fresh="adapter" not in given)
 
     def _leaf(self, params: Any, s: Site) -> Any:
-        held = _at(params, s.path)
+        held = tree.at(params, s.path)
         return quantize.bound(held, s.outs) if isinstance(held, dict) else held
 
     def bind(self, params: Any, key: jax.Array | None = None) -> Any:
@@ -159,14 +165,14 @@ class Adapted:
         own = params.get("adapter")
         if c.base in ("nf4", "int8"):
             for path, s in self.every.items():
-                if isinstance(_at(params, path), dict):
-                    out = _with(out, path, self._leaf(out, s))
+                if isinstance(tree.at(params, path), dict):
+                    out = tree.put(out, path, self._leaf(out, s))
         if own is None:
             return out
         keys = [None] * len(self.sites) if key is None else jax.random.split(key, max(1, len(self.sites)))
         for (path, s), k in zip(self.sites.items(), keys, strict=False):
-            leaf = METHODS[c.method].bind(c, s, _at(out, path), _at(own, path), own.get("shared", {}), k)
-            out = _with(out, path, leaf)
+            leaf = METHODS[c.method].bind(c, s, tree.at(out, path), tree.at(own, path), own.get("shared", {}), k)
+            out = tree.put(out, path, leaf)
         if self.places:
             out["embed"] = prompt.Prompted(out["embed"], prompt.rows(own["prompt"]))
         return out
@@ -198,30 +204,22 @@ class Adapted:
         """The model's own weights, dense and in float32, with the adapter in them."""
         bound = self.bind(params)
         out = {name: bound[name] for name in self.base}
-        if self.places or not all(hasattr(_at(bound, path), "merged") for path in self.sites):
+        if self.places or not all(hasattr(tree.at(bound, path), "merged") for path in self.sites):
             raise ValueError(
                 f"adapter.method: {self.c.method} is no change of weights, so it can't be merged into them"
             )
         for path in self.every:
-            leaf = _at(bound, path)
-            if path in self.sites and hasattr(leaf, "merged_bias") and (bias := _at(out, f"{path}_bias")) is not None:
-                out = _with(out, f"{path}_bias", leaf.merged_bias(bias))
-            out = _with(out, path, leaf.merged() if path in self.sites else quantize.dense(leaf))
+            leaf = tree.at(bound, path)
+            if (
+                path in self.sites
+                and hasattr(leaf, "merged_bias")
+                and (bias := tree.at(out, f"{path}_bias")) is not None
+            ):
+                out = tree.put(out, f"{path}_bias", leaf.merged_bias(bias))
+            out = tree.put(out, path, leaf.merged() if path in self.sites else quantize.dense(leaf))
         return out
 
     @property
     def disabled(self) -> "Adapted":
         """The base model alone, as it rests."""
         return dataclasses.replace(self, c=Adapter(base=self.c.base))
-
-
-def _at(held: Any, path: str) -> Any:
-    for name in path.split("/"):
-        held = held.get(name) if isinstance(held, dict) else None
-    return held
-
-
-def _with(held: dict, path: str, value: Any) -> dict:
-    """A copy of nested dicts in which `path` is `value`."""
-    name, _, rest = path.partition("/")
-    return held | {name: _with(held.get(name, {}), rest, value) if rest else value}

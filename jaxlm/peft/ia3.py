@@ -49,14 +49,15 @@ def _times(x: jax.Array, by: jax.Array) -> jax.Array:
     return x * by.astype(x.dtype).reshape((1,) * (x.ndim - by.ndim) + by.shape)
 
 
-def _of_inputs(s: Site) -> bool:
-    return s.path.rpartition("/")[2] == "down"
+def of_inputs(s: Site) -> bool:
+    """Last matrices of attention and ffn are scaled where numbers go in, others where they come out."""
+    return s.path.rpartition("/")[2] in ("o", "cross_o", "down")
 
 
 def specs(c: Adapter, s: Site) -> dict[str, Spec]:
-    shape, axes = (s.in_shape, s.in_axes) if _of_inputs(s) else (s.out_shape, s.out_axes)
+    shape, axes = (s.in_shape, s.in_axes) if of_inputs(s) else (s.out_shape, s.out_axes)
     return dict(by=Spec(shape, axes, ones))
 
 
 def bind(c: Adapter, s: Site, base: Any, own: dict[str, Any], common: dict[str, Any], key: jax.Array | None) -> Scaled:
-    return Scaled(base, own["by"], s.ins, _of_inputs(s))
+    return Scaled(base, own["by"], s.ins, of_inputs(s))
