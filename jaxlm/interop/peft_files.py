@@ -367,7 +367,7 @@ def _settings(adapted: peft.Adapted, rank: int, wide: Mapping[str, int]) -> dict
         return dict(peft_type="VERA", r=c.rank, vera_dropout=c.dropout, save_projection=True, projection_prng_key=0)
     if c.method == "adalora":
         return dict(
-            peft_type="ADALORA", init_r=c.rank, r=c.rank, target_r=c.target_rank, lora_alpha=c.alpha, total_step=1,
+            peft_type="ADALORA", init_r=c.rank, target_r=c.target_rank, lora_alpha=c.alpha, total_step=1,
             lora_dropout=c.dropout, orth_reg_weight=c.orthogonal, rank_pattern=None, bias="none",
         )  # fmt: skip
     rank = rank or c.rank
