@@ -111,6 +111,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt", action="append", help="may be given several times")
     p.add_argument("--draft", metavar="MODEL|lookup", help="a smaller model of the same tokenizer proposes tokens, "
                    "or what was said before does: the same text, sooner")  # fmt: skip
+    p.add_argument("--adapter", action="append", default=[], metavar="DIR|-", help="of each prompt in turn, "
+                   "PEFT's files or none: one batch goes through several adapters")  # fmt: skip
     p.add_argument("--proposals", type=int, default=4, help="tokens that the draft proposes at a time (default 4)")
     p.add_argument("--step", type=int, help="of a checkpoint (default: the newest)")
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
@@ -381,7 +383,7 @@ def _generate(args: argparse.Namespace, rest: list[str]) -> int:
     how = _sampling(args, rest)
     if not args.prompt:
         raise ValueError("give a --prompt")
-    more = dict(draft=args.draft, proposals=args.proposals)
+    more = dict(draft=args.draft, proposals=args.proposals, adapters=args.adapter)
     found = inference.generate(args.model, args.prompt, how, args.step, **more)
     for prompt, answers in zip(args.prompt, found, strict=True):
         for answer in answers:

@@ -20,6 +20,7 @@ from jaxlm.interop import beside, gguf, hf, peft_files
 from jaxlm.interop.beside import Generation
 from jaxlm.models import MODELS, Model
 from jaxlm.objectives import OBJECTIVES
+from jaxlm.peft import mixed as mixing
 
 HUB = "hf:"
 # What is brought from the hub: never a pickle, never code.
@@ -200,7 +201,9 @@ def _quantizer(p: assemble.Program) -> Callable[[str, jax.Array], Any] | None:
         if (s := every.get(path)) is None:
             return w
         homes = p.layout.shardings(tree.at(p.specs, path), p.mesh)
-        return jax.jit(partial(quantize.KINDS[base], ins=s.ins, outs=s.outs), out_shardings=homes, donate_argnums=0)(w)
+        few = jax.jit(partial(quantize.KINDS[base], ins=s.ins, outs=s.outs), out_shardings=homes)(w)
+        w.delete()
+        return few
 
     return each
 
@@ -233,6 +236,27 @@ def open_model(place: str | Path, step: int | None = None) -> Pretrained:
     plain = {name: s for name, s in specs.items() if name not in (*adapted.base, "adapter")} | adapted.base
     model = Model(source.family, source.config, plain, layout, adapted if adapted.changes else None)
     return Pretrained(source, model, weights, mesh)
+
+
+def mixed(p: Pretrained, adapters: Sequence[str]) -> Pretrained:
+    """The model with an adapter for each row of a batch in turn: directories of PEFT's, or `-` for none."""
+    if p.source.adapter.method:
+        raise ValueError(f"--adapter: {p.source.path} has an adapter of its own; merge it first with jaxlm export")
+    folders = list(dict.fromkeys(name for name in adapters if name != "-"))
+    if not folders:
+        return p
+    each = []
+    for folder in folders:
+        if not peft_files.is_adapter(Path(folder).expanduser()):
+            raise ValueError(f"--adapter: {folder} has no adapter_config.json; name a directory of PEFT's, or -")
+        source = _with_adapter(dataclasses.replace(p.source, adapter=config.Adapter()), Path(folder).expanduser())
+        homes = p.model.shard.shardings(source.adapted.specs()["adapter"], p.mesh)
+        assert source.adapter_files is not None
+        each.append((source.adapted, peft_files.load(source.adapter_files, source.adapted, homes)))
+    rows = [None if name == "-" else folders.index(name) for name in adapters]
+    adapter, own = mixing.together(each, rows, p.source.adapted)
+    model = dataclasses.replace(p.model, adapter=adapter)
+    return dataclasses.replace(p, model=model, params=p.params | {"adapter": own})
 
 
 def read(

@@ -40,6 +40,8 @@ class LowRank(struct.PyTreeNode):
     a0: jax.Array | None = None
     b0: jax.Array | None = None
     """What a and b began as, where the base has it already (PiSSA): it doesn't count."""
+    rows_BR: jax.Array | None = None
+    """Which directions each row has (several adapters in a batch); of more rows, those of one stand side by side."""
     key: jax.Array | None = None
     """Of dropout."""
     rate: float = struct.field(pytree_node=False, default=0.0)
@@ -66,6 +68,9 @@ class LowRank(struct.PyTreeNode):
         z = shard.einsum(f"{xs},{inner}R->{rows}R", x, a, *axes[: len(rows)], None)
         if self.e is not None:
             z *= self.e.astype(z.dtype).reshape((1,) * len(rows) + (-1,))
+        if self.rows_BR is not None:
+            own = jnp.repeat(self.rows_BR, z.shape[0] // self.rows_BR.shape[0], 0).astype(z.dtype)
+            z *= own.reshape(z.shape[0], *[1] * (len(rows) - 1), -1)
         y = shard.einsum(f"{rows}R,R{outer}->{out}", z, b, *axes) * self.scale
         return y if self.g is None else y * self.g.astype(y.dtype).reshape((1,) * len(rows) + self.g.shape)
 
@@ -76,6 +81,8 @@ class LowRank(struct.PyTreeNode):
         own = {
             n: shard(x.astype(shard.dtype), *home) for n, home in homes.items() if (x := getattr(self, n)) is not None
         }
+        if self.rows_BR is not None:
+            own["rows_BR"] = shard(self.rows_BR, "batch", None)
         return self.replace(base=shard.gather(self.base, s), **own)
 
     def norm(self) -> jax.Array:

@@ -18,6 +18,7 @@ from adapters import ROWS, values
 from jaxlm import config, losses, peft, sharding, tree
 from jaxlm.interop import hf, peft_files
 from jaxlm.models import MODELS, Model
+from jaxlm.peft import mixed
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "peft"
 TOLERANCE = 1e-4
@@ -171,3 +172,35 @@ def test_methods_without_files_say_so(method, tmp_path):
     adapted = peft.Adapted(config.Adapter(method), model.family, model.config)
     with pytest.raises(ValueError, match=f"PEFT has no files for {method}; export the merged model"):
         peft_files.save(tmp_path / "ours", adapted, {}, "base")
+
+
+def test_rows_of_a_batch_go_through_adapters_of_their_own(tmp_path):
+    names = ("lora_llama_patterns", "adalora_llama", "vera_llama")
+    each = []
+    for name in names:
+        (tmp_path / name).mkdir()
+        each.append(opened(tmp_path / name, directory(name, tmp_path / name)))
+    model, weights = each[0]
+    plain = {name: w for name, w in weights.items() if name != "adapter"}
+    alone = model.adapter.disabled
+    rows = [2, None, 0, 1]
+    adapter, own = mixed.together([(m.adapter, w["adapter"]) for m, w in each], rows, alone)
+    batch = {k: np.repeat(v[:1], 4, 0) for k, v in published.batch_of("decoder").items()}
+
+    def run(model, weights, batch):
+        return np.asarray(losses.logits(model.readout(weights, model.forward(weights, batch).x_BTD), model.shard))
+
+    got = run(dataclasses.replace(model, adapter=adapter), plain | {"adapter": own}, batch)
+    one = {k: v[:1] for k, v in batch.items()}
+    for row, i in enumerate(rows):
+        expected = run(dataclasses.replace(model, adapter=alone), plain, one) if i is None else run(*each[i], one)
+        np.testing.assert_allclose(got[row], expected[0], atol=TOLERANCE)
+    assert min(np.abs(got[i] - got[j]).max() for i in range(4) for j in range(i)) > 0.05
+    twice = run(
+        dataclasses.replace(model, adapter=adapter),
+        plain | {"adapter": own},
+        {k: np.repeat(v, 2, 0) for k, v in batch.items()},
+    )
+    np.testing.assert_allclose(twice[1::2], got, atol=TOLERANCE)
+    with pytest.raises(ValueError, match="ia3 can't be mixed with others in a batch"):
+        mixed.together([(dataclasses.replace(alone, c=config.Adapter("ia3")), {})], [0], alone)
