@@ -22,6 +22,7 @@ from jaxlm.data import loader, packing, tokenizer
 from jaxlm.models import MODELS, Model
 from jaxlm.objectives import OBJECTIVES
 
+BASE = "base"  # folder of a run: the weights that its adapter rests on
 LARGE = 1 << 20  # elements from which a weight must not rest unsharded on a mesh that could shard it
 
 
@@ -203,12 +204,18 @@ def program(run: config.Run, tokens: Any) -> Program:
         "layers": ("scanned" if layers.scanned(layout) else "unrolled") + f", remat {run.execution.remat}",
     }
     model = Model(family, run.model, adapter.base | heads, layout, adapter if adapter.changes else None)
-    optimizer = optim.make(
-        run.optim, run.train.steps, specs, trainable=adapter.trainable, rate_of=adapter.rate, wrap=adapter.allocator
-    )
-    for group in sorted(set(optimizer.groups.values())):
-        notes[f"optimizer: {group}"] = "on " + " ".join(p for p, g in optimizer.groups.items() if g == group)
-    return Program(run, tokens, mesh, layout, specs, model, adapter, objective, optimizer, notes)
+    own = optimizer(run, specs, adapter)
+    if adapter.changes:
+        notes["adapter"] = adapter.told(specs, own.trainable)
+    for group in sorted(set(own.groups.values())):
+        notes[f"optimizer: {group}"] = "on " + " ".join(p for p, g in own.groups.items() if g == group)
+    return Program(run, tokens, mesh, layout, specs, model, adapter, objective, own, notes)
+
+
+def optimizer(run: config.Run, specs: Any, adapter: peft.Adapted) -> optim.Optimizer:
+    """Of a run's weights; it moves what its adapter leaves to it."""
+    c, steps = run.optim, run.train.steps
+    return optim.make(c, steps, specs, trainable=adapter.trainable, rate_of=adapter.rate, wrap=adapter.allocator)
 
 
 def vocabulary(run: config.Run, tokens: Any) -> int:
@@ -462,11 +469,14 @@ def _batches(p: Program, part: Any, limit: int = 0) -> Iterator[dict]:
         yield p.to_device(batch, rows)
 
 
-def saved(state: step.State) -> dict[str, Any]:
-    """What a checkpoint holds: whole weights whatever is frozen, so that it opens without the run's configuration."""
-    return dict(step=state.step, params=state.all_params, opt=state.opt, ema=state.ema)
+def saved(state: step.State, adapter: peft.Adapted) -> dict[str, Any]:
+    """What a checkpoint holds: whole weights whatever is frozen, so that it opens without the run's configuration; but
+    for a base that adapters rest on, which the run keeps once (`BASE`)."""
+    own, _ = tree.partition(state.all_params, lambda path: not adapter.rests(path))
+    return dict(step=state.step, params=own, opt=state.opt, ema=state.ema)
 
 
-def restored(values: dict[str, Any], optimizer: optim.Optimizer) -> step.State:
-    trainable, frozen = tree.partition(values["params"], optimizer.trainable)
+def restored(values: dict[str, Any], base: Any, optimizer: optim.Optimizer) -> step.State:
+    """`base`: what `saved` left out."""
+    trainable, frozen = tree.partition(tree.merge(values["params"], base), optimizer.trainable)
     return step.State(values["step"], trainable, frozen, values["opt"], values["ema"])

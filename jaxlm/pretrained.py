@@ -273,13 +273,26 @@ def read(
         if source.files is not None:
             return gguf.load(source.files, source.family, source.config, specs, homes, each=each)
         return hf.load(source.path, source.family, source.config, specs, homes, each=each)
+    run, adapted = source.run, source.adapted
+    wanted = params.abstract(specs, homes)
     with Checkpoints(source.path / "checkpoints") as checkpoints:
         if checkpoints.latest() is None:
             raise ValueError(f"{source.path}: no checkpoint yet; train it with: jaxlm train {source.path}")
-        if step is None and source.run.train.use == "best":
+        if step is None and run.train.use == "best":
             step = checkpoints.best()
-        item = "ema" if source.run.optim.ema else "params"
-        found = checkpoints.restore_params(params.abstract(specs, homes), step, item=item)
+        base = None
+        if (source.path / assemble.BASE).is_dir():
+            base, wanted = tree.partition(wanted, adapted.rests)
+            with Checkpoints(source.path / assemble.BASE) as once:
+                base = once.restore_params(base)
+        averaged = None
+        if run.optim.ema:
+            trainable = assemble.optimizer(run, specs, adapted).trainable
+            averaged, wanted = tree.partition(wanted, trainable)
+            averaged = checkpoints.restore_params(averaged, step, item="ema")
+        found = checkpoints.restore_params(wanted, step) if jax.tree.leaves(wanted) else wanted
+    for part in (averaged, base):
+        found = found if part is None else tree.merge(found, part)
     return found if each is None else tree.map_named(each, found)
 
 

@@ -4,6 +4,7 @@ import gzip
 import lzma
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -88,10 +89,28 @@ def _ended(folder: Path) -> bool:
 
 def _first_state(p: assemble.Program, checkpoints: Checkpoints) -> tuple[Any, dict]:
     """From the newest sound checkpoint, straight to this mesh's shards, or from a model, or fresh."""
+    folder = p.run.folder / assemble.BASE
     if checkpoints.latest() is None:
-        return (p.init_from(pretrained.first_params(p)) if p.run.start else p.init()), {}
-    values, meta = checkpoints.restore(assemble.saved(p.abstract_state()))
-    return assemble.restored(values, p.optimizer), meta
+        state = p.init_from(pretrained.first_params(p)) if p.run.start else p.init()
+        if base := _base(p, state.all_params):
+            if jax.process_index() == 0:
+                shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was cut off
+            with Checkpoints(folder) as once:
+                once.save(0, {"params": base}, {"step": 0}, wait=True)
+        return state, {}
+    abstract = p.abstract_state()
+    values, meta = checkpoints.restore(assemble.saved(abstract, p.adapter))
+    base = _base(p, abstract.all_params)
+    if base:
+        with Checkpoints(folder) as once:
+            base = once.restore_params(base)
+    return assemble.restored(values, base, p.optimizer), meta
+
+
+def _base(p: assemble.Program, weights: Any) -> Any:
+    """Those that an adapter rests on; None: there are none."""
+    base, _ = tree.partition(weights, p.adapter.rests)
+    return base if jax.tree.leaves(base) else None
 
 
 def _remember_reference(p: assemble.Program, data: assemble.Corpus, weights: Any | None) -> None:
@@ -164,7 +183,7 @@ def _run(
         def save(step: int, state: Any, validation: dict | None, stopping: dict) -> None:
             meta = {"step": step, "loader": loader.state(step), "config": config.to_dict(run), "stopping": stopping}
             told = {"valid/score": validation["score"]} if validation else None
-            checkpoints.save(step, assemble.saved(state), meta, metrics=told)
+            checkpoints.save(step, assemble.saved(state, p.adapter), meta, metrics=told)
             meter.pause()
 
         hooks = loop.Hooks(

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import config, losses, peft, sharding, tree
-from jaxlm.models import MODELS, Model, bert, llama, t5
+from jaxlm.models import MODELS, Model, bart, bert, gpt2, llama, t5
 
 CONFIGS = {
     "llama": llama.Config(vocab=64, layers=2, width=32, heads=4, kv_heads=2, head_width=8, ffn=64),
     "bert": bert.Config(vocab=64, layers=2, width=32, heads=4, ffn=64, positions=64, dropout=0.0),
+    "gpt2": gpt2.Config(vocab=64, layers=2, width=32, heads=4, ffn=64, positions=64),
+    "bart": bart.Config(vocab=64, layers=2, width=32, heads=4, ffn=64, positions=64, dropout=0.0),
     "t5": t5.Config(vocab=64, layers=2, width=32, heads=4, head_width=8, ffn=64, decoder_start=0, dropout=0.0),
 }
 ONE = config.Mesh()

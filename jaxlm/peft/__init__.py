@@ -13,7 +13,8 @@ Disabled is the base alone: nothing is ever subtracted.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -110,6 +111,10 @@ class Adapted:
             return True
         return path.split("/")[0] not in self.base
 
+    def rests(self, path: str) -> bool:
+        """Whether a weight is the base's and stays as it was: what a run keeps once, beside its checkpoints."""
+        return bool(self.c.method) and path.split("/")[0] in self.base and not self.trainable(path)
+
     def rate(self, path: str) -> float:
         """What a weight's learning rate is multiplied by."""
         return self.c.b_lr if path.startswith("adapter/") and path.endswith("/b") else 1.0
@@ -122,6 +127,15 @@ class Adapted:
     def changes(self) -> bool:
         """Whether the model's weights are anything but plain arrays."""
         return bool(self.c.method) or self.c.base != "float32"
+
+    def told(self, specs: Any, trainable: Callable[[str], bool]) -> str:
+        """What is trained of how many weights, in words."""
+        c, flat = self.c, tree.flatten(specs, is_spec)
+        trained = sum(math.prod(s.shape) for path, s in flat.items() if trainable(path))
+        whole = weights.count(self.base)
+        on = f" on {' '.join(self.sites)}" if self.sites else ""
+        rests = f", matrices of the layers as {c.base}" if c.base != "float32" else ""
+        return f"{c.method}{on}: {trained:,} weights are trained, {trained / whole:.2%} of the model's {whole:,}{rests}"
 
     def start(
         self, params: Any, prompt_ids: Sequence[int] | None = None, key: jax.Array | None = None, fresh: bool = True
