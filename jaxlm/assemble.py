@@ -66,6 +66,14 @@ class Program:
         return sums | {name: mine}
 
     @property
+    def parameters(self) -> tuple[int, int]:
+        """(all, those that are trained), however many numbers a few bits take at rest."""
+        own = {name: s for name, s in self.specs.items() if name not in self.adapter.base}
+        flat = tree.flatten(self.specs, params.is_spec)
+        trained = sum(math.prod(s.shape) for path, s in flat.items() if self.optimizer.trainable(path))
+        return params.count(self.adapter.base) + params.count(own), trained
+
+    @property
     def whole(self) -> Any:
         return sharding.replicated(self.mesh)
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import assemble, config, loop, params, pretrained, report, sharding, tree
+from jaxlm import assemble, config, loop, pretrained, report, sharding, tree
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import cache as caches
 from jaxlm.eval import answers, compare, counts, perplexity
@@ -152,9 +152,8 @@ def _run(
         metrics, samples = validate(0, state)
         score(run, metrics)  # so that an unknown metric is found before the work
         gain(0, samples, False)
-        flat = tree.flatten(p.specs, params.is_spec)
-        trained = sum(math.prod(s.shape) for path, s in flat.items() if p.optimizer.trainable(path))
-        log.event(0, "model", parameters=params.count(p.specs), trainable=trained, notes=p.notes)
+        count, trained = p.parameters
+        log.event(0, "model", parameters=count, trainable=trained, notes=p.notes)
     flops, kind = p.flops_per_token(), jax.devices()[0].device_kind
     peak = peak_flops(kind)
     meter = Meter(c.steps, start=start, flops=flops, peak=peak and peak * jax.device_count())

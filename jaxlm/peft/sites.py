@@ -1,6 +1,6 @@
 """Where adapters go: the matrices of a model's layers, found by the family's table of names in published files."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -65,11 +65,10 @@ def matrices(family: ModuleType, c: Any) -> dict[str, Site]:
     }
 
 
-def chosen(
-    every: Mapping[str, Site], patterns: Sequence[str], fits: Callable[[Site], bool] | None = None
-) -> dict[str, Site]:
-    """Those that a pattern is found in (`all`: every one), experts left out: they go through no `einsum`."""
-    may = {path: s for path, s in every.items() if not s.experts and (fits is None or fits(s))}
+def chosen(every: Mapping[str, Site], patterns: Sequence[str]) -> dict[str, Site]:
+    """Those that a pattern is found in (`all`: every one). Left out are experts, which go through no `einsum`, and what
+    makes keys and values of latents, which decoding multiplies in another order."""
+    may = {path: s for path, s in every.items() if not s.experts and not path.endswith(("/k_b", "/v_b"))}
     if tuple(patterns) == ("all",):
         return may
     wanted = tree.matcher(patterns, may, "adapter.targets")
