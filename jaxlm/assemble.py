@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -138,6 +138,11 @@ class Program:
             self.loss, self.objective.weights, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema
         )
         return jax.jit(f, donate_argnums=0, out_shardings=(self.state_shardings, None))
+
+    @cached_property
+    def predict(self) -> Any:
+        """The jitted `(weights, batch) → predictions` of objectives that make them."""
+        return jax.jit(partial(self.objective.predict, self.run.objective, self.model), out_shardings=self.whole)
 
     def flops_per_token(self) -> dict[str, float]:
         """Of one of a row's `seq_len` tokens: of a mixture of experts those that it meets, of an encoder-decoder its
@@ -413,16 +418,18 @@ def prompts(run: config.Run, tokens: Any, texts: Sequence[str]) -> tuple[list[li
 
 
 def predictions(p: Program, weights: Any, part: Any) -> list[np.ndarray]:
-    """What the model says of each of a part's records, in order."""
-    find = jax.jit(partial(p.objective.predict, p.run.objective, p.model), out_shardings=p.whole)
+    """What the model says of each of a part's records, in their order; those of like length are read together."""
+    order = sorted(range(len(part)), key=lambda i: len(part[i]["ids"]))
+    given = [part[i] for i in order]
     size = p.run.train.batch_size // p.run.train.micro_batches
     rows, cut = p.rows(size), p.layout.ways("seq", p.mesh) == 1
-    out: list[np.ndarray] = []
-    for batch in loader.evaluation_batches(part, host_half(p.run, p.tokens), batch_size=size, rows=rows):
+    found: list[np.ndarray] = []
+    for batch in loader.evaluation_batches(given, host_half(p.run, p.tokens), batch_size=size, rows=rows):
         batch = packing.trimmed(batch) if cut else batch
         placed = loader.to_device(batch, p.batch_shardings(batch), rows)
-        out += list(jax.device_get(find(weights, jax.tree.map(lambda x: x[0], placed))))
-    return out[: len(part)]
+        found += list(jax.device_get(p.predict(weights, jax.tree.map(lambda x: x[0], placed))))
+    there = dict(zip(order, found, strict=False))
+    return [there[i] for i in range(len(part))]
 
 
 def settled(run: config.Run) -> config.Run:
