@@ -1,12 +1,13 @@
 """What one device must hold to fine-tune an 8B model: all weights, LoRA over bfloat16, and QLoRA over NF4.
 
-The train step that `jaxlm train` would run is compiled for a device that isn't here, from shapes alone: no weight exists
-and nothing runs. `pip install "jax[cuda13]"` for the GPU's compiler, `pip install libtpu` for the TPUs' (`--device v5e`).
-Fails if QLoRA needs more than `--budget`.
+The train step that `jaxlm train` would run is compiled for a device that isn't here, from shapes alone: no weight
+exists and nothing runs. `pip install "jax[cuda13]"` brings the GPU's compiler (half a minute a program), `pip install
+libtpu` the TPUs' (`--device v5e`, some minutes). Fails if QLoRA needs more than `--budget` on the GPU.
 """
 
 import argparse
 import dataclasses
+import importlib.metadata
 import os
 import sys
 import time
@@ -51,6 +52,11 @@ def device_of(name: str) -> Any:
     return whole.devices[0]
 
 
+def compilers() -> dict[str, str]:
+    have = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    return {n: have[n] for n in ("jax-cuda13-pjrt", "nvidia-cudnn-cu13", "libtpu") if n in have}
+
+
 def needs(run: config.Run, device: Any) -> dict[str, Any]:
     """Bytes of the compiled step of a run on one such device."""
     here = {"devices": lambda *_: [device], "device_count": lambda: 1, "default_backend": lambda: device.platform}
@@ -67,7 +73,7 @@ def needs(run: config.Run, device: Any) -> dict[str, Any]:
     m = compiled.memory_analysis()
     flat = tree.flatten(params.abstract(p.specs))
     trained = {path for path in flat if p.optimizer.trainable(path)}
-    copied = m.output_size_in_bytes - m.alias_size_in_bytes
+    copied = m.output_size_in_bytes - m.alias_size_in_bytes  # what of the new state doesn't take the old one's place
     return {
         "parameters": params.count(p.model.specs),
         "trained": sum(flat[path].size for path in trained),
@@ -128,7 +134,7 @@ def main() -> int:
             "what": "bytes of one device for a train step of an 8B Llama shape, from the compiler; nothing ran",
             "settings": {"batch": a.batch, "seq": a.seq, "rank": LORA["rank"], "targets": "all", "dtype": "bfloat16",
                          "remat": "full", "optimizer": "adamw, float32"},
-            "versions": log.environment()["versions"], "found": found,
+            "versions": log.environment()["versions"] | compilers(), "found": found,
         })  # fmt: skip
     mine = found.get("rtx4090", {}).get("QLoRA over NF4", {}).get("total_bytes", 0)
     return 1 if mine > a.budget * 1e9 else 0
