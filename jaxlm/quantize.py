@@ -108,10 +108,9 @@ class Int8(struct.PyTreeNode):
 def _unpacked(outs: int, dtype: Any, nf4: jax.Array, scale: jax.Array, low: jax.Array, step: jax.Array) -> jax.Array:
     at = nf4.ndim - outs - 1
     q = jnp.stack([nf4 >> 4, nf4 & 15], at + 1)
-    # A chain of steps: every backend fuses it, and a lookup needs a gather.
-    w = jnp.full(q.shape, NF4[0], jnp.float32)
-    for i in range(1, 16):
-        w = jnp.where(q >= i, jnp.float32(NF4[i]), w)
+    # A sum of which one term isn't zero: every backend fuses it, and a lookup needs a gather. Not `where`: its numbers
+    # are arrays of the weight's size, and a scan that keeps what its backward pass needs makes them all beforehand.
+    w = sum((q == i).astype(jnp.float32) * jnp.float32(level) for i, level in enumerate(NF4) if level)
     n, blocks, lead, rest = 2 * nf4.shape[at], scale.shape[at], nf4.shape[:at], nf4.shape[at + 1 :]
     coarse = low + step * scale.astype(jnp.float32)
     w = w.reshape(*lead, blocks, n // blocks, *rest) * jnp.expand_dims(coarse, at + 1)
