@@ -152,10 +152,11 @@ def test_what_can_not_be_is_refused(home, tmp_path, capsys):
         *settings("pissa"), "--adapter.rank", "99"
     )
     assert "bitfit: this model has no bias" in refused(*settings("bitfit"))
+    norms = train(home, "norms-only", *settings("norms"), "--train.steps", "2", "--optim.ema", "0.5")
+    assert evaluated(capsys, norms, home) == pytest.approx(losses(norms)[-1], rel=1e-6), "by its averaged weights"
     assert "--format peft: PEFT has no files for norms" in complaint(
-        capsys, "export", train(home, "norms-only", *settings("norms"), "--train.steps", "2"), tmp_path / "x",
-        "--format", "peft",
-    )  # fmt: skip
+        capsys, "export", norms, tmp_path / "x", "--format", "peft"
+    )
     assert "has no adapter" in complaint(capsys, "export", base, tmp_path / "x", "--format", "peft")
     own = tmp_path / "lost"
     own.mkdir()
