@@ -175,15 +175,15 @@ def main() -> None:
             "machine": machine(), "settings": settings, "runs": [],
         }  # fmt: skip
         if a.save != "-" and file.exists():
-            before = json.loads(file.read_text())
-            if before["settings"] != settings:
+            held = json.loads(file.read_text())
+            if held["settings"] != settings:
                 raise SystemExit(f"{file.name} holds runs by other settings; choose another --save")
-            result = before
+            result = held
         for seed in a.seeds:
             for side, train in SIDES.items():
                 if any((r["side"], r["seed"]) == (side, seed) for r in result["runs"]):
                     continue
-                load = os.getloadavg()[0]
+                before = {"load": os.getloadavg()[0], "nice": os.nice(0)}
                 with tempfile.TemporaryDirectory() as folder:
                     found = train(a, data, steps, seed, Path(folder))
                 told = found.pop("predictions")
@@ -191,7 +191,9 @@ def main() -> None:
                 if told["true"] != true:
                     raise SystemExit(f"{side} was scored on other tags than the file's")
                 test = judged(true, told["found"])
-                result["runs"].append({"side": side, "seed": seed, "load_before": load, "test": test} | found)
+                result["runs"].append(
+                    {"side": side, "seed": seed, "before": before, "nice_after": os.nice(0), "test": test} | found
+                )
                 shown, result["table"], result["verdict"] = summary(result["runs"])
                 print(shown, flush=True)
                 if a.save != "-":
