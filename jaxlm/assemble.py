@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,13 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import attention, config, layers, optim, params, sharding, step, tree
+from jaxlm import attention, config, layers, optim, params, peft, sharding, step, tree
 from jaxlm.attention import Mask
 from jaxlm.data import cache as caches
 from jaxlm.data import loader, packing, tokenizer
 from jaxlm.models import MODELS, Model
 from jaxlm.objectives import OBJECTIVES
 
+BASE = "base"  # folder of a run: the weights that its adapter rests on
 LARGE = 1 << 20  # elements from which a weight must not rest unsharded on a mesh that could shard it
 
 
@@ -49,13 +50,28 @@ class Program:
     layout: sharding.Layout
     specs: Any
     model: Model
+    adapter: peft.Adapted
     objective: ModuleType
     optimizer: optim.Optimizer
     notes: dict[str, str]
     """Choices that were made and why: printed once and stored in the run."""
 
     def loss(self, weights: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
-        return self.objective.loss(self.run.objective, self.model, weights, batch, key)
+        sums = self.objective.loss(self.run.objective, self.model, weights, batch, key)
+        if key is None or (more := self.adapter.penalty(weights)) is None:
+            return sums
+        # A sum like the others, divided by the whole batch's weight outside.
+        name, total = next(iter(self.objective.weights(batch).items()))
+        mine = sums[name] | dict(loss=sums[name]["loss"] + more * total, adapter_penalty=more * total)
+        return sums | {name: mine}
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """(all, those that are trained), however many numbers a few bits take at rest."""
+        own = {name: s for name, s in self.specs.items() if name not in self.adapter.base}
+        flat = tree.flatten(self.specs, params.is_spec)
+        trained = sum(math.prod(s.shape) for path, s in flat.items() if self.optimizer.trainable(path))
+        return params.count(self.adapter.base) + params.count(own), trained
 
     @property
     def whole(self) -> Any:
@@ -68,25 +84,29 @@ class Program:
 
     def init(self) -> step.State:
         """Fresh weights and optimizer state, each leaf born on its own device."""
-        make = lambda key: step.init_state(self.specs, self.optimizer, key, self.run.optim.ema > 0)  # noqa: E731
         with sharding.on_mesh(self.mesh):
-            return jax.jit(make, out_shardings=self.state_shardings)(jax.random.key(self.run.seed))
+            return jax.jit(self._fresh, out_shardings=self.state_shardings)(jax.random.key(self.run.seed), {})
 
     def init_from(self, weights: Any) -> step.State:
-        """A fresh state around given weights."""
-        trainable, frozen = tree.partition(weights, self.optimizer.trainable)
-        make = lambda trainable, frozen: step.start(trainable, frozen, self.optimizer, self.run.optim.ema > 0)  # noqa: E731
+        """A fresh state around given weights; those that aren't given are fresh too."""
         with sharding.on_mesh(self.mesh):
-            return jax.jit(make, out_shardings=self.state_shardings, donate_argnums=(0, 1))(trainable, frozen)
+            make = jax.jit(self._fresh, out_shardings=self.state_shardings, donate_argnums=1)
+            return make(jax.random.key(self.run.seed), weights)
+
+    def _fresh(self, key: jax.Array, given: Any) -> step.State:
+        ids = None
+        if self.run.adapter.text:
+            found = self.tokens.encode(self.run.adapter.text)
+            ids = (found * -(-self.run.adapter.tokens // max(1, len(found))))[: self.run.adapter.tokens]
+        made = self.adapter.init(self.specs, key, ids, given)
+        trainable, frozen = tree.partition(made, self.optimizer.trainable)
+        return step.start(trainable, frozen, self.optimizer, self.run.optim.ema > 0)
 
     def abstract_state(self) -> step.State:
         """Shapes, dtypes and shardings of the state: what a checkpoint is restored to."""
-        make = lambda: step.init_state(  # noqa: E731
-            self.specs, self.optimizer, jax.random.key(0), self.run.optim.ema > 0
-        )
         return jax.tree.map(
             lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home),
-            jax.eval_shape(make),
+            jax.eval_shape(lambda: self._fresh(jax.random.key(0), {})),
             self.state_shardings,
         )
 
@@ -119,12 +139,17 @@ class Program:
         )
         return jax.jit(f, donate_argnums=0, out_shardings=(self.state_shardings, None))
 
+    @cached_property
+    def predict(self) -> Any:
+        """The jitted `(weights, batch) → predictions` of objectives that make them."""
+        return jax.jit(partial(self.objective.predict, self.run.objective, self.model), out_shardings=self.whole)
+
     def flops_per_token(self) -> dict[str, float]:
         """Of one of a row's `seq_len` tokens: of a mixture of experts those that it meets, of an encoder-decoder its
         decoder too, which runs over `places` other tokens a row."""
         from jaxlm import log
 
-        c, flat = self.run.model, tree.flatten(self.specs, params.is_spec)
+        c, flat = self.run.model, tree.flatten(self.model.specs, params.is_spec)
         share = 1.0
         if self.run.train.seq_len and hasattr(self.objective, "places"):
             share = self.objective.places(self.run.objective, self.run.train.seq_len) / self.run.train.seq_len
@@ -176,7 +201,9 @@ def program(run: config.Run, tokens: Any) -> Program:
     mesh = sharding.make_mesh(run.mesh)
     layout = sharding.Layout.of(run.mesh, run.execution)
     sharding.check_batch(run.train, layout, mesh)
-    specs = family.specs(run.model) | objective.specs(run.objective, run.model.width)
+    adapter = peft.Adapted(run.adapter, family, run.model)
+    heads = objective.specs(run.objective, run.model.width)
+    specs = adapter.specs() | heads
     layout.shardings(specs, mesh)  # refuses what doesn't divide, before any data is touched
     layout.check_sharded(specs, mesh, run.mesh.replicated, LARGE)
     implementation, why = attention.choose(
@@ -189,11 +216,19 @@ def program(run: config.Run, tokens: Any) -> Program:
         "precision": f"float32 weights, {run.execution.dtype} compute",
         "layers": ("scanned" if layers.scanned(layout) else "unrolled") + f", remat {run.execution.remat}",
     }
-    model = Model(family, run.model, specs, layout)
-    optimizer = optim.make(run.optim, run.train.steps, specs)
-    for group in sorted(set(optimizer.groups.values())):
-        notes[f"optimizer: {group}"] = "on " + " ".join(p for p, g in optimizer.groups.items() if g == group)
-    return Program(run, tokens, mesh, layout, specs, model, objective, optimizer, notes)
+    model = Model(family, run.model, adapter.base | heads, layout, adapter if adapter.changes else None)
+    own = optimizer(run, specs, adapter)
+    if adapter.changes:
+        notes["adapter"] = adapter.told(specs, own.trainable)
+    for group in sorted(set(own.groups.values())):
+        notes[f"optimizer: {group}"] = "on " + " ".join(p for p, g in own.groups.items() if g == group)
+    return Program(run, tokens, mesh, layout, specs, model, adapter, objective, own, notes)
+
+
+def optimizer(run: config.Run, specs: Any, adapter: peft.Adapted) -> optim.Optimizer:
+    """Of a run's weights; it moves what its adapter leaves to it."""
+    c, steps = run.optim, run.train.steps
+    return optim.make(c, steps, specs, trainable=adapter.trainable, rate_of=adapter.rate, wrap=adapter.allocator)
 
 
 def vocabulary(run: config.Run, tokens: Any) -> int:
@@ -383,16 +418,18 @@ def prompts(run: config.Run, tokens: Any, texts: Sequence[str]) -> tuple[list[li
 
 
 def predictions(p: Program, weights: Any, part: Any) -> list[np.ndarray]:
-    """What the model says of each of a part's records, in order."""
-    find = jax.jit(partial(p.objective.predict, p.run.objective, p.model), out_shardings=p.whole)
+    """What the model says of each of a part's records, in their order; those of like length are read together."""
+    order = sorted(range(len(part)), key=lambda i: len(part[i]["ids"]))
+    given = [part[i] for i in order]
     size = p.run.train.batch_size // p.run.train.micro_batches
     rows, cut = p.rows(size), p.layout.ways("seq", p.mesh) == 1
-    out: list[np.ndarray] = []
-    for batch in loader.evaluation_batches(part, host_half(p.run, p.tokens), batch_size=size, rows=rows):
+    found: list[np.ndarray] = []
+    for batch in loader.evaluation_batches(given, host_half(p.run, p.tokens), batch_size=size, rows=rows):
         batch = packing.trimmed(batch) if cut else batch
         placed = loader.to_device(batch, p.batch_shardings(batch), rows)
-        out += list(jax.device_get(find(weights, jax.tree.map(lambda x: x[0], placed))))
-    return out[: len(part)]
+        found += list(jax.device_get(p.predict(weights, jax.tree.map(lambda x: x[0], placed))))
+    there = dict(zip(order, found, strict=False))
+    return [there[i] for i in range(len(part))]
 
 
 def settled(run: config.Run) -> config.Run:
@@ -447,11 +484,14 @@ def _batches(p: Program, part: Any, limit: int = 0) -> Iterator[dict]:
         yield p.to_device(batch, rows)
 
 
-def saved(state: step.State) -> dict[str, Any]:
-    """What a checkpoint holds: whole weights whatever is frozen, so that it opens without the run's configuration."""
-    return dict(step=state.step, params=state.all_params, opt=state.opt, ema=state.ema)
+def saved(state: step.State, adapter: peft.Adapted) -> dict[str, Any]:
+    """What a checkpoint holds: whole weights whatever is frozen, so that it opens without the run's configuration; but
+    for a base that adapters rest on, which the run keeps once (`BASE`)."""
+    own, _ = tree.partition(state.all_params, lambda path: not adapter.rests(path))
+    return dict(step=state.step, params=own, opt=state.opt, ema=state.ema)
 
 
-def restored(values: dict[str, Any], optimizer: optim.Optimizer) -> step.State:
-    trainable, frozen = tree.partition(values["params"], optimizer.trainable)
+def restored(values: dict[str, Any], base: Any, optimizer: optim.Optimizer) -> step.State:
+    """`base`: what `saved` left out."""
+    trainable, frozen = tree.partition(tree.merge(values["params"], base), optimizer.trainable)
     return step.State(values["step"], trainable, frozen, values["opt"], values["ema"])

@@ -14,6 +14,8 @@ from flax import struct
 
 from jaxlm.sharding import Layout
 
+EVERYONE = 1 << 30  # a segment whose keys all other segments see too
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -30,6 +32,8 @@ class Mask:
     """Places of the queries in their row; None: 0, 1, 2 …"""
     at_S: jax.Array | None = None
     """Places of the keys; negative: an empty slot of a cache."""
+    common: int = 0
+    """So many first keys are no tokens of the row: every query sees them, and places are counted without them."""
 
     def places(self, start: int, stop: int, first: int, last: int) -> tuple[jax.Array, jax.Array]:
         """Places in the row of a block of queries and of a span of keys."""
@@ -38,6 +42,10 @@ class Mask:
 
     def dense(self, start: int, stop: int, first: int, last: int) -> jax.Array | None:
         """Boolean `[B or 1, stop - start, last - first]` for a block of queries and a span of keys; None: all seen."""
+        if self.common:
+            assert first == 0, "common keys are seen by every block"
+            seen = dataclasses.replace(self, common=0).dense(start, stop, 0, last - self.common)
+            return None if seen is None else jnp.pad(seen, ((0, 0), (0, 0), (self.common, 0)), constant_values=True)
         t_T, s_S = self.places(start, stop, first, last)
         t, s = t_T[:, None], s_S[None, :]
         seen = None
@@ -51,7 +59,8 @@ class Mask:
         if self.at_S is not None:
             seen = (s >= 0)[None] if seen is None else seen & (s >= 0)[None]
         if self.segments_BT is not None and self.segments_BS is not None:
-            same = self.segments_BT[:, start:stop, None] == self.segments_BS[:, None, first:last]
+            keys_BS = self.segments_BS[:, None, first:last]
+            same = (self.segments_BT[:, start:stop, None] == keys_BS) | (keys_BS == EVERYONE)
             seen = same if seen is None else seen & same
         return seen
 
@@ -218,7 +227,7 @@ def attend(
 
 
 def _cudnn(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_BHTS, sinks_H):
-    dense = mask.segments_BT is not None or mask.prefix_BS is not None or mask.window
+    dense = mask.segments_BT is not None or mask.prefix_BS is not None or mask.window or mask.common
     seen = mask.dense(0, q_BTHC.shape[1], 0, k_BSKC.shape[1]) if dense else None
     return jax.nn.dot_product_attention(
         q_BTHC,

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 # What a command takes a model from.
-MODEL = "a run directory, a Hugging Face directory, hf:OWNER/NAME, or a .gguf file"
+MODEL = (
+    "a run directory, a Hugging Face directory, hf:OWNER/NAME, or a .gguf file; MODEL+ADAPTER puts an adapter of "
+    "Hugging Face PEFT on it, whose directory alone may name its model"
+)
 Handler = Callable[[argparse.Namespace, list[str]], int]
 
 
@@ -108,6 +111,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt", action="append", help="may be given several times")
     p.add_argument("--draft", metavar="MODEL|lookup", help="a smaller model of the same tokenizer proposes tokens, "
                    "or what was said before does: the same text, sooner")  # fmt: skip
+    p.add_argument("--adapter", action="append", default=[], metavar="DIR|-", help="of each prompt in turn, "
+                   "PEFT's files or none: one batch goes through several adapters")  # fmt: skip
     p.add_argument("--proposals", type=int, default=4, help="tokens that the draft proposes at a time (default 4)")
     p.add_argument("--step", type=int, help="of a checkpoint (default: the newest)")
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
@@ -162,7 +167,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("model", metavar="MODEL", help=MODEL)
     p.add_argument("target", metavar="TARGET", help="a new directory; gguf: a new file")
     p.add_argument("--format", default="hf", help="hf: safetensors as transformers reads them; gguf: for llama.cpp; "
-                   "stablehlo: programs that run without this package (default hf)")  # fmt: skip
+                   "stablehlo: programs that run without this package; peft: its adapter alone, which the others merge "
+                   "(default hf)")  # fmt: skip
     p.add_argument("--dtype", help="hf: float32, bfloat16, float16 (default: as it is); gguf: f16 (default), q8_0; "
                    "stablehlo: float32 (default), bfloat16")  # fmt: skip
     p.add_argument("--step", type=int, help="of a checkpoint (default: the newest)")
@@ -377,7 +383,7 @@ def _generate(args: argparse.Namespace, rest: list[str]) -> int:
     how = _sampling(args, rest)
     if not args.prompt:
         raise ValueError("give a --prompt")
-    more = dict(draft=args.draft, proposals=args.proposals)
+    more = dict(draft=args.draft, proposals=args.proposals, adapters=args.adapter)
     found = inference.generate(args.model, args.prompt, how, args.step, **more)
     for prompt, answers in zip(args.prompt, found, strict=True):
         for answer in answers:

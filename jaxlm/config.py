@@ -91,6 +91,60 @@ class Optim:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """Fine-tuning of few parameters. The base model's weights stay as they are; heads of the objective are trained."""
+
+    method: Literal[
+        "",
+        "lora",
+        "dora",
+        "pissa",
+        "adalora",
+        "vera",
+        "ia3",
+        "houlsby",
+        "pfeiffer",
+        "parallel",
+        "prefix",
+        "prompt",
+        "p_tuning",
+        "bitfit",
+        "norms",
+    ] = ""
+    """Empty: all weights are trained."""
+    base: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
+    """How the layers' frozen matrices rest. nf4: 4.1 bits a weight (QLoRA)."""
+    targets: tuple[str, ...] = ()
+    """Patterns of the weights that get an adapter; `all`: every matrix of the layers; empty: those usual for it."""
+    rank: int = 8
+    """Of lora, dora, pissa, vera (256 is usual), and of adalora at its start (12 is usual)."""
+    alpha: float = 16.0
+    """lora, dora, pissa, adalora: the product is scaled by alpha / rank."""
+    rank_stabilized: bool = False
+    """Scale by alpha / √rank instead (rsLoRA)."""
+    dropout: float = 0.0
+    """lora, dora, pissa, adalora, vera: of what goes into the adapter."""
+    b_lr: float = 1.0
+    """lora: learning rate of b as a multiple of that of a (LoRA+; 16 is usual)."""
+    target_rank: int = 8
+    """adalora: mean rank at the end."""
+    warmup: float = 0.1
+    """adalora: share of all steps before ranks begin to fall."""
+    settle: float = 0.2
+    """adalora: share of all steps, the last ones, with the ranks that are left."""
+    orthogonal: float = 0.5
+    """adalora: weight of the loss that keeps a and b orthogonal."""
+    reduction: float = 16.0
+    """houlsby, pfeiffer, parallel: model width over the bottleneck's (parallel: 2 is usual)."""
+    tokens: int = 20
+    """prefix, prompt, p_tuning: virtual tokens."""
+    text: str = ""
+    """prompt: text whose embeddings the virtual tokens begin as; empty: those of tokens at random."""
+    hidden: int = 0
+    """p_tuning: width of the network that makes the virtual tokens; 0: the model's width."""
+
+
+@dataclass(frozen=True)
 class Train:
     """What one run does."""
 
@@ -169,6 +223,7 @@ class Run(Generic[M, O]):
     objective: O
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)
+    adapter: Adapter = field(default_factory=Adapter)
     train: Train = field(default_factory=Train)
     mesh: Mesh = field(default_factory=Mesh)
     execution: Execution = field(default_factory=Execution)

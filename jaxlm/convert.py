@@ -1,4 +1,6 @@
-"""`jaxlm import` and `jaxlm export`: a model from one format into another, and proof that it is still the same."""
+"""`jaxlm import` and `jaxlm export`: a model from one format into another, and proof that it is still the same.
+
+An adapter is merged into the weights on the way, or written alone as PEFT has it."""
 
 import dataclasses
 import importlib.util
@@ -12,17 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import config, losses, pretrained, sharding
+from jaxlm import config, losses, peft, pretrained, sharding
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.interop import beside, gguf, hf, stablehlo
+from jaxlm.interop import beside, gguf, hf, peft_files, stablehlo
 from jaxlm.interop.beside import Generation
 from jaxlm.models import Model
 from jaxlm.pretrained import Pretrained, Source, open_model
 
-FORMATS = ("hf", "gguf", "stablehlo")
+FORMATS = ("hf", "gguf", "stablehlo", "peft")
 # The dtypes of each format, the usual one first; None: each tensor's own, else float32.
-DTYPES = {"hf": (None, *hf.EXPORTED), "gguf": tuple(gguf.WRITTEN), "stablehlo": stablehlo.DTYPES}
+DTYPES = {"hf": (None, *hf.EXPORTED), "gguf": tuple(gguf.WRITTEN), "stablehlo": stablehlo.DTYPES, "peft": ("float32",)}
 # How far logits may move: root mean square of the difference over their deviation. Rounding stays far below.
 TOLERANCE = {None: 1e-5, "float32": 1e-5, "float16": 1e-2, "f16": 1e-2, "bfloat16": 5e-2, "q8_0": 0.2}
 ROWS, LENGTH = 2, 32  # of the probe
@@ -64,10 +66,14 @@ def export(
     p = _published(open_model(place, step))
     vectors = format == "stablehlo" and p.model.family.kind == "encoder"
     before = logits(p, vectors)
+    if format != "peft" and p.model.adapter is not None:
+        p = _merged(p)
+        dtype = dtype or "float32"  # that of the base's own numbers may be too coarse for what was learned
     try:
-        write: Any = {"hf": _to_hf, "gguf": _to_gguf, "stablehlo": _to_stablehlo}[format]
+        write: Any = {"hf": _to_hf, "gguf": _to_gguf, "stablehlo": _to_stablehlo, "peft": _to_peft}[format]
         notes = write(p, path, dtype)
-        after = _stablehlo_logits(p, path) if format == "stablehlo" else logits(open_model(path))
+        read: Any = {"stablehlo": _stablehlo_logits, "peft": _peft_logits}.get(format)
+        after = logits(open_model(path)) if read is None else read(p, path)
         found = _compare(before, after)
         if not found["relative_difference"] <= TOLERANCE[dtype]:
             raise ValueError(
@@ -106,9 +112,17 @@ def _published(p: Pretrained) -> Pretrained:
     heads = [f.name for f in dataclasses.fields(c) if getattr(c, f.name) is False and f.name in p.params]
     c = dataclasses.replace(c, **dict.fromkeys(heads, True))
     specs = family.specs(c)
-    if extra := sorted(p.params.keys() - specs.keys()):
+    if extra := sorted(p.params.keys() - specs.keys() - {"adapter"}):
         raise ValueError(f"{', '.join(extra)}: no place for it in published files of {c.model_type}")
-    return dataclasses.replace(p, model=Model(family, c, specs, p.model.shard))
+    adapter = p.model.adapter and dataclasses.replace(p.model.adapter, config=c)
+    return dataclasses.replace(p, model=Model(family, c, specs, p.model.shard, adapter))
+
+
+def _merged(p: Pretrained) -> Pretrained:
+    """One model of plain weights."""
+    with sharding.on_mesh(p.mesh):
+        weights = jax.jit(p.model.adapter.merged)(p.params)
+    return dataclasses.replace(p, model=dataclasses.replace(p.model, adapter=None), params=weights)
 
 
 def probe(p: Pretrained) -> dict[str, np.ndarray]:
@@ -193,6 +207,29 @@ def _to_stablehlo(p: Pretrained, folder: Path, dtype: Any) -> list[str]:
     execution = dataclasses.replace(p.model.shard.execution, dtype=dtype)
     shard = dataclasses.replace(p.model.shard, execution=execution)
     return stablehlo.save(folder, dataclasses.replace(p.model, shard=shard), p.params)
+
+
+def _to_peft(p: Pretrained, folder: Path, dtype: str) -> list[str]:
+    if p.model.adapter is None or not p.model.adapter.c.method:
+        raise ValueError(f"--format peft: {p.source.path} has no adapter; choose another format")
+    start = p.source.run.start if p.source.run else str(p.source.path)
+    if not start:
+        raise ValueError(f"--format peft: {p.source.path} began from no published model; export it as hf")
+    notes = peft_files.save(folder, p.model.adapter, p.params.get("adapter", {}), start.removeprefix(pretrained.HUB))
+    if Path(start).suffix == ".gguf":
+        notes.append(f"note: PEFT can't read {start}; give it the same model as a Hugging Face directory")
+    return notes
+
+
+def _peft_logits(p: Pretrained, folder: Path) -> np.ndarray:
+    """By what was written, on the weights that lie here."""
+    files = peft_files.open_files(folder)
+    c = peft_files.describe(files, p.model.family, p.model.config)
+    adapter = peft.Adapted(dataclasses.replace(c, base=p.model.adapter.c.base), p.model.family, p.model.config)
+    with sharding.on_mesh(p.mesh):
+        own = peft_files.load(files, adapter, p.model.shard.shardings(adapter.specs()["adapter"], p.mesh))
+    weights = p.params | {"adapter": own}
+    return logits(dataclasses.replace(p, model=dataclasses.replace(p.model, adapter=adapter), params=weights))
 
 
 def _stablehlo_logits(p: Pretrained, folder: Path) -> np.ndarray:

@@ -31,7 +31,11 @@ def prepare(model: Model, params: Any) -> Any:
 
     def cast(s: Spec, p: Any) -> Any:
         dtype = layout_of(s, model.shard).dtype
-        return jax.tree.map(lambda w: w.astype(dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w, p)
+
+        def one(w: Any) -> Any:  # quantized weights keep the digits of their scales
+            return w.astype(dtype) if not hasattr(w, "dense") and jnp.issubdtype(w.dtype, jnp.floating) else w
+
+        return jax.tree.map(one, p, is_leaf=lambda w: hasattr(w, "dense"))
 
     def walk(p: Any, s: Any) -> Any:
         if isinstance(p, tuple):
@@ -44,7 +48,7 @@ def prepare(model: Model, params: Any) -> Any:
             return tuple(jax.tree.map(lambda w, i=i: w[i], whole) for i in range(found[0].shape[0]))
         return {name: walk(value, s[name]) if name in s else value for name, value in p.items()}
 
-    return walk(params, model.specs)
+    return walk(model.bound(params), model.specs)
 
 
 def prefill(
@@ -53,8 +57,9 @@ def prefill(
     """Read prompts (`tokens`, `positions` and `segments`, padded on the left) → logits `[B, V]` after each one's last
     token, and the cache of `length` slots, from which `extend` may go on by up to 1 + `slack` tokens at once."""
     rows = batch["tokens"].shape[0]
-    cache = model.family.init_cache(model.config, rows, length, model.shard.dtype, slack)
+    cache = model.init_cache(rows, length, model.shard.dtype, slack)
     out = model.forward(params, batch, cache=cache)
+    assert out.cache is not None
     return _logits(model, params, out.x_BTD[:, -1:])[:, 0], out.cache
 
 
@@ -63,6 +68,7 @@ def extend(
 ) -> tuple[jax.Array, Cache]:
     """Read on → logits `[B, T, V]` after each of the tokens, and the cache."""
     out = model.forward(params, dict(tokens=tokens_BT, positions=positions_BT), cache=cache)
+    assert out.cache is not None
     return _logits(model, params, out.x_BTD), out.cache
 
 

@@ -35,6 +35,7 @@ def show(base: config.Run, run: config.Run) -> int:
 def show_config(base: config.Run, run: config.Run) -> None:
     plain: dict[str, Any] = {}
     for part, prefix in ((config.Data(), "data."), (config.Optim(), "optim."), (config.Train(), "train."),
+                         (config.Adapter(), "adapter."),
                          (config.Mesh(), "mesh."), (config.Execution(), "execution."), (type(run.model)(), "model."),
                          (type(run.objective)(), "objective.")):  # fmt: skip
         plain |= config.flatten(part, prefix)
@@ -57,8 +58,8 @@ def show_parameters(p: assemble.Program) -> None:
             path, "×".join(map(str, s.shape)), axes, rest, f"{math.prod(s.shape):,}", p.optimizer.groups[path]
         )
     console.print(table)
-    trained = sum(math.prod(s.shape) for path, s in flat.items() if p.optimizer.trainable(path))
-    console.print(f"parameters   {params.count(p.specs):,}, of which {trained:,} are trained")
+    count, trained = p.parameters
+    console.print(f"parameters   {count:,}, of which {trained:,} are trained")
 
 
 def show_memory(p: assemble.Program, loader: Any) -> None:

@@ -248,10 +248,15 @@ def generate(
     *,
     draft: str | None = None,
     proposals: int = 4,
+    adapters: Sequence[str] = (),
 ) -> list[list[stream.Answer]]:
     """The new texts of each prompt. `draft`: a smaller model of the same tokenizer that proposes tokens, or `lookup`:
-    what followed the last two tokens before."""
+    what followed the last two tokens before. `adapters`: of each prompt, in one batch."""
     p = open_model(place, step)
+    if adapters:
+        if len(adapters) != len(prompts) or draft is not None:
+            raise ValueError("--adapter: give one for each --prompt, in their order and without --draft; - is none")
+        p = pretrained.mixed(p, adapters)
     ids, source = p.prompts(prompts)
     with sharding.on_mesh(p.mesh):
         run = p.generator()

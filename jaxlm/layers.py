@@ -18,7 +18,7 @@ from flax import struct
 from jaxlm import rope
 from jaxlm.attention import SLOTS, Cache, Mask, attend, remember, ring
 from jaxlm.params import Spec
-from jaxlm.sharding import Layout
+from jaxlm.sharding import Layout, own_einsum
 
 
 class Output(struct.PyTreeNode):
@@ -76,11 +76,14 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     return x + bias.reshape((1,) * (x.ndim - bias.ndim) + bias.shape).astype(x.dtype)
 
 
-def embed(table_VD: jax.Array, ids_BT: jax.Array, shard: Layout, rows: str | None = "vocab") -> jax.Array:
+def embed(table_VD: Any, ids_BT: jax.Array, shard: Layout, rows: str | None = "vocab") -> jax.Array:
     """Rows of a table, in the compute dtype. The table stays float32 so that repeated tokens' gradients add up exactly.
 
     `rows` is the logical axis of the table's rows: None for positions and token types.
     """
+    if hasattr(table_VD, "virtual"):
+        x_BTD = embed(table_VD.base, jnp.minimum(ids_BT, table_VD.shape[0] - 1), shard, rows)
+        return table_VD.virtual(x_BTD, ids_BT, shard)
     table_VD = shard(table_VD, rows, None)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.are_all_axes_explicit:
@@ -104,9 +107,10 @@ def subkeys(key: jax.Array | None, n: int) -> list[jax.Array | None]:
 
 
 def project(p: dict, name: str, eq: str, x: jax.Array, shard: Layout, *axes: str | None) -> jax.Array:
-    """`x` times the weight `name`, plus `name_bias` where the model has one."""
+    """`x` times the weight `name`, plus `name_bias` where the model has one, and what an adapter makes of it."""
     y = shard.einsum(eq, x, p[name], *axes)
-    return add_bias(y, p[f"{name}_bias"]) if f"{name}_bias" in p else y
+    y = add_bias(y, p[f"{name}_bias"]) if f"{name}_bias" in p else y
+    return p[name].after(y, shard) if hasattr(p[name], "after") else y
 
 
 def self_attention(
@@ -137,18 +141,24 @@ def self_attention(
     if sin_cos is not None:
         q_BTHC, k_BTKC = rope.rotate(q_BTHC, sin_cos), rope.rotate(k_BTKC, sin_cos)
     seen, mask, kept = remember(kept, dict(k=k_BTKC, v=v_BTKC), mask, cache)
+    k_BSKC, v_BSKC = seen["k"].astype(q_BTHC.dtype), seen["v"].astype(q_BTHC.dtype)
+    bias_BHTS = None if bias is None else bias(mask, q_BTHC.shape[1], k_BSKC.shape[1])
+    if hasattr(p["k"], "keys_PKC"):
+        k_BSKC, v_BSKC = _after(p["k"].keys_PKC, k_BSKC, shard), _after(p["k"].values_PKC, v_BSKC, shard)
+        mask = dataclasses.replace(mask, common=p["k"].keys_PKC.shape[0])
+        bias_BHTS = None if bias_BHTS is None else jnp.pad(bias_BHTS, ((0, 0), (0, 0), (0, 0), (mask.common, 0)))
     a_BTHC = attend(
-        q_BTHC,
-        seen["k"].astype(q_BTHC.dtype),
-        seen["v"].astype(q_BTHC.dtype),
-        mask,
-        shard=shard,
-        scale=scale,
-        softcap=softcap,
-        bias_BHTS=None if bias is None else bias(mask, q_BTHC.shape[1], seen["k"].shape[1]),
+        q_BTHC, k_BSKC, v_BSKC, mask, shard=shard, scale=scale, softcap=softcap, bias_BHTS=bias_BHTS,
         sinks_H=p.get("sinks"),
-    )
+    )  # fmt: skip
     return project(p, "o", "bthc,hcd->btd", a_BTHC, shard, "batch", "seq", None), kept
+
+
+def _after(first_PKC: jax.Array, x_BSKC: jax.Array, shard: Layout) -> jax.Array:
+    """`[B, P + S, K, C]`: what is the same for all rows, then the rows' own."""
+    home = ("batch", None, "kv", None)
+    front = jnp.broadcast_to(first_PKC[None].astype(x_BSKC.dtype), (x_BSKC.shape[0], *first_PKC.shape))
+    return jnp.concatenate([shard(front, *home), shard(x_BSKC, *home)], 1)
 
 
 def own(kept: dict[str, jax.Array] | None) -> dict[str, jax.Array] | None:
@@ -208,7 +218,9 @@ def mlp(p: dict, x_BTD: jax.Array, activation: str, shard: Layout) -> jax.Array:
         h_BTF = act(project(p, "gate", "btd,df->btf", x_BTD, shard, "batch", "seq", "ffn")) * up_BTF
     else:
         h_BTF = act(up_BTF)
-    return project(p, "down", "btf,fd->btd", h_BTF, shard, "batch", "seq", None)
+    y_BTD = project(p, "down", "btf,fd->btd", h_BTF, shard, "batch", "seq", None)
+    more_BTD = p["up"].beside(x_BTD, shard) if hasattr(p["up"], "beside") else None
+    return y_BTD if more_BTD is None else y_BTD + more_BTD
 
 
 def relative_buckets(distance: jax.Array, buckets: int, longest: int, both_ways: bool) -> jax.Array:
@@ -351,7 +363,7 @@ def layout_of(s: Spec, shard: Layout) -> Layout:
 
 def _gathered(params: Any, specs: Any, shard: Layout) -> Any:
     """Weights as a block uses them."""
-    return jax.tree.map(lambda w, s: layout_of(s, shard).gather(w, s), params, specs)
+    return jax.tree.map(lambda w, s: layout_of(s, shard).gather(w, s), params, specs, is_leaf=own_einsum)
 
 
 def stretches(kinds: Sequence[Any]) -> list[tuple[int, int, int]]:

@@ -104,7 +104,8 @@ class RunLog:
             if resume_step is not None:
                 lines = [line for line in lines if line["step"] <= resume_step]
                 if ended:
-                    lines = [x for x in lines if x["step"] < resume_step or x["kind"] in ("train", "valid")]
+                    before = lambda x: x["kind"] in ("train", "valid") or x.get("name") == "gain"  # noqa: E731
+                    lines = [x for x in lines if x["step"] < resume_step or before(x)]
             _replace(path, "".join(map(_line, lines)))
             _replace(samples, "".join(_sample(x) for x in lines if x["kind"] == "sample"))
         if tensorboard:

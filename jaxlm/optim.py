@@ -75,10 +75,23 @@ class Optimizer:
     """Path of every parameter → what happens to it, such as `muon, decay 0.1` or `frozen`."""
 
 
-def make(c: config.Optim, steps: int, specs: Any) -> Optimizer:
-    """The optimizer of a run for a spec tree. Patterns that match no parameter are errors."""
+def make(
+    c: config.Optim,
+    steps: int,
+    specs: Any,
+    *,
+    trainable: Callable[[str], bool] = lambda path: True,
+    rate_of: Callable[[str], float] = lambda path: 1.0,
+    wrap: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] = lambda tx, steps: tx,
+) -> Optimizer:
+    """The optimizer of a run for a spec tree. Patterns that match no parameter are errors.
+
+    `trainable`: of what isn't frozen by name; `rate_of`: what a weight's learning rate is multiplied by; `wrap` gets
+    the whole of it and the number of steps.
+    """
     flat = tree.flatten(specs, is_spec)
-    frozen = tree.matcher(c.freeze, flat, "optim.freeze")
+    by_name = tree.matcher(c.freeze, flat, "optim.freeze")
+    frozen = lambda path: by_name(path) or not trainable(path)  # noqa: E731
     spared = tree.matcher(c.no_decay, flat, "optim.no_decay")
     to_adamw = tree.matcher(c.adamw_paths, flat, "optim.adamw_paths")
     if all(frozen(p) for p in flat):
@@ -102,8 +115,10 @@ def make(c: config.Optim, steps: int, specs: Any) -> Optimizer:
     used = set(tree.flatten(labels).values())
     rows = {name: (OPTIMIZERS | OWN)[name](c, rate, mask, specs, labels) for name in sorted(used)}
     tx = rows[next(iter(used))] if len(used) == 1 else optax.partition(rows, labels)
-    if c.layer_decay != 1 or c.top_layers is not None:
-        scales, _ = tree.partition(depth_scales(c, specs), lambda path: not frozen(path))
+    rates = {path: rate_of(path) for path in flat}
+    if c.layer_decay != 1 or c.top_layers is not None or set(rates.values()) != {1.0}:
+        depths, _ = tree.partition(depth_scales(c, specs), lambda path: not frozen(path))
+        scales = tree.map_named(lambda path, scale: scale * rates[path], depths)
         tx = optax.chain(tx, optax.stateless(lambda u, _: jax.tree.map(jnp.multiply, u, scales)))
     groups = {
         path: "frozen"
@@ -111,7 +126,7 @@ def make(c: config.Optim, steps: int, specs: Any) -> Optimizer:
         else f"{group(path)}, " + (f"decay {c.weight_decay:g}" if decays(path) and c.weight_decay else "no decay")
         for path in flat
     }
-    return Optimizer(tx, rate, lambda path: not frozen(path), groups)
+    return Optimizer(wrap(tx, steps), rate, lambda path: not frozen(path), groups)
 
 
 LOOKED_UP = re.compile(r"(.*/)?(embed|position|type)(_|$)")

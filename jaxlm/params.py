@@ -20,6 +20,7 @@ class Spec(NamedTuple):
     axes: tuple[str | None, ...]
     """A logical name of each dimension (`embed`, `heads`, `ffn`, `vocab`) or None; `Layout` maps them to the mesh."""
     init: Init
+    dtype: Any = jnp.float32
 
     @property
     def is_matrix(self) -> bool:
@@ -57,17 +58,17 @@ def stacked(n: int, specs: Any) -> Any:
         def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             return jax.vmap(lambda k: s.init(k, s.shape))(jax.random.split(key, n))
 
-        return Spec((n, *s.shape), ("layers", *s.axes), init)
+        return Spec((n, *s.shape), ("layers", *s.axes), init, s.dtype)
 
     return jax.tree.map(one, specs, is_leaf=is_spec)
 
 
 def init(specs: Any, key: jax.Array) -> Any:
-    """Weights in float32. Each leaf's key comes from its path, so other weights and the mesh don't change it."""
+    """Weights. Each leaf's key comes from its path, so other weights and the mesh don't change it."""
 
     def one(path: tuple, s: Spec) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return s.init(jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF), s.shape)
+        return s.init(jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF), s.shape).astype(s.dtype)
 
     return jax.tree_util.tree_map_with_path(one, specs, is_leaf=is_spec)
 
@@ -75,9 +76,9 @@ def init(specs: Any, key: jax.Array) -> Any:
 def abstract(specs: Any, shardings: Any = None) -> Any:
     """Shapes and dtypes, with shardings where given: what a checkpoint is restored to."""
     if shardings is None:
-        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), specs, is_leaf=is_spec)
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs, is_leaf=is_spec)
     return jax.tree.map(
-        lambda s, h: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=h), specs, shardings, is_leaf=is_spec
+        lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), specs, shardings, is_leaf=is_spec
     )
 
 

@@ -1,9 +1,10 @@
-"""A MODEL by its place: a run directory, a Hugging Face directory (or `hf:OWNER/NAME` on the hub), or a GGUF file."""
+"""A MODEL by its place: a run directory, a Hugging Face directory (or `hf:OWNER/NAME` on the hub), or a GGUF file; and
+any of them with an adapter of Hugging Face PEFT: `MODEL+DIRECTORY`, or its directory alone, which names the model."""
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -11,14 +12,15 @@ from typing import Any
 
 import jax
 
-from jaxlm import assemble, config, params, sharding, tree
+from jaxlm import assemble, config, params, peft, quantize, sharding, tree
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.generate import Generator
-from jaxlm.interop import beside, gguf, hf
+from jaxlm.interop import beside, gguf, hf, peft_files
 from jaxlm.interop.beside import Generation
 from jaxlm.models import MODELS, Model
 from jaxlm.objectives import OBJECTIVES
+from jaxlm.peft import mixed as mixing
 
 HUB = "hf:"
 # What is brought from the hub: never a pickle, never code.
@@ -46,6 +48,13 @@ class Source:
     run: config.Run | None = None
     """Of a run directory."""
     files: gguf.Files | None = None
+    adapter: config.Adapter = field(default_factory=config.Adapter)
+    adapter_files: peft_files.Files | None = None
+    """None: a run's own adapter lies in its checkpoints."""
+
+    @property
+    def adapted(self) -> peft.Adapted:
+        return peft.Adapted(self.adapter, self.family, self.config)
 
     def save_text(self, folder: Path) -> list[str]:
         """What of its files says how text is read, in a folder of its own; their names."""
@@ -119,6 +128,9 @@ class Pretrained:
 
 def look(place: str | Path) -> Source:
     """What kind of model is there, and what its files say."""
+    base, plus, adapter = str(place).rpartition("+")
+    if plus and peft_files.is_adapter(Path(adapter).expanduser()) and not Path(place).exists():
+        return _with_adapter(look(base), Path(adapter).expanduser())
     place = fetch(str(place)) if str(place).startswith(HUB) else Path(place).expanduser()
     if place.suffix == ".gguf":
         return _gguf(place)
@@ -127,17 +139,20 @@ def look(place: str | Path) -> Source:
         raise ValueError(
             f"{place}: no such model; give a run directory, a Hugging Face directory or a .gguf file{hint}"
         )
+    if not (place / "config.json").is_file() and peft_files.is_adapter(place):
+        return _with_adapter(look(_base_of(place)), place)
     if not (place / "config.json").is_file():
         raise ValueError(f"{place}: has no config.json, so it is neither a run directory nor a Hugging Face directory")
     return _run(place) if "objective" in hf.read_config(place) else _hf(place)
 
 
 def starting(run: config.Run, place: str) -> config.Run:
-    """The run with the architecture and tokenizer of the model that it starts from."""
+    """The run with the architecture and tokenizer of the model that it starts from, and with its adapter."""
     source = look(place)
     if source.tokens is None:
         raise ValueError(f"start: {place} has no tokenizer; put its tokenizer.json beside the weights")
-    return dataclasses.replace(run, model=source.config, start=str(place))
+    own = source.adapter if run.adapter == config.Adapter() else run.adapter
+    return dataclasses.replace(run, model=source.config, adapter=own, start=str(place))
 
 
 def load_tokenizer(run: config.Run) -> Any:
@@ -155,7 +170,7 @@ def template_of(run: config.Run) -> str | None:
 
 
 def first_params(p: assemble.Program) -> Any:
-    """Weights of a run that starts from a model: that model's, and fresh ones where it has none, such as a head."""
+    """Weights of a run that starts from a model, as far as that model has them: it lacks a head, or an adapter."""
     source = look(p.run.start)
     held = specs_of(source)
     differing = [path for path, s in tree.flatten(p.specs, params.is_spec).items()
@@ -163,16 +178,39 @@ def first_params(p: assemble.Program) -> Any:
     if source.family is not p.model.family or differing:
         where = f": {differing[0]} has another shape" if differing else ""
         raise ValueError(f"start: {source.path} does not fit this run's model{where}; leave the model to --start")
-    homes = p.layout.shardings(held, p.mesh)
-    found = read(source, held, homes)
-    fresh = {name: s for name, s in p.specs.items() if name not in held}
-    make = jax.jit(partial(params.init, fresh), out_shardings=p.layout.shardings(fresh, p.mesh))
-    return {name: value for name, value in found.items() if name in p.specs} | make(jax.random.key(p.run.seed))
+    theirs, ours = source.adapter, p.run.adapter
+    settled = ("method", "rank", "alpha", "rank_stabilized") if theirs.method else ()
+    if theirs.base not in ("float32", ours.base) or any(getattr(theirs, n) != getattr(ours, n) for n in settled):
+        raise ValueError(
+            f"start: {p.run.start} has an adapter of other settings than this run's; leave adapter.* out, or merge it "
+            f"first: jaxlm export {p.run.start} MERGED --format hf"
+        )
+    found = read(
+        source, held, p.layout.shardings(held, p.mesh), each=_quantizer(p) if theirs.base != ours.base else None
+    )
+    return {name: value for name, value in found.items() if name in p.specs}
+
+
+def _quantizer(p: assemble.Program) -> Callable[[str, jax.Array], Any] | None:
+    """Weights take their few bits one by one, so that they never all lie there in float32."""
+    base, every = p.run.adapter.base, p.adapter.every
+    if p.run.adapter.method == "pissa":  # which begins from the whole numbers
+        return None
+
+    def each(path: str, w: jax.Array) -> Any:
+        if (s := every.get(path)) is None:
+            return w
+        homes = p.layout.shardings(tree.at(p.specs, path), p.mesh)
+        few = jax.jit(partial(quantize.KINDS[base], ins=s.ins, outs=s.outs), out_shardings=homes)(w)
+        w.delete()
+        return few
+
+    return each
 
 
 def specs_of(source: Source) -> Any:
     """Of the weights that its files hold."""
-    specs = source.family.specs(source.config)
+    specs = source.adapted.specs()
     if source.run is not None:
         objective = OBJECTIVES[config.family(source.run.objective)]
         specs |= objective.specs(source.run.objective, source.config.width)
@@ -194,22 +232,68 @@ def open_model(place: str | Path, step: int | None = None) -> Pretrained:
         raise ValueError(f"--step: {source.path} is no run directory; leave it out")
     with sharding.on_mesh(mesh):
         weights = read(source, specs, layout.shardings(specs, mesh), step)
-    return Pretrained(source, Model(source.family, source.config, specs, layout), weights, mesh)
+    adapted = source.adapted
+    plain = {name: s for name, s in specs.items() if name not in (*adapted.base, "adapter")} | adapted.base
+    model = Model(source.family, source.config, plain, layout, adapted if adapted.changes else None)
+    return Pretrained(source, model, weights, mesh)
 
 
-def read(source: Source, specs: Any, homes: Any, step: int | None = None) -> Any:
-    """The weights, each device's share straight onto it."""
+def mixed(p: Pretrained, adapters: Sequence[str]) -> Pretrained:
+    """The model with an adapter for each row of a batch in turn: directories of PEFT's, or `-` for none."""
+    if p.source.adapter.method:
+        raise ValueError(f"--adapter: {p.source.path} has an adapter of its own; merge it first with jaxlm export")
+    folders = list(dict.fromkeys(name for name in adapters if name != "-"))
+    if not folders:
+        return p
+    each = []
+    for folder in folders:
+        if not peft_files.is_adapter(Path(folder).expanduser()):
+            raise ValueError(f"--adapter: {folder} has no adapter_config.json; name a directory of PEFT's, or -")
+        source = _with_adapter(dataclasses.replace(p.source, adapter=config.Adapter()), Path(folder).expanduser())
+        homes = p.model.shard.shardings(source.adapted.specs()["adapter"], p.mesh)
+        assert source.adapter_files is not None
+        each.append((source.adapted, peft_files.load(source.adapter_files, source.adapted, homes)))
+    rows = [None if name == "-" else folders.index(name) for name in adapters]
+    adapter, own = mixing.together(each, rows, p.source.adapted)
+    model = dataclasses.replace(p.model, adapter=adapter)
+    return dataclasses.replace(p, model=model, params=p.params | {"adapter": own})
+
+
+def read(
+    source: Source, specs: Any, homes: Any, step: int | None = None,
+    each: Callable[[str, jax.Array], Any] | None = None,
+) -> Any:  # fmt: skip
+    """The weights, each device's share straight onto it. `each`: what becomes of one of a published file."""
+    if source.adapter_files is not None:
+        own = peft_files.load(source.adapter_files, source.adapted, homes["adapter"])
+        bare = dataclasses.replace(source, adapter=config.Adapter(), adapter_files=None)
+        specs, homes = ({name: x for name, x in held.items() if name != "adapter"} for held in (specs, homes))
+        return read(bare, specs, homes, step, each) | {"adapter": own}
     if source.run is None:
         if source.files is not None:
-            return gguf.load(source.files, source.family, source.config, specs, homes)
-        return hf.load(source.path, source.family, source.config, specs, homes)
+            return gguf.load(source.files, source.family, source.config, specs, homes, each=each)
+        return hf.load(source.path, source.family, source.config, specs, homes, each=each)
+    run, adapted = source.run, source.adapted
+    wanted = params.abstract(specs, homes)
     with Checkpoints(source.path / "checkpoints") as checkpoints:
         if checkpoints.latest() is None:
             raise ValueError(f"{source.path}: no checkpoint yet; train it with: jaxlm train {source.path}")
-        if step is None and source.run.train.use == "best":
+        if step is None and run.train.use == "best":
             step = checkpoints.best()
-        item = "ema" if source.run.optim.ema else "params"
-        return checkpoints.restore_params(params.abstract(specs, homes), step, item=item)
+        base = None
+        if (source.path / assemble.BASE).is_dir():
+            base, wanted = tree.partition(wanted, adapted.rests)
+            with Checkpoints(source.path / assemble.BASE) as once:
+                base = once.restore_params(base)
+        averaged = None
+        if run.optim.ema:
+            trainable = assemble.optimizer(run, specs, adapted).trainable
+            averaged, wanted = tree.partition(wanted, trainable)
+            averaged = checkpoints.restore_params(averaged, step, item="ema")
+        found = checkpoints.restore_params(wanted, step) if jax.tree.leaves(wanted) else wanted
+    for part in (averaged, base):
+        found = found if part is None else tree.merge(found, part)
+    return found if each is None else tree.map_named(each, found)
 
 
 def published_execution() -> config.Execution:
@@ -242,6 +326,7 @@ def published_run(source: Source) -> config.Run:
         data=config.Data(train=(), tokenizer=str(source.path)),
         train=config.Train(batch_size=8, seq_len=length),
         execution=published_execution(),
+        adapter=source.adapter,
     )
 
 
@@ -267,7 +352,26 @@ def _run(folder: Path) -> Source:
     templates = beside.chat_templates(folder) or beside.chat_templates(folder / "tokenizer")
     family = MODELS[config.family(run.model)]
     advice = beside.read_generation(folder)
-    return Source(folder, "run", family, run.model, tokens, advice, templates, tokens.around, run=run)
+    return Source(
+        folder, "run", family, run.model, tokens, advice, templates, tokens.around, run=run, adapter=run.adapter
+    )
+
+
+def _base_of(folder: Path) -> str:
+    """The model that an adapter's directory names: a place here, or one on the hub."""
+    base = peft_files.open_files(folder).base
+    if not base or (not Path(base).expanduser().exists() and base.count("/") != 1):
+        raise ValueError(f"{folder}: names {base or 'no base model'}, which is not here; give it as MODEL+{folder}")
+    return base if Path(base).expanduser().exists() else f"{HUB}{base}"
+
+
+def _with_adapter(base: Source, folder: Path) -> Source:
+    if base.adapter != config.Adapter():
+        raise ValueError(f"{base.path}: has an adapter already; merge it first: jaxlm export {base.path} MERGED")
+    files = peft_files.open_files(folder)
+    own = peft_files.describe(files, base.family, base.config)
+    run = base.run and dataclasses.replace(base.run, adapter=own)
+    return dataclasses.replace(base, run=run, adapter=own, adapter_files=files)
 
 
 def _hf(folder: Path) -> Source:

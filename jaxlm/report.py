@@ -32,6 +32,8 @@ class Logs:
     """The last event of each name."""
     config: dict[str, Any]
     environment: dict[str, Any]
+    gains: list[dict]
+    """Validations beside that before the first step, of a run that starts from a model."""
 
 
 def build(run_dir: str | os.PathLike) -> Path:
@@ -58,7 +60,8 @@ def read(folder: Path) -> Logs:
     config, environment = (_json(folder / name) for name in ("config.json", "environment.json"))
     events = {line.get("name", ""): line for line in kinds["event"]}
     name = str(config.get("name") or folder.resolve().name)
-    return Logs(name, kinds["train"], kinds["valid"], kinds["sample"], events, config, environment)
+    gains = [line for line in kinds["event"] if line.get("name") == "gain"]
+    return Logs(name, kinds["train"], kinds["valid"], kinds["sample"], events, config, environment, gains)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -188,6 +191,7 @@ def _page(logs: Logs, charts: list[str]) -> str:
     body = [
         f"<header><h1>{_e(logs.name)}</h1><p>{_e(subtitle)}</p></header>",
         _summary(logs),
+        _before_and_after(logs),
         _compression(logs),
         "<h2>Curves</h2><div class=charts>" + "".join(f"<figure>{chart}</figure>" for chart in charts) + "</div>",
         _samples(logs.samples),
@@ -220,6 +224,36 @@ def _summary(logs: Logs) -> str:
     rows += [("Trainable parameters", _count(trainable))] if trainable and trainable != parameters else []
     cells = "".join(f"<div><dt>{_e(name)}</dt><dd>{value}</dd></div>" for name, value in rows)
     return f"<dl class=summary>{cells}</dl>"
+
+
+def gain(logs: Logs) -> dict | None:
+    """What the step that the run is used at changed: the best one's where it says so, else the last one's."""
+    best = [line for line in logs.gains if line.get("best")]
+    found = best if best and logs.config.get("train", {}).get("use") == "best" else logs.gains
+    return found[-1] if found else None
+
+
+def _before_and_after(logs: Logs) -> str:
+    found = gain(logs)
+    if found is None:
+        return ""
+    rows = []
+    for name, f in found["figures"].items():
+        cells = [_within(f["against"], f["against_interval"]), _within(f["value"], f["interval"]),
+                 _within(f["difference"], f["difference_interval"], "+"), f"{f['p']:.4f}", _e(f["over"])]  # fmt: skip
+        rows.append(f"<tr><th>{_e(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    heads = "".join(f"<td>{head}</td>" for head in ("before", "after", "difference", "p", "over"))
+    note = f"{_e(logs.config.get('start') or 'its start')} and step {found['step']}; 95 % intervals, paired bootstrap"
+    if found.get("best") and logs.config.get("train", {}).get("use") == "best":
+        note += "; the step was chosen on these very examples, which flatters it"
+    table = f"<table class=gain><tr><th></th>{heads}</tr>{''.join(rows)}</table>"
+    return f"<h2>Before and after <small>{note}</small></h2>{table}"
+
+
+def _within(value: Any, ends: list, sign: str = "") -> str:
+    """Numbers that are none come as text."""
+    shown = [f"{x:{sign}.4g}" if isinstance(x, int | float) else _e(x) for x in (value, *ends)]
+    return f"{shown[0]} <small>{shown[1]} … {shown[2]}</small>"
 
 
 def _compression(logs: Logs) -> str:
@@ -331,7 +365,7 @@ body { margin: 0 auto; max-width: 1080px; padding: 2.5rem 1.5rem 4rem; backgroun
 h1 { margin: 0; font-size: 1.7rem; font-weight: 600; }
 header p { margin: .2rem 0 0; color: var(--soft); }
 h2, details > summary { margin: 2.4rem 0 .8rem; font-size: 1.1rem; font-weight: 600; }
-h2 small, dd small { color: var(--soft); font-size: .85rem; font-weight: 400; }
+h2 small, dd small, td small { color: var(--soft); font-size: .85rem; font-weight: 400; }
 .summary { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 1px; margin: 1.8rem 0 0;
   border-block: 1px solid var(--grid); }
 .summary div { padding: .7rem 0; }
@@ -356,7 +390,7 @@ caption { padding: .2rem 0; text-align: left; font-weight: 600; }
 th, td { padding: .22rem .6rem .22rem 0; border-top: 1px solid var(--grid); text-align: left; vertical-align: top;
   font-weight: 400; overflow-wrap: anywhere; }
 th { color: var(--soft); width: 40%; }
-.bars th { width: 18%; } .bars td, .bars th { border: 0; vertical-align: middle; }
+.gain th { width: 18%; } .bars th { width: 18%; } .bars td, .bars th { border: 0; vertical-align: middle; }
 td { font-variant-numeric: tabular-nums; }
 </style></head>
 <body>

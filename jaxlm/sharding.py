@@ -94,6 +94,11 @@ def _amended(table: dict[str, Axes], changes: tuple[str, ...], name: str) -> dic
     return table
 
 
+def own_einsum(w: Any) -> bool:
+    """Whether a weight is more than an array, and answers `gathered` and (but for tables) `einsum` itself."""
+    return hasattr(w, "gathered")
+
+
 def _manual() -> bool:
     return any(t == AxisType.Manual for t in jax.sharding.get_abstract_mesh().axis_types)
 
@@ -156,7 +161,11 @@ class Layout:
 
     def gather(self, params: Any, specs: Any) -> Any:
         """Weights as a block uses them: cast to the compute dtype, then gathered over the axes that only store."""
-        return jax.tree.map(lambda w, s: self(w.astype(self.dtype), *s.axes[-w.ndim :]), params, specs)
+
+        def one(w: Any, s: Spec) -> Any:
+            return w.gathered(s, self) if own_einsum(w) else self(w.astype(self.dtype), *s.axes[-w.ndim :])
+
+        return jax.tree.map(one, params, specs, is_leaf=own_einsum)
 
     def shardings(self, specs: Any, mesh: jax.sharding.Mesh | None) -> Any:
         """Where each weight rests. A dimension that its mesh axes don't divide is an error that names the weight."""

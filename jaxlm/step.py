@@ -111,7 +111,9 @@ def make_train_step(
         if ema:
             decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))  # young averages forget faster
             new = new.replace(ema=jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, new.params))
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        # Without what is frozen: not every compiler sees that it would be chosen from itself, and some write it anew.
+        moved, before = new.replace(frozen=None), state.replace(frozen=None)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), moved, before).replace(frozen=state.frozen)
         metrics |= dict(grad_norm=norm, lr=optimizer.schedule(state.step), finite=finite.astype(jnp.float32))
         return new.replace(step=state.step + 1), metrics
 

@@ -4,6 +4,7 @@ import gzip
 import lzma
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,11 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import assemble, config, loop, params, pretrained, report, sharding, tree
+from jaxlm import assemble, config, loop, pretrained, report, sharding, tree
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import cache as caches
-from jaxlm.eval import answers
-from jaxlm.eval.perplexity import evaluate, make_eval_step
+from jaxlm.eval import answers, compare, counts, perplexity
+from jaxlm.eval.perplexity import make_eval_step
 from jaxlm.generate import Generator
 from jaxlm.log import Meter, Progress, RunLog, peak_flops, read_lines, write_environment
 from jaxlm.sampling import Sampling
@@ -88,10 +89,28 @@ def _ended(folder: Path) -> bool:
 
 def _first_state(p: assemble.Program, checkpoints: Checkpoints) -> tuple[Any, dict]:
     """From the newest sound checkpoint, straight to this mesh's shards, or from a model, or fresh."""
+    folder = p.run.folder / assemble.BASE
     if checkpoints.latest() is None:
-        return (p.init_from(pretrained.first_params(p)) if p.run.start else p.init()), {}
-    values, meta = checkpoints.restore(assemble.saved(p.abstract_state()))
-    return assemble.restored(values, p.optimizer), meta
+        state = p.init_from(pretrained.first_params(p)) if p.run.start else p.init()
+        if base := _base(p, state.all_params):
+            if jax.process_index() == 0:
+                shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was cut off
+            with Checkpoints(folder) as once:
+                once.save(0, {"params": base}, {"step": 0}, wait=True)
+        return state, {}
+    abstract = p.abstract_state()
+    values, meta = checkpoints.restore(assemble.saved(abstract, p.adapter))
+    base = _base(p, abstract.all_params)
+    if base:
+        with Checkpoints(folder) as once:
+            base = once.restore_params(base)
+    return assemble.restored(values, base, p.optimizer), meta
+
+
+def _base(p: assemble.Program, weights: Any) -> Any:
+    """Those that an adapter rests on; None: there are none."""
+    base, _ = tree.partition(weights, p.adapter.rests)
+    return base if jax.tree.leaves(base) else None
 
 
 def _remember_reference(p: assemble.Program, data: assemble.Corpus, weights: Any | None) -> None:
@@ -125,14 +144,16 @@ def _run(
     rows = p.rows(c.batch_size // c.micro_batches)
     loader = assemble.training_loader(run, p.tokens, data, rows)
     compiled = _compile(p, state, p.to_device(loader.batch(start), rows), log, start)
-    validate = _validator(p, data, log)
+    validate, gain = _validator(p, data, log), _gain(run, log)
+    best = float(meta.get("stopping", {}).get("best", math.inf))
     sample = _sampler(p, log) if p.model.family.generates and c.prompts else lambda step, state: None
     if start == 0:
         sample(0, state)
-        score(run, validate(0, state))  # so that an unknown metric is found before the work
-        flat = tree.flatten(p.specs, params.is_spec)
-        trained = sum(math.prod(s.shape) for path, s in flat.items() if p.optimizer.trainable(path))
-        log.event(0, "model", parameters=params.count(p.specs), trainable=trained, notes=p.notes)
+        metrics, samples = validate(0, state)
+        score(run, metrics)  # so that an unknown metric is found before the work
+        gain(0, samples, False)
+        count, trained = p.parameters
+        log.event(0, "model", parameters=count, trainable=trained, notes=p.notes)
     flops, kind = p.flops_per_token(), jax.devices()[0].device_kind
     peak = peak_flops(kind)
     meter = Meter(c.steps, start=start, flops=flops, peak=peak and peak * jax.device_count())
@@ -148,16 +169,20 @@ def _run(
                 log.train(step, metrics | {"tokens": step * tokens_a_step}, reading)
 
         def check(step: int, state: Any) -> dict:
-            metrics = validate(step, state)
+            nonlocal best
+            metrics, samples = validate(step, state)
+            value = score(run, metrics)
+            gain(step, samples, value < best)
+            best = min(best, value)
             shown = [f"{k} {metrics[k]:.4f}" for k in ("loss", "bits_per_byte", "accuracy") if k in metrics]
             progress.say(f"step {step}: validation {', '.join(shown)}")
             meter.pause()
-            return metrics | {"score": score(run, metrics)}
+            return metrics | {"score": value}
 
         def save(step: int, state: Any, validation: dict | None, stopping: dict) -> None:
             meta = {"step": step, "loader": loader.state(step), "config": config.to_dict(run), "stopping": stopping}
             told = {"valid/score": validation["score"]} if validation else None
-            checkpoints.save(step, assemble.saved(state), meta, metrics=told)
+            checkpoints.save(step, assemble.saved(state, p.adapter), meta, metrics=told)
             meter.pause()
 
         hooks = loop.Hooks(
@@ -236,21 +261,43 @@ def score(run: config.Run, metrics: dict[str, float]) -> float:
     return metrics[name] if falls else -metrics[name]
 
 
-def _validator(p: assemble.Program, data: assemble.Corpus, log: RunLog) -> Callable[[int, Any], dict]:
+def _validator(p: assemble.Program, data: assemble.Corpus, log: RunLog) -> Callable[[int, Any], tuple[dict, dict]]:
     evaluate_batch = make_eval_step(p.loss, p.objective.weights, p.tokens.bytes_per_token)
 
-    def validate(step: int, state: Any) -> dict:
+    def validate(step: int, state: Any) -> tuple[dict, dict[str, compare.Sample]]:
         started = time.perf_counter()
         batches = assemble.validation_batches(p, data, p.run.train.eval_batches)
-        metrics = evaluate(evaluate_batch, state.eval_params, batches)
+        parts = perplexity.parts(evaluate_batch, state.eval_params, batches)
+        metrics, samples = perplexity.total(parts), {"losses": counts.of_losses(parts)}
         if hasattr(p.objective, "predict"):
             items = [item for part in data.valid for item in part]
             found = assemble.predictions(p, state.eval_params, items)
-            metrics |= answers.score(p.objective, p.run.objective, items, found)[0]
+            judged = answers.judge(p.objective, p.run.objective, items, found)
+            metrics |= judged.figures
+            samples["answers"] = judged.sample
         log.valid(step, metrics, {"seconds": time.perf_counter() - started})
-        return metrics
+        return metrics, samples
 
     return validate
+
+
+def _gain(run: config.Run, log: RunLog) -> Callable[[int, dict[str, compare.Sample], bool], None]:
+    """Of a run that starts from a model: each validation beside the one before the first step, which a file keeps."""
+    file = run.folder / "start.npz"
+
+    def gain(step: int, samples: dict[str, compare.Sample], best: bool) -> None:
+        if not run.start or jax.process_index():
+            return
+        if step == 0:
+            held: dict[str, Any] = {name: sample.counts_NM for name, sample in samples.items()}
+            np.savez_compressed(file, **held)
+        elif file.is_file():
+            with np.load(file) as before:
+                found = compare.gains(samples, before)
+            if found:
+                log.event(step, "gain", figures=found, resamples=compare.RESAMPLES, best=best)
+
+    return gain
 
 
 def _sampler(p: assemble.Program, log: RunLog) -> Callable[[int, Any], None]:
@@ -286,6 +333,9 @@ def _finish(p: assemble.Program, end: loop.Outcome, sample: Callable[[int, Any],
     skipped = sum(line.get("finite") == 0 for line in read_lines(run.folder / "metrics.jsonl"))
     if skipped:
         print(f"{skipped} updates were left out because their loss or gradient was not finite")
+    if found := report.gain(report.read(run.folder)):
+        note = f"step {found['step']} beside the model it starts from, {found['resamples']:,} resamples"
+        print(compare.table(found["figures"], note, ("after", "before")))
     log.event(end.step, "end", reason=end.reason, best=end.best, skipped=skipped)
     page = report.build(run.folder)
     print(f"{end.reason} at step {end.step}; report: {page}")

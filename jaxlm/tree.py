@@ -17,6 +17,19 @@ def flatten(tree: Tree, is_leaf: Callable[[Any], bool] = lambda x: False, prefix
     return {} if tree is None else {prefix[:-1]: tree}
 
 
+def at(tree: Tree, path: str) -> Any:
+    """What stands at `blocks/q` of nested dicts; None: nothing."""
+    for name in path.split("/"):
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree
+
+
+def put(tree: dict, path: str, value: Any) -> dict:
+    """A copy of nested dicts in which `value` stands at `path`."""
+    name, _, rest = path.partition("/")
+    return tree | {name: put(tree.get(name, {}), rest, value) if rest else value}
+
+
 def map_named(f: Callable[[str, Any], Any], tree: Tree, prefix: str = "") -> Tree:
     """Map a function of (path, leaf) over nested dicts; None stays None."""
     if isinstance(tree, dict):

@@ -4,10 +4,15 @@
 Weights are not stored: both sides draw them from the tensor's name, so a row costs a few kilobytes.
 """
 
+import json
 import zlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import safetensors.numpy
+
+GOLDEN = Path(__file__).parent / "golden" / "hf"
 
 V, ROWS_, T, S = 64, 2, 12, 9
 
@@ -46,6 +51,40 @@ def inputs(kind: str, vocab: int = V) -> dict[str, np.ndarray]:
     if kind == "types":
         out["token_type_ids"] = np.broadcast_to((np.arange(T) >= 5).astype(np.int32), (ROWS_, T)).copy()
     return out
+
+
+def directory(name: str, folder: Path) -> dict[str, np.ndarray]:
+    """Write the row's files and return its tensors."""
+    golden = np.load(GOLDEN / f"{name}.npz")
+    tensors = {key: draw(key, tuple(shape)) for key, shape in json.loads(str(golden["shapes"])).items()}
+    folder.mkdir()
+    (folder / "config.json").write_text(str(golden["config"]))
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+def batch_of(kind: str, vocab: int = 64) -> dict[str, np.ndarray]:
+    """transformers' inputs under our names."""
+    given = inputs(kind, vocab)
+    count = lambda a: np.broadcast_to(np.arange(a.shape[1], dtype=np.int32), a.shape)  # noqa: E731
+    tokens = given.get("decoder_input_ids", given["input_ids"])
+    out = dict(tokens=tokens, positions=count(tokens))
+    if kind == "encoder_decoder":
+        source = given["input_ids"]
+        out |= dict(source=source, source_positions=count(source), source_segments=given["attention_mask"])
+        out |= dict(segments=np.ones_like(tokens))
+    elif "attention_mask" in given:
+        out["segments"] = given["attention_mask"]
+    if "token_type_ids" in given:
+        out["types"] = given["token_type_ids"]
+    return out
+
+
+def real(kind: str) -> np.ndarray:
+    """[B, T]: positions whose output means something."""
+    given = inputs(kind)
+    ones = np.ones_like(given.get("decoder_input_ids", given["input_ids"]))
+    return ones.astype(bool) if kind == "encoder_decoder" else given.get("attention_mask", ones).astype(bool)
 
 
 # What every row of a family shares; 2 or more layers, grouped heads, and no two sizes alike, so that a mix-up shows.

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxlm import assemble, cli, config, sharding
+from jaxlm import assemble, cli, config, peft, sharding
 from jaxlm.eval import perplexity
 from jaxlm.models import MODELS, Model
 from jaxlm.objectives import OBJECTIVES
@@ -107,11 +107,8 @@ def test_it_learns_and_validates_on_a_mesh(objective, home):
             losses.append(float(metrics["loss"]))
             assert metrics["finite"] == 1 and metrics[f"weight/{name}"] == np.asarray(batch["weights"]).sum()
         assert losses[-1] < losses[0]
-        valid = perplexity.evaluate(
-            perplexity.make_eval_step(p.loss, p.objective.weights, tokens.bytes_per_token),
-            state.params,
-            assemble.validation_batches(p, data),
-        )
+        evaluate = perplexity.make_eval_step(p.loss, p.objective.weights, tokens.bytes_per_token)
+        valid = perplexity.total(perplexity.parts(evaluate, state.params, assemble.validation_batches(p, data)))
     assert valid["targets"] > 0 and valid["perplexity"] > 1
     assert ("bits_per_byte" in valid) == (name == "tokens"), "spans are no whole text"
 
@@ -184,7 +181,7 @@ def flops(model, objective, **more) -> float:
     family, module = (table[config.family(part)] for table, part in ((MODELS, model), (OBJECTIVES, objective)))
     specs = family.specs(model) | module.specs(objective, model.width)
     p = assemble.Program(run, None, None, sharding.Layout(), specs, Model(family, model, specs, sharding.Layout()),
-                         module, None, {})  # fmt: skip
+                         peft.Adapted(config.Adapter(), family, model), module, None, {})  # fmt: skip
     found = p.flops_per_token()
     return (2 * found["causal"] - found["full"]) / 6
 

@@ -115,3 +115,25 @@ def test_missing_matplotlib_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r'pip install "jaxlm\[report\]"'):
         build(tmp_path)
+
+
+def test_before_and_after_of_a_run_that_starts_from_a_model(tmp_path):
+    folder = run(tmp_path)
+    assert "Before and after" not in build(folder).read_text()
+
+    def figures(value):
+        found = dict(value=value, interval=[value - 0.1, value + 0.1], against=0.5, against_interval=[0.4, 0.6])
+        return {
+            "f1<b>": found | dict(difference=value - 0.5, difference_interval=["NaN", 0.3], p=0.004, over="9 examples")
+        }
+
+    with RunLog(folder, tensorboard=False) as out:
+        out.event(30, "gain", figures=figures(0.75), resamples=10_000, best=True)
+        out.event(40, "gain", figures=figures(0.7), resamples=10_000, best=False)
+    seen = text(build(folder))
+    assert "its start and step 40; 95 % intervals" in seen
+    assert "f1&lt;b&gt; 0.5 0.4 … 0.6 0.7 0.6 … 0.8 +0.2 NaN … +0.3 0.0040 9 examples" in seen
+    config = CONFIG | {"start": "models/<x>", "train": CONFIG["train"] | {"use": "best"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    seen = text(build(folder))
+    assert "models/&lt;x&gt; and step 30" in seen and "which flatters it" in seen and "+0.25" in seen

@@ -4,7 +4,7 @@ bootstrap over examples (Efron & Tibshirani 1993), paired where there are two mo
 N examples, M counts of each, R resamples.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +53,17 @@ def paired(a: Sample, b: Sample, resamples: int = RESAMPLES, seed: int = SEED) -
     return out
 
 
+def gains(now: Mapping[str, Sample], before: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """`paired` of each figure with the same model `before` (counts by the samples' names); `over` says over what."""
+    out: dict[str, dict[str, Any]] = {}
+    for name, sample in now.items():
+        if name in before and before[name].shape == sample.counts_NM.shape and len(sample.counts_NM) > 1:
+            found = paired(sample, sample._replace(counts_NM=before[name]))
+            over = f"{len(sample.counts_NM)} {sample.unit}"
+            out |= {figure: {**values, "over": over} for figure, values in found.items()}
+    return out
+
+
 def check_same(a: Sample, b: Sample) -> None:
     """Refuses models that were not asked the same."""
     if len(a.counts_NM) != len(b.counts_NM):
@@ -96,9 +107,11 @@ def _ends(values_R: np.ndarray) -> list[float]:
     return [float(x) for x in np.percentile(values_R, [rest, 100 - rest])] if len(values_R) else [np.nan, np.nan]
 
 
-def table(found: dict[str, dict[str, Any]], about: str = "") -> str:
+def table(
+    found: Mapping[str, Mapping[str, Any]], about: str = "", heads: tuple[str, str] = ("value", "against")
+) -> str:
     """Of what `paired` gives."""
-    rows = [("", "value", "against", "difference", "95 % of it", "p")]
+    rows = [("", *heads, "difference", "95 % of it", "p")]
     for name, f in found.items():
         low, high = f["difference_interval"]
         rows.append((name, f"{f['value']:.5g}", f"{f['against']:.5g}", f"{f['difference']:+.4g}",

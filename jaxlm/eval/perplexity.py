@@ -35,11 +35,6 @@ def parts(step: Callable[[Any, dict], Any], params: Any, batches: Iterable[dict]
     return [jax.device_get(step(params, batch)) for batch in batches]
 
 
-def evaluate(step: Callable[[Any, dict], Any], params: Any, batches: Iterable[dict]) -> dict[str, float]:
-    """Means over all batches."""
-    return total(parts(step, params, batches))
-
-
 def total(found: Sequence[Part]) -> dict[str, float]:
     """Means over all parts, added up in float64."""
     sums: Sums = {}

@@ -6,7 +6,7 @@ The `gguf` library parses and packs; `gguf_names.py` says what stands where, `gg
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -203,8 +203,12 @@ def describe(files: Files, models: Mapping[str, ModuleType]) -> tuple[ModuleType
     return family, family.from_hf(files.values)
 
 
-def load(files: Files, family: ModuleType, c: Any, specs: Any, shardings: Any, *, dtype: Any = np.float32) -> Any:
-    """The weights, each device's share straight onto it, in pieces: the host holds a few at a time."""
+def load(
+    files: Files, family: ModuleType, c: Any, specs: Any, shardings: Any, *, dtype: Any = np.float32,
+    each: Callable[[str, jax.Array], Any] | None = None,
+) -> Any:  # fmt: skip
+    """The weights, each device's share straight onto it, in pieces: the host holds a few at a time. `each`: (path,
+    weight) → what takes its place before the next one is read."""
     table = names.tensors(family.names(c), specs)
     missing, extra = (sorted(a - b) for a, b in itertools.permutations((table.keys(), files.entries.keys())))
     for found, what in ((missing, "is missing"), (extra, "is not this model's")):
@@ -218,7 +222,7 @@ def load(files: Files, family: ModuleType, c: Any, specs: Any, shardings: Any, *
         for part, view in zip(table[name].parts, table[name].views, strict=True):
             read = partial(files.read, name, shape=view.shape)
             sources.setdefault(part.path, []).append(shards.Source(part, view, read, entry.dtype))
-    return shards.fill(specs, shardings, sources, dtype)
+    return shards.fill(specs, shardings, sources, dtype, each)
 
 
 class Text(NamedTuple):

@@ -82,8 +82,10 @@ def load(
     *,
     dtype: Any = jnp.float32,
     ignore: Iterable[str] = (),
+    each: Callable[[str, jax.Array], Any] | None = None,
 ) -> Any:
-    """Weights of a directory, each device's share straight onto it. `ignore`: patterns of tensors to leave behind.
+    """Weights of a directory, each device's share straight onto it. `ignore`: patterns of tensors to leave behind;
+    `each`: (path, weight) → what takes its place before the next one is read.
 
     The host holds a piece or two; every process reads what its own devices need.
     """
@@ -96,7 +98,7 @@ def load(
             read = partial(files.read, found[name], shape=view.shape)
             source = shards.Source(part, view, read, files.entries[found[name]].dtype)
             sources.setdefault(part.path, []).append(source)
-    return shards.fill(specs, shardings, sources, dtype)
+    return shards.fill(specs, shardings, sources, dtype, each)
 
 
 # ------------------------------------------------------------------------------------------- do the files fit the model

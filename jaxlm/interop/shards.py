@@ -101,11 +101,14 @@ def _everywhere(f: Callable[..., Any], home: Sharding, ins: Sequence[Any], outs:
 # -------------------------------------------------------------------------------------------------------- into shards
 
 
-def fill(specs: Any, shardings: Any, sources: Mapping[str, Sequence[Source]], dtype: Any) -> Any:
-    """The tree of weights, each from its sources in files."""
+def fill(
+    specs: Any, shardings: Any, sources: Mapping[str, Sequence[Source]], dtype: Any,
+    each: Callable[[str, jax.Array], Any] | None = None,
+) -> Any:  # fmt: skip
+    """The tree of weights, each from its sources in files. `each`: what becomes of one before the next is filled."""
     homes = tree.flatten(shardings)
 
-    def one(path: str, spec: Spec) -> jax.Array:
+    def one(path: str, spec: Spec) -> Any:
         home = homes[path]
         held: dict[tuple, list[Any]] = {}
         for device, index in home.addressable_devices_indices_map(spec.shape).items():
@@ -113,7 +116,8 @@ def fill(specs: Any, shardings: Any, sources: Mapping[str, Sequence[Source]], dt
             held.setdefault(bounds, []).append(device)
         stretches = [(tuple(slice(*b) for b in bounds), devices) for bounds, devices in held.items()]
         put = _fill_small if _is_small(home, spec.shape, np.dtype(dtype).itemsize) else _fill_large
-        return put(spec.shape, home, stretches, sources[path], np.dtype(dtype))
+        filled = put(spec.shape, home, stretches, sources[path], np.dtype(dtype))
+        return filled if each is None else each(path, filled)
 
     return tree.map_named(one, specs)
 

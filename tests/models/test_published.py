@@ -5,31 +5,19 @@ loaded there and compared too.
 """
 
 import importlib.util
-import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from published import ROWS, draw, inputs
+from published import GOLDEN, ROWS, batch_of, directory, inputs, real
 
 from jaxlm import config, losses, params, sharding
 from jaxlm.interop import hf
 from jaxlm.models import MODELS, Model
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "hf"
 TOLERANCE = 1e-4
-
-
-def directory(name: str, folder: Path) -> dict[str, np.ndarray]:
-    """Write the row's files and return its tensors."""
-    golden = np.load(GOLDEN / f"{name}.npz")
-    tensors = {key: draw(key, tuple(shape)) for key, shape in json.loads(str(golden["shapes"])).items()}
-    folder.mkdir()
-    (folder / "config.json").write_text(str(golden["config"]))
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return tensors
 
 
 def open_model(folder: Path) -> tuple[Model, dict]:
@@ -37,23 +25,6 @@ def open_model(folder: Path) -> tuple[Model, dict]:
     layout = sharding.Layout(execution=config.Execution(dtype="float32"))
     specs = family.specs(c)
     return Model(family, c, specs, layout), hf.load(folder, family, c, specs, layout.shardings(specs, None))
-
-
-def batch_of(kind: str, vocab: int = 64) -> dict[str, np.ndarray]:
-    """transformers' inputs under our names."""
-    given = inputs(kind, vocab)
-    count = lambda a: np.broadcast_to(np.arange(a.shape[1], dtype=np.int32), a.shape)  # noqa: E731
-    tokens = given.get("decoder_input_ids", given["input_ids"])
-    out = dict(tokens=tokens, positions=count(tokens))
-    if kind == "encoder_decoder":
-        source = given["input_ids"]
-        out |= dict(source=source, source_positions=count(source), source_segments=given["attention_mask"])
-        out |= dict(segments=np.ones_like(tokens))
-    elif "attention_mask" in given:
-        out["segments"] = given["attention_mask"]
-    if "token_type_ids" in given:
-        out["types"] = given["token_type_ids"]
-    return out
 
 
 def answer(model: Model, weights: dict, row) -> np.ndarray:
@@ -67,13 +38,6 @@ def answer(model: Model, weights: dict, row) -> np.ndarray:
         )  # fmt: skip
 
     return np.asarray(run(weights, batch_of(row.inputs)))
-
-
-def real(kind: str) -> np.ndarray:
-    """[B, T]: positions whose output means something."""
-    given = inputs(kind)
-    ones = np.ones_like(given.get("decoder_input_ids", given["input_ids"]))
-    return ones.astype(bool) if kind == "encoder_decoder" else given.get("attention_mask", ones).astype(bool)
 
 
 @pytest.mark.parametrize("name", ROWS)

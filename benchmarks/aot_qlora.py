@@ -1,0 +1,144 @@
+"""What one device must hold to fine-tune an 8B model: all weights, LoRA over bfloat16, and QLoRA over NF4.
+
+The train step that `jaxlm train` would run is compiled for a device that isn't here, from shapes alone: no weight
+exists and nothing runs. `pip install "jax[cuda13]"` brings the GPU's compiler (half a minute a program), `pip install
+libtpu` the TPUs' (`--device v5e`, some minutes). Fails if QLoRA needs more than `--budget` on the GPU.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from worker import save, table
+
+from jaxlm import assemble, config, log, params, tree
+
+# As XLA describes an RTX 4090.
+RTX_4090 = """
+gpu_device_info {
+  threads_per_block_limit: 1024  threads_per_warp: 32  shared_memory_per_block: 49152  shared_memory_per_core: 102400
+  threads_per_core_limit: 1536  core_count: 128  fpus_per_core: 128  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535  block_dim_limit_z: 65535  memory_bandwidth: 1008096000000  l2_cache_size: 75497472
+  clock_rate_ghz: 2.52  device_memory_size: 24000000000  shared_memory_per_block_optin: 101376
+  cuda_compute_capability { major: 8 minor: 9 }  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"  dnn_version_info { major: 9 minor: 8 patch: 0 }
+device_description_str: "NVIDIA GeForce RTX 4090"
+"""
+LORA = {"method": "lora", "rank": 16, "targets": ("all",)}
+WAYS = {
+    "all weights": config.Adapter(),
+    "LoRA over bfloat16": config.Adapter(**LORA, base="bfloat16"),
+    "QLoRA over NF4": config.Adapter(**LORA, base="nf4"),
+}
+
+
+def device_of(name: str) -> Any:
+    if name == "rtx4090":
+        return topologies.get_topology_desc("one", platform="cuda", target_config=RTX_4090, topology="1x1x1").devices[0]
+    whole = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:2x2")  # the smallest there is
+    return whole.devices[0]
+
+
+def compilers() -> dict[str, str]:
+    have = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    return {n: have[n] for n in ("jax-cuda13-pjrt", "nvidia-cudnn-cu13", "libtpu") if n in have}
+
+
+def needs(run: config.Run, device: Any) -> dict[str, Any]:
+    """Bytes of the compiled step of a run on one such device."""
+    here = {"devices": lambda *_: [device], "device_count": lambda: 1, "default_backend": lambda: device.platform}
+    with mock.patch.multiple(jax, **here):
+        p = assemble.program(run, SimpleNamespace(vocab_size=run.model.vocab))
+        window = dict.fromkeys(("tokens", "segments", "positions"), np.ones(run.train.seq_len + 1, np.int32))
+        row = p.objective.example(run.objective, window, None, None)
+        batch = {
+            name: jax.ShapeDtypeStruct((1, run.train.batch_size, *x.shape), x.dtype, sharding=p.whole)
+            for name, x in row.items()
+        }
+        started = time.perf_counter()
+        compiled = p.train_step().lower(p.abstract_state(), batch).compile()
+    m = compiled.memory_analysis()
+    flat = tree.flatten(params.abstract(p.specs))
+    trained = {path for path in flat if p.optimizer.trainable(path)}
+    copied = m.output_size_in_bytes - m.alias_size_in_bytes  # what of the new state doesn't take the old one's place
+    return {
+        "parameters": params.count(p.model.specs),
+        "trained": sum(flat[path].size for path in trained),
+        "weight_bytes": sum(x.size * x.dtype.itemsize for x in flat.values()),
+        "argument_bytes": m.argument_size_in_bytes,
+        "temporary_bytes": m.temp_size_in_bytes,
+        "copied_bytes": copied,
+        "total_bytes": m.argument_size_in_bytes + m.temp_size_in_bytes + copied,
+        "attention": p.notes["attention"],
+        "compile_s": round(time.perf_counter() - started, 1),
+        "text": compiled.as_text(),
+    }
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", nargs="+", default=["rtx4090"], help="rtx4090, or a TPU: v5e, v6e")
+    p.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    p.add_argument("--batch", type=int, default=1)
+    p.add_argument("--seq", type=int, default=2048)
+    p.add_argument("--budget", type=float, default=24.0, help="GB (1e9 bytes) of QLoRA on the GPU")
+    p.add_argument("--hlo", type=Path, help="folder to write the compiled programs to")
+    p.add_argument("--save", default="aot_qlora", help="name under results/; - : don't save")
+    a = p.parse_args()
+    shape = config.load(Path(__file__).parents[1] / "configs" / "llama_8b.py")
+    found: dict[str, Any] = {}
+    for name in a.device:
+        device = device_of(name)
+        for way in a.ways:
+            run = dataclasses.replace(
+                shape,
+                adapter=WAYS[way],
+                optim=config.Optim(lr=2e-4),
+                train=config.Train(batch_size=a.batch, seq_len=a.seq),
+                mesh=config.Mesh(),
+                execution=config.Execution(dtype="bfloat16", remat="full"),
+            )
+            try:
+                one = needs(run, device)
+            except jax.errors.JaxRuntimeError as e:  # a TPU's compiler refuses what doesn't fit
+                one = {"refused": str(e).partition("\n")[0][:300]}
+            if a.hlo:
+                a.hlo.mkdir(parents=True, exist_ok=True)
+                (a.hlo / f"{name} {way}.txt").write_text(one.get("text", ""))
+            one.pop("text", None)
+            found.setdefault(name, {})[way] = one | {"device": device.device_kind}
+            print(name, way, one, flush=True)
+    header = ["device", "way", "trained", "arguments GB", "temporaries GB", "total GB"]
+    rows = [
+        [name, way, one.get("trained", 0)]
+        + [one.get(f"{part}_bytes", float("nan")) / 1e9 for part in ("argument", "temporary", "total")]
+        for name, ways in found.items()
+        for way, one in ways.items()
+    ]
+    print(table(rows, header))
+    if a.save != "-":
+        save(a.save, {
+            "what": "bytes of one device for a train step of an 8B Llama shape, from the compiler; nothing ran",
+            "settings": {"batch": a.batch, "seq": a.seq, "rank": LORA["rank"], "targets": "all", "dtype": "bfloat16",
+                         "remat": "full", "optimizer": "adamw, float32"},
+            "versions": log.environment()["versions"] | compilers(), "found": found,
+        })  # fmt: skip
+    mine = found.get("rtx4090", {}).get("QLoRA over NF4", {}).get("total_bytes", 0)
+    return 1 if mine > a.budget * 1e9 else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
