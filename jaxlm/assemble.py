@@ -327,7 +327,10 @@ def corpus(run: config.Run, tokens: Any, template: str | None = None) -> Corpus:
     parts = [prepared(source, share) for source in run.data.train]
     train = [caches.open_cache(p["train"]) for p in parts]
     valid_paths = [prepared(s, 0.0)["train"] for s in run.data.valid] or [p["valid"] for p in parts]
-    return Corpus(train, _weights(run, [len(c.tokens) for c in train]), [caches.open_cache(p) for p in valid_paths])
+    valid = [caches.open_cache(p) for p in valid_paths]
+    if OBJECTIVES[config.family(run.objective)].records == "texts" and jax.process_index() == 0:
+        _warn_of_leaks(train, valid)
+    return Corpus(train, _weights(run, [len(c.tokens) for c in train]), valid)
 
 
 def _weights(run: config.Run, sizes: Sequence[int]) -> list[float]:
@@ -366,14 +369,27 @@ def _examples(run: config.Run, tokens: Any, template: str | None) -> Corpus:
     return Corpus(train, _weights(run, [len(items) for items in train]), valid)
 
 
-def _warn_of_leaks(train: list[list[dict]], valid: list[list[dict]]) -> None:
+def _warn_of_leaks(train: Sequence[Any], valid: Sequence[Any]) -> None:
     """Validation examples that are learned tell nothing."""
-    seen = {tuple(item["ids"]): item["where"] for items in train for item in items if "ids" in item}
-    every = [item for items in valid for item in items if "ids" in item]
-    both = [item for item in every if tuple(item["ids"]) in seen]
-    if both:
-        first = f"{both[0]['where']} is {seen[tuple(both[0]['ids'])]}"
-        print(f"{len(both):,} of {len(every):,} validation examples stand in the training data too (first: {first})")
+    seen = {key: where for part in train for key, where in _keys(part)}
+    every = [found for part in valid for found in _keys(part)]
+    if both := [(key, where) for key, where in every if key in seen]:
+        key, where = both[0]
+        first = f" (first: {where} is {seen[key]})" if where else ""
+        print(f"{len(both):,} of {len(every):,} validation examples stand in the training data too{first}; scores on "
+              "them tell nothing: remove them from one of the two")  # fmt: skip
+
+
+def _keys(part: Any) -> Iterator[tuple[Any, str]]:
+    """(what tells an example from others, where it stands or nothing) of a part of a corpus."""
+    if isinstance(part, caches.Cache):
+        yield from ((part.document(i).tobytes(), "") for i in range(len(part)))
+        return
+    for item in part:
+        if "ids" in item:
+            yield tuple(item["ids"]), item["where"]
+        elif "texts" in item:
+            yield from ((tuple(text[0]), "") for text in item["texts"])  # ids stand first
 
 
 def records(run: config.Run, tokens: Any, part: Any, say: Callable[[str], None] | None = None) -> Any:
@@ -492,6 +508,7 @@ def saved(state: step.State, adapter: peft.Adapted) -> dict[str, Any]:
 
 
 def restored(values: dict[str, Any], base: Any, optimizer: optim.Optimizer) -> step.State:
-    """`base`: what `saved` left out."""
-    trainable, frozen = tree.partition(tree.merge(values["params"], base), optimizer.trainable)
+    """`base`: what `saved` left out; None: nothing."""
+    whole = values["params"] if base is None else tree.merge(values["params"], base)
+    trainable, frozen = tree.partition(whole, optimizer.trainable)
     return step.State(values["step"], trainable, frozen, values["opt"], values["ema"])

@@ -265,6 +265,9 @@ def _train(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
+    for name in ("limit", "tokens", "samples"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name}: {value} is too few; give 1 or more, or leave it out")
     if args.resamples < 100:
         raise ValueError(f"--resamples: {args.resamples} are too few for 95 % intervals; give 1000 or more")
     _start()

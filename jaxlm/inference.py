@@ -142,7 +142,8 @@ def evaluate_texts(
     if metric not in texts.METRICS:
         raise ValueError(f"--metric: unknown {metric!r}{nearest(metric, texts.METRICS)}")
     opened = open_model(place, step)
-    p = pretrained.program(opened, data)
+    # A published decoder is asked as a chat model, by its template or plainly.
+    p = pretrained.program(opened, data, "sft" if opened.model.family.kind == "decoder" else None)
     if not hasattr(p.objective, "asked"):
         raise ValueError(f"--metric: {place} learned no pairs of texts and no conversations; leave --metric out")
     if not p.run.data.valid:

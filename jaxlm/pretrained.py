@@ -301,9 +301,11 @@ def published_execution() -> config.Execution:
     return config.Execution(dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
-def program(p: Pretrained, data: Sequence[str] | None) -> assemble.Program:
-    """For evaluation on the validation data of the run, or on `data`."""
+def program(p: Pretrained, data: Sequence[str] | None, objective: str | None = None) -> assemble.Program:
+    """For evaluation on the validation data of the run, or on `data`; a published model by `objective`, if given."""
     run, n = p.source.run or published_run(p.source), jax.device_count()
+    if p.source.run is None and objective is not None:
+        run = dataclasses.replace(run, objective=OBJECTIVES[objective].Config())
     own_head = OBJECTIVES[config.family(run.objective)].specs(run.objective, p.model.config.width)
     if not getattr(p.model.config, "head", True) and not own_head:
         raise ValueError(f"{p.source.path}: its files have no language-model head; use it with: jaxlm embed")

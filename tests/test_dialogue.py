@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import published
 
 from jaxlm import cli, pretrained
 from jaxlm.data.tokenizer import Bytes
@@ -110,3 +111,16 @@ def test_pairs_in_the_usual_forms(tmp_path):
     data.write_text(json.dumps(dict(prompt="q", chosen="g")))
     with pytest.raises(ValueError, match=r"d.jsonl:1: no 'chosen' and 'rejected'; fields: prompt, chosen"):
         preference.read(c, str(data), tokens, row)
+
+
+def test_a_published_model_is_asked_as_it_is(tmp_path, capsys):
+    """Without training: what it answers to a file's questions, to compare a tuned model with."""
+    file = tmp_path / "q.jsonl"
+    file.write_text("\n".join(json.dumps(dict(question=f"say {i}", answer=f"{i}")) for i in range(3)))
+    asked = ["eval", str(published(tmp_path / "llama")), "--metric", "exact", "--data", str(file), "--tokens", "4"]
+    assert cli.main([*asked, "--out", str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["texts"] == 3
+    assert len((tmp_path / "out" / "texts.jsonl").read_text().splitlines()) == 3
+    for flag in ("--limit", "--tokens"):
+        assert cli.main([*asked, flag, "0"]) == 2
+        assert f"{flag}: 0 is too few; give 1 or more" in capsys.readouterr().err

@@ -132,7 +132,7 @@ def prepare(
         if not all((path / "index.json").is_file() for path in done.values()):
             _tokenise(cuts, tokenizer, folder / "parts", holdout, workers, progress)
             for part in done:
-                _merge(folder, part, cuts, tokenizer)
+                _merge(folder, part, cuts, tokenizer, source)
             shutil.rmtree(folder / "parts")
     return done
 
@@ -281,8 +281,8 @@ def _bar(total: int, progress: bool) -> Iterator[Callable[[int, int, int], None]
 # ----------------------------------------------------------------------------------------------------- parts → a cache
 
 
-def _merge(folder: Path, part: str, cuts: tuple[sources.Shard, ...], tokenizer: Tokenizer) -> None:
-    """Join the parts in shard order into `folder/part`, which appears all at once."""
+def _merge(folder: Path, part: str, cuts: tuple[sources.Shard, ...], tokenizer: Tokenizer, source: str) -> None:
+    """Join the parts of a source in shard order into `folder/part`, which appears all at once."""
     if (folder / part / "index.json").is_file():
         return
     building = folder / f"{part}.tmp"
@@ -302,8 +302,8 @@ def _merge(folder: Path, part: str, cuts: tuple[sources.Shard, ...], tokenizer: 
     raw = np.concatenate(sizes)
     if not len(raw):
         shutil.rmtree(building)
-        remedy = "give more text or change holdout" if part == "valid" else "give text, or a smaller holdout"
-        raise ValueError(f"the corpus is empty: not one document fell to {part!r}; {remedy}")
+        remedy = "give more text or change holdout" if part == "valid" else "name one with text, or lower holdout"
+        raise ValueError(f"{source}: the corpus is empty: not one document fell to {part!r}; {remedy}")
     _write(building / "offsets.bin", lambda file: _all_of(file, offsets.data))
     _write(building / "raw_bytes.bin", lambda file: _all_of(file, raw.data))
     index = {

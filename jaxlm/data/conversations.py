@@ -135,7 +135,7 @@ def _tokens(c: Conversation, texts: list[str], tokens: Any) -> Tokens:
         if not (whole.startswith(begin) and whole.startswith(end) and at <= len(begin) < len(end)):
             raise ValueError(
                 f"{c.where}: the chat template does not only add to what it wrote of earlier messages, so what the "
-                f"assistant says can't be told apart (at {whole[at : at + 40]!r}); use another template"
+                f"assistant says is missing or can't be told apart (at {whole[at : at + 40]!r}); use another template"
             )
         pieces += [(whole[at : len(begin)], False), (whole[len(begin) : len(end)], True)]
         at = len(end)

@@ -4,7 +4,6 @@ import re
 
 import pytest
 
-from jaxlm.data import labelled
 from jaxlm.data.labelled import check_labels, conll
 from jaxlm.data.labelled.conll import to_iob2
 
@@ -55,11 +54,6 @@ def test_what_is_no_such_file(tmp_path, text, why):
         conll.read(str(tmp_path / "a.txt"), tag=5)
 
 
-def test_unknown_labels_and_leaks():
+def test_unknown_labels():
     with pytest.raises(ValueError, match=r"x:3: unknown label 'B-PRE'; did you mean 'B-PER'\? Correct the file"):
         check_labels([("x:1", "O"), ("x:3", "B-PRE")], ["O", "B-PER"], "objective.labels")
-    train = [labelled.Tagged("t:1", ("The", "cat"), ("O", "O"))]
-    valid = [labelled.Tagged("v:1", ("the", "CAT"), ("O", "O")), labelled.Tagged("v:2", ("a", "dog"), ("O", "O"))]
-    assert labelled.leaks(train, valid) == [("v:1", "t:1")]
-    [told] = labelled.warnings([labelled.Split("t", train)], [labelled.Split("v", valid)])
-    assert "1 of 2 examples stand in the training data too (first: v:1 is t:1)" in told

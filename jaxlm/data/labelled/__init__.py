@@ -123,37 +123,9 @@ def check_labels(found: Iterable[tuple[str, str]], known: Collection[str], field
             raise ValueError(f"{where}: unknown label {label!r}; {shown} Correct the file or name it in {field}")
 
 
-def leaks(train: Iterable[Any], other: Iterable[Any]) -> list[tuple[str, str]]:
-    """Examples of `other` whose inputs `train` has too, but for case and white space: (where, where in train)."""
-
-    def key(example: Any) -> tuple[str, ...]:
-        return tuple(" ".join(text.casefold().split()) for text in example.inputs)
-
-    seen: dict[tuple[str, ...], str] = {}
-    for example in train:
-        seen.setdefault(key(example), example.where)
-    return [(example.where, seen[k]) for example in other if (k := key(example)) in seen]
-
-
 def told(part: Split) -> list[str]:
     """What was left out of a source, in a line or none."""
     if not part.problems:
         return []
     shown = "; ".join(part.problems[:5]) + ("; …" if len(part.problems) > 5 else "")
     return [f"{part.source}: {len(part.problems):,} left out: {shown}"]
-
-
-def warnings(train: Sequence[Split], others: Sequence[Split]) -> list[str]:
-    """What a user should know before training: examples left out, and examples of other splits that are learned."""
-    out = []
-    for part in [*train, *others]:
-        out += told(part)
-    for part in others:
-        found = leaks((example for t in train for example in t.examples), part.examples)
-        if found:
-            (where, there), n = found[0], len(found)
-            out.append(
-                f"{part.source}: {n:,} of {len(part.examples):,} examples stand in the training data too (first: "
-                f"{where} is {there}); scores on them tell nothing, remove them from one of the two"
-            )
-    return out
