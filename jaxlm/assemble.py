@@ -89,8 +89,11 @@ class Program:
 
     def init_from(self, weights: Any) -> step.State:
         """A fresh state around given weights; those that aren't given are fresh too."""
+        rests = tree.flatten(self.specs, params.is_spec)
+        # Where numbers come to rest in fewer bits, their memory can't be used again.
+        same = all(path in rests and rests[path].dtype == w.dtype for path, w in tree.flatten(weights).items())
         with sharding.on_mesh(self.mesh):
-            make = jax.jit(self._fresh, out_shardings=self.state_shardings, donate_argnums=1)
+            make = jax.jit(self._fresh, out_shardings=self.state_shardings, donate_argnums=1 if same else ())
             return make(jax.random.key(self.run.seed), weights)
 
     def _fresh(self, key: jax.Array, given: Any) -> step.State:

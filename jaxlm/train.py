@@ -270,7 +270,8 @@ def _validator(p: assemble.Program, data: assemble.Corpus, log: RunLog) -> Calla
         parts = perplexity.parts(evaluate_batch, state.eval_params, batches)
         metrics, samples = perplexity.total(parts), {"losses": counts.of_losses(parts)}
         if hasattr(p.objective, "predict"):
-            items = [item for part in data.valid for item in part]
+            most = p.run.train.eval_batches * (p.run.train.batch_size // p.run.train.micro_batches) or None
+            items = [item for part in data.valid for item in part[:most]]
             found = assemble.predictions(p, state.eval_params, items)
             judged = answers.judge(p.objective, p.run.objective, items, found)
             metrics |= judged.figures

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from tiny import published
 
-from jaxlm import cli
+from jaxlm import assemble, cli
 from jaxlm.log import read_lines
 
 pytest.importorskip("sklearn")
@@ -58,10 +58,13 @@ def test_a_run_says_what_it_changed_and_a_continued_run_says_the_same(tmp_path, 
     assert gains(tmp_path / "r") == found
 
 
-def test_a_run_from_nothing_says_nothing_of_it(tmp_path):
+def test_a_run_from_nothing_says_nothing_of_it(tmp_path, monkeypatch):
+    predict, counts = assemble.predictions, []
+    monkeypatch.setattr(assemble, "predictions", lambda p, w, part: counts.append(len(part)) or predict(p, w, part))
     file = tmp_path / "t.tsv"
     file.write_text("text\tlabel\n" + "a\tx\nb\ty\n" * 8)
     (tmp_path / "c.py").write_text(CONFIG.format(file=str(file), out=str(tmp_path)))
-    assert cli.main(["train", str(tmp_path / "c.py"), "--train.steps", "2"]) == 0
+    assert cli.main(["train", str(tmp_path / "c.py"), "--train.steps", "2", "--train.eval-batches", "1"]) == 0
+    assert counts == [8, 8], "the limit is for predictions too"
     assert not gains(tmp_path / "r") and not (tmp_path / "r" / "start.npz").exists()
     assert "Before and after" not in (tmp_path / "r" / "report.html").read_text()
