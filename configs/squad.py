@@ -3,8 +3,9 @@
 jaxlm train squad --start all-MiniLM-L6-v2 --data.train train-v1.1.json --data.valid dev-v1.1.json
 
 Other languages, such as XQuAD's, want an encoder that has read them: --start hf:FacebookAI/xlm-roberta-base learns from
-SQuAD's English and answers in all of its hundred (jaxlm eval runs/squad --data xquad.zh.json). In a few minutes on a
-CPU, with a file as small as XQuAD's: --train.steps 90 --train.seq-len 256 --train.batch-size 10 --optim.lr 2e-4
+SQuAD's English and answers in all of its hundred (jaxlm eval runs/squad --data xquad.zh.json). In some ten minutes on a
+CPU, with a file as small as XQuAD's: --train.steps 250 --train.seq-len 256 --train.batch-size 12 --optim.lr 3e-4
+--optim.warmup 25
 """
 
 from jaxlm.config import Data, Execution, Optim, Run, Train

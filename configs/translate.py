@@ -3,8 +3,9 @@
 jaxlm train translate --data.train train --data.valid val        # train.en and train.de, line by line
 jaxlm eval runs/translate --data test_2016_flickr --metric bleu --beams 5 --tokens 64
 
-In a few minutes on a CPU: --train.steps 400 --train.batch-size 16 --optim.warmup 100 --optim.lr 2e-3 --model.layers 2
---model.width 128 --model.ffn 512 --data.tokenizer sentencepiece:4096 --model.vocab 4096
+In some ten minutes on a CPU: --train.steps 1600 --train.batch-size 16 --optim.warmup 100 --optim.lr 2e-3
+--model.layers 2 --model.width 128 --model.ffn 512 --model.dropout 0.1 --data.tokenizer sentencepiece:4096
+--model.vocab 4096
 """
 
 from jaxlm.config import Data, Execution, Optim, Run, Train

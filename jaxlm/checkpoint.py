@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint._src.metadata.array_metadata_store import Store  # without it random keys come back as numbers
 
 MANIFEST = "manifest.json"
 REST = "rest"  # the item that holds the parts of a state which are one array each
@@ -33,6 +34,7 @@ TEMPORARY = re.compile(r"checkpoint-\d+\.(orbax-checkpoint-tmp|deleted)")
 # Orbax touches these after the manifest is written; nothing is ever read from them here.
 UNREAD = ("_CHECKPOINT_METADATA", "commit_success.txt")
 CHUNK = 8 << 20
+SPLIT = 1 << 20  # bytes from which the copies of an array share its writing: each cut is a program to compile
 FAULTS = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "the disk quota is used up: free some space",
@@ -204,10 +206,14 @@ class Checkpoints:
             processes = ocp.options.MultiprocessingOptions(
                 active_processes=set(range(jax.process_count())), barrier_sync_key_prefix="jaxlm"
             )
+            arrays = ocp.type_handlers.ArrayHandler(
+                min_slice_bytes_for_replica_parallel=SPLIT, array_metadata_store=Store()
+            )
+            known = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
             handlers = {
                 name: ocp.JsonCheckpointHandler(multiprocessing_options=processes)
                 if name in ("meta", "metrics")
-                else ocp.PyTreeCheckpointHandler(multiprocessing_options=processes)
+                else ocp.PyTreeCheckpointHandler(type_handler_registry=known, multiprocessing_options=processes)
                 for name in items
             }
             self._saver = ocp.AsyncCheckpointer(
