@@ -23,7 +23,7 @@ from worker import Worker, launcher_environment, machine, save, table
 
 from jaxlm import assemble, config
 from jaxlm.data import cache as caches
-from jaxlm.data import loader, tokenizer
+from jaxlm.data import loader, tokenizer, vocabulary
 from jaxlm.objectives import causal, masked
 
 OBJECTIVE = {
@@ -38,7 +38,7 @@ def tokenise(folder: Path, workers: int) -> tuple[dict[str, Any], dict[str, Path
     out, made = {}, {}
     texts = list(caches.texts("stdlib", part="train"))
     started = time.perf_counter()
-    pieces = tokenizer.train_sentencepiece(texts, folder / "pieces.model", vocab_size=8192)
+    pieces = vocabulary.train_sentencepiece(texts, folder / "pieces.model", vocab_size=8192)
     training = time.perf_counter() - started
     for name, tokens in (("bytes", tokenizer.load("bytes")), ("sentencepiece:8192", pieces)):
         started = time.perf_counter()

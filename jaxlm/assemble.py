@@ -19,6 +19,7 @@ from jaxlm import attention, config, layers, optim, params, peft, sharding, step
 from jaxlm.attention import Mask
 from jaxlm.data import cache as caches
 from jaxlm.data import loader, packing, tokenizer
+from jaxlm.data import vocabulary as vocabularies
 from jaxlm.models import MODELS, Model
 from jaxlm.objectives import OBJECTIVES
 
@@ -280,9 +281,9 @@ def load_tokenizer(run: config.Run, say: Callable[[str], None] = print) -> Any:
     share = 0.0 if run.data.valid else run.data.holdout
     field = text_field(run)
     stamp = [(s.name, s.stamp) for source in run.data.train for s in caches.sources.shards(source, field=field)]
-    name = hashlib.sha256(repr((run.data.train, field, share, vocab, stamp, tokenizer.TRAINER)).encode()).hexdigest()[
-        :16
-    ]
+    name = hashlib.sha256(
+        repr((run.data.train, field, share, vocab, stamp, vocabularies.TRAINER)).encode()
+    ).hexdigest()[:16]
     path = Path(run.data.cache).expanduser() / "tokenizers" / f"{name}.model"
     if not path.exists() and jax.process_index() == 0:
         say(f"training a SentencePiece tokenizer of {vocab} pieces on {', '.join(run.data.train)} …")
@@ -291,7 +292,7 @@ def load_tokenizer(run: config.Run, say: Callable[[str], None] = print) -> Any:
             text for source in run.data.train for text in caches.texts(source, field=field, holdout=share, part="train")
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        tokenizer.train_sentencepiece(texts, path, vocab_size=vocab)
+        vocabularies.train_sentencepiece(texts, path, vocab_size=vocab)
         say(f"tokenizer: {path} ({time.perf_counter() - started:.0f} s)")
     while not path.exists():  # another process of this run is training it
         time.sleep(0.2)

@@ -478,10 +478,10 @@ def _json(args: argparse.Namespace, values: dict) -> int:
 
 
 def _tokenizer_train(args: argparse.Namespace, rest: list[str]) -> int:
-    from jaxlm.data import cache, tokenizer
+    from jaxlm.data import cache, vocabulary
 
     texts = (text for source in args.source for text in cache.texts(source, field=args.field, part="train"))
-    made = tokenizer.train_sentencepiece(texts, args.out, vocab_size=args.vocab)
+    made = vocabulary.train_sentencepiece(texts, args.out, vocab_size=args.vocab)
     print(f"{args.out}: {made.vocab_size} pieces")
     return 0
 

@@ -78,7 +78,7 @@ def test_every_format_of_a_model_says_the_same(llama, tmp_path, capsys):
 def test_gguf_in_and_out(tmp_path, capsys):
     """With a SentencePiece vocabulary, which the format can hold."""
     pytest.importorskip("gguf")
-    from jaxlm.data.tokenizer import train_sentencepiece
+    from jaxlm.data.vocabulary import train_sentencepiece
 
     texts = [f"the {a} {b} of {c}" for a in ("cat", "dog", "sun") for b in ("sat", "ran") for c in map(str, range(40))]
     made = train_sentencepiece(texts, tmp_path / "words" / "tokenizer.model", vocab_size=300)

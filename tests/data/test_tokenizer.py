@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from jaxlm.data import tokenizer as tok
+from jaxlm.data import vocabulary
 
 CODE = (
     'def area(width: float, height: float = 2.0) -> float:\n    """The area."""\n    if width < 0:\n'
@@ -63,7 +64,7 @@ def _random_texts(count: int = 200) -> list[str]:
 
 @pytest.fixture(scope="module")
 def sentencepiece(tmp_path_factory) -> tok.SentencePiece:
-    return tok.train_sentencepiece(TEXTS, tmp_path_factory.mktemp("sp") / "x.model", vocab_size=400)
+    return vocabulary.train_sentencepiece(TEXTS, tmp_path_factory.mktemp("sp") / "x.model", vocab_size=400)
 
 
 @pytest.fixture(scope="module")
@@ -155,42 +156,6 @@ def test_line_breaks_and_indentation_are_pieces_not_bytes(sentencepiece):
     pieces = [sentencepiece.piece(id) for id in sentencepiece.encode("    if x:\n        y\n\tz")]
     assert not any(piece.startswith("<0x0") for piece in pieces)
     assert len(sentencepiece.encode("\n        ")) <= 3  # of nine bytes
-
-
-def test_training_depends_on_the_texts_and_the_seed_alone(tmp_path):
-    def train(texts, seed=0, max_bytes=1000):
-        return tok.train_sentencepiece(
-            texts, tmp_path / "x.model", vocab_size=330, seed=seed, max_bytes=max_bytes
-        ).model
-
-    texts = [text[i : i + 100] for text in TEXTS for i in range(0, 400, 100)]
-    first = train(texts)
-    assert train(texts) == train(texts[::-1]) == first
-    assert train(texts, seed=1) != first
-    assert train(texts, max_bytes=1 << 20) != first
-
-
-def test_the_sample_is_the_same_for_any_order_of_the_texts():
-    rng = random.Random(0)
-    texts = [f"{i} " + "x" * rng.choice([1, 10, 500]) for i in range(300)]
-    want = tok._sample(texts, 0, 5000)
-    assert 3000 < sum(map(len, want)) <= 5000
-    for _ in range(20):
-        rng.shuffle(texts)
-        assert tok._sample(texts, 0, 5000) == want
-    assert tok._sample(texts, 1, 5000) != want
-
-
-def test_training_is_quiet_and_faults_are_clear(tmp_path, capfd):
-    tok.train_sentencepiece(TEXTS, tmp_path / "x.model", vocab_size=330)
-    assert capfd.readouterr() == ("", "")
-    for texts, size, words in (([], 300, "no text"), (TEXTS, 50, "vocab_size=50 does not"), (["ab"], 9000, "too high")):
-        with pytest.raises(ValueError, match=words) as caught:
-            tok.train_sentencepiece(texts, tmp_path / "y.model", vocab_size=size)
-        assert "\n" not in str(caught.value)
-        assert not (tmp_path / "y.model").exists()
-    with pytest.raises(ValueError, match=r"must end in \.model"):
-        tok.train_sentencepiece(TEXTS, tmp_path / "y.txt")
 
 
 def test_starts_word(sentencepiece, bytelevel, wordpiece):

@@ -10,7 +10,7 @@ import pytest
 import tokenizers as library
 
 from jaxlm import params
-from jaxlm.data import tokenizer
+from jaxlm.data import tokenizer, vocabulary
 from jaxlm.interop import hf
 from jaxlm.interop.beside import Generation, chat_templates, read_generation
 from jaxlm.names import vector
@@ -143,7 +143,7 @@ def corpus() -> list[str]:
 
 
 def test_a_runs_sentencepiece_becomes_an_exact_tokenizer_json(tmp_path):
-    tokens = tokenizer.train_sentencepiece(corpus(), tmp_path / "tokenizer/tokenizer.model", vocab_size=600)
+    tokens = vocabulary.train_sentencepiece(corpus(), tmp_path / "tokenizer/tokenizer.model", vocab_size=600)
     notes = save(tmp_path / "out", extra_files_from=tmp_path / "tokenizer")
     assert any(n.startswith("tokenizer.json, tokenizer_config.json: made from the run's tokenizer") for n in notes)
     theirs = library.Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
@@ -181,8 +181,8 @@ def test_bytes_become_an_exact_tokenizer_json(tmp_path):
     ],
 )
 def test_what_would_not_be_exact_stays_sentencepiece_and_says_so(tmp_path, change, why, monkeypatch):
-    monkeypatch.setattr(tokenizer, "TRAINER", tokenizer.TRAINER | change)
-    tokenizer.train_sentencepiece(corpus(), tmp_path / "tokenizer/tokenizer.model", vocab_size=500)
+    monkeypatch.setattr(vocabulary, "TRAINER", vocabulary.TRAINER | change)
+    vocabulary.train_sentencepiece(corpus(), tmp_path / "tokenizer/tokenizer.model", vocab_size=500)
     notes = save(tmp_path / "out", extra_files_from=tmp_path / "tokenizer")
     (note,) = [n for n in notes if n.startswith("tokenizer.json: not written, it would not be exact")]
     assert re.search(why, note) and "tokenizer.model" in note
@@ -192,7 +192,7 @@ def test_what_would_not_be_exact_stays_sentencepiece_and_says_so(tmp_path, chang
 def test_a_file_that_reads_a_text_otherwise_is_not_written(tmp_path, monkeypatch):
     from jaxlm.interop import tokenizer_json
 
-    tokens = tokenizer.train_sentencepiece(corpus(), tmp_path / "x.model", vocab_size=600)
+    tokens = vocabulary.train_sentencepiece(corpus(), tmp_path / "x.model", vocab_size=600)
     for kind, around in {"decoder": ([2], []), "encoder": ([5], [6]), "encoder_decoder": ([], [3])}.items():
         assert tokenizer.HuggingFace(tokenizer_json.convert(tokens, kind)[0]).around == around
     original = tokenizer_json._merges
@@ -202,7 +202,7 @@ def test_a_file_that_reads_a_text_otherwise_is_not_written(tmp_path, monkeypatch
 
 
 def test_a_runs_tokenizer_json_gets_a_class_that_takes_it_as_it_is(tmp_path):
-    tokens = tokenizer.train_sentencepiece(corpus(), tmp_path / "x.model", vocab_size=600)
+    tokens = vocabulary.train_sentencepiece(corpus(), tmp_path / "x.model", vocab_size=600)
     from jaxlm.interop.tokenizer_json import convert
 
     own = tokenizer.HuggingFace(convert(tokens)[0], {"eos": "</s>"})

@@ -16,6 +16,7 @@ from weights import smollm2
 
 from jaxlm import config, params, sharding, tree
 from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data import vocabulary
 from jaxlm.interop import gguf as ours
 from jaxlm.interop import gguf_rope, gguf_tokenizer
 from jaxlm.losses import logits
@@ -315,7 +316,7 @@ def test_digits_are_cut_one_by_one_in_smollm_and_by_three_in_llama() -> None:
 
 def test_sentencepiece_comes_back_as_it_was(tmp_path: Path) -> None:
     text = [Path(__file__).read_text()]
-    made = tokenizers.train_sentencepiece(text, tmp_path / "t.model", vocab_size=400)
+    made = vocabulary.train_sentencepiece(text, tmp_path / "t.model", vocab_size=400)
     written = gguf_tokenizer.write(made, 402, True)
     assert written["model"] == "llama" and written["tokens"][400:] == ["[PAD400]", "[PAD401]"]
     fields = {f"tokenizer.ggml.{k}": v for k, v in written.items()}

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 
 from jaxlm import config, params, sharding
-from jaxlm.data import cache, tokenizer
+from jaxlm.data import cache, tokenizer, vocabulary
 from jaxlm.models import MODELS, Model
 
 TEXTS = tuple(
@@ -23,7 +23,7 @@ TEXTS = tuple(
 
 @pytest.fixture(scope="session")
 def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.SentencePiece:
-    return tokenizer.train_sentencepiece(TEXTS, tmp_path_factory.mktemp("sp") / "x.model", vocab_size=400)
+    return vocabulary.train_sentencepiece(TEXTS, tmp_path_factory.mktemp("sp") / "x.model", vocab_size=400)
 
 
 @pytest.fixture(scope="session")
