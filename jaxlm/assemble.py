@@ -333,6 +333,8 @@ def corpus(run: config.Run, tokens: Any, template: str | None = None) -> Corpus:
     valid_paths = [prepared(s, 0.0)["train"] for s in run.data.valid] or [p["valid"] for p in parts]
     valid = [caches.open_cache(p) for p in valid_paths]
     if OBJECTIVES[config.family(run.objective)].records == "texts" and jax.process_index() == 0:
+        for source, part in zip([*run.data.train, *(run.data.valid or run.data.train)], [*train, *valid], strict=True):
+            _warn_of_cuts(run, tokens, source, part)
         _warn_of_leaks(train, valid)
     return Corpus(train, _weights(run, [len(c.tokens) for c in train]), valid)
 
@@ -373,6 +375,22 @@ def _examples(run: config.Run, tokens: Any, template: str | None) -> Corpus:
     return Corpus(train, _weights(run, [len(items) for items in train]), valid)
 
 
+def _warn_of_cuts(run: config.Run, tokens: Any, source: str, part: caches.Cache) -> None:
+    """Texts that are too long lose their end."""
+    lengths, kept, _, _ = _fitted(run, tokens, part)
+    cut = (kept < lengths).sum(0)
+    if cut.any():
+        print(f"{source}: of {len(lengths):,} pairs {cut[0]:,} sources and {cut[1]:,} targets lose their end; "
+              f"raise train.seq_len to keep it")  # fmt: skip
+
+
+def _fitted(run: config.Run, tokens: Any, part: caches.Cache) -> tuple[Any, Any, Any, Any]:
+    """Of texts, (lengths, what is kept of them, what they take, room)."""
+    objective, kind = OBJECTIVES[config.family(run.objective)], MODELS[config.family(run.model)].kind
+    lengths = packing.text_lengths(part, tokens.eos_id)
+    return lengths, *objective.fit(run.objective, kind, run.train.seq_len, lengths)
+
+
 def _warn_of_leaks(train: Sequence[Any], valid: Sequence[Any]) -> None:
     """Validation examples that are learned tell nothing."""
     seen = {key: where for part in train for key, where in _keys(part)}
@@ -396,8 +414,8 @@ def _keys(part: Any) -> Iterator[tuple[Any, str]]:
             yield from ((tuple(text[0]), "") for text in item["texts"])  # ids stand first
 
 
-def records(run: config.Run, tokens: Any, part: Any, say: Callable[[str], None] | None = None) -> Any:
-    """A part of a corpus as what the objective's host half takes; `say` hears of texts that lose their end."""
+def records(run: config.Run, tokens: Any, part: Any) -> Any:
+    """A part of a corpus as what the objective's host half takes."""
     objective = OBJECTIVES[config.family(run.objective)]
     if objective.records == "examples":
         return part
@@ -405,13 +423,7 @@ def records(run: config.Run, tokens: Any, part: Any, say: Callable[[str], None] 
         return packing.pairs(part, _window(run), run.seed)
     if objective.records == "packed":
         return packing.packed(part, _window(run), document_mask=run.data.document_mask)
-    lengths = packing.text_lengths(part, tokens.eos_id)
-    kind = MODELS[config.family(run.model)].kind
-    kept, takes, rooms = objective.fit(run.objective, kind, run.train.seq_len, lengths)
-    cut = (kept < lengths).sum(0)
-    if say and cut.any():
-        say(f"{part.path}: of {len(lengths):,} pairs {cut[0]:,} sources and {cut[1]:,} targets lose their end; "
-            f"raise train.seq_len to keep it")  # fmt: skip
+    lengths, _, takes, rooms = _fitted(run, tokens, part)
     return packing.texts(part, lengths, takes, rooms, pack=run.objective.pack)
 
 
@@ -466,9 +478,8 @@ def reads_both_ways(run: config.Run) -> bool:
 
 
 def training_loader(run: config.Run, tokens: Any, data: Corpus, rows: list[int] | None) -> loader.Loader:
-    say = print if jax.process_index() == 0 else None
     return loader.Loader(
-        [records(run, tokens, c, say) for c in data.train],
+        [records(run, tokens, c) for c in data.train],
         data.weights,
         host_half(run, tokens),
         batch_size=run.train.batch_size,

@@ -169,8 +169,10 @@ def test_texts_that_lose_their_end_are_counted(home, capsys):
     path = home("seq2seq")
     assert cli.main(["data", "inspect", path, "--train.seq-len", "8"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    found = re.search(r"of (\d+) pairs (\d+) sources and (\d+) targets lose their end; raise train.seq_len", shown)
-    assert found and int(found[3]) == int(found[1]) > 0
+    told = r"(\S+): of (\d+) pairs (\d+) sources and (\d+) targets lose their end; raise train.seq_len"
+    train, valid = re.findall(told, shown)
+    assert train[0] == valid[0] == config.load(path).data.train[0], "the source, of both of its parts"
+    assert int(train[1]) > int(valid[1]) > 0 and all(n == cut for _, n, _, cut in (train, valid))
     assert cli.main(["data", "inspect", path, "--train.seq-len", "64"]) == 0
     assert "lose their end" not in capsys.readouterr().out
 
