@@ -3,8 +3,9 @@
     python benchmarks/harness_parity.py MODEL_DIR --data ../shared/data --torch-python TORCH_VENV/bin/python
 
 MODEL_DIR is a Hugging Face directory. Sentiment as a choice of two (SST-2), whole texts (WikiText-2), answers (GSM8K).
-Exit status 1 if a likelihood differs by more than 0.01 nats (of a whole text: or its hundred-thousandth part), or an
-accuracy or answer at all.
+Exit status 1 if a likelihood differs by more than 0.01 nats, or an accuracy or answer at all. The weights and logits of
+both are float32. The peer's last step, from logits to log probabilities, is asked for in float64: in float32 PyTorch's
+loses 7.7e-6 nats a token against float64 on the same logits (49,152 of them), 0.013 nats of a text of 6,000 characters.
 """
 
 import argparse
@@ -50,8 +51,9 @@ model, folder, threads, out = sys.argv[1:]
 import torch
 torch.set_num_threads(int(threads))
 found = simple_evaluate(
-    model="hf", model_args=f"pretrained={model},dtype=float32", tasks=["sentiment", "whole", "sums"], batch_size=8,
-    task_manager=TaskManager(include_path=folder, include_defaults=False), device="cpu", log_samples=True)
+    model="hf", model_args=f"pretrained={model},dtype=float32,softmax_dtype=float64",
+    tasks=["sentiment", "whole", "sums"], batch_size=8, device="cpu", log_samples=True,
+    task_manager=TaskManager(include_path=folder, include_defaults=False))
 open(out, "w").write(json.dumps(found["samples"], default=str))
 """
 
@@ -81,7 +83,7 @@ def compare(name: str, ours: list[dict], theirs: list[dict]) -> tuple[float, int
                 continue
             x, y = (x, y) if isinstance(x, list) else ([x], [y])
             off = abs(float(x[0]) - float(y[0]))
-            largest, wrong = max(largest, off), wrong + (off > max(ALLOWED, 1e-5 * abs(float(y[0]))))
+            largest, wrong = max(largest, off), wrong + (off > ALLOWED)
             wrong += name == "sentiment" and str(x[1]) != str(y[1])
         wrong += name == "sentiment" and a["acc"] != b["acc"]
     return largest, wrong
