@@ -80,8 +80,16 @@ class Program:
 
     @property
     def state_shardings(self) -> step.State:
-        homes = self.layout.shardings(self.specs, self.mesh)
-        return step.shardings(self.specs, homes, self.optimizer, self.run.optim.ema > 0, self.whole)
+        homes, moments = self._homes
+        return step.shardings(self.specs, homes, self.optimizer, self.run.optim.ema > 0, self.whole, moments)
+
+    @property
+    def _homes(self) -> tuple[Any, Any]:
+        """Where weights rest, and where the optimizer's state of them does."""
+        return (
+            self.layout.shardings(self.specs, self.mesh),
+            self.layout.shardings(self.specs, self.mesh, self.layout.moments),
+        )
 
     def init(self) -> step.State:
         """Fresh weights and optimizer state, each leaf born on its own device."""
@@ -137,9 +145,11 @@ class Program:
 
     def train_step(self) -> Any:
         """The jitted `(state, batch) → (state, metrics)`, state donated; `.lower(…).compile()` it."""
-        c = self.run.optim
+        c, places = self.run.optim, None
+        if self.mesh is not None:
+            places = step.Places.of(self.run.mesh.zero, *self._homes, self.optimizer)
         f = step.make_train_step(
-            self.loss, self.objective.weights, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema
+            self.loss, self.objective.weights, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema, places=places
         )
         return jax.jit(f, donate_argnums=0, out_shardings=(self.state_shardings, None))
 
@@ -208,7 +218,7 @@ def program(run: config.Run, tokens: Any) -> Program:
     adapter = peft.Adapted(run.adapter, family, run.model)
     heads = objective.specs(run.objective, run.model.width)
     specs = adapter.specs() | heads
-    layout.shardings(specs, mesh)  # refuses what doesn't divide, before any data is touched
+    layout.shardings(specs, mesh, layout.moments)  # refuses what doesn't divide, before any data is touched
     layout.check_sharded(specs, mesh, run.mesh.replicated, LARGE)
     implementation, why = attention.choose(
         run.execution.attention, Mask(family.generates), False, None, run.execution.dtype
@@ -220,6 +230,9 @@ def program(run: config.Run, tokens: Any) -> Program:
         "precision": f"float32 weights, {run.execution.dtype} compute",
         "layers": ("scanned" if layers.scanned(layout) else "unrolled") + f", remat {run.execution.remat}",
     }
+    if mesh is not None and mesh.shape["fsdp"] > 1:
+        parts = ("the optimizer's state", "gradients", "weights")[: run.mesh.zero]
+        notes["fsdp"] = f"shards {', '.join(parts)} (ZeRO {run.mesh.zero})"
     model = Model(family, run.model, adapter.base | heads, layout, adapter if adapter.changes else None)
     own = optimizer(run, specs, adapter)
     if adapter.changes:

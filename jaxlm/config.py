@@ -190,6 +190,8 @@ class Mesh:
     tensor: int = 1
     axis_type: Literal["auto", "explicit"] = "auto"
     """explicit: sharding in types, where a missing annotation is an error (used in tests)."""
+    zero: Literal[1, 2, 3] = 3
+    """What the fsdp axis shards: 1 the optimizer's state, 2 gradients too, 3 the weights too (ZeRO's stages)."""
     store: tuple[str, ...] = ()
     """Changes to how weights rest: `embed=fsdp+data`, `vocab=` (none)."""
     compute: tuple[str, ...] = ()

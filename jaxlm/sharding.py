@@ -105,7 +105,8 @@ def _manual() -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """Logical axis → mesh axes. `store` is how weights rest, `compute` how a block uses them; moving between is FSDP.
+    """Logical axis → mesh axes. `store` is how weights rest, `compute` how a block uses them, `moments` how the
+    optimizer's state rests: moving between the first two is FSDP (ZeRO 3), between the first and the last ZeRO 1 and 2.
 
     Also carries `execution`, so that models take one argument for "where and how", and none of them knows a mesh.
     """
@@ -113,10 +114,15 @@ class Layout:
     store: Mapping[str, Axes] = field(default_factory=lambda: dict(STORE))
     compute: Mapping[str, Axes] = field(default_factory=lambda: dict(COMPUTE))
     execution: config.Execution = field(default_factory=config.Execution)
+    moments: Mapping[str, Axes] = field(default_factory=lambda: dict(STORE))
 
     @classmethod
     def of(cls, mesh: config.Mesh, execution: config.Execution) -> "Layout":
-        return cls(_amended(STORE, mesh.store, "store"), _amended(COMPUTE, mesh.compute, "compute"), execution)
+        moments = _amended(STORE, mesh.store, "store")
+        store = moments
+        if mesh.zero < 3:
+            store = {logical: tuple(a for a in axes if a != "fsdp") for logical, axes in moments.items()}
+        return cls(store, _amended(COMPUTE, mesh.compute, "compute"), execution, moments)
 
     @property
     def dtype(self) -> Any:
@@ -167,21 +173,23 @@ class Layout:
 
         return jax.tree.map(one, params, specs, is_leaf=own_einsum)
 
-    def shardings(self, specs: Any, mesh: jax.sharding.Mesh | None) -> Any:
-        """Where each weight rests. A dimension that its mesh axes don't divide is an error that names the weight."""
+    def shardings(self, specs: Any, mesh: jax.sharding.Mesh | None, table: Mapping[str, Axes] | None = None) -> Any:
+        """Where each weight rests, by `store` or another table. A dimension that its mesh axes don't divide is an error
+        that names the weight."""
+        table = self.store if table is None else table
         if mesh is None:
             one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             return jax.tree.map(lambda s: one, specs, is_leaf=is_spec)
 
         def place(path: str, s: Spec) -> NamedSharding:
             for size, axis in zip(s.shape, s.axes, strict=True):
-                parts = math.prod(mesh.shape[m] for m in self.store.get(axis or "", ()))
+                parts = math.prod(mesh.shape[m] for m in table.get(axis or "", ()))
                 if size % parts:
                     raise ValueError(
                         f"mesh: {path} has {size} {axis}, which {parts} devices of "
-                        f"{'+'.join(self.store[axis or ''])} do not divide; change the mesh or mesh.store"
+                        f"{'+'.join(table[axis or ''])} do not divide; change the mesh or mesh.store"
                     )
-            return NamedSharding(mesh, self.spec(s.axes, self.store))
+            return NamedSharding(mesh, self.spec(s.axes, table))
 
         return tree.map_named(place, specs)
 
@@ -198,6 +206,12 @@ class Layout:
                     f"mesh: {path} ({math.prod(s.shape):,} elements) would rest unsharded on every device; "
                     f"give one of its axes {s.axes} a mesh axis in mesh.store, or allow it by name in mesh.replicated"
                 )
+
+
+def pinned(tree: Any, homes: Any) -> Any:
+    """A tree of arrays, each where `homes` says."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.tree.map(jax.reshard if mesh.are_all_axes_explicit else jax.lax.with_sharding_constraint, tree, homes)
 
 
 def on_mesh(mesh: jax.sharding.Mesh | None) -> Any:
