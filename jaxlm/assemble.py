@@ -139,7 +139,7 @@ class Program:
         """Texts of one row each go together in fewer where the objective doesn't mind and one process has them all."""
         if rows is None and getattr(self.objective, "packs", False):
             batch = packing.together(batch, self.layout.ways("batch", self.mesh))
-        elif rows is None and getattr(self.objective, "trims", False) and self.layout.ways("seq", self.mesh) == 1:
+        elif rows is None and getattr(self.objective, "trims", False) and self.layout.ways("stream", self.mesh) == 1:
             batch = packing.trimmed(batch)
         return loader.to_device(batch, self.batch_shardings(batch), rows)
 
@@ -467,7 +467,7 @@ def predictions(p: Program, weights: Any, part: Any) -> list[np.ndarray]:
     order = sorted(range(len(part)), key=lambda i: len(part[i]["ids"]))
     given = [part[i] for i in order]
     size = p.run.train.batch_size // p.run.train.micro_batches
-    rows, cut = p.rows(size), p.layout.ways("seq", p.mesh) == 1
+    rows, cut = p.rows(size), p.layout.ways("stream", p.mesh) == 1
     found: list[np.ndarray] = []
     for batch in loader.evaluation_batches(given, host_half(p.run, p.tokens), batch_size=size, rows=rows):
         batch = packing.trimmed(batch) if cut else batch

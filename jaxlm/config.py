@@ -192,10 +192,14 @@ class Mesh:
     """explicit: sharding in types, where a missing annotation is an error (used in tests)."""
     zero: Literal[1, 2, 3] = 3
     """What the fsdp axis shards: 1 the optimizer's state, 2 gradients too, 3 the weights too (ZeRO's stages)."""
+    expert_dispatch: Literal["all_to_all", "replicate"] = "all_to_all"
+    """all_to_all: the expert axis shares the batch too, and tokens travel to their experts and back. replicate: its
+    devices have the same tokens, and results are added up."""
     store: tuple[str, ...] = ()
     """Changes to how weights rest: `embed=fsdp+data`, `vocab=` (none)."""
     compute: tuple[str, ...] = ()
-    """Changes to how a block uses weights and activations."""
+    """Changes to how a block uses weights and activations. `stream=context+tensor`: norms and residuals are cut over
+    the tensor axis (sequence-parallel norms)."""
     replicated: tuple[str, ...] = ()
     """Large weights that may rest unsharded on a mesh that could shard them, by path pattern."""
 

@@ -87,9 +87,9 @@ def embed(table_VD: Any, ids_BT: jax.Array, shard: Layout, rows: str | None = "v
     table_VD = shard(table_VD, rows, None)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.are_all_axes_explicit:
-        x_BTD = table_VD.at[ids_BT].get(out_sharding=shard.spec(("batch", "seq", None)))
+        x_BTD = table_VD.at[ids_BT].get(out_sharding=shard.spec(("batch", "stream", None)))
     else:
-        x_BTD = shard(jnp.take(table_VD, ids_BT, axis=0), "batch", "seq", None)
+        x_BTD = shard(jnp.take(table_VD, ids_BT, axis=0), "batch", "stream", None)
     return x_BTD.astype(shard.dtype)
 
 

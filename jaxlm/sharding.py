@@ -8,15 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlm import config, tree
+from jaxlm import config, slices, tree
 from jaxlm.params import Spec, is_spec
 
 AXES = ("replica", "stage", "data", "fsdp", "context", "expert", "tensor")  # outer to inner
-BATCH_AXES = ("replica", "data", "fsdp")
+BATCH_AXES = ("replica", "data", "fsdp", "expert")
 Axes = tuple[str, ...]
 
 STORE: dict[str, Axes] = {
@@ -75,13 +74,15 @@ def make_mesh(c: config.Mesh, devices: list[Any] | None = None) -> jax.sharding.
         raise ValueError(f"mesh: {shown} does not fit {len(devices)} devices; change a size or set one axis to -1")
     if len(devices) == 1:
         return None
-    kind = AxisType.Explicit if c.axis_type == "explicit" else AxisType.Auto
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(kind,) * len(AXES), devices=devices)
+    kinds = (AxisType.Explicit if c.axis_type == "explicit" else AxisType.Auto,) * len(AXES)
+    if (placed := slices.arranged(devices, sizes)) is not None:
+        return jax.sharding.Mesh(placed, AXES, axis_types=kinds)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
 
 
 def _amended(table: dict[str, Axes], changes: tuple[str, ...], name: str) -> dict[str, Axes]:
     table = dict(table)
-    known = STORE.keys() | COMPUTE.keys() | {"layers"}
+    known = STORE.keys() | COMPUTE.keys() | {"layers", "stream"}
     for change in changes:
         logical, eq, mesh = change.partition("=")
         axes = tuple(a for a in mesh.split("+") if a)
@@ -122,16 +123,29 @@ class Layout:
         store = moments
         if mesh.zero < 3:
             store = {logical: tuple(a for a in axes if a != "fsdp") for logical, axes in moments.items()}
-        return cls(store, _amended(COMPUTE, mesh.compute, "compute"), execution, moments)
+        compute = COMPUTE
+        if mesh.expert_dispatch == "replicate":
+            compute = COMPUTE | {"batch": tuple(a for a in BATCH_AXES if a != "expert")}
+        return cls(store, _amended(compute, mesh.compute, "compute"), execution, moments)
 
     @property
     def dtype(self) -> Any:
         return jnp.dtype(self.execution.dtype)
 
-    def spec(self, axes: tuple[str | None, ...], table: Mapping[str, Axes] | None = None) -> P:
-        """`("batch", "seq", None)` → `P(("replica", "data", "fsdp"), "context", None)`."""
+    def over(self, axis: str | None, table: Mapping[str, Axes] | None = None) -> Axes:
+        """Mesh axes of a logical one. `stream`, positions of the residual stream between a block's products, is `seq`
+        unless `mesh.compute` says more: with `stream=context+tensor` norms and residuals are cut over `tensor` too, and
+        what were all-reduces of products become reduce-scatters and all-gathers (Korthikanti et al. 2022)."""
         table = self.compute if table is None else table
-        parts = [table.get(a, ()) if a else () for a in axes]
+        return table.get("seq" if axis == "stream" and "stream" not in table else axis or "", ())
+
+    @property
+    def streams(self) -> bool:
+        return self.over("stream") != self.over("seq")
+
+    def spec(self, axes: tuple[str | None, ...], table: Mapping[str, Axes] | None = None) -> P:
+        """`("batch", "seq", None)` → `P(("replica", "data", "fsdp", "expert"), "context", None)`."""
+        parts = [self.over(a, table) for a in axes]
         used = [m for part in parts for m in part]
         if len(used) != len(set(used)):
             raise ValueError(f"mesh tables: {axes} would put one mesh axis on two dimensions: {parts}")
@@ -139,7 +153,7 @@ class Layout:
 
     def ways(self, axis: str, mesh: jax.sharding.Mesh | None) -> int:
         """How many devices share a dimension of activations."""
-        return 1 if mesh is None else math.prod(mesh.shape[a] for a in self.compute.get(axis, ()))
+        return 1 if mesh is None else math.prod(mesh.shape[a] for a in self.over(axis))
 
     def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """Pin where an array lives; on one device and inside shard_map nothing."""
@@ -152,8 +166,14 @@ class Layout:
     def einsum(self, eq: str, x: jax.Array, w: Any, *axes: str | None) -> jax.Array:
         """Contract `x` with a weight and say where the result lives. A weight with its own `einsum` answers for itself.
 
-        The letters shared by `x` and `w` end `x` and begin `w`, so the product is one matrix multiplication.
+        The letters shared by `x` and `w` end `x` and begin `w`, so the product is one matrix multiplication. A letter `d`
+        at the end of `x` or of the result says that it is the residual stream.
         """
+        if self.streams and axes[1:2] == ("seq",):
+            if eq.partition(",")[0].endswith("d"):
+                x = self(x, "batch", "seq", None)
+            if eq.endswith("d"):
+                axes = (axes[0], "stream", *axes[2:])
         if hasattr(w, "einsum"):
             return w.einsum(eq, x, self, *axes)
         mesh = jax.sharding.get_abstract_mesh()
@@ -241,9 +261,9 @@ def check_batch(c: config.Train, layout: Layout, mesh: jax.sharding.Mesh | None)
         return
     for field_name, size, axis in (
         ("batch_size", c.batch_size // c.micro_batches, "batch"),
-        ("seq_len", c.seq_len, "seq"),
+        ("seq_len", c.seq_len, "stream"),
     ):
-        parts = int(np.prod([mesh.shape[m] for m in layout.compute.get(axis, ())]))
+        parts = layout.ways(axis, mesh)
         if size % parts:
             per = " (per micro-batch)" if axis == "batch" else ""
             raise ValueError(f"train.{field_name}: {size}{per} does not divide over {parts} devices of the mesh")

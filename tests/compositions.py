@@ -7,7 +7,9 @@ the two differ. A new kind is a row in `ALONE` and some in `TOGETHER`, whatever 
 from typing import Any, NamedTuple
 
 FAMILIES = {"llama": "decoder", "mixtral": "mixture of experts", "bert": "encoder", "t5": "encoder-decoder"}
-DENSE = ("llama", "bert", "t5")
+NO_DROPOUT = ("llama", "mixtral", "t5")
+MOE = ("mixtral",)
+CUT = ("stream=context+tensor",)  # sequence-parallel norms
 
 
 class Row(NamedTuple):
@@ -29,7 +31,10 @@ ALONE = {
     "ZeRO 3 (FSDP)": Row(dict(fsdp=8)),
     "hybrid sharded": Row(dict(replica=2, fsdp=4)),
     "tensor": Row(dict(tensor=2)),
+    "tensor, cut norms": Row(dict(tensor=2, compute=CUT)),
     "context, keys gathered": Row(dict(context=4)),
+    "expert, tokens travel": Row(dict(expert=4), MOE),
+    "expert, tokens replicated": Row(dict(expert=4, expert_dispatch="replicate"), MOE),
 }
 TOGETHER = {
     "replica × data × ZeRO 3": Row(dict(replica=2, data=2, fsdp=2)),
@@ -37,9 +42,21 @@ TOGETHER = {
     "data × ZeRO 3 × context": Row(dict(data=2, fsdp=2, context=2)),
     "ZeRO 1 × tensor × context": Row(dict(fsdp=2, tensor=2, context=2, zero=1)),
     "ZeRO 3 × tensor × context": Row(dict(fsdp=2, tensor=2, context=2)),
-    "ZeRO 1 × tensor × accumulation": Row(dict(fsdp=4, tensor=2, zero=1), ("llama", "mixtral", "t5"), micro=2),
-    "ZeRO 2 × tensor × accumulation": Row(dict(fsdp=4, tensor=2, zero=2), ("llama", "mixtral", "t5"), micro=2),
-    "ZeRO 3 × tensor × accumulation": Row(dict(fsdp=4, tensor=2), ("llama", "mixtral", "t5"), micro=2),
+    "data × tensor, cut norms × context": Row(dict(data=2, tensor=2, context=2, compute=CUT)),
+    "ZeRO 1 × tensor, cut norms × context": Row(dict(fsdp=2, tensor=2, context=2, zero=1, compute=CUT)),
+    "ZeRO 3 × tensor, cut norms × context": Row(dict(fsdp=2, tensor=2, context=2, compute=CUT)),
+    "replica × ZeRO 2 × tensor, cut norms": Row(dict(replica=2, fsdp=2, tensor=2, zero=2, compute=CUT)),
+    "ZeRO 1 × tensor × accumulation": Row(dict(fsdp=4, tensor=2, zero=1), NO_DROPOUT, micro=2),
+    "ZeRO 2 × tensor × accumulation": Row(dict(fsdp=4, tensor=2, zero=2), NO_DROPOUT, micro=2),
+    "ZeRO 3 × tensor, cut norms × accumulation": Row(dict(fsdp=4, tensor=2, compute=CUT), NO_DROPOUT, micro=2),
+    "data × expert × context": Row(dict(data=2, expert=2, context=2), MOE),
+    "ZeRO 3 × expert × tensor": Row(dict(fsdp=2, expert=2, tensor=2), MOE),
+    "ZeRO 2 × expert × tensor, cut norms": Row(dict(fsdp=2, expert=2, tensor=2, zero=2, compute=CUT), MOE),
+    "ZeRO 1 × expert × context": Row(dict(fsdp=2, expert=2, context=2, zero=1), MOE),
+    "ZeRO 3 × expert × tensor × accumulation": Row(dict(fsdp=2, expert=2, tensor=2), MOE, micro=2),
+    "ZeRO 3 × expert, tokens replicated × context": Row(
+        dict(fsdp=2, expert=2, context=2, expert_dispatch="replicate"), MOE
+    ),
 }
 ROWS = ALONE | TOGETHER
 

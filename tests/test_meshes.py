@@ -27,16 +27,16 @@ OBJECTIVE = {
     "bert": (next_sentence, next_sentence.Config()),
     "t5": (seq2seq, seq2seq.Config()),
 }
-TRIPLE = "ZeRO 3 × tensor × context"
+TRIPLE, CUT = "ZeRO 3 × tensor × context", "ZeRO 1 × tensor, cut norms × context"
 QUICK = [
-    *[("llama", name, "explicit") for name in ALONE],
-    *[(family, TRIPLE, kind) for family in ("llama", "bert") for kind in ("explicit", "auto")],
+    *[(row.families[0], name, "explicit") for name, row in ALONE.items()],
+    *[(family, TRIPLE, "explicit") for family in ("llama", "bert")],
     ("gpt2", TRIPLE, "explicit"),
     ("llama", "replica × data × ZeRO 3", "auto"),
-    ("bert", "ZeRO 2", "explicit"),
     ("bert", "replica × ZeRO 2 × context", "auto"),
-    ("mixtral", "ZeRO 1 × tensor × context", "explicit"),
-    ("t5", "ZeRO 1 × tensor × context", "explicit"),
+    *[(family, CUT, "explicit") for family in ("llama", "mixtral", "bert", "t5")],
+    ("mixtral", "ZeRO 2 × expert × tensor, cut norms", "auto"),
+    ("mixtral", "ZeRO 3 × expert × tensor × accumulation", "explicit"),
     ("llama", "ZeRO 2 × tensor × accumulation", "explicit"),
     ("llama", "ZeRO 1 × tensor × accumulation", "auto"),
 ]
