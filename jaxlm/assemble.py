@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import attention, config, layers, optim, params, peft, sharding, step, tree
+from jaxlm import attention, config, dispatch, layers, optim, params, peft, sharding, slices, step, tree
 from jaxlm.attention import Mask
 from jaxlm.data import cache as caches
 from jaxlm.data import loader, packing, tokenizer
@@ -81,7 +81,8 @@ class Program:
     @property
     def state_shardings(self) -> step.State:
         homes, moments = self._homes
-        return step.shardings(self.specs, homes, self.optimizer, self.run.optim.ema > 0, self.whole, moments)
+        host = "optimizer" in self.run.execution.offload
+        return step.shardings(self.specs, homes, self.optimizer, self.run.optim.ema > 0, self.whole, moments, host)
 
     @property
     def _homes(self) -> tuple[Any, Any]:
@@ -145,12 +146,13 @@ class Program:
 
     def train_step(self) -> Any:
         """The jitted `(state, batch) → (state, metrics)`, state donated; `.lower(…).compile()` it."""
-        c, places = self.run.optim, None
+        c, places, host = self.run.optim, None, "optimizer" in self.run.execution.offload
         if self.mesh is not None:
             places = step.Places.of(self.run.mesh.zero, *self._homes, self.optimizer)
         f = step.make_train_step(
-            self.loss, self.objective.weights, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema, places=places
-        )
+            self.loss, self.objective.weights, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema,
+            places=places, host=host,
+        )  # fmt: skip
         return jax.jit(f, donate_argnums=0, out_shardings=(self.state_shardings, None))
 
     @cached_property
@@ -230,6 +232,18 @@ def program(run: config.Run, tokens: Any) -> Program:
         "precision": f"float32 weights, {run.execution.dtype} compute",
         "layers": ("scanned" if layers.scanned(layout) else "unrolled") + f", remat {run.execution.remat}",
     }
+    layers.remat_policy(run.execution)  # refuses what can't be offloaded
+    if run.execution.offload:
+        sharding.check_host_memory(jax.devices()[0])
+        notes["offload"] = f"{', '.join(run.execution.offload)} to the host's memory"
+    if mesh is not None and mesh.shape["expert"] > 1 and hasattr(run.model, "moe"):
+        sent, why = dispatch.way()
+        travels = "expert" in layout.over("batch")
+        notes["experts"] = (
+            f"tokens travel ({sent}: {why})" if travels else "every device of the expert axis has all tokens"
+        )
+    if mesh is not None and (told := slices.told(mesh)):
+        notes["slices"] = told
     if mesh is not None and mesh.shape["fsdp"] > 1:
         parts = ("the optimizer's state", "gradients", "weights")[: run.mesh.zero]
         notes["fsdp"] = f"shards {', '.join(parts)} (ZeRO {run.mesh.zero})"

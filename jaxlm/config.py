@@ -211,8 +211,12 @@ class Execution:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of matrix products and activations. Weights, norms, softmax and losses stay in float32."""
     attention: Literal["auto", "xla", "cudnn"] = "auto"
-    remat: Literal["none", "dots", "full"] = "none"
-    """Activations recomputed in the backward pass: none, all but matrix products, or all of each block."""
+    remat: Literal["none", "dots", "attention", "qkv", "full"] = "none"
+    """Activations recomputed in the backward pass: none, all but matrix products, all but attention's (its result and
+    the products around it, not the mlp's wide ones), all but queries, keys and values, or all of each block."""
+    offload: tuple[Literal["optimizer", "input", "q", "k", "v", "attended", "o"], ...] = ()
+    """What waits in the host's memory until it is needed: the optimizer's state, and of each block's activations its
+    input, queries, keys, values, what attention gives, and the product after it (with remat attention, qkv or full)."""
     scan: bool | None = None
     """Loop over layers (compiles once) or unroll them; default: unroll on a CPU, whose loops are slower, else loop.
     Checkpoints are the same."""

@@ -22,8 +22,8 @@ def way() -> tuple[str, str]:
 
 
 def dispatched(x_ND: jax.Array, expert_NK: jax.Array, experts: int, axes: Axes, run: Run) -> jax.Array:
-    """`y_NKD` of every pair. `experts` are held by this device; `run(x_RD, expert_R1)` gives their `y_R1D`, where expert
-    number `experts` marks a row that holds no pair."""
+    """`y_NKD` of every pair. This device holds `experts` of them; `run(x_RD, expert_R1)` gives their `y_R1D`, where
+    expert number `experts` marks a row that holds no pair."""
     return (_ragged if way()[0] == "ragged" else _padded)(x_ND, expert_NK, experts, axes, run)
 
 
@@ -34,7 +34,7 @@ def _most(expert_NK: jax.Array, experts: int) -> int:
 
 
 def _sorted(expert_NK: jax.Array, experts: int, ways: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(pairs in order of their experts, each pair's place in that order, how many there are of each expert `[X, E]`)."""
+    """(pairs in order of their experts, each pair's place in that order, how many each expert has `[X, E]`)."""
     expert_M = expert_NK.reshape(-1)
     order_M = jnp.argsort(expert_M, stable=True)
     place_M = jnp.zeros_like(expert_M).at[order_M].set(jnp.arange(expert_M.size, dtype=expert_M.dtype))
@@ -62,7 +62,7 @@ def _padded(x_ND: jax.Array, expert_NK: jax.Array, experts: int, axes: Axes, run
 
 def _ragged(x_ND: jax.Array, expert_NK: jax.Array, experts: int, axes: Axes, run: Run) -> jax.Array:
     X, S, D = jax.lax.axis_size(axes), _most(expert_NK, experts), x_ND.shape[-1]
-    M, K = expert_NK.size, expert_NK.shape[1]
+    K = expert_NK.shape[1]
     order_M, place_M, count_XE = _sorted(expert_NK, experts, X)
     all_XXE = jax.lax.all_gather(count_XE, axes)  # of each sender, for each receiver
     me = jax.lax.axis_index(axes)

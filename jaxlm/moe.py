@@ -235,7 +235,7 @@ def _vary(tree: Any, axes: tuple[str, ...]) -> Any:
 def _local(
     p: dict, x_BTD: jax.Array, real_BT: jax.Array, *, c: Moe, act: Gated, axes: _Axes, scatters: bool = False
 ) -> tuple[Any, Tally]:
-    """One device's tokens through its experts, or through all. `scatters`: positions are split as parts are added up."""
+    """One device's tokens through its experts, or through all. `scatters`: positions are split as parts add up."""
     B, T, D = x_BTD.shape
     # Rounding that changes an order sends tokens to other experts: float32 throughout, on any hardware.
     logits_BTE = jnp.einsum(

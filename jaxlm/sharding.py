@@ -166,8 +166,8 @@ class Layout:
     def einsum(self, eq: str, x: jax.Array, w: Any, *axes: str | None) -> jax.Array:
         """Contract `x` with a weight and say where the result lives. A weight with its own `einsum` answers for itself.
 
-        The letters shared by `x` and `w` end `x` and begin `w`, so the product is one matrix multiplication. A letter `d`
-        at the end of `x` or of the result says that it is the residual stream.
+        The letters shared by `x` and `w` end `x` and begin `w`, so the product is one matrix multiplication. Where `x`
+        or the result ends with `d`, it is the residual stream.
         """
         if self.streams and axes[1:2] == ("seq",):
             if eq.partition(",")[0].endswith("d"):
@@ -251,6 +251,19 @@ def batch_sharding(layout: Layout, mesh: jax.sharding.Mesh | None, shape: tuple[
 
 def replicated(mesh: jax.sharding.Mesh | None) -> Any:
     return jax.sharding.SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, P())
+
+
+def check_host_memory(device: Any) -> None:
+    """Refuse a backend whose devices don't reach the host's memory. Devices that programs are only compiled for, and
+    don't say, may."""
+    try:
+        kinds = [m.kind for m in device.addressable_memories()]
+    except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):
+        return
+    if "pinned_host" not in kinds:
+        raise ValueError(
+            f"execution.offload: {device.platform} has no pinned host memory, only {', '.join(kinds)}; drop it"
+        )
 
 
 def check_batch(c: config.Train, layout: Layout, mesh: jax.sharding.Mesh | None) -> None:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
@@ -33,7 +34,7 @@ def across(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
         shown = ", ".join(f"mesh.{a} {sizes[a]}" for a in sizes if sizes[a] > 1)
         raise ValueError(
             f"mesh: {slices} slices (machines that a slow network joins) do not divide over the axes that may cross it "
-            f"({', '.join(CROSSING)}) of {shown}; make their product a multiple of {slices}, mesh.data or mesh.fsdp first"
+            f"({', '.join(CROSSING)}) of {shown}; make their product a multiple of {slices}, data or fsdp first"
         )
     return out
 
@@ -55,3 +56,10 @@ def arranged(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray | N
     for i, key in enumerate(sorted(groups)):
         blocks[i] = mesh_utils.create_device_mesh(inner, groups[key], allow_split_physical_axes=True)
     return np.block(blocks.reshape(tuple(outer.values())).tolist())
+
+
+def told(mesh: jax.sharding.Mesh) -> str:
+    """Which axes cross slices, in words; nothing where there is one."""
+    n = len({slice_of(d) for d in mesh.devices.flat})
+    crossing = " × ".join(f"{a} {k}" for a, k in across(mesh.shape, n).items() if k > 1)
+    return f"{n}; {crossing} between them" if n > 1 else ""

@@ -65,8 +65,11 @@ class Places(NamedTuple):
         return cls(whole, whole if zero == 1 else own, own)
 
 
-def shardings(specs: Any, homes: Any, optimizer: Optimizer, ema: bool, whole: Any, moments: Any = None) -> State:
-    """Where each leaf of a State lives: moments and averages where `moments` says, or else with their weights."""
+def shardings(
+    specs: Any, homes: Any, optimizer: Optimizer, ema: bool, whole: Any, moments: Any = None, host: bool = False
+) -> State:
+    """Where each leaf of a State lives: moments and averages where `moments` says, or else with their weights. `host`:
+    the optimizer's state waits in the host's memory."""
     params, frozen = tree.partition(homes, optimizer.trainable)
     own = params if moments is None else tree.partition(moments, optimizer.trainable)[0]
     shapes, _ = tree.partition(weights.abstract(specs), optimizer.trainable)
@@ -74,9 +77,14 @@ def shardings(specs: Any, homes: Any, optimizer: Optimizer, ema: bool, whole: An
         step=whole,
         params=params,
         frozen=frozen,
-        opt=state_shardings(optimizer.tx, shapes, own, whole),
+        opt=state_shardings(optimizer.tx, shapes, own, whole, host),
         ema=own if ema else None,
     )
+
+
+def _moved(opt: Any, space: jax.memory.Space) -> Any:
+    """Counters stay where they are."""
+    return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, opt)
 
 
 def flat_metrics(sums: dict[str, dict[str, jax.Array]], totals: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -99,12 +107,14 @@ def make_train_step(
     clip: float,
     ema: float,
     places: Places | None = None,
+    host: bool = False,
 ) -> Callable[[State, dict], tuple[State, dict[str, jax.Array]]]:
     """`batch` leaves are `[micro, batch, …]`; one update a call.
 
     Micro-batches add up sums, each divided by the weight of the whole batch, so 1, 2 or 4 of them are the same update.
     An update whose loss or gradient is not finite is left out: `finite` is 0 and the state but for `step` is unchanged.
     `places` (on a mesh): each device reduces and updates the part of the weights that it keeps moments of.
+    `host`: the optimizer's state comes from the host's memory for the update, and goes back.
     """
 
     def train_step(state: State, batch: dict) -> tuple[State, dict[str, jax.Array]]:
@@ -131,6 +141,8 @@ def make_train_step(
         if places is not None:
             grads = pinned(grads, places.moments)
             state = state.replace(params=pinned(state.params, places.moments))
+        if host:
+            state = state.replace(opt=_moved(state.opt, jax.memory.Space.Device))
         metrics = flat_metrics(sums, totals) | {f"weight/{name}": total for name, total in totals.items()}
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
@@ -147,6 +159,8 @@ def make_train_step(
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), moved, before).replace(frozen=state.frozen)
         if places is not None:
             new = new.replace(params=pinned(new.params, places.weights))
+        if host:
+            new = new.replace(opt=_moved(new.opt, jax.memory.Space.Host))
         metrics |= dict(grad_norm=norm, lr=optimizer.schedule(state.step), finite=finite.astype(jnp.float32))
         return new.replace(step=state.step + 1), metrics
 

@@ -42,6 +42,10 @@ TOGETHER = {
     "data × ZeRO 3 × context": Row(dict(data=2, fsdp=2, context=2)),
     "ZeRO 1 × tensor × context": Row(dict(fsdp=2, tensor=2, context=2, zero=1)),
     "ZeRO 3 × tensor × context": Row(dict(fsdp=2, tensor=2, context=2)),
+    "ZeRO 3 × tensor × optimizer offloaded": Row(dict(fsdp=4, tensor=2), execution=dict(offload=("optimizer",))),
+    "replica × ZeRO 3 × context × activations offloaded": Row(
+        dict(replica=2, fsdp=2, context=2), execution=dict(remat="attention", offload=("input", "q"))
+    ),
     "data × tensor, cut norms × context": Row(dict(data=2, tensor=2, context=2, compute=CUT)),
     "ZeRO 1 × tensor, cut norms × context": Row(dict(fsdp=2, tensor=2, context=2, zero=1, compute=CUT)),
     "ZeRO 3 × tensor, cut norms × context": Row(dict(fsdp=2, tensor=2, context=2, compute=CUT)),
@@ -70,7 +74,7 @@ def table() -> str:
         shown = [
             f"`--mesh.{k.replace('_', '-')} {' '.join(v) if isinstance(v, tuple) else v}`" for k, v in row.mesh.items()
         ]
-        shown += [f"`--execution.{k.replace('_', '-')} {v}`" for k, v in row.execution.items()]
+        shown += [f"`--execution.{k} {' '.join(v) if isinstance(v, tuple) else v}`" for k, v in row.execution.items()]
         shown += [f"`--train.micro-batches {row.micro}`"] if row.micro > 1 else []
         marks = ["●" if f in row.families else "" for f in FAMILIES]
         lines.append("| " + " | ".join([name, " ".join(shown), *marks]) + " |")

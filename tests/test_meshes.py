@@ -35,6 +35,8 @@ QUICK = [
     ("llama", "replica × data × ZeRO 3", "auto"),
     ("bert", "replica × ZeRO 2 × context", "auto"),
     *[(family, CUT, "explicit") for family in ("llama", "mixtral", "bert", "t5")],
+    ("llama", "ZeRO 3 × tensor × optimizer offloaded", "explicit"),
+    ("llama", "replica × ZeRO 3 × context × activations offloaded", "auto"),
     ("mixtral", "ZeRO 2 × expert × tensor, cut norms", "auto"),
     ("mixtral", "ZeRO 3 × expert × tensor × accumulation", "explicit"),
     ("llama", "ZeRO 2 × tensor × accumulation", "explicit"),
@@ -86,10 +88,11 @@ def run(family: str, row: Row | None, axis_type: str = "auto", first=None) -> tu
     optimizer = optim.make(config.Optim(name="sgd", momentum=0.9, lr=0.3, warmup=0, weight_decay=0.0), 100, specs)
     homes, moments = layout.shardings(specs, mesh), layout.shardings(specs, mesh, layout.moments)
     places = None if mesh is None else step.Places.of(mesh_config.zero, homes, moments, optimizer)
-    homes = step.shardings(specs, homes, optimizer, True, sharding.replicated(mesh), moments)
+    host = "optimizer" in execution.offload
+    homes = step.shardings(specs, homes, optimizer, True, sharding.replicated(mesh), moments, host)
     train = step.make_train_step(
         lambda p, b, k: objective.loss(oc, model, p, b, k), objective.weights, optimizer, seed=0, clip=1.0, ema=0.9,
-        places=places,
+        places=places, host=host,
     )  # fmt: skip
     with sharding.on_mesh(mesh):
         if first is None:

@@ -317,7 +317,7 @@ def test_half_of_the_experts_axes_may_not_share_the_batch():
         MESHES["expert 4"], compute=("experts=data+expert", "batch=data"), store=("experts=data+expert",)
     )
     layout = sharding.Layout.of(c, LAYOUT.execution)
-    specs, p, x, segments = make(ROUTERS["mixtral"])
+    _, p, x, segments = make(ROUTERS["mixtral"])
     with (
         sharding.on_mesh(sharding.make_mesh(c)),
         pytest.raises(ValueError, match=r"mesh\.compute: experts are over data\+"),
