@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import attention, config, layers, optim, params, peft, sharding, step, tree
+from jaxlm import attention, config, dispatch, layers, optim, params, peft, sharding, slices, step, tree
 from jaxlm.attention import Mask
 from jaxlm.data import cache as caches
 from jaxlm.data import loader, packing, tokenizer
@@ -80,8 +80,17 @@ class Program:
 
     @property
     def state_shardings(self) -> step.State:
-        homes = self.layout.shardings(self.specs, self.mesh)
-        return step.shardings(self.specs, homes, self.optimizer, self.run.optim.ema > 0, self.whole)
+        homes, moments = self._homes
+        host = "optimizer" in self.run.execution.offload
+        return step.shardings(self.specs, homes, self.optimizer, self.run.optim.ema > 0, self.whole, moments, host)
+
+    @property
+    def _homes(self) -> tuple[Any, Any]:
+        """Where weights rest, and where the optimizer's state of them does."""
+        return (
+            self.layout.shardings(self.specs, self.mesh),
+            self.layout.shardings(self.specs, self.mesh, self.layout.moments),
+        )
 
     def init(self) -> step.State:
         """Fresh weights and optimizer state, each leaf born on its own device."""
@@ -131,16 +140,19 @@ class Program:
         """Texts of one row each go together in fewer where the objective doesn't mind and one process has them all."""
         if rows is None and getattr(self.objective, "packs", False):
             batch = packing.together(batch, self.layout.ways("batch", self.mesh))
-        elif rows is None and getattr(self.objective, "trims", False) and self.layout.ways("seq", self.mesh) == 1:
+        elif rows is None and getattr(self.objective, "trims", False) and self.layout.ways("stream", self.mesh) == 1:
             batch = packing.trimmed(batch)
         return loader.to_device(batch, self.batch_shardings(batch), rows)
 
     def train_step(self) -> Any:
         """The jitted `(state, batch) → (state, metrics)`, state donated; `.lower(…).compile()` it."""
-        c = self.run.optim
+        c, places, host = self.run.optim, None, "optimizer" in self.run.execution.offload
+        if self.mesh is not None:
+            places = step.Places.of(self.run.mesh.zero, *self._homes, self.optimizer)
         f = step.make_train_step(
-            self.loss, self.objective.weights, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema
-        )
+            self.loss, self.objective.weights, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema,
+            places=places, host=host,
+        )  # fmt: skip
         return jax.jit(f, donate_argnums=0, out_shardings=(self.state_shardings, None))
 
     @cached_property
@@ -208,7 +220,7 @@ def program(run: config.Run, tokens: Any) -> Program:
     adapter = peft.Adapted(run.adapter, family, run.model)
     heads = objective.specs(run.objective, run.model.width)
     specs = adapter.specs() | heads
-    layout.shardings(specs, mesh)  # refuses what doesn't divide, before any data is touched
+    layout.shardings(specs, mesh, layout.moments)  # refuses what doesn't divide, before any data is touched
     layout.check_sharded(specs, mesh, run.mesh.replicated, LARGE)
     implementation, why = attention.choose(
         run.execution.attention, Mask(family.generates), False, None, run.execution.dtype
@@ -220,6 +232,21 @@ def program(run: config.Run, tokens: Any) -> Program:
         "precision": f"float32 weights, {run.execution.dtype} compute",
         "layers": ("scanned" if layers.scanned(layout) else "unrolled") + f", remat {run.execution.remat}",
     }
+    layers.remat_policy(run.execution)  # refuses what can't be offloaded
+    if run.execution.offload:
+        sharding.check_host_memory(jax.devices()[0])
+        notes["offload"] = f"{', '.join(run.execution.offload)} to the host's memory"
+    if mesh is not None and mesh.shape["expert"] > 1 and hasattr(run.model, "moe"):
+        sent, why = dispatch.way()
+        travels = "expert" in layout.over("batch")
+        notes["experts"] = (
+            f"tokens travel ({sent}: {why})" if travels else "every device of the expert axis has all tokens"
+        )
+    if mesh is not None and (told := slices.told(mesh)):
+        notes["slices"] = told
+    if mesh is not None and mesh.shape["fsdp"] > 1:
+        parts = ("the optimizer's state", "gradients", "weights")[: run.mesh.zero]
+        notes["fsdp"] = f"shards {', '.join(parts)} (ZeRO {run.mesh.zero})"
     model = Model(family, run.model, adapter.base | heads, layout, adapter if adapter.changes else None)
     own = optimizer(run, specs, adapter)
     if adapter.changes:
@@ -454,7 +481,7 @@ def predictions(p: Program, weights: Any, part: Any) -> list[np.ndarray]:
     order = sorted(range(len(part)), key=lambda i: len(part[i]["ids"]))
     given = [part[i] for i in order]
     size = p.run.train.batch_size // p.run.train.micro_batches
-    rows, cut = p.rows(size), p.layout.ways("seq", p.mesh) == 1
+    rows, cut = p.rows(size), p.layout.ways("stream", p.mesh) == 1
     found: list[np.ndarray] = []
     for batch in loader.evaluation_batches(given, host_half(p.run, p.tokens), batch_size=size, rows=rows):
         batch = packing.trimmed(batch) if cut else batch

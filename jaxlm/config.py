@@ -190,10 +190,16 @@ class Mesh:
     tensor: int = 1
     axis_type: Literal["auto", "explicit"] = "auto"
     """explicit: sharding in types, where a missing annotation is an error (used in tests)."""
+    zero: Literal[1, 2, 3] = 3
+    """What the fsdp axis shards: 1 the optimizer's state, 2 gradients too, 3 the weights too (ZeRO's stages)."""
+    expert_dispatch: Literal["all_to_all", "replicate"] = "all_to_all"
+    """all_to_all: the expert axis shares the batch too, and tokens travel to their experts and back. replicate: its
+    devices have the same tokens, and results are added up."""
     store: tuple[str, ...] = ()
     """Changes to how weights rest: `embed=fsdp+data`, `vocab=` (none)."""
     compute: tuple[str, ...] = ()
-    """Changes to how a block uses weights and activations."""
+    """Changes to how a block uses weights and activations. `stream=context+tensor`: norms and residuals are cut over
+    the tensor axis (sequence-parallel norms)."""
     replicated: tuple[str, ...] = ()
     """Large weights that may rest unsharded on a mesh that could shard them, by path pattern."""
 
@@ -205,8 +211,12 @@ class Execution:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of matrix products and activations. Weights, norms, softmax and losses stay in float32."""
     attention: Literal["auto", "xla", "cudnn"] = "auto"
-    remat: Literal["none", "dots", "full"] = "none"
-    """Activations recomputed in the backward pass: none, all but matrix products, or all of each block."""
+    remat: Literal["none", "dots", "attention", "qkv", "full"] = "none"
+    """Activations recomputed in the backward pass: none, all but matrix products, all but attention's (its result and
+    the products around it, not the mlp's wide ones), all but queries, keys and values, or all of each block."""
+    offload: tuple[Literal["optimizer", "input", "q", "k", "v", "attended", "o"], ...] = ()
+    """What waits in the host's memory until it is needed: the optimizer's state, and of each block's activations its
+    input, queries, keys, values, what attention gives, and the product after it (with remat attention, qkv or full)."""
     scan: bool | None = None
     """Loop over layers (compiles once) or unroll them; default: unroll on a CPU, whose loops are slower, else loop.
     Checkpoints are the same."""

@@ -79,7 +79,7 @@ def _logits(model: Model, params: Any, x_BTD: jax.Array) -> jax.Array:
 
 def whole_rows(model: Model) -> Model:
     """The model with every row on every device: any number of prompts then goes with any mesh."""
-    shard = dataclasses.replace(model.shard, compute={**model.shard.compute, "batch": (), "seq": ()})
+    shard = dataclasses.replace(model.shard, compute={**model.shard.compute, "batch": (), "seq": (), "stream": ()})
     return dataclasses.replace(model, shard=shard)
 
 

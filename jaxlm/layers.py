@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm import rope
+from jaxlm import config, rope
 from jaxlm.attention import SLOTS, Cache, Mask, attend, remember, ring
 from jaxlm.params import Spec
 from jaxlm.sharding import Layout, own_einsum
@@ -43,12 +44,34 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
 }
 
-# Which results of the forward pass a block keeps for the backward pass; the rest is computed again.
-REMAT: dict[str, Any] = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+# Activations by the name of the weight whose product they are, `attended` (attention's result) and `input` (a block's),
+# that each of these kinds of remat keeps for the backward pass; the rest is computed again.
+QKV = ("q", "k", "v", "cross_q", "cross_k", "cross_v", "q_b", "kv_a", "k_rotated")
+KEPT: dict[str, tuple[str, ...]] = {"attention": (*QKV, "attended", "o", "cross_o"), "qkv": QKV, "full": ()}
+
+
+def remat_policy(e: config.Execution) -> Any:
+    """Which results of the forward pass a block keeps, and which of them in the host's memory."""
+    policies, host = jax.checkpoint_policies, [name for name in e.offload if name != "optimizer"]
+    if e.remat not in KEPT:
+        if host:
+            raise ValueError(
+                f"execution.offload: {host[0]} needs execution.remat={', '.join(KEPT)}; with {e.remat} "
+                "other activations than these are kept"
+            )
+        return None if e.remat == "none" else policies.dots_with_no_batch_dims_saveable
+    saved = [name for name in KEPT[e.remat] if name not in host]
+    if host:
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=saved, names_which_can_be_offloaded=host, offload_src="device",
+            offload_dst="pinned_host",
+        )  # fmt: skip
+    return policies.save_only_these_names(*saved) if saved else policies.nothing_saveable
+
+
+def _named(x: jax.Array, name: str, shard: Layout) -> jax.Array:
+    """For `remat_policy`; without a policy that asks for names programs stay as they are."""
+    return checkpoint_name(x, name) if shard.execution.remat in KEPT else x
 
 
 def layer_norm(x_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, eps: float) -> jax.Array:
@@ -87,9 +110,9 @@ def embed(table_VD: Any, ids_BT: jax.Array, shard: Layout, rows: str | None = "v
     table_VD = shard(table_VD, rows, None)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.are_all_axes_explicit:
-        x_BTD = table_VD.at[ids_BT].get(out_sharding=shard.spec(("batch", "seq", None)))
+        x_BTD = table_VD.at[ids_BT].get(out_sharding=shard.spec(("batch", "stream", None)))
     else:
-        x_BTD = shard(jnp.take(table_VD, ids_BT, axis=0), "batch", "seq", None)
+        x_BTD = shard(jnp.take(table_VD, ids_BT, axis=0), "batch", "stream", None)
     return x_BTD.astype(shard.dtype)
 
 
@@ -109,7 +132,7 @@ def subkeys(key: jax.Array | None, n: int) -> list[jax.Array | None]:
 def project(p: dict, name: str, eq: str, x: jax.Array, shard: Layout, *axes: str | None) -> jax.Array:
     """`x` times the weight `name`, plus `name_bias` where the model has one, and what an adapter makes of it."""
     y = shard.einsum(eq, x, p[name], *axes)
-    y = add_bias(y, p[f"{name}_bias"]) if f"{name}_bias" in p else y
+    y = _named(add_bias(y, p[f"{name}_bias"]) if f"{name}_bias" in p else y, name, shard)
     return p[name].after(y, shard) if hasattr(p[name], "after") else y
 
 
@@ -151,6 +174,7 @@ def self_attention(
         q_BTHC, k_BSKC, v_BSKC, mask, shard=shard, scale=scale, softcap=softcap, bias_BHTS=bias_BHTS,
         sinks_H=p.get("sinks"),
     )  # fmt: skip
+    a_BTHC = _named(a_BTHC, "attended", shard)
     return project(p, "o", "bthc,hcd->btd", a_BTHC, shard, "batch", "seq", None), kept
 
 
@@ -203,6 +227,7 @@ def cross_attention(
     mask = Mask(False, None, segments_BT, segments_BS, at_T=at_T, at_S=at_S)
     dtype = q_BTHC.dtype
     a_BTHC = attend(q_BTHC, k_BSKC.astype(dtype), v_BSKC.astype(dtype), mask, shard=shard, scale=scale)
+    a_BTHC = _named(a_BTHC, "attended", shard)
     keep = dict(cross_k=k_BSKC, cross_v=v_BSKC, cross_segments=segments_BS)
     if kept is not None:
         keep = {n: jnp.moveaxis(x, 1, SLOTS.get(n, 1)) for n, x in keep.items()}
@@ -308,10 +333,11 @@ def run_blocks(
     keys = [None] * n if key is None else jax.random.split(key, n)
 
     def layer(kind: Any, x: Any, p: Any, k: Any, kept: Any) -> tuple[Any, Any]:
+        x = jax.tree.map(lambda a: _named(a, "input", shard), x)
         return block(_gathered(p, specs, shard), x, k, kind, kept)
 
     if shard.execution.remat != "none" and cache is None:
-        again = partial(jax.checkpoint, policy=REMAT[shard.execution.remat], prevent_cse=not scanned(shard))
+        again = partial(jax.checkpoint, policy=remat_policy(shard.execution), prevent_cse=not scanned(shard))
         layer = again(layer, static_argnums=0)
     if cache is None and not split and scanned(shard):
         for start, stop, period in stretches(kinds):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxlm import layers
+from jaxlm import dispatch, layers
 from jaxlm.params import Spec, fan_in, zeros
 from jaxlm.sharding import Layout
 
@@ -162,8 +162,9 @@ def mixture(
 ) -> tuple[jax.Array, Tally]:
     """The experts' part of a block, `[B, T, D]` → `[B, T, D]`.
 
-    On a mesh every device sends its own tokens through its own experts (and its part of their width), and the results
-    are added up: no expert's weights move. `may_drop` off (generation) is routing without capacity.
+    On a mesh no expert's weights move. Where the batch is split over the experts' axes tokens travel to their experts
+    and back; else every device sends the tokens through its own experts, and results are added up. Parts of an expert's
+    width are added up either way. `may_drop` off (generation) is routing without capacity.
     """
     real_BT = jnp.ones(x_BTD.shape[:2], bool) if segments_BT is None else segments_BT > 0
     routed = {k: v for k, v in p.items() if k in ("router", "router_bias", "selection_bias", "experts")}
@@ -184,14 +185,23 @@ def _routed(
     if mesh.empty:
         return _local(p, x_BTD, real_BT, c=c, act=act, axes=_Axes())
     axes = _Axes(*(shard.compute.get(a, ()) for a in ("batch", "seq", "experts", "ffn")))
+    if math.prod(mesh.shape[a] for a in axes.experts) == 1:
+        axes = axes._replace(experts=())
+    if 0 < len(shared := set(axes.experts) & set(axes.batch)) < len(axes.experts):
+        raise ValueError(
+            f"mesh.compute: experts are over {'+'.join(axes.experts)}, and the batch over {'+'.join(shared)} of these; "
+            "give it all of them (tokens travel) or none"
+        )
+    scatters = shard.streams and shard.over("stream") == axes.seq + axes.ffn
     specs = {k: PartitionSpec() for k in p} | {"experts": {k: shard.spec(EXPERT_AXES[k]) for k in p["experts"]}}
     tokens, rows = shard.spec(("batch", "seq", None)), shard.spec(("batch",))
     run = jax.shard_map(
-        partial(_local, c=c, act=act, axes=axes),
+        partial(_local, c=c, act=act, axes=axes, scatters=scatters),
         in_specs=(specs, tokens, shard.spec(("batch", "seq"))),
-        out_specs=(tokens, Tally(rows, rows)),
+        out_specs=(shard.spec(("batch", "stream", None)) if scatters else tokens, Tally(rows, rows)),
     )
-    return run(p, shard(x_BTD, "batch", "seq", None), shard(real_BT, "batch", "seq"))
+    y_BTD, tally = run(p, shard(x_BTD, "batch", "seq", None), shard(real_BT, "batch", "seq"))
+    return shard(y_BTD, "batch", "stream", None), tally
 
 
 class _Axes(NamedTuple):
@@ -201,6 +211,11 @@ class _Axes(NamedTuple):
     seq: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
     ffn: tuple[str, ...] = ()
+
+    @property
+    def travels(self) -> bool:
+        """Whether a token's experts may be on devices that don't have the token."""
+        return bool(self.experts) and set(self.experts) <= set(self.batch)
 
 
 def _sum(x: Any, axes: tuple[str, ...]) -> Any:
@@ -217,8 +232,10 @@ def _vary(tree: Any, axes: tuple[str, ...]) -> Any:
     return jax.tree.map(one, tree)
 
 
-def _local(p: dict, x_BTD: jax.Array, real_BT: jax.Array, *, c: Moe, act: Gated, axes: _Axes) -> tuple[Any, Tally]:
-    """One device's tokens through its experts."""
+def _local(
+    p: dict, x_BTD: jax.Array, real_BT: jax.Array, *, c: Moe, act: Gated, axes: _Axes, scatters: bool = False
+) -> tuple[Any, Tally]:
+    """One device's tokens through its experts, or through all. `scatters`: positions are split as parts add up."""
     B, T, D = x_BTD.shape
     # Rounding that changes an order sends tokens to other experts: float32 throughout, on any hardware.
     logits_BTE = jnp.einsum(
@@ -232,25 +249,30 @@ def _local(p: dict, x_BTD: jax.Array, real_BT: jax.Array, *, c: Moe, act: Gated,
     kept_BTK, place_BTK = _places(chosen_BTK, real_BT, c.experts, places, axes.seq) if places else (None, None)
     tally = _tally(c, logits_BTE, scores_BTE, chosen_BTK, real_BT, bias_E, kept_BTK, axes.seq)
 
-    every = axes.batch + axes.seq + axes.experts + axes.ffn
+    every = tuple(dict.fromkeys(axes.batch + axes.seq + axes.experts + axes.ffn))
     w, x_ND, weights_NK, chosen_NK = _vary(
         (p["experts"], *(a.reshape(B * T, -1) for a in (x_BTD, weights_BTK, chosen_BTK))), every
     )
-    E = w["gate"].shape[0]
-    first = E * jax.lax.axis_index(axes.experts) if axes.experts else 0
-    mine_NK = (chosen_NK >= first) & (chosen_NK < first + E)
     if "down_bias" in w and axes.ffn:  # once, though every part of the width gives a part of the sum
         w = w | {"down_bias": w["down_bias"] * (jax.lax.axis_index(axes.ffn) == 0).astype(w["down_bias"].dtype)}
+    E, blocks = w["gate"].shape[0], jax.default_backend() == "cpu"
+    here = () if axes.travels else axes.experts
+    away = axes.experts if axes.travels else ()
+    first, reached = E * jax.lax.axis_index(here) if here else 0, E * _ways(away)
+    mine_NK = (chosen_NK >= first) & (chosen_NK < first + reached)
+    chosen_NK = jnp.where(mine_NK, chosen_NK - first, reached)
     if kept_BTK is None or place_BTK is None:
-        y_NKD = _dropless(w, x_ND, jnp.where(mine_NK, chosen_NK - first, E), act, jax.default_backend() == "cpu")
+        through = partial(_dropless, w, act=act, blocks=blocks)
+        y_NKD = dispatch.dispatched(x_ND, chosen_NK, E, away, through) if away else through(x_ND, chosen_NK)
     else:
         size = min(places, T)  # no more of this device's tokens can want an expert
         row_N1 = (jnp.arange(B * T) // T)[:, None]
-        slot_NK = ((chosen_NK - first) * B + row_N1) * size + place_BTK.reshape(B * T, -1)
+        slot_NK = (chosen_NK * B + row_N1) * size + place_BTK.reshape(B * T, -1)
         kept_NK = kept_BTK.reshape(B * T, -1) & mine_NK
-        y_NKD = _fixed(w, x_ND, jnp.where(kept_NK, slot_NK, E * B * size), B * size, act)
+        y_NKD = _fixed(w, x_ND, jnp.where(kept_NK, slot_NK, reached * B * size), B * size, act, away)
     y_ND = (y_NKD.astype(jnp.float32) * weights_NK[..., None]).sum(1)
-    return _sum(y_ND.astype(x_BTD.dtype).reshape(B, T, D), axes.experts + axes.ffn), tally
+    y_BTD = _sum(y_ND.astype(x_BTD.dtype).reshape(B, T, D), here if scatters else here + axes.ffn)
+    return (jax.lax.psum_scatter(y_BTD, axes.ffn, scatter_dimension=1, tiled=True) if scatters else y_BTD), tally
 
 
 def _ways(axes: tuple[str, ...]) -> int:
@@ -339,12 +361,18 @@ def _collect(y_PD: jax.Array, slot_NK: jax.Array) -> jax.Array:
     return y_PD.at[slot_NK].get(mode="fill", fill_value=0)
 
 
-def _fixed(w: dict, x_ND: jax.Array, slot_NK: jax.Array, size: int, act: Gated) -> jax.Array:
-    """Every expert on `size` rows."""
-    E, D = w["gate"].shape[:2]
-    x_EPD = _spread(x_ND, slot_NK, E * size).reshape(E, size, D)
+def _fixed(
+    w: dict, x_ND: jax.Array, slot_NK: jax.Array, size: int, act: Gated, axes: tuple[str, ...] = ()
+) -> jax.Array:
+    """Every expert on `size` rows, or where experts are split over `axes` on as many of each of their devices."""
+    X, (E, D) = _ways(axes), w["gate"].shape[:2]
+    x_EPD = _spread(x_ND, slot_NK, X * E * size).reshape(X * E, size, D)
+    if axes:
+        x_EPD = jax.lax.all_to_all(x_EPD, axes, 0, 1, tiled=True)
     y_EPD = _ffn(w, x_EPD, act, lambda x, w: jnp.einsum("epi,eio->epo", x, w), lambda b: b[:, None])
-    return _collect(y_EPD.reshape(E * size, D), slot_NK)
+    if axes:
+        y_EPD = jax.lax.all_to_all(y_EPD, axes, 1, 0, tiled=True)
+    return _collect(y_EPD.reshape(X * E * size, D), slot_NK)
 
 
 def _dropless(w: dict, x_ND: jax.Array, expert_NK: jax.Array, act: Gated, blocks: bool) -> jax.Array:

@@ -253,10 +253,13 @@ def _balance(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any
 OWN = {"balance": _balance}  # of certain weights, whatever `optim.name` is
 
 
-def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any, whole: Any) -> Any:
+def state_shardings(
+    tx: optax.GradientTransformation, params: Any, shardings: Any, whole: Any, host: bool = False
+) -> Any:
     """Moments live where their weights live; counters and factored moments are whole on every device.
 
-    `params`: abstract trainable weights; `shardings`: theirs; `whole`: the replicated sharding.
+    `params`: abstract trainable weights; `shardings`: theirs; `whole`: the replicated sharding; `host`: in the hosts'
+    memory, but for counters.
     """
     homes = {
         path: (leaf.shape, home)
@@ -267,6 +270,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
         # A moment sits in the optimizer's state under its weight's own path, whatever chains and groups surround it.
         name = "/".join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
         shape, home = homes.get(name, next((h for p, h in homes.items() if name.endswith("/" + p)), (None, whole)))
-        return home if leaf.shape == shape else whole
+        at = home if leaf.shape == shape else whole
+        return at.with_memory_kind("pinned_host") if host and leaf.ndim else at
 
     return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))

@@ -8,15 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlm import config, tree
+from jaxlm import config, slices, tree
 from jaxlm.params import Spec, is_spec
 
 AXES = ("replica", "stage", "data", "fsdp", "context", "expert", "tensor")  # outer to inner
-BATCH_AXES = ("replica", "data", "fsdp")
+BATCH_AXES = ("replica", "data", "fsdp", "expert")
 Axes = tuple[str, ...]
 
 STORE: dict[str, Axes] = {
@@ -75,13 +74,15 @@ def make_mesh(c: config.Mesh, devices: list[Any] | None = None) -> jax.sharding.
         raise ValueError(f"mesh: {shown} does not fit {len(devices)} devices; change a size or set one axis to -1")
     if len(devices) == 1:
         return None
-    kind = AxisType.Explicit if c.axis_type == "explicit" else AxisType.Auto
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(kind,) * len(AXES), devices=devices)
+    kinds = (AxisType.Explicit if c.axis_type == "explicit" else AxisType.Auto,) * len(AXES)
+    if (placed := slices.arranged(devices, sizes)) is not None:
+        return jax.sharding.Mesh(placed, AXES, axis_types=kinds)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
 
 
 def _amended(table: dict[str, Axes], changes: tuple[str, ...], name: str) -> dict[str, Axes]:
     table = dict(table)
-    known = STORE.keys() | COMPUTE.keys() | {"layers"}
+    known = STORE.keys() | COMPUTE.keys() | {"layers", "stream"}
     for change in changes:
         logical, eq, mesh = change.partition("=")
         axes = tuple(a for a in mesh.split("+") if a)
@@ -105,7 +106,8 @@ def _manual() -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """Logical axis → mesh axes. `store` is how weights rest, `compute` how a block uses them; moving between is FSDP.
+    """Logical axis → mesh axes. `store` is how weights rest, `compute` how a block uses them, `moments` how the
+    optimizer's state rests: moving between the first two is FSDP (ZeRO 3), between the first and the last ZeRO 1 and 2.
 
     Also carries `execution`, so that models take one argument for "where and how", and none of them knows a mesh.
     """
@@ -113,19 +115,37 @@ class Layout:
     store: Mapping[str, Axes] = field(default_factory=lambda: dict(STORE))
     compute: Mapping[str, Axes] = field(default_factory=lambda: dict(COMPUTE))
     execution: config.Execution = field(default_factory=config.Execution)
+    moments: Mapping[str, Axes] = field(default_factory=lambda: dict(STORE))
 
     @classmethod
     def of(cls, mesh: config.Mesh, execution: config.Execution) -> "Layout":
-        return cls(_amended(STORE, mesh.store, "store"), _amended(COMPUTE, mesh.compute, "compute"), execution)
+        moments = _amended(STORE, mesh.store, "store")
+        store = moments
+        if mesh.zero < 3:
+            store = {logical: tuple(a for a in axes if a != "fsdp") for logical, axes in moments.items()}
+        compute = COMPUTE
+        if mesh.expert_dispatch == "replicate":
+            compute = COMPUTE | {"batch": tuple(a for a in BATCH_AXES if a != "expert")}
+        return cls(store, _amended(compute, mesh.compute, "compute"), execution, moments)
 
     @property
     def dtype(self) -> Any:
         return jnp.dtype(self.execution.dtype)
 
-    def spec(self, axes: tuple[str | None, ...], table: Mapping[str, Axes] | None = None) -> P:
-        """`("batch", "seq", None)` → `P(("replica", "data", "fsdp"), "context", None)`."""
+    def over(self, axis: str | None, table: Mapping[str, Axes] | None = None) -> Axes:
+        """Mesh axes of a logical one. `stream`, positions of the residual stream between a block's products, is `seq`
+        unless `mesh.compute` says more: with `stream=context+tensor` norms and residuals are cut over `tensor` too, and
+        what were all-reduces of products become reduce-scatters and all-gathers (Korthikanti et al. 2022)."""
         table = self.compute if table is None else table
-        parts = [table.get(a, ()) if a else () for a in axes]
+        return table.get("seq" if axis == "stream" and "stream" not in table else axis or "", ())
+
+    @property
+    def streams(self) -> bool:
+        return self.over("stream") != self.over("seq")
+
+    def spec(self, axes: tuple[str | None, ...], table: Mapping[str, Axes] | None = None) -> P:
+        """`("batch", "seq", None)` → `P(("replica", "data", "fsdp", "expert"), "context", None)`."""
+        parts = [self.over(a, table) for a in axes]
         used = [m for part in parts for m in part]
         if len(used) != len(set(used)):
             raise ValueError(f"mesh tables: {axes} would put one mesh axis on two dimensions: {parts}")
@@ -133,7 +153,7 @@ class Layout:
 
     def ways(self, axis: str, mesh: jax.sharding.Mesh | None) -> int:
         """How many devices share a dimension of activations."""
-        return 1 if mesh is None else math.prod(mesh.shape[a] for a in self.compute.get(axis, ()))
+        return 1 if mesh is None else math.prod(mesh.shape[a] for a in self.over(axis))
 
     def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """Pin where an array lives; on one device and inside shard_map nothing."""
@@ -146,8 +166,14 @@ class Layout:
     def einsum(self, eq: str, x: jax.Array, w: Any, *axes: str | None) -> jax.Array:
         """Contract `x` with a weight and say where the result lives. A weight with its own `einsum` answers for itself.
 
-        The letters shared by `x` and `w` end `x` and begin `w`, so the product is one matrix multiplication.
+        The letters shared by `x` and `w` end `x` and begin `w`, so the product is one matrix multiplication. Where `x`
+        or the result ends with `d`, it is the residual stream.
         """
+        if self.streams and axes[1:2] == ("seq",):
+            if eq.partition(",")[0].endswith("d"):
+                x = self(x, "batch", "seq", None)
+            if eq.endswith("d"):
+                axes = (axes[0], "stream", *axes[2:])
         if hasattr(w, "einsum"):
             return w.einsum(eq, x, self, *axes)
         mesh = jax.sharding.get_abstract_mesh()
@@ -167,21 +193,23 @@ class Layout:
 
         return jax.tree.map(one, params, specs, is_leaf=own_einsum)
 
-    def shardings(self, specs: Any, mesh: jax.sharding.Mesh | None) -> Any:
-        """Where each weight rests. A dimension that its mesh axes don't divide is an error that names the weight."""
+    def shardings(self, specs: Any, mesh: jax.sharding.Mesh | None, table: Mapping[str, Axes] | None = None) -> Any:
+        """Where each weight rests, by `store` or another table. A dimension that its mesh axes don't divide is an error
+        that names the weight."""
+        table = self.store if table is None else table
         if mesh is None:
             one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             return jax.tree.map(lambda s: one, specs, is_leaf=is_spec)
 
         def place(path: str, s: Spec) -> NamedSharding:
             for size, axis in zip(s.shape, s.axes, strict=True):
-                parts = math.prod(mesh.shape[m] for m in self.store.get(axis or "", ()))
+                parts = math.prod(mesh.shape[m] for m in table.get(axis or "", ()))
                 if size % parts:
                     raise ValueError(
                         f"mesh: {path} has {size} {axis}, which {parts} devices of "
-                        f"{'+'.join(self.store[axis or ''])} do not divide; change the mesh or mesh.store"
+                        f"{'+'.join(table[axis or ''])} do not divide; change the mesh or mesh.store"
                     )
-            return NamedSharding(mesh, self.spec(s.axes, self.store))
+            return NamedSharding(mesh, self.spec(s.axes, table))
 
         return tree.map_named(place, specs)
 
@@ -198,6 +226,12 @@ class Layout:
                     f"mesh: {path} ({math.prod(s.shape):,} elements) would rest unsharded on every device; "
                     f"give one of its axes {s.axes} a mesh axis in mesh.store, or allow it by name in mesh.replicated"
                 )
+
+
+def pinned(tree: Any, homes: Any) -> Any:
+    """A tree of arrays, each where `homes` says."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.tree.map(jax.reshard if mesh.are_all_axes_explicit else jax.lax.with_sharding_constraint, tree, homes)
 
 
 def on_mesh(mesh: jax.sharding.Mesh | None) -> Any:
@@ -219,6 +253,19 @@ def replicated(mesh: jax.sharding.Mesh | None) -> Any:
     return jax.sharding.SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, P())
 
 
+def check_host_memory(device: Any) -> None:
+    """Refuse a backend whose devices don't reach the host's memory. Devices that programs are only compiled for, and
+    don't say, may."""
+    try:
+        kinds = [m.kind for m in device.addressable_memories()]
+    except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):
+        return
+    if "pinned_host" not in kinds:
+        raise ValueError(
+            f"execution.offload: {device.platform} has no pinned host memory, only {', '.join(kinds)}; drop it"
+        )
+
+
 def check_batch(c: config.Train, layout: Layout, mesh: jax.sharding.Mesh | None) -> None:
     """The batch must divide over micro-batches and devices, the sequence over context."""
     if c.batch_size % c.micro_batches:
@@ -227,9 +274,9 @@ def check_batch(c: config.Train, layout: Layout, mesh: jax.sharding.Mesh | None)
         return
     for field_name, size, axis in (
         ("batch_size", c.batch_size // c.micro_batches, "batch"),
-        ("seq_len", c.seq_len, "seq"),
+        ("seq_len", c.seq_len, "stream"),
     ):
-        parts = int(np.prod([mesh.shape[m] for m in layout.compute.get(axis, ())]))
+        parts = layout.ways(axis, mesh)
         if size % parts:
             per = " (per micro-batch)" if axis == "batch" else ""
             raise ValueError(f"train.{field_name}: {size}{per} does not divide over {parts} devices of the mesh")

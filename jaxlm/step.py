@@ -1,7 +1,7 @@
 """One update: (state, batch) → (state, metrics). Pure; jitted at the edge, with the state donated."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from flax import struct
 from jaxlm import params as weights
 from jaxlm import tree
 from jaxlm.optim import Optimizer, state_shardings
+from jaxlm.sharding import pinned
 
 Loss = Callable[[Any, dict, jax.Array | None], dict[str, dict[str, jax.Array]]]
 Weights = Callable[[dict], dict[str, jax.Array]]
@@ -49,17 +50,41 @@ def start(params: Any, frozen: Any, optimizer: Optimizer, ema: bool) -> State:
     return State(jnp.zeros((), jnp.int32), params, frozen, optimizer.tx.init(params), copy)
 
 
-def shardings(specs: Any, homes: Any, optimizer: Optimizer, ema: bool, whole: Any) -> State:
-    """Where each leaf of a State lives: moments and averages with their weights."""
+class Places(NamedTuple):
+    """Shardings of the trainable weights, and of what has their shapes (ZeRO, Rajbhandari et al. 2020)."""
+
+    weights: Any
+    gradients: Any
+    """Of micro-batches, while they add up."""
+    moments: Any
+
+    @classmethod
+    def of(cls, zero: int, homes: Any, moments: Any, optimizer: Optimizer) -> "Places":
+        """Given where all weights rest (`homes`), and where they would rest if moments were weights."""
+        whole, own = (tree.partition(t, optimizer.trainable)[0] for t in (homes, moments))
+        return cls(whole, whole if zero == 1 else own, own)
+
+
+def shardings(
+    specs: Any, homes: Any, optimizer: Optimizer, ema: bool, whole: Any, moments: Any = None, host: bool = False
+) -> State:
+    """Where each leaf of a State lives: moments and averages where `moments` says, or else with their weights. `host`:
+    the optimizer's state waits in the host's memory."""
     params, frozen = tree.partition(homes, optimizer.trainable)
+    own = params if moments is None else tree.partition(moments, optimizer.trainable)[0]
     shapes, _ = tree.partition(weights.abstract(specs), optimizer.trainable)
     return State(
         step=whole,
         params=params,
         frozen=frozen,
-        opt=state_shardings(optimizer.tx, shapes, params, whole),
-        ema=params if ema else None,
+        opt=state_shardings(optimizer.tx, shapes, own, whole, host),
+        ema=own if ema else None,
     )
+
+
+def _moved(opt: Any, space: jax.memory.Space) -> Any:
+    """Counters stay where they are."""
+    return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, opt)
 
 
 def flat_metrics(sums: dict[str, dict[str, jax.Array]], totals: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -74,12 +99,22 @@ def flat_metrics(sums: dict[str, dict[str, jax.Array]], totals: dict[str, jax.Ar
 
 
 def make_train_step(
-    loss: Loss, totals_of: Weights, optimizer: Optimizer, *, seed: int, clip: float, ema: float
+    loss: Loss,
+    totals_of: Weights,
+    optimizer: Optimizer,
+    *,
+    seed: int,
+    clip: float,
+    ema: float,
+    places: Places | None = None,
+    host: bool = False,
 ) -> Callable[[State, dict], tuple[State, dict[str, jax.Array]]]:
     """`batch` leaves are `[micro, batch, …]`; one update a call.
 
     Micro-batches add up sums, each divided by the weight of the whole batch, so 1, 2 or 4 of them are the same update.
     An update whose loss or gradient is not finite is left out: `finite` is 0 and the state but for `step` is unchanged.
+    `places` (on a mesh): each device reduces and updates the part of the weights that it keeps moments of.
+    `host`: the optimizer's state comes from the host's memory for the update, and goes back.
     """
 
     def train_step(state: State, batch: dict) -> tuple[State, dict[str, jax.Array]]:
@@ -93,13 +128,21 @@ def make_train_step(
         def micro(part: dict, k: jax.Array) -> tuple[Any, Any]:
             return jax.grad(objective, has_aux=True)(state.params, part, k)
 
+        def held(found: tuple[Any, Any]) -> tuple[Any, Any]:
+            return found if places is None else (pinned(found[0], places.gradients), found[1])
+
         n = jax.tree.leaves(batch)[0].shape[0]
         keys = jax.random.split(key, n)
-        grads, sums = micro(jax.tree.map(lambda x: x[0], batch), keys[0])
+        grads, sums = held(micro(jax.tree.map(lambda x: x[0], batch), keys[0]))
         if n > 1:
-            add = lambda done, part: (jax.tree.map(jnp.add, done, micro(*part)), None)  # noqa: E731
+            add = lambda done, part: (jax.tree.map(jnp.add, done, held(micro(*part))), None)  # noqa: E731
             (grads, sums), _ = jax.lax.scan(add, (grads, sums), jax.tree.map(lambda x: x[1:], (batch, keys)))
 
+        if places is not None:
+            grads = pinned(grads, places.moments)
+            state = state.replace(params=pinned(state.params, places.moments))
+        if host:
+            state = state.replace(opt=_moved(state.opt, jax.memory.Space.Device))
         metrics = flat_metrics(sums, totals) | {f"weight/{name}": total for name, total in totals.items()}
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
@@ -114,6 +157,10 @@ def make_train_step(
         # Without what is frozen: not every compiler sees that it would be chosen from itself, and some write it anew.
         moved, before = new.replace(frozen=None), state.replace(frozen=None)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), moved, before).replace(frozen=state.frozen)
+        if places is not None:
+            new = new.replace(params=pinned(new.params, places.weights))
+        if host:
+            new = new.replace(opt=_moved(new.opt, jax.memory.Space.Host))
         metrics |= dict(grad_norm=norm, lr=optimizer.schedule(state.step), finite=finite.astype(jnp.float32))
         return new.replace(step=state.step + 1), metrics
 

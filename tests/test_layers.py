@@ -115,6 +115,50 @@ def test_full_rematerialization_keeps_no_activation_of_a_block():
     assert kept("full") < kept("dots") <= kept("none")
 
 
+def activations(remat: str, offload: tuple[str, ...] = ()) -> list:
+    """Those that a block of attention and an mlp keeps, as avals with their memory space."""
+    D, F = 8, 64
+    axes = dict(q=(D, 2, 4), k=(D, 2, 4), v=(D, 2, 4), o=(2, 4, D), up=(D, F), down=(F, D))
+    specs = {n: sharding.Spec((2, *s), ("layers", *[None] * len(s)), None) for n, s in axes.items()}
+    how = shard(scan=True, remat=remat, offload=offload)
+
+    def block(p, x, *_):
+        x += layers.self_attention(p, x, Mask(True), shard=how)[0]
+        return x + layers.mlp(p, x, "silu", how), None
+
+    def f(w, x):
+        return layers.run_blocks(block, w, specs, x, shard=how, key=None)[0].sum()
+
+    weights = {n: jnp.ones(s.shape) for n, s in specs.items()}
+    jaxpr = jax.make_jaxpr(lambda w, x: jax.vjp(f, w, x)[1])(weights, jnp.ones((3, 16, D)))
+    return [v.aval for v in jaxpr.jaxpr.outvars if v.aval.shape[:3] == (2, 3, 16)]
+
+
+@pytest.mark.parametrize(
+    ("remat", "shapes"),
+    [
+        ("full", [(8,)]),
+        ("qkv", [(2, 4)] * 3 + [(8,)]),
+        ("attention", [(2, 4)] * 4 + [(8,)] * 2),
+    ],
+)
+def test_remat_keeps_what_its_name_says(remat, shapes):
+    """Beside each block's input, and never anything of the mlp's width."""
+    assert sorted(a.shape[3:] for a in activations(remat)) == sorted(shapes)
+
+
+def test_named_activations_wait_in_the_hosts_memory():
+    kept = activations("qkv", ("input", "q"))
+    host = sorted(a.shape[3:] for a in kept if a.memory_space == jax.memory.Space.Host)
+    assert host == [(2, 4), (8,)] and len(kept) == 4
+    for remat in ("none", "dots"):
+        with pytest.raises(
+            ValueError, match=rf"execution\.offload: q needs execution\.remat=attention, .* with {remat}"
+        ):
+            layers.remat_policy(config.Execution(remat=remat, offload=("optimizer", "q")))
+    assert layers.remat_policy(config.Execution(offload=("optimizer",))) is None
+
+
 def test_distances_fall_into_the_published_buckets():
     """Of T5 and MPNet with 32 up to 128: near ones alone, farther ones shared, keys ahead in the second half."""
     table, far = jnp.arange(32.0).reshape(32, 1), [0, 1, 7, 8, 11, 12, 15, 16, 31, 32, 127, 128, 999]

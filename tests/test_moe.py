@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import config, layers, moe, params, sharding
+from jaxlm import config, dispatch, layers, moe, params, sharding
 from jaxlm.moe import Moe
 
 B, T, D = 4, 16, 8
@@ -208,17 +208,25 @@ def test_routers_stay_exact_in_bfloat16():
 
 MESHES = {
     "expert": config.Mesh(data=1, expert=8),
+    "expert 4": config.Mesh(data=2, expert=4),
     "data x expert x tensor": config.Mesh(data=2, expert=2, tensor=2),
+    "expert x tensor, cut": config.Mesh(data=2, expert=2, tensor=2, compute=("stream=context+tensor",)),
     "fsdp x context x expert": config.Mesh(fsdp=2, context=2, expert=2),
 }
 
 
 @functools.cache
-def gradients(capacity: float | None, mesh: str | None = None, axis_type: str = "explicit", how: str = "blocks"):
+def gradients(
+    capacity: float | None, mesh: str | None = None, axis_type: str = "explicit", how: str = "", rows: int = B
+):
     """Of a mixture with biases and all that a router can have: (outputs, losses and gradients; the program's text)."""
     c = dataclasses.replace(ROUTERS["deepseek v3"], capacity=capacity, router_z=0.1, balance=0.5)
     specs, p, x, segments = make(c, biases=True)
+    if rows == 8:
+        x, segments = (np.concatenate([a, a[:, ::-1]]) for a in (x, segments))
     mc = config.Mesh() if mesh is None else dataclasses.replace(MESHES[mesh], axis_type=axis_type)
+    if rows == B:  # which eight devices can't share
+        mc = dataclasses.replace(mc, expert_dispatch="replicate")
     m = sharding.make_mesh(mc, jax.devices()[:1] if mesh is None else jax.devices())
     layout = sharding.Layout.of(mc, LAYOUT.execution)
 
@@ -258,3 +266,60 @@ def test_a_mesh_gives_what_one_device_gives(mesh, axis_type, capacity, how, monk
     assert max(sizes) < 8 * D * 12
     if "fsdp" in mesh:
         assert 4 * D * 12 in sizes  # its own experts, gathered from where they rest
+
+
+def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """What the primitive does, by its documentation: no CPU has it."""
+    everyone = jax.lax.all_gather((operand, input_offsets, send_sizes, output_offsets), axis_name)
+    me, row = jax.lax.axis_index(axis_name), jnp.arange(output.shape[0])
+    for x, begin, size, lands in zip(*everyone, strict=True):
+        at = row - lands[me]
+        theirs = x.at[begin[me] + at].get(mode="fill", fill_value=0)
+        output = jnp.where(((at >= 0) & (at < size[me]))[:, None], theirs, output)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("mesh", "axis_type", "capacity", "how"),
+    [
+        ("expert", "explicit", None, "padded"),
+        ("expert 4", "explicit", None, "ragged"),
+        ("data x expert x tensor", "auto", None, "padded"),
+        ("data x expert x tensor", "explicit", 0.8, "fixed"),
+        ("expert x tensor, cut", "explicit", None, "padded"),
+        ("fsdp x context x expert", "explicit", None, "padded"),
+        ("fsdp x context x expert", "auto", 0.8, "fixed"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("fsdp x context x expert", "explicit", None, "ragged"),
+                ("data x expert x tensor", "auto", None, "ragged"),
+                ("expert x tensor, cut", "auto", 0.8, "fixed"),
+                ("expert", "auto", 0.8, "fixed"),
+            ]
+        ),
+    ],
+)
+def test_tokens_that_travel_give_what_one_device_gives(mesh, axis_type, capacity, how, monkeypatch):
+    """Outputs, losses, dropped shares and every gradient, where the expert axis shares the batch."""
+    expected, _ = gradients(capacity, rows=8)
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
+    monkeypatch.setattr(dispatch, "way", lambda: (how, ""))
+    got, program = gradients(capacity, mesh, axis_type, how, 8)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * abs(b).max() + 1e-7), got, expected)
+    np.testing.assert_allclose(got[0][0], expected[0][0], rtol=1e-5)
+    if how != "ragged":
+        assert "all-to-all" in program
+
+
+def test_half_of_the_experts_axes_may_not_share_the_batch():
+    c = dataclasses.replace(
+        MESHES["expert 4"], compute=("experts=data+expert", "batch=data"), store=("experts=data+expert",)
+    )
+    layout = sharding.Layout.of(c, LAYOUT.execution)
+    _, p, x, segments = make(ROUTERS["mixtral"])
+    with (
+        sharding.on_mesh(sharding.make_mesh(c)),
+        pytest.raises(ValueError, match=r"mesh\.compute: experts are over data\+"),
+    ):
+        jax.eval_shape(lambda p, x: moe.mixture(ROUTERS["mixtral"], p, x, segments, shard=layout), p, x)

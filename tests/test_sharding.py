@@ -79,7 +79,8 @@ def test_weights_rest_and_work_in_different_places():
     a = layout()
     assert a.spec(("vocab", "embed"), a.store) == P("tensor", "fsdp")
     assert a.spec(("vocab", "embed")) == P("tensor", None)
-    assert a.spec(("batch", "seq", None)) == P(("replica", "data", "fsdp"), "context", None)
+    assert a.spec(("batch", "seq", None)) == P(("replica", "data", "fsdp", "expert"), "context", None)
+    assert layout(expert_dispatch="replicate").spec(("batch",)) == P(("replica", "data", "fsdp"))
 
 
 def test_amendments_change_one_row_of_one_table():
@@ -107,6 +108,21 @@ def test_one_mesh_axis_on_two_dimensions_is_refused():
     a = layout(store=("embed=tensor",))
     with pytest.raises(ValueError, match=r"would put one mesh axis on two dimensions"):
         a.shardings(SPECS, make_mesh(config.Mesh(tensor=2)))
+
+
+def test_the_residual_stream_follows_the_sequence_unless_told_otherwise():
+    plain, cut = layout(compute=("seq=context+data", "batch=fsdp")), layout(compute=("stream=context+tensor",))
+    assert not plain.streams and plain.spec(("stream",)) == plain.spec(("seq",)) == P(("context", "data"))
+    assert cut.streams and cut.spec(("seq",)) == P("context") and cut.spec(("stream",)) == P(("context", "tensor"))
+
+
+@pytest.mark.parametrize(
+    ("zero", "weights"), [(1, P("tensor", None)), (2, P("tensor", None)), (3, P("tensor", "fsdp"))]
+)
+def test_zero_leaves_weights_whole_and_moments_cut(zero, weights):
+    a = layout(zero=zero)
+    assert a.spec(("vocab", "embed"), a.store) == weights
+    assert a.spec(("vocab", "embed"), a.moments) == P("tensor", "fsdp")
 
 
 # ------------------------------------------------------------------------------------------------------------- weights

@@ -270,3 +270,36 @@ def test_shardings_match_the_state():
     up = tree.flatten(homes.ema)["blocks/up"]
     assert up.spec == tree.flatten(homes.params)["blocks/up"].spec and up.shard_shape((1, 8, 16)) == (1, 2, 8)
     assert params.count(specs) == sum(x.size for x in jax.tree.leaves((state.params, state.frozen)))
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_zero_says_what_the_fsdp_axis_shards(zero):
+    """State at rest, and what adds up the gradients of micro-batches in the compiled program; with a frozen weight."""
+    c = config.Mesh(fsdp=8, zero=zero, axis_type="explicit")  # else the compiler may shard sums that needn't be whole
+    mesh, layout = sharding.make_mesh(c), sharding.Layout.of(c, config.Execution())
+    shape = Spec((16, 24), ("embed", "ffn"), normal(1))
+    specs = {"a": shape, "w": shape}
+    optimizer = optim.make(config.Optim(freeze=("^a$",)), 200, specs)
+    weights, moments = layout.shardings(specs, mesh), layout.shardings(specs, mesh, layout.moments)
+    homes = step.shardings(specs, weights, optimizer, True, sharding.replicated(mesh), moments)
+    whole, part = (16, 24), (2, 24)
+    at_rest = part if zero == 3 else whole
+    assert homes.params["a"] is None and homes.frozen["a"].shard_shape(whole) == at_rest
+    assert homes.params["w"].shard_shape(whole) == at_rest and homes.ema["w"].shard_shape(whole) == part
+    moved = [h.shard_shape(whole) for h in jax.tree.leaves(homes.opt) if h.spec]
+    assert moved == [part] * 2  # Adam's
+
+    def loss(p, batch, key):
+        return {"rows": {"loss": jnp.sin(batch["x"] @ layout.gather(p, specs)["w"].astype(jnp.float32)).sum()}}
+
+    places = step.Places.of(zero, weights, moments, optimizer)
+    f = step.make_train_step(
+        loss, lambda b: {"rows": jnp.full((), 24.0)}, optimizer, seed=0, clip=1.0, ema=0.9, places=places
+    )
+    state = jax.eval_shape(lambda: step.init_state(specs, optimizer, jax.random.key(0), True))
+    x = jax.ShapeDtypeStruct((3, 8, 16), jnp.float32, sharding=sharding.batch_sharding(layout, mesh, (3, 8, 16), -1))
+    with sharding.on_mesh(mesh):
+        program = jax.jit(f, in_shardings=(homes, None), out_shardings=(homes, None)).lower(state, {"x": x}).compile()
+    (loop,) = [line for line in program.as_text().splitlines() if " while(" in line]
+    carried = loop.partition(" while(")[0]
+    assert ("f32[2,24]" in carried) == (zero > 1), carried  # gradients, as they add up

@@ -32,6 +32,7 @@ class Prompted(struct.PyTreeNode):
         rows_PD = shard(self.rows_PD, None, None)
         hit_BTP = (ids_BT[..., None] == V + jnp.arange(P)[None, None]).astype(rows_PD.dtype)
         found_BTD = shard.einsum("btp,pd->btd", shard(hit_BTP, "batch", "seq", None), rows_PD, "batch", "seq", None)
+        ids_BT = shard(ids_BT, "batch", "stream")
         return jnp.where((ids_BT >= V)[..., None], found_BTD.astype(x_BTD.dtype), x_BTD)
 
     def gathered(self, s: Spec, shard: Layout) -> jax.Array:

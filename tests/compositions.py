@@ -1,0 +1,85 @@
+"""What composes: kinds of parallelism alone and together, and the families each is proven for.
+
+`test_meshes.py` holds every row to one device; README's table is `python tests/compositions.py`, and a test fails where
+the two differ. A new kind is a row in `ALONE` and some in `TOGETHER`, whatever axes or fields it is switched on by.
+"""
+
+from typing import Any, NamedTuple
+
+FAMILIES = {"llama": "decoder", "mixtral": "mixture of experts", "bert": "encoder", "t5": "encoder-decoder"}
+NO_DROPOUT = ("llama", "mixtral", "t5")
+MOE = ("mixtral",)
+CUT = ("stream=context+tensor",)  # sequence-parallel norms
+
+
+class Row(NamedTuple):
+    """Of eight devices."""
+
+    mesh: dict[str, Any]
+    """Fields of `config.Mesh`."""
+    families: tuple[str, ...] = tuple(FAMILIES)
+    execution: dict[str, Any] = {}  # noqa: RUF012
+    """Fields of `config.Execution`."""
+    micro: int = 1
+    """Micro-batches. (Not for bert, whose dropout differs between them.)"""
+
+
+ALONE = {
+    "data": Row(dict(data=8)),
+    "ZeRO 1": Row(dict(fsdp=8, zero=1)),
+    "ZeRO 2": Row(dict(fsdp=8, zero=2)),
+    "ZeRO 3 (FSDP)": Row(dict(fsdp=8)),
+    "hybrid sharded": Row(dict(replica=2, fsdp=4)),
+    "tensor": Row(dict(tensor=2)),
+    "tensor, cut norms": Row(dict(tensor=2, compute=CUT)),
+    "context, keys gathered": Row(dict(context=4)),
+    "expert, tokens travel": Row(dict(expert=4), MOE),
+    "expert, tokens replicated": Row(dict(expert=4, expert_dispatch="replicate"), MOE),
+}
+TOGETHER = {
+    "replica × data × ZeRO 3": Row(dict(replica=2, data=2, fsdp=2)),
+    "replica × ZeRO 2 × context": Row(dict(replica=2, fsdp=2, context=2, zero=2)),
+    "data × ZeRO 3 × context": Row(dict(data=2, fsdp=2, context=2)),
+    "ZeRO 1 × tensor × context": Row(dict(fsdp=2, tensor=2, context=2, zero=1)),
+    "ZeRO 3 × tensor × context": Row(dict(fsdp=2, tensor=2, context=2)),
+    "ZeRO 3 × tensor × optimizer offloaded": Row(dict(fsdp=4, tensor=2), execution=dict(offload=("optimizer",))),
+    "replica × ZeRO 3 × context × activations offloaded": Row(
+        dict(replica=2, fsdp=2, context=2), execution=dict(remat="attention", offload=("input", "q"))
+    ),
+    "data × tensor, cut norms × context": Row(dict(data=2, tensor=2, context=2, compute=CUT)),
+    "ZeRO 1 × tensor, cut norms × context": Row(dict(fsdp=2, tensor=2, context=2, zero=1, compute=CUT)),
+    "ZeRO 3 × tensor, cut norms × context": Row(dict(fsdp=2, tensor=2, context=2, compute=CUT)),
+    "replica × ZeRO 2 × tensor, cut norms": Row(dict(replica=2, fsdp=2, tensor=2, zero=2, compute=CUT)),
+    "ZeRO 1 × tensor × accumulation": Row(dict(fsdp=4, tensor=2, zero=1), NO_DROPOUT, micro=2),
+    "ZeRO 2 × tensor × accumulation": Row(dict(fsdp=4, tensor=2, zero=2), NO_DROPOUT, micro=2),
+    "ZeRO 3 × tensor, cut norms × accumulation": Row(dict(fsdp=4, tensor=2, compute=CUT), NO_DROPOUT, micro=2),
+    "data × expert × context": Row(dict(data=2, expert=2, context=2), MOE),
+    "ZeRO 3 × expert × tensor": Row(dict(fsdp=2, expert=2, tensor=2), MOE),
+    "ZeRO 2 × expert × tensor, cut norms": Row(dict(fsdp=2, expert=2, tensor=2, zero=2, compute=CUT), MOE),
+    "ZeRO 1 × expert × context": Row(dict(fsdp=2, expert=2, context=2, zero=1), MOE),
+    "ZeRO 3 × expert × tensor × accumulation": Row(dict(fsdp=2, expert=2, tensor=2), MOE, micro=2),
+    "ZeRO 3 × expert, tokens replicated × context": Row(
+        dict(fsdp=2, expert=2, context=2, expert_dispatch="replicate"), MOE
+    ),
+}
+ROWS = ALONE | TOGETHER
+
+
+def table() -> str:
+    """README's, in Markdown: a dot stands for a test."""
+    names = {"llama": "Llama", "mixtral": "Mixtral", "bert": "BERT", "t5": "T5"}
+    lines = ["| | on eight devices | " + " | ".join(f"{what} ({names[f]})" for f, what in FAMILIES.items()) + " |"]
+    lines.append("|---" * (2 + len(FAMILIES)) + "|")
+    for name, row in ROWS.items():
+        shown = [
+            f"`--mesh.{k.replace('_', '-')} {' '.join(v) if isinstance(v, tuple) else v}`" for k, v in row.mesh.items()
+        ]
+        shown += [f"`--execution.{k} {' '.join(v) if isinstance(v, tuple) else v}`" for k, v in row.execution.items()]
+        shown += [f"`--train.micro-batches {row.micro}`"] if row.micro > 1 else []
+        marks = ["●" if f in row.families else "" for f in FAMILIES]
+        lines.append("| " + " | ".join([name, " ".join(shown), *marks]) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
