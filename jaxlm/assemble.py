@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import attention, config, layers, optim, params, peft, sharding, step, tree
+from jaxlm import attention, config, context, layers, optim, params, peft, pipeline, sharding, step, tree
 from jaxlm.attention import Mask
 from jaxlm.data import cache as caches
 from jaxlm.data import loader, packing, tokenizer
@@ -210,9 +210,11 @@ def program(run: config.Run, tokens: Any) -> Program:
     specs = adapter.specs() | heads
     layout.shardings(specs, mesh)  # refuses what doesn't divide, before any data is touched
     layout.check_sharded(specs, mesh, run.mesh.replicated, LARGE)
+    parts = layout.ways("seq", mesh)
     implementation, why = attention.choose(
-        run.execution.attention, Mask(family.generates), False, None, run.execution.dtype
-    )
+        run.execution.attention, Mask(family.generates), False, None, run.execution.dtype,
+        split=run.mesh.context_by if parts > 1 else "",
+    )  # fmt: skip
     notes = {
         "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "mesh": "one device" if mesh is None else " × ".join(f"{a} {n}" for a, n in mesh.shape.items() if n > 1),
@@ -220,6 +222,10 @@ def program(run: config.Run, tokens: Any) -> Program:
         "precision": f"float32 weights, {run.execution.dtype} compute",
         "layers": ("scanned" if layers.scanned(layout) else "unrolled") + f", remat {run.execution.remat}",
     }
+    if parts > 1:
+        notes["context"] = context.told(layout, parts)
+    if mesh is not None and mesh.shape[pipeline.AXIS] > 1:
+        notes["pipeline"] = pipeline.checked(layout, mesh, adapter.base, run.train)
     model = Model(family, run.model, adapter.base | heads, layout, adapter if adapter.changes else None)
     own = optimizer(run, specs, adapter)
     if adapter.changes:

@@ -20,6 +20,7 @@ BATCH_AXES = ("replica", "data", "fsdp")
 Axes = tuple[str, ...]
 
 STORE: dict[str, Axes] = {
+    "layers": ("stage",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv": ("tensor",),
@@ -81,7 +82,7 @@ def make_mesh(c: config.Mesh, devices: list[Any] | None = None) -> jax.sharding.
 
 def _amended(table: dict[str, Axes], changes: tuple[str, ...], name: str) -> dict[str, Axes]:
     table = dict(table)
-    known = STORE.keys() | COMPUTE.keys() | {"layers"}
+    known = STORE.keys() | COMPUTE.keys()
     for change in changes:
         logical, eq, mesh = change.partition("=")
         axes = tuple(a for a in mesh.split("+") if a)
@@ -113,10 +114,12 @@ class Layout:
     store: Mapping[str, Axes] = field(default_factory=lambda: dict(STORE))
     compute: Mapping[str, Axes] = field(default_factory=lambda: dict(COMPUTE))
     execution: config.Execution = field(default_factory=config.Execution)
+    mesh: config.Mesh = field(default_factory=config.Mesh)
+    """What was asked for; how large axes are is known where a program is traced."""
 
     @classmethod
     def of(cls, mesh: config.Mesh, execution: config.Execution) -> "Layout":
-        return cls(_amended(STORE, mesh.store, "store"), _amended(COMPUTE, mesh.compute, "compute"), execution)
+        return cls(_amended(STORE, mesh.store, "store"), _amended(COMPUTE, mesh.compute, "compute"), execution, mesh)
 
     @property
     def dtype(self) -> Any:
@@ -174,14 +177,17 @@ class Layout:
             return jax.tree.map(lambda s: one, specs, is_leaf=is_spec)
 
         def place(path: str, s: Spec) -> NamedSharding:
+            axes = s.axes
             for size, axis in zip(s.shape, s.axes, strict=True):
                 parts = math.prod(mesh.shape[m] for m in self.store.get(axis or "", ()))
-                if size % parts:
+                if axis == "layers" and size < parts:  # too few to be a pipeline: every stage holds and computes them
+                    axes = tuple(None if a == "layers" else a for a in axes)
+                elif size % parts:
                     raise ValueError(
                         f"mesh: {path} has {size} {axis}, which {parts} devices of "
                         f"{'+'.join(self.store[axis or ''])} do not divide; change the mesh or mesh.store"
                     )
-            return NamedSharding(mesh, self.spec(s.axes, self.store))
+            return NamedSharding(mesh, self.spec(axes, self.store))
 
         return tree.map_named(place, specs)
 
