@@ -127,10 +127,18 @@ class Program:
             return None
         return loader.rows_of(sharding.batch_sharding(self.layout, self.mesh, (1, batch_size), -1), batch_size)
 
+    @property
+    def _multiple(self) -> int:
+        """What the number of a batch's rows must be a multiple of."""
+        ways, train = self.layout.ways("batch", self.mesh), self.run.train
+        if self.mesh is None or self.mesh.shape[pipeline.AXIS] == 1:
+            return ways
+        return ways * pipeline.micro_batches(self.layout, self.mesh, train.batch_size // train.micro_batches)
+
     def to_device(self, batch: dict[str, np.ndarray], rows: list[int] | None) -> dict[str, jax.Array]:
         """Texts of one row each go together in fewer where the objective doesn't mind and one process has them all."""
         if rows is None and getattr(self.objective, "packs", False):
-            batch = packing.together(batch, self.layout.ways("batch", self.mesh))
+            batch = packing.together(batch, self._multiple)
         elif rows is None and getattr(self.objective, "trims", False) and self.layout.ways("seq", self.mesh) == 1:
             batch = packing.trimmed(batch)
         return loader.to_device(batch, self.batch_shardings(batch), rows)
@@ -224,8 +232,8 @@ def program(run: config.Run, tokens: Any) -> Program:
     }
     if parts > 1:
         notes["context"] = context.told(layout, parts)
-    if mesh is not None and mesh.shape[pipeline.AXIS] > 1:
-        notes["pipeline"] = pipeline.checked(layout, mesh, adapter.base, run.train)
+    if (piped := pipeline.checked(layout, mesh, adapter.base, run.train)) is not None:
+        notes["pipeline"] = piped
     model = Model(family, run.model, adapter.base | heads, layout, adapter if adapter.changes else None)
     own = optimizer(run, specs, adapter)
     if adapter.changes:

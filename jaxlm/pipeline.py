@@ -58,12 +58,19 @@ def bubble(S: int, M: int, R: int) -> float:
     return (S - 1) / (R * M + S - 1)
 
 
-def checked(shard: Layout, mesh: Any, specs: Any, train: config.Train) -> str:
-    """In words how a run's layers are pipelined; a run whose layers or rows don't divide is an error."""
-    S, M, R = mesh.shape[AXIS], micro_batches(shard, mesh, train.batch_size // train.micro_batches), shard.mesh.rounds
-    stacks = {
-        path.rpartition("/")[0]: s.shape[0] for path, s in tree.flatten(specs, is_spec).items() if "layers" in s.axes
-    }
+def checked(shard: Layout, mesh: Any, specs: Any, train: config.Train) -> str | None:
+    """In words how a run's layers are pipelined, if they are; layers or rows that don't divide are an error."""
+    S, R = 1 if mesh is None else mesh.shape[AXIS], shard.mesh.rounds
+    if R < 1:
+        raise ValueError(f"mesh.rounds: {R} is not a number of rounds; use 1 or more")
+    if S == 1:
+        for name, usual in (("rounds", 1), ("pipeline_micro", None)):
+            if getattr(shard.mesh, name) != usual:
+                raise ValueError(f"mesh.{name}: there is one stage; leave it out, or set mesh.stage above 1")
+        return None
+    M = micro_batches(shard, mesh, train.batch_size // train.micro_batches)
+    flat = tree.flatten(specs, is_spec)
+    stacks = {path.rpartition("/")[0]: s.shape[0] for path, s in flat.items() if "layers" in s.axes}
     if max(stacks.values()) < S:
         raise ValueError(f"mesh.stage: {S} stages for {max(stacks.values())} layers; make mesh.stage smaller")
     for n in stacks.values():
@@ -86,8 +93,8 @@ def depth(S: int, R: int, kinds: list[Any]) -> int:
     if any(kinds[i] != kinds[i % n] for i in range(layers)):
         shown = ", ".join(map(str, dict.fromkeys(kinds)))
         raise ValueError(
-            f"mesh.stage: layers are of different kinds ({shown}), in an order that does not repeat every {n} layers of "
-            "a stage; choose a mesh.stage (or mesh.rounds) whose stages are alike"
+            f"mesh.stage: layers are of different kinds ({shown}), in an order that does not repeat every {n} layers, "
+            "a stage's; choose a mesh.stage (or mesh.rounds) whose stages are alike"
         )
     return n
 

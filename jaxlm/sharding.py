@@ -180,7 +180,7 @@ class Layout:
             axes = s.axes
             for size, axis in zip(s.shape, s.axes, strict=True):
                 parts = math.prod(mesh.shape[m] for m in self.store.get(axis or "", ()))
-                if axis == "layers" and size < parts:  # too few to be a pipeline: every stage holds and computes them
+                if self.store.get(axis or "") == ("stage",) and size < parts:  # no pipeline: every stage has them all
                     axes = tuple(None if a == "layers" else a for a in axes)
                 elif size % parts:
                     raise ValueError(

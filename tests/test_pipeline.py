@@ -5,8 +5,9 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from jaxlm import config, params, sharding
+from jaxlm import config, layers, params, pipeline, sharding
 from jaxlm.models import MODELS
 from jaxlm.moe import Moe
 
@@ -92,3 +93,138 @@ def expected(family: str, layers: int | None = None) -> tuple:
 def same(got: tuple, want: tuple) -> None:
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got[1], want[1])
+
+
+MESHES = {
+    "stage x data": config.Mesh(stage=2, data=4),
+    "stage x fsdp": config.Mesh(stage=4, fsdp=2, pipeline_micro=4, axis_type="explicit"),
+    "stage x fsdp x tensor": config.Mesh(stage=2, fsdp=2, tensor=2),
+    "stage x ring x data": config.Mesh(stage=2, context=2, data=2, context_by="ring"),
+    "stage x heads x data": config.Mesh(stage=2, context=2, data=2, context_by="heads", axis_type="explicit"),
+    "stage x expert x data": config.Mesh(stage=2, expert=2, data=2),
+    "rounds x data": config.Mesh(stage=2, rounds=2, data=4),
+    "rounds x fsdp x tensor": config.Mesh(stage=2, rounds=2, fsdp=2, tensor=2, axis_type="explicit", pipeline_micro=2),
+}
+QUICK = [
+    ("llama", "stage x fsdp"),
+    ("llama", "stage x ring x data"),
+    ("llama", "rounds x fsdp x tensor"),
+    ("bert", "stage x fsdp x tensor"),
+    ("t5", "stage x ring x data"),
+    ("mixtral", "stage x expert x data"),
+]
+SLOW = [("llama", mesh) for mesh in MESHES] + [
+    *[(family, "stage x fsdp x tensor") for family in MODEL],
+    *[(family, "stage x ring x data") for family in MODEL],
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh"),
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in dict.fromkeys(SLOW) if case not in QUICK)],
+)
+def test_stages_equal_one_device(family: str, mesh: str) -> None:
+    same(update(family, MESHES[mesh]), expected(family))
+
+
+def test_rounds_that_share_no_divisor_with_the_stages() -> None:
+    """And every stage computes what it was handed again."""
+    mesh = config.Mesh(stage=2, rounds=3, data=2, fsdp=2)
+    same(update("llama", mesh, remat="full", layers=6), expected("llama", 6))
+
+
+@pytest.mark.parametrize("mesh", [MESHES["stage x data"], MESHES["rounds x data"]])
+def test_weights_rest_and_stay_with_their_stages(mesh: config.Mesh) -> None:
+    """Activations go from stage to stage (and in rounds the weights, each once); nothing is ever gathered."""
+    _, _, program = update("llama", mesh)
+    hlo = program.as_text()
+    assert "collective-permute" in hlo and "all-gather" not in hlo and "all-to-all" not in hlo
+    q = program.input_shardings[0][0]["blocks"]["q"]
+    assert q.shard_shape((4, 16, 4, 8)) == (2, 16, 4, 8)
+
+
+@pytest.mark.parametrize(("S", "R"), [(2, 2), (2, 3), (4, 2), (4, 6), (3, 3)])
+def test_rounds_deal_chunks_by_as_few_permutations_as_there_are_rounds(S: int, R: int) -> None:
+    held = {}
+    for pairs, given, taken in pipeline.permutations(S, R):
+        assert sorted(a for a, _ in pairs) == sorted(b for _, b in pairs) == list(range(S))
+        held |= {(b, int(taken[b])): a * R + int(given[a]) for a, b in pairs}
+    assert held == {(s, r): r * S + s for s in range(S) for r in range(R)}
+
+
+def test_dropout_of_each_micro_batch_is_its_own_and_the_same_every_time() -> None:
+    c, module = model("llama", dropout=0.5), MODELS["llama"]
+    mesh = config.Mesh(stage=2, data=1, pipeline_micro=4)
+    layout = sharding.Layout.of(mesh, config.Execution(dtype="float32", scan=True))
+    batch = {n: np.broadcast_to(x[:1], x.shape) for n, x in make_batch().items()}  # eight times one row
+    with sharding.on_mesh(sharding.make_mesh(mesh, jax.devices()[:2])):
+        specs = module.specs(c)
+        weights = params.init(specs, jax.random.key(0))
+
+        def hidden(weights: dict, batch: dict) -> jax.Array:
+            x_BTD = jnp.ones((B, T, c.width), jnp.float32)
+            return pipelined(c, specs, weights, x_BTD, layout)
+
+        x_BTD, again = (jax.jit(hidden)(weights, batch) for _ in range(2))
+    np.testing.assert_array_equal(x_BTD, again)
+    assert len({np.asarray(row).tobytes() for row in x_BTD[:4]}) == 4, "rows of different micro-batches"
+
+
+def pipelined(c, specs: dict, weights: dict, x_BTD: jax.Array, layout: sharding.Layout) -> jax.Array:
+    """Layers that do nothing but drop."""
+
+    def block(p, x, rows, key, kind, kept):
+        return layers.dropout(x, c.dropout, key), None
+
+    return layers.run_blocks(block, weights["blocks"], specs["blocks"], x_BTD, shard=layout, key=jax.random.key(1))[0]
+
+
+def test_a_cache_is_read_layer_by_layer() -> None:
+    """Generation needs no pipeline: every stage computes all."""
+    c, module = model("llama"), MODELS["llama"]
+    specs, batch = module.specs(c), {n: x for n, x in make_batch().items() if n in ("tokens", "positions")}
+    mesh = config.Mesh(stage=2, data=4)
+    layout = sharding.Layout.of(mesh, config.Execution(dtype="float32"))
+    weights = params.init(specs, jax.random.key(0))
+    want = module.forward(c, specs, weights, batch, shard=layout).x_BTD
+    devices = sharding.make_mesh(mesh)
+    with sharding.on_mesh(devices):
+        placed = jax.device_put(weights, layout.shardings(specs, devices))
+        cache = module.init_cache(c, B, T, jnp.float32)
+        got = jax.jit(lambda w, b, k: module.forward(c, specs, w, b, shard=layout, cache=k).x_BTD)(placed, batch, cache)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def note(train: config.Train, layers: int = 4, family: str = "llama", **mesh) -> str | None:
+    c = config.Mesh(**mesh)
+    layout = sharding.Layout.of(c, config.Execution())
+    return pipeline.checked(layout, sharding.make_mesh(c), MODELS[family].specs(model(family, layers=layers)), train)
+
+
+def test_what_is_told_of_a_pipeline() -> None:
+    train = config.Train(batch_size=32)
+    assert note(train, stage=2, data=4) == "GPipe over 2 stages, 4 micro-batches a pass, idle 20.0% of the time"
+    assert note(train, stage=2, data=4, rounds=2, pipeline_micro=2) == (
+        "interleaved, 2 rounds over 2 stages, 2 micro-batches a pass, idle 20.0% of the time"
+    )
+    assert "every stage computes all of first" in str(note(train, 5, "modernbert", stage=2))
+    assert note(train, data=8) is None
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t: note(t, 6, stage=4), r"mesh\.stage: 6 layers do not divide into 4 stages; change mesh\.stage or"),
+        (lambda t: note(t, 6, stage=2, rounds=2), r"6 layers do not divide into 2 stages × 2 rounds \(mesh\.rounds\)"),
+        (lambda t: note(t, 2, stage=4), r"mesh\.stage: 4 stages for 2 layers; make mesh\.stage smaller"),
+        (lambda t: note(t, stage=2, pipeline_micro=3), r"mesh\.pipeline_micro: 3 parts do not divide the 32 rows"),
+        (lambda t: note(t, stage=4, data=2, rounds=1, pipeline_micro=32), r"mesh\.pipeline_micro: 32 parts"),
+        (lambda t: note(t, 8, stage=4, rounds=2, pipeline_micro=2), r"mesh\.rounds: 2 rounds over 4 stages need at le"),
+        (lambda t: note(t, rounds=2), r"mesh\.rounds: there is one stage; leave it out, or set mesh\.stage above 1"),
+        (lambda t: note(t, rounds=0), r"mesh\.rounds: 0 is not a number of rounds"),
+        (lambda t: pipeline.depth(2, 1, [5, 5, None, 5]), r"layers are of different kinds \(5, None\), in an order th"),
+    ],
+)
+def test_what_does_not_divide_is_refused(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(config.Train(batch_size=32))

@@ -114,7 +114,7 @@ def test_one_mesh_axis_on_two_dimensions_is_refused():
 
 def test_shardings_of_stacked_weights():
     homes = layout().shardings(SPECS, make_mesh(config.Mesh(fsdp=4, tensor=2)))
-    assert homes["blocks"]["up"].spec == P(None, "fsdp", "tensor")
+    assert homes["blocks"]["up"].spec == P("stage", "fsdp", "tensor")
     assert homes["position"].spec == P(None, None)
     placed = jax.device_put(np.zeros((2, 16, 24), np.float32), homes["blocks"]["up"])
     assert placed.addressable_shards[0].data.shape == (2, 4, 12)
@@ -138,6 +138,16 @@ def test_dimensions_that_do_not_divide_are_named(mesh, message):
         return
     with pytest.raises(ValueError, match=message):
         a.shardings(SPECS, make_mesh(mesh))
+
+
+def test_layers_rest_with_their_stages_but_for_a_stack_too_small_to_be_cut():
+    homes = layout().shardings(SPECS, make_mesh(config.Mesh(stage=2, fsdp=2, data=2)))
+    assert homes["blocks"]["up"].shard_shape((2, 16, 24)) == (1, 8, 24)
+    homes = layout().shardings(SPECS, make_mesh(config.Mesh(stage=4, fsdp=2)))
+    assert homes["blocks"]["up"].shard_shape((2, 16, 24)) == (2, 8, 24)
+    three = {"blocks": stacked(3, {"up": Spec((16, 24), ("embed", "ffn"), normal(1))})}
+    with pytest.raises(ValueError, match=r"blocks/up has 3 layers, which 2 devices of stage do not divide"):
+        layout().shardings(three, make_mesh(config.Mesh(stage=2)))
 
 
 def test_a_dimension_that_does_not_divide_says_which_axis():
