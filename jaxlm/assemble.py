@@ -15,7 +15,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import attention, config, dispatch, layers, optim, params, peft, sharding, slices, step, tree
+from jaxlm import (
+    attention,
+    config,
+    context,
+    dispatch,
+    layers,
+    optim,
+    params,
+    peft,
+    pipeline,
+    sharding,
+    slices,
+    step,
+    tree,
+)  # fmt: skip
 from jaxlm.attention import Mask
 from jaxlm.data import cache as caches
 from jaxlm.data import loader, packing, tokenizer
@@ -136,10 +150,18 @@ class Program:
             return None
         return loader.rows_of(sharding.batch_sharding(self.layout, self.mesh, (1, batch_size), -1), batch_size)
 
+    @property
+    def _multiple(self) -> int:
+        """What the number of a batch's rows must be a multiple of."""
+        ways, train = self.layout.ways("batch", self.mesh), self.run.train
+        if self.mesh is None or self.mesh.shape[pipeline.AXIS] == 1:
+            return ways
+        return ways * pipeline.micro_batches(self.layout, self.mesh, train.batch_size // train.micro_batches)
+
     def to_device(self, batch: dict[str, np.ndarray], rows: list[int] | None) -> dict[str, jax.Array]:
         """Texts of one row each go together in fewer where the objective doesn't mind and one process has them all."""
         if rows is None and getattr(self.objective, "packs", False):
-            batch = packing.together(batch, self.layout.ways("batch", self.mesh))
+            batch = packing.together(batch, self._multiple)
         elif rows is None and getattr(self.objective, "trims", False) and self.layout.ways("stream", self.mesh) == 1:
             batch = packing.trimmed(batch)
         return loader.to_device(batch, self.batch_shardings(batch), rows)
@@ -222,9 +244,11 @@ def program(run: config.Run, tokens: Any) -> Program:
     specs = adapter.specs() | heads
     layout.shardings(specs, mesh, layout.moments)  # refuses what doesn't divide, before any data is touched
     layout.check_sharded(specs, mesh, run.mesh.replicated, LARGE)
+    parts = layout.ways("seq", mesh)
     implementation, why = attention.choose(
-        run.execution.attention, Mask(family.generates), False, None, run.execution.dtype
-    )
+        run.execution.attention, Mask(family.generates), False, None, run.execution.dtype,
+        split=run.mesh.context_by if parts > 1 else "",
+    )  # fmt: skip
     notes = {
         "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "mesh": "one device" if mesh is None else " × ".join(f"{a} {n}" for a, n in mesh.shape.items() if n > 1),
@@ -245,8 +269,12 @@ def program(run: config.Run, tokens: Any) -> Program:
     if mesh is not None and (told := slices.told(mesh)):
         notes["slices"] = told
     if mesh is not None and mesh.shape["fsdp"] > 1:
-        parts = ("the optimizer's state", "gradients", "weights")[: run.mesh.zero]
-        notes["fsdp"] = f"shards {', '.join(parts)} (ZeRO {run.mesh.zero})"
+        kept = ("the optimizer's state", "gradients", "weights")[: run.mesh.zero]
+        notes["fsdp"] = f"shards {', '.join(kept)} (ZeRO {run.mesh.zero})"
+    if parts > 1:
+        notes["context"] = context.told(layout, parts)
+    if (piped := pipeline.checked(layout, mesh, adapter.base, run.train)) is not None:
+        notes["pipeline"] = piped
     model = Model(family, run.model, adapter.base | heads, layout, adapter if adapter.changes else None)
     own = optimizer(run, specs, adapter)
     if adapter.changes:

@@ -12,11 +12,17 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxlm import context
 from jaxlm.sharding import Layout
 
 EVERYONE = 1 << 30  # a segment whose keys all other segments see too
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("segments_BT", "segments_BS", "prefix_BS", "at_T", "at_S"),
+    meta_fields=("causal", "window", "common"),
+)
 @dataclass(frozen=True)
 class Mask:
     """Which keys a query may see. Segment 0 is padding; arrays are None where the question doesn't arise."""
@@ -156,14 +162,17 @@ def unavailable(
     dtype: str,
     sinks: bool = False,
     widths: tuple[int, int] = (0, 0),
+    split: str = "",
 ) -> str | None:
-    """Why an implementation can't answer this request here, or None if it can."""
+    """Why an implementation can't answer this request here, or None if it can. `split`: how rows are split, if so."""
     if implementation == "xla":
         return None
     if jax.default_backend() != "gpu":
         return f"needs an NVIDIA GPU, and this program runs on {jax.default_backend()}"
     if dtype != "bfloat16":
         return f"computes in bfloat16, not {dtype}; set execution.dtype=bfloat16"
+    if split not in ("", "heads"):
+        return f"takes whole rows, which mesh.context_by={split} does not give it; set mesh.context_by=heads"
     if softcap is not None:
         return "has no soft cap"
     if sinks:
@@ -181,14 +190,15 @@ def choose(
     dtype: str,
     sinks: bool = False,
     widths: tuple[int, int] = (0, 0),
+    split: str = "",
 ) -> tuple[str, str]:
     """The implementation for a request and the reason. One that was asked for by name and can't run is an error."""
     if implementation != "auto":
-        why = unavailable(implementation, mask, bias, softcap, dtype, sinks, widths)
+        why = unavailable(implementation, mask, bias, softcap, dtype, sinks, widths, split)
         if why:
             raise ValueError(f"execution.attention: {implementation} {why}; use auto or xla")
         return implementation, "asked for by execution.attention"
-    why = unavailable("cudnn", mask, bias, softcap, dtype, sinks, widths)
+    why = unavailable("cudnn", mask, bias, softcap, dtype, sinks, widths, split)
     return ("cudnn", "fused kernel of this GPU") if why is None else ("xla", f"cudnn {why}")
 
 
@@ -210,19 +220,32 @@ def attend(
     `bias_BHTS` is added to the scores (B may be 1); `sinks_H` joins each softmax as one more score without a value.
     """
     scale = q_BTHC.shape[-1] ** -0.5 if scale is None else scale
+    split = shard.mesh.context_by if context.ways(shard) > 1 and mask.at_T is None else ""
     if mask.at_T is None:
         asked, dtype, bias = shard.execution.attention, shard.execution.dtype, bias_BHTS is not None
         widths = k_BSKC.shape[-1], v_BSKC.shape[-1]
-        name, _ = choose(asked, mask, bias, softcap, dtype, sinks_H is not None, widths)
+        name, _ = choose(asked, mask, bias, softcap, dtype, sinks_H is not None, widths, split)
     else:  # a few queries against a cache: bound by reading it, whatever the kernel
         name = "xla"
-    # Under context parallelism queries stay sharded by position and every device gathers the keys.
-    k_BSKC, v_BSKC = (shard(x, "batch", None, "kv", None) for x in (k_BSKC, v_BSKC))
-    whole: dict[str, Any] = {
-        n: shard(x, "batch", None) for n in ("segments_BS", "prefix_BS") if (x := getattr(mask, n)) is not None
-    }
+    if split == "ring":
+        return context.ring(
+            q_BTHC, k_BSKC, v_BSKC, mask, shard=shard, scale=scale, softcap=softcap, bias_BHTS=bias_BHTS,
+            sinks_H=sinks_H,
+        )  # fmt: skip
+    inner = shard
+    if split == "heads":
+        inner, copies = context.by_heads(shard, q_BTHC.shape[2], k_BSKC.shape[2])
+        k_BSKC, v_BSKC = (context.exchanged(inner, x, copies, shard) for x in (k_BSKC, v_BSKC))
+        q_BTHC = inner(q_BTHC, "batch", "seq", "heads", None)
+        if bias_BHTS is not None:
+            bias_BHTS = inner(bias_BHTS, None if bias_BHTS.shape[0] == 1 else "batch", "heads", "seq", None)
+        sinks_H = None if sinks_H is None else inner(sinks_H, "heads")
+    else:  # queries stay where they are, and every device gathers the keys
+        k_BSKC, v_BSKC = (shard(x, "batch", None, "kv", None) for x in (k_BSKC, v_BSKC))
+    names = ("segments_BS", "prefix_BS") + (("segments_BT",) if inner is not shard else ())
+    whole: dict[str, Any] = {n: inner(x, "batch", None) for n in names if (x := getattr(mask, n)) is not None}
     mask = dataclasses.replace(mask, **whole)
-    run = {"xla": _xla, "cudnn": _cudnn}[name]
+    run: Any = {"xla": partial(_xla, whole=context.ways(inner) == 1), "cudnn": _cudnn}[name]
     return shard(run(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_BHTS, sinks_H), "batch", "seq", "heads", None)
 
 
@@ -246,7 +269,7 @@ MOST_BLOCKS = 16
 KEEP_SCORES = 512  # positions up to which the backward pass keeps a block's scores instead of computing them again
 
 
-def _xla(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_BHTS, sinks_H):
+def _xla(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_BHTS, sinks_H, whole):
     """Plain XLA in blocks of queries: each sees only the keys that causality and the window can reach, so that all
     scores never exist at one time. Operands are laid out once so that every product is a plain batched matrix product.
     """
@@ -258,7 +281,7 @@ def _xla(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_BHTS, sinks_H):
     if S > KEEP_SCORES:
         block = jax.checkpoint(block)
     out = []
-    for start, stop, first, last in query_blocks(T, S, mask):
+    for start, stop, first, last in query_blocks(T, S, mask) if whole else [(0, T, 0, S)]:
         bias = None if bias_BHTS is None else bias_BHTS[:, :, start:stop, first:last]
         seen = mask.dense(start, stop, first, last)
         q, k, v = q_BKTGC[:, :, start:stop], k_BKCS[..., first:last], v_BKSC[:, :, first:last]
@@ -269,8 +292,7 @@ def _xla(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_BHTS, sinks_H):
 
 def query_blocks(T: int, S: int, mask: Mask) -> list[tuple[int, int, int, int]]:
     """(first query, end, first key, end) of each block. One block where blocks would gain nothing."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if T != S or T <= BLOCK or mask.prefix_BS is not None or (not mesh.empty and mesh.shape.get("context", 1) > 1):
+    if T != S or T <= BLOCK or mask.prefix_BS is not None:
         return [(0, T, 0, S)]
     size = max(BLOCK, -(-T // MOST_BLOCKS))
     out = []

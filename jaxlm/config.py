@@ -182,10 +182,20 @@ class Mesh:
 
     replica: int = 1
     stage: int = 1
+    """Pipeline stages: each holds and computes its part of the layers."""
+    rounds: int = 1
+    """Times that activations go round the stages, with a part of each stage's layers at a time: stages then wait for
+    less, weights travel once a pass, and there must be as many micro-batches as stages."""
+    pipeline_micro: int | None = None
+    """Parts that the rows of a pass go through the stages in; default: up to twice as many as stages."""
     data: int | None = None
     """Default: whatever devices the other axes leave."""
     fsdp: int = 1
     context: int = 1
+    """Devices that share the positions of a row."""
+    context_by: Literal["gather", "ring", "heads"] = "gather"
+    """How their attention meets: every device gathers the keys and values; or they travel in a ring, which never holds
+    them all; or positions are exchanged for heads before attention and back after it."""
     expert: int = 1
     tensor: int = 1
     axis_type: Literal["auto", "explicit"] = "auto"

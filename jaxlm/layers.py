@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm import config, rope
+from jaxlm import config, pipeline, rope
 from jaxlm.attention import SLOTS, Cache, Mask, attend, remember, ring
 from jaxlm.params import Spec
 from jaxlm.sharding import Layout, own_einsum
@@ -193,10 +193,8 @@ def own(kept: dict[str, jax.Array] | None) -> dict[str, jax.Array] | None:
 def cross_attention(
     p: dict,
     x_BTD: jax.Array,
+    rows: dict[str, Any],
     *,
-    memory_BSD: jax.Array | None,
-    segments_BT: jax.Array | None,
-    segments_BS: jax.Array | None,
     shard: Layout,
     scale: float | None = None,
     kept: dict[str, jax.Array] | None = None,
@@ -204,8 +202,11 @@ def cross_attention(
     """`[B, T, D]` that looks at another sequence, `memory`, in segments of the same number → what it saw, and its keys,
     values and segments to keep. Without a memory it looks at what an earlier call kept.
 
+    `rows`: `mask` of its own sequence, `memory` `[B, S, D]` or None, and `source_segments` of that.
+
     Weights cross_q, cross_k, cross_v, cross_o with their biases.
     """
+    memory_BSD, segments_BT, segments_BS = rows["memory"], rows["mask"].segments_BT, rows["source_segments"]
     q_BTHC = project(p, "cross_q", "btd,dhc->bthc", x_BTD, shard, "batch", "seq", "heads", None)
     if memory_BSD is not None:
         k_BSKC = project(p, "cross_k", "bsd,dkc->bskc", memory_BSD, shard, "batch", "seq", "kv", None)
@@ -299,8 +300,8 @@ def kv_cache(
     ]
 
 
-# (weights, x, dropout key, kind of layer, what its cache keeps) → (x, what its cache keeps)
-Block = Callable[[Any, Any, jax.Array | None, Any, Any], tuple[Any, Any]]
+# (weights, x, what else belongs to its rows, dropout key, kind of layer, what its cache keeps) → (x, what it keeps)
+Block = Callable[[Any, Any, Any, jax.Array | None, Any, Any], tuple[Any, Any]]
 
 
 def scanned(shard: Layout) -> bool:
@@ -314,6 +315,7 @@ def run_blocks(
     params: Any,
     specs: Any,
     x: Any,
+    rows: Any = None,
     *,
     shard: Layout,
     key: jax.Array | None,
@@ -322,50 +324,76 @@ def run_blocks(
 ) -> tuple[Any, Cache | None]:
     """Apply layers in order, scanned or unrolled, with remat by name → (x, cache with what the layers keep).
 
-    `params` is one tree of weights stacked along their first axis, or a tuple of trees, one a layer. `kinds` says what
-    differs between layers but their weights (a window, no rotation); it is static. A scan's body holds one period of
-    the kinds. With a cache layers are always unrolled: a scan would copy the whole cache for each token.
+    `params` is one tree of weights stacked along their first axis, or a tuple of trees, one a layer. `rows` holds all
+    arrays `[B, …]` that blocks need besides `x`: they may be handed a part of the rows, so no block may take such from
+    elsewhere. `kinds` says what differs between layers but their weights (a window, no rotation); it is static. A
+    scan's body holds one period of the kinds. With a cache layers are always unrolled: a scan would copy the whole
+    cache for each token. On a mesh with stages each has its part of the layers, but for a stack of fewer layers than
+    stages, and with a cache: then all stages compute the same.
     """
     split = isinstance(params, tuple)
     n = len(params) if split else jax.tree.leaves(params)[0].shape[0]
     kinds = [None] * n if kinds is None else list(kinds)
     assert len(kinds) == n
-    keys = [None] * n if key is None else jax.random.split(key, n)
+    keys: Any = None if key is None else jax.random.split(key, n)
 
-    def layer(kind: Any, x: Any, p: Any, k: Any, kept: Any) -> tuple[Any, Any]:
+    def layer(kind: Any, x: Any, rows: Any, p: Any, k: Any, kept: Any) -> tuple[Any, Any]:
         x = jax.tree.map(lambda a: _named(a, "input", shard), x)
-        return block(_gathered(p, specs, shard), x, k, kind, kept)
+        return block(_gathered(p, specs, shard), x, rows, k, kind, kept)
 
+    again: Any = lambda f, **_: f  # noqa: E731
     if shard.execution.remat != "none" and cache is None:
         again = partial(jax.checkpoint, policy=remat_policy(shard.execution), prevent_cse=not scanned(shard))
-        layer = again(layer, static_argnums=0)
-    if cache is None and not split and scanned(shard):
-        for start, stop, period in stretches(kinds):
+    if cache is None and not split and 1 < pipeline.stages() <= n:
+        each = pipeline.depth(pipeline.stages(), shard.mesh.rounds, kinds)
 
-            def several(x: Any, inputs: Any, first: int = start, period: int = period) -> tuple[Any, None]:
-                for i in range(period):
-                    p, k = jax.tree.map(lambda w, i=i: w[i], inputs) if period > 1 else inputs
-                    x, _ = layer(kinds[first + i], x, p, k, None)
-                return x, None
+        def stage(params: Any, x: Any, rows: Any, keys: Any) -> Any:
+            return _in_order(layer, kinds[:each], x, rows, params, keys, shard)
 
-            def cut(w: jax.Array, start: int = start, stop: int = stop, period: int = period) -> jax.Array:
-                w = w if stop - start == n else w[start:stop]
-                return w if period == 1 else w.reshape(-1, period, *w.shape[1:])
-
-            x, _ = jax.lax.scan(several, x, jax.tree.map(cut, (params, None if key is None else keys)))
-        return x, None
+        stage = again(stage)  # all of a stage's layers are computed again, from what the stage was handed
+        return pipeline.run(stage, each, params, x, rows, keys, shard=shard), None
+    layer = again(layer, static_argnums=0)
+    if cache is None and not split:
+        return _in_order(layer, kinds, x, rows, params, keys, shard), None
     kept = []
     for i in range(n):
         p = params[i] if split else jax.tree.map(lambda w, i=i: w[i], params)
-        x, now = layer(kinds[i], x, p, keys[i], None if cache is None else cache.layers[i])
+        x, now = layer(
+            kinds[i], x, rows, p, None if keys is None else keys[i], None if cache is None else cache.layers[i]
+        )
         kept.append(now)
     return x, None if cache is None else cache.replace(layers=tuple(kept), fresh=False)
+
+
+def _in_order(layer: Any, kinds: Sequence[Any], x: Any, rows: Any, params: Any, keys: Any, shard: Layout) -> Any:
+    """Stacked layers one after another, scanned or unrolled; `keys` is None or one a layer."""
+    n = len(kinds)
+    if not scanned(shard):
+        for i in range(n):
+            p, k = jax.tree.map(lambda w, i=i: w[i], (params, keys))
+            x, _ = layer(kinds[i], x, rows, p, k, None)
+        return x
+    for start, stop, period in stretches(kinds):
+
+        def several(x: Any, inputs: Any, first: int = start, period: int = period) -> tuple[Any, None]:
+            for i in range(period):
+                p, k = jax.tree.map(lambda w, i=i: w[i], inputs) if period > 1 else inputs
+                x, _ = layer(kinds[first + i], x, rows, p, k, None)
+            return x, None
+
+        def cut(w: jax.Array, start: int = start, stop: int = stop, period: int = period) -> jax.Array:
+            w = w if stop - start == n else w[start:stop]
+            return w if period == 1 else w.reshape(-1, period, *w.shape[1:])
+
+        x, _ = jax.lax.scan(several, x, jax.tree.map(cut, (params, keys)))
+    return x
 
 
 def run_stacks(
     block: Block,
     stacks: Sequence[tuple[Any, Any, Sequence[Any]]],
     x: Any,
+    rows: Any = None,
     *,
     shard: Layout,
     key: jax.Array | None,
@@ -375,7 +403,7 @@ def run_stacks(
     kept: tuple = ()
     for (params, specs, kinds), k in zip(stacks, subkeys(key, len(stacks)), strict=True):
         part = None if cache is None else cache.replace(layers=cache.layers[len(kept) : len(kept) + len(kinds)])
-        x, part = run_blocks(block, params, specs, x, shard=shard, key=k, kinds=kinds, cache=part)
+        x, part = run_blocks(block, params, specs, x, rows, shard=shard, key=k, kinds=kinds, cache=part)
         kept += () if part is None else part.layers
     return x, None if cache is None else cache.replace(layers=kept, fresh=False)
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxlm import dispatch, layers
+from jaxlm import dispatch, layers, pipeline
 from jaxlm.params import Spec, fan_in, zeros
 from jaxlm.sharding import Layout
 
@@ -197,6 +197,7 @@ def _routed(
     tokens, rows = shard.spec(("batch", "seq", None)), shard.spec(("batch",))
     run = jax.shard_map(
         partial(_local, c=c, act=act, axes=axes, scatters=scatters),
+        check_vma=pipeline.types_checked(),
         in_specs=(specs, tokens, shard.spec(("batch", "seq"))),
         out_specs=(shard.spec(("batch", "stream", None)) if scatters else tokens, Tally(rows, rows)),
     )
@@ -224,6 +225,8 @@ def _sum(x: Any, axes: tuple[str, ...]) -> Any:
 
 def _vary(tree: Any, axes: tuple[str, ...]) -> Any:
     """Tell shard_map that from here on these differ between devices; their gradients are then added up."""
+    if not pipeline.types_checked():
+        return tree
 
     def one(x: jax.Array) -> jax.Array:
         missing = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying)

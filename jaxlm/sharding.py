@@ -19,6 +19,7 @@ BATCH_AXES = ("replica", "data", "fsdp", "expert")
 Axes = tuple[str, ...]
 
 STORE: dict[str, Axes] = {
+    "layers": ("stage",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv": ("tensor",),
@@ -82,7 +83,7 @@ def make_mesh(c: config.Mesh, devices: list[Any] | None = None) -> jax.sharding.
 
 def _amended(table: dict[str, Axes], changes: tuple[str, ...], name: str) -> dict[str, Axes]:
     table = dict(table)
-    known = STORE.keys() | COMPUTE.keys() | {"layers", "stream"}
+    known = STORE.keys() | COMPUTE.keys() | {"stream"}
     for change in changes:
         logical, eq, mesh = change.partition("=")
         axes = tuple(a for a in mesh.split("+") if a)
@@ -116,6 +117,8 @@ class Layout:
     compute: Mapping[str, Axes] = field(default_factory=lambda: dict(COMPUTE))
     execution: config.Execution = field(default_factory=config.Execution)
     moments: Mapping[str, Axes] = field(default_factory=lambda: dict(STORE))
+    mesh: config.Mesh = field(default_factory=config.Mesh)
+    """What was asked for; how large axes are is known where a program is traced."""
 
     @classmethod
     def of(cls, mesh: config.Mesh, execution: config.Execution) -> "Layout":
@@ -126,7 +129,7 @@ class Layout:
         compute = COMPUTE
         if mesh.expert_dispatch == "replicate":
             compute = COMPUTE | {"batch": tuple(a for a in BATCH_AXES if a != "expert")}
-        return cls(store, _amended(compute, mesh.compute, "compute"), execution, moments)
+        return cls(store, _amended(compute, mesh.compute, "compute"), execution, moments, mesh)
 
     @property
     def dtype(self) -> Any:
@@ -202,14 +205,17 @@ class Layout:
             return jax.tree.map(lambda s: one, specs, is_leaf=is_spec)
 
         def place(path: str, s: Spec) -> NamedSharding:
+            axes = s.axes
             for size, axis in zip(s.shape, s.axes, strict=True):
                 parts = math.prod(mesh.shape[m] for m in table.get(axis or "", ()))
-                if size % parts:
+                if table.get(axis or "") == ("stage",) and (parts == 1 or size < parts):  # no pipeline
+                    axes = tuple(None if a == "layers" else a for a in axes)
+                elif size % parts:
                     raise ValueError(
                         f"mesh: {path} has {size} {axis}, which {parts} devices of "
                         f"{'+'.join(table[axis or ''])} do not divide; change the mesh or mesh.store"
                     )
-            return NamedSharding(mesh, self.spec(s.axes, table))
+            return NamedSharding(mesh, self.spec(axes, table))
 
         return tree.map_named(place, specs)
 

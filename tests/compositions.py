@@ -33,8 +33,12 @@ ALONE = {
     "tensor": Row(dict(tensor=2)),
     "tensor, cut norms": Row(dict(tensor=2, compute=CUT)),
     "context, keys gathered": Row(dict(context=4)),
+    "context, keys in a ring": Row(dict(context=4, context_by="ring")),
+    "context, heads exchanged": Row(dict(context=2, context_by="heads")),
     "expert, tokens travel": Row(dict(expert=4), MOE),
     "expert, tokens replicated": Row(dict(expert=4, expert_dispatch="replicate"), MOE),
+    "pipeline": Row(dict(stage=2), NO_DROPOUT),
+    "pipeline, two rounds": Row(dict(stage=2, rounds=2, data=2, tensor=2), NO_DROPOUT),
 }
 TOGETHER = {
     "replica × data × ZeRO 3": Row(dict(replica=2, data=2, fsdp=2)),
@@ -53,6 +57,16 @@ TOGETHER = {
     "ZeRO 1 × tensor × accumulation": Row(dict(fsdp=4, tensor=2, zero=1), NO_DROPOUT, micro=2),
     "ZeRO 2 × tensor × accumulation": Row(dict(fsdp=4, tensor=2, zero=2), NO_DROPOUT, micro=2),
     "ZeRO 3 × tensor, cut norms × accumulation": Row(dict(fsdp=4, tensor=2, compute=CUT), NO_DROPOUT, micro=2),
+    "ZeRO 3 × tensor × ring": Row(dict(fsdp=2, tensor=2, context=2, context_by="ring")),
+    "ZeRO 1 × tensor, cut norms × ring": Row(dict(fsdp=2, tensor=2, context=2, zero=1, context_by="ring", compute=CUT)),
+    "ZeRO 2 × heads exchanged": Row(dict(fsdp=4, context=2, zero=2, context_by="heads")),
+    "replica × pipeline × ZeRO 3": Row(dict(replica=2, stage=2, fsdp=2), NO_DROPOUT),
+    "pipeline × data × ring": Row(dict(stage=2, data=2, context=2, context_by="ring"), NO_DROPOUT),
+    "pipeline × ZeRO 1 × tensor, cut norms": Row(dict(stage=2, fsdp=2, tensor=2, zero=1, compute=CUT), NO_DROPOUT),
+    "pipeline, two rounds × ZeRO 3 × tensor × accumulation": Row(
+        dict(stage=2, rounds=2, fsdp=2, tensor=2), NO_DROPOUT, micro=2
+    ),
+    "pipeline × expert × ring": Row(dict(stage=2, expert=2, context=2, context_by="ring"), MOE),
     "data × expert × context": Row(dict(data=2, expert=2, context=2), MOE),
     "ZeRO 3 × expert × tensor": Row(dict(fsdp=2, expert=2, tensor=2), MOE),
     "ZeRO 2 × expert × tensor, cut norms": Row(dict(fsdp=2, expert=2, tensor=2, zero=2, compute=CUT), MOE),

@@ -184,3 +184,12 @@ def test_what_cudnn_cannot_do_on_a_gpu(monkeypatch, softcap, dtype, message):
     name, why = choose("auto", Mask(True), False, softcap, dtype)
     assert name == "xla" and "cudnn" in why
     assert choose("auto", Mask(True), False, None, "bfloat16")[0] == "cudnn"
+
+
+def test_a_kernel_that_takes_whole_rows_gets_them_by_heads_alone(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert choose("auto", Mask(True), False, None, "bfloat16", split="heads")[0] == "cudnn"
+    for by in ("gather", "ring"):
+        assert choose("auto", Mask(True), False, None, "bfloat16", split=by)[0] == "xla"
+        with pytest.raises(ValueError, match=rf"cudnn takes whole rows, which mesh\.context_by={by} does not give it"):
+            choose("cudnn", Mask(True), False, None, "bfloat16", split=by)

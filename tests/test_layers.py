@@ -67,7 +67,7 @@ def test_blocks_run_in_order_each_with_its_own_key_and_kind(scan, kinds):
     weights, specs = {"w": jnp.arange(1.0, 6.0)[:, None]}, {"w": sharding.Spec((5, 1), ("layers", None), None)}
     seen = []
 
-    def block(p, x, key, kind, kept):
+    def block(p, x, rows, key, kind, kept):
         if not scan:
             seen.append(jax.random.key_data(key).tolist())
         return {k: 10 * v + p["w"] * float(k == kind) for k, v in x.items()}, None

@@ -15,13 +15,13 @@ from jaxlm.objectives import causal, next_sentence, seq2seq
 
 B, T, V = 8, 16, 64
 MODEL = {
-    "llama": llama.Config(vocab=V, layers=2, width=16, heads=4, kv_heads=2, head_width=8, ffn=32),
+    "llama": llama.Config(vocab=V, layers=4, width=16, heads=4, kv_heads=2, head_width=8, ffn=32),
     "mixtral": mixtral.Config(
-        vocab=V, layers=2, width=16, heads=4, kv_heads=2, head_width=8, moe=Moe(experts=4, top_k=2, ffn=16, balance=0.1)
+        vocab=V, layers=4, width=16, heads=4, kv_heads=2, head_width=8, moe=Moe(experts=4, top_k=2, ffn=16, balance=0.1)
     ),
     "gpt2": gpt2.Config(vocab=V, layers=2, width=16, heads=4, positions=T),
     "bert": bert.Config(vocab=V, layers=2, width=16, heads=4, ffn=32, positions=T, dropout=0.1),
-    "t5": t5.Config(vocab=V, layers=1, width=16, heads=4, head_width=8, ffn=32, buckets=8, longest=16),
+    "t5": t5.Config(vocab=V, layers=4, width=16, heads=4, head_width=8, ffn=32, buckets=8, longest=16),
 }
 OBJECTIVE = {
     "bert": (next_sentence, next_sentence.Config()),

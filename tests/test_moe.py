@@ -197,7 +197,7 @@ def test_routers_stay_exact_in_bfloat16():
     stacked = params.stacked(1, specs)
     seen = {}
 
-    def block(p, x, key, kind, kept):
+    def block(p, x, rows, key, kind, kept):
         seen.update(p)
         return x, None
 

@@ -156,6 +156,16 @@ def test_dimensions_that_do_not_divide_are_named(mesh, message):
         a.shardings(SPECS, make_mesh(mesh))
 
 
+def test_layers_rest_with_their_stages_but_for_a_stack_too_small_to_be_cut():
+    homes = layout().shardings(SPECS, make_mesh(config.Mesh(stage=2, fsdp=2, data=2)))
+    assert homes["blocks"]["up"].shard_shape((2, 16, 24)) == (1, 8, 24)
+    homes = layout().shardings(SPECS, make_mesh(config.Mesh(stage=4, fsdp=2)))
+    assert homes["blocks"]["up"].shard_shape((2, 16, 24)) == (2, 8, 24)
+    three = {"blocks": stacked(3, {"up": Spec((16, 24), ("embed", "ffn"), normal(1))})}
+    with pytest.raises(ValueError, match=r"blocks/up has 3 layers, which 2 devices of stage do not divide"):
+        layout().shardings(three, make_mesh(config.Mesh(stage=2)))
+
+
 def test_a_dimension_that_does_not_divide_says_which_axis():
     odd = SPECS | {"head": Spec((30, 16), ("vocab", "embed"), normal(1))}
     with pytest.raises(ValueError, match=r"mesh: head has 30 vocab, which 4 devices of tensor do not divide"):

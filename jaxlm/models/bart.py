@@ -123,7 +123,7 @@ def encode(
     if segments_BS is not None:  # padding may go on behind the last position, where the table has nothing but NaN
         positions_BS = jnp.where(segments_BS > 0, positions_BS, 0)
     mask = Mask(False, None, segments_BS, segments_BS)
-    return _stack(c, "encoder", specs, params, batch["source"], positions_BS, mask, shard=shard, key=key)[0]
+    return _stack(c, "encoder", specs, params, batch["source"], positions_BS, dict(mask=mask), shard=shard, key=key)[0]
 
 
 def forward(
@@ -140,12 +140,15 @@ def forward(
     k1, k2 = layers.subkeys(key, 2)
     segments_BT = batch.get("segments")
     memory_BSD = encode(c, specs, params, batch, shard=shard, key=k1) if "source" in batch else None
-    look = partial(layers.cross_attention, memory_BSD=memory_BSD, segments_BT=segments_BT,
-                   segments_BS=batch.get("source_segments"), shard=shard)  # fmt: skip
-    mask = Mask(True, None, segments_BT, segments_BT, batch.get("prefix"))
+    look = partial(layers.cross_attention, shard=shard)
+    rows = dict(
+        mask=Mask(True, None, segments_BT, segments_BT, batch.get("prefix")),
+        memory=memory_BSD,
+        source_segments=batch.get("source_segments"),
+    )
     cache = read_on(cache, segments_BT, batch["tokens"].shape)
     x_BTD, cache = _stack(
-        c, "decoder", specs, params, batch["tokens"], batch["positions"], mask, look, shard=shard, key=k2, cache=cache
+        c, "decoder", specs, params, batch["tokens"], batch["positions"], rows, look, shard=shard, key=k2, cache=cache
     )
     return Output(x_BTD, cache=cache)
 
@@ -157,7 +160,7 @@ def _stack(
     params: Any,
     ids_BT: jax.Array,
     positions_BT: jax.Array,
-    mask: Mask,
+    rows: dict,
     look: Callable[..., tuple[jax.Array, dict]] | None = None,
     *,
     shard: Layout,
@@ -170,7 +173,7 @@ def _stack(
     def norm(p: dict, name: str, x_BTD: jax.Array) -> jax.Array:
         return layers.layer_norm(x_BTD, p[name], p[f"{name}_bias"], EPS)
 
-    def block(p: dict, x_BTD: jax.Array, key: jax.Array | None, kind: Any, kept: Any) -> tuple[jax.Array, Any]:
+    def block(p: dict, x_BTD: jax.Array, rows: dict, key: jax.Array | None, kind: Any, kept: Any) -> tuple[Any, Any]:
         keys = iter(layers.subkeys(key, 3))
 
         def part(x_BTD: jax.Array, name: str, f: Callable[[jax.Array], tuple[jax.Array, Any]]) -> tuple[jax.Array, Any]:
@@ -179,9 +182,9 @@ def _stack(
             return x_BTD if c.norm_first else norm(p, name, x_BTD), found
 
         x_BTD, now = part(x_BTD, "norm1", lambda h: layers.self_attention(
-            p, h, mask, shard=shard, cache=cache, kept=layers.own(kept)))  # fmt: skip
+            p, h, rows["mask"], shard=shard, cache=cache, kept=layers.own(kept)))  # fmt: skip
         if look is not None:
-            x_BTD, seen = part(x_BTD, "norm_cross", lambda h: look(p, h, kept=kept))
+            x_BTD, seen = part(x_BTD, "norm_cross", lambda h: look(p, h, rows, kept=kept))
             now = now and now | seen
         x_BTD, _ = part(x_BTD, "norm2", lambda h: (layers.mlp(p, h, c.activation, shard), None))
         return x_BTD, now
@@ -190,7 +193,9 @@ def _stack(
     x_BTD = layers.embed(params["embed"], ids_BT, shard) * (c.width**0.5 if c.scaled else 1.0)
     x_BTD += layers.embed(p["position"], positions_BT + UNUSED, shard, rows=None)
     x_BTD = layers.dropout(norm(p, "norm_embed", x_BTD), c.dropout, k1)
-    x_BTD, cache = layers.run_blocks(block, p["blocks"], specs[side]["blocks"], x_BTD, shard=shard, key=k2, cache=cache)
+    x_BTD, cache = layers.run_blocks(
+        block, p["blocks"], specs[side]["blocks"], x_BTD, rows, shard=shard, key=k2, cache=cache
+    )
     return norm(p, "norm", x_BTD) if c.norm_first else x_BTD, cache
 
 

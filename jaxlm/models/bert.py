@@ -121,7 +121,7 @@ def forward(
     if c.relative:
         bias_BHTS = layers.relative_bias(params["relative"], mask, T, T, longest=LONGEST, both_ways=True, shard=shard)
 
-    def block(p: dict, x_BTD: jax.Array, key: jax.Array | None, kind: Any, kept: Any) -> tuple[jax.Array, None]:
+    def block(p: dict, x_BTD: jax.Array, mask: Mask, key: jax.Array | None, kind: Any, kept: Any) -> tuple[Any, Any]:
         k1, k2 = layers.subkeys(key, 2)
         bias = None if bias_BHTS is None else lambda *_: bias_BHTS
         a_BTD, _ = layers.self_attention(p, x_BTD, mask, shard=shard, bias=bias)
@@ -134,7 +134,7 @@ def forward(
     if c.types:
         x_BTD += layers.embed(params["type"], batch.get("types", jnp.zeros_like(tokens_BT)), shard, rows=None)
     x_BTD = layers.dropout(layers.layer_norm(x_BTD, params["norm"], params["norm_bias"], c.eps), c.dropout, k1)
-    x_BTD, _ = layers.run_blocks(block, params["blocks"], specs["blocks"], x_BTD, shard=shard, key=k2)
+    x_BTD, _ = layers.run_blocks(block, params["blocks"], specs["blocks"], x_BTD, mask, shard=shard, key=k2)
     return Output(x_BTD)
 
 

@@ -5,7 +5,7 @@ capping scores, and rotates local layers by frequencies of their own.
 B batch, T position, D model width, H heads, K key/value heads, C head width, F ffn width, V vocabulary.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
@@ -116,18 +116,19 @@ def forward(
     cache = read_on(cache, segments_BT, batch["tokens"].shape)
     far = rope.table(c.rope, c.head_width, batch["positions"])
     near = rope.table(c.rope_local, c.head_width, batch["positions"]) if c.model_type == "gemma3_text" else far
+    rows = dict(mask=Mask(True, None, segments_BT, segments_BT, batch.get("prefix")), near=near, far=far)
 
     def norm(x: jax.Array, w: jax.Array) -> jax.Array:
         return layers.rms_norm(x, 1 + w.astype(jnp.float32), c.eps)
 
-    def block(p: dict, x_BTD: jax.Array, key: jax.Array | None, window: Any, kept: Any) -> tuple[jax.Array, Any]:
+    def block(p: dict, x_BTD: jax.Array, rows: dict, key: jax.Array | None, window: Any, kept: Any) -> tuple[Any, Any]:
         k1, k2 = layers.subkeys(key, 2)
         a_BTD, kept = layers.self_attention(
             p,
             norm(x_BTD, p["norm1"]),
-            Mask(True, window, segments_BT, segments_BT, batch.get("prefix")),
+            replace(rows["mask"], window=window),
             shard=shard,
-            sin_cos=far if window is None else near,
+            sin_cos=rows["far" if window is None else "near"],
             norm=norm,
             scale=c.score_width**-0.5,
             softcap=c.softcap_scores,
@@ -143,7 +144,7 @@ def forward(
     x_BTD = layers.embed(params["embed"], batch["tokens"], shard)
     x_BTD = layers.dropout(x_BTD * jnp.asarray(c.width**0.5, x_BTD.dtype), c.dropout, k1)
     x_BTD, cache = layers.run_blocks(
-        block, params["blocks"], specs["blocks"], x_BTD, shard=shard, key=k2, kinds=windows(c), cache=cache
+        block, params["blocks"], specs["blocks"], x_BTD, rows, shard=shard, key=k2, kinds=windows(c), cache=cache
     )
     return Output(norm(x_BTD, params["norm"]), cache=cache)
 

@@ -94,9 +94,9 @@ def forward(
     k1, k2 = layers.subkeys(key, 2)
     segments_BT = batch.get("segments")
     cache = read_on(cache, segments_BT, batch["tokens"].shape)
-    mask = Mask(True, None, segments_BT, segments_BT, batch.get("prefix"))
+    rows = Mask(True, None, segments_BT, segments_BT, batch.get("prefix"))
 
-    def block(p: dict, x_BTD: jax.Array, key: jax.Array | None, kind: Any, kept: Any) -> tuple[jax.Array, Any]:
+    def block(p: dict, x_BTD: jax.Array, mask: Mask, key: jax.Array | None, kind: Any, kept: Any) -> tuple[Any, Any]:
         k1, k2 = layers.subkeys(key, 2)
         h_BTD = layers.layer_norm(x_BTD, p["norm1"], p["norm1_bias"], c.eps)
         a_BTD, kept = layers.self_attention(p, h_BTD, mask, shard=shard, cache=cache, kept=kept)
@@ -107,7 +107,9 @@ def forward(
     x_BTD = layers.embed(params["embed"], batch["tokens"], shard)
     x_BTD += layers.embed(params["position"], batch["positions"], shard, rows=None)
     x_BTD = layers.dropout(x_BTD, c.dropout, k1)
-    x_BTD, cache = layers.run_blocks(block, params["blocks"], specs["blocks"], x_BTD, shard=shard, key=k2, cache=cache)
+    x_BTD, cache = layers.run_blocks(
+        block, params["blocks"], specs["blocks"], x_BTD, rows, shard=shard, key=k2, cache=cache
+    )
     return Output(layers.layer_norm(x_BTD, params["norm"], params["norm_bias"], c.eps), cache=cache)
 
 

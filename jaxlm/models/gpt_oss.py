@@ -3,7 +3,7 @@
 B batch, T position, D model width, H heads, K key/value heads, C head width, V vocabulary.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -115,24 +115,27 @@ def forward(
     k1, k2 = layers.subkeys(key, 2)
     segments_BT = batch.get("segments")
     cache = read_on(cache, segments_BT, batch["tokens"].shape)
-    sin_cos = rope.table(c.rope, c.head_width, batch["positions"])
+    rows = dict(
+        mask=Mask(True, None, segments_BT, segments_BT, batch.get("prefix")),
+        sin_cos=rope.table(c.rope, c.head_width, batch["positions"]),
+    )
     act = partial(gated, c.alpha, c.limit)
 
-    def block(p: dict, state: Any, key: jax.Array | None, window: int | None, kept: Any) -> tuple[Any, Any]:
+    def block(p: dict, state: Any, rows: dict, key: jax.Array | None, window: Any, kept: Any) -> tuple[Any, Any]:
         x_BTD, tally = state
         k1, k2 = layers.subkeys(key, 2)
-        mask = Mask(True, window, segments_BT, segments_BT, batch.get("prefix"))
+        mask, sin_cos = replace(rows["mask"], window=window), rows["sin_cos"]
         h_BTD = layers.rms_norm(x_BTD, p["norm1"], c.eps)
         a_BTD, kept = layers.self_attention(p, h_BTD, mask, shard=shard, sin_cos=sin_cos, cache=cache, kept=kept)
         x_BTD += layers.dropout(a_BTD, c.dropout, k1)
         h_BTD = layers.rms_norm(x_BTD, p["norm2"], c.eps)
-        d_BTD, now = moe.mixture(c.moe, p, h_BTD, segments_BT, shard=shard, act=act, may_drop=cache is None)
+        d_BTD, now = moe.mixture(c.moe, p, h_BTD, mask.segments_BT, shard=shard, act=act, may_drop=cache is None)
         return (x_BTD + layers.dropout(d_BTD, c.dropout, k2), tally.plus(now)), kept
 
     x_BTD = layers.dropout(layers.embed(params["embed"], batch["tokens"], shard), c.dropout, k1)
     state = (x_BTD, moe.start(x_BTD, shard))
     (x_BTD, tally), cache = layers.run_blocks(
-        block, params["blocks"], specs["blocks"], state, shard=shard, key=k2, kinds=kinds(c), cache=cache
+        block, params["blocks"], specs["blocks"], state, rows, shard=shard, key=k2, kinds=kinds(c), cache=cache
     )
     x_BTD = layers.rms_norm(x_BTD, params["norm"], c.eps)
     return Output(x_BTD, tally.aux_B, cache, tally.shown(c.moe, c.layers))

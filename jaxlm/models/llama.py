@@ -5,7 +5,7 @@ rotation; Phi-3 keeps the same weights in fewer tensors.
 B batch, T position, D model width, H heads, K key/value heads, C head width, F ffn width, V vocabulary.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
@@ -118,18 +118,20 @@ def forward(
     k1, k2 = layers.subkeys(key, 2)
     segments_BT = batch.get("segments")
     cache = read_on(cache, segments_BT, batch["tokens"].shape)
-    sin_cos = rope.table(c.rope, c.head_width, batch["positions"])
+    rows = dict(
+        mask=Mask(True, None, segments_BT, segments_BT, batch.get("prefix")),
+        sin_cos=rope.table(c.rope, c.head_width, batch["positions"]),
+    )
 
-    def block(p: dict, x_BTD: jax.Array, key: jax.Array | None, kind: Any, kept: Any) -> tuple[jax.Array, Any]:
+    def block(p: dict, x_BTD: jax.Array, rows: dict, key: jax.Array | None, kind: Any, kept: Any) -> tuple[Any, Any]:
         window, rotated = kind
         k1, k2 = layers.subkeys(key, 2)
-        mask = Mask(True, window, segments_BT, segments_BT, batch.get("prefix"))
         a_BTD, kept = layers.self_attention(
             p,
             layers.rms_norm(x_BTD, p["norm1"], c.eps),
-            mask,
+            replace(rows["mask"], window=window),
             shard=shard,
-            sin_cos=sin_cos if rotated else None,
+            sin_cos=rows["sin_cos"] if rotated else None,
             norm=lambda x, scale: layers.rms_norm(x, scale, c.eps),
             cache=cache,
             kept=kept,
@@ -140,7 +142,7 @@ def forward(
 
     x_BTD = layers.dropout(layers.embed(params["embed"], batch["tokens"], shard), c.dropout, k1)
     x_BTD, cache = layers.run_blocks(
-        block, params["blocks"], specs["blocks"], x_BTD, shard=shard, key=k2, kinds=kinds(c), cache=cache
+        block, params["blocks"], specs["blocks"], x_BTD, rows, shard=shard, key=k2, kinds=kinds(c), cache=cache
     )
     return Output(layers.rms_norm(x_BTD, params["norm"], c.eps), cache=cache)
 

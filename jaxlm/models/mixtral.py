@@ -107,18 +107,19 @@ def forward(
     k1, k2 = layers.subkeys(key, 2)
     segments_BT = batch.get("segments")
     cache = read_on(cache, segments_BT, batch["tokens"].shape)
-    sin_cos = rope.table(c.rope, c.head_width, batch["positions"])
-    mask = Mask(True, c.window, segments_BT, segments_BT, batch.get("prefix"))
+    rows = dict(
+        mask=Mask(True, c.window, segments_BT, segments_BT, batch.get("prefix")),
+        sin_cos=rope.table(c.rope, c.head_width, batch["positions"]),
+    )
 
-    def block(p: dict, state: Any, key: jax.Array | None, _: Any, kept: Any) -> tuple[Any, Any]:
+    def block(p: dict, state: Any, rows: dict, key: jax.Array | None, _: Any, kept: Any) -> tuple[Any, Any]:
         x_BTD, tally = state
         k1, k2 = layers.subkeys(key, 2)
         a_BTD, kept = layers.self_attention(
             p,
             layers.rms_norm(x_BTD, p["norm1"], c.eps),
-            mask,
+            **rows,
             shard=shard,
-            sin_cos=sin_cos,
             norm=lambda x, scale: layers.rms_norm(x, scale, c.eps),
             cache=cache,
             kept=kept,
@@ -126,7 +127,7 @@ def forward(
         x_BTD += layers.dropout(a_BTD, c.dropout, k1)
         h_BTD = layers.rms_norm(x_BTD, p["norm2"], c.eps)
         if "router" in p:
-            d_BTD, now = moe.mixture(c.moe, p, h_BTD, segments_BT, shard=shard, may_drop=cache is None)
+            d_BTD, now = moe.mixture(c.moe, p, h_BTD, rows["mask"].segments_BT, shard=shard, may_drop=cache is None)
             tally = tally.plus(now)
         else:
             d_BTD = layers.mlp(p, h_BTD, "silu", shard)
@@ -136,7 +137,7 @@ def forward(
     sizes = dict(dense=c.dense, blocks=c.layers - c.dense)
     stacks = [(params[name], specs[name], [None] * n) for name, n in sizes.items() if n]
     (x_BTD, tally), cache = layers.run_stacks(
-        block, stacks, (x_BTD, moe.start(x_BTD, shard)), shard=shard, key=k2, cache=cache
+        block, stacks, (x_BTD, moe.start(x_BTD, shard)), rows, shard=shard, key=k2, cache=cache
     )
     x_BTD = layers.rms_norm(x_BTD, params["norm"], c.eps)
     return Output(x_BTD, tally.aux_B, cache, tally.shown(c.moe, sizes["blocks"]))

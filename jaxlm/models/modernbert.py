@@ -123,13 +123,19 @@ def forward(
 ) -> Output:
     keys = layers.subkeys(key, 3)
     segments_BT, positions_BT, C = batch.get("segments"), batch["positions"], c.width // c.heads
-    sin_cos = {True: rope.table(c.rope_local, C, positions_BT), False: rope.table(c.rope, C, positions_BT)}
+    rows = dict(
+        mask=Mask(False, None, segments_BT, segments_BT),
+        near=rope.table(c.rope_local, C, positions_BT),
+        far=rope.table(c.rope, C, positions_BT),
+    )
 
-    def block(p: dict, x_BTD: jax.Array, key: jax.Array | None, windowed: bool, kept: Any) -> tuple[jax.Array, None]:
+    def block(
+        p: dict, x_BTD: jax.Array, rows: dict, key: jax.Array | None, windowed: Any, kept: Any
+    ) -> tuple[Any, Any]:
         k1, k2 = layers.subkeys(key, 2)
-        mask = Mask(False, c.window if windowed else None, segments_BT, segments_BT)
+        mask = replace(rows["mask"], window=c.window if windowed else None)
         h_BTD = norm(c, p, "norm1", x_BTD) if "norm1" in p else x_BTD
-        a_BTD, _ = layers.self_attention(p, h_BTD, mask, shard=shard, sin_cos=sin_cos[windowed])
+        a_BTD, _ = layers.self_attention(p, h_BTD, mask, shard=shard, sin_cos=rows["near" if windowed else "far"])
         x_BTD += layers.dropout(a_BTD, c.dropout, k1)
         d_BTD = layers.mlp(p, norm(c, p, "norm2", x_BTD), c.activation, shard)
         return x_BTD + layers.dropout(d_BTD, c.dropout, k2), None
@@ -138,7 +144,7 @@ def forward(
     x_BTD = layers.dropout(x_BTD, c.dropout, keys[0])
     windowed = [c.windowed[i % len(c.windowed)] for i in range(c.layers)]
     for name, kinds, k in (("first", windowed[:1], keys[1]), ("blocks", windowed[1:], keys[2])):
-        x_BTD, _ = layers.run_blocks(block, params[name], specs[name], x_BTD, shard=shard, key=k, kinds=kinds)
+        x_BTD, _ = layers.run_blocks(block, params[name], specs[name], x_BTD, rows, shard=shard, key=k, kinds=kinds)
     return Output(norm(c, params, "norm", x_BTD))
 
 

@@ -93,23 +93,25 @@ def forward(
     k1, k2 = layers.subkeys(key, 2)
     segments_BT = batch.get("segments")
     cache = read_on(cache, segments_BT, batch["tokens"].shape)
-    sin_cos = rope.table(c.rope, c.head_width, batch["positions"])
-    mask = Mask(True, None, segments_BT, segments_BT, batch.get("prefix"))
+    rows = dict(
+        mask=Mask(True, None, segments_BT, segments_BT, batch.get("prefix")),
+        sin_cos=rope.table(c.rope, c.head_width, batch["positions"]),
+    )
 
     def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
         return layers.rms_norm(x, scale, c.eps)
 
-    def block(p: dict, x_BTD: jax.Array, key: jax.Array | None, kind: Any, kept: Any) -> tuple[jax.Array, Any]:
+    def block(p: dict, x_BTD: jax.Array, rows: dict, key: jax.Array | None, kind: Any, kept: Any) -> tuple[Any, Any]:
         k1, k2 = layers.subkeys(key, 2)
-        a_BTD, kept = layers.self_attention(
-            p, x_BTD, mask, shard=shard, sin_cos=sin_cos, norm=norm, cache=cache, kept=kept
-        )
+        a_BTD, kept = layers.self_attention(p, x_BTD, **rows, shard=shard, norm=norm, cache=cache, kept=kept)
         x_BTD += layers.dropout(norm(a_BTD, p["norm1"]), c.dropout, k1)
         d_BTD = layers.mlp(p, x_BTD, "silu", shard)
         return x_BTD + layers.dropout(norm(d_BTD, p["norm2"]), c.dropout, k2), kept
 
     x_BTD = layers.dropout(layers.embed(params["embed"], batch["tokens"], shard), c.dropout, k1)
-    x_BTD, cache = layers.run_blocks(block, params["blocks"], specs["blocks"], x_BTD, shard=shard, key=k2, cache=cache)
+    x_BTD, cache = layers.run_blocks(
+        block, params["blocks"], specs["blocks"], x_BTD, rows, shard=shard, key=k2, cache=cache
+    )
     return Output(norm(x_BTD, params["norm"]), cache=cache)
 
 

@@ -109,7 +109,7 @@ def encode(
     """`[B, S, D]`: what the decoder looks at."""
     mask = Mask(False, None, batch.get("source_segments"), batch.get("source_segments"))
     x_BSD = layers.embed(params["embed"], batch["source"], shard)
-    return _stack(c, specs["encoder"], params["encoder"], x_BSD, mask, shard=shard, key=key)[0]
+    return _stack(c, specs["encoder"], params["encoder"], x_BSD, dict(mask=mask), shard=shard, key=key)[0]
 
 
 def forward(
@@ -126,12 +126,15 @@ def forward(
     k1, k2 = layers.subkeys(key, 2)
     segments_BT = batch.get("segments")
     memory_BSD = encode(c, specs, params, batch, shard=shard, key=k1) if "source" in batch else None
-    look = partial(layers.cross_attention, memory_BSD=memory_BSD, segments_BT=segments_BT,
-                   segments_BS=batch.get("source_segments"), shard=shard, scale=1.0)  # fmt: skip
-    mask = Mask(True, None, segments_BT, segments_BT, batch.get("prefix"))
+    look = partial(layers.cross_attention, shard=shard, scale=1.0)
+    rows = dict(
+        mask=Mask(True, None, segments_BT, segments_BT, batch.get("prefix")),
+        memory=memory_BSD,
+        source_segments=batch.get("source_segments"),
+    )
     cache = read_on(cache, segments_BT, batch["tokens"].shape)
     x_BTD = layers.embed(params["embed"], batch["tokens"], shard)
-    x_BTD, cache = _stack(c, specs["decoder"], params["decoder"], x_BTD, mask, look, shard=shard, key=k2, cache=cache)
+    x_BTD, cache = _stack(c, specs["decoder"], params["decoder"], x_BTD, rows, look, shard=shard, key=k2, cache=cache)
     return Output(x_BTD, cache=cache)
 
 
@@ -140,7 +143,7 @@ def _stack(
     specs: Any,
     params: Any,
     x_BTD: jax.Array,
-    mask: Mask,
+    rows: dict,
     look: Callable[..., tuple[jax.Array, dict]] | None = None,
     *,
     shard: Layout,
@@ -149,28 +152,35 @@ def _stack(
 ) -> tuple[jax.Array, Cache | None]:
     """The encoder, or the decoder, which looks at the encoder's output by `look`."""
     k1, k2, k3 = layers.subkeys(key, 3)
-    T = x_BTD.shape[1]
+    T, mask = x_BTD.shape[1], rows["mask"]
     bias: Any = partial(layers.relative_bias, params["bias"], longest=c.longest, both_ways=not mask.causal, shard=shard)
     if cache is None:  # all layers add the same
         bias_1HTT = bias(mask, T, T)
         bias = lambda *_: bias_1HTT  # noqa: E731
 
-    def block(p: dict, x_BTD: jax.Array, key: jax.Array | None, kind: Any, kept: Any) -> tuple[jax.Array, Any]:
+    def block(p: dict, x_BTD: jax.Array, rows: dict, key: jax.Array | None, kind: Any, kept: Any) -> tuple[Any, Any]:
         k1, k2, k3 = layers.subkeys(key, 3)
         h_BTD = layers.rms_norm(x_BTD, p["norm1"], c.eps)
         a_BTD, now = layers.self_attention(
-            p, h_BTD, mask, shard=shard, scale=1.0, bias=bias, cache=cache, kept=layers.own(kept)
+            p, h_BTD, rows["mask"], shard=shard, scale=1.0, bias=bias, cache=cache, kept=layers.own(kept)
         )
         x_BTD += layers.dropout(a_BTD, c.dropout, k1)
         if look is not None:
-            a_BTD, seen = look(p, layers.rms_norm(x_BTD, p["norm_cross"], c.eps), kept=kept)
+            a_BTD, seen = look(p, layers.rms_norm(x_BTD, p["norm_cross"], c.eps), rows, kept=kept)
             x_BTD += layers.dropout(a_BTD, c.dropout, k2)
             now = now and now | seen
         d_BTD = layers.mlp(p, layers.rms_norm(x_BTD, p["norm2"], c.eps), c.activation, shard)
         return x_BTD + layers.dropout(d_BTD, c.dropout, k3), now
 
     x_BTD, cache = layers.run_blocks(
-        block, params["blocks"], specs["blocks"], layers.dropout(x_BTD, c.dropout, k1), shard=shard, key=k2, cache=cache
+        block,
+        params["blocks"],
+        specs["blocks"],
+        layers.dropout(x_BTD, c.dropout, k1),
+        rows,
+        shard=shard,
+        key=k2,
+        cache=cache,
     )
     return layers.dropout(layers.rms_norm(x_BTD, params["norm"], c.eps), c.dropout, k3), cache
 
