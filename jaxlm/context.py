@@ -306,7 +306,12 @@ def _in_blocks(f: Callable[[Arrays, Any], tuple[Arrays, Any]], m: Meeting, carry
         return jnp.moveaxis(x.reshape(*x.shape[:axis], A // size, size, *x.shape[axis + 1 :]), axis, 0)
 
     blocks = {name: cut(x, axis) for name, (x, axis) in m.by_place.items()}
-    carry, out = jax.lax.scan(lambda carry, x: tuple(reversed(f(x, carry))), carry, blocks)
+
+    def one(carry: Any, block: Arrays) -> tuple[Any, Arrays]:
+        done, carry = f(block, carry)
+        return carry, done
+
+    carry, out = jax.lax.scan(one, carry, blocks)
     return {name: _joined(y) for name, y in out.items()}, carry
 
 
@@ -362,7 +367,7 @@ def _forward(p: Plan, every: tuple[str, ...], x: Arrays, whole: Arrays) -> tuple
     return o_PBKGAW, (x, whole, o_PBKGAW, log_PBKGA)
 
 
-def _share(p: Plan, keys: Arrays, q: Arrays, _: None) -> tuple[Arrays, None]:
+def _share(p: Plan, keys: Arrays, q: Arrays, carry: None) -> tuple[Arrays, None]:
     """Softmax attention over these keys alone, and the log of its sum of exponentials."""
     s, _, seen = _scores(p, q, keys)
     s = s if seen is None else jnp.where(seen, s, NOTHING)
@@ -371,7 +376,7 @@ def _share(p: Plan, keys: Arrays, q: Arrays, _: None) -> tuple[Arrays, None]:
     n = e.sum(-1, keepdims=True)
     e = (e / jnp.where(n > 0, n, 1)).astype(keys["v"].dtype)
     o = jnp.einsum("bkgaz,bkzw->bkgaw", e, keys["v"], preferred_element_type=jnp.float32)
-    return dict(o=o, log=jnp.where(n > 0, top + jnp.log(jnp.where(n > 0, n, 1)), NOTHING)[..., 0]), None
+    return dict(o=o, log=jnp.where(n > 0, top + jnp.log(jnp.where(n > 0, n, 1)), NOTHING)[..., 0]), carry
 
 
 def _backward(p: Plan, every: tuple[str, ...], kept: Any, do_PBKGAW: jax.Array) -> tuple[Arrays, None]:
