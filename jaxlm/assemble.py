@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import attention, config, layers, optim, params, peft, sharding, step, tree
+from jaxlm import attention, config, layers, optim, params, peft, processes, sharding, step, tree
 from jaxlm.attention import Mask
 from jaxlm.data import cache as caches
 from jaxlm.data import loader, packing, tokenizer
@@ -220,6 +220,8 @@ def program(run: config.Run, tokens: Any) -> Program:
         "precision": f"float32 weights, {run.execution.dtype} compute",
         "layers": ("scanned" if layers.scanned(layout) else "unrolled") + f", remat {run.execution.remat}",
     }
+    if processes.told():
+        notes["processes"] = processes.told()
     model = Model(family, run.model, adapter.base | heads, layout, adapter if adapter.changes else None)
     own = optimizer(run, specs, adapter)
     if adapter.changes:
@@ -294,8 +296,9 @@ def load_tokenizer(run: config.Run, say: Callable[[str], None] = print) -> Any:
         path.parent.mkdir(parents=True, exist_ok=True)
         vocabularies.train_sentencepiece(texts, path, vocab_size=vocab)
         say(f"tokenizer: {path} ({time.perf_counter() - started:.0f} s)")
-    while not path.exists():  # another process of this run is training it
-        time.sleep(0.2)
+    processes.barrier("the tokenizer", 6 * 3600)
+    if not path.exists():
+        raise ValueError(f"data.cache: process 0 has {path}, and this host hasn't; name a folder that all hosts share")
     return tokenizer.load(str(path))
 
 

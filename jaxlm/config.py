@@ -171,6 +171,11 @@ class Train:
     nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is NaN or Inf: stop naming the examples, or skip the update and count it."""
     log_every: int = 10
+    watchdog: float = 0.0
+    """Seconds without a finished step until the stacks of all threads are written to the run directory; 0: ten times
+    the slowest step, at least five minutes; inf: never."""
+    stuck: Literal["tell", "exit"] = "tell"
+    """What else to do then: nothing, or end with status 1, for a launcher that starts the run again."""
     save_every: int = 200
     keep: int = 3
     """Checkpoints kept, besides the best one."""
