@@ -12,7 +12,10 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted(
+    [*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch").glob("*.sbatch"), *(ROOT / "tests/system").glob("*.sh"),
+     ROOT / ".ci" / "run"]
+)  # fmt: skip
 BASH = shutil.which("bash") or "bash"
 TOOLS = ("bash", "cat", "chmod", "cksum", "dirname", "env", "getconf", "grep", "mkdir", "mktemp", "rm", "tail")
 
