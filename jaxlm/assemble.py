@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import attention, config, layers, optim, params, peft, processes, sharding, step, tree
+from jaxlm import attention, config, flags, layers, optim, params, peft, processes, sharding, step, tree
 from jaxlm.attention import Mask
 from jaxlm.data import cache as caches
 from jaxlm.data import loader, packing, tokenizer
@@ -56,6 +56,8 @@ class Program:
     optimizer: optim.Optimizer
     notes: dict[str, str]
     """Choices that were made and why: printed once and stored in the run."""
+    compiler_options: dict[str, flags.Option] = dataclasses.field(default_factory=dict)
+    """Of the train step."""
 
     def loss(self, weights: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
         sums = self.objective.loss(self.run.objective, self.model, weights, batch, key)
@@ -141,7 +143,8 @@ class Program:
         f = step.make_train_step(
             self.loss, self.objective.weights, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema
         )
-        return jax.jit(f, donate_argnums=0, out_shardings=(self.state_shardings, None))
+        out = (self.state_shardings, None)
+        return jax.jit(f, donate_argnums=0, out_shardings=out, compiler_options=self.compiler_options or None)
 
     @cached_property
     def predict(self) -> Any:
@@ -228,7 +231,10 @@ def program(run: config.Run, tokens: Any) -> Program:
         notes["adapter"] = adapter.told(specs, own.trainable)
     for group in sorted(set(own.groups.values())):
         notes[f"optimizer: {group}"] = "on " + " ".join(p for p, g in own.groups.items() if g == group)
-    return Program(run, tokens, mesh, layout, specs, model, adapter, objective, own, notes)
+    asked = flags.options(run.execution.flags, jax.local_devices()[0])
+    if asked:
+        notes["flags"] = flags.told(asked)
+    return Program(run, tokens, mesh, layout, specs, model, adapter, objective, own, notes, asked)
 
 
 def optimizer(run: config.Run, specs: Any, adapter: peft.Adapted) -> optim.Optimizer:

@@ -248,9 +248,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_environment(folder: str | os.PathLike) -> None:
+def write_environment(folder: str | os.PathLike, **more: Any) -> None:
+    """`more`: what else is to stand there, such as the compiler's options."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    _replace(Path(folder) / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    _replace(Path(folder) / "environment.json", json.dumps(environment() | more, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -73,7 +73,7 @@ def train(run: config.Run) -> int:
         else:
             tokens.save(run.folder / "tokenizer")
         config.dump(run, run.folder / "config.json")
-        write_environment(run.folder)
+        write_environment(run.folder, compiler_options=p.compiler_options)
         for name, note in p.notes.items():
             print(f"{name:12} {note}")
     processes.barrier("the first files", HOURS)
