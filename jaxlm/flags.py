@@ -179,7 +179,7 @@ def _accepted(found: dict[str, Option], device: Any) -> None:
     number = jax.ShapeDtypeStruct((8, 128), "float32", sharding=home)
     program = jax.jit(lambda x: x + 1, out_shardings=home).lower(number)
     try:
-        program.compile(compiler_options=found)
+        program.compile(compiler_options=found)  # type: ignore[arg-type]  # numbers are taken too
     except jax.errors.JaxRuntimeError as error:
         for name, value in found.items():
             if f"No such compile option: '{name}'" in str(error):
