@@ -122,7 +122,7 @@ class Ours:
                 sample=lambda step, state: None,
                 save=lambda *_: None,
             )
-            every = {"eval_every": 0, "sample_every": 0, "save_every": 0, "agree_every": 10, "patience": 0}
+            every = {"eval_every": 0, "sample_every": 0, "save_every": 0, "patience": 0}
             self.state = loop.train(self.state, hooks, start=0, steps=n, **every).state
         return {"seconds": np.diff(times)[2:].tolist()}
 

@@ -20,16 +20,18 @@ from jaxlm import (
     config,
     context,
     dispatch,
+    flags,
     layers,
     optim,
     params,
     peft,
     pipeline,
+    processes,
     sharding,
     slices,
     step,
     tree,
-)  # fmt: skip
+)
 from jaxlm.attention import Mask
 from jaxlm.data import cache as caches
 from jaxlm.data import loader, packing, tokenizer
@@ -70,6 +72,8 @@ class Program:
     optimizer: optim.Optimizer
     notes: dict[str, str]
     """Choices that were made and why: printed once and stored in the run."""
+    compiler_options: dict[str, flags.Option] = dataclasses.field(default_factory=dict)
+    """Of the train step."""
 
     def loss(self, weights: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
         sums = self.objective.loss(self.run.objective, self.model, weights, batch, key)
@@ -175,7 +179,8 @@ class Program:
             self.loss, self.objective.weights, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema,
             places=places, host=host,
         )  # fmt: skip
-        return jax.jit(f, donate_argnums=0, out_shardings=(self.state_shardings, None))
+        out = (self.state_shardings, None)
+        return jax.jit(f, donate_argnums=0, out_shardings=out, compiler_options=self.compiler_options or None)
 
     @cached_property
     def predict(self) -> Any:
@@ -275,13 +280,18 @@ def program(run: config.Run, tokens: Any) -> Program:
         notes["context"] = context.told(layout, parts)
     if (piped := pipeline.checked(layout, mesh, adapter.base, run.train)) is not None:
         notes["pipeline"] = piped
+    if processes.told():
+        notes["processes"] = processes.told()
     model = Model(family, run.model, adapter.base | heads, layout, adapter if adapter.changes else None)
     own = optimizer(run, specs, adapter)
     if adapter.changes:
         notes["adapter"] = adapter.told(specs, own.trainable)
     for group in sorted(set(own.groups.values())):
         notes[f"optimizer: {group}"] = "on " + " ".join(p for p, g in own.groups.items() if g == group)
-    return Program(run, tokens, mesh, layout, specs, model, adapter, objective, own, notes)
+    asked = flags.options(run.execution.flags, jax.local_devices()[0])
+    if asked:
+        notes["flags"] = flags.told(asked)
+    return Program(run, tokens, mesh, layout, specs, model, adapter, objective, own, notes, asked)
 
 
 def optimizer(run: config.Run, specs: Any, adapter: peft.Adapted) -> optim.Optimizer:
@@ -349,8 +359,9 @@ def load_tokenizer(run: config.Run, say: Callable[[str], None] = print) -> Any:
         path.parent.mkdir(parents=True, exist_ok=True)
         vocabularies.train_sentencepiece(texts, path, vocab_size=vocab)
         say(f"tokenizer: {path} ({time.perf_counter() - started:.0f} s)")
-    while not path.exists():  # another process of this run is training it
-        time.sleep(0.2)
+    processes.barrier("the tokenizer", 6 * 3600)
+    if not path.exists():
+        raise ValueError(f"data.cache: process 0 has {path}, and this host hasn't; name a folder that all hosts share")
     return tokenizer.load(str(path))
 
 

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,20 +28,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args, rest)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 1
+        return _failed("interrupted", 1)
     except (ValueError, OSError) as error:
-        if debug:
-            raise
-        print(f"jaxlm: {one_line(error)}", file=sys.stderr)
-        return 2
+        return _failed(f"jaxlm: {one_line(error)}", 2, error if debug or _of_devices(error) else None)
     except RuntimeError as error:
-        from jaxlm.loop import NonFiniteError
+        expected = type(error).__name__ in ("NonFiniteError", "ProcessError")
+        return _failed(f"jaxlm: {one_line(error)}", 1, None if expected and not debug else error)
+    except Exception as error:
+        return _failed(f"jaxlm: {type(error).__name__}: {one_line(error)}", 1, error)
 
-        if debug or not isinstance(error, NonFiniteError):
-            raise
-        print(f"jaxlm: {one_line(error)}", file=sys.stderr)
-        return 1
+
+def _failed(line: str, status: int, error: BaseException | None = None) -> int:
+    """Say why, by a traceback where `error` is given; in a run of several processes to all of them, and leave."""
+    status = 1 if error else status
+    processes = sys.modules.get("jaxlm.processes")  # else it was never started
+    if processes is not None and processes.joined():
+        if error:
+            traceback.print_exception(error)
+        processes.failed(line.removeprefix("jaxlm: "), status)
+    if error:
+        raise error
+    print(line, file=sys.stderr)
+    return status
+
+
+def _of_devices(error: BaseException) -> bool:
+    """Not a user's fault, though XLA raises ValueError for some: a collective whose other end is gone, for one."""
+    return str(error).partition(":")[0] in ("UNKNOWN", "INTERNAL", "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED")
 
 
 def one_line(error: BaseException) -> str:
@@ -247,15 +261,16 @@ def _value(args: list[str], flag: str) -> str | None:
     return found[-1] if found else None
 
 
-def _start() -> None:
-    from jaxlm import sharding
+def _start(args: argparse.Namespace, run: Any = None) -> None:
+    """Join the other processes, if there are any: all must have been started with the same run, or arguments."""
+    from jaxlm import config, processes
 
-    sharding.start_processes()
+    processes.start(vars(args) | {"run": None} if run is None else config.flatten(run))
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> int:
     base, run = _load(args, rest)
-    _start()
+    _start(args, run)
     from jaxlm import dry_run, train
 
     train.writable(run.folder)
@@ -270,7 +285,7 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
             raise ValueError(f"--{name}: {value} is too few; give 1 or more, or leave it out")
     if args.resamples < 100:
         raise ValueError(f"--resamples: {args.resamples} are too few for 95 % intervals; give 1000 or more")
-    _start()
+    _start(args)
     from jaxlm import inference
 
     others, out = None, args.out or Path("evals") / Path(args.model).name
@@ -380,7 +395,7 @@ def _sampling(args: argparse.Namespace, rest: list[str]) -> Any:
 
 
 def _generate(args: argparse.Namespace, rest: list[str]) -> int:
-    _start()
+    _start(args)
     from jaxlm import inference
 
     how = _sampling(args, rest)
@@ -401,7 +416,7 @@ def _generate(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _chat(args: argparse.Namespace, rest: list[str]) -> int:
-    _start()
+    _start(args)
     from jaxlm import inference
 
     def say(text: str) -> None:
@@ -417,7 +432,7 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     texts = args.text + (args.file.read_text("utf-8").splitlines() if args.file else [])
     if not texts:
         raise ValueError("embed: no text; give --text or --file")
-    _start()
+    _start(args)
     import numpy as np
 
     from jaxlm import inference
@@ -433,7 +448,7 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _augment(args: argparse.Namespace, rest: list[str]) -> int:
-    _start()
+    _start(args)
     from jaxlm import augment
     from jaxlm.sampling import Sampling
 
@@ -449,7 +464,7 @@ def _augment(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _import(args: argparse.Namespace, rest: list[str]) -> int:
-    _start()
+    _start(args)
     from jaxlm import convert
 
     print(*convert.import_model(args.model, args.target), sep="\n")
@@ -457,7 +472,7 @@ def _import(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _export(args: argparse.Namespace, rest: list[str]) -> int:
-    _start()
+    _start(args)
     from jaxlm import convert
 
     notes, record = convert.export(args.model, args.target, format=args.format, dtype=args.dtype, step=args.step)

@@ -171,6 +171,11 @@ class Train:
     nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is NaN or Inf: stop naming the examples, or skip the update and count it."""
     log_every: int = 10
+    watchdog: float = 0.0
+    """Seconds without a finished step until the stacks of all threads are written to the run directory; 0: ten times
+    the slowest step, at least five minutes; inf: never."""
+    stuck: Literal["tell", "exit"] = "tell"
+    """What else to do then: nothing, or end with status 1, for a launcher that starts the run again."""
     save_every: int = 200
     keep: int = 3
     """Checkpoints kept, besides the best one."""
@@ -232,6 +237,8 @@ class Execution:
     Checkpoints are the same."""
     loss_chunk: int = 0
     """Tokens whose logits exist at one time; 0: chosen so that they take a few MiB."""
+    flags: tuple[str, ...] = ()
+    """Options of the compiler for the train step: NAME=VALUE, or a preset of jaxlm/flags.py such as gpu_overlap."""
 
 
 @dataclass(frozen=True)

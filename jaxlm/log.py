@@ -22,6 +22,8 @@ import rich.console
 import rich.live
 import rich.text
 
+from jaxlm import processes
+
 # Dense bfloat16 FLOP/s of one device, as JAX names and counts devices (a TPU v2, v3 or 7x chip is two devices, a v4 or
 # v5p chip is one). NVIDIA: the data sheet of each card, without the factor 2 of sparsity; GeForce with float32
 # accumulation. TPU: cloud.google.com/tpu/docs, system architecture of each version.
@@ -56,6 +58,9 @@ PEAK_FLOPS = {
     "TPU7x": 1153.5e12,
 }
 PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+# Variables that change how devices and their network are used; those that name a host or a place are left out.
+RECORDED = ("JAX_", "JAXLM_", "XLA_", "LIBTPU_INIT_ARGS", "NCCL_", "TPU_", "MEGASCALE_NUM_SLICES", "CUDA_", "TF_GPU_")
+PRIVATE = ("ADDRESS", "HOSTNAME", "NCCL_SOCKET_IFNAME", "_KEY", "TOKEN", "_FILE")
 RESERVED = ("kind", "step", "name", "time")
 
 
@@ -223,7 +228,7 @@ def environment() -> dict[str, Any]:
     flags = {
         name: value.replace(home, "~") if len(home) > 1 else value
         for name, value in sorted(os.environ.items())
-        if name.startswith(("JAX_", "XLA_", "LIBTPU_INIT_ARGS")) and "ADDRESS" not in name
+        if name.startswith(RECORDED) and not any(word in name for word in PRIVATE)
     }
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
@@ -233,6 +238,7 @@ def environment() -> dict[str, Any]:
             "count": len(devices),
             "local_count": jax.local_device_count(),
             "processes": jax.process_count(),
+            "launcher": processes.told(),
         },
         "platform": platform.platform(),
         "cpu": {"model": _cpu_model(), "count": os.cpu_count()},
@@ -242,9 +248,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_environment(folder: str | os.PathLike) -> None:
+def write_environment(folder: str | os.PathLike, **more: Any) -> None:
+    """`more`: what else is to stand there, such as the compiler's options."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    _replace(Path(folder) / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    _replace(Path(folder) / "environment.json", json.dumps(environment() | more, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -1,7 +1,6 @@
-"""The mesh, the tables from logical axes to mesh axes, and start-up of many processes."""
+"""The mesh, and the tables from logical axes to mesh axes."""
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,23 +35,6 @@ COMPUTE: dict[str, Axes] = {
     "vocab": ("tensor",),
     "experts": ("expert",),
 }
-
-
-def start_processes() -> None:
-    """Join the other processes of the run where a launcher has described them in the environment.
-
-    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` start processes by hand (or on loopback); under
-    SLURM, Open MPI, Kubernetes and on TPU pods JAX finds the others by itself when `JAXLM_DISTRIBUTED=1` asks for it.
-    """
-    env = os.environ
-    if "JAX_COORDINATOR_ADDRESS" in env:
-        try:
-            number, mine = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
-        except (KeyError, ValueError):
-            raise ValueError("JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and JAX_PROCESS_ID too") from None
-        jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], number, mine)
-    elif env.get("JAXLM_DISTRIBUTED") == "1":
-        jax.distributed.initialize()
 
 
 def make_mesh(c: config.Mesh, devices: list[Any] | None = None) -> jax.sharding.Mesh | None:

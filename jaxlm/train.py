@@ -1,6 +1,7 @@
 """`jaxlm train`: what happens in what order, from a `Run` to a run directory that holds everything about it."""
 
 import gzip
+import itertools
 import lzma
 import math
 import os
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import assemble, config, loop, pretrained, report, sharding, tree
+from jaxlm import assemble, config, loop, pretrained, processes, report, sharding, tree
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import cache as caches
 from jaxlm.eval import answers, compare, counts, perplexity
@@ -22,13 +23,15 @@ from jaxlm.eval.perplexity import make_eval_step
 from jaxlm.generate import Generator
 from jaxlm.log import Meter, Progress, RunLog, peak_flops, read_lines, write_environment
 from jaxlm.sampling import Sampling
+from jaxlm.watchdog import Watchdog
 
 # What may differ between a run directory and the run that continues it: nothing that changes the mathematics.
 MAY_CHANGE = (
     "out", "mesh.", "execution.", "data.workers", "data.tokenize_workers", "data.cache", "train.log_every",
     "train.save_every", "train.keep", "train.use", "train.prompts", "train.sample_", "train.nonfinite",
-    "train.patience",
+    "train.patience", "train.watchdog", "train.stuck",
 )  # fmt: skip
+HOURS = 3600.0  # of barriers: who has died is found at once, so only who hangs is waited for so long
 
 
 def claim(run: config.Run) -> bool:
@@ -53,7 +56,9 @@ def claim(run: config.Run) -> bool:
 def train(run: config.Run) -> int:
     """Train, or continue, `run` in its directory. 0: finished; 1: stopped by a signal or a number that isn't finite."""
     main = jax.process_index() == 0
+    processes.last_words(f"go on with: jaxlm train {run.folder}")
     continues = claim(run) if main else (run.folder / "config.json").exists()
+    processes.barrier("the run directory", HOURS)  # nothing is written there before all have looked
     if continues and _ended(run.folder):
         if main:
             print(f"{run.folder} is finished already; report: {report.build(run.folder)}")
@@ -61,15 +66,19 @@ def train(run: config.Run) -> int:
     tokens = pretrained.load_tokenizer(run)
     p = assemble.program(run, tokens)
     data = assemble.corpus(run, tokens, pretrained.template_of(run))
+    processes.barrier("the data", 6 * HOURS)
     if main:
         if run.start and not (run.folder / "tokenizer").is_dir():
             pretrained.look(run.start).save_text(run.folder / "tokenizer")
         else:
             tokens.save(run.folder / "tokenizer")
         config.dump(run, run.folder / "config.json")
-        write_environment(run.folder)
+        write_environment(run.folder, compiler_options=p.compiler_options)
         for name, note in p.notes.items():
             print(f"{name:12} {note}")
+    processes.barrier("the first files", HOURS)
+    if not (run.folder / "config.json").exists():
+        raise ValueError(f"out: {run.folder} is not the same folder on all hosts; name one on storage that they share")
     with sharding.on_mesh(p.mesh), Checkpoints(run.folder / "checkpoints", keep=run.train.keep) as checkpoints:
         state, meta = _first_state(p, checkpoints)
         if getattr(p.objective, "needs_reference", lambda c: False)(run.objective):
@@ -79,7 +88,9 @@ def train(run: config.Run) -> int:
             print(f"continuing {run.folder} after step {start}")
         ended = start == run.train.steps  # but its end was cut off
         with RunLog(run.folder, resume_step=start if meta else -1, ended=ended, enabled=main) as log:
-            return _run(p, data, state, meta, checkpoints, log)
+            status = _run(p, data, state, meta, checkpoints, log)
+    processes.barrier("the end", HOURS)
+    return status
 
 
 def _ended(folder: Path) -> bool:
@@ -143,7 +154,7 @@ def _run(
     start = int(meta.get("step", 0))
     rows = p.rows(c.batch_size // c.micro_batches)
     loader = assemble.training_loader(run, p.tokens, data, rows)
-    compiled = _compile(p, state, p.to_device(loader.batch(start), rows), log, start)
+    compiled, compiling = _compile(p, state, p.to_device(loader.batch(start), rows), log, start)
     validate, gain = _validator(p, data, log), _gain(run, log)
     best = float(meta.get("stopping", {}).get("best", math.inf))
     sample = _sampler(p, log) if p.model.family.generates and c.prompts else lambda step, state: None
@@ -159,9 +170,23 @@ def _run(
     meter = Meter(c.steps, start=start, flops=flops, peak=peak and peak * jax.device_count())
     tokens_a_step = c.batch_size * c.seq_len
 
-    with Progress(c.steps, enabled=main) as progress:
+    def stuck(line: str) -> None:
+        if c.stuck == "exit":
+            processes.exit_with(line, 1)
+
+    watch = Watchdog(
+        run.folder, jax.process_index(), seconds=c.watchdog, first=compiling, behind=processes.behind, stuck=stuck
+    )
+    with Progress(c.steps, enabled=main) as progress, watch:
+        sent = itertools.count(start + 1)
+
+        def update(state: Any, batch: dict) -> tuple[Any, dict]:
+            out = compiled(state, batch)
+            processes.step(next(sent))
+            return out
 
         def show(step: int, metrics: dict, data_s: float, step_s: float) -> None:
+            watch.beat(data_s + step_s)
             meter.update(data_s=data_s, step_s=step_s, tokens=tokens_a_step)
             reading = meter.read()
             progress.update(step, metrics, reading)
@@ -188,7 +213,7 @@ def _run(
         hooks = loop.Hooks(
             batches=loader.iterate,
             to_device=lambda batch: p.to_device(batch, rows),
-            step=compiled,
+            step=update,
             indices=loader.indices,
             log=show,
             validate=check,
@@ -204,7 +229,6 @@ def _run(
                 eval_every=c.eval_every,
                 sample_every=c.sample_every,
                 save_every=c.save_every,
-                agree_every=c.log_every,
                 patience=c.patience,
                 stop_on_nonfinite=c.nonfinite == "stop",
                 save_best=c.use == "best",
@@ -222,34 +246,42 @@ def _run(
     return 0
 
 
-def _compile(p: assemble.Program, state: Any, batch: dict, log: RunLog, step: int) -> Callable[[Any, dict], Any]:
-    """Ahead of the loop: the step compiles once, and says how long that took and how much memory it needs.
+def _compile(
+    p: assemble.Program, state: Any, batch: dict, log: RunLog, step: int
+) -> tuple[Callable[[Any, dict], Any], float]:
+    """Ahead of the loop: the step compiles once, and says how long that took (given too) and what memory it needs.
 
     Batches of packed texts have a few shapes; those that come later compile when they come.
     """
-    program = p.train_step()
+    program, get = _once_a_shape(p.train_step(), "compile the step")
     started = time.perf_counter()
-    compiled = {_shapes(batch): program.lower(state, batch).compile()}
+    memory = get(state, batch).memory_analysis()
     seconds = time.perf_counter() - started
-    memory = compiled[_shapes(batch)].memory_analysis()
     size = memory and memory.argument_size_in_bytes + memory.temp_size_in_bytes
     if jax.process_index() == 0:
         shown = f", {size / 2**20:,.0f} MiB a device" if size else ""
         print(f"compiled     the step in {seconds:.1f} s{shown}")
     if step == 0:  # a continued run's log is the uninterrupted run's
         log.event(0, "compiled", bytes_per_device=size, time={"seconds": seconds})
+    return program, seconds
 
-    def run(state: Any, batch: dict) -> Any:
-        shapes = _shapes(batch)
+
+def _once_a_shape(program: Any, what: str) -> tuple[Callable[[Any, dict], Any], Callable[[Any, dict], Any]]:
+    """(the jitted `(state, batch) → …` to run, what gives it compiled for a batch).
+
+    Processes wait for each other before a new program first runs: who compiles longer, for others find theirs in a
+    cache, would be missed by a collective on CPUs after 30 s.
+    """
+    compiled: dict[tuple, Any] = {}
+
+    def get(state: Any, batch: dict) -> Any:
+        shapes = tuple(leaf.shape for leaf in batch.values())
         if shapes not in compiled:
             compiled[shapes] = program.lower(state, batch).compile()
-        return compiled[shapes](state, batch)
+            processes.barrier(what, HOURS)
+        return compiled[shapes]
 
-    return run
-
-
-def _shapes(batch: dict) -> tuple:
-    return tuple(leaf.shape for leaf in batch.values())
+    return lambda state, batch: get(state, batch)(state, batch), get
 
 
 def score(run: config.Run, metrics: dict[str, float]) -> float:
@@ -262,7 +294,8 @@ def score(run: config.Run, metrics: dict[str, float]) -> float:
 
 
 def _validator(p: assemble.Program, data: assemble.Corpus, log: RunLog) -> Callable[[int, Any], tuple[dict, dict]]:
-    evaluate_batch = make_eval_step(p.loss, p.objective.weights, p.tokens.bytes_per_token)
+    step = make_eval_step(p.loss, p.objective.weights, p.tokens.bytes_per_token)
+    evaluate_batch, _ = _once_a_shape(step, "compile the validation")
 
     def validate(step: int, state: Any) -> tuple[dict, dict[str, compare.Sample]]:
         started = time.perf_counter()

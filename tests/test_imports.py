@@ -16,7 +16,10 @@ MODULES = sorted(
     for path in (ROOT / "jaxlm").rglob("*.py")
 )
 WITHOUT_JAX = [
-    name for name in MODULES if name in ("jaxlm.config", "jaxlm.tree", "jaxlm.cli") or name.startswith("jaxlm.data")
+    name
+    for name in MODULES
+    if name in ("jaxlm.config", "jaxlm.tree", "jaxlm.cli", "jaxlm.clusters", "jaxlm.processes")
+    or name.startswith("jaxlm.data")
 ]
 
 

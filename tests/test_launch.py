@@ -12,7 +12,10 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted(
+    [*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch").glob("*.sbatch"), *(ROOT / "tests/system").glob("*.sh"),
+     ROOT / ".ci" / "run"]
+)  # fmt: skip
 BASH = shutil.which("bash") or "bash"
 TOOLS = ("bash", "cat", "chmod", "cksum", "dirname", "env", "getconf", "grep", "mkdir", "mktemp", "rm", "tail")
 
@@ -187,6 +190,32 @@ def test_the_test_script_adds_slow_tests_and_clears_its_compilation_cache(checko
     assert command == "python -m pytest -n 2 -m  tests/x.py"
     cache = [line.partition("=")[2] for line in environ if line.startswith("JAX_COMPILATION_CACHE_DIR=")]
     assert len(cache) == 1 and not Path(cache[0]).exists()
+
+
+def test_the_tpu_script_copies_the_commit_and_keeps_words_apart(checkout, tmp_path):
+    for words in (["init", "-q"], ["add", "-A"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x"]):
+        subprocess.run(["git", "-C", str(checkout), *words], check=True)
+    calls = tmp_path / "calls"
+    (tmp_path / "fake").mkdir()
+    program(tmp_path / "fake", "gcloud", f'#!/usr/bin/env bash\nprintf "<%s>" "$@" >>"{calls}"; echo >>"{calls}"\n')
+    words = [BASH, str(checkout / "launch" / "tpu_pod.sh"), "my-tpu", "zone-a", "train", "c.py", "--name", "two words"]
+    done = subprocess.run(words, env={**os.environ, "PATH": f"{tmp_path / 'fake'}:{os.environ['PATH']}"}, text=True,
+                          capture_output=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    copy, run = calls.read_text().split("\n", 1)
+    assert copy.endswith("<my-tpu:jaxlm.tar.gz><--zone=zone-a><--worker=all>")
+    assert run.startswith("<compute><tpus><tpu-vm><ssh><my-tpu><--zone=zone-a><--worker=all><--command=")
+    assert r"exec .venv/bin/jaxlm train c.py --name two\ words" in run
+
+
+def test_local_processes_are_told_their_numbers_and_the_worst_status_counts(tmp_path):
+    fake = program(tmp_path, "fake", '#!/usr/bin/env bash\necho "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at '
+                   '$JAX_COORDINATOR_ADDRESS: $*"; exit $((JAX_PROCESS_ID * 3))\n')  # fmt: skip
+    done = subprocess.run([BASH, str(ROOT / "launch" / "local.sh"), "3", "train", "x"], text=True, capture_output=True,
+                          env=os.environ | {"JAXLM": str(fake), "JAX_COORDINATOR_PORT": "1234"})  # fmt: skip
+    assert done.returncode == 6, done.stderr
+    for i in range(3):
+        assert f"{i}: {i} of 3 at 127.0.0.1:1234: train x" in done.stdout
 
 
 def locked() -> dict[str, list[Requirement]]:

@@ -134,6 +134,7 @@ def test_environment_says_what_ran_and_nothing_private(tmp_path, monkeypatch):
         "count": 8,
         "local_count": 8,
         "processes": 1,
+        "launcher": "",
     }
     assert found["flags"]["JAX_COMPILATION_CACHE_DIR"] == "~/cache"
     assert "xla_force_host_platform_device_count=8" in found["flags"]["XLA_FLAGS"]

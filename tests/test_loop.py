@@ -12,7 +12,7 @@ import pytest
 from jaxlm import loop
 from jaxlm.loop import Hooks, NonFiniteError
 
-OFTEN = {"eval_every": 2, "sample_every": 3, "save_every": 4, "agree_every": 1, "patience": 0}
+OFTEN = {"eval_every": 2, "sample_every": 3, "save_every": 4, "patience": 0}
 
 
 class Recorder:

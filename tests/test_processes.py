@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -79,3 +80,27 @@ def test_two_processes_equal_one(family: str, mesh: list[str], tmp_path: Path) -
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout.splitlines()[-1])["loss"] == pytest.approx(one[-1], rel=1e-4)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("number", "status", "words"),
+    [
+        ("2", 2, r"train.steps is 5 on process 0 \(.*\) and 4 on process 1 \("),
+        pytest.param("3", 1, r"1 of 3 processes did not come within 5 s: 2; here: 0", marks=pytest.mark.slow),
+    ],
+)
+def test_processes_that_differ_or_miss_one_end_before_they_begin(number, status, words, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    told = dict(JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES=number,
+                JAXLM_START_SECONDS="5" if number == "3" else "100")  # fmt: skip
+    steps = ["5", "4"] if number == "2" else ["4", "4"]
+    both = [start("llama", tmp_path / "two", ["--train.steps", n], 1, JAX_PROCESS_ID=str(i), **told)
+            for i, n in enumerate(steps)]  # fmt: skip
+    for process in both:
+        out, _ = process.communicate(timeout=100)
+        assert process.returncode == status, out
+        assert re.search(words, out) and "Traceback" not in out, out
+    assert not (tmp_path / "two").exists()

@@ -251,13 +251,6 @@ def test_gather_casts_and_frees_the_storing_axes():
     assert up.sharding.spec == P(None, None, "tensor") and up.dtype == "bfloat16"
 
 
-def test_start_needs_all_three_variables(monkeypatch):
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
-    monkeypatch.delenv("JAX_PROCESS_ID", raising=False)
-    with pytest.raises(ValueError, match=r"set JAX_NUM_PROCESSES and JAX_PROCESS_ID"):
-        sharding.start_processes()
-
-
 def test_layout_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         layout().store = {}

@@ -472,10 +472,10 @@ def test_host_memory(tmp_path, devices):
 PART = """
 import sys, jax, numpy as np
 from pathlib import Path
-from jaxlm import config, sharding, tree
+from jaxlm import config, processes, sharding, tree
 from jaxlm.interop import hf, shards
 from jaxlm.models import llama
-sharding.start_processes()
+processes.start()
 shards.SMALL = 256
 folder = Path(sys.argv[1])
 family, c = hf.describe(folder, {"llama": llama})
