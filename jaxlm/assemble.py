@@ -212,8 +212,9 @@ def program(run: config.Run, tokens: Any) -> Program:
     implementation, why = attention.choose(
         run.execution.attention, Mask(family.generates), False, None, run.execution.dtype
     )
+    on = sharding.devices()
     notes = {
-        "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "devices": f"{len(on)} × {on[0].device_kind}",
         "mesh": "one device" if mesh is None else " × ".join(f"{a} {n}" for a, n in mesh.shape.items() if n > 1),
         "attention": f"{implementation} ({why})",
         "precision": f"float32 weights, {run.execution.dtype} compute",

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxlm.sharding import Layout
+from jaxlm.sharding import Layout, platform
 
 EVERYONE = 1 << 30  # a segment whose keys all other segments see too
 
@@ -160,8 +160,8 @@ def unavailable(
     """Why an implementation can't answer this request here, or None if it can."""
     if implementation == "xla":
         return None
-    if jax.default_backend() != "gpu":
-        return f"needs an NVIDIA GPU, and this program runs on {jax.default_backend()}"
+    if platform() != "gpu":
+        return f"needs an NVIDIA GPU, and this program runs on {platform()}"
     if dtype != "bfloat16":
         return f"computes in bfloat16, not {dtype}; set execution.dtype=bfloat16"
     if softcap is not None:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlm import layers
 from jaxlm.params import Spec, fan_in, zeros
-from jaxlm.sharding import Layout
+from jaxlm.sharding import Layout, platform
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def _local(p: dict, x_BTD: jax.Array, real_BT: jax.Array, *, c: Moe, act: Gated,
     if "down_bias" in w and axes.ffn:  # once, though every part of the width gives a part of the sum
         w = w | {"down_bias": w["down_bias"] * (jax.lax.axis_index(axes.ffn) == 0).astype(w["down_bias"].dtype)}
     if kept_BTK is None or place_BTK is None:
-        y_NKD = _dropless(w, x_ND, jnp.where(mine_NK, chosen_NK - first, E), act, jax.default_backend() == "cpu")
+        y_NKD = _dropless(w, x_ND, jnp.where(mine_NK, chosen_NK - first, E), act, platform() == "cpu")
     else:
         size = min(places, T)  # no more of this device's tokens can want an expert
         row_N1 = (jnp.arange(B * T) // T)[:, None]
