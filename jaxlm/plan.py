@@ -119,7 +119,7 @@ def compile_step(run: config.Run, t: Target) -> Compiled:
                 except jax.errors.JaxRuntimeError as e:
                     raise Refused(f"{t.name}'s compiler refuses this step: {one_line(e)}") from None
     seconds = time.perf_counter() - started
-    module = hlo.Module(compiled.as_text(), sizes)
+    module = hlo.Module(text_of(compiled), sizes)
     found = Cost(
         memory=memory(p, compiled.memory_analysis(), state), flops=flops.count(traced.jaxpr) / t.count,
         hbm=float(module.traffic), flows=flows(module, t), tokens=run.train.batch_size * run.train.seq_len,
@@ -130,6 +130,16 @@ def compile_step(run: config.Run, t: Target) -> Compiled:
     timed = roofline.combine(replace(found, hbm=between), t, sizes)
     warnings = tuple(x for x in said.splitlines() if "rematerialization" in x.lower())
     return Compiled(run, t, p.notes, sizes, replace(timed, hbm=found.hbm), module, seconds, warnings, p, compiled)
+
+
+def text_of(compiled: Any) -> str:
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as e:  # a compiler newer than jaxlib writes what that can't read
+        raise ValueError(
+            f"--target: jaxlib {jax.lib.__version__} can't read this compiler's program; install the one made for it: "
+            f'pip install "jax[tpu]=={jax.__version__}" ({one_line(e)})'
+        ) from None
 
 
 def one_line(error: Exception) -> str:
