@@ -56,17 +56,15 @@ def tokens_of(run: config.Run) -> StandIn:
     return StandIn(size - more)
 
 
-def described(run: config.Run, t: Target) -> assemble.Program:
-    """The run's program laid out on a target that needs no compiler and isn't looked at."""
+def laid_out(run: config.Run, t: Target) -> assemble.Program:
+    """The run's program on a target that needs no compiler and isn't looked at; refused as `jaxlm train` would."""
     with sharding.on_devices([sharding.Described(t.chip.platform, t.chip.kind)] * t.count):
         return assemble.program(run, tokens_of(run))
 
 
 def estimate(run: config.Run, t: Target) -> Cost:
-    """By arithmetic alone; refuses what `jaxlm train` would refuse."""
-    devices = [sharding.Described(t.chip.platform, t.chip.kind)] * t.count
-    with sharding.on_devices(devices):
-        return roofline.cost(assemble.program(run, tokens_of(run)), t)
+    """By arithmetic alone."""
+    return roofline.cost(laid_out(run, t), t)
 
 
 def batch_of(p: assemble.Program) -> dict[str, Any]:
@@ -77,12 +75,13 @@ def batch_of(p: assemble.Program) -> dict[str, Any]:
             f"objective: {config.family(run.objective)} makes batches from data, and there is none here; "
             "compile with jaxlm train --dry-run, or plan with --analytic"
         )
-    window = assemble._window(run)
+    host = assemble.host_half(run, p.tokens)
+    window = host.row["length"]
     record = dict(
         tokens=np.full(window + 1, 300 % run.model.vocab, np.int32), segments=np.ones(window + 1, np.int32),
         positions=np.arange(window + 1, dtype=np.int32),
     )  # fmt: skip
-    row = assemble.host_half(run, p.tokens)(record, np.random.default_rng(0))
+    row = host(record, np.random.default_rng(0))
     rows = c.micro_batches, c.batch_size // c.micro_batches
     leaves = {name: np.broadcast_to(x, (*rows, *np.shape(x))) for name, x in row.items()}
     homes = p.batch_shardings(leaves)

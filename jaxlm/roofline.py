@@ -233,7 +233,7 @@ class _Step:
     def _moments(self) -> dict[str, float]:
         """Bytes of the optimizer's state by weight."""
         shapes, _ = tree.partition(params.abstract(self.p.specs), self.p.optimizer.trainable)
-        parts = tree.map_named(lambda path, x: math.prod(x.shape) / self.stored(self.flat[path]), shapes)
+        parts = tree.map_named(lambda path, x: math.prod(x.shape) / max(1.0, self.stored(self.flat[path])), shapes)
         made = jax.eval_shape(self.p.optimizer.tx.init, shapes)
         homes = optim.state_shardings(self.p.optimizer.tx, shapes, parts, 1.0)
         out: dict[str, float] = {}

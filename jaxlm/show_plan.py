@@ -22,9 +22,9 @@ OVERLAP = (
 
 def plan_one(run: config.Run, t: Target, compiling: bool) -> tuple[dict[str, Any], bool]:
     """(figures, whether it fits). The change that helps most is found by arithmetic either way."""
-    p, compiled = plan.described(run, t), None
+    p, compiled = plan.laid_out(run, t), None
     sizes = dict(p.mesh.shape) if p.mesh is not None else {}
-    cost = plan.estimate(run, t)
+    cost = roofline.cost(p, t)
     if compiling:
         try:
             compiled = plan.compile_step(run, t)
