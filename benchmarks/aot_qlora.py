@@ -8,35 +8,14 @@ libtpu` the TPUs' (`--device v5e`, some minutes). Fails if QLoRA needs more than
 import argparse
 import dataclasses
 import importlib.metadata
-import os
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
-os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-
-import jax
-import numpy as np
-from jax.experimental import topologies
 from worker import save, table
 
-from jaxlm import assemble, config, log, params, tree
+from jaxlm import config, log, params, plan, targets, tree
 
-# As XLA describes an RTX 4090.
-RTX_4090 = """
-gpu_device_info {
-  threads_per_block_limit: 1024  threads_per_warp: 32  shared_memory_per_block: 49152  shared_memory_per_core: 102400
-  threads_per_core_limit: 1536  core_count: 128  fpus_per_core: 128  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535  block_dim_limit_z: 65535  memory_bandwidth: 1008096000000  l2_cache_size: 75497472
-  clock_rate_ghz: 2.52  device_memory_size: 24000000000  shared_memory_per_block_optin: 101376
-  cuda_compute_capability { major: 8 minor: 9 }  registers_per_core_limit: 65536  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"  dnn_version_info { major: 9 minor: 8 patch: 0 }
-device_description_str: "NVIDIA GeForce RTX 4090"
-"""
 LORA = {"method": "lora", "rank": 16, "targets": ("all",)}
 WAYS = {
     "all weights": config.Adapter(),
@@ -45,32 +24,15 @@ WAYS = {
 }
 
 
-def device_of(name: str) -> Any:
-    if name == "rtx4090":
-        return topologies.get_topology_desc("one", platform="cuda", target_config=RTX_4090, topology="1x1x1").devices[0]
-    whole = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:2x2")  # the smallest there is
-    return whole.devices[0]
-
-
 def compilers() -> dict[str, str]:
     have = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     return {n: have[n] for n in ("jax-cuda13-pjrt", "nvidia-cudnn-cu13", "libtpu") if n in have}
 
 
-def needs(run: config.Run, device: Any) -> dict[str, Any]:
+def needs(run: config.Run, t: targets.Target) -> dict[str, Any]:
     """Bytes of the compiled step of a run on one such device."""
-    here = {"devices": lambda *_: [device], "device_count": lambda: 1, "default_backend": lambda: device.platform}
-    with mock.patch.multiple(jax, **here):
-        p = assemble.program(run, SimpleNamespace(vocab_size=run.model.vocab))
-        window = dict.fromkeys(("tokens", "segments", "positions"), np.ones(run.train.seq_len + 1, np.int32))
-        row = p.objective.example(run.objective, window, None, None)
-        batch = {
-            name: jax.ShapeDtypeStruct((1, run.train.batch_size, *x.shape), x.dtype, sharding=p.whole)
-            for name, x in row.items()
-        }
-        started = time.perf_counter()
-        compiled = p.train_step().lower(p.abstract_state(), batch).compile()
-    m = compiled.memory_analysis()
+    made = plan.compile_step(run, t)
+    p, m = made.program, made.executable.memory_analysis()
     flat = tree.flatten(params.abstract(p.specs))
     trained = {path for path in flat if p.optimizer.trainable(path)}
     copied = m.output_size_in_bytes - m.alias_size_in_bytes  # what of the new state doesn't take the old one's place
@@ -83,8 +45,8 @@ def needs(run: config.Run, device: Any) -> dict[str, Any]:
         "copied_bytes": copied,
         "total_bytes": m.argument_size_in_bytes + m.temp_size_in_bytes + copied,
         "attention": p.notes["attention"],
-        "compile_s": round(time.perf_counter() - started, 1),
-        "text": compiled.as_text(),
+        "compile_s": round(made.seconds, 1),
+        "text": made.executable.as_text(),
     }
 
 
@@ -101,7 +63,7 @@ def main() -> int:
     shape = config.load(Path(__file__).parents[1] / "configs" / "llama_8b.py")
     found: dict[str, Any] = {}
     for name in a.device:
-        device = device_of(name)
+        device = targets.parse(f"{name}:1x1")
         for way in a.ways:
             run = dataclasses.replace(
                 shape,
@@ -113,13 +75,13 @@ def main() -> int:
             )
             try:
                 one = needs(run, device)
-            except jax.errors.JaxRuntimeError as e:  # a TPU's compiler refuses what doesn't fit
+            except plan.Refused as e:  # a TPU's compiler refuses what doesn't fit
                 one = {"refused": str(e).partition("\n")[0][:300]}
             if a.hlo:
                 a.hlo.mkdir(parents=True, exist_ok=True)
                 (a.hlo / f"{name} {way}.txt").write_text(one.get("text", ""))
             one.pop("text", None)
-            found.setdefault(name, {})[way] = one | {"device": device.device_kind}
+            found.setdefault(name, {})[way] = one | {"device": device.chip.kind}
             print(name, way, one, flush=True)
     header = ["device", "way", "trained", "arguments GB", "temporaries GB", "total GB"]
     rows = [

@@ -254,8 +254,9 @@ def program(run: config.Run, tokens: Any) -> Program:
         run.execution.attention, Mask(family.generates), False, None, run.execution.dtype,
         split=run.mesh.context_by if parts > 1 else "",
     )  # fmt: skip
+    on = sharding.devices()
     notes = {
-        "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "devices": f"{len(on)} × {on[0].device_kind}",
         "mesh": "one device" if mesh is None else " × ".join(f"{a} {n}" for a, n in mesh.shape.items() if n > 1),
         "attention": f"{implementation} ({why})",
         "precision": f"float32 weights, {run.execution.dtype} compute",
@@ -263,7 +264,7 @@ def program(run: config.Run, tokens: Any) -> Program:
     }
     layers.remat_policy(run.execution)  # refuses what can't be offloaded
     if run.execution.offload:
-        sharding.check_host_memory(jax.devices()[0])
+        sharding.check_host_memory(on[0])
         notes["offload"] = f"{', '.join(run.execution.offload)} to the host's memory"
     if mesh is not None and mesh.shape["expert"] > 1 and hasattr(run.model, "moe"):
         sent, why = dispatch.way()

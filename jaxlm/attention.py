@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm import context
-from jaxlm.sharding import Layout
+from jaxlm.sharding import Layout, platform
 
 EVERYONE = 1 << 30  # a segment whose keys all other segments see too
 
@@ -167,8 +167,8 @@ def unavailable(
     """Why an implementation can't answer this request here, or None if it can. `split`: how rows are split, if so."""
     if implementation == "xla":
         return None
-    if jax.default_backend() != "gpu":
-        return f"needs an NVIDIA GPU, and this program runs on {jax.default_backend()}"
+    if platform() != "gpu":
+        return f"needs an NVIDIA GPU, and this program runs on {platform()}"
     if dtype != "bfloat16":
         return f"computes in bfloat16, not {dtype}; set execution.dtype=bfloat16"
     if split not in ("", "heads"):

@@ -9,13 +9,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxlm.sharding import platform
+
 Axes = tuple[str, ...]
 Run = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def way() -> tuple[str, str]:
     """How pairs travel on this backend, and why."""
-    backend = jax.default_backend()
+    backend = platform()
     if backend in ("tpu", "gpu"):
         return "ragged", "each pair is sent once"
     return "padded", f"room for the worst case is sent, as {backend} has no ragged all-to-all"

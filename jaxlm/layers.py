@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm import config, pipeline, rope
 from jaxlm.attention import SLOTS, Cache, Mask, attend, remember, ring
 from jaxlm.params import Spec
-from jaxlm.sharding import Layout, own_einsum
+from jaxlm.sharding import Layout, own_einsum, platform
 
 
 class Output(struct.PyTreeNode):
@@ -307,7 +307,7 @@ Block = Callable[[Any, Any, Any, jax.Array | None, Any, Any], tuple[Any, Any]]
 def scanned(shard: Layout) -> bool:
     """Whether layers are a loop. XLA runs a loop's body slower on a CPU: unrolled, a forward took 0.6 of the time."""
     choice = shard.execution.scan
-    return jax.default_backend() != "cpu" if choice is None else choice
+    return platform() != "cpu" if choice is None else choice
 
 
 def run_blocks(

@@ -24,49 +24,11 @@ import rich.text
 
 from jaxlm import processes
 
-# Dense bfloat16 FLOP/s of one device, as JAX names and counts devices (a TPU v2, v3 or 7x chip is two devices, a v4 or
-# v5p chip is one). NVIDIA: the data sheet of each card, without the factor 2 of sparsity; GeForce with float32
-# accumulation. TPU: cloud.google.com/tpu/docs, system architecture of each version.
-PEAK_FLOPS = {
-    "NVIDIA A10": 125e12,
-    "NVIDIA A10G": 70e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA GB200": 2500e12,
-    "NVIDIA GeForce RTX 3090": 71e12,
-    "NVIDIA GeForce RTX 4090": 165.2e12,
-    "NVIDIA GH200 480GB": 989.4e12,
-    "NVIDIA H100 80GB HBM3": 989.4e12,
-    "NVIDIA H100 NVL": 835.5e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989.4e12,
-    "NVIDIA H200 NVL": 835.5e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA L40S": 362e12,
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,
-}
 PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Variables that change how devices and their network are used; those that name a host or a place are left out.
 RECORDED = ("JAX_", "JAXLM_", "XLA_", "LIBTPU_INIT_ARGS", "NCCL_", "TPU_", "MEGASCALE_NUM_SLICES", "CUDA_", "TF_GPU_")
 PRIVATE = ("ADDRESS", "HOSTNAME", "NCCL_SOCKET_IFNAME", "_KEY", "TOKEN", "_FILE")
 RESERVED = ("kind", "step", "name", "time")
-
-
-def peak_flops(kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device kind; None where it isn't known (every CPU): then there is no MFU."""
-    return PEAK_FLOPS.get(kind)
 
 
 def flops_per_token(matmul_params: int, layers: int, attention_width: int, seq_len: int) -> dict[str, float]:

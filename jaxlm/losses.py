@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.sharding import Layout
+from jaxlm.sharding import Layout, platform
 
 
 @struct.dataclass
@@ -127,7 +127,7 @@ LOGIT_BYTES = 4 << 20  # of one chunk's float32 logits on a CPU: about what its 
 
 def _chunk(n: int, vocab: int, asked: int) -> int:
     """Tokens a chunk: few enough for the cache on a CPU, many enough to fill an accelerator's matrix units."""
-    size = asked or max(128, (LOGIT_BYTES if jax.default_backend() == "cpu" else 256 << 20) // (4 * vocab))
+    size = asked or max(128, (LOGIT_BYTES if platform() == "cpu" else 256 << 20) // (4 * vocab))
     return min(n, size)
 
 

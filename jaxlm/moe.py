@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlm import dispatch, layers, pipeline
 from jaxlm.params import Spec, fan_in, zeros
-from jaxlm.sharding import Layout
+from jaxlm.sharding import Layout, platform
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def _local(
     )
     if "down_bias" in w and axes.ffn:  # once, though every part of the width gives a part of the sum
         w = w | {"down_bias": w["down_bias"] * (jax.lax.axis_index(axes.ffn) == 0).astype(w["down_bias"].dtype)}
-    E, blocks = w["gate"].shape[0], jax.default_backend() == "cpu"
+    E, blocks = w["gate"].shape[0], platform() == "cpu"
     here = () if axes.travels else axes.experts
     away = axes.experts if axes.travels else ()
     first, reached = E * jax.lax.axis_index(here) if here else 0, E * _ways(away)

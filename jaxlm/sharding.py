@@ -1,7 +1,9 @@
 """The mesh, and the tables from logical axes to mesh axes."""
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,30 +39,75 @@ COMPUTE: dict[str, Axes] = {
 }
 
 
-def make_mesh(c: config.Mesh, devices: list[Any] | None = None) -> jax.sharding.Mesh | None:
-    """The mesh of all devices, or None for a single one: then nothing is annotated at all."""
-    devices = jax.devices() if devices is None else devices
-    sizes = {a: getattr(c, a) for a in AXES}
-    if sizes["data"] is None:
-        sizes["data"] = 1 if -1 in sizes.values() else -1
-    free = [a for a, n in sizes.items() if n == -1]
+_target: contextvars.ContextVar[tuple[Any, ...] | None] = contextvars.ContextVar("target", default=None)
+
+
+@dataclass(frozen=True)
+class Described:
+    """A device of which only this is known: enough to lay a program out, not to compile it."""
+
+    platform: str
+    device_kind: str
+
+
+@contextlib.contextmanager
+def on_devices(devices: Sequence[Any]) -> Iterator[None]:
+    """Within it programs are made for these devices, which may be a compiler's description of ones that aren't here."""
+    token = _target.set(tuple(devices))
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def devices() -> list[Any]:
+    """Those that programs are made for: this run's own, unless `on_devices` says otherwise."""
+    target = _target.get()
+    return jax.devices() if target is None else list(target)
+
+
+def platform() -> str:
+    """Of those devices: cpu, gpu or tpu."""
+    return jax.default_backend() if _target.get() is None else devices()[0].platform
+
+
+def _alone() -> Any:
+    one = devices()[0]
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0] if isinstance(one, Described) else one)
+
+
+def sizes(c: config.Mesh, count: int) -> dict[str, int]:
+    """Of every mesh axis on so many devices."""
+    out = {a: getattr(c, a) for a in AXES}
+    if out["data"] is None:
+        out["data"] = 1 if -1 in out.values() else -1
+    free = [a for a, n in out.items() if n == -1]
     if len(free) > 1:
         raise ValueError(f"mesh: only one axis may be -1, not {' and '.join(free)}")
-    for a, n in sizes.items():
+    for a, n in out.items():
         if n < 1 and n != -1:
             raise ValueError(f"mesh.{a}: {n} is not a size; use a positive number, or -1 for what is left")
-    fixed = math.prod(n for n in sizes.values() if n != -1)
-    if free and len(devices) % fixed == 0:
-        sizes[free[0]] = len(devices) // fixed
-    elif fixed != len(devices):
-        shown = " × ".join(f"{a} {n}" for a, n in sizes.items() if n != 1) or "1"
-        raise ValueError(f"mesh: {shown} does not fit {len(devices)} devices; change a size or set one axis to -1")
-    if len(devices) == 1:
+    fixed = math.prod(n for n in out.values() if n != -1)
+    if free and count % fixed == 0:
+        out[free[0]] = count // fixed
+    elif fixed != count:
+        shown = " × ".join(f"{a} {n}" for a, n in out.items() if n != 1) or "1"
+        raise ValueError(f"mesh: {shown} does not fit {count} devices; change a size or set one axis to -1")
+    return out
+
+
+def make_mesh(c: config.Mesh, on: list[Any] | None = None) -> Any:
+    """The mesh of all devices, or None for a single one: then nothing is annotated at all. Abstract for `Described`."""
+    on = devices() if on is None else on
+    found = sizes(c, len(on))
+    if len(on) == 1:
         return None
     kinds = (AxisType.Explicit if c.axis_type == "explicit" else AxisType.Auto,) * len(AXES)
-    if (placed := slices.arranged(devices, sizes)) is not None:
+    if isinstance(on[0], Described):
+        return jax.sharding.AbstractMesh(tuple(found.values()), AXES, axis_types=kinds)
+    if (placed := slices.arranged(on, found)) is not None:
         return jax.sharding.Mesh(placed, AXES, axis_types=kinds)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
+    return jax.make_mesh(tuple(found.values()), AXES, axis_types=kinds, devices=on)
 
 
 def _amended(table: dict[str, Axes], changes: tuple[str, ...], name: str) -> dict[str, Axes]:
@@ -183,7 +230,7 @@ class Layout:
         that names the weight."""
         table = self.store if table is None else table
         if mesh is None:
-            one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            one = _alone()
             return jax.tree.map(lambda s: one, specs, is_leaf=is_spec)
 
         def place(path: str, s: Spec) -> NamedSharding:
@@ -238,7 +285,7 @@ def batch_sharding(layout: Layout, mesh: jax.sharding.Mesh | None, shape: tuple[
 
 
 def replicated(mesh: jax.sharding.Mesh | None) -> Any:
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, P())
+    return _alone() if mesh is None else NamedSharding(mesh, P())
 
 
 def check_host_memory(device: Any) -> None:

@@ -17,11 +17,12 @@ import numpy as np
 
 from jaxlm import assemble, config, loop, pretrained, processes, report, sharding, tree
 from jaxlm.checkpoint import Checkpoints
+from jaxlm.chips import peak_flops
 from jaxlm.data import cache as caches
 from jaxlm.eval import answers, compare, counts, perplexity
 from jaxlm.eval.perplexity import make_eval_step
 from jaxlm.generate import Generator
-from jaxlm.log import Meter, Progress, RunLog, peak_flops, read_lines, write_environment
+from jaxlm.log import Meter, Progress, RunLog, read_lines, write_environment
 from jaxlm.sampling import Sampling
 from jaxlm.watchdog import Watchdog
 

@@ -15,7 +15,8 @@ import pytest
 import rich.console
 
 from jaxlm import log
-from jaxlm.log import Ema, Meter, Progress, RunLog, flops_per_token, peak_flops, read_lines
+from jaxlm.chips import peak_flops
+from jaxlm.log import Ema, Meter, Progress, RunLog, flops_per_token, read_lines
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,0 +1,112 @@
+"""Our train step beside MaxText's, both compiled ahead of time for the same TPU slice, shapes, batch and remat.
+
+Nothing runs, so nothing is timed but the compilations: memory of a chip, bytes by kind of collective and the compiler's
+own estimate of cycles are read from the compiled programs with one reader (`jaxlm/hlo.py`), loops counted as often as
+they run. `--maxtext-python` is the interpreter of an environment with `pip install "maxtext[tpu]"` (Python 3.12);
+without it ours alone is compiled. Ours needs `pip install libtpu`. One compilation at a time.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from worker import machine, save, table
+
+from jaxlm import config, hlo, log, plan, targets
+from jaxlm.models import llama, mixtral
+from jaxlm.moe import Moe
+from jaxlm.objectives import causal
+
+L = llama.Config
+# Our shape, MaxText's name, our target and MaxText's, sequences a device, positions.
+MODELS: dict[str, tuple[Any, str, str, str, int, int]] = {
+    "7b": (L(vocab=32000, layers=32, width=4096, heads=32, kv_heads=32, head_width=128, ffn=11008),
+           "llama2-7b", "v5p:2x2x2", "v5p-16", 1, 4096),
+    "70b": (L(vocab=32000, layers=80, width=8192, heads=64, kv_heads=8, head_width=128, ffn=28672),
+            "llama2-70b", "v5p:4x4x4", "v5p-128", 1, 4096),
+    "mixtral": (mixtral.Config(vocab=32000, layers=32, width=4096, heads=32, kv_heads=8, head_width=128,
+                               moe=Moe(experts=8, top_k=2, ffn=14336)),
+                "mixtral-8x7b", "v5p:4x4x4", "v5p-128", 1, 4096),
+}  # fmt: skip
+
+
+def figures(module: hlo.Module) -> dict[str, Any]:
+    moved: Counter[str] = Counter()
+    for c in module.collectives:
+        moved[c.kind] += round(c.sent)
+    return {
+        "sent_bytes": sum(moved.values()), "sent_by_kind": dict(moved), "estimated_cycles": module.estimated_cycles,
+        "traffic_bytes": module.traffic, "largest": [vars(b) for b in module.buffers(5)],
+    }  # fmt: skip
+
+
+def ours(name: str, keep: Path) -> dict[str, Any]:
+    model, _, target, _, batch, seq = MODELS[name]
+    t = targets.parse(target)
+    run = config.Run(
+        name=name, model=model, objective=causal.Config(), mesh=config.Mesh(fsdp=-1),
+        train=config.Train(batch_size=batch * t.count, seq_len=seq), execution=config.Execution(remat="full"),
+    )  # fmt: skip
+    try:
+        made = plan.compile_step(run, t)
+    except plan.Refused as refusal:
+        return {"refused": str(refusal)}
+    (keep / f"{name}-ours.txt").write_text(made.executable.as_text())
+    m = made.executable.memory_analysis()
+    return figures(made.module) | {
+        "arguments": m.argument_size_in_bytes, "temporaries": m.temp_size_in_bytes, "seconds": made.seconds,
+        "accessed": made.executable.cost_analysis()["bytes accessed"], "attention": made.notes["attention"],
+        "warnings": made.warnings, "jax": log.environment()["versions"]["jax"],
+    }  # fmt: skip
+
+
+def theirs(name: str, python: str, keep: Path, minutes: float) -> dict[str, Any]:
+    _, model, target, slice_name, batch, seq = MODELS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [python, str(Path(__file__).with_name("aot_maxtext.py")), folder, f"compile_topology={slice_name}",
+             "compile_topology_num_slices=1", f"model_name={model}", f"per_device_batch_size={batch}",
+             f"max_target_length={seq}", "remat_policy=full", "attention=flash", "dataset_type=synthetic",
+             "enable_checkpointing=false", f"base_output_directory={folder}", "run_name=aot", "steps=1"],
+            capture_output=True, text=True, timeout=60 * minutes,
+        )  # fmt: skip
+        made = Path(folder) / "maxtext.json"
+        if not made.exists():
+            return {"refused": done.stderr[-300:]}
+        text = (Path(folder) / "maxtext.txt").read_text()
+        (keep / f"{name}-maxtext.txt").write_text(text)
+        return json.loads(made.read_text()) | figures(hlo.Module(text, {"fsdp": targets.parse(target).count}))
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--models", nargs="+", default=["7b"], choices=MODELS)
+    p.add_argument("--maxtext-python", help="interpreter that has maxtext")
+    p.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()), help="folder for the programs' text")
+    p.add_argument("--minutes", type=float, default=30, help="for each of MaxText's compilations (default 30)")
+    p.add_argument("--save", default="aot_against_maxtext", help="name under results/; - : don't save")
+    a = p.parse_args()
+    found: dict[str, Any] = {}
+    for name in a.models:
+        found[name] = {"ours": ours(name, a.keep)}
+        print(name, "ours", json.dumps(found[name]["ours"]), flush=True)
+        if a.maxtext_python:
+            found[name]["maxtext"] = theirs(name, a.maxtext_python, a.keep, a.minutes)
+            print(name, "maxtext", json.dumps(found[name]["maxtext"]), flush=True)
+    columns = ("arguments", "temporaries", "accessed", "traffic_bytes", "sent_bytes", "estimated_cycles", "seconds")
+    rows = [[name, who] + [one.get(c, float("nan")) / (1e9 if c != "seconds" else 1) for c in columns]
+            for name, both in found.items() for who, one in both.items()]  # fmt: skip
+    heads = ("arguments GB", "temporaries GB", "accessed GB (loops once)", "traffic GB", "sent GB", "Gcycles", "s")
+    print(table(rows, ["model", "", *heads]))
+    if a.save != "-":
+        save(a.save, {"what": __doc__, "machine": machine(), "found": found})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

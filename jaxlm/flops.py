@@ -1,0 +1,48 @@
+"""FLOPs of matrix products that a function runs, counted in its jaxpr: recomputation and loops included."""
+
+import math
+from typing import Any
+
+from jax.extend import core
+
+
+def count(jaxpr: Any) -> float:
+    """Of all devices together. Loops whose length isn't known count once, of branches the dearest."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    return float(sum(_equation(e) for e in jaxpr.eqns))
+
+
+def _equation(e: Any) -> float:
+    name = e.primitive.name
+    if name == "dot_general":
+        (contracted, _), _ = e.params["dimension_numbers"]
+        shape = e.invars[0].aval.shape
+        return 2 * math.prod(e.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+    if name.startswith("ragged_dot"):
+        rows, inner = e.invars[0].aval.shape[-2:]
+        return 2 * rows * inner * e.outvars[0].aval.shape[-1]
+    if "dot_product_attention" in name:
+        batch, queries, heads, width = e.invars[0].aval.shape  # layout BTNH: two products forward, five backward
+        keys = e.invars[1].aval.shape[1]
+        return (10 if "bwd" in name or "backward" in name else 4) * batch * queries * heads * width * keys
+    if name == "pallas_call":
+        estimate = e.params.get("cost_estimate")
+        return float(estimate.flops) if estimate is not None else 0.0
+    inner = [count(j) for value in e.params.values() for j in _jaxprs(value)]
+    if name == "cond":
+        return max(inner, default=0.0)
+    times = 1
+    if name == "scan":
+        times = e.params["length"]
+    elif name == "shard_map":  # written for one device
+        mesh, manual = e.params["mesh"], e.params.get("manual_axes", e.params.get("axis_names"))
+        times = math.prod(n for a, n in mesh.shape.items() if manual is None or a in manual)
+    return times * sum(inner)
+
+
+def _jaxprs(value: Any) -> list[Any]:
+    if isinstance(value, core.ClosedJaxpr | core.Jaxpr):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [j for v in value for j in _jaxprs(v)]
+    return []
