@@ -82,7 +82,7 @@ def shardings(
     )
 
 
-def _moved(opt: Any, space: jax.memory.Space) -> Any:
+def _moved(opt: Any, space: Any) -> Any:
     """Counters stay where they are."""
     return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, opt)
 
