@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from jaxlm import assemble, optim, params, tree
+from jaxlm import assemble, optim, params, pipeline, tree
 from jaxlm.params import Spec
 from jaxlm.targets import Target
 
@@ -138,7 +138,10 @@ class _Step:
         self.tokens = self.rows * run.train.seq_len / self.cuts  # of one micro-batch
         self.flat: dict[str, Spec] = tree.flatten(p.specs, params.is_spec)
         self.stages = sizes.get("stage", 1)
-        self.bubble = (self.stages - 1) / (self.micro + self.stages - 1)
+        self.bubble = 0.0
+        if self.stages > 1:
+            parts = pipeline.micro_batches(p.layout, p.mesh, run.train.batch_size // self.micro)
+            self.bubble = pipeline.bubble(self.stages, parts, run.mesh.rounds)
         self.matrices = {
             path: s for path, s in self.flat.items()
             if s.is_matrix and not path.endswith("bias") and path.rpartition("/")[2] not in LOOKED_UP
@@ -147,10 +150,14 @@ class _Step:
         c: Any = run.model
         self.width, self.layers = c.width, c.layers
         self.heads = p.model.family.attention_width(c) / c.layers / ways(table.get("heads", ()), sizes)
-        self.again = {"full": 1, "dots": 1, "none": 0}[run.execution.remat]  # passes of what isn't a product
+        self.again = 0 if run.execution.remat == "none" else 1  # passes of what isn't a product
+        shared = set(table.get("experts", ())) & set(table.get("batch", ()))
+        self.travel = tuple(a for a in table.get("experts", ()) if a in shared and sizes.get(a, 1) > 1)
 
-    def stored(self, s: Spec) -> float:
-        return math.prod(s.shape) / ways([m for a in s.axes for m in self.p.layout.store.get(a or "", ())], self.sizes)
+    def stored(self, s: Spec, moments: bool = False) -> float:
+        """Elements of a weight that rest on one device, or of what the optimizer keeps of it."""
+        table = self.p.layout.moments if moments else self.p.layout.store
+        return math.prod(s.shape) / ways([m for a in s.axes for m in table.get(a or "", ())], self.sizes)
 
     def used(self, s: Spec) -> float:
         """Elements of a weight on one device while it is multiplied with."""
@@ -161,14 +168,18 @@ class _Step:
         """Mesh axes that a weight rests over but isn't used over."""
         out: list[str] = []
         for a in s.axes:
+            if a == "layers":  # each stage uses its own
+                continue
             use = self.p.layout.compute.get(a or "", ())
             out += [m for m in self.p.layout.store.get(a or "", ()) if m not in use and self.sizes.get(m, 1) > 1]
         return tuple(out)
 
     def met(self, s: Spec) -> float:
-        """Share of a weight that one token is multiplied with."""
+        """Share of a weight that one token is multiplied with; tokens that travel here count as this device's."""
         moe = getattr(self.p.run.model, "moe", None)
-        return moe.top_k / moe.experts if moe is not None and "experts" in s.axes else 1.0
+        if moe is None or "experts" not in s.axes:
+            return 1.0
+        return moe.top_k / moe.experts * ways(self.travel, self.sizes)
 
     def outputs(self, s: Spec) -> float:
         """Elements that one token's products with the layers' matrix of a name have on this device."""
@@ -186,7 +197,7 @@ class _Step:
         numbers = optim.matrix_dimensions(s)
         cut = [m for i in numbers.reduction_axis for m in self.p.layout.compute.get(s.axes[i] or "", ())]
         if "experts" in s.axes and s.axes[-1] == "embed":
-            cut += self.p.layout.compute.get("experts", ())
+            cut += [m for m in self.p.layout.compute.get("experts", ()) if m not in self.travel]
         return tuple(m for m in cut if self.sizes.get(m, 1) > 1)
 
     def pairs(self) -> float:
@@ -233,7 +244,9 @@ class _Step:
     def _moments(self) -> dict[str, float]:
         """Bytes of the optimizer's state by weight."""
         shapes, _ = tree.partition(params.abstract(self.p.specs), self.p.optimizer.trainable)
-        parts = tree.map_named(lambda path, x: math.prod(x.shape) / max(1.0, self.stored(self.flat[path])), shapes)
+        parts = tree.map_named(
+            lambda path, x: math.prod(x.shape) / max(1.0, self.stored(self.flat[path], moments=True)), shapes
+        )
         made = jax.eval_shape(self.p.optimizer.tx.init, shapes)
         homes = optim.state_shardings(self.p.optimizer.tx, shapes, parts, 1.0)
         out: dict[str, float] = {}
@@ -253,7 +266,9 @@ class _Step:
         deep = self.layers / self.stages
         width = self.width * deep
         everything = 6 * width + 2 * outputs
-        kept = self.bytes * {"full": width, "dots": width + outputs, "none": everything}[remat]
+        heads = self.heads * self.layers / self.stages
+        named = {"attention": width + heads, "qkv": width + 4 * heads}  # what these keep besides a block's input
+        kept = self.bytes * ({"full": width, "dots": width + outputs, "none": everything} | named)[remat]
         # A layer's activations and their gradients, and the weights of two layers: one is gathered ahead.
         block = self.tokens * 2 * self.bytes * everything / deep
         block += 2 * self.bytes * sum(self.used(s) / self._stages(s) for s in self.layered.values()) / deep
@@ -268,7 +283,7 @@ class _Step:
         return {
             "parameters": rest, "optimizer state": sum(self._moments().values()) + ema,
             "gradients": grads * (2 if self.micro > 1 else 1),
-            "activations": self.tokens * kept * min(self.micro, self.stages), "working memory": max(block, loss),
+            "activations": self.tokens * kept, "working memory": max(block, loss),
         }  # fmt: skip
 
     def flows(self) -> list[Flow]:
@@ -298,6 +313,9 @@ class _Step:
         for s in self.layered.values():
             if axes := self.summed(s):  # forward, forward again, and backward what the block's first products give
                 add("activations", "all-reduce", axes, (2 + again) * self.depth(s) * each, hidden(axes, self.target))
+            if "experts" in s.axes and s.axes[-1] == "embed":  # to the experts and back, forward and backward
+                pairs = self.p.run.model.moe.top_k * each
+                add("tokens", "all-to-all", self.travel, 2 * (2 + again) * self.depth(s) * pairs, False)
         seq = tuple(a for a in self.p.layout.compute.get("seq", ()) if self.sizes.get(a, 1) > 1)
         if seq:
             kv = sum(self.outputs(s) for s in self.layered.values() if "kv" in s.axes)

@@ -58,8 +58,10 @@ def arranged(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray | N
     return np.block(blocks.reshape(tuple(outer.values())).tolist())
 
 
-def told(mesh: jax.sharding.Mesh) -> str:
-    """Which axes cross slices, in words; nothing where there is one."""
+def told(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> str:
+    """Which axes cross slices, in words; nothing where there is one, or where no device is named."""
+    if isinstance(mesh, jax.sharding.AbstractMesh):
+        return ""
     n = len({slice_of(d) for d in mesh.devices.flat})
     crossing = " × ".join(f"{a} {k}" for a, k in across(mesh.shape, n).items() if k > 1)
     return f"{n}; {crossing} between them" if n > 1 else ""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -102,7 +103,8 @@ def test_the_first_differing_field_is_named_with_who_has_what(crew):
     assert len(three.errors) == 3
     for error in three.errors.values():
         assert isinstance(error, ValueError)
-        assert "optim.lr is 0.1 on process 0 (" in str(error) and "and 0.2 on process 2 (" in str(error)
+        # whoever of the first two came before process 2
+        assert re.search(r"optim\.lr is 0\.1 on process [01] \(.*and 0\.2 on process 2 \(", str(error))
         assert "(and 1 fields more)" in str(error)
 
 
@@ -177,8 +179,12 @@ def test_a_death_is_the_reason_where_failures_follow_from_it(crew):
 def test_barriers_let_all_pass_and_name_who_is_late(crew):
     three = crew(3)
 
+    def wait(i: int, place: str, seconds: float) -> None:
+        with contextlib.suppress(ProcessError):  # long after this test, of those who wait in vain
+            three.rolls[i].barrier(place, seconds)
+
     def together(place: str, seconds: float, who) -> list[threading.Thread]:
-        threads = [threading.Thread(target=three.rolls[i].barrier, args=(place, seconds), daemon=True) for i in who]
+        threads = [threading.Thread(target=wait, args=(i, place, seconds), daemon=True) for i in who]
         for thread in threads:
             thread.start()
         return threads
