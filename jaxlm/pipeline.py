@@ -187,6 +187,11 @@ def _on_stages(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(AXIS, *[P.UNCONSTRAINED] * (x.ndim - 1)))
 
 
+def _numbers() -> jax.Array:
+    """`[S]`: each stage's own. Beside axes that are left to the partitioner `axis_index` doesn't always compile."""
+    return _on_stages(jnp.arange(stages(), dtype=jnp.int32))
+
+
 def _every(x: jax.Array) -> jax.Array:
     """`[S, …]`: a copy for each stage, which every device holds anyway."""
     return _each(lambda x: jax.lax.pcast(x[None], (AXIS,), to="varying"), x, P(), P(AXIS))
@@ -218,11 +223,11 @@ def _of_round(tree: Any, t: jax.Array, M: int, R: int) -> Any:
         return jax.tree.map(lambda w: w[:, 0], tree)
 
     def mine(both: Any) -> Any:
-        w, t = both
-        r = jnp.clip((t[0] - jax.lax.axis_index(AXIS)) // M, 0, R - 1)
+        w, t, s = both
+        r = jnp.clip((t[0] - s[0]) // M, 0, R - 1)
         return jax.lax.dynamic_index_in_dim(w, r, 1, keepdims=False)
 
-    return jax.tree.map(lambda w: _each(mine, (w, _every(t)), P(AXIS), P(AXIS)), tree)
+    return jax.tree.map(lambda w: _each(mine, (w, _every(t), _numbers()), P(AXIS), P(AXIS)), tree)
 
 
 def _dealt(w: jax.Array, S: int, R: int, n: int, moved: bool = True) -> jax.Array:
@@ -237,8 +242,8 @@ def _dealt(w: jax.Array, S: int, R: int, n: int, moved: bool = True) -> jax.Arra
         return jnp.swapaxes(w.reshape(R, S, n, *w.shape[1:]), 0, 1)
     moves = permutations(S, R)
 
-    def deal(w: jax.Array) -> jax.Array:
-        s = jax.lax.axis_index(AXIS)
+    def deal(both: Any) -> jax.Array:
+        w, (s,) = both
         own = w.reshape(R, n, *w.shape[1:])
         out = jnp.zeros_like(own)
         for pairs, given, taken in moves:
@@ -248,7 +253,7 @@ def _dealt(w: jax.Array, S: int, R: int, n: int, moved: bool = True) -> jax.Arra
             )
         return out[None]
 
-    return _each(deal, w, P(AXIS), P(AXIS))
+    return _each(deal, (w, _numbers()), P(AXIS), P(AXIS))
 
 
 def permutations(S: int, R: int) -> list[tuple[list[tuple[int, int]], np.ndarray, np.ndarray]]:
