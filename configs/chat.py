@@ -5,7 +5,7 @@ jaxlm eval runs/chat --metric number --tokens 256        # GSM8K: the last numbe
 
 Conversations are `messages`, pairs of `prompt` and `completion`, and what else `data/conversations.py` reads, such as
 GSM8K's `question` and `answer`. In a few minutes on a CPU, for summaries: --train.steps 12 --train.batch-size 2
---train.seq-len 384 --optim.warmup 2 --optim.lr 1e-4 --execution.dtype float32; in twenty, for short problems of GSM8K:
+--train.seq-len 384 --optim.warmup 2 --optim.lr 1e-4 --execution.dtype float32; in more, for short problems of GSM8K:
 --train.steps 120 --train.batch-size 4 --train.seq-len 256 --optim.warmup 10 --optim.lr 1e-4 --execution.dtype float32
 """
 
