@@ -162,7 +162,7 @@ def ring(
 
 def _local(p: Plan, every: tuple[str, ...], x: Arrays) -> jax.Array:
     """One device's positions."""
-    x = _vary(x, every)
+    x = pipeline.vary(x, every)
     if p.parts == 2:
         x = {name: a if name == "sinks" else _swap(p, a, 2 if name == "bias" else 1) for name, a in x.items()}
     B, T, H, C = x["q"].shape
@@ -184,18 +184,6 @@ def _local(p: Plan, every: tuple[str, ...], x: Arrays) -> jax.Array:
     o_PBKGAW = _attend(p, every, floats, whole)
     o_BTHW = o_PBKGAW.transpose(1, 0, 4, 2, 3, 5).reshape(B, T, H, -1)
     return _swap(p, o_BTHW, 1, back=True) if p.parts == 2 else o_BTHW
-
-
-def _vary(tree: Any, axes: tuple[str, ...]) -> Any:
-    """Tell shard_map that these differ between devices from here on; their gradients are then added up."""
-    if not pipeline.types_checked():
-        return tree
-
-    def one(x: jax.Array) -> jax.Array:
-        missing = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying)
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(one, tree)
 
 
 def _swap(p: Plan, x: jax.Array, axis: int, back: bool = False) -> jax.Array:
@@ -359,7 +347,7 @@ def _forward(p: Plan, every: tuple[str, ...], x: Arrays, whole: Arrays) -> tuple
 
     shape = x["q"].shape[:-1]
     zero = jnp.zeros((*shape, x["v"].shape[-1]), jnp.float32), jnp.full(shape, NOTHING, jnp.float32)
-    _, (o_PBKGAW, log_PBKGA) = _around(p, kv, (), _vary(zero, every), step)
+    _, (o_PBKGAW, log_PBKGA) = _around(p, kv, (), pipeline.vary(zero, every), step)
     if "sinks" in x:  # one more score without a value
         total = jnp.logaddexp(log_PBKGA, x["sinks"].astype(jnp.float32)[None, None, :, :, None])
         o_PBKGAW, log_PBKGA = o_PBKGAW * jnp.exp(log_PBKGA - total)[..., None], total
@@ -398,7 +386,7 @@ def _backward(p: Plan, every: tuple[str, ...], kept: Any, do_PBKGAW: jax.Array) 
                 stay = stay | dict(bias=_put(stay["bias"], a, moved))
         return along, stay
 
-    zeros = {n: _vary(jnp.zeros(x[n].shape, jnp.float32), every) for n in ("q", "k", "v", "bias") if n in x}
+    zeros = {n: pipeline.vary(jnp.zeros(x[n].shape, jnp.float32), every) for n in ("q", "k", "v", "bias") if n in x}
     along, stay = _around(p, kv, {n: zeros[n] for n in "kv"}, {n: g for n, g in zeros.items() if n not in "kv"}, step)
     out = along | stay
     if "sinks" in x:

@@ -223,18 +223,6 @@ def _sum(x: Any, axes: tuple[str, ...]) -> Any:
     return jax.lax.psum(x, axes) if axes else x
 
 
-def _vary(tree: Any, axes: tuple[str, ...]) -> Any:
-    """Tell shard_map that from here on these differ between devices; their gradients are then added up."""
-    if not pipeline.types_checked():
-        return tree
-
-    def one(x: jax.Array) -> jax.Array:
-        missing = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying)
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(one, tree)
-
-
 def _local(
     p: dict, x_BTD: jax.Array, real_BT: jax.Array, *, c: Moe, act: Gated, axes: _Axes, scatters: bool = False
 ) -> tuple[Any, Tally]:
@@ -253,7 +241,7 @@ def _local(
     tally = _tally(c, logits_BTE, scores_BTE, chosen_BTK, real_BT, bias_E, kept_BTK, axes.seq)
 
     every = tuple(dict.fromkeys(axes.batch + axes.seq + axes.experts + axes.ffn))
-    w, x_ND, weights_NK, chosen_NK = _vary(
+    w, x_ND, weights_NK, chosen_NK = pipeline.vary(
         (p["experts"], *(a.reshape(B * T, -1) for a in (x_BTD, weights_BTK, chosen_BTK))), every
     )
     if "down_bias" in w and axes.ffn:  # once, though every part of the width gives a part of the sum
@@ -448,4 +436,4 @@ def _cut(x_PD: jax.Array, g: jax.Array, size: int) -> jax.Array:
 
 
 def _zeros(x: jax.Array, dtype: Any = None) -> jax.Array:
-    return _vary(jnp.zeros(x.shape, dtype or x.dtype), tuple(jax.typeof(x).manual_axis_type.varying))
+    return pipeline.vary(jnp.zeros(x.shape, dtype or x.dtype), tuple(jax.typeof(x).manual_axis_type.varying))

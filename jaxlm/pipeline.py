@@ -33,6 +33,18 @@ def types_checked() -> bool:
     return stages() == 1
 
 
+def vary(x: Any, axes: tuple[str, ...]) -> Any:
+    """Tell shard_map that these differ between devices from here on; their gradients are then added up."""
+    if not types_checked():
+        return x
+
+    def one(a: jax.Array) -> jax.Array:
+        missing = tuple(m for m in axes if m not in jax.typeof(a).manual_axis_type.varying)
+        return jax.lax.pcast(a, missing, to="varying") if missing else a
+
+    return jax.tree.map(one, x)
+
+
 def micro_batches(shard: Layout, mesh: Any, rows: int) -> int:
     """How many parts a pass's rows are cut into: as asked, or up to twice as many as stages."""
     S, R, asked = mesh.shape[AXIS], shard.mesh.rounds, shard.mesh.pipeline_micro
