@@ -106,8 +106,6 @@ MESHES = {
     "rounds x fsdp x tensor": config.Mesh(stage=2, rounds=2, fsdp=2, tensor=2, axis_type="explicit", pipeline_micro=2),
 }
 QUICK = [
-    ("llama", "stage x fsdp"),
-    ("llama", "stage x ring x data"),
     ("llama", "rounds x fsdp x tensor"),
     ("bert", "stage x fsdp x tensor"),
     ("t5", "stage x ring x data"),

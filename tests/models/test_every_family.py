@@ -36,7 +36,7 @@ def cases() -> list[str]:
 
 CASES = cases()
 # One of each kind runs its layers in every way by default; the others are slow tests.
-USUAL = ("gemma2", "mixtral", "deepseek_v3", "modernbert", "t5")
+USUAL = ("gemma2", "mixtral", "modernbert", "t5")
 EACH = [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 GENERATING = [name for name in CASES if ROWS[name].inputs not in ("encoder", "types")]
 
