@@ -251,8 +251,8 @@ def program(run: config.Run, tokens: Any) -> Program:
     layout.check_sharded(specs, mesh, run.mesh.replicated, LARGE)
     parts = layout.ways("seq", mesh)
     implementation, why = attention.choose(
-        run.execution.attention, Mask(family.generates), False, None, run.execution.dtype,
-        split=run.mesh.context_by if parts > 1 else "",
+        run.execution.attention, Mask(family.generates, common=adapter.common), False, None, run.execution.dtype,
+        split=run.mesh.context_by if parts > 1 else "", lengths=(run.train.seq_len, run.train.seq_len),
     )  # fmt: skip
     on = sharding.devices()
     notes = {

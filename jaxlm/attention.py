@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxlm import context
+from jaxlm import context, splash
 from jaxlm.sharding import Layout, platform
 
 EVERYONE = 1 << 30  # a segment whose keys all other segments see too
@@ -163,43 +163,39 @@ def unavailable(
     sinks: bool = False,
     widths: tuple[int, int] = (0, 0),
     split: str = "",
+    lengths: tuple[int, int] = (0, 0),
 ) -> str | None:
-    """Why an implementation can't answer this request here, or None if it can. `split`: how rows are split, if so."""
+    """Why an implementation can't answer this request here, or None if it can. `widths` and `lengths`: of keys and
+    values, and of queries and keys, where they are known; `split`: how rows are split, if so."""
     if implementation == "xla":
         return None
-    if platform() != "gpu":
-        return f"needs an NVIDIA GPU, and this program runs on {platform()}"
-    if dtype != "bfloat16":
-        return f"computes in bfloat16, not {dtype}; set execution.dtype=bfloat16"
+    needs, which = {"cudnn": ("gpu", "an NVIDIA GPU"), "splash": ("tpu", "a TPU")}[implementation]
+    if platform() != needs:
+        return f"needs {which}, and this program runs on {platform()}"
     if split not in ("", "heads"):
         return f"takes whole rows, which mesh.context_by={split} does not give it; set mesh.context_by=heads"
-    if softcap is not None:
-        return "has no soft cap"
-    if sinks:
-        return "has no attention sinks"
     if widths[0] != widths[1]:
         return f"has one width for keys and values, not {widths[0]} and {widths[1]}"
-    return None
+    if implementation == "splash":
+        return splash.lacks(mask, bias, lengths)
+    if dtype != "bfloat16":
+        return f"computes in bfloat16, not {dtype}; set execution.dtype=bfloat16"
+    if softcap is not None:
+        return "has no soft cap"
+    return "has no attention sinks" if sinks else None
 
 
-def choose(
-    implementation: str,
-    mask: Mask,
-    bias: bool,
-    softcap: float | None,
-    dtype: str,
-    sinks: bool = False,
-    widths: tuple[int, int] = (0, 0),
-    split: str = "",
-) -> tuple[str, str]:
-    """The implementation for a request and the reason. One that was asked for by name and can't run is an error."""
+def choose(implementation: str, *request: Any, **more: Any) -> tuple[str, str]:
+    """The implementation for a request (as `unavailable` takes it) and the reason. One that was asked for by name and
+    can't run is an error."""
     if implementation != "auto":
-        why = unavailable(implementation, mask, bias, softcap, dtype, sinks, widths, split)
+        why = unavailable(implementation, *request, **more)
         if why:
             raise ValueError(f"execution.attention: {implementation} {why}; use auto or xla")
         return implementation, "asked for by execution.attention"
-    why = unavailable("cudnn", mask, bias, softcap, dtype, sinks, widths, split)
-    return ("cudnn", "fused kernel of this GPU") if why is None else ("xla", f"cudnn {why}")
+    fused, of = ("splash", "TPU") if platform() == "tpu" else ("cudnn", "GPU")
+    why = unavailable(fused, *request, **more)
+    return (fused, f"fused kernel of this {of}") if why is None else ("xla", f"{fused} {why}")
 
 
 def attend(
@@ -224,7 +220,8 @@ def attend(
     if mask.at_T is None:
         asked, dtype, bias = shard.execution.attention, shard.execution.dtype, bias_BHTS is not None
         widths = k_BSKC.shape[-1], v_BSKC.shape[-1]
-        name, _ = choose(asked, mask, bias, softcap, dtype, sinks_H is not None, widths, split)
+        lengths = q_BTHC.shape[1], k_BSKC.shape[1]
+        name, _ = choose(asked, mask, bias, softcap, dtype, sinks_H is not None, widths, split, lengths)
     else:  # a few queries against a cache: bound by reading it, whatever the kernel
         name = "xla"
     if split == "ring":
@@ -245,8 +242,12 @@ def attend(
     names = ("segments_BS", "prefix_BS") + (("segments_BT",) if inner is not shard else ())
     whole: dict[str, Any] = {n: inner(x, "batch", None) for n in names if (x := getattr(mask, n)) is not None}
     mask = dataclasses.replace(mask, **whole)
-    run: Any = {"xla": partial(_xla, whole=context.ways(inner) == 1), "cudnn": _cudnn}[name]
-    return shard(run(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_BHTS, sinks_H), "batch", "seq", "heads", None)
+    if name == "splash":
+        o_BTHC = splash.attend(q_BTHC, k_BSKC, v_BSKC, mask, shard=inner, scale=scale, softcap=softcap, sinks_H=sinks_H)
+    else:
+        run: Any = {"xla": partial(_xla, whole=context.ways(inner) == 1), "cudnn": _cudnn}[name]
+        o_BTHC = run(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_BHTS, sinks_H)
+    return shard(o_BTHC, "batch", "seq", "heads", None)
 
 
 def _cudnn(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_BHTS, sinks_H):

@@ -225,7 +225,8 @@ class Execution:
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of matrix products and activations. Weights, norms, softmax and losses stay in float32."""
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """auto: the fused kernel where it can (cudnn on GPUs, splash on TPUs), else xla."""
     remat: Literal["none", "dots", "attention", "qkv", "full"] = "none"
     """Activations recomputed in the backward pass: none, all but matrix products, all but attention's (its result and
     the products around it, not the mlp's wide ones), all but queries, keys and values, or all of each block."""

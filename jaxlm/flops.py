@@ -27,7 +27,9 @@ def _equation(e: Any) -> float:
         return (10 if "bwd" in name or "backward" in name else 4) * batch * queries * heads * width * keys
     if name == "pallas_call":
         estimate = e.params.get("cost_estimate")
-        return float(estimate.flops) if estimate is not None else 0.0
+        if estimate is not None:
+            return float(estimate.flops)
+        return math.prod(e.params["grid_mapping"].grid) * count(e.params["jaxpr"])  # blocks that it skips included
     inner = [count(j) for value in e.params.values() for j in _jaxprs(value)]
     if name == "cond":
         return max(inner, default=0.0)

@@ -93,7 +93,7 @@ def hidden(axes: tuple[str, ...], t: Target) -> bool:
 
 
 def cost(p: assemble.Program, t: Target, attention: str | None = None) -> Cost:
-    """`attention`: flash (a fused kernel that skips what causality hides), cudnn, xla; None: what the program takes."""
+    """`attention`: flash or splash (fused kernels that skip what causality hides), cudnn, xla; None: the program's."""
     sizes = dict(p.mesh.shape) if p.mesh is not None else {}
     shape = _Step(p, sizes, attention or p.notes["attention"].split(" ", 1)[0], t)
     found = Cost(
@@ -205,7 +205,7 @@ class _Step:
         seq, causal = self.p.run.train.seq_len, self.p.model.family.kind == "decoder"
         if self.attention == "cudnn" or not causal:  # segments make cuDNN's mask a dense one: nothing is skipped
             return float(seq)
-        return seq / 2 if self.attention == "flash" else seq * (17 / 32 if self.cuts == 1 else 1.0)
+        return seq / 2 if self.attention in ("flash", "splash") else seq * (17 / 32 if self.cuts == 1 else 1.0)
 
     def flops(self) -> float:
         full = self.p.run.execution.remat == "full"

@@ -1,12 +1,15 @@
 """One answer for every mask, however it is computed; a request that can't be met is an error, never a quiet change."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import attention, config, sharding
+from jaxlm import attention, config, peft, sharding, splash
 from jaxlm.attention import KEEP_SCORES, Mask, attend, choose
+from jaxlm.models import llama
 
 LAYOUT = sharding.Layout(execution=config.Execution(dtype="float32"))
 
@@ -193,3 +196,72 @@ def test_a_kernel_that_takes_whole_rows_gets_them_by_heads_alone(monkeypatch):
         assert choose("auto", Mask(True), False, None, "bfloat16", split=by)[0] == "xla"
         with pytest.raises(ValueError, match=rf"cudnn takes whole rows, which mesh\.context_by={by} does not give it"):
             choose("cudnn", Mask(True), False, None, "bfloat16", split=by)
+
+
+# ------------------------------------------------------------------------------------------ the fused kernel of TPUs
+
+
+@pytest.fixture
+def on_a_tpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(splash, "INTERPRET", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "softcap", "sinks"),
+    [
+        ("causal documents", {}, None, False),
+        ("all", {"fsdp": 2, "tensor": 2}, 5.0, False),
+        ("causal window documents", {"tensor": 2, "axis_type": "explicit"}, None, True),
+    ],
+)
+def test_splash_equals_plain_attention(on_a_tpu, name, sizes, softcap, sinks):
+    causal, window, documents = MASKS[name]
+    T = 256
+    seg = segments(T, 4) if documents else None
+    mask, x = Mask(causal, window, seg, seg), inputs(T, C=128, B=4)
+    pull = np.random.default_rng(2).standard_normal(x[0].shape).astype(np.float32)
+    given = (*x, np.linspace(-1, 1, 4, dtype=np.float32)) if sinks else x
+    mesh = sharding.make_mesh(config.Mesh(**sizes)) if sizes else None
+
+    def run(which: str):
+        layout = sharding.Layout(execution=config.Execution(dtype="float32", attention=which))
+
+        def both(*given):
+            more = dict(sinks_H=given[3]) if sinks else {}
+            out, back = jax.vjp(lambda *x: attend(*x[:3], mask, shard=layout, softcap=softcap, **more), *given)
+            return out, back(jnp.asarray(pull))
+
+        with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+            return jax.jit(both)(*given)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), run("splash"), run("xla"))
+
+
+@pytest.mark.parametrize(
+    ("mask", "request_", "message"),
+    [
+        (Mask(True), dict(bias=True), "splash has no bias on scores"),
+        (Mask(True, prefix_BS=np.ones((1, 128), bool)), {}, "splash has no keys that all queries see"),
+        (Mask(True), dict(lengths=(128, 200)), "splash takes rows of multiples of 128 positions, not 200"),
+        (Mask(True), dict(widths=(192, 128)), "splash has one width for keys and values, not 192 and 128"),
+    ],
+)
+def test_what_splash_cannot_do(monkeypatch, mask, request_, message):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert choose("auto", Mask(True), False, 30.0, "float32", True) == ("splash", "fused kernel of this TPU")
+    plain = dict(bias=False, softcap=None, dtype="bfloat16") | request_
+    assert choose("auto", mask, **plain) == ("xla", message)
+    with pytest.raises(ValueError, match=f"execution.attention: {message}; use auto or xla"):
+        choose("splash", mask, **plain)
+
+
+def test_virtual_tokens_that_every_segment_sees_are_not_for_splash(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    c = llama.Config(vocab=8, layers=1, width=8, heads=1, kv_heads=1, head_width=8, ffn=8)
+    for method, then in (("prompt", "xla"), ("lora", "auto")):
+        adapted = peft.Adapted(config.Adapter(method=method), llama, c)
+        assert adapted.layout(LAYOUT).execution.attention == then
+    asked = sharding.Layout(execution=config.Execution(attention="splash"))
+    with pytest.raises(ValueError, match=r"splash has no keys that all queries see \(adapter.method=prompt\)"):
+        peft.Adapted(config.Adapter(method="prompt"), llama, c).layout(asked)

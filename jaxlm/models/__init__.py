@@ -58,9 +58,10 @@ class Model:
         return params if self.adapter is None else self.adapter.bind(params, key)
 
     def forward(self, params: Any, batch: dict, *, key: jax.Array | None = None, cache: Cache | None = None) -> Output:
-        call = partial(self.family.forward, self.config, self.specs, shard=self.shard, cache=cache)
+        shard = self.shard if self.adapter is None else self.adapter.layout(self.shard)
+        call = partial(self.family.forward, self.config, self.specs, shard=shard, cache=cache)
         if cache is None:
-            call = partial(self.family.forward, self.config, self.specs, shard=self.shard)
+            call = partial(self.family.forward, self.config, self.specs, shard=shard)
         if self.adapter is None:
             return call(params, batch, key=key)
         own, key = (None, None) if key is None else jax.random.split(key)

@@ -30,7 +30,7 @@ from jaxlm.layers import Output
 from jaxlm.params import is_spec, stacked
 from jaxlm.peft import adalora, bottleneck, ia3, low_rank, prefix, prompt
 from jaxlm.peft.sites import Site, chosen, matrices
-from jaxlm.sharding import Layout
+from jaxlm.sharding import Layout, platform
 
 METHODS: dict[str, ModuleType] = {
     **dict.fromkeys(("lora", "dora", "pissa", "adalora", "vera"), low_rank),
@@ -73,6 +73,11 @@ class Adapted:
     def places(self) -> int:
         """Virtual tokens before each row."""
         return self.c.tokens if self.c.method in PROMPTS else 0
+
+    @property
+    def common(self) -> int:
+        """Keys that every query of a row sees, whatever its segment."""
+        return self.c.tokens if self.c.method in (*PROMPTS, "prefix") else 0
 
     def specs(self) -> dict[str, Any]:
         """All weights as they rest: the model's, and the adapter's."""
@@ -187,6 +192,18 @@ class Adapted:
         if self.places:
             out["embed"] = prompt.Prompted(out["embed"], prompt.rows(own["prompt"]))
         return out
+
+    def layout(self, shard: Layout) -> Layout:
+        """For the model's own blocks. Virtual tokens that every segment of a row sees are no mask of splash's."""
+        asked = shard.execution.attention
+        if not self.places or self.family.kind != "decoder" or asked in ("xla", "cudnn") or platform() != "tpu":
+            return shard
+        if asked == "splash":
+            raise ValueError(
+                f"execution.attention: splash has no keys that all queries see (adapter.method={self.c.method}); "
+                "use auto or xla"
+            )
+        return dataclasses.replace(shard, execution=dataclasses.replace(shard.execution, attention="xla"))
 
     def read(self, batch: dict, cache: Any, shard: Layout) -> dict:
         """The batch with virtual tokens before its rows: an encoder-decoder's before the source."""
