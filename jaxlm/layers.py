@@ -107,13 +107,27 @@ def embed(table_VD: Any, ids_BT: jax.Array, shard: Layout, rows: str | None = "v
     if hasattr(table_VD, "virtual"):
         x_BTD = embed(table_VD.base, jnp.minimum(ids_BT, table_VD.shape[0] - 1), shard, rows)
         return table_VD.virtual(x_BTD, ids_BT, shard)
-    table_VD = shard(table_VD, rows, None)
+    cut = _by_width(shard, table_VD.shape[1])
+    table_VD, ids_BT = cut(table_VD, rows, "width"), cut(ids_BT, "batch", "seq")
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.are_all_axes_explicit:
-        x_BTD = table_VD.at[ids_BT].get(out_sharding=shard.spec(("batch", "stream", None)))
+        x_BTD = table_VD.at[ids_BT].get(out_sharding=cut.spec(("batch", "stream", "width")))
     else:
-        x_BTD = shard(jnp.take(table_VD, ids_BT, axis=0), "batch", "stream", None)
-    return x_BTD.astype(shard.dtype)
+        x_BTD = cut(jnp.take(table_VD, ids_BT, axis=0), "batch", "stream", "width")
+    return shard(x_BTD.astype(shard.dtype), "batch", "stream", None)
+
+
+def _by_width(shard: Layout, width: int) -> Layout:
+    """Where the devices that share a table cut it by its width, a layout in which each looks its part of the width up
+    for the batch rows of all of them: an all-to-all of the results then stands for gathering the table, and the table's
+    gradient is never whole on any device."""
+    mesh, batch, stored = jax.sharding.get_abstract_mesh(), shard.over("batch"), shard.over("embed", shard.store)
+    if mesh.empty or not set(stored) & set(batch):
+        return shard
+    first = min(batch.index(a) for a in stored if a in batch)
+    if not set(stored) <= set(batch) or width % math.prod(mesh.shape[a] for a in batch[first:]):
+        return shard
+    return dataclasses.replace(shard, compute={**shard.compute, "batch": batch[:first], "width": batch[first:]})
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
