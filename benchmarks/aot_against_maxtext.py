@@ -8,6 +8,7 @@ without it ours alone is compiled. Ours needs `pip install libtpu`. One compilat
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -74,6 +75,8 @@ def theirs(name: str, python: str, keep: Path, minutes: float) -> dict[str, Any]
              f"max_target_length={seq}", "remat_policy=full", "attention=flash", "dataset_type=synthetic",
              "enable_checkpointing=false", f"base_output_directory={folder}", "run_name=aot", "steps=1"],
             capture_output=True, text=True, timeout=60 * minutes,
+            # Not the packages of another Python; and libtpu is at work here already.
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
         )  # fmt: skip
         made = Path(folder) / "maxtext.json"
         if not made.exists():

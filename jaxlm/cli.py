@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxlm import processes
+
 # What a command takes a model from.
 MODEL = (
     "a run directory, a Hugging Face directory, hf:OWNER/NAME, or a .gguf file; MODEL+ADAPTER puts an adapter of "
@@ -25,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(arguments)
     if rest and not args.overrides:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    processes.enough_threads()
     try:
         return args.run(args, rest)
     except KeyboardInterrupt:
@@ -41,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _failed(line: str, status: int, error: BaseException | None = None) -> int:
     """Say why, by a traceback where `error` is given; in a run of several processes to all of them, and leave."""
     status = 1 if error else status
-    processes = sys.modules.get("jaxlm.processes")  # else it was never started
-    if processes is not None and processes.joined():
+    if processes.joined():
         if error:
             traceback.print_exception(error)
         processes.failed(line.removeprefix("jaxlm: "), status)
@@ -284,7 +286,7 @@ def _value(args: list[str], flag: str) -> str | None:
 
 def _start(args: argparse.Namespace, run: Any = None) -> None:
     """Join the other processes, if there are any: all must have been started with the same run, or arguments."""
-    from jaxlm import config, processes
+    from jaxlm import config
 
     processes.start(vars(args) | {"run": None} if run is None else config.flatten(run))
 

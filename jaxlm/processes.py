@@ -6,6 +6,7 @@ the roll (see `rollcall`), then start `jax.distributed`; else nothing happens, a
 
 import atexit
 import os
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -13,7 +14,21 @@ from typing import Any, NoReturn
 from jaxlm import clusters, rollcall
 from jaxlm.rollcall import ProcessError
 
-__all__ = ["ProcessError", "barrier", "behind", "exit_with", "failed", "joined", "last_words", "start", "step", "told"]
+__all__ = [
+    "ProcessError",
+    "barrier",
+    "behind",
+    "enough_threads",
+    "exit_with",
+    "failed",
+    "joined",
+    "last_words",
+    "start",
+    "step",
+    "told",
+]
+
+THREADS = 64
 
 _place = clusters.Place("")
 _roll: rollcall.Roll | None = None
@@ -31,6 +46,7 @@ def start(agreed: Mapping[str, Any] | None = None) -> None:
     _place = clusters.find(os.environ, seconds)
     if _place.count == 1 or _roll is not None:
         return
+    enough_threads(several=True)
     import jax
 
     import jaxlm
@@ -42,6 +58,18 @@ def start(agreed: Mapping[str, Any] | None = None) -> None:
         _place.address, _place.count, _place.index, devices, "deactivate", initialization_timeout=max(60, int(seconds))
     )
     atexit.register(_roll.leave)  # before JAX's own farewell, which was registered earlier
+
+
+def enough_threads(several: bool = False) -> None:
+    """Before JAX looks at a CPU that it takes for several devices, or whose processes meet others.
+
+    A device waits for the others on a thread of XLA's, of which it makes one for each device or core. Two sums that a
+    program may run in either order can then hold all threads and wait for each other (seen with eight devices on two
+    busy cores). XLA reads their number from `NPROC`; a number that is set already stays.
+    """
+    forced = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if several or (forced and int(forced[1]) > 1):
+        os.environ.setdefault("NPROC", str(max(THREADS, 8 * int(forced[1]) if forced else 0)))
 
 
 def _seconds() -> float:

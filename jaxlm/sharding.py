@@ -5,6 +5,7 @@ import contextvars
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -134,6 +135,19 @@ def _manual() -> bool:
     return any(t == AxisType.Manual for t in jax.sharding.get_abstract_mesh().axis_types)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(w: jax.Array, used: P, rests: P) -> jax.Array:
+    """A weight as it is `used`. Its gradient is asked for as the weight `rests`: the constraint's own transpose would
+    ask for it whole, and compilers for TPUs then sum it whole on every device before each cuts its part."""
+    return jax.lax.with_sharding_constraint(w, used)
+
+
+_gathered.defvjp(
+    lambda w, used, rests: (_gathered(w, used, rests), None),
+    lambda used, rests, _, g: (jax.lax.with_sharding_constraint(g, rests),),
+)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Logical axis → mesh axes. `store` is how weights rest, `compute` how a block uses them, `moments` how the
@@ -221,7 +235,12 @@ class Layout:
         """Weights as a block uses them: cast to the compute dtype, then gathered over the axes that only store."""
 
         def one(w: Any, s: Spec) -> Any:
-            return w.gathered(s, self) if own_einsum(w) else self(w.astype(self.dtype), *s.axes[-w.ndim :])
+            if own_einsum(w):
+                return w.gathered(s, self)
+            w, axes, mesh = w.astype(self.dtype), s.axes[-w.ndim :], jax.sharding.get_abstract_mesh()
+            if mesh.empty or _manual() or mesh.are_all_axes_explicit:
+                return self(w, *axes)
+            return _gathered(w, self.spec(axes), self.spec(axes, self.store))
 
         return jax.tree.map(one, params, specs, is_leaf=own_einsum)
 

@@ -9,6 +9,9 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 import jax
 
+from jaxlm import processes
+
+processes.enough_threads()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "float32")
 jax.config.update("jax_disable_most_optimizations", True)  # most of the tests' time is compilation

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from jaxlm import processes
 from jaxlm.log import read_lines
 
 ROOT = Path(__file__).parents[1]
@@ -115,3 +116,23 @@ def test_processes_that_differ_or_miss_one_end_before_they_begin(number, status,
     for out in finish(*both, status=status):
         assert re.search(words, out) and "Traceback" not in out, out
     assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "several", "given", "then"),
+    [
+        ("", False, None, None),
+        ("--xla_force_host_platform_device_count=1", False, None, None),
+        ("--xla_force_host_platform_device_count=8", False, None, "64"),
+        ("--xla_force_host_platform_device_count=32", False, None, "256"),
+        ("", True, None, "64"),
+        ("--xla_force_host_platform_device_count=8", True, "16", "16"),
+    ],
+)
+def test_devices_of_one_cpu_get_threads_to_wait_on(monkeypatch, flags, several, given, then):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.delenv("NPROC", raising=False)
+    if given:
+        monkeypatch.setenv("NPROC", given)
+    processes.enough_threads(several)
+    assert os.environ.get("NPROC") == then
