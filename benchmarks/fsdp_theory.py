@@ -1,50 +1,88 @@
-"""What FSDP's compiled step moves, beside theory: of the layers' weights two all-gathers and one reduction a step.
+"""What FSDP's compiled step sends, beside theory, for models and machines that aren't here.
 
-`pip install libtpu` or `pip install "jax[cuda13]"`, then `python fsdp_theory.py --targets h100:8 v6e:2x4`; some minutes
-a TPU. Fails where a compiler moves more than 5 % more or less than theory says, says that it copied an array to every
-device, or holds all layers' weights whole. A reduction is best a reduce-scatter; the share that is one is shown.
+`pip install libtpu` or `pip install "jax[cuda13]"`, then `python fsdp_theory.py --cases 8b@h100:8x8 70b@v5p:4x4x4`; up
+to a minute each. Theory: of the layers' weights two all-gathers and one reduce-scatter a step, in bfloat16. Fails where
+a step sends 5 % more or less over the fsdp axis than that, where a compiler says that it copied an array to every
+device, or where it makes an array of a whole stack of layers.
+
+Compilers for TPUs may write a gather as an all-reduce of zeros and one part, which sends twice as much, or take a
+reduction apart into the products that make it (collective-permutes): the bytes by kind are shown.
 """
 
 import argparse
+import math
 import sys
+from collections import Counter
+from typing import Any
 
-from worker import save, table
+from worker import machine, save, table
 
-from jaxlm import config, plan, targets
-from jaxlm.models import llama
+from jaxlm import config, plan, targets, tree
+from jaxlm.models import MODELS as FAMILIES
+from jaxlm.models import llama, mixtral
+from jaxlm.moe import Moe
 from jaxlm.objectives import causal
+from jaxlm.params import is_spec
 
-MODEL = llama.Config(vocab=8192, layers=4, width=1024, heads=8, kv_heads=8, head_width=128, ffn=2816, positions=2048)
+MODELS = {
+    "small": (llama.Config(vocab=8192, layers=4, width=1024, heads=8, kv_heads=8, head_width=128, ffn=2816), 1024, 1),
+    "8b": (llama.Config(vocab=128256, layers=32, width=4096, heads=32, kv_heads=8, head_width=128, ffn=14336), 4096, 1),
+    "70b": (llama.Config(vocab=128256, layers=80, width=8192, heads=64, kv_heads=8, head_width=128, ffn=28672),
+            4096, 1),
+    "mixtral": (mixtral.Config(vocab=32000, layers=32, width=4096, heads=32, kv_heads=8, head_width=128,
+                               moe=Moe(experts=8, top_k=2, ffn=14336)), 4096, 8),
+}  # fmt: skip
+CASES = [f"{m}@{t}" for m in ("8b", "70b", "mixtral") for t in ("h100:8x8", "v5p:4x4x4", "v6e:8x8")]
 
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--targets", nargs="+", default=["h100:8"])
+    p.add_argument("--cases", nargs="+", default=CASES, help=f"MODEL@TARGET; models: {', '.join(MODELS)}")
     p.add_argument("--save", default="fsdp_theory", help="name under results/; - : don't save")
     a = p.parse_args()
-    layers = 2 * MODEL.layers * (4 * MODEL.width**2 + 3 * MODEL.width * MODEL.ffn)  # bytes in bfloat16
     rows, bad = [], False
-    for name in a.targets:
-        t = targets.parse(name)
+    for case in a.cases:
+        name, _, target = case.partition("@")
+        model, seq, experts = MODELS[name]
+        t = targets.parse(target)
         run = config.Run(
-            name="fsdp", model=MODEL, objective=causal.Config(), mesh=config.Mesh(fsdp=-1),
-            train=config.Train(batch_size=t.count, seq_len=1024), execution=config.Execution(remat="full"),
+            name="fsdp", model=model, objective=causal.Config(), mesh=config.Mesh(fsdp=-1, expert=experts),
+            train=config.Train(batch_size=t.count, seq_len=seq), execution=config.Execution(remat="full"),
         )  # fmt: skip
         made = plan.compile_step(run, t)
-        looped = [c for c in made.module.collectives if c.times == MODEL.layers]
-        total = lambda *kinds, of=looped: sum(c.bytes * c.times for c in of if c.kind in kinds)  # noqa: E731
-        gathered = total("all-gather") / (2 * layers)
-        reduced = total("reduce-scatter", "all-reduce") / layers
-        whole = [b for b in made.module.buffers(50) if b.shape.startswith(f"f32[{MODEL.layers},")
-                 and b.bytes >= 4 * MODEL.layers * MODEL.width * MODEL.ffn]  # fmt: skip
-        rows.append([name, gathered, reduced, total("reduce-scatter") / total("reduce-scatter", "all-reduce"),
+        fsdp, layers = made.sizes["fsdp"], stacks(model, experts)
+        sent: Counter[str] = Counter()
+        for c in made.module.collectives:
+            if "fsdp" in c.axes and c.times > 1:
+                sent[c.kind] += round(c.sent)
+        ratio = sum(sent.values()) / (3 * 2 * sum(map(math.prod, layers)) * (fsdp - 1) / fsdp)
+        whole = [b for b in made.module.buffers(50) if dimensions(b.shape) in layers]
+        rows.append([case, made.notes["attention"].split()[0], ratio, *(sent[k] / 1e9 for k in KINDS),
+                     sum(made.cost.memory.values()) / 1e9,
                      len(whole), len(made.warnings), made.seconds])  # fmt: skip
-        bad |= abs(gathered - 1) > 0.05 or abs(reduced - 1) > 0.05 or bool(whole) or bool(made.warnings)
-    header = ["target", "gathered / theory", "reduced / theory", "scattered", "whole arrays", "warnings", "compile s"]
-    print(table(rows, header))
+        print(table(rows[-1:], HEADER), flush=True)
+        bad |= abs(ratio - 1) > 0.05 or bool(whole) or bool(made.warnings)
+    print(table(rows, HEADER))
     if a.save != "-":
-        save(a.save, {"what": __doc__, "columns": header, "rows": rows})
+        save(a.save, {"what": __doc__, "machine": machine(), "columns": HEADER, "rows": rows})
     return 1 if bad else 0
+
+
+KINDS = ("all-gather", "reduce-scatter", "collective-permute", "all-reduce")
+HEADER = ["case", "attention", "sent / theory", *(f"{k} GB" for k in KINDS), "memory GB", "whole stacks", "warnings",
+          "compile s"]  # fmt: skip
+
+
+def stacks(model: Any, experts: int) -> list[tuple[int, ...]]:
+    """Shapes of the layers' matrices, all layers together: of experts a device's share."""
+    family = next(f for f in FAMILIES.values() if isinstance(model, f.Config))
+    return [tuple(n // experts if a == "experts" else n for n, a in zip(s.shape, s.axes, strict=True))
+            for s in tree.flatten(family.specs(model), is_spec).values()
+            if {"layers", "embed"} < {*s.axes}]  # fmt: skip
+
+
+def dimensions(shape: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in shape.partition("[")[2].rstrip("]").split(",") if n)
 
 
 if __name__ == "__main__":
