@@ -2,8 +2,9 @@
 
 Nothing runs, so nothing is timed but the compilations: memory of a chip, bytes by kind of collective and the compiler's
 own estimate of cycles are read from the compiled programs with one reader (`jaxlm/hlo.py`), loops counted as often as
-they run. `--maxtext-python` is the interpreter of an environment with `pip install "maxtext[tpu]"` (Python 3.12);
-without it ours alone is compiled. Ours needs `pip install libtpu`. One compilation at a time.
+they run. `--maxtext-python` is the interpreter of an environment with `pip install "maxtext[tpu]"` (Python 3.12) and
+the libtpu that its jax asks for (a newer one's programs can't be read); without it ours alone is compiled. Ours needs
+`pip install "jax[tpu]"`. One compilation at a time.
 """
 
 import argparse
@@ -75,8 +76,9 @@ def theirs(name: str, python: str, keep: Path, minutes: float) -> dict[str, Any]
              f"max_target_length={seq}", "remat_policy=full", "attention=flash", "dataset_type=synthetic",
              "enable_checkpointing=false", f"base_output_directory={folder}", "run_name=aot", "steps=1"],
             capture_output=True, text=True, timeout=60 * minutes,
-            # Not the packages of another Python; and libtpu is at work here already.
-            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+            # Neither the packages of another Python nor its libtpu, which is at work here already.
+            env={k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TPU_LIBRARY_PATH")}
+            | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
         )  # fmt: skip
         made = Path(folder) / "maxtext.json"
         if not made.exists():

@@ -64,18 +64,20 @@ def cross_entropy(
     bias_V = r.bias_V if r.bias_V is not None else jnp.zeros(r.w_VD.shape[:1], jnp.float32)
     arrays: tuple[Any, ...] = (r.x_BTD, r.w_VD, bias_V.astype(jnp.float32), targets_BT, weights_BT.astype(jnp.float32))
     tokens, vocab = shard.spec(("batch", "seq")), shard.spec(("vocab",))
+    width: tuple[str, ...] = ()
     if mesh.empty:
         tokens, vocab = P(), P()
     elif r.x_BTD.shape[1] % mesh.shape["context"]:
         raise ValueError(f"loss: {r.x_BTD.shape[1]} target positions do not divide over mesh.context; pad them")
     else:
+        head_VD, width = shard.whole(arrays[1], "vocab", "embed")
         arrays = (
             shard(arrays[0], "batch", "seq", None),
-            shard(arrays[1], "vocab", None),
+            head_VD,
             shard(arrays[2], "vocab"),
             *(shard(a, "batch", "seq") for a in arrays[3:]),
         )
-    return _sums(*arrays, _Plan(label_smoothing, z_loss, r.softcap, shard.execution.loss_chunk, tokens, vocab))
+    return _sums(*arrays, _Plan(label_smoothing, z_loss, r.softcap, shard.execution.loss_chunk, tokens, vocab, width))
 
 
 def log_likelihoods(r: Readout, targets_BT: jax.Array, *, shard: Layout) -> jax.Array:
@@ -108,6 +110,8 @@ class _Plan(NamedTuple):
     chunk: int
     tokens: P
     vocab: P
+    width: tuple[str, ...]
+    """Mesh axes that the head's gradient is cut over by its width when it is summed."""
 
     @property
     def token_axes(self) -> tuple[str, ...]:
@@ -161,7 +165,7 @@ def _everywhere(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan, want):
     return jax.shard_map(
         local,
         in_specs=(x, w, plan.vocab, t, t),
-        out_specs=(sums, (x, w, plan.vocab)) if want else sums,
+        out_specs=(sums, (x, P(*(plan.vocab or (None,)), plan.width or None), plan.vocab)) if want else sums,
         check_vma=False,  # each result is reduced by hand over exactly the axes its spec leaves out
     )(x_BTD, w_VD, bias_V, targets_BT, weights_BT)
 
@@ -226,7 +230,10 @@ def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want):
     sums = jax.tree.map(lambda s: _reduce(jax.lax.psum, s, token_axes), sums)
     if not want:
         return sums
-    dw_VD, db_V = (_reduce(jax.lax.psum, g, token_axes) for g in (dw_VD.astype(w_VD.dtype), db_V))
+    db_V, dw_VD = _reduce(jax.lax.psum, db_V, token_axes), dw_VD.astype(w_VD.dtype)
+    if plan.width:
+        dw_VD = jax.lax.psum_scatter(dw_VD, plan.width, scatter_dimension=1, tiled=True)
+    dw_VD = _reduce(jax.lax.psum, dw_VD, tuple(a for a in token_axes if a not in plan.width))
     dx = _reduce(jax.lax.psum, dx.reshape(-1, D)[: B * T].reshape(B, T, D), vocab_axes).astype(x_BTD.dtype)
     return sums, (dx, dw_VD, db_V)
 

@@ -231,16 +231,23 @@ class Layout:
             return jnp.einsum(eq, x, w, out_sharding=self.spec(axes))
         return self(jnp.einsum(eq, x, w), *axes)
 
+    def whole(self, w: jax.Array, *axes: str | None) -> tuple[jax.Array, Axes]:
+        """A matrix gathered over the axes that only store it, and those of the last dimension over which its gradient
+        may come back cut. (With explicit axes none: a gradient then has the matrix's own sharding.)"""
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or _manual() or mesh.are_all_axes_explicit:
+            return self(w, *axes), ()
+        rests = self.over(axes[-1], self.store)
+        cut = tuple(a for a in rests if a in (*self.over("batch"), *self.over("seq")))
+        return _gathered(w, self.spec(axes), self.spec(axes, self.store)), cut if cut == rests else ()
+
     def gather(self, params: Any, specs: Any) -> Any:
         """Weights as a block uses them: cast to the compute dtype, then gathered over the axes that only store."""
 
         def one(w: Any, s: Spec) -> Any:
             if own_einsum(w):
                 return w.gathered(s, self)
-            w, axes, mesh = w.astype(self.dtype), s.axes[-w.ndim :], jax.sharding.get_abstract_mesh()
-            if mesh.empty or _manual() or mesh.are_all_axes_explicit:
-                return self(w, *axes)
-            return _gathered(w, self.spec(axes), self.spec(axes, self.store))
+            return self.whole(w.astype(self.dtype), *s.axes[-w.ndim :])[0]
 
         return jax.tree.map(one, params, specs, is_leaf=own_einsum)
 
