@@ -45,6 +45,15 @@ class Target:
         """Devices that reach each other over the fast network: of a slice, or of a node."""
         return self.shape[-1] if self.chip.platform == "gpu" else self.count // self.slices
 
+    @property
+    def wraps(self) -> tuple[bool, bool, bool]:
+        """Along which dimensions of a TPU slice the last chip reaches the first: all of those that are made of cubes of
+        4x4x4, and of flat ones those of a whole pod's 16 (Google Cloud's pages on TPU architecture)."""
+        if self.chip.dims == 2:
+            return self.shape[0] == 16, self.shape[1] == 16, False
+        ring = self.chip.dims == 3 and all(n % 4 == 0 for n in self.shape)
+        return ring, ring, ring
+
     def devices(self) -> list[Any]:
         """As JAX describes them; outer ones of a mesh first, so that a slice's or a node's stay together."""
         if self.here:
@@ -58,6 +67,7 @@ class Target:
             # v4 and v5p: the two cores of a chip as one device
             options: dict[str, Any] = {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}
             options |= {"num_slices": self.slices} if self.slices > 1 else {}
+            options |= {"wrap": self.wraps} if any(self.wraps) else {}
             name = f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
             return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
         need("jax_cuda13_plugin", "jax[cuda13]", self)

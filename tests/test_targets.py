@@ -67,3 +67,19 @@ def test_what_xla_is_told_of_a_gpu() -> None:
     text = chips.xla_target(chips.CHIPS["h100"])
     assert "core_count: 132 " in text and "{ major: 9 minor: 0 }" in text and "{{" not in text
     assert 'device_description_str: "NVIDIA H100 80GB HBM3"' in text
+
+
+@pytest.mark.parametrize(
+    ("name", "wraps"),
+    [
+        ("v5p:2x4x4", (False, False, False)),
+        ("v5p:4x4x4", (True, True, True)),
+        ("v4:4x4x8", (True, True, True)),
+        ("v6e:8x8", (False, False, False)),
+        ("v6e:8x16", (False, True, False)),
+        ("v5e:16x16", (True, True, False)),
+        ("h100:8x8", (False, False, False)),
+    ],
+)
+def test_which_slices_are_rings(name, wraps):
+    assert targets.parse(name).wraps == wraps
