@@ -297,8 +297,16 @@ class _Step:
                 out[key] = out.get(key, 0.0) + rounds * whole * (n - 1) / n
 
         dense = [*self.p.layout.compute.get("batch", ()), *self.p.layout.compute.get("seq", ())]
+        each = self.tokens * self.width * self.bytes * self.micro
+        tied = not any(path.rpartition("/")[2] == "head" for path in self.matrices)
         for path, s in self.flat.items():
             axes, n = self.gathered(s), ways(self.gathered(s), self.sizes)
+            if (
+                name := path.rpartition("/")[2]
+            ) in LOOKED_UP:  # rows travel, not the table; the head's use of it is one
+                add("rows looked up", "all-to-all", axes, 2 * each, False)
+                if name != "embed" or not tied:
+                    axes = ()
             held = self.used(s) / self._stages(s) * self.bytes
             twice = "layers" in s.axes and self.p.run.execution.remat != "none"
             add("weights", "all-gather", axes, held * (2 if twice else 1) * self.micro, True)
@@ -308,7 +316,6 @@ class _Step:
             mine = [m for a in s.axes for m in self.p.layout.store.get(a or "", ())]
             others = tuple(a for a in dense if a not in mine and self.sizes.get(a, 1) > 1)
             add("gradients", "all-reduce", others, held / n * self.micro, True)
-        each = self.tokens * self.width * self.bytes * self.micro
         again = 1 if self.p.run.execution.remat == "full" else 0
         for s in self.layered.values():
             if axes := self.summed(s):  # forward, forward again, and backward what the block's first products give
