@@ -289,7 +289,7 @@ def program(run: config.Run, tokens: Any) -> Program:
         notes["adapter"] = adapter.told(specs, own.trainable)
     for group in sorted(set(own.groups.values())):
         notes[f"optimizer: {group}"] = "on " + " ".join(p for p, g in own.groups.items() if g == group)
-    asked = flags.options(run.execution.flags, jax.local_devices()[0])
+    asked = flags.options(run.execution.flags, sharding.own_device())
     if asked:
         notes["flags"] = flags.told(asked)
     return Program(run, tokens, mesh, layout, specs, model, adapter, objective, own, notes, asked)

@@ -122,7 +122,8 @@ PRESETS: dict[str, Preset] = {
 
 
 def options(flags: Sequence[str], device: Any) -> dict[str, Option]:
-    """Of presets and NAME=VALUE, the later winning; for `device`, whose compiler has accepted each.
+    """Of presets and NAME=VALUE, the later winning; for `device`, whose compiler has accepted each. (Of a device that
+    is but described, by arithmetic, there is none to ask.)
 
     Raises ValueError for what is neither, for a preset of other devices, for an unknown name and for a wrong value.
     """
@@ -135,7 +136,7 @@ def options(flags: Sequence[str], device: Any) -> dict[str, Option]:
             raise ValueError(f"execution.flags: {flag!r} is neither NAME=VALUE nor a preset{nearest(name, PRESETS)}")
         else:
             found |= _fitting(name, device).options
-    if found:
+    if found and hasattr(device, "client"):
         _accepted(found, device)
     return found
 

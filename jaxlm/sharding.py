@@ -67,6 +67,11 @@ def devices() -> list[Any]:
     return jax.devices() if target is None else list(target)
 
 
+def own_device() -> Any:
+    """One of them that this process may compile for."""
+    return jax.local_devices()[0] if _target.get() is None else devices()[0]
+
+
 def platform() -> str:
     """Of those devices: cpu, gpu or tpu."""
     return jax.default_backend() if _target.get() is None else devices()[0].platform

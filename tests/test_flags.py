@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jaxlm import flags
+from jaxlm import flags, sharding
 from jaxlm.flags import PRESETS, options
 
 CPU = jax.devices()[0]
@@ -81,3 +81,11 @@ def test_a_run_records_them(tmp_path):
     assert done.returncode == 0
     environment = json.loads((tmp_path / "tiny_llama" / "environment.json").read_text())
     assert environment["compiler_options"] == {"xla_cpu_enable_fast_math": False}
+
+
+def test_a_machine_that_is_not_here_takes_its_own_options():
+    with sharding.on_devices([sharding.Described("tpu", "TPU v6e")]):
+        assert options(["tpu_vmem"], sharding.own_device()) == PRESETS["tpu_vmem"].options
+        with pytest.raises(ValueError, match="gpu_overlap is for every gpu, and this run is on tpu TPU v6e"):
+            options(["gpu_overlap"], sharding.own_device())
+    assert sharding.own_device() == CPU
