@@ -212,7 +212,8 @@ class Desk(threading.Thread):
             self._listener.close()
 
     def _tell(self, **message: Any) -> None:
-        for line in list(self._lines.values()):
+        """Process 0 last: once it knows that all is over it ends, and this thread with it."""
+        for line in sorted(self._lines.values(), key=lambda line: line.index, reverse=True):
             line.tell(**message)
 
 

@@ -214,3 +214,14 @@ def test_a_port_that_is_taken_is_a_fault_of_the_user():
         port = other.getsockname()[1]
         with pytest.raises(ValueError, match=rf"can't listen at 127.0.0.1 port {port} .*JAX_COORDINATOR_PORT"):
             rollcall._listen(f"127.0.0.1:{port}")
+
+
+def test_process_0_hears_of_the_end_last(crew, monkeypatch):
+    """It ends at once, and would take the thread that tells the others with it."""
+    told, tell = [], rollcall._Line.tell
+    monkeypatch.setattr(
+        rollcall._Line, "tell", lambda line, **m: (told.append((m["say"], line.index)), tell(line, **m))
+    )
+    crew(3, agreed={1: {"lr": "1"}, 2: {"lr": "1"}})
+    ends = [index for say, index in told if say == "end"]
+    assert sorted(ends) == [0, 1, 2] and ends[-1] == 0
