@@ -111,9 +111,7 @@ def make_mesh(c: config.Mesh, on: list[Any] | None = None) -> Any:
     kinds = (AxisType.Explicit if c.axis_type == "explicit" else AxisType.Auto,) * len(AXES)
     if isinstance(on[0], Described):
         return jax.sharding.AbstractMesh(tuple(found.values()), AXES, axis_types=kinds)
-    if (placed := slices.arranged(on, found)) is not None:
-        return jax.sharding.Mesh(placed, AXES, axis_types=kinds)
-    return jax.make_mesh(tuple(found.values()), AXES, axis_types=kinds, devices=on)
+    return jax.sharding.Mesh(slices.arranged(on, found), AXES, axis_types=kinds)
 
 
 def _amended(table: dict[str, Axes], changes: tuple[str, ...], name: str) -> dict[str, Axes]:

@@ -39,13 +39,14 @@ def across(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
     return out
 
 
-def arranged(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray | None:
-    """Devices of several slices as a mesh of `sizes`: each slice is a block of it. None: there is but one slice."""
+def arranged(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray:
+    """Devices as a mesh of `sizes`: each slice is a block of it. Where sizes are no product of a slice's dimensions,
+    these are split among axes (8 × 8 on 4 × 4 × 4)."""
     groups = collections.defaultdict(list)
     for d in devices:
         groups[slice_of(d)].append(d)
     if len(groups) == 1:
-        return None
+        return mesh_utils.create_device_mesh(tuple(sizes.values()), list(devices), allow_split_physical_axes=True)
     counts = {k: len(v) for k, v in sorted(groups.items())}
     if len(set(counts.values())) > 1:
         shown = ", ".join(f"{n} in slice {k}" for k, n in counts.items())

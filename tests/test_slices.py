@@ -63,10 +63,20 @@ def test_an_axis_may_lie_within_slices_and_across_them():
 
 
 def test_one_slice_and_unequal_ones():
-    assert slices.arranged(devices(3, 3), sizes(data=2)) is None
-    assert slices.arranged(devices(0, 1, 2, 3, platform="cpu", name=""), sizes(data=4)) is None
+    assert slices.arranged(devices(3, 3), sizes(data=2)).size == 2
+    assert slices.arranged(devices(0, 1, 2, 3, platform="cpu", name=""), sizes(data=4)).size == 4
     with pytest.raises(ValueError, match=r"mesh: slices must be equal, and there are 1 in slice 0, 3 in slice 1"):
         slices.arranged(devices(0, 1, 1, 1), sizes(data=4))
+
+
+@pytest.mark.parametrize(
+    "of", [dict(fsdp=64), dict(fsdp=16, tensor=4), dict(fsdp=8, expert=8), dict(fsdp=32, tensor=2)]
+)
+def test_dimensions_of_a_tpu_slice_are_split_among_axes_where_they_must(of):
+    cube = [SimpleNamespace(id=i, platform="tpu", device_kind="TPU v5", process_index=i // 4, slice_index=0,
+                            coords=[i % 4, i // 4 % 4, i // 16], core_on_chip=0) for i in range(64)]  # fmt: skip
+    mesh = slices.arranged(cube, sizes(**of))
+    assert mesh.shape == tuple(sizes(**of).values()) and {d.id for d in mesh.flat} == set(range(64))
 
 
 def test_the_mesh_is_made_of_slices(monkeypatch):
