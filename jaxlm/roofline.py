@@ -200,6 +200,11 @@ class _Step:
             cut += [m for m in self.p.layout.compute.get("experts", ()) if m not in self.travel]
         return tuple(m for m in cut if self.sizes.get(m, 1) > 1)
 
+    @property
+    def tied(self) -> bool:
+        """Whether the embedding is the head too."""
+        return not any(path.rpartition("/")[2] == "head" for path in self.matrices)
+
     def pairs(self) -> float:
         """Query–key pairs a head and token that are computed."""
         seq, causal = self.p.run.train.seq_len, self.p.model.family.kind == "decoder"
@@ -213,7 +218,7 @@ class _Step:
         for path, s in self.matrices.items():
             passes = 8.0 if full and path in self.layered else 6.0
             total += passes * self.met(s) * self.used(s) / self._stages(s)
-        if not any(path.rpartition("/")[2] == "head" for path in self.matrices):
+        if self.tied:
             total += 6.0 * self.width * self.p.run.model.vocab / ways(self.p.layout.compute["vocab"], self.sizes)
         # Two products forward; five backward, as the scores are computed again; two more if the block is.
         passes = 2 + 5 + (2 if self.again else 0)
@@ -298,14 +303,12 @@ class _Step:
 
         dense = [*self.p.layout.compute.get("batch", ()), *self.p.layout.compute.get("seq", ())]
         each = self.tokens * self.width * self.bytes * self.micro
-        tied = not any(path.rpartition("/")[2] == "head" for path in self.matrices)
         for path, s in self.flat.items():
             axes, n = self.gathered(s), ways(self.gathered(s), self.sizes)
-            if (
-                name := path.rpartition("/")[2]
-            ) in LOOKED_UP:  # rows travel, not the table; the head's use of it is one
+            name = path.rpartition("/")[2]
+            if name in LOOKED_UP:  # rows travel, not the table; but a tied head gathers it
                 add("rows looked up", "all-to-all", axes, 2 * each, False)
-                if name != "embed" or not tied:
+                if name != "embed" or not self.tied:
                     axes = ()
             held = self.used(s) / self._stages(s) * self.bytes
             twice = "layers" in s.axes and self.p.run.execution.remat != "none"
