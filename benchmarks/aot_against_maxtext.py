@@ -1,5 +1,6 @@
-"""Our train step beside MaxText's, both compiled ahead of time for the same TPU slice, shapes, batch and remat.
+"""Our train step beside MaxText's, both compiled ahead of time for the same TPU slice, shapes and batch.
 
+Twice each: with full remat, and with the policy of each side that computes least again and still fits (`POLICIES`).
 Nothing runs, so nothing is timed but the compilations: memory of a chip, bytes by kind of collective and the compiler's
 own estimate of cycles are read from the compiled programs with one reader (`jaxlm/hlo.py`), loops counted as often as
 they run. `--maxtext-python` is the interpreter of an environment with `pip install "maxtext[tpu]"` (Python 3.12) and
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,12 @@ MODELS: dict[str, tuple[Any, str, str, str, int, int]] = {
                 "mixtral-8x7b", "v5p:4x4x4", "v5p-128", 1, 4096),
 }  # fmt: skip
 
+# What else than all of it each side can compute again, least first.
+POLICIES = {
+    "ours": ("none", "dots", "attention", "qkv"),
+    "maxtext": ("none", "minimal_with_context", "minimal", "save_dot_except_mlpwi", "save_qkv_proj"),
+}
+
 
 def figures(module: hlo.Module) -> dict[str, Any]:
     moved: Counter[str] = Counter()
@@ -47,18 +55,18 @@ def figures(module: hlo.Module) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ours(name: str, keep: Path) -> dict[str, Any]:
+def ours(name: str, remat: str, keep: Path) -> dict[str, Any]:
     model, _, target, _, batch, seq = MODELS[name]
     t = targets.parse(target)
     run = config.Run(
         name=name, model=model, objective=causal.Config(), mesh=config.Mesh(fsdp=-1),
-        train=config.Train(batch_size=batch * t.count, seq_len=seq), execution=config.Execution(remat="full"),
+        train=config.Train(batch_size=batch * t.count, seq_len=seq), execution=config.Execution(remat=remat),
     )  # fmt: skip
     try:
         made = plan.compile_step(run, t)
     except plan.Refused as refusal:
         return {"refused": str(refusal)}
-    (keep / f"{name}-ours.txt").write_text(made.executable.as_text())
+    (keep / f"{name}-{remat}-ours.txt").write_text(made.executable.as_text())
     m = made.executable.memory_analysis()
     return figures(made.module) | {
         "arguments": m.argument_size_in_bytes, "temporaries": m.temp_size_in_bytes, "seconds": made.seconds,
@@ -67,13 +75,13 @@ def ours(name: str, keep: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def theirs(name: str, python: str, keep: Path, minutes: float) -> dict[str, Any]:
+def theirs(name: str, remat: str, python: str, keep: Path, minutes: float) -> dict[str, Any]:
     _, model, target, slice_name, batch, seq = MODELS[name]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [python, str(Path(__file__).with_name("aot_maxtext.py")), folder, f"compile_topology={slice_name}",
              "compile_topology_num_slices=1", f"model_name={model}", f"per_device_batch_size={batch}",
-             f"max_target_length={seq}", "remat_policy=full", "attention=flash", "dataset_type=synthetic",
+             f"max_target_length={seq}", f"remat_policy={remat}", "attention=flash", "dataset_type=synthetic",
              "enable_checkpointing=false", f"base_output_directory={folder}", "run_name=aot", "steps=1"],
             capture_output=True, text=True, timeout=60 * minutes,
             # Neither the packages of another Python nor its libtpu, which is at work here already.
@@ -84,7 +92,7 @@ def theirs(name: str, python: str, keep: Path, minutes: float) -> dict[str, Any]
         if not made.exists():
             return {"refused": done.stderr[-300:]}
         text = (Path(folder) / "maxtext.txt").read_text()
-        (keep / f"{name}-maxtext.txt").write_text(text)
+        (keep / f"{name}-{remat}-maxtext.txt").write_text(text)
         return json.loads(made.read_text()) | figures(hlo.Module(text, {"fsdp": targets.parse(target).count}))
 
 
@@ -98,11 +106,16 @@ def main() -> int:
     a = p.parse_args()
     found: dict[str, Any] = {}
     for name in a.models:
-        found[name] = {"ours": ours(name, a.keep)}
-        print(name, "ours", json.dumps(found[name]["ours"]), flush=True)
+        sides: dict[str, Callable[[str], dict[str, Any]]] = {"ours": lambda remat, name=name: ours(name, remat, a.keep)}
         if a.maxtext_python:
-            found[name]["maxtext"] = theirs(name, a.maxtext_python, a.keep, a.minutes)
-            print(name, "maxtext", json.dumps(found[name]["maxtext"]), flush=True)
+            sides["maxtext"] = lambda remat, name=name: theirs(name, remat, a.maxtext_python, a.keep, a.minutes)
+        found[name] = {}
+        for side, compile_with in sides.items():
+            for remat in ("full", *POLICIES[side]):
+                one = found[name][f"{side}, {remat}"] = compile_with(remat)
+                print(name, side, remat, json.dumps(one), flush=True)
+                if remat != "full" and "refused" not in one:
+                    break
     columns = ("arguments", "temporaries", "accessed", "traffic_bytes", "sent_bytes", "estimated_cycles", "seconds")
     rows = [[name, who] + [one.get(c, float("nan")) / (1e9 if c != "seconds" else 1) for c in columns]
             for name, both in found.items() for who, one in both.items()]  # fmt: skip

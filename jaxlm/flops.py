@@ -7,7 +7,8 @@ from jax.extend import core
 
 
 def count(jaxpr: Any) -> float:
-    """Of all devices together. Loops whose length isn't known count once, of branches the dearest."""
+    """Of all devices together. Of branches the dearest; loops whose length is data as often as their condition allows
+    by a constant, or once."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     return float(sum(_equation(e) for e in jaxpr.eqns))
 
@@ -36,10 +37,18 @@ def _equation(e: Any) -> float:
     times = 1
     if name == "scan":
         times = e.params["length"]
+    elif name == "while":
+        times = _most(e.params["cond_jaxpr"].jaxpr)
     elif name == "shard_map":  # written for one device
         mesh, manual = e.params["mesh"], e.params.get("manual_axes", e.params.get("axis_names"))
         times = math.prod(n for a, n in mesh.shape.items() if manual is None or a in manual)
     return times * sum(inner)
+
+
+def _most(condition: Any) -> int:
+    limits = [v.val for e in condition.eqns if e.primitive.name == "lt" for v in e.invars[1:]
+              if isinstance(v, core.Literal)]  # fmt: skip
+    return int(min(limits, default=1))
 
 
 def _jaxprs(value: Any) -> list[Any]:

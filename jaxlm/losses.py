@@ -235,6 +235,8 @@ def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want):
         dw_VD = jax.lax.psum_scatter(dw_VD, plan.width, scatter_dimension=1, tiled=True)
     dw_VD = _reduce(jax.lax.psum, dw_VD, tuple(a for a in token_axes if a not in plan.width))
     dx = _reduce(jax.lax.psum, dx.reshape(-1, D)[: B * T].reshape(B, T, D), vocab_axes).astype(x_BTD.dtype)
+    # The blocks' backward pass waits for the head's sums, or the float32 of a whole head lies beside it until its end.
+    dx, dw_VD = jax.lax.optimization_barrier((dx, dw_VD))
     return sums, (dx, dw_VD, db_V)
 
 

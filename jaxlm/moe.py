@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxlm import dispatch, layers, pipeline
+from jaxlm import dispatch, grouped, layers, pipeline
 from jaxlm.params import Spec, fan_in, zeros
-from jaxlm.sharding import Layout, platform
+from jaxlm.sharding import Layout
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _routed(
     tokens, rows = shard.spec(("batch", "seq", None)), shard.spec(("batch",))
     run = jax.shard_map(
         partial(_local, c=c, act=act, axes=axes, scatters=scatters),
-        check_vma=pipeline.types_checked(),
+        check_vma=pipeline.types_checked() and grouped.checked(),
         in_specs=(specs, tokens, shard.spec(("batch", "seq"))),
         out_specs=(shard.spec(("batch", "stream", None)) if scatters else tokens, Tally(rows, rows)),
     )
@@ -246,14 +246,14 @@ def _local(
     )
     if "down_bias" in w and axes.ffn:  # once, though every part of the width gives a part of the sum
         w = w | {"down_bias": w["down_bias"] * (jax.lax.axis_index(axes.ffn) == 0).astype(w["down_bias"].dtype)}
-    E, blocks = w["gate"].shape[0], platform() == "cpu"
+    E = w["gate"].shape[0]
     here = () if axes.travels else axes.experts
     away = axes.experts if axes.travels else ()
     first, reached = E * jax.lax.axis_index(here) if here else 0, E * _ways(away)
     mine_NK = (chosen_NK >= first) & (chosen_NK < first + reached)
     chosen_NK = jnp.where(mine_NK, chosen_NK - first, reached)
     if kept_BTK is None or place_BTK is None:
-        through = partial(_dropless, w, act=act, blocks=blocks)
+        through = partial(_dropless, w, act=act)
         y_NKD = dispatch.dispatched(x_ND, chosen_NK, E, away, through) if away else through(x_ND, chosen_NK)
     else:
         size = min(places, T)  # no more of this device's tokens can want an expert
@@ -366,74 +366,26 @@ def _fixed(
     return _collect(y_EPD.reshape(X * E * size, D), slot_NK)
 
 
-def _dropless(w: dict, x_ND: jax.Array, expert_NK: jax.Array, act: Gated, blocks: bool) -> jax.Array:
-    """Every expert on as many rows as it has; pairs of expert E are not ours and give zero.
-
-    Grouped matrix multiplication (`ragged_dot`), or `blocks` of rows of one expert, one after another: on a CPU XLA
-    turns `ragged_dot` into all experts for all rows, which took 20 times as long with 64 experts.
-    """
+def _dropless(w: dict, x_ND: jax.Array, expert_NK: jax.Array, act: Gated) -> jax.Array:
+    """Every expert on as many rows as it has; pairs of expert E are not ours and give zero."""
     M, E = expert_NK.size, w["gate"].shape[0]
     expert_M = expert_NK.reshape(-1)
     order_M = jnp.argsort(expert_M, stable=True)
     slot_M = jnp.zeros(M, jnp.int32).at[order_M].set(jnp.arange(M, dtype=jnp.int32))
     size_E = (expert_M[:, None] == jnp.arange(E)[None]).sum(0, dtype=jnp.int32)
-    size = 1 << int(math.log2(min(128, max(8, M // E)))) if blocks else 1
+    block, blocks = grouped.block(M, E), grouped.way()[0] == "blocks"
+    size, rows = (block, (M // block + min(E, M)) * block) if blocks else (1, -(-M // block) * block)
     room_E = -(-size_E // size) * size
     end_E = jnp.cumsum(room_E)
-    rows = (M // size + min(E, M)) * size if blocks else M
     shift_E = end_E - room_E - (jnp.cumsum(size_E) - size_E)
     slot_M = jnp.where(expert_M < E, slot_M + shift_E.at[expert_M].get(mode="fill", fill_value=0), rows)
     slot_NK = slot_M.reshape(expert_NK.shape)
     x_PD = _spread(x_ND, slot_NK, rows)
     expert_P = jnp.searchsorted(end_E, jnp.arange(0, rows, size), side="right")  # E past the last one's rows
     if blocks:
-        y_PD = _in_blocks(act, w, x_PD, expert_P, end_E[-1] // size)
+        y_PD = grouped.in_blocks(partial(_ffn, act=act), w, x_PD, expert_P, end_E[-1] // size)
     else:
-        dot = lambda x, w: jax.lax.ragged_dot(x, w, size_E)  # noqa: E731
+        dot = lambda x, w: grouped.dot(x, w, size_E, block)  # noqa: E731
         # A kernel may leave anything in the rows past the last group: no bias may take a gradient from there.
         y_PD = _ffn(w, x_PD, act, dot, lambda b: b.at[expert_P].get(mode="fill", fill_value=0))
     return _collect(y_PD, slot_NK)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_blocks(act: Gated, w: dict, x_PD: jax.Array, expert_G: jax.Array, used: jax.Array) -> jax.Array:
-    """The first `used` of G blocks of rows, each through its expert."""
-    size = x_PD.shape[0] // expert_G.shape[0]
-
-    def one(g: jax.Array, y_PD: jax.Array) -> jax.Array:
-        y = _ffn(jax.tree.map(lambda a: a[expert_G[g]], w), _cut(x_PD, g, size), act)
-        return jax.lax.dynamic_update_slice_in_dim(y_PD, y, g * size, 0)
-
-    return jax.lax.fori_loop(0, used, one, _zeros(x_PD))
-
-
-def _in_blocks_forward(act, w, x_PD, expert_G, used):
-    return _in_blocks(act, w, x_PD, expert_G, used), (w, x_PD, expert_G, used)
-
-
-def _in_blocks_backward(act, kept, dy_PD):
-    """Each block adds to its own expert's gradient in place; the general rule would add a whole one for each block."""
-    w, x_PD, expert_G, used = kept
-    size = x_PD.shape[0] // expert_G.shape[0]
-
-    def one(g, done):
-        dw, dx_PD = done
-        _, pull = jax.vjp(lambda w, x: _ffn(w, x, act), jax.tree.map(lambda a: a[expert_G[g]], w), _cut(x_PD, g, size))
-        dw_g, dx = pull(_cut(dy_PD, g, size))
-        dw = jax.tree.map(lambda a, b: a.at[expert_G[g]].add(b.astype(a.dtype)), dw, dw_g)
-        return dw, jax.lax.dynamic_update_slice_in_dim(dx_PD, dx, g * size, 0)
-
-    start = jax.tree.map(lambda a: _zeros(a, jnp.float32), w), _zeros(x_PD)
-    dw, dx_PD = jax.lax.fori_loop(0, used, one, start)
-    return jax.tree.map(lambda d, a: d.astype(a.dtype), dw, w), dx_PD, None, None
-
-
-_in_blocks.defvjp(_in_blocks_forward, _in_blocks_backward)
-
-
-def _cut(x_PD: jax.Array, g: jax.Array, size: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(x_PD, g * size, size)
-
-
-def _zeros(x: jax.Array, dtype: Any = None) -> jax.Array:
-    return pipeline.vary(jnp.zeros(x.shape, dtype or x.dtype), tuple(jax.typeof(x).manual_axis_type.varying))
