@@ -21,6 +21,7 @@ from jaxlm import (
     context,
     dispatch,
     flags,
+    grouped,
     layers,
     optim,
     params,
@@ -266,12 +267,13 @@ def program(run: config.Run, tokens: Any) -> Program:
     if run.execution.offload:
         sharding.check_host_memory(on[0])
         notes["offload"] = f"{', '.join(run.execution.offload)} to the host's memory"
-    if mesh is not None and mesh.shape["expert"] > 1 and hasattr(run.model, "moe"):
-        sent, why = dispatch.way()
-        travels = "expert" in layout.over("batch")
-        notes["experts"] = (
-            f"tokens travel ({sent}: {why})" if travels else "every device of the expert axis has all tokens"
-        )
+    if hasattr(run.model, "moe"):
+        how = grouped.way()[1] if run.model.moe.capacity is None else f"capacity {run.model.moe.capacity:g}"
+        notes["experts"] = how
+        if mesh is not None and mesh.shape["expert"] > 1:
+            sent, why = dispatch.way()
+            travels = "expert" in layout.over("batch")
+            notes["experts"] += f"; tokens travel ({sent}: {why})" if travels else "; every device has all tokens"
     if mesh is not None and (told := slices.told(mesh)):
         notes["slices"] = told
     if mesh is not None and mesh.shape["fsdp"] > 1:

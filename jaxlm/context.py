@@ -168,21 +168,23 @@ def _local(p: Plan, every: tuple[str, ...], x: Arrays) -> jax.Array:
     B, T, H, C = x["q"].shape
     K, S = x["k"].shape[2], x["k"].shape[1]
     A, Z = T // p.parts, S // p.parts
+    # One dimension at a time: under stages and explicit axes no reshape may cut or join two.
     floats = dict(
-        q=x["q"].reshape(B, p.parts, A, K, H // K, C).transpose(1, 0, 3, 4, 2, 5),
+        q=x["q"].reshape(B, T, K, H // K, C).reshape(B, p.parts, A, K, H // K, C).transpose(1, 0, 3, 4, 2, 5),
         k=x["k"].reshape(B, p.parts, Z, K, C).transpose(1, 0, 3, 2, 4),
         v=x["v"].reshape(B, p.parts, Z, K, -1).transpose(1, 0, 3, 2, 4),
     )
     if "bias" in x:
         b, all_keys = x["bias"].shape[0], x["bias"].shape[3]
-        floats["bias"] = x["bias"].reshape(b, K, H // K, p.parts, A, all_keys).transpose(3, 0, 1, 2, 4, 5)
+        bias_BKGTS = x["bias"].reshape(b, K, H // K, T, all_keys)
+        floats["bias"] = bias_BKGTS.reshape(b, K, H // K, p.parts, A, all_keys).transpose(3, 0, 1, 2, 4, 5)
     if "sinks" in x:
         floats["sinks"] = x["sinks"].reshape(K, H // K)
     whole = {
         name: x[name].reshape(B, p.parts, -1).swapaxes(0, 1) for name in ("own", "segments", "prefix") if name in x
     }
     o_PBKGAW = _attend(p, every, floats, whole)
-    o_BTHW = o_PBKGAW.transpose(1, 0, 4, 2, 3, 5).reshape(B, T, H, -1)
+    o_BTHW = o_PBKGAW.transpose(1, 0, 4, 2, 3, 5).reshape(B, T, K, H // K, -1).reshape(B, T, H, -1)
     return _swap(p, o_BTHW, 1, back=True) if p.parts == 2 else o_BTHW
 
 

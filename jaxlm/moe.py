@@ -193,6 +193,8 @@ def _routed(
             "give it all of them (tokens travel) or none"
         )
     scatters = shard.streams and shard.over("stream") == axes.seq + axes.ffn
+    if shard.mesh.axis_type == "explicit" and pipeline.stages() > 1:
+        scatters = False  # JAX's rule for vmapped reduce-scatters knows no explicit axes: summed whole, then cut
     specs = {k: PartitionSpec() for k in p} | {"experts": {k: shard.spec(EXPERT_AXES[k]) for k in p["experts"]}}
     tokens, rows = shard.spec(("batch", "seq", None)), shard.spec(("batch",))
     run = jax.shard_map(
@@ -381,7 +383,9 @@ def _dropless(w: dict, x_ND: jax.Array, expert_NK: jax.Array, act: Gated) -> jax
     slot_M = jnp.where(expert_M < E, slot_M + shift_E.at[expert_M].get(mode="fill", fill_value=0), rows)
     slot_NK = slot_M.reshape(expert_NK.shape)
     x_PD = _spread(x_ND, slot_NK, rows)
-    expert_P = jnp.searchsorted(end_E, jnp.arange(0, rows, size), side="right")  # E past the last one's rows
+    expert_P = jnp.searchsorted(
+        end_E, jnp.arange(0, rows, size), side="right", method="compare_all"
+    )  # E past the last one's rows
     if blocks:
         y_PD = grouped.in_blocks(partial(_ffn, act=act), w, x_PD, expert_P, end_E[-1] // size)
     else:

@@ -114,8 +114,10 @@ def test_gradients_equal_those_of_all_experts(name, how, monkeypatch):
     assert np.abs(got[0]["router"]).max() > 1
 
 
-@pytest.mark.parametrize("tokens", [1, 700])
-def test_any_number_of_tokens(tokens):
+@pytest.mark.parametrize(("tokens", "how"), [(1, "blocks"), (700, "blocks"), (700, "kernel")])
+def test_any_number_of_tokens(tokens, how, monkeypatch):
+    monkeypatch.setattr(grouped, "way", lambda: (how, ""))
+    monkeypatch.setattr(grouped, "INTERPRET", True)
     c = ROUTERS["mixtral"]
     _, p, _, _ = make(c)
     x = np.random.default_rng(1).standard_normal((1, tokens, D)).astype(np.float32)
