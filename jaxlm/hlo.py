@@ -161,14 +161,14 @@ class Module:
                 for j in (i, *kernel.values()):
                     kind = j.opcode.removesuffix("-start")
                     if kind in COLLECTIVES and not j.opcode.endswith("-done"):
-                        out.append(self._collective(kind, j, i, times, kernel))
+                        out.append(self._collective(kind, j, i, times, kernel or self.computations[name]))
         return [c for c in out if c.ways > 1]
 
     def _collective(
-        self, kind: str, j: Instruction, shown: Instruction, times: int, kernel: Mapping[str, Instruction]
+        self, kind: str, j: Instruction, shown: Instruction, times: int, beside: Mapping[str, Instruction]
     ) -> Collective:
         # A TPU writes a reduction of which every device keeps a part as one kernel: all-reduce, then its own slice.
-        ops = {k.opcode for k in kernel.values()}
+        ops = {k.opcode for k in beside.values()} if shown.opcode == "fusion" else set()
         if kind == "all-reduce" and {"partition-id", "dynamic-slice"} <= ops:
             kind = "reduce-scatter"
         ways, axes = self.group(j.attributes)
@@ -181,6 +181,8 @@ class Module:
             if kind == "reduce-scatter" and "all-reduce" not in j.opcode:
                 first = last * ways
         whole = max(first, last)
+        if kind == "ragged-all-to-all":  # one side has room for the worst case; no more than the other's rows travel
+            whole = min(size(beside[j.operands[0]].shape), found[-1])
         return Collective(kind, axes, ways, whole, times, self.frames.where(shown if shown.attributes else j))
 
     def group(self, attributes: str) -> tuple[int, tuple[str, ...]]:

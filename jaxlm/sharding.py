@@ -324,7 +324,7 @@ def check_host_memory(device: Any) -> None:
         kinds = [m.kind for m in device.addressable_memories()]
     except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):
         return
-    if "pinned_host" not in kinds:
+    if kinds and "pinned_host" not in kinds:
         raise ValueError(
             f"execution.offload: {device.platform} has no pinned host memory, only {', '.join(kinds)}; drop it"
         )

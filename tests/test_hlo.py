@@ -141,3 +141,22 @@ def test_a_real_program() -> None:
     assert sum(c.bytes * c.times for c in gathered) == 5 * 16 * 16 * 4
     assert {c.axes for c in gathered} == {("fsdp",)}
     assert np.prod([module.runs[n] for n in module.runs]) % 5 == 0 or len(gathered) == 1
+
+
+@pytest.mark.parametrize("exchange", [
+    "f32[64,8] ragged-all-to-all(%p, %e, %n, %n, %n, %n)",
+    "((f32[16,8], f32[64,8], s64[4], s64[4], s64[4], s64[4]), f32[64,8]) "
+    "ragged-all-to-all-start(%p, %e, %n, %n, %n, %n)",
+])  # fmt: skip
+def test_a_ragged_exchange_sends_rows_and_not_the_room_for_them(exchange: str) -> None:
+    text = f"""HloModule m
+
+ENTRY %main () -> f32[64,8] {{
+  %p = f32[16,8] parameter(0)
+  %e = f32[64,8] parameter(1)
+  %n = s64[4] parameter(2)
+  ROOT %r = {exchange}, replica_groups={{{{0,1,2,3}}}}
+}}
+"""
+    (one,) = hlo.Module(text, {"expert": 4}).collectives
+    assert (one.kind, one.axes, one.bytes) == ("ragged-all-to-all", ("expert",), 16 * 8 * 4)

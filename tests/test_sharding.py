@@ -1,6 +1,8 @@
 """The mesh and the two tables: what fits is placed as said, and what doesn't is refused by name."""
 
+import contextlib
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -254,3 +256,13 @@ def test_gather_casts_and_frees_the_storing_axes():
 def test_layout_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         layout().store = {}
+
+
+@pytest.mark.parametrize(("kinds", "refused"), [(("device",), True), (("device", "pinned_host"), False), ((), False)])
+def test_offload_needs_devices_that_reach_the_hosts_memory_or_do_not_say(kinds, refused):
+    """Descriptions of GPUs, which programs are compiled for ahead of time, name no memories."""
+    memories = [types.SimpleNamespace(kind=k) for k in kinds]
+    device = types.SimpleNamespace(platform="gpu", addressable_memories=lambda: memories)
+    message = r"execution\.offload: gpu has no pinned host memory, only device"
+    with pytest.raises(ValueError, match=message) if refused else contextlib.nullcontext():
+        sharding.check_host_memory(device)
