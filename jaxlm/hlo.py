@@ -226,26 +226,41 @@ class Module:
         read = sum(self._read(kernel, n, shape) for n, shape in enumerate(shapes))
         return read + self._written(kernel, i.shape)
 
-    @staticmethod
-    def _read(kernel: Mapping[str, Instruction], n: int, shape: str) -> int:
+    def _read(self, kernel: Mapping[str, Instruction], n: int, shape: str) -> int:
+        """Of a kernel's operand `n`. Kernels stand in kernels."""
         whole = size(shape, False)
         mine = next((k.name for k in kernel.values() if k.opcode == "parameter" and k.literal == str(n)), None)
         names = {mine} | {k.name for k in kernel.values() if k.opcode == "bitcast" and mine in k.operands}
         users = [k for k in kernel.values() if names & {*k.operands} and k.name not in names]
-        first = [u for u in users if u.operands[0] in names]  # what is cut from or into, not where
-        cut = [u for u in first if u.opcode == "dynamic-slice"]
-        into = [u for u in first if u.opcode == "dynamic-update-slice"]
-        if whole and users and len(cut) + len(into) == len(users):
-            return sum(size(u.shape) for u in cut)
-        return whole
+        cut = 0
+        for u in users:
+            first = u.operands[0] in names  # what is cut from or into, not where
+            if u.opcode == "fusion":
+                inner = self.computations.get(u.attribute("calls") or "", {})
+                cut += sum(self._read(inner, k, shape) for k, o in enumerate(u.operands) if o in names)
+            elif first and u.opcode == "dynamic-slice":
+                cut += size(u.shape)
+            elif not first or u.opcode != "dynamic-update-slice":
+                return whole
+        return min(cut, whole) if users else whole
 
-    @staticmethod
-    def _written(kernel: Mapping[str, Instruction], shape: str) -> int:
+    def _written(self, kernel: Mapping[str, Instruction], shape: str) -> int:
         root = next((k for k in kernel.values() if k.root), None)
-        while root is not None and root.opcode in ("bitcast", "copy", "convert") and root.operands[0] in kernel:
-            root = kernel[root.operands[0]]
-        if root is not None and root.opcode == "dynamic-update-slice" and root.operands[1] in kernel:
-            return size(kernel[root.operands[1]].shape) if size(shape, False) else 0
+        if root is None or root.opcode != "tuple":
+            return self._put(kernel, root, shape)
+        parts = [part[0] for part in ARRAY.finditer(shape)]
+        if len(parts) != len(root.operands):
+            return size(shape, False)
+        return sum(self._put(kernel, kernel.get(o), part) for o, part in zip(root.operands, parts, strict=True))
+
+    def _put(self, kernel: Mapping[str, Instruction], one: Instruction | None, shape: str) -> int:
+        """Bytes that one of a kernel's results puts into an array of this shape."""
+        while one is not None and one.opcode in ("bitcast", "copy", "convert") and one.operands[0] in kernel:
+            one = kernel[one.operands[0]]
+        if one is not None and one.opcode == "fusion" and not one.shape.startswith("("):
+            return self._written(self.computations.get(one.attribute("calls") or "", {}), shape)
+        if one is not None and one.opcode == "dynamic-update-slice" and one.operands[1] in kernel:
+            return size(kernel[one.operands[1]].shape) if size(shape, False) else 0
         return size(shape, False)
 
     @cached_property

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm import config, pipeline, rope
 from jaxlm.attention import SLOTS, Cache, Mask, attend, remember, ring
 from jaxlm.params import Spec
-from jaxlm.sharding import Layout, own_einsum, platform
+from jaxlm.sharding import Layout, but_gathered, own_einsum, platform
 
 
 class Output(struct.PyTreeNode):
@@ -59,7 +59,7 @@ def remat_policy(e: config.Execution) -> Any:
                 f"execution.offload: {host[0]} needs execution.remat={', '.join(KEPT)}; with {e.remat} "
                 "other activations than these are kept"
             )
-        return None if e.remat == "none" else policies.dots_with_no_batch_dims_saveable
+        return but_gathered if e.remat == "none" else policies.dots_with_no_batch_dims_saveable
     saved = [name for name in KEPT[e.remat] if name not in host]
     if host:
         return policies.save_and_offload_only_these_names(
@@ -356,7 +356,7 @@ def run_blocks(
         return block(_gathered(p, specs, shard), x, rows, k, kind, kept)
 
     again: Any = lambda f, **_: f  # noqa: E731
-    if shard.execution.remat != "none" and cache is None:
+    if cache is None and (shard.execution.remat != "none" or shard.gathers):
         again = partial(jax.checkpoint, policy=remat_policy(shard.execution), prevent_cse=not scanned(shard))
     if cache is None and not split and 1 < pipeline.stages() <= n:
         each = pipeline.depth(pipeline.stages(), shard.mesh.rounds, kinds)

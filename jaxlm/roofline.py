@@ -270,12 +270,17 @@ class _Step:
         outputs = sum(self.outputs(s) for s in self.layered.values())
         deep = self.layers / self.stages
         width = self.width * deep
-        everything = 6 * width + 2 * outputs
-        heads = self.heads * self.layers / self.stages
-        named = {"attention": width + heads, "qkv": width + 4 * heads}  # what these keep besides a block's input
+        attended = self.heads * deep
+        qkv = sum(
+            self.outputs(s) for s in self.layered.values() if {"heads", "kv"} & {*s.axes} and s.axes[-1] != "embed"
+        )
+        # Of what nothing says to compute again: products, and in float32 too what norms, rotations and gates make of
+        # them; the factors are those of a Llama compiled for an H100.
+        everything = 7 * width + 3 * outputs
+        named = {"attention": 2 * width + qkv + attended, "qkv": width + qkv}
         kept = self.bytes * ({"full": width, "dots": width + outputs, "none": everything} | named)[remat]
         # A layer's activations and their gradients, and the weights of two layers: one is gathered ahead.
-        block = self.tokens * 2 * self.bytes * everything / deep
+        block = self.tokens * 2 * self.bytes * (6 * width + 2 * outputs) / deep
         block += 2 * self.bytes * sum(self.used(s) / self._stages(s) for s in self.layered.values()) / deep
         if self.attention == "xla":
             queries = self.p.run.train.seq_len / (16 if self.cuts == 1 else self.cuts)
@@ -311,8 +316,8 @@ class _Step:
                 if name != "embed" or not self.tied:
                     axes = ()
             held = self.used(s) / self._stages(s) * self.bytes
-            twice = "layers" in s.axes and self.p.run.execution.remat != "none"
-            add("weights", "all-gather", axes, held * (2 if twice else 1) * self.micro, True)
+            twice = 2 if "layers" in s.axes else 1  # no block keeps whole weights for its backward pass
+            add("weights", "all-gather", axes, held * twice * self.micro, True)
             if not self.p.optimizer.trainable(path):
                 continue
             add("gradients", "reduce-scatter", tuple(a for a in axes if a in dense), held * self.micro, True)

@@ -151,6 +151,15 @@ _gathered.defvjp(
 )
 
 
+def but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
+    """What `jax.checkpoint` may keep: all but weights gathered from where they rest, which are gathered again for the
+    backward pass, as those of all layers would otherwise lie whole on every device. (Explicit axes move by `reshard`.)
+    """
+    inner = params.get("call_jaxpr")
+    gathers = inner is not None and [e.primitive.name for e in inner.eqns] == ["sharding_constraint"]
+    return primitive.name != "reshard" and not gathers
+
+
 @dataclass(frozen=True)
 class Layout:
     """Logical axis → mesh axes. `store` is how weights rest, `compute` how a block uses them, `moments` how the
@@ -243,6 +252,13 @@ class Layout:
         rests = self.over(axes[-1], self.store)
         cut = tuple(a for a in rests if a in (*self.over("batch"), *self.over("seq")))
         return _gathered(w, self.spec(axes), self.spec(axes, self.store)), cut if cut == rests else ()
+
+    @property
+    def gathers(self) -> bool:
+        """Whether weights rest on this mesh cut over axes that only store them."""
+        mesh = jax.sharding.get_abstract_mesh()
+        over = {a for axis, axes in self.store.items() if axis != "layers" for a in axes if a not in self.over(axis)}
+        return not mesh.empty and any(mesh.shape[a] > 1 for a in over)
 
     def gather(self, params: Any, specs: Any) -> Any:
         """Weights as a block uses them: cast to the compute dtype, then gathered over the axes that only store."""

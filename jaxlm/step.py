@@ -133,10 +133,14 @@ def make_train_step(
 
         n = jax.tree.leaves(batch)[0].shape[0]
         keys = jax.random.split(key, n)
-        grads, sums = held(micro(jax.tree.map(lambda x: x[0], batch), keys[0]))
-        if n > 1:
+        first = jax.tree.map(lambda x: x[0], (batch, keys))
+        if n == 1:
+            grads, sums = held(micro(*first))
+        else:  # all in the loop: of two side by side a compiler may keep the activations of both
+            none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, *first)[1])
             add = lambda done, part: (jax.tree.map(jnp.add, done, held(micro(*part))), None)  # noqa: E731
-            (grads, sums), _ = jax.lax.scan(add, (grads, sums), jax.tree.map(lambda x: x[1:], (batch, keys)))
+            start = held((jax.tree.map(jnp.zeros_like, state.params), none))
+            (grads, sums), _ = jax.lax.scan(add, start, (batch, keys))
 
         if places is not None:
             grads = pinned(grads, places.moments)

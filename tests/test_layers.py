@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
-from jaxlm import config, layers, sharding
+from jaxlm import config, hlo, layers, sharding
 from jaxlm.attention import Mask
 
 RNG = np.random.default_rng(0)
@@ -156,7 +157,30 @@ def test_named_activations_wait_in_the_hosts_memory():
             ValueError, match=rf"execution\.offload: q needs execution\.remat=attention, .* with {remat}"
         ):
             layers.remat_policy(config.Execution(remat=remat, offload=("optimizer", "q")))
-    assert layers.remat_policy(config.Execution(offload=("optimizer",))) is None
+    layers.remat_policy(config.Execution(offload=("optimizer",)))
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_weights_that_rest_cut_are_gathered_again_for_the_backward_pass(remat):
+    """Kept whole, those of all layers would lie on every device."""
+    axes = {"up": ("embed", "ffn"), "down": ("ffn", "embed")}
+    weights = {"up": jnp.ones((2, 16, 64)), "down": jnp.ones((2, 64, 16))}
+    specs = {n: sharding.Spec(w.shape, ("layers", *axes[n]), None) for n, w in weights.items()}
+    mesh = config.Mesh(fsdp=-1)
+    how = sharding.Layout.of(mesh, config.Execution("float32", scan=True, remat=remat))
+
+    def block(p, x, *_):
+        return x + layers.mlp(p, x, "silu", how), None
+
+    def f(w, x):
+        return layers.run_blocks(block, w, specs, x, shard=how, key=None)[0].sum()
+
+    with sharding.on_mesh(m := sharding.make_mesh(mesh)):
+        weights = jax.tree.map(jax.device_put, weights, how.shardings(specs, m))
+        x = jax.device_put(jnp.ones((8, 4, 16)), NamedSharding(m, how.spec(("batch", "seq", None))))
+        text = jax.jit(jax.grad(f)).lower(weights, x).compile().as_text()
+    found = [c for c in hlo.Module(text, dict(m.shape)).collectives if c.kind == "all-gather"]
+    assert sum(c.bytes * c.times for c in found) == 2 * 2 * 2 * 16 * 64 * 4  # twice two weights of two layers
 
 
 def test_distances_fall_into_the_published_buckets():
