@@ -47,13 +47,13 @@ def advise(run: config.Run, t: Target, cost: Cost) -> None:
 
 def search(run: config.Run, t: Target, compiling: int, out: Path | None) -> tuple[dict[str, Any], bool]:
     """(figures of all that were ranked first, whether the best fits)."""
+    tune.check_free(out)
     every = tune.candidates(run, t)
     shown = every[: max(8, compiling)]
     console.print(f"[bold]{t.name}[/]: {len(every):,} layouts divide this model and batch; the first by arithmetic:")
     table = rich.table.Table("", "layout", "memory", "a step", "tokens/s a device", "MFU", "most goes to")
     for n, c in enumerate(shown, 1):
-        mark = amount(c.cost.peak) if not t.chip.hbm or fits(c.cost, t) else f"[red]{amount(c.cost.peak)}[/]"
-        table.add_row(str(n), c.changes, mark, *_speed(c.cost, t))
+        table.add_row(str(n), c.changes, _room(c.cost, t), *_speed(c.cost, t))
     console.print(table)
     best, rows = shown[0], [_row(c, t) for c in shown]
     if compiling:
@@ -78,10 +78,14 @@ def _compiled(
             rows[n]["refused"] = str(refusal)
             continue
         done.append(tune.Candidate(c.run, made.cost))
-        table.add_row(c.changes, amount(made.cost.peak), *_speed(made.cost, t))
+        table.add_row(c.changes, _room(made.cost, t), *_speed(made.cost, t))
         rows[n]["compiled"] = record(made.cost, t, made.sizes, made)
     console.print(table)
     return (min(done, key=lambda c: tune.rank(c, t)) if done else shown[0]), rows
+
+
+def _room(c: Cost, t: Target) -> str:
+    return amount(c.peak) if not t.chip.hbm or fits(c, t) else f"[red]{amount(c.peak)}, too much[/]"
 
 
 def _speed(c: Cost, t: Target) -> list[str]:
@@ -96,6 +100,7 @@ def _row(c: tune.Candidate, t: Target) -> dict[str, Any]:
 
 
 def measured(run: config.Run, limit: int, steps: int, out: Path | None) -> dict[str, Any]:
+    tune.check_free(out)
     t = targets.here()
     found = tune.tune(run, t, limit, steps, console.print)
     table = rich.table.Table("measured here", "a step", "tokens/s a device")

@@ -169,10 +169,14 @@ def tune(
 # ---- a run as a config file
 
 
+def check_free(path: Path | None) -> None:
+    """Before minutes are spent on what is to be written there."""
+    if path is not None and path.exists():
+        raise ValueError(f"--out: {path} exists; name another file")
+
+
 def write(run: config.Run, path: Path, why: str) -> None:
     """A file that `jaxlm train` takes, with every field that isn't its default."""
-    if path.exists():
-        raise ValueError(f"--out: {path} exists; name another file")
     modules: set[str] = set()
     body = _code(run, modules, 1)
     imports = "\n".join(f"import {m}" for m in sorted(modules))

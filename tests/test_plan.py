@@ -151,6 +151,8 @@ def test_search_writes_a_config_that_trains(file, tmp_path, capsys) -> None:
     same = dataclasses.replace(made, mesh=own.mesh, train=own.train, execution=own.execution)
     assert same == own
     assert cli.main(["plan", str(file), "--target", "h100:8", "--search", "--out", str(best)]) == 2
+    said = capsys.readouterr()
+    assert "exists; name another file" in said.err and "layouts" not in said.out  # before anything is searched
 
 
 def test_candidates_fit_first_and_then_the_fastest() -> None:
