@@ -229,7 +229,8 @@ class Execution:
     """auto: the fused kernel where it can (cudnn on GPUs, splash on TPUs), else xla."""
     remat: Literal["none", "dots", "attention", "qkv", "full"] = "none"
     """Activations recomputed in the backward pass: none, all but matrix products, all but attention's (its result and
-    the products around it, not the mlp's wide ones), all but queries, keys and values, or all of each block."""
+    the products around it, not the mlp's wide ones), all but queries, keys and values, or all of each block. Weights
+    that FSDP cuts are gathered again in any case."""
     offload: tuple[Literal["optimizer", "input", "q", "k", "v", "attended", "o"], ...] = ()
     """What waits in the host's memory until it is needed: the optimizer's state, and of each block's activations its
     input, queries, keys, values, what attention gives, and the product after it (with remat attention, qkv or full)."""
