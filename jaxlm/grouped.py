@@ -65,7 +65,7 @@ dot.defvjp(_dot_forward, _dot_backward)
 
 
 def _kernel(name: str, a: jax.Array, b: jax.Array, size_G: jax.Array, dtype: Any, most: Any, **more: Any) -> jax.Array:
-    """ "MegaBlocks" (Gale et al. 2022) as JAX has it. `most`: rows of a tile, and the sides that tiles are cut of."""
+    """MegaBlocks (Gale et al. 2022) as JAX has it. `most`: rows of a tile, and the sides that tiles are cut of."""
     from jax.experimental.pallas.ops.tpu.megablox import ops
 
     tiles = (most[0], *(min(WIDTH, n) for n in most[1:]))
