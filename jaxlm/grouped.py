@@ -18,8 +18,8 @@ from jaxlm.sharding import platform
 
 INTERPRET = False  # for tests without a TPU
 WIDTH = 1024  # of a kernel's tile, at most
-BLOCK = {"cpu": 128}  # rows of a block, at most: what caches hold; elsewhere what makes reading a matrix worth while
-ROWS = 512
+ROWS = 512  # of a block or a kernel's tile, at most: enough to make reading a matrix worth while
+BLOCK = {"cpu": 128}  # where fewer rows are better: what caches hold
 
 Run = Callable[[Any, jax.Array], jax.Array]
 

@@ -383,9 +383,8 @@ def _dropless(w: dict, x_ND: jax.Array, expert_NK: jax.Array, act: Gated) -> jax
     slot_M = jnp.where(expert_M < E, slot_M + shift_E.at[expert_M].get(mode="fill", fill_value=0), rows)
     slot_NK = slot_M.reshape(expert_NK.shape)
     x_PD = _spread(x_ND, slot_NK, rows)
-    expert_P = jnp.searchsorted(
-        end_E, jnp.arange(0, rows, size), side="right", method="compare_all"
-    )  # E past the last one's rows
+    begin_P = jnp.arange(0, rows, size)
+    expert_P = jnp.searchsorted(end_E, begin_P, side="right", method="compare_all")  # E past the last one's rows
     if blocks:
         y_PD = grouped.in_blocks(partial(_ffn, act=act), w, x_PD, expert_P, end_E[-1] // size)
     else:

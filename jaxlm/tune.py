@@ -177,6 +177,7 @@ def check_free(path: Path | None) -> None:
 
 def write(run: config.Run, path: Path, why: str) -> None:
     """A file that `jaxlm train` takes, with every field that isn't its default."""
+    check_free(path)
     modules: set[str] = set()
     body = _code(run, modules, 1)
     imports = "\n".join(f"import {m}" for m in sorted(modules))

@@ -160,3 +160,33 @@ ENTRY %main () -> f32[64,8] {{
 """
     (one,) = hlo.Module(text, {"expert": 4}).collectives
     assert (one.kind, one.axes, one.bytes) == ("ragged-all-to-all", ("expert",), 16 * 8 * 4)
+
+
+def test_traffic_of_slices_within_nested_kernels_and_of_several_results() -> None:
+    """A stack is neither read whole where a kernel in a kernel cuts it, nor written whole beside another result."""
+    text = """HloModule m
+
+%cut (s: f32[9,4], i: s32[]) -> f32[1,4] {
+  %s = f32[9,4] parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %d = f32[1,4] dynamic-slice(%s, %i, %i), dynamic_slice_sizes={1,4}
+}
+
+%outer (t: f32[9,4], j: s32[]) -> (f32[9,4], f32[1,4]) {
+  %t = f32[9,4] parameter(0)
+  %j = s32[] parameter(1)
+  %f = f32[1,4] fusion(%t, %j), kind=kLoop, calls=%cut
+  %u = f32[9,4] dynamic-update-slice(%t, %f, %j, %j)
+  ROOT %both = (f32[9,4], f32[1,4]) tuple(%u, %f)
+}
+
+ENTRY %main (p: f32[9,4], k: s32[]) -> (f32[9,4], f32[1,4]) {
+  %p = f32[9,4] parameter(0)
+  %k = s32[] parameter(1)
+  ROOT %r = (f32[9,4], f32[1,4]) fusion(%p, %k), kind=kLoop, calls=%outer
+}
+"""
+    row, index = 4 * 4, 4
+    assert (
+        hlo.Module(text).traffic == row + index + 2 * row
+    )  # the slice and where; the slice into the stack, and itself

@@ -157,16 +157,18 @@ def test_named_activations_wait_in_the_hosts_memory():
             ValueError, match=rf"execution\.offload: q needs execution\.remat=attention, .* with {remat}"
         ):
             layers.remat_policy(config.Execution(remat=remat, offload=("optimizer", "q")))
-    layers.remat_policy(config.Execution(offload=("optimizer",)))
+    assert layers.remat_policy(config.Execution(offload=("optimizer",))) is sharding.but_gathered
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_weights_that_rest_cut_are_gathered_again_for_the_backward_pass(remat):
+@pytest.mark.parametrize(
+    ("remat", "axis_type"), [("none", "auto"), ("none", "explicit"), ("dots", "auto"), ("full", "auto")]
+)
+def test_weights_that_rest_cut_are_gathered_again_for_the_backward_pass(remat, axis_type):
     """Kept whole, those of all layers would lie on every device."""
     axes = {"up": ("embed", "ffn"), "down": ("ffn", "embed")}
     weights = {"up": jnp.ones((2, 16, 64)), "down": jnp.ones((2, 64, 16))}
     specs = {n: sharding.Spec(w.shape, ("layers", *axes[n]), None) for n, w in weights.items()}
-    mesh = config.Mesh(fsdp=-1)
+    mesh = config.Mesh(fsdp=-1, axis_type=axis_type)
     how = sharding.Layout.of(mesh, config.Execution("float32", scan=True, remat=remat))
 
     def block(p, x, *_):

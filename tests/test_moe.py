@@ -262,7 +262,9 @@ def test_a_mesh_gives_what_one_device_gives(mesh, axis_type, capacity, how, monk
     monkeypatch.setattr(grouped, "way", lambda: ("kernel" if how == "kernel" else "blocks", ""))
     monkeypatch.setattr(grouped, "INTERPRET", True)
     got, program = gradients(capacity, mesh, axis_type, how)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * abs(b).max() + 1e-7), got, expected)
+    # Gradients reach 800: a few of the last digits of float32 at such a size are more than the least bound.
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=max(2e-4, 1e-6 * abs(b).max()), rtol=2e-5)  # noqa: E731
+    jax.tree.map(close, got, expected)
     moved = re.findall(r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(", program)
     sizes = [
         int(np.prod([int(n) for n in dims.split(",") if n])) for s in moved for dims in re.findall(r"\[([\d,]*)\]", s)

@@ -132,3 +132,15 @@ def test_a_mesh_that_does_not_divide_is_refused_as_in_training() -> None:
     odd = dataclasses.replace(LLAMA_70B, heads=66, kv_heads=6)
     with pytest.raises(ValueError, match="mesh: blocks/k has 6 kv, which 4 devices of tensor do not divide"):
         plan.estimate(run(odd, batch=8, tensor=4, fsdp=2), targets.parse("h100:8"))
+
+
+def test_each_kind_of_remat_keeps_what_it_names() -> None:
+    """Of the 70B shape: 80 layers 8192 wide, 64 heads of 128 and 8 of keys and values, in bfloat16; 4096 tokens."""
+    kinds = ("full", "qkv", "attention", "dots", "none")
+    kept = [plan.estimate(run(fsdp=-1, remat=r), targets.parse("v6e:16x16")).memory["activations"] for r in kinds]
+    assert kept == sorted(kept) and len(set(kept)) == 5
+    each = kept[0] / 8192  # of one element of a token, in all layers
+    assert kept[1] - kept[0] == pytest.approx((64 + 8 + 8) * 128 * each)
+    assert kept[2] - kept[1] == pytest.approx(
+        (64 * 128 + 8192) * each
+    )  # what attention gives, and the product after it
