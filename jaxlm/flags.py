@@ -93,6 +93,11 @@ PRESETS: dict[str, Preset] = {
         },
         "collectives on the sparse cores, beside the products; instead of tpu_overlap",
     ),
+    "tpu_reduce_scatter": TPU(
+        (),
+        {"xla_tpu_reduce_scatter_collective_matmul_mode": "post_spmd"},
+        "FSDP's gradients summed in a ring inside the products that make them: fewest bytes, more work for the chip",
+    ),
     "tpu_data_center_network": TPU(
         (),
         {
