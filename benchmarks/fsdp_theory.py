@@ -6,8 +6,9 @@ arrays that a step gathers and reduces over the fsdp axis are 5 % more or less t
 copied an array to every device, or where it makes an array of a whole stack of layers.
 
 A compiler may write a reduction of which every device keeps a part as an all-reduce, which sends twice as much, as
-those for TPUs do over many chips: what is sent is shown beside theory too, in all and by kind. With flags against it in
-a case (`8b@v5p:4x4x4+tpu_reduce_scatter`), and on GPUs, more than 5 % above theory fails as well.
+those for TPUs do over many chips: what is sent is shown beside theory too, in all and by kind. On GPUs more than
+5 % above theory fails as well, and so it does for dense models with flags against it
+(`8b@v5p:4x4x4+tpu_reduce_scatter`); gradients of experts are made by kernels, which those flags don't reach.
 """
 
 import argparse
@@ -69,7 +70,7 @@ def main() -> int:
                      made.module.estimated_cycles / 1e9, len(whole), len(made.warnings), made.seconds])  # fmt: skip
         print(table(rows[-1:], HEADER), flush=True)
         bad |= abs(arrays / theory - 1) > 0.05 or bool(whole) or bool(made.warnings)
-        bad |= sum(sent.values()) / theory > 1.05 and (t.chip.platform == "gpu" or bool(presets))
+        bad |= sum(sent.values()) / theory > 1.05 and (t.chip.platform == "gpu" or (bool(presets) and experts == 1))
     print(table(rows, HEADER))
     if a.save != "-":
         save(a.save, {"what": __doc__, "machine": machine(), "columns": HEADER, "rows": rows})
