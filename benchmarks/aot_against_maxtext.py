@@ -21,10 +21,12 @@ from typing import Any
 
 from worker import machine, save, table
 
-from jaxlm import config, hlo, log, plan, targets
+from jaxlm.core import config
 from jaxlm.models import llama, mixtral
-from jaxlm.moe import Moe
+from jaxlm.nn.moe import Moe
 from jaxlm.objectives import causal
+from jaxlm.planning import ahead_of_time, hlo, targets
+from jaxlm.training import environment
 
 L = llama.Config
 # Our shape, MaxText's name, our target and MaxText's, sequences a device, positions.
@@ -63,15 +65,15 @@ def ours(name: str, remat: str, keep: Path) -> dict[str, Any]:
         train=config.Train(batch_size=batch * t.count, seq_len=seq), execution=config.Execution(remat=remat),
     )  # fmt: skip
     try:
-        made = plan.compile_step(run, t)
-    except plan.Refused as refusal:
+        made = ahead_of_time.compile_step(run, t)
+    except ahead_of_time.Refused as refusal:
         return {"refused": str(refusal)}
     (keep / f"{name}-{remat}-ours.txt").write_text(made.executable.as_text())
     m = made.executable.memory_analysis()
     return figures(made.module) | {
         "arguments": m.argument_size_in_bytes, "temporaries": m.temp_size_in_bytes, "seconds": made.seconds,
         "accessed": made.executable.cost_analysis()["bytes accessed"], "attention": made.notes["attention"],
-        "warnings": made.warnings, "jax": log.environment()["versions"]["jax"],
+        "warnings": made.warnings, "jax": environment.environment()["versions"]["jax"],
     }  # fmt: skip
 
 

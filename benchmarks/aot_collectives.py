@@ -22,10 +22,14 @@ from aot_qlora import RTX_4090, compilers
 from jax.experimental import topologies
 from worker import save
 
-from jaxlm import config, log, optim, sharding, step
-from jaxlm.models import MODELS, Model, llama, mixtral
-from jaxlm.moe import Moe
+from jaxlm.core import config
+from jaxlm.models import MODELS, llama, mixtral
+from jaxlm.models.model import Model
+from jaxlm.nn.layout import Layout, batch_sharding
+from jaxlm.nn.moe import Moe
 from jaxlm.objectives import causal
+from jaxlm.runtime.mesh import make_mesh, on_mesh, replicated
+from jaxlm.training import environment, optimizers, step
 
 B, T = 8, 512
 SHAPE = dict(vocab=1024, layers=2, width=256, heads=4, kv_heads=4, head_width=64)
@@ -57,24 +61,24 @@ def compiled(devices: list[Any], way: str) -> dict[str, Any]:
     # `gpu`, as JAX calls the backend, whatever its plug-in is called
     backend = "tpu" if devices[0].platform == "tpu" else "gpu"
     with mock.patch.multiple(jax, default_backend=lambda: backend):
-        mesh = sharding.make_mesh(mesh_config, devices)
-        layout = sharding.Layout.of(mesh_config, config.Execution(dtype="bfloat16", attention="xla", **execution))
+        mesh = make_mesh(mesh_config, devices)
+        layout = Layout.of(mesh_config, config.Execution(dtype="bfloat16", attention="xla", **execution))
         specs = family.specs(c)
         model = Model(family, c, specs, layout)
-        optimizer = optim.make(config.Optim(), 1000, specs)
+        optimizer = optimizers.make(config.Optim(), 1000, specs)
         weights, moments = layout.shardings(specs, mesh), layout.shardings(specs, mesh, layout.moments)
-        homes = step.shardings(specs, weights, optimizer, False, sharding.replicated(mesh), moments)
+        homes = step.shardings(specs, weights, optimizer, False, replicated(mesh), moments)
         train = step.make_train_step(
             lambda p, b, k: causal.loss(causal.Config(), model, p, b, k), causal.weights, optimizer, seed=0, clip=1.0,
             ema=0.0, places=step.Places.of(mesh_config.zero, weights, moments, optimizer),
         )  # fmt: skip
-        home = sharding.batch_sharding(layout, mesh, (micro, B // micro, T), T)
+        home = batch_sharding(layout, mesh, (micro, B // micro, T), T)
         kinds = dict(tokens=jnp.int32, positions=jnp.int32, segments=jnp.int32, targets=jnp.int32, weights=jnp.float32)
         batch = {k: jax.ShapeDtypeStruct((micro, B // micro, T), kind, sharding=home) for k, kind in kinds.items()}
         state = jax.eval_shape(lambda: step.init_state(specs, optimizer, jax.random.key(0), False))
         state = jax.tree.map(lambda x, h: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=h), state, homes)
         started = time.perf_counter()
-        with sharding.on_mesh(mesh):
+        with on_mesh(mesh):
             program = jax.jit(train, donate_argnums=0, out_shardings=(homes, None)).lower(state, batch).compile()
     text, memory = program.as_text(), program.memory_analysis()
     found = collections.Counter(re.findall(rf"[ %]({KINDS})(?:-start)?(?:\.[\d.]+)?\(", text))
@@ -115,7 +119,7 @@ def main() -> int:
     if a.save != "-":
         what = "collectives of train steps of small models on four devices, from the compilers; nothing ran"
         save(a.save, {"what": what, "settings": {"batch": B, "seq": T, "shape": SHAPE},
-                      "versions": log.environment()["versions"] | compilers(), "found": every})  # fmt: skip
+                      "versions": environment.environment()["versions"] | compilers(), "found": every})  # fmt: skip
     return 0 if all(one["as_promised"] for ways in every.values() for one in ways.values()) else 1
 
 

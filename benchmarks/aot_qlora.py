@@ -14,7 +14,9 @@ from typing import Any
 
 from worker import save, table
 
-from jaxlm import config, log, params, plan, targets, tree
+from jaxlm.core import config, config_io, spec, tree
+from jaxlm.planning import ahead_of_time, targets
+from jaxlm.training import environment
 
 LORA = {"method": "lora", "rank": 16, "targets": ("all",)}
 WAYS = {
@@ -31,13 +33,13 @@ def compilers() -> dict[str, str]:
 
 def needs(run: config.Run, t: targets.Target) -> dict[str, Any]:
     """Bytes of the compiled step of a run on one such device."""
-    made = plan.compile_step(run, t)
+    made = ahead_of_time.compile_step(run, t)
     p, m = made.program, made.executable.memory_analysis()
-    flat = tree.flatten(params.abstract(p.specs))
+    flat = tree.flatten(spec.abstract(p.specs))
     trained = {path for path in flat if p.optimizer.trainable(path)}
     copied = m.output_size_in_bytes - m.alias_size_in_bytes  # what of the new state doesn't take the old one's place
     return {
-        "parameters": params.count(p.model.specs),
+        "parameters": spec.count(p.model.specs),
         "trained": sum(flat[path].size for path in trained),
         "weight_bytes": sum(x.size * x.dtype.itemsize for x in flat.values()),
         "argument_bytes": m.argument_size_in_bytes,
@@ -60,7 +62,7 @@ def main() -> int:
     p.add_argument("--hlo", type=Path, help="folder to write the compiled programs to")
     p.add_argument("--save", default="aot_qlora", help="name under results/; - : don't save")
     a = p.parse_args()
-    shape = config.load(Path(__file__).parents[1] / "configs" / "llama_8b.py")
+    shape = config_io.load(Path(__file__).parents[1] / "configs" / "llama_8b.py")
     found: dict[str, Any] = {}
     for name in a.device:
         device = targets.parse(f"{name}:1x1")
@@ -75,7 +77,7 @@ def main() -> int:
             )
             try:
                 one = needs(run, device)
-            except plan.Refused as e:  # a TPU's compiler refuses what doesn't fit
+            except ahead_of_time.Refused as e:  # a TPU's compiler refuses what doesn't fit
                 one = {"refused": str(e).partition("\n")[0][:300]}
             if a.hlo:
                 a.hlo.mkdir(parents=True, exist_ok=True)
@@ -96,7 +98,7 @@ def main() -> int:
             "what": "bytes of one device for a train step of an 8B Llama shape, from the compiler; nothing ran",
             "settings": {"batch": a.batch, "seq": a.seq, "rank": LORA["rank"], "targets": "all", "dtype": "bfloat16",
                          "remat": "full", "optimizer": "adamw, float32"},
-            "versions": log.environment()["versions"] | compilers(), "found": found,
+            "versions": environment.environment()["versions"] | compilers(), "found": found,
         })  # fmt: skip
     mine = found.get("rtx4090", {}).get("QLoRA over NF4", {}).get("total_bytes", 0)
     return 1 if mine > a.budget * 1e9 else 0

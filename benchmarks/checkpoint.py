@@ -22,8 +22,8 @@ from shapes import SHAPES
 from step_jaxlm import Ours
 from worker import machine, save, table
 
-from jaxlm import assemble
-from jaxlm.checkpoint import Checkpoints
+from jaxlm.assembly import run_directory
+from jaxlm.formats.checkpoint import Checkpoints
 
 
 def seconds(f: Callable[[], Any]) -> float:
@@ -72,14 +72,14 @@ def measure(ours: Ours, folder: Path, rounds: int, steps: int) -> dict[str, list
             write, read = disk(folder, size)
 
             def start(number: int) -> None:
-                checkpoints.save(number, assemble.saved(ours.state, ours.program.adapter), {"step": number})
+                checkpoints.save(number, run_directory.saved(ours.state, ours.program.adapter), {"step": number})
 
             began = time.perf_counter()
             blocked = seconds(lambda: start(2 * turn + 1))  # noqa: B023  called at once
             checkpoints.wait()
             whole = time.perf_counter() - began
             forget(folder)
-            wanted = assemble.saved(ours.program.abstract_state(), ours.program.adapter)
+            wanted = run_directory.saved(ours.program.abstract_state(), ours.program.adapter)
             back = seconds(lambda: jax.block_until_ready(checkpoints.restore(wanted)))  # noqa: B023
             quiet = ours.steps(steps)["seconds"] * steps
             busy = seconds(lambda: (start(2 * turn + 2), ours.steps(steps)))  # noqa: B023

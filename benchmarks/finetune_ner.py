@@ -27,7 +27,7 @@ from typing import Any
 from worker import HERE, launcher_environment, machine, save, table
 
 from jaxlm.data.labelled import conll
-from jaxlm.eval import metrics
+from jaxlm.evaluation import metrics
 
 ROOT = HERE.parent
 ALLOWED = 0.003

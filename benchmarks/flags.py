@@ -13,7 +13,7 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
 
 from jax.experimental import topologies
 
-from jaxlm import flags
+from jaxlm.runtime import compiler_options
 
 H100 = """
 gpu_device_info {
@@ -33,16 +33,19 @@ def main(targets: list[str]) -> int:
         gpu = {"platform": "cuda", "target_config": H100, "topology": "1x1x1"}
         how = gpu if target == "gpu" else {"platform": "tpu"}
         device = topologies.get_topology_desc("one" if target == "gpu" else target, **how).devices[0]
-        for name, preset in flags.PRESETS.items():
+        for name, preset in compiler_options.PRESETS.items():
             if preset.platform != ("gpu" if target == "gpu" else "tpu"):
                 continue
             for option, value in preset.options.items():
                 try:
-                    flags._accepted({option: value}, device)
+                    compiler_options._accepted({option: value}, device)
                     answer = "accepted"
                 except ValueError as error:
                     answer, refused = str(error), refused + 1
-                print(f"{device.device_kind:24} {name:24} {flags.told({option: value}):72} {answer}", flush=True)
+                print(
+                    f"{device.device_kind:24} {name:24} {compiler_options.told({option: value}):72} {answer}",
+                    flush=True,
+                )
     return bool(refused)
 
 

@@ -19,12 +19,13 @@ from typing import Any
 
 from worker import machine, save, table
 
-from jaxlm import config, plan, targets, tree
+from jaxlm.core import config, tree
+from jaxlm.core.spec import is_spec
 from jaxlm.models import MODELS as FAMILIES
 from jaxlm.models import llama, mixtral
-from jaxlm.moe import Moe
+from jaxlm.nn.moe import Moe
 from jaxlm.objectives import causal
-from jaxlm.params import is_spec
+from jaxlm.planning import ahead_of_time, targets
 
 MODELS = {
     "small": (llama.Config(vocab=8192, layers=4, width=1024, heads=8, kv_heads=8, head_width=128, ffn=2816), 1024, 1),
@@ -54,7 +55,7 @@ def main() -> int:
             train=config.Train(batch_size=t.count, seq_len=seq),
             execution=config.Execution(remat="full", flags=tuple(presets)),
         )  # fmt: skip
-        made = plan.compile_step(run, t)
+        made = ahead_of_time.compile_step(run, t)
         fsdp, layers = made.sizes["fsdp"], stacks(model, experts)
         sent: Counter[str] = Counter()
         arrays = 0.0

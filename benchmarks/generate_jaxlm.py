@@ -10,19 +10,22 @@ import jax
 import numpy as np
 from worker import serve
 
-from jaxlm import config, log, sharding
-from jaxlm.generate import Generator
-from jaxlm.interop import hf
-from jaxlm.models import MODELS, Model
-from jaxlm.sampling import Sampling
+from jaxlm.core import config
+from jaxlm.formats import huggingface
+from jaxlm.inference.generate import Generator
+from jaxlm.inference.sampling import Sampling
+from jaxlm.models import MODELS
+from jaxlm.models.model import Model
+from jaxlm.nn.layout import Layout
+from jaxlm.training import environment
 
 
 class Ours:
     def __init__(self, folder: str, prompts: list[list[int]], tokens: int, dtype: str) -> None:
-        family, c = hf.describe(Path(folder), MODELS)
-        layout = sharding.Layout(execution=config.Execution(dtype=dtype))
+        family, c = huggingface.describe(Path(folder), MODELS)
+        layout = Layout(execution=config.Execution(dtype=dtype))
         specs = family.specs(c)
-        weights = hf.load(Path(folder), family, c, specs, layout.shardings(specs, None))
+        weights = huggingface.load(Path(folder), family, c, specs, layout.shardings(specs, None))
         self.generate = Generator(Model(family, c, specs, layout))
         self.weights = jax.block_until_ready(self.generate.prepare(weights))
         self.bytes = sum(w.nbytes for w in jax.tree.leaves(self.weights))
@@ -34,7 +37,7 @@ class Ours:
         }
 
     def describe(self) -> dict:
-        versions = log.environment()["versions"]
+        versions = environment.environment()["versions"]
         return {"versions": versions, "device": jax.devices()[0].device_kind, "weight_bytes": self.bytes}
 
     def first(self, batch: int) -> dict:

@@ -98,14 +98,14 @@ def main() -> None:
     p.add_argument("--save", default="harness_parity", help="name under results/ (- : don't save)")
     a = p.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from jaxlm import inference
+    from jaxlm.assembly import evaluate_model
 
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         write_tasks(folder, a.data, a.examples)
         os.environ["HF_HOME"] = made
         started = time.perf_counter()
-        inference.evaluate_tasks(str(a.model), list(TASKS), folder / "ours", folder=folder)
+        evaluate_model.evaluate_tasks(str(a.model), list(TASKS), folder / "ours", folder=folder)
         ours_s = time.perf_counter() - started
         started = time.perf_counter()
         threads = str(os.cpu_count())

@@ -21,9 +21,10 @@ from shapes import SHAPES
 from step_jaxlm import make_run
 from worker import Worker, launcher_environment, machine, save, table
 
-from jaxlm import assemble, config
-from jaxlm.data import cache as caches
-from jaxlm.data import loader, tokenizer, vocabulary
+from jaxlm.assembly.corpus import Corpus, training_loader
+from jaxlm.core import config
+from jaxlm.data import loader, tokenizer, train_tokenizer
+from jaxlm.data import token_cache as caches
 from jaxlm.objectives import causal, masked
 
 OBJECTIVE = {
@@ -38,7 +39,7 @@ def tokenise(folder: Path, workers: int) -> tuple[dict[str, Any], dict[str, Path
     out, made = {}, {}
     texts = list(caches.texts("stdlib", part="train"))
     started = time.perf_counter()
-    pieces = vocabulary.train_sentencepiece(texts, folder / "pieces.model", vocab_size=8192)
+    pieces = train_tokenizer.train_sentencepiece(texts, folder / "pieces.model", vocab_size=8192)
     training = time.perf_counter() - started
     for name, tokens in (("bytes", tokenizer.load("bytes")), ("sentencepiece:8192", pieces)):
         started = time.perf_counter()
@@ -62,8 +63,8 @@ def loaders(shape: str, caches_of: dict[str, Path], folder: Path) -> dict[str, l
         run = config.dataclasses.replace(
             run, objective=OBJECTIVE[kind], data=config.dataclasses.replace(run.data, workers=workers)
         )
-        corpus = assemble.Corpus([caches.open_cache(path)], [1.0], [])
-        out[f"{kind}, {name}, {workers} workers"] = assemble.training_loader(run, tokens[name], corpus, None)
+        corpus = Corpus([caches.open_cache(path)], [1.0], [])
+        out[f"{kind}, {name}, {workers} workers"] = training_loader(run, tokens[name], corpus, None)
     return out
 
 

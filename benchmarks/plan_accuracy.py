@@ -16,10 +16,13 @@ from typing import Any
 import jax
 from worker import save, table
 
-from jaxlm import chips, config, plan, roofline, sharding, targets
+from jaxlm.core import config
 from jaxlm.models import gpt2, llama, mixtral
-from jaxlm.moe import Moe
+from jaxlm.nn.moe import Moe
 from jaxlm.objectives import causal
+from jaxlm.planning import ahead_of_time, roofline, targets
+from jaxlm.runtime import chips
+from jaxlm.runtime.mesh import Described, on_devices
 
 L = llama.Config
 LLAMA2_7B = L(vocab=32000, layers=32, width=4096, heads=32, kv_heads=32, head_width=128, ffn=11008)
@@ -99,8 +102,8 @@ def cost(p: Point) -> tuple[roofline.Cost, targets.Target, dict[str, int]]:
         train=config.Train(batch_size=round(p.batch * t.count), seq_len=p.seq),
         execution=config.Execution(remat=p.remat),
     )  # fmt: skip
-    with sharding.on_devices([sharding.Described(t.chip.platform, t.chip.kind)] * t.count):
-        program = plan.assemble.program(run, plan.tokens_of(run))
+    with on_devices([Described(t.chip.platform, t.chip.kind)] * t.count):
+        program = ahead_of_time.assemble.program(run, ahead_of_time.tokens_of(run))
         sizes = dict(program.mesh.shape)
         return roofline.cost(program, t, "flash"), t, sizes
 

@@ -15,10 +15,14 @@ import rich.console
 from shapes import ADAMW, SHAPES
 from worker import serve
 
-from jaxlm import assemble, config, log, loop, params, tree
-from jaxlm.data.cache import Cache
+from jaxlm.assembly import program
+from jaxlm.assembly.corpus import Corpus, training_loader
+from jaxlm.core import config, config_io, spec, tree
+from jaxlm.data.token_cache import Cache
 from jaxlm.models import bert, gpt2, llama
 from jaxlm.objectives import causal, masked
+from jaxlm.training import environment, log, loop
+from jaxlm.training.progress import Meter, Progress
 
 
 def make_run(name: str, overrides: list[str]) -> config.Run:
@@ -38,24 +42,24 @@ def make_run(name: str, overrides: list[str]) -> config.Run:
         train=config.Train(steps=1 << 20, batch_size=s["batch"], seq_len=s["seq"]),
         execution=config.Execution(dtype=s["dtype"]),
     )
-    return config.override(run, overrides)
+    return config_io.override(run, overrides)
 
 
-def synthetic(vocab: int) -> tuple[Any, assemble.Corpus]:
+def synthetic(vocab: int) -> tuple[Any, Corpus]:
     """One long document of random tokens: a window is one segment, so peers that know no segments compute the same."""
     tokens = np.random.default_rng(0).integers(8, vocab, 1 << 21).astype(np.uint16 if vocab <= 1 << 16 else np.uint32)
     size = np.array([len(tokens)], np.int64)
     cache = Cache(Path(), tokens, np.append(0, size), size, vocab, "synthetic", 0)  # type: ignore[arg-type]
     names = {"bos_id": 1, "eos_id": 2, "cls_id": 3, "sep_id": 4, "pad_id": 0, "mask_id": 5}
-    return SimpleNamespace(vocab_size=vocab, **names), assemble.Corpus([cache], [1.0], [])
+    return SimpleNamespace(vocab_size=vocab, **names), Corpus([cache], [1.0], [])
 
 
 class Ours:
     def __init__(self, shape: str, overrides: list[str] = ()) -> None:  # type: ignore[assignment]
         self.run = make_run(shape, list(overrides))
         tokens, corpus = synthetic(self.run.model.vocab)
-        self.program = assemble.program(self.run, tokens)
-        self.loader = assemble.training_loader(self.run, tokens, corpus, None)
+        self.program = program.program(self.run, tokens)
+        self.loader = training_loader(self.run, tokens, corpus, None)
         self.state = self.program.init()
         self.host_batch = self.loader.batch(0)
         self.batch = self.program.to_device(self.host_batch, None)
@@ -68,13 +72,13 @@ class Ours:
         flops = self.program.flops_per_token()
         memory = self.step.memory_analysis()
         return {
-            "parameters": params.count(self.program.specs),
+            "parameters": spec.count(self.program.specs),
             "flops_per_step": self.tokens * flops["causal" if self.program.model.family.generates else "full"],
             "notes": self.program.notes,
-            "config": config.to_dict(self.run),
+            "config": config_io.to_dict(self.run),
             "compile_s": self.compile_s,
             "bytes": memory and memory.argument_size_in_bytes + memory.temp_size_in_bytes,
-            "versions": log.environment()["versions"],
+            "versions": environment.environment()["versions"],
             "device": jax.devices()[0].device_kind,
             "backend": jax.default_backend(),
         }
@@ -101,8 +105,8 @@ class Ours:
         times = []
         c = self.run.train
         with tempfile.TemporaryDirectory() as folder, log.RunLog(folder) as out:
-            meter = log.Meter(c.steps, flops=self.program.flops_per_token(), peak=1e12)
-            progress = log.Progress(c.steps, console=rich.console.Console(file=sys.stderr))
+            meter = Meter(c.steps, flops=self.program.flops_per_token(), peak=1e12)
+            progress = Progress(c.steps, console=rich.console.Console(file=sys.stderr))
 
             def show(step: int, metrics: dict, data_s: float, step_s: float) -> None:
                 times.append(time.perf_counter())

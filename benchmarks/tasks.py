@@ -27,7 +27,7 @@ from typing import Any
 
 from worker import HERE, machine, save, table
 
-from jaxlm.eval import code, metrics, sandbox, texts
+from jaxlm.evaluation import metrics, pass_at_k, sandbox, text_metrics
 
 SUMMARIZE = "Summarize this dialogue in one or two sentences.\n\n"
 Found = tuple[float, str]
@@ -160,7 +160,7 @@ def copied(folder: Path) -> Found:
     true, source = lines(folder / "test.de"), lines(folder / "test.en")
     same = [commonest(lines(folder / "train.de"))] * len(true)
     ways = {"the source itself": source, "the commonest target": same}
-    return max((texts.bleu(true, found).figures["bleu"], name) for name, found in ways.items())
+    return max((text_metrics.bleu(true, found).figures["bleu"], name) for name, found in ways.items())
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -181,7 +181,7 @@ def first_turns(folder: Path) -> Found:
     def rouge(part: str, n: int) -> float:
         rows = records(folder / f"{part}.jsonl")
         lead = [" ".join(row["prompt"].removeprefix(SUMMARIZE).split("\n")[:n]) for row in rows]
-        return texts.rouge([row["completion"] for row in rows], lead).figures["rougeL"]
+        return text_metrics.rouge([row["completion"] for row in rows], lead).figures["rougeL"]
 
     best = max(range(1, 5), key=lambda n: rouge("train", n))
     return rouge("test", best), f"the first {best} turns"
@@ -202,7 +202,7 @@ def gsm8k(data: Path, folder: Path) -> None:
 def commonest_number(folder: Path) -> Found:
     told = commonest([row["answer"].rpartition(" ")[2] for row in records(folder / "train.jsonl")])
     true = [row["answer"] for row in records(folder / "test.jsonl")]
-    return texts.number(true, [told] * len(true)).figures["number"], f"always {told}, the commonest answer"
+    return text_metrics.number(true, [told] * len(true)).figures["number"], f"always {told}, the commonest answer"
 
 
 def humaneval(data: Path, folder: Path) -> None:
@@ -210,11 +210,11 @@ def humaneval(data: Path, folder: Path) -> None:
 
 
 def empty_bodies(folder: Path) -> Found:
-    problems = code.read(str(folder / "test.jsonl"))
+    problems = pass_at_k.read(str(folder / "test.jsonl"))
     box, _ = sandbox.opened(False)
     ways = {}
     for body in ("pass", "return None", "return 0", "return []", "return True"):
-        judged = code.judge(problems, [[f"\n    {body}"]] * len(problems), box, os.cpu_count() or 1)
+        judged = pass_at_k.judge(problems, [[f"\n    {body}"]] * len(problems), box, os.cpu_count() or 1)
         ways[body] = sum(row["samples"][0]["passed"] for row in judged) / len(problems)
     best = max(ways, key=lambda body: ways[body])
     return ways[best], f"always {best!r}, the best of {len(ways)} such bodies"

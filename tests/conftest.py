@@ -9,7 +9,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 import jax
 
-from jaxlm import processes
+from jaxlm.runtime import processes
 
 processes.enough_threads()
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import cli, config
+from jaxlm.commands import cli
+from jaxlm.core import config_io
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,7 +39,7 @@ def test_the_commands_of_the_tasks_can_be_read(tasks):
         train, evaluate = (command.split()[1:] for command in task.commands())
         _, rest = parser.parse_known_args(train)
         start = rest.index("--start") if "--start" in rest else len(rest)
-        whole = config.load(ROOT / "configs" / f"{task.config}.py")
-        run = config.override(whole, rest[:start] + rest[start + 2 :])
+        whole = config_io.load(ROOT / "configs" / f"{task.config}.py")
+        run = config_io.override(whole, rest[:start] + rest[start + 2 :])
         assert run.train.steps < whole.train.steps and run.name == Path(evaluate[1]).name
         assert not parser.parse_known_args(evaluate)[1]

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxlm.data.cache import Cache
+from jaxlm.data.token_cache import Cache
 
 
 class Records(Protocol):
@@ -232,5 +232,5 @@ def together(batch: dict[str, np.ndarray], ways: int = 1) -> dict[str, np.ndarra
 def trimmed(batch: dict[str, np.ndarray], least: int = 32) -> dict[str, np.ndarray]:
     """A batch `[micro, rows, …, T]` without the columns that are padding in every row, up to a multiple of `least`."""
     segments = batch["segments"]
-    n = -(-max(1, int((segments > 0).sum(-1).max())) // least) * least
+    n = -(-max(1, int(np.max((segments > 0).sum(-1)))) // least) * least
     return {name: leaf[..., :n] if leaf.shape == segments.shape else leaf for name, leaf in batch.items()}

@@ -12,13 +12,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlm import layers
-from jaxlm.attention import Cache, Mask, empty_cache, read_on
-from jaxlm.layers import Output
-from jaxlm.losses import Readout
-from jaxlm.names import Name, linear, same, vector
-from jaxlm.params import Spec, normal, ones, stacked, zeros
-from jaxlm.sharding import Layout
+from jaxlm.core.spec import Spec, normal, ones, stacked, zeros
+from jaxlm.core.weight_names import Name, linear, same, vector
+from jaxlm.nn import attention_layers, block_stack, layers
+from jaxlm.nn.cache import Cache, empty_cache, read_on
+from jaxlm.nn.layers import Output
+from jaxlm.nn.layout import Layout
+from jaxlm.nn.losses import Readout
+from jaxlm.nn.mask import Mask
 
 kind = "encoder_decoder"
 generates = True
@@ -140,7 +141,7 @@ def forward(
     k1, k2 = layers.subkeys(key, 2)
     segments_BT = batch.get("segments")
     memory_BSD = encode(c, specs, params, batch, shard=shard, key=k1) if "source" in batch else None
-    look = partial(layers.cross_attention, shard=shard)
+    look = partial(attention_layers.cross_attention, shard=shard)
     rows = dict(
         mask=Mask(True, None, segments_BT, segments_BT, batch.get("prefix")),
         memory=memory_BSD,
@@ -181,8 +182,8 @@ def _stack(
             x_BTD += layers.dropout(y_BTD, c.dropout, next(keys))
             return x_BTD if c.norm_first else norm(p, name, x_BTD), found
 
-        x_BTD, now = part(x_BTD, "norm1", lambda h: layers.self_attention(
-            p, h, rows["mask"], shard=shard, cache=cache, kept=layers.own(kept)))  # fmt: skip
+        x_BTD, now = part(x_BTD, "norm1", lambda h: attention_layers.self_attention(
+            p, h, rows["mask"], shard=shard, cache=cache, kept=attention_layers.own(kept)))  # fmt: skip
         if look is not None:
             x_BTD, seen = part(x_BTD, "norm_cross", lambda h: look(p, h, rows, kept=kept))
             now = now and now | seen
@@ -193,7 +194,7 @@ def _stack(
     x_BTD = layers.embed(params["embed"], ids_BT, shard) * (c.width**0.5 if c.scaled else 1.0)
     x_BTD += layers.embed(p["position"], positions_BT + UNUSED, shard, rows=None)
     x_BTD = layers.dropout(norm(p, "norm_embed", x_BTD), c.dropout, k1)
-    x_BTD, cache = layers.run_blocks(
+    x_BTD, cache = block_stack.run_blocks(
         block, p["blocks"], specs[side]["blocks"], x_BTD, rows, shard=shard, key=k2, cache=cache
     )
     return norm(p, "norm", x_BTD) if c.norm_first else x_BTD, cache
@@ -208,7 +209,9 @@ def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layo
 def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
     """Of the decoder. The first call adds each layer's keys and values of the source."""
     n, heads, _ = sides(c)["decoder"]
-    return empty_cache(layers.kv_cache([None] * n, rows, length, heads, c.width // heads, dtype), rows, length)
+    return empty_cache(
+        attention_layers.kv_cache([None] * n, rows, length, heads, c.width // heads, dtype), rows, length
+    )
 
 
 # Published files.

@@ -12,13 +12,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlm import layers
-from jaxlm.attention import Mask
-from jaxlm.layers import Output
-from jaxlm.losses import Readout
-from jaxlm.names import Name, linear, same, vector
-from jaxlm.params import Spec, normal, ones, stacked, zeros
-from jaxlm.sharding import Layout
+from jaxlm.core.spec import Spec, normal, ones, stacked, zeros
+from jaxlm.core.weight_names import Name, linear, same, vector
+from jaxlm.nn import attention_layers, block_stack, layers
+from jaxlm.nn.layers import Output
+from jaxlm.nn.layout import Layout
+from jaxlm.nn.losses import Readout
+from jaxlm.nn.mask import Mask
 
 kind = "encoder"
 generates = False
@@ -119,12 +119,14 @@ def forward(
     mask, T = Mask(False, None, batch.get("segments"), batch.get("segments")), tokens_BT.shape[1]
     bias_BHTS = None
     if c.relative:
-        bias_BHTS = layers.relative_bias(params["relative"], mask, T, T, longest=LONGEST, both_ways=True, shard=shard)
+        bias_BHTS = attention_layers.relative_bias(
+            params["relative"], mask, T, T, longest=LONGEST, both_ways=True, shard=shard
+        )
 
     def block(p: dict, x_BTD: jax.Array, mask: Mask, key: jax.Array | None, kind: Any, kept: Any) -> tuple[Any, Any]:
         k1, k2 = layers.subkeys(key, 2)
         bias = None if bias_BHTS is None else lambda *_: bias_BHTS
-        a_BTD, _ = layers.self_attention(p, x_BTD, mask, shard=shard, bias=bias)
+        a_BTD, _ = attention_layers.self_attention(p, x_BTD, mask, shard=shard, bias=bias)
         x_BTD = layers.layer_norm(x_BTD + layers.dropout(a_BTD, c.dropout, k1), p["norm1"], p["norm1_bias"], c.eps)
         d_BTD = layers.dropout(layers.mlp(p, x_BTD, c.activation, shard), c.dropout, k2)
         return layers.layer_norm(x_BTD + d_BTD, p["norm2"], p["norm2_bias"], c.eps), None
@@ -134,7 +136,7 @@ def forward(
     if c.types:
         x_BTD += layers.embed(params["type"], batch.get("types", jnp.zeros_like(tokens_BT)), shard, rows=None)
     x_BTD = layers.dropout(layers.layer_norm(x_BTD, params["norm"], params["norm_bias"], c.eps), c.dropout, k1)
-    x_BTD, _ = layers.run_blocks(block, params["blocks"], specs["blocks"], x_BTD, mask, shard=shard, key=k2)
+    x_BTD, _ = block_stack.run_blocks(block, params["blocks"], specs["blocks"], x_BTD, mask, shard=shard, key=k2)
     return Output(x_BTD)
 
 

@@ -12,15 +12,17 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlm import layers, moe, rope
-from jaxlm.attention import Cache, Mask, attend, empty_cache, read_on, remember
-from jaxlm.layers import Output, project, rms_norm
-from jaxlm.losses import Readout
-from jaxlm.moe import Moe
-from jaxlm.names import Name, fused, linear, same, vector
-from jaxlm.params import Spec, fan_in, normal, ones, stacked, zeros
-from jaxlm.rope import Rope
-from jaxlm.sharding import Layout
+from jaxlm.core.spec import Spec, fan_in, normal, ones, stacked, zeros
+from jaxlm.core.weight_names import Name, fused, linear, same, vector
+from jaxlm.nn import block_stack, layers, moe, rope
+from jaxlm.nn.attention import attend
+from jaxlm.nn.cache import Cache, empty_cache, read_on, remember
+from jaxlm.nn.layers import Output, project, rms_norm
+from jaxlm.nn.layout import Layout
+from jaxlm.nn.losses import Readout
+from jaxlm.nn.mask import Mask
+from jaxlm.nn.moe import Moe
+from jaxlm.nn.rope import Rope
 
 kind = "decoder"
 generates = True
@@ -189,7 +191,7 @@ def forward(
     x_BTD = layers.dropout(layers.embed(params["embed"], batch["tokens"], shard), c.dropout, k1)
     sizes = dict(dense=c.dense, blocks=c.layers - c.dense)
     stacks = [(params[name], specs[name], [None] * n) for name, n in sizes.items() if n]
-    (x_BTD, tally), cache = layers.run_stacks(
+    (x_BTD, tally), cache = block_stack.run_stacks(
         block, stacks, (x_BTD, moe.start(x_BTD, shard)), rows, shard=shard, key=k2, cache=cache
     )
     x_BTD = rms_norm(x_BTD, params["norm"], c.eps)

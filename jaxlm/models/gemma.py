@@ -11,14 +11,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlm import layers, rope
-from jaxlm.attention import Cache, Mask, empty_cache, read_on
-from jaxlm.layers import Output
-from jaxlm.losses import Readout
-from jaxlm.names import Name, linear, same, vector
-from jaxlm.params import Spec, fan_in, normal, stacked, zeros
-from jaxlm.rope import Rope
-from jaxlm.sharding import Layout
+from jaxlm.core.spec import Spec, fan_in, normal, stacked, zeros
+from jaxlm.core.weight_names import Name, linear, same, vector
+from jaxlm.nn import attention_layers, block_stack, layers, rope
+from jaxlm.nn.cache import Cache, empty_cache, read_on
+from jaxlm.nn.layers import Output
+from jaxlm.nn.layout import Layout
+from jaxlm.nn.losses import Readout
+from jaxlm.nn.mask import Mask
+from jaxlm.nn.rope import Rope
 
 kind = "decoder"
 generates = True
@@ -123,7 +124,7 @@ def forward(
 
     def block(p: dict, x_BTD: jax.Array, rows: dict, key: jax.Array | None, window: Any, kept: Any) -> tuple[Any, Any]:
         k1, k2 = layers.subkeys(key, 2)
-        a_BTD, kept = layers.self_attention(
+        a_BTD, kept = attention_layers.self_attention(
             p,
             norm(x_BTD, p["norm1"]),
             replace(rows["mask"], window=window),
@@ -143,7 +144,7 @@ def forward(
 
     x_BTD = layers.embed(params["embed"], batch["tokens"], shard)
     x_BTD = layers.dropout(x_BTD * jnp.asarray(c.width**0.5, x_BTD.dtype), c.dropout, k1)
-    x_BTD, cache = layers.run_blocks(
+    x_BTD, cache = block_stack.run_blocks(
         block, params["blocks"], specs["blocks"], x_BTD, rows, shard=shard, key=k2, kinds=windows(c), cache=cache
     )
     return Output(norm(x_BTD, params["norm"]), cache=cache)
@@ -155,7 +156,7 @@ def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layo
 
 
 def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
-    kept = layers.kv_cache(windows(c), rows, length, c.kv_heads, c.head_width, dtype, slack)
+    kept = attention_layers.kv_cache(windows(c), rows, length, c.kv_heads, c.head_width, dtype, slack)
     return empty_cache(kept, rows, length)
 
 
@@ -209,7 +210,7 @@ def from_hf(values: dict[str, Any]) -> Config:
         rope=far,
         rope_local=near,
         window=None if kind == "gemma" else values.get("sliding_window", 4096),
-        windowed=(True, False) if kind == "gemma" else layers.pattern([t == "sliding_attention" for t in types]),
+        windowed=(True, False) if kind == "gemma" else block_stack.pattern([t == "sliding_attention" for t in types]),
         score_width=values.get("head_dim", 256) if kind == "gemma" else values.get("query_pre_attn_scalar", 256),
         softcap_scores=None
         if kind == "gemma"

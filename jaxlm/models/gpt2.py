@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 
-from jaxlm import layers
-from jaxlm.attention import Cache, Mask, empty_cache, read_on
-from jaxlm.layers import Output
-from jaxlm.losses import Readout
-from jaxlm.names import Name, fused, linear, same, vector
-from jaxlm.params import Spec, normal, ones, stacked, zeros
-from jaxlm.sharding import Layout
+from jaxlm.core.spec import Spec, normal, ones, stacked, zeros
+from jaxlm.core.weight_names import Name, fused, linear, same, vector
+from jaxlm.nn import attention_layers, block_stack, layers
+from jaxlm.nn.cache import Cache, empty_cache, read_on
+from jaxlm.nn.layers import Output
+from jaxlm.nn.layout import Layout
+from jaxlm.nn.losses import Readout
+from jaxlm.nn.mask import Mask
 
 kind = "decoder"
 generates = True
@@ -99,7 +100,7 @@ def forward(
     def block(p: dict, x_BTD: jax.Array, mask: Mask, key: jax.Array | None, kind: Any, kept: Any) -> tuple[Any, Any]:
         k1, k2 = layers.subkeys(key, 2)
         h_BTD = layers.layer_norm(x_BTD, p["norm1"], p["norm1_bias"], c.eps)
-        a_BTD, kept = layers.self_attention(p, h_BTD, mask, shard=shard, cache=cache, kept=kept)
+        a_BTD, kept = attention_layers.self_attention(p, h_BTD, mask, shard=shard, cache=cache, kept=kept)
         x_BTD += layers.dropout(a_BTD, c.dropout, k1)
         h_BTD = layers.layer_norm(x_BTD, p["norm2"], p["norm2_bias"], c.eps)
         return x_BTD + layers.dropout(layers.mlp(p, h_BTD, c.activation, shard), c.dropout, k2), kept
@@ -107,7 +108,7 @@ def forward(
     x_BTD = layers.embed(params["embed"], batch["tokens"], shard)
     x_BTD += layers.embed(params["position"], batch["positions"], shard, rows=None)
     x_BTD = layers.dropout(x_BTD, c.dropout, k1)
-    x_BTD, cache = layers.run_blocks(
+    x_BTD, cache = block_stack.run_blocks(
         block, params["blocks"], specs["blocks"], x_BTD, rows, shard=shard, key=k2, cache=cache
     )
     return Output(layers.layer_norm(x_BTD, params["norm"], params["norm_bias"], c.eps), cache=cache)
@@ -119,7 +120,7 @@ def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layo
 
 
 def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
-    kept = layers.kv_cache([None] * c.layers, rows, length, c.heads, c.width // c.heads, dtype, slack)
+    kept = attention_layers.kv_cache([None] * c.layers, rows, length, c.heads, c.width // c.heads, dtype, slack)
     return empty_cache(kept, rows, length)
 
 

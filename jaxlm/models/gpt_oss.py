@@ -10,15 +10,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlm import layers, moe, rope
-from jaxlm.attention import Cache, Mask, empty_cache, read_on
-from jaxlm.layers import Output
-from jaxlm.losses import Readout
-from jaxlm.moe import Moe
-from jaxlm.names import Name, fused, linear, same, vector
-from jaxlm.params import Spec, fan_in, normal, ones, stacked, zeros
-from jaxlm.rope import Rope
-from jaxlm.sharding import Layout
+from jaxlm.core.spec import Spec, fan_in, normal, ones, stacked, zeros
+from jaxlm.core.weight_names import Name, fused, linear, same, vector
+from jaxlm.nn import attention_layers, block_stack, layers, moe, rope
+from jaxlm.nn.cache import Cache, empty_cache, read_on
+from jaxlm.nn.layers import Output
+from jaxlm.nn.layout import Layout
+from jaxlm.nn.losses import Readout
+from jaxlm.nn.mask import Mask
+from jaxlm.nn.moe import Moe
+from jaxlm.nn.rope import Rope
 
 kind = "decoder"
 generates = True
@@ -126,7 +127,9 @@ def forward(
         k1, k2 = layers.subkeys(key, 2)
         mask, sin_cos = replace(rows["mask"], window=window), rows["sin_cos"]
         h_BTD = layers.rms_norm(x_BTD, p["norm1"], c.eps)
-        a_BTD, kept = layers.self_attention(p, h_BTD, mask, shard=shard, sin_cos=sin_cos, cache=cache, kept=kept)
+        a_BTD, kept = attention_layers.self_attention(
+            p, h_BTD, mask, shard=shard, sin_cos=sin_cos, cache=cache, kept=kept
+        )
         x_BTD += layers.dropout(a_BTD, c.dropout, k1)
         h_BTD = layers.rms_norm(x_BTD, p["norm2"], c.eps)
         d_BTD, now = moe.mixture(c.moe, p, h_BTD, mask.segments_BT, shard=shard, act=act, may_drop=cache is None)
@@ -134,7 +137,7 @@ def forward(
 
     x_BTD = layers.dropout(layers.embed(params["embed"], batch["tokens"], shard), c.dropout, k1)
     state = (x_BTD, moe.start(x_BTD, shard))
-    (x_BTD, tally), cache = layers.run_blocks(
+    (x_BTD, tally), cache = block_stack.run_blocks(
         block, params["blocks"], specs["blocks"], state, rows, shard=shard, key=k2, kinds=kinds(c), cache=cache
     )
     x_BTD = layers.rms_norm(x_BTD, params["norm"], c.eps)
@@ -147,7 +150,9 @@ def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layo
 
 
 def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
-    return empty_cache(layers.kv_cache(kinds(c), rows, length, c.kv_heads, c.head_width, dtype, slack), rows, length)
+    return empty_cache(
+        attention_layers.kv_cache(kinds(c), rows, length, c.kv_heads, c.head_width, dtype, slack), rows, length
+    )
 
 
 # Published files.
@@ -202,7 +207,7 @@ def from_hf(values: dict[str, Any]) -> Config:
         rope=rope.from_hf(values, YARN.theta) if stretched else YARN,
         tied=bool(values.get("tie_word_embeddings", False)),
         window=values.get("sliding_window", 128),
-        windowed=layers.pattern([t == "sliding_attention" for t in types]),
+        windowed=block_stack.pattern([t == "sliding_attention" for t in types]),
         attention_bias=bool(values.get("attention_bias", True)),
         eps=values.get("rms_norm_eps", 1e-5),
     )

@@ -10,14 +10,15 @@ from typing import Any, Literal
 
 import jax
 
-from jaxlm import layers, rope
-from jaxlm.attention import Cache, Mask, empty_cache, read_on
-from jaxlm.layers import Output
-from jaxlm.losses import Readout
-from jaxlm.names import Name, fused, linear, same, vector
-from jaxlm.params import Spec, fan_in, normal, ones, stacked, zeros
-from jaxlm.rope import Rope
-from jaxlm.sharding import Layout
+from jaxlm.core.spec import Spec, fan_in, normal, ones, stacked, zeros
+from jaxlm.core.weight_names import Name, fused, linear, same, vector
+from jaxlm.nn import attention_layers, block_stack, layers, rope
+from jaxlm.nn.cache import Cache, empty_cache, read_on
+from jaxlm.nn.layers import Output
+from jaxlm.nn.layout import Layout
+from jaxlm.nn.losses import Readout
+from jaxlm.nn.mask import Mask
+from jaxlm.nn.rope import Rope
 
 kind = "decoder"
 generates = True
@@ -126,7 +127,7 @@ def forward(
     def block(p: dict, x_BTD: jax.Array, rows: dict, key: jax.Array | None, kind: Any, kept: Any) -> tuple[Any, Any]:
         window, rotated = kind
         k1, k2 = layers.subkeys(key, 2)
-        a_BTD, kept = layers.self_attention(
+        a_BTD, kept = attention_layers.self_attention(
             p,
             layers.rms_norm(x_BTD, p["norm1"], c.eps),
             replace(rows["mask"], window=window),
@@ -141,7 +142,7 @@ def forward(
         return x_BTD + layers.dropout(d_BTD, c.dropout, k2), kept
 
     x_BTD = layers.dropout(layers.embed(params["embed"], batch["tokens"], shard), c.dropout, k1)
-    x_BTD, cache = layers.run_blocks(
+    x_BTD, cache = block_stack.run_blocks(
         block, params["blocks"], specs["blocks"], x_BTD, rows, shard=shard, key=k2, kinds=kinds(c), cache=cache
     )
     return Output(layers.rms_norm(x_BTD, params["norm"], c.eps), cache=cache)
@@ -154,7 +155,9 @@ def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layo
 
 def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
     windows = [window for window, _ in kinds(c)]
-    return empty_cache(layers.kv_cache(windows, rows, length, c.kv_heads, c.head_width, dtype, slack), rows, length)
+    return empty_cache(
+        attention_layers.kv_cache(windows, rows, length, c.kv_heads, c.head_width, dtype, slack), rows, length
+    )
 
 
 # Published files.
@@ -227,8 +230,8 @@ def from_hf(values: dict[str, Any]) -> Config:
         rope=rope.from_hf(values, THETA.get(kind, 1e4)),
         tied=bool(values.get("tie_word_embeddings", kind == "smollm3")),
         window=window,
-        windowed=layers.pattern(windowed),
-        rotated=layers.pattern([bool(r) for r in rotated]),
+        windowed=block_stack.pattern(windowed),
+        rotated=block_stack.pattern([bool(r) for r in rotated]),
         qk_norm=kind == "qwen3",
         qkv_bias=bias or kind == "qwen2",
         o_bias=bias,

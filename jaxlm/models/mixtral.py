@@ -9,15 +9,16 @@ from typing import Any, Literal
 
 import jax
 
-from jaxlm import layers, moe, rope
-from jaxlm.attention import Cache, Mask, empty_cache, read_on
-from jaxlm.layers import Output
-from jaxlm.losses import Readout
-from jaxlm.moe import Moe
-from jaxlm.names import Name, linear, same, vector
-from jaxlm.params import Spec, fan_in, normal, ones, stacked, zeros
-from jaxlm.rope import Rope
-from jaxlm.sharding import Layout
+from jaxlm.core.spec import Spec, fan_in, normal, ones, stacked, zeros
+from jaxlm.core.weight_names import Name, linear, same, vector
+from jaxlm.nn import attention_layers, block_stack, layers, moe, rope
+from jaxlm.nn.cache import Cache, empty_cache, read_on
+from jaxlm.nn.layers import Output
+from jaxlm.nn.layout import Layout
+from jaxlm.nn.losses import Readout
+from jaxlm.nn.mask import Mask
+from jaxlm.nn.moe import Moe
+from jaxlm.nn.rope import Rope
 
 kind = "decoder"
 generates = True
@@ -115,7 +116,7 @@ def forward(
     def block(p: dict, state: Any, rows: dict, key: jax.Array | None, _: Any, kept: Any) -> tuple[Any, Any]:
         x_BTD, tally = state
         k1, k2 = layers.subkeys(key, 2)
-        a_BTD, kept = layers.self_attention(
+        a_BTD, kept = attention_layers.self_attention(
             p,
             layers.rms_norm(x_BTD, p["norm1"], c.eps),
             **rows,
@@ -136,7 +137,7 @@ def forward(
     x_BTD = layers.dropout(layers.embed(params["embed"], batch["tokens"], shard), c.dropout, k1)
     sizes = dict(dense=c.dense, blocks=c.layers - c.dense)
     stacks = [(params[name], specs[name], [None] * n) for name, n in sizes.items() if n]
-    (x_BTD, tally), cache = layers.run_stacks(
+    (x_BTD, tally), cache = block_stack.run_stacks(
         block, stacks, (x_BTD, moe.start(x_BTD, shard)), rows, shard=shard, key=k2, cache=cache
     )
     x_BTD = layers.rms_norm(x_BTD, params["norm"], c.eps)
@@ -150,7 +151,9 @@ def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layo
 
 def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
     windows = [c.window] * c.layers
-    return empty_cache(layers.kv_cache(windows, rows, length, c.kv_heads, c.head_width, dtype, slack), rows, length)
+    return empty_cache(
+        attention_layers.kv_cache(windows, rows, length, c.kv_heads, c.head_width, dtype, slack), rows, length
+    )
 
 
 # Published files.

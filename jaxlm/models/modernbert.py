@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 import jax
 
-from jaxlm import layers, rope
-from jaxlm.attention import Mask
-from jaxlm.layers import Output
-from jaxlm.losses import Readout
-from jaxlm.names import Name, fused, linear, same, vector
-from jaxlm.params import Spec, normal, ones, stacked, zeros
-from jaxlm.rope import Rope
-from jaxlm.sharding import Layout
+from jaxlm.core.spec import Spec, normal, ones, stacked, zeros
+from jaxlm.core.weight_names import Name, fused, linear, same, vector
+from jaxlm.nn import attention_layers, block_stack, layers, rope
+from jaxlm.nn.layers import Output
+from jaxlm.nn.layout import Layout
+from jaxlm.nn.losses import Readout
+from jaxlm.nn.mask import Mask
+from jaxlm.nn.rope import Rope
 
 kind = "encoder"
 generates = False
@@ -135,7 +135,9 @@ def forward(
         k1, k2 = layers.subkeys(key, 2)
         mask = replace(rows["mask"], window=c.window if windowed else None)
         h_BTD = norm(c, p, "norm1", x_BTD) if "norm1" in p else x_BTD
-        a_BTD, _ = layers.self_attention(p, h_BTD, mask, shard=shard, sin_cos=rows["near" if windowed else "far"])
+        a_BTD, _ = attention_layers.self_attention(
+            p, h_BTD, mask, shard=shard, sin_cos=rows["near" if windowed else "far"]
+        )
         x_BTD += layers.dropout(a_BTD, c.dropout, k1)
         d_BTD = layers.mlp(p, norm(c, p, "norm2", x_BTD), c.activation, shard)
         return x_BTD + layers.dropout(d_BTD, c.dropout, k2), None
@@ -144,7 +146,9 @@ def forward(
     x_BTD = layers.dropout(x_BTD, c.dropout, keys[0])
     windowed = [c.windowed[i % len(c.windowed)] for i in range(c.layers)]
     for name, kinds, k in (("first", windowed[:1], keys[1]), ("blocks", windowed[1:], keys[2])):
-        x_BTD, _ = layers.run_blocks(block, params[name], specs[name], x_BTD, rows, shard=shard, key=k, kinds=kinds)
+        x_BTD, _ = block_stack.run_blocks(
+            block, params[name], specs[name], x_BTD, rows, shard=shard, key=k, kinds=kinds
+        )
     return Output(norm(c, params, "norm", x_BTD))
 
 
@@ -227,7 +231,7 @@ def from_hf(values: dict[str, Any]) -> Config:
         rope=_rope(values, "full_attention", values.get("global_rope_theta", 160_000.0)),
         rope_local=_rope(values, "sliding_attention", values.get("local_rope_theta", 10_000.0)),
         window=values.get("local_attention", 128) // 2 + 1,
-        windowed=layers.pattern([t == "sliding_attention" for t in types]),
+        windowed=block_stack.pattern([t == "sliding_attention" for t in types]),
         head=architecture == "ModernBertForMaskedLM",
     )
 

@@ -8,14 +8,15 @@ from typing import Any, Literal
 
 import jax
 
-from jaxlm import layers, rope
-from jaxlm.attention import Cache, Mask, empty_cache, read_on
-from jaxlm.layers import Output
-from jaxlm.losses import Readout
-from jaxlm.names import Name, linear, same, vector
-from jaxlm.params import Spec, fan_in, normal, ones, stacked, zeros
-from jaxlm.rope import Rope
-from jaxlm.sharding import Layout
+from jaxlm.core.spec import Spec, fan_in, normal, ones, stacked, zeros
+from jaxlm.core.weight_names import Name, linear, same, vector
+from jaxlm.nn import attention_layers, block_stack, layers, rope
+from jaxlm.nn.cache import Cache, empty_cache, read_on
+from jaxlm.nn.layers import Output
+from jaxlm.nn.layout import Layout
+from jaxlm.nn.losses import Readout
+from jaxlm.nn.mask import Mask
+from jaxlm.nn.rope import Rope
 
 kind = "decoder"
 generates = True
@@ -103,13 +104,13 @@ def forward(
 
     def block(p: dict, x_BTD: jax.Array, rows: dict, key: jax.Array | None, kind: Any, kept: Any) -> tuple[Any, Any]:
         k1, k2 = layers.subkeys(key, 2)
-        a_BTD, kept = layers.self_attention(p, x_BTD, **rows, shard=shard, norm=norm, cache=cache, kept=kept)
+        a_BTD, kept = attention_layers.self_attention(p, x_BTD, **rows, shard=shard, norm=norm, cache=cache, kept=kept)
         x_BTD += layers.dropout(norm(a_BTD, p["norm1"]), c.dropout, k1)
         d_BTD = layers.mlp(p, x_BTD, "silu", shard)
         return x_BTD + layers.dropout(norm(d_BTD, p["norm2"]), c.dropout, k2), kept
 
     x_BTD = layers.dropout(layers.embed(params["embed"], batch["tokens"], shard), c.dropout, k1)
-    x_BTD, cache = layers.run_blocks(
+    x_BTD, cache = block_stack.run_blocks(
         block, params["blocks"], specs["blocks"], x_BTD, rows, shard=shard, key=k2, cache=cache
     )
     return Output(norm(x_BTD, params["norm"]), cache=cache)
@@ -121,7 +122,7 @@ def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layo
 
 
 def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
-    kept = layers.kv_cache([None] * c.layers, rows, length, c.kv_heads, c.head_width, dtype, slack)
+    kept = attention_layers.kv_cache([None] * c.layers, rows, length, c.kv_heads, c.head_width, dtype, slack)
     return empty_cache(kept, rows, length)
 
 

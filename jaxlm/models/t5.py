@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 import jax
 
-from jaxlm import layers
-from jaxlm.attention import Cache, Mask, empty_cache, read_on
-from jaxlm.layers import Output
-from jaxlm.losses import Readout
-from jaxlm.names import Name, linear, same, vector
-from jaxlm.params import Spec, fan_in, normal, ones, stacked
-from jaxlm.sharding import Layout
+from jaxlm.core.spec import Spec, fan_in, normal, ones, stacked
+from jaxlm.core.weight_names import Name, linear, same, vector
+from jaxlm.nn import attention_layers, block_stack, layers
+from jaxlm.nn.cache import Cache, empty_cache, read_on
+from jaxlm.nn.layers import Output
+from jaxlm.nn.layout import Layout
+from jaxlm.nn.losses import Readout
+from jaxlm.nn.mask import Mask
 
 kind = "encoder_decoder"
 generates = True
@@ -126,7 +127,7 @@ def forward(
     k1, k2 = layers.subkeys(key, 2)
     segments_BT = batch.get("segments")
     memory_BSD = encode(c, specs, params, batch, shard=shard, key=k1) if "source" in batch else None
-    look = partial(layers.cross_attention, shard=shard, scale=1.0)
+    look = partial(attention_layers.cross_attention, shard=shard, scale=1.0)
     rows = dict(
         mask=Mask(True, None, segments_BT, segments_BT, batch.get("prefix")),
         memory=memory_BSD,
@@ -153,7 +154,9 @@ def _stack(
     """The encoder, or the decoder, which looks at the encoder's output by `look`."""
     k1, k2, k3 = layers.subkeys(key, 3)
     T, mask = x_BTD.shape[1], rows["mask"]
-    bias: Any = partial(layers.relative_bias, params["bias"], longest=c.longest, both_ways=not mask.causal, shard=shard)
+    bias: Any = partial(
+        attention_layers.relative_bias, params["bias"], longest=c.longest, both_ways=not mask.causal, shard=shard
+    )
     if cache is None:  # all layers add the same
         bias_1HTT = bias(mask, T, T)
         bias = lambda *_: bias_1HTT  # noqa: E731
@@ -161,8 +164,8 @@ def _stack(
     def block(p: dict, x_BTD: jax.Array, rows: dict, key: jax.Array | None, kind: Any, kept: Any) -> tuple[Any, Any]:
         k1, k2, k3 = layers.subkeys(key, 3)
         h_BTD = layers.rms_norm(x_BTD, p["norm1"], c.eps)
-        a_BTD, now = layers.self_attention(
-            p, h_BTD, rows["mask"], shard=shard, scale=1.0, bias=bias, cache=cache, kept=layers.own(kept)
+        a_BTD, now = attention_layers.self_attention(
+            p, h_BTD, rows["mask"], shard=shard, scale=1.0, bias=bias, cache=cache, kept=attention_layers.own(kept)
         )
         x_BTD += layers.dropout(a_BTD, c.dropout, k1)
         if look is not None:
@@ -172,7 +175,7 @@ def _stack(
         d_BTD = layers.mlp(p, layers.rms_norm(x_BTD, p["norm2"], c.eps), c.activation, shard)
         return x_BTD + layers.dropout(d_BTD, c.dropout, k3), now
 
-    x_BTD, cache = layers.run_blocks(
+    x_BTD, cache = block_stack.run_blocks(
         block,
         params["blocks"],
         specs["blocks"],
@@ -193,7 +196,9 @@ def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layo
 
 def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
     """Of the decoder. The first call adds each layer's keys and values of the source."""
-    return empty_cache(layers.kv_cache([None] * c.depth, rows, length, c.heads, c.head_width, dtype), rows, length)
+    return empty_cache(
+        attention_layers.kv_cache([None] * c.depth, rows, length, c.heads, c.head_width, dtype), rows, length
+    )
 
 
 # Published files.

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.core.spec import Spec, normal, zeros
 from jaxlm.data import labelled
 from jaxlm.data.labelled import Question, squad
-from jaxlm.layers import dropout
-from jaxlm.models import Model
+from jaxlm.models.model import Model
+from jaxlm.nn.layers import dropout
 from jaxlm.objectives import classify
-from jaxlm.params import Spec, normal, zeros
 
 records = "examples"
 models = ("encoder",)

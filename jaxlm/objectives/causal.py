@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.layers import Output
-from jaxlm.losses import cross_entropy
-from jaxlm.models import Model
+from jaxlm.models.model import Model
+from jaxlm.nn.layers import Output
+from jaxlm.nn.losses import cross_entropy
 
 records = "packed"
 models = ("decoder",)

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.core.spec import Spec, normal
 from jaxlm.data.labelled import Split, choices
-from jaxlm.layers import dropout
-from jaxlm.models import Model
+from jaxlm.models.model import Model
+from jaxlm.nn.layers import dropout
 from jaxlm.objectives import classify
-from jaxlm.params import Spec, normal
 
 records = "examples"
 models = ("encoder", "decoder")
@@ -141,4 +141,4 @@ def predict(c: Config, model: Model, params: Any, batch: dict) -> jax.Array:
 
 def answers(c: Config, items: Sequence[dict], found: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
     """(true, predicted) numbers of choices, from 0."""
-    return [item["answer"] for item in items], [int(z.argmax()) for z in found]
+    return [item["answer"] for item in items], [int(np.argmax(z)) for z in found]

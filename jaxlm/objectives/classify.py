@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.core.spec import Spec, normal, zeros
 from jaxlm.data.labelled import check_labels, split, tables
-from jaxlm.layers import dropout
-from jaxlm.models import Model
-from jaxlm.params import Spec, normal, zeros
+from jaxlm.models.model import Model
+from jaxlm.nn.layers import dropout
 
 records = "examples"
 models = ("encoder", "decoder")
@@ -226,6 +226,6 @@ def answers(c: Config, items: Sequence[dict], found: Sequence[np.ndarray]) -> tu
     if c.kind == "regression":
         return [float(y[0]) for y, _ in pairs], [float(z[0]) for _, z in pairs]
     if c.kind == "single":
-        return [c.labels[int(y.argmax())] for y, _ in pairs], [c.labels[int(z.argmax())] for _, z in pairs]
+        return [c.labels[int(np.argmax(y))] for y, _ in pairs], [c.labels[int(np.argmax(z))] for _, z in pairs]
     told = lambda row: [label for label, on in zip(c.labels, row > 0, strict=True) if on]  # noqa: E731
     return [told(y) for y, _ in pairs], [told(z) for _, z in pairs]

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.losses import cross_entropy
-from jaxlm.models import Model
+from jaxlm.models.model import Model
+from jaxlm.nn.losses import cross_entropy
 
 records = "packed"
 models = ("encoder",)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.layers import add_bias
-from jaxlm.models import Model
+from jaxlm.core.spec import Spec, normal, zeros
+from jaxlm.models.model import Model
+from jaxlm.nn.layers import add_bias
 from jaxlm.objectives import masked
-from jaxlm.params import Spec, normal, zeros
 
 records = "pairs"
 models = ("encoder",)

@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import chat
-from jaxlm.data import conversations
-from jaxlm.losses import cross_entropy, log_likelihoods
-from jaxlm.models import Model
+from jaxlm.data import conversations, render_chat
+from jaxlm.models.model import Model
+from jaxlm.nn.losses import cross_entropy, log_likelihoods
 
 records = "examples"
 models = ("decoder",)
@@ -70,7 +69,7 @@ def read(c: Config, source: str, tokenizer: Any, row: dict) -> tuple[list[dict],
         for side in sides:
             answer = conversations.listed(where, side, "assistant")  # some files repeat the prompt in it
             found.append(conversations.Conversation(where, [*([] if len(answer) > 1 else prompt), *answer]))
-    texts = chat.learnable(found, tokenizer, c.template or row["template"])
+    texts = render_chat.learnable(found, tokenizer, c.template or row["template"])
     answers = [(t.ids, len(t.ids) - t.learned[::-1].index(False) if False in t.learned else 1) for t in _trimmed(texts)]
     pairs = list(zip(answers[::2], answers[1::2], strict=True))
     items: list[dict[str, Any]] = []

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlm.core.spec import Spec, normal, zeros
 from jaxlm.data.labelled import Related, Split, check_labels, relations
-from jaxlm.layers import dropout
-from jaxlm.models import Model
+from jaxlm.models.model import Model
+from jaxlm.nn.layers import dropout
 from jaxlm.objectives import classify
-from jaxlm.params import Spec, normal, zeros
 
 records = "examples"
 models = ("encoder",)
@@ -167,4 +167,4 @@ def predict(c: Config, model: Model, params: Any, batch: dict) -> jax.Array:
 
 def answers(c: Config, items: Sequence[dict], found: Sequence[np.ndarray]) -> tuple[list[str], list[str]]:
     """(true, predicted) labels."""
-    return [c.labels[int(i["target"].argmax())] for i in items], [c.labels[int(z.argmax())] for z in found]
+    return [c.labels[int(np.argmax(i["target"]))] for i in items], [c.labels[int(np.argmax(z))] for z in found]

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm import chat
-from jaxlm.data import conversations, packing
+from jaxlm.data import conversations, packing, render_chat
 from jaxlm.objectives import causal
 from jaxlm.objectives.seq2seq import line_up
 
@@ -39,7 +38,7 @@ def check(c: Config, tokenizer: Any) -> None:
 def read(c: Config, source: str, tokenizer: Any, row: dict) -> tuple[list[dict], list[str]]:
     """(rows of conversations, what a user should know of them). `row["template"]`: the model's own template or None."""
     found = conversations.read(source)
-    texts = chat.learnable(found, tokenizer, c.template or row["template"])
+    texts = render_chat.learnable(found, tokenizer, c.template or row["template"])
     room = row["seq_len"] + 1
     notes = []
     if long := [t for t in texts if len(t.ids) > room]:
@@ -64,7 +63,7 @@ def asked(
 ) -> tuple[list[list[int]], None, list[str], list[str]]:
     """(conversations up to their last answer, these answers, what a user should know). `row["new"]`: tokens of new
     answers; what doesn't fit beside them is cut off at the beginning."""
-    ids, true = chat.asked(conversations.read(source), tokenizer, c.template or row["template"])
+    ids, true = render_chat.asked(conversations.read(source), tokenizer, c.template or row["template"])
     room = row["seq_len"] - row["new"]
     if room < 1:
         raise ValueError(

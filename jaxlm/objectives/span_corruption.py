@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.models import Model
+from jaxlm.models.model import Model
 from jaxlm.objectives import causal, seq2seq
 
 records = "packed"

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.core.spec import Spec, normal, zeros
 from jaxlm.data.labelled import check_labels, conll
-from jaxlm.layers import dropout
-from jaxlm.models import Model
-from jaxlm.params import Spec, normal, zeros
+from jaxlm.models.model import Model
+from jaxlm.nn.layers import dropout
 
 records = "examples"
 models = ("encoder", "decoder")

@@ -19,7 +19,7 @@ CHATML = (
 
 def render(template: str):
     pytest.importorskip("jinja2")
-    from jaxlm.template import render_all
+    from jaxlm.data.chat_template import render_all
 
     return partial(render_all, template)
 

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.data import cache, packing
+from jaxlm.data import packing, token_cache
 from jaxlm.data.loader import Loader, evaluation_batches, rows_of, to_device
 from jaxlm.data.tokenizer import Bytes
 
@@ -24,13 +24,15 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def caches(tmp_path_factory) -> list[cache.Cache]:
+def caches(tmp_path_factory) -> list[token_cache.Cache]:
     made = []
     for number, count in enumerate((30, 12)):
         folder = tmp_path_factory.mktemp("loader")
         for i in range(count):
             (folder / f"{i:02}.txt").write_text(f"{number}: document {i} " * (3 + i % 5))
-        made.append(cache.open_cache(cache.prepare(str(folder), Bytes(), folder / "root", workers=1)["train"]))
+        made.append(
+            token_cache.open_cache(token_cache.prepare(str(folder), Bytes(), folder / "root", workers=1)["train"])
+        )
     return made
 
 

@@ -3,20 +3,20 @@
 import numpy as np
 import pytest
 
-from jaxlm.data import cache, packing
+from jaxlm.data import packing, token_cache
 from jaxlm.data.tokenizer import Bytes
 
 
-def make_cache(folder, texts) -> cache.Cache:
+def make_cache(folder, texts) -> token_cache.Cache:
     """A cache with these documents in this order."""
     folder.mkdir()
     for i, text in enumerate(texts):
         (folder / f"{i:04}.txt").write_text(text)
-    return cache.open_cache(cache.prepare(str(folder), Bytes(), folder / "root", workers=1)["train"])
+    return token_cache.open_cache(token_cache.prepare(str(folder), Bytes(), folder / "root", workers=1)["train"])
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> cache.Cache:
+def corpus(tmp_path_factory) -> token_cache.Cache:
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("abcdefgh"), size)) for size in (1, 2, 3, 40, 5, 1, 1, 17, 100, 8, 2, 64)]
     return make_cache(tmp_path_factory.mktemp("packing") / "corpus", texts)
@@ -146,14 +146,14 @@ def test_pairs_need_two_documents(tmp_path, corpus):
 
 
 @pytest.fixture(scope="module")
-def paired(tmp_path_factory) -> tuple[cache.Cache, list[tuple[bytes, bytes]]]:
+def paired(tmp_path_factory) -> tuple[token_cache.Cache, list[tuple[bytes, bytes]]]:
     rng = np.random.default_rng(1)
     word = lambda: "".join(rng.choice(list("abcdefgh"), rng.integers(1, 9))).encode()  # noqa: E731
     folder, texts = tmp_path_factory.mktemp("paired"), [(word(), word()) for _ in range(50)]
     for side, end in enumerate(("en", "de")):
         (folder / f"x.{end}").write_bytes(b"".join(pair[side] + b"\n" for pair in texts))
-    made = cache.prepare(str(folder / "x"), Bytes(), folder / "root", field=("en", "de"), workers=1)
-    return cache.open_cache(made["train"]), texts
+    made = token_cache.prepare(str(folder / "x"), Bytes(), folder / "root", field=("en", "de"), workers=1)
+    return token_cache.open_cache(made["train"]), texts
 
 
 @pytest.mark.parametrize("rooms", [(20, 20), (30, 12), (1000, 1000)])

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from jaxlm.data import tokenizer as tok
-from jaxlm.data import vocabulary
+from jaxlm.data import train_tokenizer
 
 CODE = (
     'def area(width: float, height: float = 2.0) -> float:\n    """The area."""\n    if width < 0:\n'
@@ -64,7 +64,7 @@ def _random_texts(count: int = 200) -> list[str]:
 
 @pytest.fixture(scope="module")
 def sentencepiece(tmp_path_factory) -> tok.SentencePiece:
-    return vocabulary.train_sentencepiece(TEXTS, tmp_path_factory.mktemp("sp") / "x.model", vocab_size=400)
+    return train_tokenizer.train_sentencepiece(TEXTS, tmp_path_factory.mktemp("sp") / "x.model", vocab_size=400)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import transformers
 from transformers.generation import logits_process
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import published
+from support import hf_rows
 
 HERE = Path(__file__).parent
 ENDS = [5, 9, 17, 30, 44, 61]
@@ -47,10 +47,10 @@ LOGITS = [
 
 
 def model_of(name: str) -> torch.nn.Module:
-    cls, golden = getattr(transformers, published.ROWS[name].model), np.load(HERE / "hf" / f"{name}.npz")
+    cls, golden = getattr(transformers, hf_rows.ROWS[name].model), np.load(HERE / "hf" / f"{name}.npz")
     model = cls(cls.config_class(**json.loads(str(golden["config"])))).eval()
     shapes = json.loads(str(golden["shapes"]))
-    values = {k: torch.from_numpy(published.draw(k, tuple(s)).astype(np.float32)) for k, s in shapes.items()}
+    values = {k: torch.from_numpy(hf_rows.draw(k, tuple(s)).astype(np.float32)) for k, s in shapes.items()}
     missing, unknown = model.load_state_dict(values, strict=False)
     model.tie_weights()
     assert not unknown, (missing, unknown)

@@ -16,12 +16,12 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import published
+from support import hf_rows
 
 HERE = Path(__file__).parent / "hf"
 
 
-def make(name: str, row: published.Row) -> None:
+def make(name: str, row: hf_rows.Row) -> None:
     cls = getattr(transformers, row.model)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.safetensors"
@@ -29,14 +29,14 @@ def make(name: str, row: published.Row) -> None:
         with safetensors.safe_open(file, "np") as f:
             shapes = {key: list(f.get_slice(key).get_shape()) for key in f.keys()}  # noqa: SIM118
         shapes |= {key: list(shape) for key, shape in row.more.items()}
-        weights = {key: published.draw(key, tuple(shape)) for key, shape in shapes.items()}
+        weights = {key: hf_rows.draw(key, tuple(shape)) for key, shape in shapes.items()}
         safetensors.numpy.save_file(weights, file, metadata={"format": "pt"})
         model, report = cls.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
         )
         assert not any(report.values()), report
         config = json.loads((Path(folder) / "config.json").read_text())
-    given = published.inputs(row.inputs)
+    given = hf_rows.inputs(row.inputs)
     with torch.no_grad():
         out = model.eval()(**{k: torch.from_numpy(v).long() for k, v in given.items()})
     expected = out[row.output].numpy()
@@ -46,6 +46,6 @@ def make(name: str, row: published.Row) -> None:
 
 
 if __name__ == "__main__":
-    wanted = sys.argv[1:] or [name for name in published.ROWS if not (HERE / f"{name}.npz").exists()]
-    for name in published.ROWS if wanted == ["all"] else wanted:
-        make(name, published.ROWS[name])
+    wanted = sys.argv[1:] or [name for name in hf_rows.ROWS if not (HERE / f"{name}.npz").exists()]
+    for name in hf_rows.ROWS if wanted == ["all"] else wanted:
+        make(name, hf_rows.ROWS[name])

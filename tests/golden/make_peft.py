@@ -16,16 +16,15 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import adapters
-import published
+from support import hf_rows, peft_rows
 
 HERE = Path(__file__).parent / "peft"
 
 
-def make(name: str, row: adapters.Row) -> None:
-    base = published.ROWS[row.base]
+def make(name: str, row: peft_rows.Row) -> None:
+    base = hf_rows.ROWS[row.base]
     with tempfile.TemporaryDirectory() as folder:
-        published.directory(row.base, Path(folder) / "base")
+        hf_rows.directory(row.base, Path(folder) / "base")
         load = lambda: getattr(transformers, base.model).from_pretrained(  # noqa: E731
             Path(folder) / "base", dtype=torch.float32, attn_implementation="eager"
         )
@@ -41,10 +40,10 @@ def make(name: str, row: adapters.Row) -> None:
                 for part in "ABE":
                     key = f"base_model.model.{module.removesuffix('E')}{part}"
                     shapes[key][1 if part == "B" else 0] = sum(left)
-        safetensors.numpy.save_file({k: adapters.values(k, tuple(s)) for k, s in shapes.items()}, file)
+        safetensors.numpy.save_file({k: peft_rows.values(k, tuple(s)) for k, s in shapes.items()}, file)
         (own / "adapter_config.json").write_text(json.dumps(config))
         model = peft.PeftModel.from_pretrained(load(), own).eval()
-        given = {k: torch.from_numpy(v).long() for k, v in published.inputs(base.inputs).items()}
+        given = {k: torch.from_numpy(v).long() for k, v in hf_rows.inputs(base.inputs).items()}
         with torch.no_grad():
             out, plain = model(**given)[base.output].numpy(), load().eval()(**given)[base.output].numpy()
     out = out[:, out.shape[1] - plain.shape[1] :]  # what comes of virtual tokens stands first
@@ -55,6 +54,6 @@ def make(name: str, row: adapters.Row) -> None:
 
 
 if __name__ == "__main__":
-    wanted = sys.argv[1:] or [name for name in adapters.ROWS if not (HERE / f"{name}.npz").exists()]
-    for name in adapters.ROWS if wanted == ["all"] else wanted:
-        make(name, adapters.ROWS[name])
+    wanted = sys.argv[1:] or [name for name in peft_rows.ROWS if not (HERE / f"{name}.npz").exists()]
+    for name in peft_rows.ROWS if wanted == ["all"] else wanted:
+        make(name, peft_rows.ROWS[name])

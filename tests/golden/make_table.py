@@ -46,7 +46,7 @@ KNOWN = {
 
 def rows() -> dict[str, list[str]]:
     """Names of the variants of each `model_type`."""
-    from published import ROWS
+    from support.hf_rows import ROWS
 
     found: dict[str, list[str]] = {}
     for name in ROWS:
@@ -57,7 +57,7 @@ def rows() -> dict[str, list[str]]:
 
 def without_figures() -> list[str]:
     """The lines of the table up to the measured column."""
-    from jaxlm.interop import gguf_names
+    from jaxlm.formats import gguf_names
     from jaxlm.models import MODELS
 
     told = {kind for a in gguf_names.ARCHITECTURES.values() for kind in a.model_types}
@@ -72,7 +72,7 @@ def without_figures() -> list[str]:
 def table() -> str:
     """With the largest difference of a logit from transformers', over a type's variants."""
     from models.test_published import answer, directory, open_model, real
-    from published import ROWS
+    from support.hf_rows import ROWS
 
     largest = []
     for names in rows().values():

@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from published import ROWS, draw, inputs
+from support.hf_rows import ROWS, draw, inputs
 
-from jaxlm import config, names, params, sharding, tree
-from jaxlm.interop import hf
-from jaxlm.models import MODELS, Model, bert, modernbert
-from jaxlm.params import is_spec
-from jaxlm.rope import Rope
+from jaxlm.core import config, spec, tree, weight_names
+from jaxlm.core.spec import is_spec
+from jaxlm.formats import huggingface
+from jaxlm.models import MODELS, bert, modernbert
+from jaxlm.models.model import Model
+from jaxlm.nn.layout import Layout
+from jaxlm.nn.rope import Rope
 
 T = 12
 TINY = bert.Config(vocab=32, layers=1, width=8, heads=2, ffn=16, positions=T, dropout=0.0)
@@ -31,7 +33,7 @@ MODERN = modernbert.Config(vocab=32, layers=4, width=8, heads=2, ffn=12, window=
 
 def make_model(c) -> Model:
     family = bert if isinstance(c, bert.Config) else modernbert
-    layout = sharding.Layout(execution=config.Execution(dtype="float32"))
+    layout = Layout(execution=config.Execution(dtype="float32"))
     return Model(family, c, family.specs(c), layout)
 
 
@@ -44,7 +46,7 @@ def make_batch(rows: int = 1) -> dict:
 def test_positions_count_from_the_offset_and_restart_in_each_document(kind):
     """By the gradient of the position table: only the rows that positions stand for are read."""
     model = make_model(CONFIGS[kind])
-    weights = params.init(model.specs, jax.random.key(0))
+    weights = spec.init(model.specs, jax.random.key(0))
     packed = make_batch() | dict(
         positions=np.array([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]], np.int32),
         segments=np.array([[1] * 5 + [2] * 3 + [3] * 4], np.int32),
@@ -60,7 +62,7 @@ def test_positions_count_from_the_offset_and_restart_in_each_document(kind):
 def reach(c: modernbert.Config) -> np.ndarray:
     """[T, T]: whether the output at each position depends on the token at each position."""
     model = make_model(c)
-    weights, batch = params.init(model.specs, jax.random.key(0)), make_batch()
+    weights, batch = spec.init(model.specs, jax.random.key(0)), make_batch()
     embedded, own = weights["embed"][batch["tokens"][0]], np.arange(T, dtype=np.int32)[None]
 
     def run(x_TD):
@@ -80,7 +82,7 @@ def test_local_layers_see_so_far_and_global_ones_everything():
 def test_the_rope_of_each_kind_of_layer_is_its_own():
     def output(**ropes):
         model = make_model(dataclasses.replace(MODERN, **ropes))
-        weights = jax.tree.map(lambda w: 3 * w, params.init(model.specs, jax.random.key(0)))
+        weights = jax.tree.map(lambda w: 3 * w, spec.init(model.specs, jax.random.key(0)))
         return np.asarray(model.forward(weights, make_batch()).x_BTD)
 
     first, other = output(), Rope(theta=50.0)
@@ -91,11 +93,11 @@ def test_the_rope_of_each_kind_of_layer_is_its_own():
 def test_layers_of_a_file_are_ours_one_by_one():
     """The first layer stands alone, and the stack goes on from the second."""
     specs = modernbert.specs(MODERN)
-    found = names.tensors(modernbert.names(MODERN), specs)
+    found = weight_names.tensors(modernbert.names(MODERN), specs)
     assert "model.layers.0.attn_norm.weight" not in found
     assert [found[f"model.layers.{i}.attn_norm.weight"].parts[0].index for i in (1, 2, 3)] == [(0,), (1,), (2,)]
     assert [p.path for p in found["model.layers.0.mlp.Wi.weight"].parts] == ["first/gate", "first/up"]
-    assert sum(np.prod(t.shape) for t in found.values()) == params.count(specs)
+    assert sum(np.prod(t.shape) for t in found.values()) == spec.count(specs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,7 +105,9 @@ def test_layers_of_a_file_are_ours_one_by_one():
 def test_what_config_json_says_comes_back(kind, parts):
     c = dataclasses.replace(CONFIGS[kind], **parts)
     assert bert.from_hf(bert.to_hf(c)) == c
-    prefixed = [name for name in names.tensors(bert.names(c), bert.specs(c)) if name.endswith("word_embeddings.weight")]
+    prefixed = [
+        name for name in weight_names.tensors(bert.names(c), bert.specs(c)) if name.endswith("word_embeddings.weight")
+    ]
     stem = "roberta" if kind == "xlm-roberta" else kind
     assert prefixed == [f"{stem}.embeddings.word_embeddings.weight" if c.head else "embeddings.word_embeddings.weight"]
 
@@ -181,13 +185,13 @@ def test_a_model_without_a_head_says_so():
 def published_files(folder, c, change=lambda files: files) -> bert.Config:
     """Write a model's files, changed, and load them; returns the Config that was found."""
     specs = bert.specs(c)
-    files = {key: draw(key, tensor.shape) for key, tensor in names.tensors(bert.names(c), specs).items()}
+    files = {key: draw(key, tensor.shape) for key, tensor in weight_names.tensors(bert.names(c), specs).items()}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(bert.to_hf(c)))
     safetensors.numpy.save_file(change(files), folder / "model.safetensors", metadata={"format": "pt"})
-    family, found = hf.describe(folder, MODELS)
+    family, found = huggingface.describe(folder, MODELS)
     specs = family.specs(found)
-    weights = hf.load(folder, family, found, specs, sharding.Layout().shardings(specs, None))
+    weights = huggingface.load(folder, family, found, specs, Layout().shardings(specs, None))
     embedding = next(w for key, w in files.items() if key.endswith("word_embeddings.weight"))
     np.testing.assert_array_equal(weights["embed"], embedding.astype(np.float32))
     return found
@@ -255,7 +259,7 @@ def test_pooled_states_equal_transformers(name):
     model = make_model(c)
     flat = {path: np.zeros(s.shape, np.float32) for path, s in tree.flatten(model.specs, is_spec).items()}
     state = {key: w.numpy() for key, w in theirs.state_dict().items()}
-    for key, tensor in names.tensors(bert.names(c), model.specs).items():
+    for key, tensor in weight_names.tensors(bert.names(c), model.specs).items():
         for part, w in zip(tensor.parts, tensor.split(state[key]), strict=True):
             flat[part.path][part.index] = w
     weights = tree.map_named(lambda path, _: flat[path], model.specs)

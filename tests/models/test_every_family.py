@@ -8,10 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from published import ROWS
+from support.hf_rows import ROWS
 
-from jaxlm import config, losses, params, sharding, tree
-from jaxlm.models import MODELS, Model
+from jaxlm.core import config, spec, tree
+from jaxlm.models import MODELS
+from jaxlm.models.model import Model
+from jaxlm.nn import losses
+from jaxlm.nn.layout import Layout
+from jaxlm.runtime.mesh import NamedSharding, make_mesh, on_mesh
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hf"
 # The variants that have most to get wrong; of the other architectures, the first.
@@ -41,18 +45,18 @@ EACH = [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) fo
 GENERATING = [name for name in CASES if ROWS[name].inputs not in ("encoder", "types")]
 
 
-def make_model(name: str, layout: sharding.Layout | None = None, **execution) -> Model:
+def make_model(name: str, layout: Layout | None = None, **execution) -> Model:
     values = published(name)
     family = next(f for f in MODELS.values() if values["model_type"] in f.MODEL_TYPES)
     c = family.from_hf(values)
-    layout = layout or sharding.Layout(execution=config.Execution(**{"dtype": "float32", "scan": False} | execution))
+    layout = layout or Layout(execution=config.Execution(**{"dtype": "float32", "scan": False} | execution))
     return Model(family, c, family.specs(c), layout)
 
 
 def make_weights(model: Model) -> dict:
     """Near the initial ones, but no bias is zero and no scale one."""
     rng = np.random.default_rng(0)
-    first = jax.tree.map(np.asarray, params.init(model.specs, jax.random.key(0)))
+    first = jax.tree.map(np.asarray, spec.init(model.specs, jax.random.key(0)))
     return tree.map_named(
         lambda path, s: tree.flatten(first)[path] + rng.normal(0, 0.2, s.shape).astype(np.float32), model.specs
     )
@@ -168,14 +172,14 @@ def test_scanned_and_rematerialized_equals_unrolled(name):
 @pytest.mark.parametrize("name", EACH)
 def test_a_mesh_equals_one_device(name):
     """Explicit axes, where a missing annotation is an error."""
-    moe = "experts" in {a for s in tree.flatten(make_model(name).specs, params.is_spec).values() for a in s.axes}
+    moe = "experts" in {a for s in tree.flatten(make_model(name).specs, spec.is_spec).values() for a in s.axes}
     c = config.Mesh(data=1 if moe else 2, fsdp=2, expert=2 if moe else 1, tensor=2, axis_type="explicit")
-    mesh = sharding.make_mesh(c)
-    model = make_model(name, sharding.Layout.of(c, config.Execution(dtype="float32", scan=True)))
+    mesh = make_mesh(c)
+    model = make_model(name, Layout.of(c, config.Execution(dtype="float32", scan=True)))
     homes = model.shard.shardings(model.specs, mesh)
-    with sharding.on_mesh(mesh):
+    with on_mesh(mesh):
         weights = jax.device_put(make_weights(model), homes)
-        batch = {k: jax.device_put(v, sharding.NamedSharding(mesh, model.shard.spec(("batch", None))))
+        batch = {k: jax.device_put(v, NamedSharding(mesh, model.shard.spec(("batch", None))))
                  for k, v in _rows(model).items()}  # fmt: skip
         got = jax.jit(jax.value_and_grad(functools.partial(_loss, model)), out_shardings=(None, homes))(weights, batch)
     assert_close(jax.device_get(got), gradients(name))

@@ -9,9 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import config, losses, params, sharding, tree
-from jaxlm.models import MODELS, Model, bert, gpt2, llama
-from jaxlm.rope import Rope
+from jaxlm.core import config, spec, tree
+from jaxlm.models import MODELS, bert, gpt2, llama
+from jaxlm.models.model import Model
+from jaxlm.nn import losses
+from jaxlm.nn.layout import Layout
+from jaxlm.nn.rope import Rope
+from jaxlm.runtime.mesh import AXES
 
 V, T = 48, 12
 SMALL = {
@@ -37,7 +41,7 @@ def slow(*values):
 
 def make_model(name: str, c=None, **execution) -> Model:
     family, c = MODELS[name.partition("_")[0]], c or SMALL[name]
-    layout = sharding.Layout(execution=config.Execution(**{"dtype": "float32", "scan": True} | execution))
+    layout = Layout(execution=config.Execution(**{"dtype": "float32", "scan": True} | execution))
     return Model(family, c, family.specs(c), layout)
 
 
@@ -45,7 +49,7 @@ def make_weights(model: Model):
     """Biases and norm scales random too, so that none can be forgotten."""
     rng = np.random.default_rng(0)
 
-    def one(path: str, s: params.Spec) -> np.ndarray:
+    def one(path: str, s: spec.Spec) -> np.ndarray:
         is_scale = path.rpartition("/")[2].startswith(("norm", "transform_norm")) and not path.endswith("bias")
         width = np.sqrt(s.shape[-1] if s.is_matrix else 10)
         return (is_scale + rng.standard_normal(s.shape) / width).astype(np.float32)
@@ -70,7 +74,7 @@ def test_logits_equal_hugging_face(name):
     model = make_model(name)
     flat = {k.removeprefix("weights:"): v.astype(np.float32) for k, v in golden.items() if k.startswith("weights:")}
     assert {k: v.shape for k, v in flat.items()} == {
-        k: s.shape for k, s in tree.flatten(model.specs, params.is_spec).items()
+        k: s.shape for k, s in tree.flatten(model.specs, spec.is_spec).items()
     }
     weights = tree.map_named(lambda path, _: jnp.asarray(flat[path]), model.specs)
     batch = make_batch() | {k: golden[k] for k in ("tokens", "types", "segments") if k in golden}
@@ -255,9 +259,9 @@ def test_shapes_that_do_not_fit_are_named(name, change, message):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_matrix_of_a_published_size_is_sharded(name):
     """At the default size no large weight is left whole by the standard tables."""
-    mesh = jax.make_mesh((1, 1, 1, 4, 1, 1, 2), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 7)
+    mesh = jax.make_mesh((1, 1, 1, 4, 1, 1, 2), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 7)
     specs = MODELS[name].specs(dataclasses.replace(MODELS[name].Config(), vocab=32768))
-    sharding.Layout().check_sharded(specs, mesh, (), 1 << 16)
+    Layout().check_sharded(specs, mesh, (), 1 << 16)
 
 
 @pytest.mark.parametrize(
@@ -266,4 +270,4 @@ def test_every_matrix_of_a_published_size_is_sharded(name):
 )
 def test_parameters_as_published(name, c, count):
     """GPT-2 small, and BERT base with its pooler and masked-LM head (and 1538 more for next sentences)."""
-    assert params.count(MODELS[name].specs(c)) == count
+    assert spec.count(MODELS[name].specs(c)) == count

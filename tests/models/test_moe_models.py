@@ -8,12 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import attention, config, moe, optim, params, sharding, step
-from jaxlm.attention import Mask
-from jaxlm.models import Model, deepseek, gpt_oss, mixtral
-from jaxlm.moe import Moe
+from jaxlm.core import config, spec
+from jaxlm.core.spec import is_spec
+from jaxlm.models import deepseek, gpt_oss, mixtral
+from jaxlm.models.model import Model
+from jaxlm.nn import attention, moe
+from jaxlm.nn.layout import Layout, batch_sharding
+from jaxlm.nn.mask import Mask
+from jaxlm.nn.moe import Moe
 from jaxlm.objectives import causal
-from jaxlm.params import is_spec
+from jaxlm.runtime.mesh import make_mesh, on_mesh, replicated
+from jaxlm.training import optimizers, step
 
 T = 16
 SMALL = mixtral.Config(
@@ -25,17 +30,17 @@ TIGHT = dataclasses.replace(SMALL, moe=dataclasses.replace(SMALL.moe, capacity=0
 
 def make_step(c, optim_config: config.Optim, mesh_config: config.Mesh | None = None):
     mc = mesh_config or config.Mesh()
-    mesh = sharding.make_mesh(mc, jax.devices()[:1] if mesh_config is None else jax.devices())
-    layout = sharding.Layout.of(mc, config.Execution(dtype="float32"))
+    mesh = make_mesh(mc, jax.devices()[:1] if mesh_config is None else jax.devices())
+    layout = Layout.of(mc, config.Execution(dtype="float32"))
     specs = mixtral.specs(c)
     model = Model(mixtral, c, specs, layout)
-    optimizer = optim.make(optim_config, 1000, specs)
-    homes = step.shardings(specs, layout.shardings(specs, mesh), optimizer, False, sharding.replicated(mesh))
+    optimizer = optimizers.make(optim_config, 1000, specs)
+    homes = step.shardings(specs, layout.shardings(specs, mesh), optimizer, False, replicated(mesh))
     one = step.make_train_step(
         lambda p, b, k: causal.loss(causal.Config(), model, p, b, None), causal.weights, optimizer,
         seed=0, clip=1.0, ema=0.0,
     )  # fmt: skip
-    with sharding.on_mesh(mesh):
+    with on_mesh(mesh):
         state = jax.jit(lambda k: step.init_state(specs, optimizer, k, False), out_shardings=homes)(jax.random.key(0))
     return mesh, layout, state, jax.jit(one, out_shardings=(homes, None))
 
@@ -58,10 +63,8 @@ SGD = config.Optim(name="sgd", momentum=0.0, lr=0.3, warmup=0, weight_decay=0.0)
 @functools.cache
 def one_update(micro: int, mesh_config: config.Mesh | None = None):
     mesh, layout, state, run = make_step(TIGHT, SGD, mesh_config)
-    with sharding.on_mesh(mesh):
-        batch = {
-            k: jax.device_put(v, sharding.batch_sharding(layout, mesh, v.shape, T)) for k, v in rows(micro).items()
-        }
+    with on_mesh(mesh):
+        batch = {k: jax.device_put(v, batch_sharding(layout, mesh, v.shape, T)) for k, v in rows(micro).items()}
         state, metrics = run(state, batch)
     return {k: float(metrics[k]) for k in ("loss", "aux", "dropped", "nll", "grad_norm")}, jax.device_get(state.params)
 
@@ -106,7 +109,7 @@ def test_a_selection_bias_moves_against_the_load_and_evens_it_out():
         state, metrics = run(state, batch)
         if i == 0:
             moved = state.params["blocks"]["selection_bias"] - skew
-            np.testing.assert_allclose(moved, -optim.BALANCE_RATE * jnp.sign(before)[None], rtol=1e-3)
+            np.testing.assert_allclose(moved, -optimizers.BALANCE_RATE * jnp.sign(before)[None], rtol=1e-3)
         assert metrics["aux"] == 0
     assert jnp.abs(load(state.all_params)).max() < 0.1
 
@@ -123,12 +126,14 @@ def test_the_gradient_of_selection_biases_is_nothing_in_the_global_norm():
 
 def test_optimizers_take_experts_one_by_one_and_spare_their_biases():
     specs = gpt_oss.specs(gpt_oss.Config(vocab=32, layers=2, width=16, heads=4, kv_heads=2, head_width=4))
-    groups = optim.make(config.Optim(name="muon"), 1000, specs).groups
+    groups = optimizers.make(config.Optim(name="muon"), 1000, specs).groups
     assert groups["blocks/experts/gate"] == "muon, decay 0.1"
     assert groups["blocks/experts/gate_bias"] == groups["blocks/q_bias"] == "adamw, no decay"
     stacked = specs["blocks"]["experts"]
-    assert optim.matrix_dimensions(stacked["gate"]) == optim.matrix_dimensions(stacked["down"]) == ((2,), (3,))
-    groups = optim.make(config.Optim(name="lion"), 1000, mixtral.specs(SMALL)).groups
+    assert (
+        optimizers.matrix_dimensions(stacked["gate"]) == optimizers.matrix_dimensions(stacked["down"]) == ((2,), (3,))
+    )
+    groups = optimizers.make(config.Optim(name="lion"), 1000, mixtral.specs(SMALL)).groups
     assert groups["blocks/selection_bias"] == "balance, no decay"
 
 
@@ -214,13 +219,13 @@ def test_read_on_from_latents_on_a_mesh():
     )
 
     def read(mesh_config: config.Mesh, cuts: tuple[int, ...]) -> np.ndarray:
-        mesh = sharding.make_mesh(mesh_config, jax.devices()[: 8 if cuts else 1])
-        layout = sharding.Layout.of(mesh_config, config.Execution(dtype="float32"))
+        mesh = make_mesh(mesh_config, jax.devices()[: 8 if cuts else 1])
+        layout = Layout.of(mesh_config, config.Execution(dtype="float32"))
         layout = dataclasses.replace(layout, compute={**layout.compute, "batch": (), "seq": ()})
         free = dataclasses.replace(LATENT, moe=dataclasses.replace(LATENT.moe, capacity=None))
         c = LATENT if cuts else free
         run = jax.jit(lambda w, b, cache: deepseek.forward(c, specs, w, b, shard=layout, cache=cache))
-        with sharding.on_mesh(mesh):
+        with on_mesh(mesh):
             w = jax.device_put(weights, layout.shardings(specs, mesh))
             cache, out = deepseek.init_cache(c, 2, 6, jnp.float32) if cuts else None, []
             for a, b in zip((0, *cuts), (*cuts, 6), strict=True):
@@ -284,5 +289,5 @@ def test_published_sizes(name):
     """The settings that models are published with, as they stand in their config.json, and their known sizes."""
     count, family, values = PUBLISHED[name]
     c = family.from_hf(values)
-    assert params.count(family.specs(c)) == count
+    assert spec.count(family.specs(c)) == count
     assert family.from_hf(family.to_hf(c)) == dataclasses.replace(c, positions=c.positions or 1 << 20)

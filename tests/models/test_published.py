@@ -11,20 +11,24 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from published import GOLDEN, ROWS, batch_of, directory, inputs, real
+from support.hf_rows import GOLDEN, ROWS, batch_of, directory, inputs, real
 
-from jaxlm import config, losses, params, sharding
-from jaxlm.interop import hf
-from jaxlm.models import MODELS, Model
+from jaxlm.core import config
+from jaxlm.core.spec import count
+from jaxlm.formats import huggingface
+from jaxlm.models import MODELS
+from jaxlm.models.model import Model
+from jaxlm.nn import losses
+from jaxlm.nn.layout import Layout
 
 TOLERANCE = 1e-4
 
 
 def open_model(folder: Path) -> tuple[Model, dict]:
-    family, c = hf.describe(folder, MODELS)
-    layout = sharding.Layout(execution=config.Execution(dtype="float32"))
+    family, c = huggingface.describe(folder, MODELS)
+    layout = Layout(execution=config.Execution(dtype="float32"))
     specs = family.specs(c)
-    return Model(family, c, specs, layout), hf.load(folder, family, c, specs, layout.shardings(specs, None))
+    return Model(family, c, specs, layout), huggingface.load(folder, family, c, specs, layout.shardings(specs, None))
 
 
 def answer(model: Model, weights: dict, row) -> np.ndarray:
@@ -45,21 +49,21 @@ def test_logits_equal_transformers_and_the_files_come_back_bit_by_bit(name, tmp_
     row = ROWS[name]
     tensors = directory(name, tmp_path / "theirs")
     model, weights = open_model(tmp_path / "theirs")
-    assert params.count(model.specs) == sum(t.size for t in tensors.values())
+    assert count(model.specs) == sum(t.size for t in tensors.values())
     expected = np.load(GOLDEN / f"{name}.npz")["expected"]
     got = answer(model, weights, row)
     where = real(row.inputs)
     np.testing.assert_allclose(got[where], expected[where], atol=TOLERANCE, rtol=0)
     assert np.abs(expected[where]).max() > 100 * TOLERANCE
 
-    hf.save(tmp_path / "ours", model.family, model.config, model.specs, weights, dtype="float16", card=False)
+    huggingface.save(tmp_path / "ours", model.family, model.config, model.specs, weights, dtype="float16", card=False)
     back = safetensors.numpy.load_file(tmp_path / "ours" / "model.safetensors")
     assert back.keys() == tensors.keys()
     for key, tensor in tensors.items():
         assert back[key].dtype == tensor.dtype
         np.testing.assert_array_equal(back[key].view(np.uint16), tensor.view(np.uint16), err_msg=key)
-    assert hf.describe(tmp_path / "ours", MODELS) == (model.family, model.config)
-    given, written = (hf.read_config(tmp_path / folder) for folder in ("theirs", "ours"))
+    assert huggingface.describe(tmp_path / "ours", MODELS) == (model.family, model.config)
+    given, written = (huggingface.read_config(tmp_path / folder) for folder in ("theirs", "ours"))
     if (given.get("rope_parameters") or {}).get("rope_type") == "longrope":  # transformers ignores the inner one
         assert written["original_max_position_embeddings"] == given["original_max_position_embeddings"]
 
@@ -71,7 +75,7 @@ def test_transformers_reads_what_we_write(name, tmp_path):
     row = ROWS[name]
     directory(name, tmp_path / "theirs")
     model, weights = open_model(tmp_path / "theirs")
-    hf.save(tmp_path / "ours", model.family, model.config, model.specs, weights, dtype="float16", card=False)
+    huggingface.save(tmp_path / "ours", model.family, model.config, model.specs, weights, dtype="float16", card=False)
     there, report = getattr(transformers, row.model).from_pretrained(
         tmp_path / "ours", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )

@@ -11,9 +11,13 @@ import optax
 import pytest
 import safetensors.numpy
 
-from jaxlm import config, losses, params, sharding, tree
-from jaxlm.interop import hf
-from jaxlm.models import MODELS, Model, bart, t5
+from jaxlm.core import config, spec, tree
+from jaxlm.formats import huggingface
+from jaxlm.models import MODELS, bart, t5
+from jaxlm.models.model import Model
+from jaxlm.nn import losses
+from jaxlm.nn.layout import Layout
+from jaxlm.runtime.mesh import make_mesh, on_mesh
 
 V, T, S = 32, 8, 12
 SMALL = {
@@ -30,15 +34,15 @@ def strict_types():
         yield
 
 
-def make_model(name: str, layout: sharding.Layout | None = None, c=None) -> Model:
+def make_model(name: str, layout: Layout | None = None, c=None) -> Model:
     family, c = MODELS[name.partition("_")[0]], c or SMALL[name]
-    layout = layout or sharding.Layout(execution=config.Execution(dtype="float32"))
+    layout = layout or Layout(execution=config.Execution(dtype="float32"))
     return Model(family, c, family.specs(c), layout)
 
 
 def make_weights(model: Model) -> dict:
     """Near the initial ones, but no bias is zero and no scale one."""
-    rng, first = np.random.default_rng(0), tree.flatten(params.init(model.specs, jax.random.key(0)))
+    rng, first = np.random.default_rng(0), tree.flatten(spec.init(model.specs, jax.random.key(0)))
     return tree.map_named(
         lambda path, s: np.asarray(first[path]) + rng.normal(0, 0.2, s.shape).astype(np.float32), model.specs
     )
@@ -151,7 +155,7 @@ def test_a_few_pairs_are_learned_by_heart(name):
         weights, _ = jax.lax.fori_loop(0, 150, update, (weights, tx.init(weights)))
         return weights, loss(weights)
 
-    weights, loss = train(params.init(model.specs, jax.random.key(1)))
+    weights, loss = train(spec.init(model.specs, jax.random.key(1)))
     assert loss < 0.1
     assert (np.argmax(all_logits(model, weights, batch), -1) == target).all()
 
@@ -166,8 +170,8 @@ def test_sequences_cut_over_devices_equal_one_device(name, kind):
     batch = make_batch([[1, 1, 1, 2, 2, 2, 2, 0]] * 4, [[1] * 5 + [2] * 6 + [0]] * 4, rows=4)
 
     def run(c: config.Mesh, devices):
-        mesh = sharding.make_mesh(c, devices)
-        model = make_model(name, sharding.Layout.of(c, config.Execution(dtype="float32", scan=True)))
+        mesh = make_mesh(c, devices)
+        model = make_model(name, Layout.of(c, config.Execution(dtype="float32", scan=True)))
         homes = model.shard.shardings(model.specs, mesh)
 
         def loss(w, batch):
@@ -175,7 +179,7 @@ def test_sequences_cut_over_devices_equal_one_device(name, kind):
             weights = (batch["segments"] > 0).astype(jnp.float32)
             return losses.cross_entropy(r, batch["tokens"], weights, shard=model.shard).loss / 28
 
-        with sharding.on_mesh(mesh):
+        with on_mesh(mesh):
             weights = jax.device_put(make_weights(model), homes)
             out = jax.jit(jax.value_and_grad(loss), out_shardings=(None, homes))(weights, batch)
         return jax.device_get(out)
@@ -194,7 +198,7 @@ def test_dropout_follows_its_key_and_bfloat16_stays_bfloat16(name):
     run = jax.jit(lambda key: model.forward(weights, batch, key=key).x_BTD)
     a, again, b = (np.asarray(run(jax.random.key(k))) for k in (1, 1, 2))
     assert (a == again).all() and (a != b).any()
-    half = make_model(name, sharding.Layout(execution=config.Execution(dtype="bfloat16")))
+    half = make_model(name, Layout(execution=config.Execution(dtype="bfloat16")))
     assert jax.eval_shape(half.forward, weights, batch).x_BTD.dtype == jnp.bfloat16
 
 
@@ -228,7 +232,7 @@ MBART = BART_LARGE | dict(model_type="mbart", vocab_size=250027, normalize_befor
 def test_parameters_as_published(values, count):
     family = next(f for f in MODELS.values() if values["model_type"] in f.MODEL_TYPES)
     c = family.from_hf(values)
-    assert params.count(family.specs(c)) - getattr(c, "head_bias", False) * c.vocab == count
+    assert spec.count(family.specs(c)) - getattr(c, "head_bias", False) * c.vocab == count
     assert family.from_hf(family.to_hf(c)) == c
     assert (c.tied, c.scaled) == {"t5": (c.width == 512,) * 2, "mt5": (False, False), "bart": (True, False),
                                   "mbart": (True, True)}[c.model_type]  # fmt: skip
@@ -252,23 +256,21 @@ def test_old_files_that_hold_an_embedding_several_times_are_read(tmp_path):
     """And a bias by distance in attention to the source, which was never used. Copies that differ are refused."""
     model = make_model("t5_first")
     weights = jax.tree.map(jnp.asarray, make_weights(model))
-    hf.save(tmp_path, t5, model.config, model.specs, weights, dtype="float32", card=False)
+    huggingface.save(tmp_path, t5, model.config, model.specs, weights, dtype="float32", card=False)
     assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is True
     tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
     shared = tensors["shared.weight"]
     copies = dict.fromkeys(["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"], shared)
     unused = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": np.ones((8, 4), np.float32)}
-    one = jax.tree.map(
-        lambda s: jax.sharding.SingleDeviceSharding(jax.devices()[0]), model.specs, is_leaf=params.is_spec
-    )
+    one = jax.tree.map(lambda s: jax.sharding.SingleDeviceSharding(jax.devices()[0]), model.specs, is_leaf=spec.is_spec)
     safetensors.numpy.save_file(tensors | copies | unused, tmp_path / "model.safetensors")
-    family, c = hf.describe(tmp_path, MODELS)
+    family, c = huggingface.describe(tmp_path, MODELS)
     assert (family, c) == (t5, dataclasses.replace(model.config, decoder_layers=1))
-    back = hf.load(tmp_path, t5, c, model.specs, one)
+    back = huggingface.load(tmp_path, t5, c, model.specs, one)
     jax.tree.map(np.testing.assert_array_equal, back, weights)
     safetensors.numpy.save_file(tensors | copies | {"lm_head.weight": shared + 1}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"lm_head\.weight differs from shared\.weight"):
-        hf.load(tmp_path, t5, c, model.specs, one)
+        huggingface.load(tmp_path, t5, c, model.specs, one)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import tokenizers
 
-from jaxlm import config, params, sharding
-from jaxlm.data import cache, tokenizer, vocabulary
-from jaxlm.models import MODELS, Model
+from jaxlm.core import config, spec
+from jaxlm.data import token_cache, tokenizer, train_tokenizer
+from jaxlm.models import MODELS
+from jaxlm.models.model import Model
+from jaxlm.nn.layout import Layout
 
 TEXTS = tuple(
     f"def area_{i}(width, height={i * 7 % 11}):\n    # naïve «größe» Δ={i}\n    return width * height + {i}\n" * 2
@@ -23,7 +25,7 @@ TEXTS = tuple(
 
 @pytest.fixture(scope="session")
 def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.SentencePiece:
-    return vocabulary.train_sentencepiece(TEXTS, tmp_path_factory.mktemp("sp") / "x.model", vocab_size=400)
+    return train_tokenizer.train_sentencepiece(TEXTS, tmp_path_factory.mktemp("sp") / "x.model", vocab_size=400)
 
 
 @pytest.fixture(scope="session")
@@ -56,15 +58,15 @@ def byte_level() -> tokenizer.HuggingFace:
 
 
 @pytest.fixture
-def corpus(tmp_path: Path) -> Callable[[Sequence[str], Any], cache.Cache]:
+def corpus(tmp_path: Path) -> Callable[[Sequence[str], Any], token_cache.Cache]:
     """A cache of these texts, in this order."""
 
-    def make(texts: Sequence[str], tokens: Any) -> cache.Cache:
+    def make(texts: Sequence[str], tokens: Any) -> token_cache.Cache:
         folder = tmp_path / f"corpus{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         for i, text in enumerate(texts):
             (folder / f"{i:04}.txt").write_bytes(text.encode())
-        return cache.open_cache(cache.prepare(str(folder), tokens, tmp_path / "caches", workers=1)["train"])
+        return token_cache.open_cache(token_cache.prepare(str(folder), tokens, tmp_path / "caches", workers=1)["train"])
 
     return make
 
@@ -76,10 +78,10 @@ def model() -> Callable[[Any], tuple[Model, Any]]:
     def make(c: Any) -> tuple[Model, Any]:
         family = MODELS[config.family(c)]
         specs = family.specs(c)
-        layout = sharding.Layout(execution=config.Execution(dtype="float32", scan=True))
+        layout = Layout(execution=config.Execution(dtype="float32", scan=True))
         generator = np.random.default_rng(5)
         weights = jax.tree.map(lambda s: generator.standard_normal(s.shape).astype(np.float32) / 2, specs,
-                               is_leaf=params.is_spec)  # fmt: skip
+                               is_leaf=spec.is_spec)  # fmt: skip
         return Model(family, c, specs, layout), weights
 
     return make

@@ -8,11 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import cli, config, sharding
+from jaxlm.commands import cli
+from jaxlm.core import config, config_io
+from jaxlm.core.spec import init
 from jaxlm.data.tokenizer import Bytes
-from jaxlm.models import Model, bert
+from jaxlm.models import bert
+from jaxlm.models.model import Model
+from jaxlm.nn.layout import Layout
 from jaxlm.objectives import answer
-from jaxlm.params import init
+from jaxlm.runtime.mesh import NamedSharding, make_mesh, on_mesh
 
 TOKENS = Bytes()
 RNG = np.random.default_rng(0)
@@ -138,7 +142,7 @@ def test_settings(name):
 def make(c: answer.Config, mesh: config.Mesh | None = None) -> tuple[Model, dict]:
     shape = bert.Config(vocab=264, layers=1, width=16, heads=2, ffn=24, positions=32, head=False, pooler=False)
     specs = bert.specs(shape) | answer.specs(c, 16)
-    layout = sharding.Layout.of(mesh or config.Mesh(), config.Execution("float32"))
+    layout = Layout.of(mesh or config.Mesh(), config.Execution("float32"))
     return Model(bert, shape, specs, layout), jax.tree.map(lambda w: 2 * w, init(specs, jax.random.key(0)))
 
 
@@ -179,11 +183,11 @@ def test_a_mesh_gives_the_same(file, axes):
 
     expected = jax.jit(jax.value_and_grad(functools.partial(value, model)))(weights, batch)
     mesh = config.Mesh(**axes, axis_type="explicit")
-    (there, _), made = make(c, mesh), sharding.make_mesh(mesh)
-    with sharding.on_mesh(made):
+    (there, _), made = make(c, mesh), make_mesh(mesh)
+    with on_mesh(made):
         placed = jax.device_put(weights, there.shard.shardings(there.specs, made))
         inner = lambda v: ["seq" if n == 32 else None for n in v.shape[1:]]  # noqa: E731
-        home = {k: sharding.NamedSharding(made, there.shard.spec(("batch", *inner(v)))) for k, v in batch.items()}
+        home = {k: NamedSharding(made, there.shard.spec(("batch", *inner(v)))) for k, v in batch.items()}
         got = jax.jit(jax.value_and_grad(functools.partial(value, there)))(placed, jax.device_put(batch, home))
     np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), jax.device_get(got[1]), expected[1])
@@ -221,11 +225,11 @@ def test_from_the_command_line_to_a_report(file, tmp_path, capsys):
 
 
 def test_windows_of_one_text_are_held_out_together(file, tmp_path, capsys):
-    from jaxlm import assemble, pretrained
+    from jaxlm.assembly import corpus, open_model
 
     (tmp_path / "c.py").write_text(CONFIG.format(file=file, valid=(), out=str(tmp_path)))
-    run = config.load(tmp_path / "c.py")
-    data = assemble.corpus(run, pretrained.load_tokenizer(run))
+    run = config_io.load(tmp_path / "c.py")
+    data = corpus.corpus(run, open_model.load_tokenizer(run))
     ([*train], [*valid]) = data.train[0], data.valid[0]
     assert {i["where"] for i in train}.isdisjoint(i["where"] for i in valid) and len(valid) > 1
     assert len({i["where"] for i in valid}) == 1

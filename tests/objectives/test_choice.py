@@ -8,12 +8,16 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import cli, config, sharding
+from jaxlm.commands import cli
+from jaxlm.core import config
+from jaxlm.core.spec import init
 from jaxlm.data import packing
 from jaxlm.data.tokenizer import Bytes
-from jaxlm.models import Model, bert, llama
+from jaxlm.models import bert, llama
+from jaxlm.models.model import Model
+from jaxlm.nn.layout import Layout
 from jaxlm.objectives import choice
-from jaxlm.params import init
+from jaxlm.runtime.mesh import NamedSharding, make_mesh, on_mesh
 
 TOKENS = Bytes()
 RNG = np.random.default_rng(0)
@@ -64,7 +68,7 @@ def make(c: choice.Config, family=bert, mesh: config.Mesh | None = None, **more)
     shape |= dict(head=False) if family is bert else dict(kv_heads=2, head_width=8)
     model = family.Config(**shape | more)
     specs = family.specs(model) | choice.specs(c, 16)
-    layout = sharding.Layout.of(mesh or config.Mesh(), config.Execution("float32"))
+    layout = Layout.of(mesh or config.Mesh(), config.Execution("float32"))
     return Model(family, model, specs, layout), jax.tree.map(lambda w: 2 * w, init(specs, jax.random.key(0)))
 
 
@@ -114,10 +118,10 @@ def test_a_mesh_gives_the_same(file, family, axes):
 
     expected = jax.jit(jax.value_and_grad(functools.partial(value, model)))(weights, batch)
     mesh = config.Mesh(**axes, axis_type="explicit")
-    (there, _), made = make(c, family, mesh), sharding.make_mesh(mesh)
-    with sharding.on_mesh(made):
+    (there, _), made = make(c, family, mesh), make_mesh(mesh)
+    with on_mesh(made):
         placed = jax.device_put(weights, there.shard.shardings(there.specs, made))
-        home = {k: sharding.NamedSharding(made, there.shard.spec(("batch",))) for k in batch}
+        home = {k: NamedSharding(made, there.shard.spec(("batch",))) for k in batch}
         got = jax.jit(jax.value_and_grad(functools.partial(value, there)))(placed, jax.device_put(batch, home))
     np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), jax.device_get(got[1]), expected[1])

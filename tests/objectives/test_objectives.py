@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import config, params, sharding
+from jaxlm.core import config, spec
 from jaxlm.data.tokenizer import Bytes
-from jaxlm.models import MODELS, Model, bert, llama
+from jaxlm.models import MODELS, bert, llama
+from jaxlm.models.model import Model
+from jaxlm.nn.layout import Layout
 from jaxlm.objectives import OBJECTIVES, causal, masked, next_sentence
 
 TOKENS = Bytes()
@@ -209,10 +211,10 @@ def make(objective: str) -> tuple[Model, dict]:
     module, c = OBJECTIVES[objective], SMALL[objective]
     family = MODELS[config.family(c)]
     specs = family.specs(c) | module.specs(SETTINGS[objective], c.width)
-    layout = sharding.Layout(execution=config.Execution(dtype="float32", scan=True))
+    layout = Layout(execution=config.Execution(dtype="float32", scan=True))
     generator = rng(5)
     weights = jax.tree.map(lambda s: generator.standard_normal(s.shape).astype(np.float32) / 2, specs,
-                           is_leaf=params.is_spec)  # fmt: skip
+                           is_leaf=spec.is_spec)  # fmt: skip
     return Model(family, c, specs, layout), weights
 
 
@@ -246,7 +248,7 @@ def test_next_sentence_label_means_what_it_says():
 
 def test_masked_predicts_at_the_chosen_places():
     """Equal to the plain way: all logits, then the chosen ones."""
-    from jaxlm.losses import logits
+    from jaxlm.nn.losses import logits
 
     model, weights = make("masked")
     row = {k: v[None] for k, v in rows("masked")[1].items()}

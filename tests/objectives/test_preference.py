@@ -8,9 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import config, losses, params, sharding, step, tree
-from jaxlm.models import Model, llama
+from jaxlm.core import config, spec, tree
+from jaxlm.models import llama
+from jaxlm.models.model import Model
+from jaxlm.nn import losses
+from jaxlm.nn.layout import Layout
 from jaxlm.objectives import preference
+from jaxlm.runtime.mesh import NamedSharding, make_mesh, on_mesh
+from jaxlm.training import step
 
 V, T, B = 32, 24, 4
 ONE = config.Mesh()
@@ -19,9 +24,9 @@ METHODS = ["dpo", "ipo", "kto", "orpo"]
 
 def make(mesh: config.Mesh = ONE) -> tuple[Model, dict]:
     c = llama.Config(vocab=V, layers=1, width=16, heads=2, kv_heads=2, head_width=8, ffn=24)
-    layout = sharding.Layout.of(mesh, config.Execution(dtype="float32", loss_chunk=8))
+    layout = Layout.of(mesh, config.Execution(dtype="float32", loss_chunk=8))
     specs = llama.specs(c)
-    return Model(llama, c, specs, layout), jax.tree.map(lambda w: 2 * w, params.init(specs, jax.random.key(0)))
+    return Model(llama, c, specs, layout), jax.tree.map(lambda w: 2 * w, spec.init(specs, jax.random.key(0)))
 
 
 def rows(method: str, n: int = B) -> tuple[dict, list]:
@@ -99,11 +104,11 @@ def test_a_mesh_and_micro_batches_give_the_same(axis_type):
     parts = [float(loss(model)(weights, half, None)["pairs"]["loss"]) for half in halves]
     np.testing.assert_allclose(sum(parts), expected[0], rtol=1e-5)
     c = config.Mesh(data=2, fsdp=2, tensor=2, axis_type=axis_type)
-    mesh, (there, _) = sharding.make_mesh(c), make(c)
+    mesh, (there, _) = make_mesh(c), make(c)
     homes = there.shard.shardings(there.specs, mesh)
-    with sharding.on_mesh(mesh):
+    with on_mesh(mesh):
         placed = jax.device_put(weights, homes)
-        rows_home = {k: sharding.NamedSharding(mesh, there.shard.spec(("batch", None))) for k in batch}
+        rows_home = {k: NamedSharding(mesh, there.shard.spec(("batch", None))) for k in batch}
         got = jax.jit(jax.value_and_grad(lambda w, b: loss(there)(w, b, None)["pairs"]["loss"]))(
             placed, jax.device_put(batch, rows_home)
         )
@@ -134,9 +139,9 @@ def test_training_prefers():
     model, weights = make()
     c, (batch, _) = preference.Config(beta=0.5), rows("dpo")
     batch["reference"] = np.asarray(preference.reference(c, model, weights, batch))
-    from jaxlm import optim
+    from jaxlm.training import optimizers
 
-    tx = optim.make(config.Optim(lr=1e-2, warmup=1), 20, model.specs)
+    tx = optimizers.make(config.Optim(lr=1e-2, warmup=1), 20, model.specs)
     update = jax.jit(step.make_train_step(functools.partial(preference.loss, c, model), preference.weights, tx, seed=0,
                                           clip=1.0, ema=0.0))  # fmt: skip
     state = step.start(weights, jax.tree.map(lambda w: None, weights), tx, False)

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import losses
 from jaxlm.data import packing
 from jaxlm.models import MODELS, gpt2, llama
+from jaxlm.nn import losses
 from jaxlm.objectives import causal, prefix
 
 TEXTS = ["def f(x):\n    return x\n", "Two children.", "a", "the dog waits in the park, and waits, and waits"]

@@ -8,11 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import cli, config, sharding
+from jaxlm.commands import cli
+from jaxlm.core import config
+from jaxlm.core.spec import init
 from jaxlm.data.tokenizer import Bytes
-from jaxlm.models import Model, bert
+from jaxlm.models import bert
+from jaxlm.models.model import Model
+from jaxlm.nn.layout import Layout
 from jaxlm.objectives import relate
-from jaxlm.params import init
+from jaxlm.runtime.mesh import NamedSharding, make_mesh, on_mesh
 
 TOKENS = Bytes()
 RNG = np.random.default_rng(0)
@@ -89,7 +93,7 @@ def test_settings(c, why):
 def make(c: relate.Config, mesh: config.Mesh | None = None) -> tuple[Model, dict]:
     shape = bert.Config(vocab=264, layers=1, width=16, heads=2, ffn=24, positions=40, head=False, pooler=False)
     specs = bert.specs(shape) | relate.specs(c, 16)
-    layout = sharding.Layout.of(mesh or config.Mesh(), config.Execution("float32"))
+    layout = Layout.of(mesh or config.Mesh(), config.Execution("float32"))
     return Model(bert, shape, specs, layout), jax.tree.map(lambda w: 2 * w, init(specs, jax.random.key(0)))
 
 
@@ -126,11 +130,11 @@ def test_a_mesh_gives_the_same(file, axes):
 
     expected = jax.jit(jax.value_and_grad(functools.partial(value, model)))(weights, batch)
     mesh = config.Mesh(**axes, axis_type="explicit")
-    (there, _), made = make(c, mesh), sharding.make_mesh(mesh)
-    with sharding.on_mesh(made):
+    (there, _), made = make(c, mesh), make_mesh(mesh)
+    with on_mesh(made):
         placed = jax.device_put(weights, there.shard.shardings(there.specs, made))
         inner = lambda v: ["seq" if n == 40 else None for n in v.shape[1:]]  # noqa: E731
-        home = {k: sharding.NamedSharding(made, there.shard.spec(("batch", *inner(v)))) for k, v in batch.items()}
+        home = {k: NamedSharding(made, there.shard.spec(("batch", *inner(v)))) for k, v in batch.items()}
         got = jax.jit(jax.value_and_grad(functools.partial(value, there)))(placed, jax.device_put(batch, home))
     np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), jax.device_get(got[1]), expected[1])

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.data import cache, packing
+from jaxlm.data import packing, token_cache
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.models import bart, llama
 from jaxlm.objectives import seq2seq
@@ -35,11 +35,11 @@ def rng(seed: int = 0) -> np.random.Generator:
 def pairs(tmp_path):
     """A cache of pairs, in this order."""
 
-    def make(texts, tokens) -> cache.Cache:
+    def make(texts, tokens) -> token_cache.Cache:
         file = tmp_path / f"pairs{len(list(tmp_path.iterdir()))}.jsonl"
         file.write_text("".join(json.dumps({"source": a, "target": b}) + "\n" for a, b in texts))
-        found = cache.prepare(str(file), tokens, tmp_path / "caches", field=seq2seq.fields(C), workers=1)
-        return cache.open_cache(found["train"])
+        found = token_cache.prepare(str(file), tokens, tmp_path / "caches", field=seq2seq.fields(C), workers=1)
+        return token_cache.open_cache(found["train"])
 
     return make
 
@@ -206,8 +206,10 @@ def test_multi30k(tmp_path, sentencepiece):
     for end, texts in lines.items():
         (tmp_path / f"val.{end}").write_text("\n".join(texts) + "\n")
     c = seq2seq.Config(source="en", target="de")
-    found = cache.prepare(str(tmp_path / "val"), sentencepiece, tmp_path / "caches", field=seq2seq.fields(c), workers=1)
-    held = cache.open_cache(found["train"])
+    found = token_cache.prepare(
+        str(tmp_path / "val"), sentencepiece, tmp_path / "caches", field=seq2seq.fields(c), workers=1
+    )
+    held = token_cache.open_cache(found["train"])
     assert len(held) == 100 and held.raw_bytes.sum() == sum(len(x.encode()) for texts in lines.values() for x in texts)
     rows = examples(c, held, sentencepiece, "encoder_decoder", 256)
     decode = lambda ids: sentencepiece.decode(ids[:-1])  # noqa: E731

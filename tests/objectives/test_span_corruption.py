@@ -9,8 +9,8 @@ import pytest
 
 from jaxlm.data import packing
 from jaxlm.data.tokenizer import Bytes
-from jaxlm.losses import logits
 from jaxlm.models import t5
+from jaxlm.nn.losses import logits
 from jaxlm.objectives import span_corruption as spans
 
 C = spans.Config()

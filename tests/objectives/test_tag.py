@@ -8,12 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import cli, config, pretrained, sharding
+from jaxlm.assembly import model_source
+from jaxlm.commands import cli
+from jaxlm.core import config
+from jaxlm.core.spec import init
 from jaxlm.data import packing
 from jaxlm.data.tokenizer import Bytes
-from jaxlm.models import Model, bert
+from jaxlm.models import bert
+from jaxlm.models.model import Model
+from jaxlm.nn.layout import Layout
 from jaxlm.objectives import tag
-from jaxlm.params import init
+from jaxlm.runtime.mesh import NamedSharding, make_mesh, on_mesh
 
 TOKENS = Bytes()
 SENTENCES = "Ann B-PER\nsaw O\nOslo B-LOC\n\nBob B-PER\nBrown I-PER\nleft O\n\nIt O\nrained O\n\n"
@@ -55,7 +60,7 @@ def test_words_beyond_the_end_count_as_untagged(file):
 def make(c: tag.Config, mesh: config.Mesh | None = None) -> tuple[Model, dict]:
     shape = bert.Config(vocab=264, layers=1, width=16, heads=2, ffn=24, positions=24, head=False, pooler=False)
     specs = bert.specs(shape) | tag.specs(c, 16)
-    layout = sharding.Layout.of(mesh or config.Mesh(), config.Execution("float32"))
+    layout = Layout.of(mesh or config.Mesh(), config.Execution("float32"))
     return Model(bert, shape, specs, layout), jax.tree.map(lambda w: 2 * w, init(specs, jax.random.key(0)))
 
 
@@ -74,10 +79,10 @@ def test_packed_sentences_and_meshes_give_the_same(file):
     assert together["tokens"].shape[1] == 8 and (together["segments"] > 0).sum() == (batch["segments"] > 0).sum()
     got = jax.jit(jax.value_and_grad(functools.partial(value, model)))(weights, together)
     mesh = config.Mesh(data=4, tensor=2, axis_type="explicit")
-    there, made = make(c, mesh)[0], sharding.make_mesh(mesh)
-    with sharding.on_mesh(made):
+    there, made = make(c, mesh)[0], make_mesh(mesh)
+    with on_mesh(made):
         placed = jax.device_put(weights, there.shard.shardings(there.specs, made))
-        home = {k: sharding.NamedSharding(made, there.shard.spec((None, "batch", None))) for k in together}
+        home = {k: NamedSharding(made, there.shard.spec((None, "batch", None))) for k in together}
         spread = jax.jit(jax.value_and_grad(functools.partial(value, there)))(placed, jax.device_put(together, home))
     for other in (got, jax.device_get(spread)):
         np.testing.assert_allclose(other[0], expected[0], rtol=1e-5)
@@ -118,7 +123,7 @@ def test_from_the_command_line_to_a_report(file, tmp_path, capsys):
     (tmp_path / "c.py").write_text(CONFIG.format(file=file, out=str(tmp_path)))
     assert cli.main(["train", str(tmp_path / "c.py")]) == 0
     assert "3 of 3 validation examples stand in the training data too (first: " in capsys.readouterr().out
-    assert pretrained.look(tmp_path / "r").run.objective.labels == ("O", "B-LOC", "B-PER", "I-PER")
+    assert model_source.look(tmp_path / "r").run.objective.labels == ("O", "B-LOC", "B-PER", "I-PER")
     capsys.readouterr()
     assert cli.main(["eval", str(tmp_path / "r"), "--data", file]) == 0
     shown = capsys.readouterr().out

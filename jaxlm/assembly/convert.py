@@ -1,0 +1,253 @@
+"""`jaxlm import` and `jaxlm export`: a model from one format into another, and proof that it is still the same.
+
+An adapter is merged into the weights on the way, or written alone as PEFT has it."""
+
+import dataclasses
+import importlib.util
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.assembly import model_source
+from jaxlm.assembly.model_source import Source
+from jaxlm.assembly.open_model import Pretrained, open_model, published_run
+from jaxlm.core import config_io, errors
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.formats import gguf, hf_sidecars, huggingface, stablehlo
+from jaxlm.formats.checkpoint import Checkpoints
+from jaxlm.formats.hf_sidecars import Generation
+from jaxlm.formats.peft import describe, load, open_files, save
+from jaxlm.models.model import Model
+from jaxlm.nn import losses
+from jaxlm.runtime import mesh
+from jaxlm.weights.adapters import adapted
+
+FORMATS = ("hf", "gguf", "stablehlo", "peft")
+# The dtypes of each format, the usual one first; None: each tensor's own, else float32.
+DTYPES = {
+    "hf": (None, *huggingface.EXPORTED),
+    "gguf": tuple(gguf.WRITTEN),
+    "stablehlo": stablehlo.DTYPES,
+    "peft": ("float32",),
+}
+# How far logits may move: root mean square of the difference over their deviation. Rounding stays far below.
+TOLERANCE = {None: 1e-5, "float32": 1e-5, "float16": 1e-2, "f16": 1e-2, "bfloat16": 5e-2, "q8_0": 0.2}
+ROWS, LENGTH = 2, 32  # of the probe
+
+
+def import_model(place: str, target: str | Path) -> list[str]:
+    """Write a run directory that holds the model; returns a line on each thing written."""
+    folder = _fresh(target)
+    p = open_model(place)
+    run = dataclasses.replace(published_run(p.source), name=folder.resolve().name, out=str(folder.parent))
+    notes = [f"tokenizer: {', '.join(p.source.save_text(folder / 'tokenizer'))}"]
+    if p.source.advice != Generation():
+        notes += hf_sidecars.write_generation(folder, p.source.advice, p.source.extra_files)
+    with Checkpoints(folder / "checkpoints") as checkpoints, mesh.on_mesh(p.mesh):
+        held = dict(step=jnp.zeros((), jnp.int32), params=p.params)
+        checkpoints.save(0, held, {"step": 0, "imported": str(place)}, wait=True)
+    notes.append(f"checkpoints: {sum(w.size for w in jax.tree.leaves(p.params)):,} parameters as float32")
+    config_io.dump(run, folder / "config.json")
+    return notes
+
+
+def export(
+    place: str, target: str | Path, *, format: str = "hf", dtype: str | None = None, step: int | None = None
+) -> tuple[list[str], dict[str, Any]]:
+    """Write the model; returns a line on each thing written, and how far its logits are from before.
+
+    What was written is read again and compared; if it is another model, it is removed and that is an error.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"--format: unknown {format!r}{errors.nearest(format, FORMATS)}")
+    known = DTYPES[format]
+    dtype = dtype or known[0]
+    if dtype not in known:
+        raise ValueError(f"--dtype: {dtype!r} is not for {format}; choose one of {', '.join(filter(None, known))}")
+    path = Path(target)
+    if format == "gguf" and path.suffix != ".gguf":
+        raise ValueError(f"{path}: name a file that ends in .gguf")
+    _fresh(path)
+    p = _published(open_model(place, step))
+    vectors = format == "stablehlo" and p.model.family.kind == "encoder"
+    before = logits(p, vectors)
+    if format != "peft" and p.model.adapter is not None:
+        p = _merged(p)
+        dtype = dtype or "float32"  # that of the base's own numbers may be too coarse for what was learned
+    try:
+        write: Any = {"hf": _to_hf, "gguf": _to_gguf, "stablehlo": _to_stablehlo, "peft": _to_peft}[format]
+        notes = write(p, path, dtype)
+        read: Any = {"stablehlo": _stablehlo_logits, "peft": _peft_logits}.get(format)
+        after = logits(open_model(path)) if read is None else read(p, path)
+        found = _compare(before, after)
+        if not found["relative_difference"] <= TOLERANCE[dtype]:
+            raise ValueError(
+                f"{path}: what was written gives other logits (off by {found['relative_difference']:.2g} of their "
+                f"deviation, {TOLERANCE[dtype]:g} is allowed), so it was removed; please report this model"
+            )
+    except BaseException:
+        _remove(path)
+        raise
+    record = {"source": str(place), "format": format, "dtype": dtype or "as it was", **found}
+    file = path / "export.json" if path.is_dir() else path.with_name(f"{path.name}.json")
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    return [*notes, f"{file.name}: the comparison of logits before and after"], record
+
+
+def _fresh(target: str | Path) -> Path:
+    path = Path(target)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path}: is there already; choose another name or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- logits
+
+
+def _published(p: Pretrained) -> Pretrained:
+    """With the weights that published files have: of an objective's heads those that the family knows."""
+    c, family = p.model.config, p.model.family
+    heads = [f.name for f in dataclasses.fields(c) if getattr(c, f.name) is False and f.name in p.params]
+    c = dataclasses.replace(c, **dict.fromkeys(heads, True))
+    specs = family.specs(c)
+    if extra := sorted(p.params.keys() - specs.keys() - {"adapter"}):
+        raise ValueError(f"{', '.join(extra)}: no place for it in published files of {c.model_type}")
+    adapter = p.model.adapter and dataclasses.replace(p.model.adapter, config=c)
+    return dataclasses.replace(p, model=Model(family, c, specs, p.model.shard, adapter))
+
+
+def _merged(p: Pretrained) -> Pretrained:
+    """One model of plain weights."""
+    with mesh.on_mesh(p.mesh):
+        weights = jax.jit(p.model.adapter.merged)(p.params)
+    return dataclasses.replace(p, model=dataclasses.replace(p.model, adapter=None), params=weights)
+
+
+def probe(p: Pretrained) -> dict[str, np.ndarray]:
+    """Random tokens, the same for every format of a model."""
+    c, rng = p.model.config, np.random.default_rng(0)
+    T = min(LENGTH, c.positions or LENGTH)
+    tokens, positions = rng.integers(0, c.vocab, (ROWS, T)).astype(np.int32), np.arange(T, dtype=np.int32)
+    out = dict(tokens=tokens, positions=np.broadcast_to(positions, (ROWS, T)), segments=np.ones((ROWS, T), np.int32))
+    if p.model.family.kind == "encoder_decoder":
+        out |= {f"source_{name}": out[name] for name in ("positions", "segments")}
+        out["source"] = rng.integers(0, c.vocab, (ROWS, T)).astype(np.int32)
+    return out
+
+
+def logits(p: Pretrained, vectors: bool = False) -> np.ndarray:
+    """`[rows, T, V]` of the probe, in float32; or `[rows, T, D]`: the `vectors` before the head, as where none is."""
+    execution = dataclasses.replace(p.model.shard.execution, dtype="float32", attention="xla")
+    model = dataclasses.replace(p.model, shard=dataclasses.replace(p.model.shard, execution=execution))
+
+    vectors = vectors or not getattr(model.config, "head", True)
+
+    @jax.jit
+    def run(params: Any, batch: dict) -> jax.Array:
+        x_BTD = model.forward(params, batch).x_BTD
+        return x_BTD if vectors else losses.logits(model.readout(params, x_BTD), model.shard)
+
+    with mesh.on_mesh(p.mesh), jax.default_matmul_precision("highest"):
+        batch = {name: np.repeat(x, jax.device_count(), 0) for name, x in probe(p).items()}  # rows for all devices
+        return np.asarray(jax.device_get(run(p.params, batch)))[:: jax.device_count()]
+
+
+def _compare(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+    assert before.shape == after.shape, f"{before.shape} became {after.shape}"
+    return dict(
+        relative_difference=float(np.sqrt(np.mean((after - before) ** 2)) / before.std()),
+        max_abs_difference=float(np.abs(after - before).max()),
+        same_top_token=float((before.argmax(-1) == after.argmax(-1)).mean()),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- the formats
+
+
+def _to_hf(p: Pretrained, folder: Path, dtype: str | None) -> list[str]:
+    s = p.source
+    kinds: Any = dtype or (huggingface.dtypes(s.path) if s.format == "hf" else "float32")
+    more = dict(dtype=kinds, generation=s.advice if s.advice != Generation() else None)
+    if s.format == "hf":
+        more["generation"] = None  # its file comes along as it is
+    with tempfile.TemporaryDirectory() as made:
+        extra = s.extra_files
+        if s.format == "gguf":
+            extra = Path(made)
+            s.save_text(extra)
+        origin = f"Made from {s.path.name}." if s.format != "run" else ""
+        return huggingface.save(
+            folder, p.model.family, p.model.config, p.model.specs, p.params, extra_files_from=extra, origin=origin,
+            **more,
+        )  # fmt: skip
+
+
+def _to_gguf(p: Pretrained, path: Path, dtype: str) -> list[str]:
+    s, text = p.source, None
+    if s.tokens is not None:
+        text = gguf.Text(_vocabulary(s), s.tokens.bos_id in s.around[0], s.templates.get("default"))
+    m = p.model
+    gguf.save(path, m.family, m.config, m.specs, p.params, kind=dtype, text=text, name=s.path.stem)
+    return [f"{path.name}: {path.stat().st_size:,} bytes as {dtype}"]
+
+
+def _vocabulary(s: Source) -> Any:
+    """The tokenizer as GGUF can hold it: SentencePiece's own model where a tokenizer.json was made from one."""
+    for name in ("tokenizer.model", "spiece.model") if s.format == "hf" else ():
+        if (s.path / name).is_file():
+            own = tokenizers.load(s.path / name)
+            if own.vocab_size == s.tokens.vocab_size:
+                return own
+    return s.tokens
+
+
+def _to_stablehlo(p: Pretrained, folder: Path, dtype: Any) -> list[str]:
+    execution = dataclasses.replace(p.model.shard.execution, dtype=dtype)
+    shard = dataclasses.replace(p.model.shard, execution=execution)
+    return stablehlo.save(folder, dataclasses.replace(p.model, shard=shard), p.params)
+
+
+def _to_peft(p: Pretrained, folder: Path, dtype: str) -> list[str]:
+    if p.model.adapter is None or not p.model.adapter.c.method:
+        raise ValueError(f"--format peft: {p.source.path} has no adapter; choose another format")
+    start = p.source.run.start if p.source.run else str(p.source.path)
+    if not start:
+        raise ValueError(f"--format peft: {p.source.path} began from no published model; export it as hf")
+    notes = save(folder, p.model.adapter, p.params.get("adapter", {}), start.removeprefix(model_source.HUB))
+    if Path(start).suffix == ".gguf":
+        notes.append(f"note: PEFT can't read {start}; give it the same model as a Hugging Face directory")
+    return notes
+
+
+def _peft_logits(p: Pretrained, folder: Path) -> np.ndarray:
+    """By what was written, on the weights that lie here."""
+    files = open_files(folder)
+    c = describe(files, p.model.family, p.model.config)
+    adapter = adapted.Adapted(dataclasses.replace(c, base=p.model.adapter.c.base), p.model.family, p.model.config)
+    with mesh.on_mesh(p.mesh):
+        own = load(files, adapter, p.model.shard.shardings(adapter.specs()["adapter"], p.mesh))
+    weights = p.params | {"adapter": own}
+    return logits(dataclasses.replace(p, model=dataclasses.replace(p.model, adapter=adapter), params=weights))
+
+
+def _stablehlo_logits(p: Pretrained, folder: Path) -> np.ndarray:
+    """By the folder's own `run.py`, as its users run it."""
+    spec = importlib.util.spec_from_file_location("jaxlm_exported", folder / "run.py")
+    assert spec is not None and spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    with jax.default_matmul_precision("highest"):
+        return np.stack([np.asarray(x, np.float32) for x in program.forward(probe(p)["tokens"].tolist())])

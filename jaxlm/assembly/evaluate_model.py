@@ -1,0 +1,215 @@
+"""Use of a model, whatever its format: evaluate, generate, chat, embed. See `pretrained` for what may be opened."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlm.assembly import corpus as corpora
+from jaxlm.assembly import run_objective
+from jaxlm.assembly.open_model import Pretrained, open_model, program
+from jaxlm.core.errors import nearest
+from jaxlm.evaluation import bootstrap, harness, pass_at_k, perplexity, sandbox, task_scores, text_metrics
+from jaxlm.evaluation.bootstrap import Sample
+from jaxlm.evaluation.samples import keyed, of_losses, of_tasks
+from jaxlm.inference import stream
+from jaxlm.inference.sampling import Sampling
+from jaxlm.runtime import mesh
+
+
+class Found(NamedTuple):
+    """What an evaluation found."""
+
+    figures: dict[str, float]
+    report: str
+    """Of predictions, where the objective makes them."""
+    samples: dict[str, Sample]
+    """What the figures may be resampled from."""
+    data: tuple[str, ...]
+    """Validation sources; empty: held out of the run's training data."""
+    examples: list[dict[str, Any]]
+    """What is true and what was found of each, where the objective makes predictions."""
+
+
+def evaluate(place: str, *, data: Sequence[str] | None = None, step: int | None = None, batches: int = 0) -> Found:
+    """On the validation data of the run, or on `data`; `batches` of each source if not 0."""
+    opened = open_model(place, step)
+    p = program(opened, data)
+    corpus = corpora.corpus(p.run, p.tokens, opened.source.templates.get("default"))
+    keys: list[int] = []
+    with mesh.on_mesh(p.mesh):
+        eval_step = perplexity.make_eval_step(p.loss, p.objective.weights, p.tokens.bytes_per_token)
+        given = keyed(corpora.validation_batches(p, corpus, batches), keys)
+        parts = perplexity.parts(eval_step, opened.params, given)
+        samples = {"losses": of_losses(parts, keys)}
+        found = Found(perplexity.total(parts), "", samples, tuple(p.run.data.valid), [])
+        if not hasattr(p.objective, "predict"):
+            return found
+        items = [item for part in corpus.valid for item in part]
+        predicted = corpora.predictions(p, opened.params, items)
+    judged = task_scores.judge(p.objective, p.run.objective, items, predicted)
+    samples["answers"] = judged.sample
+    return found._replace(figures=found.figures | judged.figures, report=judged.report, examples=judged.examples)
+
+
+def evaluate_tasks(
+    place: str, tasks: Sequence[str], out: Path, *, step: int | None = None, shots: int | None = None,
+    limit: int | None = None, folder: Path | None = None, chats: bool = False, rows: int = 16,
+) -> tuple[dict[str, Any], str, dict[str, Sample]]:  # fmt: skip
+    """Tasks of the lm-evaluation-harness: (results, a table, what each task's figures may be resampled from). `out`
+    gets both, and every example with its answer."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("--tasks needs the lm-evaluation-harness: pip install 'jaxlm[eval]'")
+    p = open_model(place, step)
+    s = p.source
+    if chats and not s.templates:
+        raise ValueError(f"{place}: the model has no chat template; leave out --chat")
+    with mesh.on_mesh(p.mesh):
+        run = p.generator()
+        lm = harness.Harness(
+            p.model, run, run.prepare(p.params), p.tokens, p.around, rows=rows, name=s.path.name,
+            template=s.templates.get("default") if chats else None,
+        )  # fmt: skip
+        print(f"begin of text: {lm.bos_policy}")
+        found = harness.evaluate(lm, tasks, shots=shots, limit=limit, folder=folder, chats=chats)
+    if lm.scorer.truncated:
+        print(
+            f"{lm.scorer.truncated} contexts lost their beginning: the model has {lm.longest} places", file=sys.stderr
+        )
+    samples = found.pop("samples")
+    out.mkdir(parents=True, exist_ok=True)
+    kept = {name: found[name] for name in ("results", "versions", "n-shot", "n-samples", "higher_is_better")}
+    about = {"model": str(place), "begin_of_text": lm.bos_policy, "truncated": lm.scorer.truncated}
+    (out / "results.json").write_text(json.dumps(about | kept, indent=1, default=str) + "\n")
+    for task, examples in samples.items():
+        lines = [json.dumps(e, default=str) for e in examples]
+        (out / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
+    shown = harness.table(found)
+    (out / "results.md").write_text(shown + "\n")
+    return about | kept, shown, of_tasks(samples)
+
+
+def evaluate_code(
+    place: str, source: str, out: Path, how: Sampling, ks: Sequence[int], *, step: int | None = None,
+    weak: bool = False, seconds: float = 5.0, memory: int = 1 << 30, rows: int = 16,
+) -> tuple[dict[str, Any], Sample]:  # fmt: skip
+    """pass@k of problems in HumanEval's format, `how.samples` answers each: (results, what they may be resampled from).
+    Runs what the model writes, see `eval/sandbox`. `out`: gets every answer and what became of it."""
+    problems = pass_at_k.read(source)
+    for k in ks:
+        pass_at_k.pass_at_k(how.samples, 0, k)
+    if how.temperature == 0 and how.samples > 1:
+        raise ValueError("--temperature: at 0 all samples are the same; raise it, or ask for --samples 1")
+    box, lacking = sandbox.opened(weak, seconds=seconds, memory=memory)
+    for what in lacking:
+        print(f"programs are not shut in: {what}", file=sys.stderr)
+    p = open_model(place, step)
+    texts: list[list[str]] = [[] for _ in problems]
+    ids, sources = p.prompts([problem.prompt for problem in problems])
+    with mesh.on_mesh(p.mesh):
+        run = p.generator()
+        weights, at_once = run.prepare(p.params), max(1, rows // how.samples)
+        order = sorted(range(len(problems)), key=lambda i: -len(ids[i]))
+        for at in range(0, len(order), at_once):
+            members = order[at : at + at_once]
+            for made in range(0, how.samples, rows):
+                these = dataclasses.replace(how, samples=min(rows, how.samples - made), seed=how.seed + made)
+                read = None if sources is None else [sources[i] for i in members]
+                found = stream.answers(run, p.tokens, weights, [ids[i] for i in members], these, read)
+                for i, several in zip(members, found, strict=True):
+                    texts[i] += [answer.text for answer in several]
+    judged = pass_at_k.judge(problems, texts, box, os.cpu_count() or 1)
+    sample = pass_at_k.sample(problems, judged, ks)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "code.jsonl").write_text("\n".join(json.dumps(row) for row in judged) + "\n")
+    figures = {name: float(value[0]) for name, value in sample.figures(sample.counts_NM.sum(0)[None]).items()}
+    about = dict(model=place, problems=len(problems), samples=how.samples, temperature=how.temperature, top_p=how.top_p)
+    about |= dict(tokens=how.tokens, seed=how.seed, seconds=seconds, sandbox=lacking or "whole", figures=figures)
+    return about, sample
+
+
+def evaluate_texts(
+    place: str, metric: str, out: Path, how: Sampling, *, data: Sequence[str] | None = None, step: int | None = None,
+    limit: int | None = None, rows: int = 32,
+) -> tuple[dict[str, Any], str, Sample]:  # fmt: skip
+    """What the model writes beside the true texts of `data`, or of the run's validation data: (results, how they were
+    counted, what they may be resampled from). `out` gets every text."""
+    if metric not in text_metrics.METRICS:
+        raise ValueError(f"--metric: unknown {metric!r}{nearest(metric, text_metrics.METRICS)}")
+    opened = open_model(place, step)
+    # A published decoder is asked as a chat model, by its template or plainly.
+    p = program(opened, data, "sft" if opened.model.family.kind == "decoder" else None)
+    if not hasattr(p.objective, "asked"):
+        raise ValueError(f"--metric: {place} learned no pairs of texts and no conversations; leave --metric out")
+    if not p.run.data.valid:
+        raise ValueError(f"--metric: {place} has no validation data of its own; name some with --data")
+    row = run_objective.host_half(p.run, p.tokens).row
+    row = row | {"template": opened.source.templates.get("default"), "new": how.tokens}
+    prompts: list[list[int]] = []
+    read: list[list[int]] = []
+    true: list[str] = []
+    for source in p.run.data.valid:
+        ids, sources, several, notes = p.objective.asked(p.run.objective, source, p.tokens, row, opened.prompts)
+        for note in notes:
+            print(note)
+        n = len(several) if limit is None else limit
+        prompts, read, true = prompts + ids[:n], read + (sources or [])[:n], true + several[:n]
+    found = _written(opened, prompts, read or None, how, rows)
+    scored = text_metrics.METRICS[metric](true, found)
+    write_lines(out / "texts.jsonl", [dict(true=a, found=b) for a, b in zip(true, found, strict=True)])
+    about = dict(model=place, texts=len(true), tokens=how.tokens, beams=how.beams, counted=scored.about)
+    return about | dict(figures=scored.figures), scored.about, scored.sample._replace(keys=true)
+
+
+def _written(
+    p: Pretrained, prompts: list[list[int]], read: list[list[int]] | None, how: Sampling, rows: int
+) -> list[str]:
+    """The new text of each prompt; prompts of like length go together."""
+    out = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: -len((read or prompts)[i]))
+    with mesh.on_mesh(p.mesh):
+        run = p.generator()
+        weights = run.prepare(p.params)
+        for at in range(0, len(order), rows):
+            members = order[at : at + rows]
+            filled = members + members[-1:] * (rows - len(members) if at else 0)  # so that nothing compiles anew
+            given = None if read is None else [read[i] for i in filled]
+            answers = stream.answers(run, p.tokens, weights, [prompts[i] for i in filled], how, given)
+            for i, [answer] in zip(members, answers, strict=False):
+                out[i] = answer.text
+    return out
+
+
+def write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """As JSON lines."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+
+
+def against(
+    samples: dict[str, Sample], others: dict[str, Sample] | None, out: Path | None, resamples: int, seed: int,
+    about: dict[str, Any],
+) -> tuple[dict[str, Any], str]:  # fmt: skip
+    """(intervals of the figures and, beside the same of another model, differences; a table). `out`: a folder whose
+    results.json gets them with what they are `about`."""
+    record: dict[str, Any] = {"resamples": resamples, "seed": seed, "sizes": {}, "intervals": {}}
+    shown = []
+    for name, sample in samples.items():
+        record["sizes"][name] = f"{len(sample.counts_NM)} {sample.unit}"
+        record["intervals"][name] = bootstrap.intervals(sample, resamples, seed)
+        if others is not None and (len(samples) == 1 or name != "losses"):
+            if name not in others:
+                raise ValueError(
+                    f"--against: the other model has no {name} to compare; it was trained for another task"
+                )
+            record.setdefault("differences", {})[name] = found = bootstrap.paired(sample, others[name], resamples, seed)
+            note = f"{name}: the same {record['sizes'][name]}, {resamples:,} paired resamples, seed {seed}"
+            shown.append(bootstrap.table(found, note))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "results.json").write_text(json.dumps(about | record, indent=1, default=str) + "\n")
+    return record, "\n\n".join(shown)

@@ -1,0 +1,98 @@
+"""Generating, chatting and embedding with a model that is named by its place."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlm.assembly import model_source
+from jaxlm.assembly.open_model import mixed, open_model
+from jaxlm.inference import stream
+from jaxlm.inference.chat import Chat, converse
+from jaxlm.inference.embed import Recipe, embed_texts, read_recipe
+from jaxlm.inference.sampling import Sampling
+from jaxlm.inference.speculative import Speculative
+from jaxlm.runtime import mesh
+
+
+def embed(place: str, texts: Sequence[str], pooling: str | None = None, step: int | None = None) -> np.ndarray:
+    """`[N, D]`: a vector of each text, by what the model's files say of pooling (mean and length one where nothing)."""
+    p = open_model(place, step)
+    recipe = read_recipe(p.source.path) or Recipe()
+    if pooling:
+        recipe = dataclasses.replace(recipe, pooling=pooling)
+    with mesh.on_mesh(p.mesh):
+        return embed_texts(p.model, p.params, p.tokens, texts, recipe)
+
+
+def settings(place: str) -> Sampling:
+    """What the model's own files advise; the default where they say nothing."""
+    g, s = model_source.look(place).advice, Sampling()
+    given: dict[str, Any] = dict(
+        top_p=g.top_p, min_p=g.min_p, repetition_penalty=g.repetition_penalty, tokens=g.new_tokens
+    )
+    given |= dict(beams=g.beams, length_penalty=g.length_penalty)
+    if g.sample:
+        given |= dict(temperature=1.0 if g.temperature is None else g.temperature, top_k=g.top_k, beams=None)
+    left_out = [*g.others, *(["no_repeat_ngram_size"] if g.no_repeat_ngram else [])]
+    if left_out:
+        print(f"generation_config.json: without counterpart here, left out: {', '.join(left_out)}", file=sys.stderr)
+    return dataclasses.replace(s, **{name: value for name, value in given.items() if value is not None})
+
+
+def generate(
+    place: str,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    step: int | None = None,
+    *,
+    draft: str | None = None,
+    proposals: int = 4,
+    adapters: Sequence[str] = (),
+) -> list[list[stream.Answer]]:
+    """The new texts of each prompt. `draft`: a smaller model of the same tokenizer that proposes tokens, or `lookup`:
+    what followed the last two tokens before. `adapters`: of each prompt, in one batch."""
+    p = open_model(place, step)
+    if adapters:
+        if len(adapters) != len(prompts) or draft is not None:
+            raise ValueError("--adapter: give one for each --prompt, in their order and without --draft; - is none")
+        p = mixed(p, adapters)
+    ids, source = p.prompts(prompts)
+    with mesh.on_mesh(p.mesh):
+        run = p.generator()
+        weights = run.prepare(p.params)
+        if draft is None:
+            return stream.answers(run, p.tokens, weights, ids, sampling, source)
+        if sampling.stop or source is not None:
+            raise ValueError("generate: --draft does not go with --stop or an encoder-decoder; leave it out")
+        proposer = None if draft == "lookup" else open_model(draft)
+        if proposer is not None and proposer.tokens.fingerprint != p.tokens.fingerprint:
+            raise ValueError(f"--draft {draft}: its tokenizer is another one; use a draft with the same tokenizer")
+        fast = Speculative(run, None if proposer is None else proposer.generator(), proposals)
+        found = fast(weights, None if proposer is None else proposer.params, ids, sampling).completions
+        return [[stream.Answer(p.tokens.decode(c.tokens), c) for c in several] for several in found]
+
+
+def chat(
+    place: str,
+    lines: Iterator[str],
+    say: Callable[[str], None],
+    sampling: Sampling,
+    *,
+    system: str | None = None,
+    template: Path | None = None,
+    step: int | None = None,
+    prompt: str = "",
+) -> None:
+    """Answer lines by the model's chat template until there are none; `say` shows text as it comes."""
+    found = {"default": template.read_text("utf-8")} if template else model_source.look(place).templates
+    if not found:
+        raise ValueError(f"{place}: the model has no chat template; give one with --template FILE.jinja")
+    text = found.get("default", next(iter(found.values())))
+    p = open_model(place, step)
+    with mesh.on_mesh(p.mesh):
+        run = p.generator()
+        converse(Chat(run, p.tokens, run.prepare(p.params), text, sampling, system), lines, say, prompt)

@@ -1,0 +1,151 @@
+"""What is known of a model before its weights are read: architecture, tokenizer, settings and adapter."""
+
+import dataclasses
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from jaxlm.assembly import run_directory
+from jaxlm.core import config
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.formats import gguf, hf_sidecars, huggingface
+from jaxlm.formats.hf_sidecars import Generation
+from jaxlm.formats.peft import Files, describe, is_adapter, open_files
+from jaxlm.models import MODELS
+from jaxlm.weights.adapters.adapted import Adapted
+
+HUB = "hf:"
+
+
+# What is brought from the hub: never a pickle, never code.
+WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known of a model before its weights are read."""
+
+    path: Path
+    format: str
+    """run, hf or gguf."""
+    family: ModuleType
+    config: Any
+    tokens: Any
+    """None: the files hold no tokenizer."""
+    advice: Generation
+    templates: dict[str, str]
+    """Chat templates by name."""
+    around: tuple[list[int], list[int]]
+    """Ids that stand before and after a text."""
+    run: config.Run | None = None
+    """Of a run directory."""
+    files: gguf.Files | None = None
+    adapter: config.Adapter = field(default_factory=config.Adapter)
+    adapter_files: Files | None = None
+    """None: a run's own adapter lies in its checkpoints."""
+
+    @property
+    def adapted(self) -> Adapted:
+        return Adapted(self.adapter, self.family, self.config)
+
+    def save_text(self, folder: Path) -> list[str]:
+        """What of its files says how text is read, in a folder of its own; their names."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.format == "hf":
+            names = [name for name in hf_sidecars.TOKENIZER_FILES if (self.path / name).is_file()]
+            for name in names:
+                shutil.copyfile(self.path / name, folder / name)
+            return names
+        self.tokens.save(folder)
+        if self.templates:
+            (folder / "chat_template.jinja").write_text(self.templates["default"], "utf-8")
+        return sorted(path.name for path in folder.iterdir())
+
+    @property
+    def extra_files(self) -> Path | None:
+        """Where tokenizer and settings lie that an export carries along."""
+        if self.format == "run":
+            return self.path / "tokenizer"
+        return self.path if self.format == "hf" else None
+
+
+def look(place: str | Path) -> Source:
+    """What kind of model is there, and what its files say."""
+    base, plus, adapter = str(place).rpartition("+")
+    if plus and is_adapter(Path(adapter).expanduser()) and not Path(place).exists():
+        return with_adapter(look(base), Path(adapter).expanduser())
+    place = fetch(str(place)) if str(place).startswith(HUB) else Path(place).expanduser()
+    if place.suffix == ".gguf":
+        return _gguf(place)
+    if not place.is_dir():
+        hint = f", or {HUB}{place} for one on the hub" if str(place).count("/") == 1 else ""
+        raise ValueError(
+            f"{place}: no such model; give a run directory, a Hugging Face directory or a .gguf file{hint}"
+        )
+    if not (place / "config.json").is_file() and is_adapter(place):
+        return with_adapter(look(_base_of(place)), place)
+    if not (place / "config.json").is_file():
+        raise ValueError(f"{place}: has no config.json, so it is neither a run directory nor a Hugging Face directory")
+    return _run(place) if "objective" in huggingface.read_config(place) else _hf(place)
+
+
+def fetch(name: str) -> Path:
+    """A model of the hub, brought into the hub's own cache: `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION`."""
+    from huggingface_hub import errors, snapshot_download
+
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(WANTED)))
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{name}: can't be brought from the hub ({why}); give a directory instead") from error
+
+
+def _run(folder: Path) -> Source:
+    run = run_directory.read_config(folder)
+    run = dataclasses.replace(run, name=folder.resolve().name, out=str(folder.parent))
+    tokens = run_directory.load_tokenizer(run)
+    templates = hf_sidecars.chat_templates(folder) or hf_sidecars.chat_templates(folder / "tokenizer")
+    family = MODELS[config.family(run.model)]
+    advice = hf_sidecars.read_generation(folder)
+    return Source(
+        folder, "run", family, run.model, tokens, advice, templates, tokens.around, run=run, adapter=run.adapter
+    )
+
+
+def _base_of(folder: Path) -> str:
+    """The model that an adapter's directory names: a place here, or one on the hub."""
+    base = open_files(folder).base
+    if not base or (not Path(base).expanduser().exists() and base.count("/") != 1):
+        raise ValueError(f"{folder}: names {base or 'no base model'}, which is not here; give it as MODEL+{folder}")
+    return base if Path(base).expanduser().exists() else f"{HUB}{base}"
+
+
+def with_adapter(base: Source, folder: Path) -> Source:
+    if base.adapter != config.Adapter():
+        raise ValueError(f"{base.path}: has an adapter already; merge it first: jaxlm export {base.path} MERGED")
+    files = open_files(folder)
+    own = describe(files, base.family, base.config)
+    run = base.run and dataclasses.replace(base.run, adapter=own)
+    return dataclasses.replace(base, run=run, adapter=own, adapter_files=files)
+
+
+def _hf(folder: Path) -> Source:
+    family, c = huggingface.describe(folder, MODELS)
+    held = ("tokenizer.json", "tokenizer.model", "spiece.model")
+    tokens = tokenizers.load(folder) if any((folder / name).is_file() for name in held) else None
+    around: tuple[list[int], list[int]] = tokens.around if tokens is not None else ([], [])
+    advice, templates = hf_sidecars.read_generation(folder), hf_sidecars.chat_templates(folder)
+    return Source(folder, "hf", family, c, tokens, advice, templates, around)
+
+
+def _gguf(path: Path) -> Source:
+    files = gguf.open_file(path)
+    family, c = gguf.describe(files, MODELS)
+    text = gguf.text(files)
+    tokens = text.tokenizer
+    before = [tokens.bos_id] if text.add_bos and tokens.bos_id is not None else []
+    templates = {"default": text.chat_template} if text.chat_template else {}
+    return Source(path, "gguf", family, c, tokens, Generation(), templates, (before, []), files=files)

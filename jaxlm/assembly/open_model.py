@@ -1,0 +1,267 @@
+"""A MODEL by its place: a run directory, a Hugging Face directory (or `hf:OWNER/NAME` on the hub), or a GGUF file; and
+any of them with an adapter of Hugging Face PEFT: `MODEL+DIRECTORY`, or its directory alone, which names the model."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxlm.assembly import program as programs
+from jaxlm.assembly import run_directory, run_objective
+from jaxlm.assembly.model_source import Source, look, with_adapter
+from jaxlm.core import config, spec, tree
+from jaxlm.formats import gguf, hf_sidecars, huggingface
+from jaxlm.formats.checkpoint import Checkpoints
+from jaxlm.formats.peft import is_adapter, load
+from jaxlm.inference.generate import Generator
+from jaxlm.models.model import Model
+from jaxlm.nn.layout import Layout
+from jaxlm.objectives import OBJECTIVES
+from jaxlm.runtime.mesh import make_mesh, on_mesh
+from jaxlm.weights import quantized
+from jaxlm.weights.adapters import per_row as mixing
+
+# What a published model of each kind is evaluated by.
+OBJECTIVE = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "seq2seq"}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model that can be used: its functions, weights and tokenizer, on the devices that are here."""
+
+    source: Source
+    model: Model
+    params: Any
+    mesh: jax.sharding.Mesh | None
+
+    @property
+    def tokens(self) -> Any:
+        if self.source.tokens is None:
+            raise ValueError(f"{self.source.path}: has no tokenizer; put its tokenizer.json beside the weights")
+        return self.source.tokens
+
+    @property
+    def eos(self) -> list[int]:
+        """Tokens that end an answer."""
+        own = self.tokens.eos_id
+        return sorted({*self.source.advice.eos, *(() if own is None else (own,))})
+
+    @property
+    def around(self) -> tuple[list[int], list[int]]:
+        """Ids that stand before and after a text: of a run those it was trained with."""
+        s = self.source
+        return ([self.tokens.bos_id], []) if s.run is not None and s.run.data.train else s.around
+
+    def generator(self) -> Generator:
+        if (run := self.source.run) is None:
+            return Generator(self.model, self.eos, self.tokens.vocab_size)
+        used, both_ways = run_objective.vocabulary(run, self.tokens), run_objective.reads_both_ways(run)
+        return Generator(self.model, self.eos, used, both_ways)
+
+    def prompts(self, texts: Sequence[str]) -> tuple[list[list[int]], list[list[int]] | None]:
+        """What the model reads before it goes on from each text: prompts, and an encoder's sources or None."""
+        s, tokens = self.source, self.tokens
+        if s.run is not None and s.run.data.train:  # an imported model was trained elsewhere
+            return run_objective.prompts(s.run, tokens, texts)
+        before, after = s.around
+        if s.family.kind == "encoder_decoder":
+            start = s.advice.start if s.advice.start is not None else s.config.decoder_start
+            if start is None:
+                raise ValueError(f"{s.path}: has no decoder_start_token_id; put one into generation_config.json")
+            after = after or [tokens.eos_id]
+            return [[start] for _ in texts], [[*before, *tokens.encode(text), *after] for text in texts]
+        found = [[*before, *tokens.encode(text)] for text in texts]
+        return [ids or [tokens.bos_id] for ids in found], None
+
+
+def starting(run: config.Run, place: str) -> config.Run:
+    """The run with the architecture and tokenizer of the model that it starts from, and with its adapter."""
+    source = look(place)
+    if source.tokens is None:
+        raise ValueError(f"start: {place} has no tokenizer; put its tokenizer.json beside the weights")
+    own = source.adapter if run.adapter == config.Adapter() else run.adapter
+    return dataclasses.replace(run, model=source.config, adapter=own, start=str(place))
+
+
+def load_tokenizer(run: config.Run) -> Any:
+    """The run's own copy, else that of the model it starts from, else what `data.tokenizer` says."""
+    if run.start and not (run.folder / "tokenizer").is_dir():
+        return look(run.start).tokens
+    return run_directory.load_tokenizer(run)
+
+
+def template_of(run: config.Run) -> str | None:
+    """The chat template of the run's own model, or of the one it starts from."""
+    own = run.folder / "tokenizer"
+    found = hf_sidecars.chat_templates(own) if own.is_dir() else look(run.start).templates if run.start else {}
+    return found.get("default")
+
+
+def first_params(p: programs.Program) -> Any:
+    """Weights of a run that starts from a model, as far as that model has them: it lacks a head, or an adapter."""
+    source = look(p.run.start)
+    held = specs_of(source)
+    differing = [path for path, s in tree.flatten(p.specs, spec.is_spec).items()
+                 if (other := tree.flatten(held, spec.is_spec).get(path)) and other.shape != s.shape]  # fmt: skip
+    if source.family is not p.model.family or differing:
+        where = f": {differing[0]} has another shape" if differing else ""
+        raise ValueError(f"start: {source.path} does not fit this run's model{where}; leave the model to --start")
+    theirs, ours = source.adapter, p.run.adapter
+    settled = ("method", "rank", "alpha", "rank_stabilized") if theirs.method else ()
+    if theirs.base not in ("float32", ours.base) or any(getattr(theirs, n) != getattr(ours, n) for n in settled):
+        raise ValueError(
+            f"start: {p.run.start} has an adapter of other settings than this run's; leave adapter.* out, or merge it "
+            f"first: jaxlm export {p.run.start} MERGED --format hf"
+        )
+    found = read(
+        source, held, p.layout.shardings(held, p.mesh), each=_quantizer(p) if theirs.base != ours.base else None
+    )
+    return {name: value for name, value in found.items() if name in p.specs}
+
+
+def _quantizer(p: programs.Program) -> Callable[[str, jax.Array], Any] | None:
+    """Weights take their few bits one by one, so that they never all lie there in float32."""
+    base, every = p.run.adapter.base, p.adapter.every
+    if p.run.adapter.method == "pissa":  # which begins from the whole numbers
+        return None
+
+    def each(path: str, w: jax.Array) -> Any:
+        if (s := every.get(path)) is None:
+            return w
+        homes = p.layout.shardings(tree.at(p.specs, path), p.mesh)
+        few = jax.jit(partial(quantized.KINDS[base], ins=s.ins, outs=s.outs), out_shardings=homes)(w)
+        w.delete()
+        return few
+
+    return each
+
+
+def specs_of(source: Source) -> Any:
+    """Of the weights that its files hold."""
+    specs = source.adapted.specs()
+    if source.run is not None:
+        objective = OBJECTIVES[config.family(source.run.objective)]
+        specs |= objective.specs(source.run.objective, source.config.width)
+    return specs
+
+
+def open_model(place: str | Path, step: int | None = None) -> Pretrained:
+    """The model with its weights on this machine's devices, each with all of them and its share of a batch.
+
+    Of a run: its averaged weights where it keeps an average, of the checkpoint `step`, or else the one that its
+    configuration says to use.
+    """
+    source = look(place)
+    mesh = make_mesh(config.Mesh())
+    execution = source.run.execution if source.run else published_execution()
+    layout = Layout.of(config.Mesh(), execution)
+    specs = specs_of(source)
+    if source.run is None and step is not None:
+        raise ValueError(f"--step: {source.path} is no run directory; leave it out")
+    with on_mesh(mesh):
+        weights = read(source, specs, layout.shardings(specs, mesh), step)
+    adapted = source.adapted
+    plain = {name: s for name, s in specs.items() if name not in (*adapted.base, "adapter")} | adapted.base
+    model = Model(source.family, source.config, plain, layout, adapted if adapted.changes else None)
+    return Pretrained(source, model, weights, mesh)
+
+
+def mixed(p: Pretrained, adapters: Sequence[str]) -> Pretrained:
+    """The model with an adapter for each row of a batch in turn: directories of PEFT's, or `-` for none."""
+    if p.source.adapter.method:
+        raise ValueError(f"--adapter: {p.source.path} has an adapter of its own; merge it first with jaxlm export")
+    folders = list(dict.fromkeys(name for name in adapters if name != "-"))
+    if not folders:
+        return p
+    each = []
+    for folder in folders:
+        if not is_adapter(Path(folder).expanduser()):
+            raise ValueError(f"--adapter: {folder} has no adapter_config.json; name a directory of PEFT's, or -")
+        source = with_adapter(dataclasses.replace(p.source, adapter=config.Adapter()), Path(folder).expanduser())
+        homes = p.model.shard.shardings(source.adapted.specs()["adapter"], p.mesh)
+        assert source.adapter_files is not None
+        each.append((source.adapted, load(source.adapter_files, source.adapted, homes)))
+    rows = [None if name == "-" else folders.index(name) for name in adapters]
+    adapter, own = mixing.together(each, rows, p.source.adapted)
+    model = dataclasses.replace(p.model, adapter=adapter)
+    return dataclasses.replace(p, model=model, params=p.params | {"adapter": own})
+
+
+def read(
+    source: Source, specs: Any, homes: Any, step: int | None = None,
+    each: Callable[[str, jax.Array], Any] | None = None,
+) -> Any:  # fmt: skip
+    """The weights, each device's share straight onto it. `each`: what becomes of one of a published file."""
+    if source.adapter_files is not None:
+        own = load(source.adapter_files, source.adapted, homes["adapter"])
+        bare = dataclasses.replace(source, adapter=config.Adapter(), adapter_files=None)
+        specs, homes = ({name: x for name, x in held.items() if name != "adapter"} for held in (specs, homes))
+        return read(bare, specs, homes, step, each) | {"adapter": own}
+    if source.run is None:
+        if source.files is not None:
+            return gguf.load(source.files, source.family, source.config, specs, homes, each=each)
+        return huggingface.load(source.path, source.family, source.config, specs, homes, each=each)
+    run, adapted = source.run, source.adapted
+    wanted = spec.abstract(specs, homes)
+    with Checkpoints(source.path / "checkpoints") as checkpoints:
+        if checkpoints.latest() is None:
+            raise ValueError(f"{source.path}: no checkpoint yet; train it with: jaxlm train {source.path}")
+        if step is None and run.train.use == "best":
+            step = checkpoints.best()
+        base = None
+        if (source.path / run_directory.BASE).is_dir():
+            base, wanted = tree.partition(wanted, adapted.rests)
+            with Checkpoints(source.path / run_directory.BASE) as once:
+                base = once.restore_params(base)
+        averaged = None
+        if run.optim.ema:
+            trainable = programs.optimizer(run, specs, adapted).trainable
+            averaged, wanted = tree.partition(wanted, trainable)
+            averaged = checkpoints.restore_params(averaged, step, item="ema")
+        found = checkpoints.restore_params(wanted, step) if jax.tree.leaves(wanted) else wanted
+    for part in (averaged, base):
+        found = found if part is None else tree.merge(found, part)
+    return found if each is None else tree.map_named(each, found)
+
+
+def published_execution() -> config.Execution:
+    """bfloat16 where the devices are fast at it."""
+    return config.Execution(dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def program(p: Pretrained, data: Sequence[str] | None, objective: str | None = None) -> programs.Program:
+    """For evaluation on the validation data of the run, or on `data`; a published model by `objective`, if given."""
+    run, n = p.source.run or published_run(p.source), jax.device_count()
+    if p.source.run is None and objective is not None:
+        run = dataclasses.replace(run, objective=OBJECTIVES[objective].Config())
+    own_head = OBJECTIVES[config.family(run.objective)].specs(run.objective, p.model.config.width)
+    if not getattr(p.model.config, "head", True) and not own_head:
+        raise ValueError(f"{p.source.path}: its files have no language-model head; use it with: jaxlm embed")
+    rows = run.train.batch_size // run.train.micro_batches  # made to divide over the devices here
+    train = dataclasses.replace(run.train, batch_size=-(-rows // n) * n, micro_batches=1)
+    given = dataclasses.replace(run.data, valid=tuple(data)) if data else run.data
+    if p.source.run is None and not data:
+        raise ValueError(f"eval: {p.source.path} has no validation data of its own; name some with --data")
+    return programs.program(dataclasses.replace(run, train=train, data=given, mesh=config.Mesh()), p.tokens)
+
+
+def published_run(source: Source) -> config.Run:
+    """A run that fits a published model."""
+    c, kind = source.config, source.family.kind
+    length = min(c.positions or 1024, 1024)
+    return config.Run(
+        name=source.path.stem,
+        model=c,
+        objective=OBJECTIVES[OBJECTIVE[kind]].Config(),
+        data=config.Data(train=(), tokenizer=str(source.path)),
+        train=config.Train(batch_size=8, seq_len=length),
+        execution=published_execution(),
+        adapter=source.adapter,
+    )
+
+
+# --------------------------------------------------------------------------------------------------- the three formats

@@ -1,0 +1,275 @@
+"""From a `Run` to the parts of its program: names become functions and data here, and nowhere below."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import cached_property, partial
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm.assembly.run_objective import vocabulary, window_length
+from jaxlm.core import config, spec, tree
+from jaxlm.data import loader, packing
+from jaxlm.models import MODELS
+from jaxlm.models.model import Model
+from jaxlm.nn import attention, block_stack, context_parallel, expert_parallel, pipeline, remat
+from jaxlm.nn.kernels import grouped_matmul
+from jaxlm.nn.layout import Layout, batch_sharding, check_batch
+from jaxlm.nn.mask import Mask
+from jaxlm.objectives import OBJECTIVES
+from jaxlm.runtime import compiler_options as compiler
+from jaxlm.runtime import device_order, processes
+from jaxlm.runtime import mesh as meshes
+from jaxlm.training import optimizers, step
+from jaxlm.weights.adapters import adapted
+
+LARGE = 1 << 20  # elements from which a weight must not rest unsharded on a mesh that could shard it
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything of a run that isn't weights or data."""
+
+    run: config.Run
+    tokens: Any
+    mesh: jax.sharding.Mesh | None
+    layout: Layout
+    specs: Any
+    model: Model
+    adapter: adapted.Adapted
+    objective: ModuleType
+    optimizer: optimizers.Optimizer
+    notes: dict[str, str]
+    """Choices that were made and why: printed once and stored in the run."""
+    compiler_options: dict[str, compiler.Option] = dataclasses.field(default_factory=dict)
+    """Of the train step."""
+
+    def loss(self, weights: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
+        sums = self.objective.loss(self.run.objective, self.model, weights, batch, key)
+        if key is None or (more := self.adapter.penalty(weights)) is None:
+            return sums
+        # A sum like the others, divided by the whole batch's weight outside.
+        name, total = next(iter(self.objective.weights(batch).items()))
+        mine = sums[name] | dict(loss=sums[name]["loss"] + more * total, adapter_penalty=more * total)
+        return sums | {name: mine}
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """(all, those that are trained), however many numbers a few bits take at rest."""
+        own = {name: s for name, s in self.specs.items() if name not in self.adapter.base}
+        flat = tree.flatten(self.specs, spec.is_spec)
+        trained = sum(math.prod(s.shape) for path, s in flat.items() if self.optimizer.trainable(path))
+        return spec.count(self.adapter.base) + spec.count(own), trained
+
+    @property
+    def whole(self) -> Any:
+        return meshes.replicated(self.mesh)
+
+    @property
+    def state_shardings(self) -> step.State:
+        homes, moments = self._homes
+        host = "optimizer" in self.run.execution.offload
+        return step.shardings(self.specs, homes, self.optimizer, self.run.optim.ema > 0, self.whole, moments, host)
+
+    @property
+    def _homes(self) -> tuple[Any, Any]:
+        """Where weights rest, and where the optimizer's state of them does."""
+        return (
+            self.layout.shardings(self.specs, self.mesh),
+            self.layout.shardings(self.specs, self.mesh, self.layout.moments),
+        )
+
+    def init(self) -> step.State:
+        """Fresh weights and optimizer state, each leaf born on its own device."""
+        with meshes.on_mesh(self.mesh):
+            return jax.jit(self._fresh, out_shardings=self.state_shardings)(jax.random.key(self.run.seed), {})
+
+    def init_from(self, weights: Any) -> step.State:
+        """A fresh state around given weights; those that aren't given are fresh too."""
+        rests = tree.flatten(self.specs, spec.is_spec)
+        # Where numbers come to rest in fewer bits, their memory can't be used again.
+        same = all(path in rests and rests[path].dtype == w.dtype for path, w in tree.flatten(weights).items())
+        with meshes.on_mesh(self.mesh):
+            make = jax.jit(self._fresh, out_shardings=self.state_shardings, donate_argnums=1 if same else ())
+            return make(jax.random.key(self.run.seed), weights)
+
+    def _fresh(self, key: jax.Array, given: Any) -> step.State:
+        ids = None
+        if self.run.adapter.text:
+            found = self.tokens.encode(self.run.adapter.text)
+            ids = (found * -(-self.run.adapter.tokens // max(1, len(found))))[: self.run.adapter.tokens]
+        made = self.adapter.init(self.specs, key, ids, given)
+        trainable, frozen = tree.partition(made, self.optimizer.trainable)
+        return step.start(trainable, frozen, self.optimizer, self.run.optim.ema > 0)
+
+    def abstract_state(self) -> step.State:
+        """Shapes, dtypes and shardings of the state: what a checkpoint is restored to."""
+        return jax.tree.map(
+            lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home),
+            jax.eval_shape(lambda: self._fresh(jax.random.key(0), {})),
+            self.state_shardings,
+        )
+
+    def batch_shardings(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Of a batch's leaves `[micro, rows, …]`, given the leaves of this process."""
+        return {k: batch_sharding(self.layout, self.mesh, v.shape, self.run.train.seq_len) for k, v in batch.items()}
+
+    def rows(self, batch_size: int) -> list[int] | None:
+        """Rows of a micro-batch that this process must make; None: all."""
+        if self.mesh is None or jax.process_count() == 1:
+            return None
+        return loader.rows_of(batch_sharding(self.layout, self.mesh, (1, batch_size), -1), batch_size)
+
+    @property
+    def _multiple(self) -> int:
+        """What the number of a batch's rows must be a multiple of."""
+        ways, train = self.layout.ways("batch", self.mesh), self.run.train
+        if self.mesh is None or self.mesh.shape[pipeline.AXIS] == 1:
+            return ways
+        return ways * pipeline.micro_batches(self.layout, self.mesh, train.batch_size // train.micro_batches)
+
+    def to_device(self, batch: dict[str, np.ndarray], rows: list[int] | None) -> dict[str, jax.Array]:
+        """Texts of one row each go together in fewer where the objective doesn't mind and one process has them all."""
+        if rows is None and getattr(self.objective, "packs", False):
+            batch = packing.together(batch, self._multiple)
+        elif rows is None and getattr(self.objective, "trims", False) and self.layout.ways("stream", self.mesh) == 1:
+            batch = packing.trimmed(batch)
+        return loader.to_device(batch, self.batch_shardings(batch), rows)
+
+    def train_step(self) -> Any:
+        """The jitted `(state, batch) → (state, metrics)`, state donated; `.lower(…).compile()` it."""
+        c, places, host = self.run.optim, None, "optimizer" in self.run.execution.offload
+        if self.mesh is not None:
+            places = step.Places.of(self.run.mesh.zero, *self._homes, self.optimizer)
+        f = step.make_train_step(
+            self.loss, self.objective.weights, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema,
+            places=places, host=host,
+        )  # fmt: skip
+        out = (self.state_shardings, None)
+        return jax.jit(f, donate_argnums=0, out_shardings=out, compiler_options=self.compiler_options or None)
+
+    @cached_property
+    def predict(self) -> Any:
+        """The jitted `(weights, batch) → predictions` of objectives that make them."""
+        return jax.jit(partial(self.objective.predict, self.run.objective, self.model), out_shardings=self.whole)
+
+    def flops_per_token(self) -> dict[str, float]:
+        """Of one of a row's `seq_len` tokens: of a mixture of experts those that it meets, of an encoder-decoder its
+        decoder too, which runs over `places` other tokens a row."""
+        from jaxlm.training import progress
+
+        c, flat = self.run.model, tree.flatten(self.model.specs, spec.is_spec)
+        share = 1.0
+        if self.run.train.seq_len and hasattr(self.objective, "places"):
+            share = self.objective.places(self.run.objective, self.run.train.seq_len) / self.run.train.seq_len
+
+        def met(path: str, s: spec.Spec) -> float:
+            name = path.rpartition("/")[2]
+            if not s.is_matrix or name.endswith("bias") or name in ("embed", "position", "type", "head"):
+                return 0.0
+            part = c.moe.top_k / c.moe.experts if "experts" in s.axes else 1.0
+            on_targets = path.startswith("decoder/") and name not in ("cross_k", "cross_v")
+            return part * math.prod(s.shape) * (share if on_targets else 1.0)
+
+        matrices = sum(met(path, s) for path, s in flat.items())
+        width = self.model.family.attention_width(c) // c.layers
+        return progress.flops_per_token(
+            int(matrices + share * c.vocab * c.width), c.layers, width, self.run.train.seq_len
+        )
+
+
+def program(run: config.Run, tokens: Any) -> Program:
+    """Check the run against its tokenizer and the devices, and put its functions together."""
+    family, objective = MODELS[config.family(run.model)], OBJECTIVES[config.family(run.objective)]
+    _check_pair(family, objective, run)
+    objective.check(run.objective, tokens)
+    positions = getattr(run.model, "positions", None)
+    rows = {"train.seq_len": run.train.seq_len}
+    if family.kind == "encoder_decoder":
+        rows["objective.target_len"] = objective.places(run.objective, run.train.seq_len)
+    for name, length in rows.items():
+        if positions is not None and length > positions:
+            raise ValueError(f"{name}: {length} is longer than model.positions {positions}")
+    used = vocabulary(run, tokens)
+    if not used <= run.model.vocab < used + max(1024, used // 64):
+        more = f" and the {used - tokens.vocab_size} that objective adds" if used > tokens.vocab_size else ""
+        raise ValueError(
+            f"model.vocab: {run.model.vocab} does not fit the tokenizer's {tokens.vocab_size} tokens{more}; "
+            f"set model.vocab to {-(-used // 128) * 128} (some padding is fine)"
+        )
+    window_length(run)
+    mesh = meshes.make_mesh(run.mesh)
+    layout = Layout.of(run.mesh, run.execution)
+    check_batch(run.train, layout, mesh)
+    adapter = adapted.Adapted(run.adapter, family, run.model)
+    heads = objective.specs(run.objective, run.model.width)
+    specs = adapter.specs() | heads
+    layout.shardings(specs, mesh, layout.moments)  # refuses what doesn't divide, before any data is touched
+    layout.check_sharded(specs, mesh, run.mesh.replicated, LARGE)
+    parts = layout.ways("seq", mesh)
+    implementation, why = attention.choose(
+        run.execution.attention, Mask(family.generates, common=adapter.common), False, None, run.execution.dtype,
+        split=run.mesh.context_by if parts > 1 else "", lengths=(run.train.seq_len, run.train.seq_len),
+    )  # fmt: skip
+    on = meshes.devices()
+    notes = {
+        "devices": f"{len(on)} × {on[0].device_kind}",
+        "mesh": "one device" if mesh is None else " × ".join(f"{a} {n}" for a, n in mesh.shape.items() if n > 1),
+        "attention": f"{implementation} ({why})",
+        "precision": f"float32 weights, {run.execution.dtype} compute",
+        "layers": ("scanned" if block_stack.scanned(layout) else "unrolled") + f", remat {run.execution.remat}",
+    }
+    remat.remat_policy(run.execution)  # refuses what can't be offloaded
+    if run.execution.offload:
+        meshes.check_host_memory(on[0])
+        notes["offload"] = f"{', '.join(run.execution.offload)} to the host's memory"
+    if hasattr(run.model, "moe"):
+        how = grouped_matmul.way()[1] if run.model.moe.capacity is None else f"capacity {run.model.moe.capacity:g}"
+        notes["experts"] = how
+        if mesh is not None and mesh.shape["expert"] > 1:
+            sent, why = expert_parallel.way()
+            travels = "expert" in layout.over("batch")
+            notes["experts"] += f"; tokens travel ({sent}: {why})" if travels else "; every device has all tokens"
+    if mesh is not None and (told := device_order.told(mesh)):
+        notes["slices"] = told
+    if mesh is not None and mesh.shape["fsdp"] > 1:
+        kept = ("the optimizer's state", "gradients", "weights")[: run.mesh.zero]
+        notes["fsdp"] = f"shards {', '.join(kept)} (ZeRO {run.mesh.zero})"
+    if parts > 1:
+        notes["context"] = context_parallel.told(layout, parts)
+    if (piped := pipeline.checked(layout, mesh, adapter.base, run.train)) is not None:
+        notes["pipeline"] = piped
+    if processes.told():
+        notes["processes"] = processes.told()
+    model = Model(family, run.model, adapter.base | heads, layout, adapter if adapter.changes else None)
+    own = optimizer(run, specs, adapter)
+    if adapter.changes:
+        notes["adapter"] = adapter.told(specs, own.trainable)
+    for group in sorted(set(own.groups.values())):
+        notes[f"optimizer: {group}"] = "on " + " ".join(p for p, g in own.groups.items() if g == group)
+    asked = compiler.options(run.execution.flags, meshes.own_device())
+    if asked:
+        notes["flags"] = compiler.told(asked)
+    return Program(run, tokens, mesh, layout, specs, model, adapter, objective, own, notes, asked)
+
+
+def optimizer(run: config.Run, specs: Any, adapter: adapted.Adapted) -> optimizers.Optimizer:
+    """Of a run's weights; it moves what its adapter leaves to it."""
+    c, steps = run.optim, run.train.steps
+    return optimizers.make(c, steps, specs, trainable=adapter.trainable, rate_of=adapter.rate, wrap=adapter.allocator)
+
+
+def _check_pair(family: ModuleType, objective: ModuleType, run: config.Run) -> None:
+    """Refuse to train a model for what its kind can't learn: an encoder, for one, sees the tokens that come next."""
+    if family.kind not in objective.models:
+        name, kinds = config.family(run.objective), " or ".join(objective.models)
+        fitting = ", ".join(name for name, module in OBJECTIVES.items() if family.kind in module.models)
+        raise ValueError(
+            f"objective: {name} trains a model of kind {kinds}, and {config.family(run.model)} is of kind "
+            f"{family.kind}; choose {fitting or 'another model'}"
+        )
+    if objective.records in ("texts", "examples") and run.data.compare_compression:
+        raise ValueError("data.compare_compression: is for plain text, not for examples; turn it off")

@@ -1,0 +1,126 @@
+"""What lies in a run directory: configuration, tokenizer and the layout of checkpoints."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxlm.assembly.run_objective import text_field
+from jaxlm.core import config, config_io, tree
+from jaxlm.data import token_cache as caches
+from jaxlm.data import tokenizer
+from jaxlm.data import train_tokenizer as vocabularies
+from jaxlm.models import MODELS
+from jaxlm.objectives import OBJECTIVES
+from jaxlm.runtime import processes
+from jaxlm.training import optimizers, step
+from jaxlm.training.log import read_lines
+from jaxlm.weights.adapters import adapted
+
+BASE = "base"  # folder of a run: the weights that its adapter rests on
+
+
+def read_config(folder: Path) -> config.Run:
+    """The configuration of a run directory."""
+    file = folder / "config.json"
+    if not file.exists():
+        raise ValueError(f"{folder}: not a run directory (it has no config.json)")
+    try:
+        return config_io.from_dict(json.loads(file.read_text()), MODELS, OBJECTIVES)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{file}: not JSON ({e}); restore it, or delete the run directory") from None
+
+
+def load_tokenizer(run: config.Run, say: Callable[[str], None] = print) -> Any:
+    """The run's own copy, else what `data.tokenizer` names, trained on the training text if it must be."""
+    own = run.folder / "tokenizer"
+    if own.is_dir():
+        return tokenizer.load(str(own))
+    kind, _, size = run.data.tokenizer.partition(":")
+    if kind != "sentencepiece" or not size:
+        return tokenizer.load(run.data.tokenizer)
+    try:
+        vocab = int(size)
+    except ValueError:
+        raise ValueError(f"data.tokenizer: {size!r} in {run.data.tokenizer!r} is not a vocabulary size") from None
+    share = 0.0 if run.data.valid else run.data.holdout
+    field = text_field(run)
+    stamp = [(s.name, s.stamp) for source in run.data.train for s in caches.sources.shards(source, field=field)]
+    name = hashlib.sha256(
+        repr((run.data.train, field, share, vocab, stamp, vocabularies.TRAINER)).encode()
+    ).hexdigest()[:16]
+    path = Path(run.data.cache).expanduser() / "tokenizers" / f"{name}.model"
+    if not path.exists() and jax.process_index() == 0:
+        say(f"training a SentencePiece tokenizer of {vocab} pieces on {', '.join(run.data.train)} …")
+        started = time.perf_counter()
+        texts = (
+            text for source in run.data.train for text in caches.texts(source, field=field, holdout=share, part="train")
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        vocabularies.train_sentencepiece(texts, path, vocab_size=vocab)
+        say(f"tokenizer: {path} ({time.perf_counter() - started:.0f} s)")
+    processes.barrier("the tokenizer", 6 * 3600)
+    if not path.exists():
+        raise ValueError(f"data.cache: process 0 has {path}, and this host hasn't; name a folder that all hosts share")
+    return tokenizer.load(str(path))
+
+
+def saved(state: step.State, adapter: adapted.Adapted) -> dict[str, Any]:
+    """What a checkpoint holds: whole weights whatever is frozen, so that it opens without the run's configuration; but
+    for a base that adapters rest on, which the run keeps once (`BASE`)."""
+    own, _ = tree.partition(state.all_params, lambda path: not adapter.rests(path))
+    return dict(step=state.step, params=own, opt=state.opt, ema=state.ema)
+
+
+def restored(values: dict[str, Any], base: Any, optimizer: optimizers.Optimizer) -> step.State:
+    """`base`: what `saved` left out; None: nothing."""
+    whole = values["params"] if base is None else tree.merge(values["params"], base)
+    trainable, frozen = tree.partition(whole, optimizer.trainable)
+    return step.State(values["step"], trainable, frozen, values["opt"], values["ema"])
+
+
+# What may differ between a run directory and the run that continues it: nothing that changes the mathematics.
+MAY_CHANGE = (
+    "out", "mesh.", "execution.", "data.workers", "data.tokenize_workers", "data.cache", "train.log_every",
+    "train.save_every", "train.keep", "train.use", "train.prompts", "train.sample_", "train.nonfinite",
+    "train.patience", "train.watchdog", "train.stuck",
+)  # fmt: skip
+
+
+def claim(run: config.Run) -> bool:
+    """Make the run directory, or recognise it as this run's own; True if it holds a run to continue."""
+    file = run.folder / "config.json"
+    if file.exists():
+        mine, there = config_io.flatten(run), config_io.flatten(read_config(run.folder))
+        differing = [k for k in mine | there if mine.get(k) != there.get(k) and not k.startswith(MAY_CHANGE)]
+        if differing:
+            k = differing[0]
+            raise ValueError(
+                f"{run.folder} belongs to another config: {k} is {there.get(k)!r} there and {mine.get(k)!r} here"
+                f"{f' (and {len(differing) - 1} more)' if differing[1:] else ''}; choose another --name, or delete it"
+            )
+        return True
+    if run.folder.is_dir() and any(run.folder.iterdir()):
+        raise ValueError(f"{run.folder} is not empty and holds no config.json; choose another --name or --out")
+    run.folder.mkdir(parents=True, exist_ok=True)
+    return False
+
+
+def has_ended(folder: Path) -> bool:
+    """Return whether the run was trained to its end."""
+    file = folder / "metrics.jsonl"
+    return file.exists() and any(line.get("name") == "end" for line in read_lines(file))
+
+
+def writable(folder: Path) -> None:
+    """Fail before the work, not after it."""
+    at = folder
+    while not at.exists():
+        at = at.parent
+    if not os.access(at, os.W_OK):
+        raise ValueError(f"out: no permission to write in {at}; choose another --out")

@@ -1,0 +1,264 @@
+"""The run: frozen, typed, nested. A config file is a Python function `config() -> Run`; nothing here imports jax.
+
+`Run` is generic in the two parts that belong to a family: `Run[llama.Config, causal.Config]`. Those dataclasses live
+beside the code that reads them (`models/llama.py`, `objectives/causal.py`); everything else is here.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+M = TypeVar("M")  # a model's Config
+O = TypeVar("O")  # an objective's Config  # noqa: E741
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where text comes from and how it becomes tokens."""
+
+    train: tuple[str, ...] = ("stdlib",)
+    """Sources: stdlib, a file, folder or glob of text, JSONL (.gz, .zst), Parquet, tfds:NAME/CONFIG[:split]."""
+    weights: tuple[float, ...] = ()
+    """Mixture weight of each training source; empty: by their size."""
+    valid: tuple[str, ...] = ()
+    """Validation sources; empty: `holdout` of the whole documents of every training source."""
+    holdout: float = 0.02
+    """Share of documents held out for validation where `valid` is empty."""
+    text_field: str = "text"
+    """Field that holds the text in JSONL, Parquet and TFDS records."""
+    tokenizer: str = "sentencepiece:8192"
+    """sentencepiece:VOCAB trains one on the training text; else a .model, a tokenizer.json, a folder, or bytes."""
+    cache: str = "~/.cache/jaxlm"
+    """Folder for tokenizers and token caches; safe to delete."""
+    document_mask: bool = True
+    """No token attends to another document of its packed window."""
+    compare_compression: bool = False
+    """At the end, compress the validation text with gzip -9 and xz -9 for comparison."""
+    tokenize_workers: int = 2
+    """Processes that tokenise."""
+    workers: int = 0
+    """Processes that make training batches; 0: threads of this one."""
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Optimizer, schedule and the parameters they touch. Patterns are regular expressions searched in `a/b/c` paths."""
+
+    name: Literal["adamw", "sgd", "lion", "adafactor", "muon"] = "adamw"
+    lr: float = 1e-3
+    """Peak learning rate (muon: of its AdamW groups)."""
+    schedule: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = "cosine"
+    warmup: int = 100
+    """Steps of linear warm-up from zero."""
+    decay: float = 0.2
+    """wsd: share of all steps spent in the final linear decay."""
+    final: float = 0.1
+    """Learning rate at the end, as a share of the peak (linear, cosine, wsd)."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.9
+    """sgd: momentum; 0 turns it off."""
+    muon_lr: float = 0.02
+    """muon: learning rate of the hidden matrices, scaled by sqrt(max(1, rows / columns))."""
+    muon_momentum: float = 0.95
+    weight_decay: float = 0.1
+    """Decoupled weight decay; adafactor too. Norm scales and biases are never decayed."""
+    no_decay: tuple[str, ...] = ()
+    """Further paths that are not decayed."""
+    adamw_paths: tuple[str, ...] = ()
+    """muon: further hidden matrices that AdamW takes instead."""
+    freeze: tuple[str, ...] = ()
+    """Paths that are not trained: no gradient, no optimizer state, no decay."""
+    layer_decay: float = 1.0
+    """Learning rate of each layer as a share of that of the layer above it; embeddings come below the first layer,
+    heads above the last (0.65–0.95 in fine-tuning, as ULMFiT and ELECTRA do)."""
+    top_layers: int | None = None
+    """Train only so many of the last layers, and the heads; None: all. `freeze` leaves out whole kinds of weights."""
+    clip: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0: off."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, used for validation and samples; 0: off."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Fine-tuning of few parameters. The base model's weights stay as they are; heads of the objective are trained."""
+
+    method: Literal[
+        "",
+        "lora",
+        "dora",
+        "pissa",
+        "adalora",
+        "vera",
+        "ia3",
+        "houlsby",
+        "pfeiffer",
+        "parallel",
+        "prefix",
+        "prompt",
+        "p_tuning",
+        "bitfit",
+        "norms",
+    ] = ""
+    """Empty: all weights are trained."""
+    base: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
+    """How the layers' frozen matrices rest. nf4: 4.1 bits a weight (QLoRA)."""
+    targets: tuple[str, ...] = ()
+    """Patterns of the weights that get an adapter; `all`: every matrix of the layers; empty: those usual for it."""
+    rank: int = 8
+    """Of lora, dora, pissa, vera (256 is usual), and of adalora at its start (12 is usual)."""
+    alpha: float = 16.0
+    """lora, dora, pissa, adalora: the product is scaled by alpha / rank."""
+    rank_stabilized: bool = False
+    """Scale by alpha / √rank instead (rsLoRA)."""
+    dropout: float = 0.0
+    """lora, dora, pissa, adalora, vera: of what goes into the adapter."""
+    b_lr: float = 1.0
+    """lora: learning rate of b as a multiple of that of a (LoRA+; 16 is usual)."""
+    target_rank: int = 8
+    """adalora: mean rank at the end."""
+    warmup: float = 0.1
+    """adalora: share of all steps before ranks begin to fall."""
+    settle: float = 0.2
+    """adalora: share of all steps, the last ones, with the ranks that are left."""
+    orthogonal: float = 0.5
+    """adalora: weight of the loss that keeps a and b orthogonal."""
+    reduction: float = 16.0
+    """houlsby, pfeiffer, parallel: model width over the bottleneck's (parallel: 2 is usual)."""
+    tokens: int = 20
+    """prefix, prompt, p_tuning: virtual tokens."""
+    text: str = ""
+    """prompt: text whose embeddings the virtual tokens begin as; empty: those of tokens at random."""
+    hidden: int = 0
+    """p_tuning: width of the network that makes the virtual tokens; 0: the model's width."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """What one run does."""
+
+    steps: int = 1000
+    batch_size: int = 32
+    """Sequences per update, over all devices and micro-batches."""
+    seq_len: int = 256
+    micro_batches: int = 1
+    """Gradient accumulation: parts an update's batch is split into."""
+    eval_every: int = 200
+    """Steps between validations; 0: only at the end."""
+    eval_batches: int = 0
+    """Validation batches; 0: the whole validation set."""
+    sample_every: int = 0
+    """Steps between samples; 0: before and after training only."""
+    prompts: tuple[str, ...] = ("def ", "import ", "The ")
+    sample_tokens: int = 64
+    patience: int = 0
+    """Early stopping: validations without improvement of `metric`; 0: off."""
+    metric: str = "loss"
+    """What of a validation tells which checkpoint is best. Of losses and perplexities lower is better, else higher."""
+    use: Literal["last", "best"] = "last"
+    """Checkpoint that eval, generate, embed and export take if none is named."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is NaN or Inf: stop naming the examples, or skip the update and count it."""
+    log_every: int = 10
+    watchdog: float = 0.0
+    """Seconds without a finished step until the stacks of all threads are written to the run directory; 0: ten times
+    the slowest step, at least five minutes; inf: never."""
+    stuck: Literal["tell", "exit"] = "tell"
+    """What else to do then: nothing, or end with status 1, for a launcher that starts the run again."""
+    save_every: int = 200
+    keep: int = 3
+    """Checkpoints kept, besides the best one."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Mesh axis sizes, outer to inner, and the tables from logical axes to them."""
+
+    replica: int = 1
+    stage: int = 1
+    """Pipeline stages: each holds and computes its part of the layers."""
+    rounds: int = 1
+    """Times that activations go round the stages, with a part of each stage's layers at a time: stages then wait for
+    less, weights travel once a pass, and there must be as many micro-batches as stages."""
+    pipeline_micro: int | None = None
+    """Parts that the rows of a pass go through the stages in; default: up to twice as many as stages."""
+    data: int | None = None
+    """Default: whatever devices the other axes leave."""
+    fsdp: int = 1
+    context: int = 1
+    """Devices that share the positions of a row."""
+    context_by: Literal["gather", "ring", "heads"] = "gather"
+    """How their attention meets: every device gathers the keys and values; or they travel in a ring, which never holds
+    them all; or positions are exchanged for heads before attention and back after it."""
+    expert: int = 1
+    tensor: int = 1
+    axis_type: Literal["auto", "explicit"] = "auto"
+    """explicit: sharding in types, where a missing annotation is an error (used in tests)."""
+    zero: Literal[1, 2, 3] = 3
+    """What the fsdp axis shards: 1 the optimizer's state, 2 gradients too, 3 the weights too (ZeRO's stages)."""
+    expert_dispatch: Literal["all_to_all", "replicate"] = "all_to_all"
+    """all_to_all: the expert axis shares the batch too, and tokens travel to their experts and back. replicate: its
+    devices have the same tokens, and results are added up."""
+    store: tuple[str, ...] = ()
+    """Changes to how weights rest: `embed=fsdp+data`, `vocab=` (none)."""
+    compute: tuple[str, ...] = ()
+    """Changes to how a block uses weights and activations. `stream=context+tensor`: norms and residuals are cut over
+    the tensor axis (sequence-parallel norms)."""
+    replicated: tuple[str, ...] = ()
+    """Large weights that may rest unsharded on a mesh that could shard them, by path pattern."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the mathematics is run; never what it computes, up to rounding."""
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of matrix products and activations. Weights, norms, softmax and losses stay in float32."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """auto: the fused kernel where it can (cudnn on GPUs, splash on TPUs), else xla."""
+    remat: Literal["none", "dots", "attention", "qkv", "full"] = "none"
+    """Activations recomputed in the backward pass: none, all but matrix products, all but attention's (its result and
+    the products around it, not the mlp's wide ones), all but queries, keys and values, or all of each block. Weights
+    that FSDP cuts are gathered again in any case."""
+    offload: tuple[Literal["optimizer", "input", "q", "k", "v", "attended", "o"], ...] = ()
+    """What waits in the host's memory until it is needed: the optimizer's state, and of each block's activations its
+    input, queries, keys, values, what attention gives, and the product after it (with remat attention, qkv or full)."""
+    scan: bool | None = None
+    """Loop over layers (compiles once) or unroll them; default: unroll on a CPU, whose loops are slower, else loop.
+    Checkpoints are the same."""
+    loss_chunk: int = 0
+    """Tokens whose logits exist at one time; 0: chosen so that they take a few MiB."""
+    flags: tuple[str, ...] = ()
+    """Options of the compiler for the train step: NAME=VALUE, or a preset of jaxlm/flags.py such as gpu_overlap."""
+
+
+@dataclass(frozen=True)
+class Run(Generic[M, O]):
+    """Everything that determines a run. Written to `config.json` in the run directory."""
+
+    name: str
+    model: M
+    objective: O
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    adapter: Adapter = field(default_factory=Adapter)
+    train: Train = field(default_factory=Train)
+    mesh: Mesh = field(default_factory=Mesh)
+    execution: Execution = field(default_factory=Execution)
+    start: str = ""
+    """Model to start from, its weights, architecture and tokenizer: a run directory, a Hugging Face directory,
+    hf:OWNER/NAME or a .gguf file; empty: from fresh weights."""
+    seed: int = 0
+    out: str = "runs"
+    """Folder that run directories are made in."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out).expanduser() / self.name
+
+
+def family(part: Any) -> str:
+    """Name of the module that a model's or objective's Config lives in, which is its row in the table."""
+    return type(part).__module__.rsplit(".", 1)[-1]

@@ -1,0 +1,166 @@
+"""Reading, writing and overriding a run: config files, `config.json`, and typed command-line overrides."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import itertools
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from jaxlm.core.config import Run, family
+from jaxlm.core.errors import nearest
+
+
+def to_dict(run: Run) -> dict[str, Any]:
+    """Plain JSON values; the two family parts carry their family's name."""
+    out = dataclasses.asdict(run)
+    for key in ("model", "objective"):
+        out[key] = {"family": family(getattr(run, key))} | out[key]
+    return out
+
+
+def from_dict(values: dict[str, Any], models: dict[str, Any], objectives: dict[str, Any]) -> Run:
+    """The inverse of `to_dict`. `models` and `objectives` map family names to modules with a `Config`."""
+    values = dict(values)
+    for key, table in (("model", models), ("objective", objectives)):
+        part = values.get(key)
+        if not isinstance(part, dict) or "family" not in part:
+            raise ValueError(f"{key}.family: missing; known: {', '.join(sorted(table))}")
+        name = part["family"]
+        if name not in table:
+            raise ValueError(f"{key}.family: unknown {name!r}{nearest(str(name), table)}")
+        values[key] = _build(table[name].Config, {k: v for k, v in part.items() if k != "family"}, key)
+    return _build(Run, values, "")
+
+
+def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
+    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    name = lambda key: ".".join(filter(None, (where, key)))  # noqa: E731
+    for key in values:
+        if key not in fields:
+            raise ValueError(f"unknown config key {name(key)}{nearest(key, fields)}")
+    for key, f in fields.items():
+        if key not in values and f.default is f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{name(key)}: missing")
+    done = {}
+    for key, value in values.items():
+        kind = hints[key]
+        if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+            value = _build(kind, value, name(key))
+        elif typing.get_origin(kind) is tuple and isinstance(value, list):
+            value = tuple(value)
+        if not _fits(value, kind):
+            raise ValueError(f"{name(key)}: {value!r} is not a valid {_shown(kind)}")
+        done[key] = value
+    return cls(**done)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value has the type of a field; the types are those that this file and the families use."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(kind, TypeVar):  # a family part, built already
+        return True
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, inner[0]) for v in value)
+    if inner:
+        return any(_fits(value, k) for k in inner)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _shown(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+
+
+def flatten(run: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted field names to values: {"optim.lr": 0.001, …}."""
+    out: dict[str, Any] = {}
+    for f in dataclasses.fields(run):
+        value = getattr(run, f.name)
+        if dataclasses.is_dataclass(value):
+            out |= flatten(value, f"{prefix}{f.name}.")
+        else:
+            out[prefix + f.name] = value
+    return out
+
+
+def load(path: str | Path) -> Run:
+    """Run the function `config()` of a config file, which may return any `Run`. Executes that file: it is code."""
+    path = Path(path)
+    spec = importlib.util.spec_from_file_location(f"jaxlm_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not isinstance(getattr(module, "config", None), types.FunctionType):
+        raise ValueError(f"{path}: has no function config() that returns a Run")
+    run = module.config()
+    if not isinstance(run, Run):
+        raise ValueError(f"{path}: config() returned {type(run).__name__}, not a Run")
+    return run
+
+
+def override(run: Run, args: list[str]) -> Run:
+    """Apply typed overrides such as ["--optim.lr", "3e-4"]. Unknown keys and wrong types are one-line errors."""
+    import tyro  # half a second that `--help` of the other commands need not wait for
+
+    if not args:
+        return run
+    known = flatten(run)
+    flags = {f"--{k}" for k in known} | {
+        "--" + ".".join([*k.split(".")[:-1], "no-" + k.split(".")[-1]]) for k, v in known.items() if isinstance(v, bool)
+    }
+    given = [a.split("=", 1)[0].replace("_", "-") for a in args if a.startswith("--") and a != "--help"]
+    for flag in given:
+        if flag not in {f.replace("_", "-") for f in flags}:
+            name = flag.removeprefix("--").replace("-", "_")
+            raise ValueError(f"unknown config key {name}{nearest(name, known)}")
+    kind: Any = Run[type(run.model), type(run.objective)]  # type: ignore[misc]
+    if "--help" in args:
+        return tyro.cli(kind, default=run, args=args, prog="jaxlm train CONFIG")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # its boxed message becomes one line below
+            return tyro.cli(kind, default=run, args=args)
+    except SystemExit:
+        raise ValueError(_wrong_type(run, args, known)) from None
+
+
+def _wrong_type(run: Run, args: list[str], known: dict[str, Any]) -> str:
+    """Name the one override that the types refuse."""
+    import tyro
+
+    kind: Any = Run[type(run.model), type(run.objective)]  # type: ignore[misc]
+    hints = _hints(run)
+    starts = [i for i, a in enumerate(args) if a.startswith("--")] + [len(args)]
+    for a, b in itertools.pairwise(starts):
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                tyro.cli(kind, default=run, args=args[a:b])
+        except SystemExit:
+            flag, _, value = args[a].partition("=")
+            name = flag.removeprefix("--").replace("-", "_")
+            value = " ".join(([value] if value else []) + args[a + 1 : b])
+            return f"{name}: {value!r} is not a valid {hints.get(name, 'value')} (now {known.get(name)!r})"
+    return f"cannot read the overrides {' '.join(args)!r}; see --help"
+
+
+def _hints(part: Any, prefix: str = "") -> dict[str, str]:
+    out: dict[str, str] = {}
+    for name, kind in typing.get_type_hints(type(part)).items():
+        value = getattr(part, name, None)
+        if dataclasses.is_dataclass(value):
+            out |= _hints(value, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = _shown(kind)
+    return out
+
+
+def dump(run: Run, path: Path) -> None:
+    path.write_text(json.dumps(to_dict(run), indent=2) + "\n")

@@ -1,0 +1,212 @@
+"""What lies beside the weights in a Hugging Face directory: generation settings, chat template, tokenizer, card."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.formats import tokenizer_json
+from jaxlm.formats.safetensors import read_json
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+# ------------------------------------------------------------------------------------------------- generation settings
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generation_config.json` says; None: it says nothing."""
+
+    eos: tuple[int, ...] = ()
+    """Any of these ends a text."""
+    bos: int | None = None
+    pad: int | None = None
+    start: int | None = None
+    """First token of an encoder-decoder's answer."""
+    sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram: int | None = None
+    beams: int | None = None
+    length_penalty: float | None = None
+    new_tokens: int | None = None
+    others: tuple[str, ...] = ()
+    """Settings of the file that are set to something and that have no field here: whoever generates must say so."""
+
+
+# Their name: (our field, type)
+SETTINGS: dict[str, tuple[str, type]] = {
+    "eos_token_id": ("eos", int),
+    "bos_token_id": ("bos", int),
+    "pad_token_id": ("pad", int),
+    "decoder_start_token_id": ("start", int),
+    "do_sample": ("sample", bool),
+    "temperature": ("temperature", float),
+    "top_k": ("top_k", int),
+    "top_p": ("top_p", float),
+    "min_p": ("min_p", float),
+    "repetition_penalty": ("repetition_penalty", float),
+    "no_repeat_ngram_size": ("no_repeat_ngram", int),
+    "num_beams": ("beams", int),
+    "length_penalty": ("length_penalty", float),
+    "max_new_tokens": ("new_tokens", int),
+}
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")  # config.json has these too
+SILENT = ("transformers_version", "_from_model_config", "use_cache", "cache_implementation")
+
+
+def read_generation(directory: str | Path) -> Generation:
+    """From `generation_config.json`; token ids that it lacks come from `config.json`."""
+    path, main = Path(directory) / "generation_config.json", Path(directory) / "config.json"
+    values = {k: v for k, v in (read_json(main) if main.is_file() else {}).items() if k in IDS}
+    values |= {k: v for k, v in (read_json(path) if path.is_file() else {}).items() if v is not None}
+    found: dict[str, Any] = {}
+    for name, (field, kind) in SETTINGS.items():
+        if (value := values.get(name)) is not None:
+            several = value if field == "eos" and isinstance(value, list) else [value]
+            if not all(_is(v, kind) for v in several):
+                raise ValueError(f"{path}: {name} is {value!r}, which is not of type {kind.__name__}")
+            found[field] = tuple(several) if field == "eos" else kind(value)
+    others = sorted(k for k, v in values.items() if k not in SETTINGS and k not in SILENT and v not in (False, [], {}))
+    return Generation(**found, others=tuple(others))
+
+
+def _is(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
+
+
+def token_ids(g: Generation) -> dict[str, Any]:
+    """What `config.json` says of the settings too."""
+    eos = g.eos[0] if len(g.eos) == 1 else list(g.eos) or None
+    found = dict(bos_token_id=g.bos, eos_token_id=eos, pad_token_id=g.pad, decoder_start_token_id=g.start)
+    return {name: id for name, id in found.items() if id is not None}
+
+
+def known_settings(source: str | Path | None) -> Generation | None:
+    """Those of a Hugging Face directory, or the ids of a run's tokenizer."""
+    if source is None:
+        return None
+    if (Path(source) / "config.json").is_file():
+        return read_generation(source)
+    tokens = tokenizers.load(source)
+    return Generation(eos=() if tokens.eos_id is None else (tokens.eos_id,), bos=tokens.bos_id, pad=tokens.pad_id)
+
+
+def write_generation(folder: Path, g: Generation, source: str | Path | None) -> list[str]:
+    """`generation_config.json`: the source's byte for byte where it has one."""
+    path = folder / "generation_config.json"
+    if source is not None and (Path(source) / path.name).is_file():
+        shutil.copyfile(Path(source) / path.name, path)
+        return [f"{path.name}: carried along"]
+    values = {name: getattr(g, field) for name, (field, _) in SETTINGS.items() if field != "eos"} | token_ids(g)
+    text = json.dumps({name: value for name, value in values.items() if value is not None}, indent=2)
+    path.write_text(text + "\n", "utf-8")
+    return [f"{path.name}: written"]
+
+
+# --------------------------------------------------------------------------------------------------------------- chat
+
+
+def chat_templates(directory: str | Path) -> dict[str, str]:
+    """Jinja texts by name, the usual one as `default`; empty where there is none. Nothing is rendered here."""
+    folder = Path(directory)
+    found: dict[str, str] = {}
+    for file in ("chat_template.json", "tokenizer_config.json"):  # the former: processors of older releases
+        given = read_json(folder / file).get("chat_template") if (folder / file).is_file() else None
+        if isinstance(given, str):
+            found["default"] = given
+        elif isinstance(given, list):
+            if not all(isinstance(t, dict) and {"name", "template"} <= t.keys() for t in given):
+                raise ValueError(f"{folder / file}: chat_template is neither a text nor a list of name and template")
+            found |= {str(t["name"]): str(t["template"]) for t in given}
+        elif given is not None:
+            raise ValueError(f"{folder / file}: chat_template is {type(given).__name__}, not a text or a list")
+    files = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    files |= {"default": folder / "chat_template.jinja"} if (folder / "chat_template.jinja").is_file() else {}
+    return found | {name: path.read_text("utf-8") for name, path in files.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def carry(folder: Path, source: str | Path | None, kind: str = "decoder") -> list[str]:
+    """Bring the tokenizer along for a model of a `kind`; a line on what came.
+
+    `source` is a Hugging Face directory, whose files come byte for byte, or a tokenizer folder of a run.
+    """
+    if source is None:
+        return []
+    origin = Path(source)
+    if not origin.is_dir():
+        raise ValueError(f"{origin}: not a directory with a tokenizer")
+    files = [name for name in TOKENIZER_FILES if (origin / name).is_file()]
+    files += [str(path.relative_to(origin)) for path in sorted(origin.glob("additional_chat_templates/*.jinja"))]
+    for name in files:
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(origin / name, folder / name)
+    notes = [f"{', '.join(files)}: carried along"] if files else []
+    return notes if (origin / "config.json").is_file() else notes + _own(folder, tokenizers.load(origin), kind)
+
+
+def _own(folder: Path, tokens: tokenizers.Tokenizer, kind: str) -> list[str]:
+    """Make a run's tokenizer one that transformers opens as it is."""
+    path = folder / "tokenizer_config.json"
+    if isinstance(tokens, tokenizers.HuggingFace):
+        # Without a class transformers takes the architecture's own, which may put its own rules over the file's.
+        values = {"tokenizer_class": "PreTrainedTokenizerFast"} | (read_json(path) if path.is_file() else {})
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        return []
+    made, why = tokenizer_json.convert(tokens, kind)
+    if made is None:
+        return [f"tokenizer.json: not written, it would not be exact ({why}); use tokenizer.model with sentencepiece"]
+    (folder / "tokenizer.json").write_text(made, "utf-8")
+    text = json.dumps(tokenizer_json.settings(tokens), indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", "utf-8")
+    return ["tokenizer.json, tokenizer_config.json: made from the run's tokenizer, checked to read text the same"]
+
+
+def write_card(folder: Path, values: Mapping[str, Any], count: int, origin: str) -> None:
+    """`README.md`: what this is, where it came from, how it is loaded."""
+    architecture = (values.get("architectures") or ["AutoModel"])[0]
+    text = f"""---
+library_name: transformers
+tags:
+- {values["model_type"]}
+- jaxlm
+---
+
+# {folder.resolve().name}
+
+{architecture} with {count:,} parameters, written by jaxlm as {values["dtype"]} safetensors.
+
+{origin or "Where its weights come from, what they were trained on and under which licence was not recorded."}
+
+```python
+from transformers import {architecture}
+
+model = {architecture}.from_pretrained("{folder.resolve().name}")
+```
+
+jaxlm reads it too: `jaxlm eval {folder.resolve().name}`.
+Nothing about its quality is claimed here: evaluate it on your own task before you rely on it.
+"""
+    (folder / "README.md").write_text(text, "utf-8")

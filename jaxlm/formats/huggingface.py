@@ -1,0 +1,283 @@
+"""A Hugging Face directory in and out: `config.json`, safetensors, and (`beside.py`) what lies beside them.
+
+Weights go from the file to their shards, and back, in pieces of a few megabytes: neither a whole layer stack nor a
+whole tensor is ever assembled for all devices. Nothing in such a directory is run: `auto_map` and pickles are refused.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.core import errors, tree, weight_names
+from jaxlm.core.spec import is_spec
+from jaxlm.formats import hf_sidecars, safetensors, shards
+from jaxlm.formats.safetensors import Files, read_json
+
+SHOWN = 4  # names in an error
+EXPORTED = ("float32", "bfloat16", "float16")
+
+# ------------------------------------------------------------------------------------------------------------- opening
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """`config.json` as it is."""
+    folder = Path(directory)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: has no config.json, so it is no Hugging Face model directory")
+    return read_json(folder / "config.json")
+
+
+def family_of(values: Mapping[str, Any], models: Mapping[str, ModuleType]) -> ModuleType:
+    """The family that reads files of this `model_type`."""
+    kind, known = values.get("model_type"), {t: f for f in models.values() for t in getattr(f, "MODEL_TYPES", ())}
+    if not isinstance(kind, str) or kind not in known:
+        near = errors.nearest(str(kind), known)
+        near = near if "known" in near else f"{near[:-1]}, known: {', '.join(sorted(known))}"
+        own = "; its own code (auto_map) is never run" if "auto_map" in values else ""
+        raise ValueError(f"config.json: model_type {kind!r} is not read here{near}{own}")
+    if values.get("quantization_config"):
+        method = dict(values["quantization_config"]).get("quant_method", "unknown")
+        raise ValueError(
+            f"config.json: quantization_config: {method!r} weights are not read; bring the unquantised ones"
+        )
+    return known[kind]
+
+
+def describe(directory: str | Path, models: Mapping[str, ModuleType]) -> tuple[ModuleType, Any]:
+    """The family and its Config. Where its files may have more or less than config.json says, they decide."""
+    values = read_config(directory)
+    family = family_of(values, models)
+    try:
+        c = family.from_hf(values)
+    except KeyError as error:
+        raise ValueError(
+            f"{directory}/config.json: lacks {error.args[0]}, which {values['model_type']} needs"
+        ) from error
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{directory}/config.json: a value is not what it should be ({error})") from error
+    if hasattr(family, "settle") and any(Path(directory).glob("*.safetensors")):
+        c = family.settle(c, safetensors.open_files(directory).entries)
+    return family, c
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def load(
+    directory: str | Path,
+    family: ModuleType,
+    c: Any,
+    specs: Any,
+    shardings: Any,
+    *,
+    dtype: Any = jnp.float32,
+    ignore: Iterable[str] = (),
+    each: Callable[[str, jax.Array], Any] | None = None,
+) -> Any:
+    """Weights of a directory, each device's share straight onto it. `ignore`: patterns of tensors to leave behind;
+    `each`: (path, weight) → what takes its place before the next one is read.
+
+    The host holds a piece or two; every process reads what its own devices need.
+    """
+    files = safetensors.open_files(directory)
+    table = weight_names.tensors(family.names(c), specs)
+    found = _find(files, table, family, c, specs, ignore)
+    sources: dict[str, list[shards.Source]] = {}
+    for name, tensor in table.items():
+        for part, view in zip(tensor.parts, tensor.views, strict=True):
+            read = partial(files.read, found[name], shape=view.shape)
+            source = shards.Source(part, view, read, files.entries[found[name]].dtype)
+            sources.setdefault(part.path, []).append(source)
+    return shards.fill(specs, shardings, sources, dtype, each)
+
+
+# ------------------------------------------------------------------------------------------- do the files fit the model
+
+
+def _find(
+    files: Files,
+    table: Mapping[str, weight_names.Tensor],
+    family: ModuleType,
+    c: Any,
+    specs: Any,
+    ignore: Iterable[str],
+) -> dict[str, str]:
+    """Name of each of the table's tensors in these files; what is missing, left over or misshapen is an error."""
+    here = _spelling(files, getattr(family, "PREFIX", ""))
+    found = {name: here(name) for name in table}
+    copies = {here(name): here(of) for name, of in _copies(family, c, specs).items()}
+    kept = {of: name for name, of in copies.items() if name in files.entries and of not in files.entries}
+    found = {name: kept.get(theirs, theirs) for name, theirs in found.items()}  # early files keep any of the copies
+    patterns = [re.compile(p) for p in (*getattr(family, "IGNORED", ()), *ignore)]
+    missing = [name for name in found.values() if name not in files.entries]
+    extra = [
+        name
+        for name in sorted(files.entries.keys() - found.values() - copies.keys())
+        if not any(p.fullmatch(name) for p in patterns)
+    ]
+    if missing or extra:
+        what = [_listed(missing, "missing")] if missing else []
+        what += [_listed(extra, "not this model's")] if extra else []
+        raise ValueError(f"{files.directory}: {' and '.join(what)}; check that config.json belongs to these weights")
+    for name, tensor in table.items():
+        entry = files.entries[found[name]]
+        if entry.shape != tensor.shape:
+            due = f"{list(entry.shape)}, but config.json makes it {list(tensor.shape)}"
+            raise ValueError(f"{entry.file}: {found[name]} is {due}")
+        if not jnp.issubdtype(entry.dtype, jnp.floating):
+            due = f"{entry.dtype} numbers where floats are due; bring the unquantised weights"
+            raise ValueError(f"{entry.file}: {found[name]} holds {due}")
+    for name, of in ((name, kept.get(of, of)) for name, of in copies.items()):
+        if name in files.entries and not _equal(files, name, of):
+            raise ValueError(
+                f"{files.entries[name].file}: {name} differs from {of}, though config.json ties them; "
+                "set tie_word_embeddings to false there"
+            )
+    return found
+
+
+def _spelling(files: Files, prefixes: str | tuple[str, ...]) -> Callable[[str], str]:
+    """From a name in the table to the one in these files, which may be of a bare model or of a larger one, or old."""
+    prefixes = (prefixes,) if isinstance(prefixes, str) else prefixes
+    here = next((p for p in prefixes if any(name.startswith(p) for name in files.entries)), "")
+    old = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}  # from TensorFlow's days
+    if not any(name.endswith(tuple(old.values())) for name in files.entries):
+        old = {}
+
+    def spell(name: str) -> str:
+        was = next((p for p in prefixes if p and name.startswith(p)), "")
+        if not here:
+            name = name.removeprefix(was)
+        name = next((name.removesuffix(new) + early for new, early in old.items() if name.endswith(new)), name)
+        return here + name if here and not was and here + name in files.entries else name
+
+    return spell
+
+
+def _listed(found: list[str], what: str) -> str:
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return f"{len(found)} tensor{'s are' * (len(found) > 1) or ' is'} {what} ({', '.join(found[:SHOWN])}{more})"
+
+
+def _copies(family: ModuleType, c: Any, specs: Any) -> dict[str, str]:
+    """Tensors that a file may hold though the model has them once, and which one each must equal.
+
+    A head that the specs lack is the embedding; a family states others in `TIED`.
+    """
+    entries = family.names(c)
+    tied = dict(getattr(family, "TIED", {}))
+    if "head" in entries and "head" not in specs and "embed" in specs:
+        tied[entries["head"].file] = entries["embed"].file
+    return tied
+
+
+def _equal(files: Files, a: str, b: str) -> bool:
+    one, two = files.entries[a], files.entries[b]
+    if (one.shape, one.dtype) != (two.shape, two.dtype):
+        return False
+    pieces = shards.cut([slice(0, size) for size in one.shape], shards.PIECE // one.dtype.itemsize)
+    return all(files.read(a, piece).tobytes() == files.read(b, piece).tobytes() for piece in pieces)
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+
+def save(
+    directory: str | Path,
+    family: ModuleType,
+    c: Any,
+    specs: Any,
+    params: Any,
+    *,
+    dtype: Any,
+    extra_files_from: str | Path | None = None,
+    generation: hf_sidecars.Generation | None = None,
+    card: bool = True,
+    origin: str = "",
+    max_bytes: int = 5_000_000_000,
+) -> list[str]:
+    """Write a directory that transformers and `load` read; returns a line on each thing that was written.
+
+    `dtype`: float32, bfloat16 or float16, or a dict that says it for each tensor of the file (see `dtypes`).
+    `extra_files_from`: a directory or a run's tokenizer folder whose tokenizer and settings come along.
+    `origin`: a sentence for the model card. `config.json` comes last: after a kill there is no model here.
+    """
+    folder, values = Path(directory), family.to_hf(c)
+    if (folder / "config.json").exists():
+        raise ValueError(f"{folder}: holds a config.json already; choose another directory or remove it")
+    flat = _weights(specs, params)
+    table = weight_names.tensors(family.names(c), specs)
+    told = generation or hf_sidecars.known_settings(extra_files_from)
+    kinds = {name: _export_dtype(dtype, name) for name in table}
+    common = max(sorted(set(kinds.values()), key=str), key=list(kinds.values()).count)
+    written = safetensors.write(
+        folder,
+        {name: (kinds[name], tensor.shape) for name, tensor in table.items()},
+        lambda name: _tensor(name, table[name], flat, kinds[name]),
+        max_bytes=max_bytes,
+    )
+    count = sum(math.prod(tensor.shape) for tensor in table.values())
+    files = written[0].name if len(written) == 1 else f"{len(written) - 1} shards"
+    notes = [f"{files}: {len(table)} tensors, {count:,} parameters as {common}"]
+    notes += hf_sidecars.carry(folder, extra_files_from, family.kind)
+    if told is not None and family.generates:
+        given = None if generation else extra_files_from
+        notes += hf_sidecars.write_generation(folder, told, given)
+    ids = (
+        {"pad_token_id": None} if told is None else hf_sidecars.token_ids(told)
+    )  # unsaid, it may lie beyond the vocabulary
+    values = {**ids, **values, "dtype": str(common)}
+    if card:
+        hf_sidecars.write_card(folder, values, count, origin)
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    partial_file = folder / f".config.json.{os.getpid()}.partial"
+    partial_file.write_text(text, "utf-8")
+    partial_file.replace(folder / "config.json")
+    return notes
+
+
+def _tensor(name: str, tensor: weight_names.Tensor, flat: Mapping[str, jax.Array], dtype: np.dtype) -> np.ndarray:
+    try:
+        return shards.collect(tensor, flat, dtype)
+    except OverflowError:
+        raise ValueError(f"{name}: holds numbers beyond the range of {dtype}; export as bfloat16 or float32") from None
+
+
+def dtypes(directory: str | Path) -> dict[str, str]:
+    """Dtype of each tensor of a directory, for `save` to write the same."""
+    return {name: str(entry.dtype) for name, entry in safetensors.open_files(directory).entries.items()}
+
+
+def _export_dtype(dtype: Any, name: str) -> np.dtype:
+    if isinstance(dtype, Mapping):  # a name that it lacks was spelled otherwise there: then what most have
+        dtype = dtype.get(name) or max(dtype.values(), key=list(dtype.values()).count)
+    if (dtype if isinstance(dtype, str) else str(np.dtype(dtype))) not in EXPORTED:
+        raise ValueError(f"dtype {dtype!r} is not written; choose one of {', '.join(EXPORTED)}")
+    return np.dtype(dtype)
+
+
+def _weights(specs: Any, params: Any) -> dict[str, jax.Array]:
+    flat, due = tree.flatten(params), tree.flatten(specs, is_spec)
+    if extra := sorted(flat.keys() - due.keys()):
+        raise ValueError(f"{', '.join(extra)}: no place for it in this family's published files; leave it out")
+    if missing := sorted(due.keys() - flat.keys()):
+        raise ValueError(f"{', '.join(missing)}: no such weights to export")
+    for path, w in flat.items():
+        if not isinstance(w, jax.Array):
+            raise ValueError(
+                f"{path}: is {type(w).__name__}, not plain numbers; merge adapters and dequantise before export"
+            )
+        if not w.is_fully_addressable:
+            raise ValueError(f"{path}: is spread over several processes; export from the checkpoint with one process")
+        assert w.shape == due[path].shape, f"{path}: {w.shape} is not {due[path].shape}"
+    return flat

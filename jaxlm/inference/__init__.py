@@ -1,0 +1,1 @@
+"""Text and vectors from a model: decoding, sampling, beams, speculative decoding, chats and embeddings."""

@@ -1,0 +1,102 @@
+"""Answers that match a regular expression or are JSON of a schema, by llguidance: which tokens may come next."""
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from jaxlm.core.errors import one_line
+from jaxlm.inference.sampling import Sampling
+
+
+def _library() -> ModuleType:
+    try:
+        import llguidance
+    except ImportError:
+        raise ValueError(
+            "sampling.regex, sampling.json_schema: need llguidance, which is not installed; "
+            "pip install 'jaxlm[generate]'"
+        ) from None
+    return llguidance
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What every answer must match, over one vocabulary."""
+
+    tokenizer: Any
+    grammar: str
+    vocab: int
+    ends: tuple[int, ...]
+
+    def start(self) -> "Matcher":
+        return Matcher(self)
+
+
+class Matcher:
+    """One answer, as far as it has come."""
+
+    def __init__(self, grammar: Grammar) -> None:
+        self.ends, self.vocab = list(grammar.ends), grammar.vocab
+        self._matcher = _library().LLMatcher(grammar.tokenizer, grammar.grammar, log_level=0)
+
+    @property
+    def ended(self) -> bool:
+        """Nothing but an end may follow."""
+        return self._matcher.is_stopped()
+
+    def take(self, id: int) -> None:
+        if not self._matcher.consume_token(id):
+            raise ValueError(f"the grammar does not go on with token {id}: {self._matcher.get_error()}")
+
+    def allowed(self) -> np.ndarray:
+        """bool `[vocab]`. All, once nothing may follow: the answer has ended."""
+        out = np.zeros(self.vocab, bool)
+        if self.ended:
+            return ~out
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error():
+            raise ValueError(f"the grammar can't go on: {self._matcher.get_error()}")
+        n = min(self.vocab, 8 * len(bits))
+        out[:n] = np.unpackbits(bits, bitorder="little")[:n]
+        out[self.ends] = self._matcher.is_accepting()
+        return out
+
+
+def open_grammar(tokens: Any, s: Sampling, vocab: int, ends: tuple[int, ...]) -> Grammar | None:
+    """None where `s` asks for none. `ends`: the tokens that end an answer."""
+    if s.regex is None and s.json_schema is None:
+        return None
+    if s.regex is not None and s.json_schema is not None:
+        raise ValueError("sampling.regex, sampling.json_schema: give one of them")
+    if not ends:
+        raise ValueError("sampling.regex, sampling.json_schema: need a token that ends an answer; set stop_ids")
+    llguidance = _library()
+    name = "regex" if s.regex is not None else "json_schema"
+    try:
+        if s.regex is not None:
+            grammar = llguidance.LLMatcher.grammar_from_regex(s.regex)
+        else:
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(s.json_schema)
+    except ValueError as error:
+        raise ValueError(f"sampling.{name}: {one_line(error)}") from None
+    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary(tokens, ends[0])), n_vocab=None)
+    failed, notes = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
+    if failed:
+        raise ValueError(f"sampling.{name}: {one_line(notes[0])}")
+    return Grammar(tokenizer, grammar, vocab, ends)
+
+
+class _Vocabulary:
+    """What llguidance asks of a tokenizer."""
+
+    def __init__(self, tokens: Any, end: int) -> None:
+        silent = np.flatnonzero(np.asarray(tokens.bytes_per_token) == 0).tolist()
+        self.tokens = list(tokens.token_bytes)
+        self.eos_token_id, self.bos_token_id = end, None
+        self.special_token_ids = sorted({*silent, end})
+        self._encode = tokens.encode
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._encode(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)

@@ -1,0 +1,181 @@
+"""Texts to vectors with an encoder: pooled over tokens, as sentence-transformers does and by what its files say.
+
+N texts, B texts at a time, T tokens, D model width.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.models.model import Model
+
+POOLING = ("mean", "cls")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How texts become tokens, and tokens one vector."""
+
+    pooling: str = "mean"
+    """mean: over all real tokens, special ones too; cls: the first token."""
+    normalize: bool = True
+    """Scale each vector to length one, so that a dot product is the cosine."""
+    longest: int | None = None
+    """Tokens a text may have, special ones included; what is beyond is cut off. None: as many as the model can."""
+    prompt: str = ""
+    """Stands before each text."""
+    lower: bool = False
+
+
+def read_recipe(folder: str | Path) -> Recipe | None:
+    """What sentence-transformers left in a model's folder; None if it left nothing."""
+    folder = Path(folder)
+    modules = _read(folder / "modules.json")
+    if modules is None:
+        return None
+    kinds = [str(m["type"]).rpartition(".")[2] for m in modules]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise ValueError(
+            f"{folder}/modules.json: {', '.join(kinds)}: only Transformer, Pooling and Normalize are known"
+        )
+    sentence = _read(folder / modules[0]["path"] / "sentence_bert_config.json") or {}
+    prompts = _read(folder / "config_sentence_transformers.json") or {}
+    name = prompts.get("default_prompt_name")
+    return Recipe(
+        _pooling(folder / modules[1]["path"] / "config.json"),
+        normalize=len(kinds) == 3,
+        longest=sentence.get("max_seq_length"),
+        prompt=prompts["prompts"][name] if name else "",
+        lower=bool(sentence.get("do_lower_case", False)),
+    )
+
+
+def _pooling(file: Path) -> str:
+    values = _read(file)
+    if values is None:
+        raise ValueError(f"{file} is missing, though modules.json names it")
+    on = [name.removeprefix("pooling_mode_") for name, v in values.items() if name.startswith("pooling_mode_") and v]
+    on += [values["pooling_mode"]] if isinstance(values.get("pooling_mode"), str) else []
+    found = {"cls_token": "cls", "mean_tokens": "mean"}.get(on[0], on[0]) if len(on) == 1 else " and ".join(on)
+    if found not in POOLING:
+        raise ValueError(f"{file}: pooling by {found or 'nothing'} is not known; choose one of {', '.join(POOLING)}")
+    return found
+
+
+def _read(file: Path) -> Any:
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: is not JSON ({error})") from error
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str], recipe: Recipe, positions: int | None = None) -> list[list[int]]:
+    """`[CLS] text [SEP]` of each text, cut to the recipe's length and to the model's `positions`.
+
+    White space around a text doesn't count.
+    """
+    first = tokenizer.bos_id if tokenizer.cls_id is None else tokenizer.cls_id
+    last = tokenizer.eos_id if tokenizer.sep_id is None else tokenizer.sep_id
+    if first is None or last is None:
+        raise ValueError("embed: the tokenizer has no tokens for the start and end of a text ([CLS] and [SEP])")
+    room = min(n for n in (recipe.longest, positions, 1 << 30) if n is not None) - 2
+    if room < 1:
+        raise ValueError(f"embed: {room + 2} tokens leave no room for text between {first} and {last}")
+    texts = [recipe.prompt + text.strip() for text in texts]
+    found = tokenizer.encode_batch([text.lower() for text in texts] if recipe.lower else texts)
+    return [[first, *ids[:room], last] for ids in found]
+
+
+def make_embed(
+    model: Model, *, pooling: str = "mean", normalize: bool = True, batch: int = 32
+) -> Callable[[Any, Sequence[Sequence[int]]], np.ndarray]:
+    """`embed(params, token lists) -> float32 [N, D]`, in the order given.
+
+    Texts of like length go together, the longest first. Lengths are rounded up, so new ones seldom compile anew.
+    """
+    if model.family.kind != "encoder":
+        raise ValueError("embed: this model reads from left to right; texts are embedded with an encoder such as bert")
+    if pooling not in POOLING:
+        raise ValueError(f"embed: pooling {pooling!r} is not known; choose one of {', '.join(POOLING)}")
+
+    @jax.jit
+    def run(params: Any, given: dict[str, jax.Array]) -> jax.Array:
+        given = {name: model.shard(x_BT, "batch", "seq") for name, x_BT in given.items()}
+        x_BTD = model.forward(params, given).x_BTD.astype(jnp.float32)
+        x_BTD = model.shard(x_BTD, "batch", None, None)
+        if pooling == "cls":
+            out_BD = x_BTD[:, 0]
+        else:
+            real_BT = model.shard(given["segments"], "batch", None).astype(jnp.float32)
+            out_BD = (x_BTD * real_BT[..., None]).sum(1) / jnp.maximum(real_BT.sum(1), 1.0)[:, None]
+        if normalize:
+            out_BD /= jnp.maximum(jnp.linalg.norm(out_BD, axis=-1, keepdims=True), 1e-12)
+        return model.shard(out_BD, None, None)
+
+    def embed(params: Any, tokens: Sequence[Sequence[int]]) -> np.ndarray:
+        out = np.empty((len(tokens), model.config.width), np.float32)
+        late: list[tuple[list[int], jax.Array]] = []  # the device has its next batch before we wait for the last one
+
+        def collect() -> None:
+            for members, rows in late:
+                out[members] = np.asarray(rows)[: len(members)]
+            late.clear()
+
+        for members in _groups([len(ids) for ids in tokens], batch):
+            rows = run(params, _padded([tokens[i] for i in members], batch, _ways(model)))
+            collect()
+            late.append((members, rows))
+        collect()
+        return out
+
+    return embed
+
+
+def _groups(lengths: Sequence[int], batch: int) -> list[list[int]]:
+    """Which texts go together: at most `batch`, the longest first, none less than half as long as another."""
+    out: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not out or len(out[-1]) == batch or 2 * length_bucket(lengths[i]) <= length_bucket(lengths[out[-1][0]]):
+            out.append([])
+        out[-1].append(i)
+    return out
+
+
+def length_bucket(n: int) -> int:
+    """`n` rounded up to 16, 32, 48, 64, 96, 128, 192, 256 …"""
+    power = max(16, 1 << (n - 1).bit_length())
+    less = power * 3 // 4
+    return less if power >= 64 and n <= less else power
+
+
+def _ways(model: Model) -> int:
+    """Devices that share the rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[a] for a in model.shard.compute["batch"])
+
+
+def _padded(texts: list[Sequence[int]], batch: int, ways: int) -> dict[str, np.ndarray]:
+    """Rows up to a power of two (at most `batch`) that the devices share evenly; lengths up to their bucket."""
+    B, T = min(batch, 1 << (len(texts) - 1).bit_length()), length_bucket(max(map(len, texts)))
+    out = {name: np.zeros((-(-B // ways) * ways, T), np.int32) for name in ("tokens", "positions", "segments")}
+    for row, ids in enumerate(texts):
+        out["tokens"][row, : len(ids)] = ids
+        out["positions"][row, : len(ids)] = np.arange(len(ids))
+        out["segments"][row, : len(ids)] = 1
+    return out
+
+
+def embed_texts(model: Model, params: Any, tokenizer: Tokenizer, texts: Sequence[str], recipe: Recipe) -> np.ndarray:
+    """`[N, D]`: one vector a text."""
+    run = make_embed(model, pooling=recipe.pooling, normalize=recipe.normalize)
+    return run(params, encode(tokenizer, texts, recipe, model.config.positions))

@@ -1,0 +1,1 @@
+"""What models are made of: layers, attention, losses, layouts and the kinds of parallelism."""

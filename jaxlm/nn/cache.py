@@ -1,0 +1,91 @@
+"""The keys and values of tokens that a model has read, so that decoding reads each token once."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxlm.nn.mask import Mask
+
+# Axis of the slots in kept arrays of these names: keys rest as [B, K, C, S] and values as [B, K, S, C], which the
+# products over slots read in place. As [B, S, K, C] they were transposed for each token: 7 times as long on a CPU at
+# 16 rows and 512 slots.
+SLOTS = {"k": 3, "v": 2, "cross_k": 3, "cross_v": 2}
+
+
+class Cache(struct.PyTreeNode):
+    """What a model remembers of the tokens it has read. Rows are padded on the left, so all write to the same slot."""
+
+    layers: tuple[dict[str, jax.Array], ...]
+    """Of each layer, arrays `[B, slots, …]`, or with slots on the axis that `SLOTS` says. Fewer slots than the longest
+    row make a ring, for sliding windows."""
+    end: jax.Array
+    """Slots filled: where the next token goes."""
+    real_BS: jax.Array
+    """Which places hold tokens; the others are padding."""
+    fresh: bool = struct.field(pytree_node=False, default=True)
+    """Nothing was read yet, so new tokens need to look at nothing but themselves."""
+
+
+def empty_cache(layers: list[dict[str, jax.Array]], rows: int, length: int) -> Cache:
+    return Cache(tuple(layers), jnp.zeros((), jnp.int32), jnp.zeros((rows, length), bool))
+
+
+def ring(window: int | None, length: int, slack: int = 0) -> int:
+    """Slots a layer needs for rows of `length`: the window, and what one call may write before it looks (`slack`)."""
+    return length if window is None else min(length, window + slack)
+
+
+def read_on(cache: Cache | None, segments_BT: jax.Array | None, shape: tuple[int, ...]) -> Cache | None:
+    """The cache as it stands once `shape` = (B, T) new tokens are in it, all but its layers. Once a forward pass."""
+    if cache is None:
+        return None
+    real_BT = jnp.ones(shape, bool) if segments_BT is None else segments_BT > 0
+    real_BS = jax.lax.dynamic_update_slice(cache.real_BS, real_BT, (jnp.zeros((), jnp.int32), cache.end))
+    return cache.replace(real_BS=real_BS, end=cache.end + shape[1])
+
+
+def remember(
+    kept: dict[str, jax.Array] | None, new: dict[str, jax.Array], mask: Mask, cache: Cache | None
+) -> tuple[dict[str, jax.Array], Mask, dict[str, jax.Array] | None]:
+    """Write a layer's new keys and values (`[B, T, …]`) → (what queries look at, with which mask, what is kept).
+
+    `cache` comes from `read_on`. Without a cache: the new ones alone, and nothing is kept.
+    """
+    if cache is None or kept is None:
+        return new, mask, None
+    name, first = next(iter(kept.items()))
+    T, size, length = new[name].shape[1], first.shape[SLOTS.get(name, 1)], cache.real_BS.shape[1]
+    start = cache.end - T
+    if not cache.fresh and size < length and mask.window is not None and size < mask.window + T - 1:
+        raise ValueError(f"cache: {T} tokens at once overwrite a window of {mask.window} in a ring of {size} slots")
+    kept = {name: _write(kept[name], x, start, length, SLOTS.get(name, 1)) for name, x in new.items()}
+    if cache.fresh:
+        return new, mask, kept
+    slots = jnp.arange(size)
+    at_S = slots if size == length else cache.end - 1 - (cache.end - 1 - slots) % size
+    real_BS = cache.real_BS if size == length else jnp.take(cache.real_BS, jnp.maximum(at_S, 0), axis=1)
+    ones_BT = jnp.ones((real_BS.shape[0], T), jnp.int32)
+    at_T = start + jnp.arange(T)
+    seen = {name: jnp.moveaxis(x, SLOTS.get(name, 1), 1) for name, x in kept.items()}
+    return (
+        seen,
+        dataclasses.replace(
+            mask, segments_BT=ones_BT, segments_BS=real_BS.astype(jnp.int32), prefix_BS=None, at_T=at_T, at_S=at_S
+        ),
+        kept,
+    )
+
+
+def _write(kept: jax.Array, new: jax.Array, start: jax.Array, length: int, axis: int) -> jax.Array:
+    new = jnp.moveaxis(new, 1, axis).astype(kept.dtype)
+    T, size = new.shape[axis], kept.shape[axis]
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.are_all_axes_explicit:  # a cache is born whole; its first tokens say how it is sharded
+        kept = jax.reshard(kept, jax.typeof(new).sharding.spec)
+    if size == length or T == 1:
+        return jax.lax.dynamic_update_slice_in_dim(kept, new, start % size, axis)
+    n = min(T, size)
+    places = (slice(None),) * axis + ((start + T - n + jnp.arange(n)) % size,)
+    return kept.at[places].set(jax.lax.slice_in_dim(new, T - n, T, axis=axis))

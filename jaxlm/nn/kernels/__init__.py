@@ -1,0 +1,1 @@
+"""Fused kernels, each beside the plain function that it must equal."""

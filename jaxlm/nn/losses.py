@@ -1,0 +1,253 @@
+"""Cross entropy that never holds the logits of a whole batch.
+
+N tokens of one device, D model width, V vocabulary (of this device where the head is sharded).
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.nn.layout import Layout
+from jaxlm.runtime.mesh import platform
+
+
+@struct.dataclass
+class Readout:
+    """What a model's logits are made of, before anyone multiplies: logits = x · wᵀ + bias."""
+
+    x_BTD: jax.Array
+    w_VD: Any
+    """[V, D] in the compute dtype, sharded by `vocab` alone."""
+    bias_V: jax.Array | None = None
+    softcap: float | None = struct.field(pytree_node=False, default=None)
+    """Logits are squashed as cap·tanh(logit / cap) (Gemma 2)."""
+
+
+def logits(r: Readout, shard: Layout) -> jax.Array:
+    """All logits `[B, T, V]` in float32: for generation and tests."""
+    out = jnp.einsum("btd,vd->btv", r.x_BTD, r.w_VD, preferred_element_type=jnp.float32)
+    out = out if r.bias_V is None else out + r.bias_V[None, None].astype(jnp.float32)
+    return out if r.softcap is None else r.softcap * jnp.tanh(out / r.softcap)
+
+
+class Sums(NamedTuple):
+    """Sums over tokens, each times its weight."""
+
+    loss: Any
+    """What is minimised: smoothed cross entropy plus z-loss, in nats."""
+    nll: Any
+    """Negative log likelihood, in nats."""
+    correct: Any
+    """Targets whose logit is the largest."""
+
+
+def cross_entropy(
+    r: Readout,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    shard: Layout,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Sums:
+    """Weighted sums over all tokens of all devices.
+
+    Logits exist for `execution.loss_chunk` tokens at a time and in float32. Where gradients are asked for they are
+    formed in the same forward pass, so no logits are kept or computed twice. Right under a head sharded by vocabulary:
+    each device reduces its own columns. `z_loss` weighs log²Z (Chowdhery et al. 2022, section 5).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    bias_V = r.bias_V if r.bias_V is not None else jnp.zeros(r.w_VD.shape[:1], jnp.float32)
+    arrays: tuple[Any, ...] = (r.x_BTD, r.w_VD, bias_V.astype(jnp.float32), targets_BT, weights_BT.astype(jnp.float32))
+    tokens, vocab = shard.spec(("batch", "seq")), shard.spec(("vocab",))
+    width: tuple[str, ...] = ()
+    if mesh.empty:
+        tokens, vocab = P(), P()
+    elif r.x_BTD.shape[1] % mesh.shape["context"]:
+        raise ValueError(f"loss: {r.x_BTD.shape[1]} target positions do not divide over mesh.context; pad them")
+    else:
+        head_VD, width = shard.whole(arrays[1], "vocab", "embed")
+        arrays = (
+            shard(arrays[0], "batch", "seq", None),
+            head_VD,
+            shard(arrays[2], "vocab"),
+            *(shard(a, "batch", "seq") for a in arrays[3:]),
+        )
+    return _sums(*arrays, _Plan(label_smoothing, z_loss, r.softcap, shard.execution.loss_chunk, tokens, vocab, width))
+
+
+def log_likelihoods(r: Readout, targets_BT: jax.Array, *, shard: Layout) -> jax.Array:
+    """`[B, T]`: the log probability of each target, in nats. Without gradients: for those of a function of it, give its
+    derivatives to `cross_entropy` as weights. Logits exist for `execution.loss_chunk` tokens of all rows at a time."""
+    r = jax.lax.stop_gradient(r)
+    (B, T), V = targets_BT.shape, r.w_VD.shape[0]
+    n = max(1, -(-T // max(1, _chunk(B * T, V, shard.execution.loss_chunk) // B)))
+    size, pad = -(-T // n), -T % -(-T // n)
+    x_BTD = shard(r.x_BTD, "batch", None, None)  # every device cuts its own rows, whatever shared them in the model
+
+    def parts(a: jax.Array) -> jax.Array:
+        padded = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
+        return jnp.moveaxis(padded.reshape(B, -1, size, *a.shape[2:]), 1, 0)
+
+    def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x_BND, targets_BN = part
+        z_BNV = shard(logits(dataclasses.replace(r, x_BTD=x_BND), shard), "batch", None, "vocab")
+        hit_BNV = jax.lax.broadcasted_iota(targets_BN.dtype, z_BNV.shape, 2) == targets_BN[..., None]
+        return jnp.where(hit_BNV, z_BNV, 0.0).sum(-1) - jax.nn.logsumexp(z_BNV, -1)
+
+    found = jax.lax.map(one, (parts(x_BTD), parts(shard(targets_BT, "batch", None))))
+    return jnp.moveaxis(found, 0, 1).reshape(B, -1)[:, :T]
+
+
+class _Plan(NamedTuple):
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    chunk: int
+    tokens: P
+    vocab: P
+    width: tuple[str, ...]
+    """Mesh axes that the head's gradient is cut over by its width when it is summed."""
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        return _names(self.tokens)
+
+    @property
+    def vocab_axes(self) -> tuple[str, ...]:
+        return _names(self.vocab)
+
+
+def _names(spec: P) -> tuple[str, ...]:
+    return tuple(a for part in spec if part for a in ((part,) if isinstance(part, str) else part))
+
+
+LOGIT_BYTES = 4 << 20  # of one chunk's float32 logits on a CPU: about what its last cache level holds beside the head
+
+
+def _chunk(n: int, vocab: int, asked: int) -> int:
+    """Tokens a chunk: few enough for the cache on a CPU, many enough to fill an accelerator's matrix units."""
+    size = asked or max(128, (LOGIT_BYTES if platform() == "cpu" else 256 << 20) // (4 * vocab))
+    return min(n, size)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _sums(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan):
+    """Without gradients: evaluation, and whatever is not differentiated."""
+    return _everywhere(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan, False)
+
+
+def _forward(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan):
+    return _everywhere(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan, True)
+
+
+def _backward(plan, gradients, cotangent):
+    g = cotangent.loss  # nll and correct are for reading only
+    dx_BTD, dw_VD, db_V = gradients
+    dx_BTD, dw_VD = ((d.astype(jnp.float32) * g).astype(d.dtype) for d in (dx_BTD, dw_VD))
+    return dx_BTD, dw_VD, db_V * g, None, None
+
+
+_sums.defvjp(_forward, _backward)
+
+
+def _everywhere(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan, want):
+    """Every device scans its own tokens against its own part of the vocabulary; sums and gradients meet at the end."""
+    local = partial(_scan, plan=plan, want=want)
+    if not plan.tokens and not plan.vocab:
+        return local(x_BTD, w_VD, bias_V, targets_BT, weights_BT)
+    x, w, t = P(*plan.tokens, None), P(*plan.vocab, None), plan.tokens
+    sums = Sums(P(), P(), P())
+    return jax.shard_map(
+        local,
+        in_specs=(x, w, plan.vocab, t, t),
+        out_specs=(sums, (x, P(*(plan.vocab or (None,)), plan.width or None), plan.vocab)) if want else sums,
+        check_vma=False,  # each result is reduced by hand over exactly the axes its spec leaves out
+    )(x_BTD, w_VD, bias_V, targets_BT, weights_BT)
+
+
+def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want):
+    label_smoothing, z_loss, vocab_axes, token_axes = (
+        plan.label_smoothing,
+        plan.z_loss,
+        plan.vocab_axes,
+        plan.token_axes,
+    )
+    B, T, D = x_BTD.shape
+    V = w_VD.shape[0]
+    size = _chunk(B * T, V, plan.chunk)
+    pad = -(B * T) % size
+    flat = [jnp.pad(a.reshape(B * T, *a.shape[2:]), ((0, pad),) + ((0, 0),) * (a.ndim - 2)) for a in
+            (x_BTD, targets_BT, weights_BT)]  # fmt: skip
+    parts = [a.reshape(-1, size, *a.shape[1:]) for a in flat]
+    first = _vocab_start(vocab_axes) * V
+    total_vocab = V * _ways(vocab_axes)
+
+    def one(carry, part):
+        sums, dw_VD, db_V = carry
+        x_ND, targets_N, weights_N = part
+        z_NV = jnp.dot(x_ND, w_VD.T, preferred_element_type=jnp.float32) + bias_V[None]
+        if plan.softcap is not None:
+            t_NV = jnp.tanh(z_NV / plan.softcap)
+            z_NV = plan.softcap * t_NV
+        top_N = _reduce(jax.lax.pmax, jax.lax.stop_gradient(z_NV.max(-1)), vocab_axes)
+        e_NV = jnp.exp(z_NV - top_N[:, None])
+        total_N = _reduce(jax.lax.psum, e_NV.sum(-1), vocab_axes)
+        log_z_N = top_N + jnp.log(total_N)
+        hit_NV = jax.lax.broadcasted_iota(targets_N.dtype, z_NV.shape, 1) == (targets_N - first)[:, None]
+        picked_N = _reduce(jax.lax.psum, jnp.where(hit_NV, z_NV, 0.0).sum(-1), vocab_axes)
+        nll_N = log_z_N - picked_N
+        loss_N = nll_N + z_loss * jnp.square(log_z_N)
+        if label_smoothing:
+            mean_N = _reduce(jax.lax.psum, z_NV.sum(-1), vocab_axes) / total_vocab
+            loss_N += label_smoothing * (picked_N - mean_N)
+        new = Sums(
+            (loss_N * weights_N).sum(), (nll_N * weights_N).sum(), jnp.where(picked_N >= top_N, weights_N, 0.0).sum()
+        )
+        sums = jax.tree.map(jnp.add, sums, new)
+        if not want:
+            return (sums, dw_VD, db_V), None
+        factor_N = weights_N * (1 + 2 * z_loss * log_z_N) / total_N
+        d_NV = e_NV * factor_N[:, None] - jnp.where(hit_NV, ((1 - label_smoothing) * weights_N)[:, None], 0.0)
+        if label_smoothing:
+            d_NV -= (label_smoothing / total_vocab) * weights_N[:, None]
+        if plan.softcap is not None:
+            d_NV *= 1 - jnp.square(t_NV)
+        db_V += d_NV.sum(0)
+        d_NV = d_NV.astype(w_VD.dtype)
+        dx_ND = jnp.dot(d_NV, w_VD, preferred_element_type=jnp.float32)
+        dw_VD += jnp.dot(d_NV.T, x_ND, preferred_element_type=jnp.float32)
+        return (sums, dw_VD, db_V), dx_ND.astype(x_ND.dtype if not vocab_axes else jnp.float32)
+
+    zero = jnp.zeros((), jnp.float32)
+    shape = (V, D) if want else (0, 0)
+    start = (Sums(zero, zero, zero), jnp.zeros(shape, jnp.float32), jnp.zeros(V, jnp.float32))
+    (sums, dw_VD, db_V), dx = jax.lax.scan(one, start, tuple(parts))
+    sums = jax.tree.map(lambda s: _reduce(jax.lax.psum, s, token_axes), sums)
+    if not want:
+        return sums
+    db_V, dw_VD = _reduce(jax.lax.psum, db_V, token_axes), dw_VD.astype(w_VD.dtype)
+    if plan.width:
+        dw_VD = jax.lax.psum_scatter(dw_VD, plan.width, scatter_dimension=1, tiled=True)
+    dw_VD = _reduce(jax.lax.psum, dw_VD, tuple(a for a in token_axes if a not in plan.width))
+    dx = _reduce(jax.lax.psum, dx.reshape(-1, D)[: B * T].reshape(B, T, D), vocab_axes).astype(x_BTD.dtype)
+    # The blocks' backward pass waits for the head's sums, or the float32 of a whole head lies beside it until its end.
+    dx, dw_VD = jax.lax.optimization_barrier((dx, dw_VD))
+    return sums, (dx, dw_VD, db_V)
+
+
+def _reduce(f: Any, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return f(x, axes) if axes else x
+
+
+def _ways(axes: tuple[str, ...]) -> int:
+    return jax.lax.axis_size(axes) if axes else 1
+
+
+def _vocab_start(axes: tuple[str, ...]) -> jax.Array | int:
+    return jax.lax.axis_index(axes) if axes else 0

@@ -1,0 +1,40 @@
+"""Which activations are kept for the backward pass, offloaded to the host, or computed again."""
+
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlm.core import config
+from jaxlm.nn.layout import Layout, but_gathered
+
+# Activations by the name of the weight whose product they are, `attended` (attention's result) and `input` (a block's),
+# that each of these kinds of remat keeps for the backward pass; the rest is computed again.
+QKV = ("q", "k", "v", "cross_q", "cross_k", "cross_v", "q_b", "kv_a", "k_rotated")
+
+
+KEPT: dict[str, tuple[str, ...]] = {"attention": (*QKV, "attended", "o", "cross_o"), "qkv": QKV, "full": ()}
+
+
+def remat_policy(e: config.Execution) -> Any:
+    """Which results of the forward pass a block keeps, and which of them in the host's memory."""
+    policies, host = jax.checkpoint_policies, [name for name in e.offload if name != "optimizer"]
+    if e.remat not in KEPT:
+        if host:
+            raise ValueError(
+                f"execution.offload: {host[0]} needs execution.remat={', '.join(KEPT)}; with {e.remat} "
+                "other activations than these are kept"
+            )
+        return but_gathered if e.remat == "none" else policies.dots_with_no_batch_dims_saveable
+    saved = [name for name in KEPT[e.remat] if name not in host]
+    if host:
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=saved, names_which_can_be_offloaded=host, offload_src="device",
+            offload_dst="pinned_host",
+        )  # fmt: skip
+    return policies.save_only_these_names(*saved) if saved else policies.nothing_saveable
+
+
+def named(x: jax.Array, name: str, shard: Layout) -> jax.Array:
+    """For `remat_policy`; without a policy that asks for names programs stay as they are."""
+    return checkpoint_name(x, name) if shard.execution.remat in KEPT else x

@@ -1,0 +1,1 @@
+"""Processes, devices, the mesh, launchers, chips and compiler options."""

@@ -1,0 +1,122 @@
+"""The mesh, and the tables from logical axes to mesh axes."""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.core import config
+from jaxlm.runtime import device_order
+
+AXES = ("replica", "stage", "data", "fsdp", "context", "expert", "tensor")  # outer to inner
+BATCH_AXES = ("replica", "data", "fsdp", "expert")
+
+
+_target: contextvars.ContextVar[tuple[Any, ...] | None] = contextvars.ContextVar("target", default=None)
+
+
+@dataclass(frozen=True)
+class Described:
+    """A device of which only this is known: enough to lay a program out, not to compile it."""
+
+    platform: str
+    device_kind: str
+
+
+@contextlib.contextmanager
+def on_devices(devices: Sequence[Any]) -> Iterator[None]:
+    """Within it programs are made for these devices, which may be a compiler's description of ones that aren't here."""
+    token = _target.set(tuple(devices))
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def devices() -> list[Any]:
+    """Those that programs are made for: this run's own, unless `on_devices` says otherwise."""
+    target = _target.get()
+    return jax.devices() if target is None else list(target)
+
+
+def own_device() -> Any:
+    """One of them that this process may compile for."""
+    return jax.local_devices()[0] if _target.get() is None else devices()[0]
+
+
+def platform() -> str:
+    """Of those devices: cpu, gpu or tpu."""
+    return jax.default_backend() if _target.get() is None else devices()[0].platform
+
+
+def on_one_device() -> Any:
+    one = devices()[0]
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0] if isinstance(one, Described) else one)
+
+
+def sizes(c: config.Mesh, count: int) -> dict[str, int]:
+    """Of every mesh axis on so many devices."""
+    out = {a: getattr(c, a) for a in AXES}
+    if out["data"] is None:
+        out["data"] = 1 if -1 in out.values() else -1
+    free = [a for a, n in out.items() if n == -1]
+    if len(free) > 1:
+        raise ValueError(f"mesh: only one axis may be -1, not {' and '.join(free)}")
+    for a, n in out.items():
+        if n < 1 and n != -1:
+            raise ValueError(f"mesh.{a}: {n} is not a size; use a positive number, or -1 for what is left")
+    fixed = math.prod(n for n in out.values() if n != -1)
+    if free and count % fixed == 0:
+        out[free[0]] = count // fixed
+    elif fixed != count:
+        shown = " × ".join(f"{a} {n}" for a, n in out.items() if n != 1) or "1"
+        raise ValueError(f"mesh: {shown} does not fit {count} devices; change a size or set one axis to -1")
+    return out
+
+
+def make_mesh(c: config.Mesh, on: list[Any] | None = None) -> Any:
+    """The mesh of all devices, or None for a single one: then nothing is annotated at all. Abstract for `Described`."""
+    on = devices() if on is None else on
+    found = sizes(c, len(on))
+    if len(on) == 1:
+        return None
+    kinds = (AxisType.Explicit if c.axis_type == "explicit" else AxisType.Auto,) * len(AXES)
+    if isinstance(on[0], Described):
+        return jax.sharding.AbstractMesh(tuple(found.values()), AXES, axis_types=kinds)
+    return jax.sharding.Mesh(device_order.arranged(on, found), AXES, axis_types=kinds)
+
+
+def pinned(tree: Any, homes: Any) -> Any:
+    """A tree of arrays, each where `homes` says."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.tree.map(jax.reshard if mesh.are_all_axes_explicit else jax.lax.with_sharding_constraint, tree, homes)
+
+
+def on_mesh(mesh: jax.sharding.Mesh | None) -> Any:
+    """Context in which programs are traced: the mesh, or nothing for a single device."""
+    import contextlib
+
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def replicated(mesh: jax.sharding.Mesh | None) -> Any:
+    return on_one_device() if mesh is None else NamedSharding(mesh, P())
+
+
+def check_host_memory(device: Any) -> None:
+    """Refuse a backend whose devices don't reach the host's memory. Devices that programs are only compiled for, and
+    don't say, may."""
+    try:
+        kinds = [m.kind for m in device.addressable_memories()]
+    except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):
+        return
+    if kinds and "pinned_host" not in kinds:
+        raise ValueError(
+            f"execution.offload: {device.platform} has no pinned host memory, only {', '.join(kinds)}; drop it"
+        )

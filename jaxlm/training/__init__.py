@@ -1,0 +1,1 @@
+"""The pure update and its record: step, optimizers, loop, log and report."""

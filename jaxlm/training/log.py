@@ -1,0 +1,154 @@
+"""What a run says: `metrics.jsonl`, samples, TensorBoard events, the environment, speed and the progress line.
+
+Everything that depends on the clock stands under the key `time` of a line, so two runs are compared bit for bit by
+dropping that one key.
+"""
+
+import json
+import math
+import os
+import time as clock
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RESERVED = ("kind", "step", "name", "time")
+
+
+class RunLog:
+    """Writes one JSON object a line, each with one system call, so that a killed process loses at most the last line.
+
+    resume_step: drop everything later than it first. None: append. ended: that step was the last one, so the samples
+    and events of the run's end, which follow its checkpoint, are dropped as well. enabled: only on process 0 of a run.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        tensorboard: bool = True,
+        resume_step: int | None = None,
+        ended: bool = False,
+        enabled: bool = True,
+    ):
+        self._lines = self._samples = self._events = None
+        if not enabled:
+            return
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path, samples = folder / "metrics.jsonl", folder / "samples.txt"
+        if path.exists():
+            lines = read_lines(path)
+            if resume_step is not None:
+                lines = [line for line in lines if line["step"] <= resume_step]
+                if ended:
+                    before = lambda x: x["kind"] in ("train", "valid") or x.get("name") == "gain"  # noqa: E731
+                    lines = [x for x in lines if x["step"] < resume_step or before(x)]
+            replace_file(path, "".join(map(_line, lines)))
+            replace_file(samples, "".join(_sample(x) for x in lines if x["kind"] == "sample"))
+        if tensorboard:
+            purge = None if resume_step is None else resume_step + 1
+            self._events = _tensorboard()(str(folder / "events"), purge_step=purge, flush_secs=10)
+        self._lines = open(path, "ab", buffering=0)  # noqa: SIM115  open as long as the run
+        self._samples = open(samples, "ab", buffering=0)  # noqa: SIM115
+
+    def train(self, step: int, metrics: Mapping[str, Any], time: Mapping[str, Any]) -> None:
+        self._numbers("train", step, metrics, time)
+
+    def valid(self, step: int, metrics: Mapping[str, Any], time: Mapping[str, Any]) -> None:
+        self._numbers("valid", step, metrics, time)
+
+    def event(self, step: int, name: str, **info: Any) -> None:
+        """Something that happened once; what in it depends on the clock goes into `time={…}`."""
+        self._write({"kind": "event", "step": step, "name": name, **info})
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """text: what the model wrote after `prompt`."""
+        line = {"kind": "sample", "step": step, "prompt": prompt, "text": text}
+        self._write(line)
+        if self._samples is not None:
+            self._samples.write(_sample(line).encode())
+        if self._events is not None:
+            self._events.add_text(f"sample/{prompt[:40]}", text, step)
+
+    def close(self) -> None:
+        for file in (self._lines, self._samples, self._events):
+            if file is not None:
+                file.close()
+        self._lines = self._samples = self._events = None
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _numbers(self, kind: str, step: int, metrics: Mapping[str, Any], time: Mapping[str, Any]) -> None:
+        if bad := [name for name in metrics if name in RESERVED]:
+            raise ValueError(f"a metric may not be called {bad[0]!r}: rename it")
+        self._write({"kind": kind, "step": step, **metrics, "time": dict(time)})
+        if self._events is not None:
+            for name, value in [*metrics.items(), *((f"time/{k}", v) for k, v in time.items())]:
+                if value is not None:
+                    self._events.add_scalar(f"{kind}/{name}", _plain(value), step)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._lines is not None:
+            stamped = {**line, "time": {**line.get("time", {}), "unix": round(clock.time(), 3)}}
+            self._lines.write(_line(stamped).encode())
+
+
+def read_lines(path: str | os.PathLike) -> list[dict]:
+    """The lines of a `metrics.jsonl`. A last line without its end was cut by a kill and is left out; any other fault is
+    a ValueError that names the line. Values that JSON has no number for come as "NaN", "Infinity", "-Infinity"."""
+    *whole, _ = Path(path).read_bytes().split(b"\n")
+    lines = []
+    for number, text in enumerate(whole, 1):
+        try:
+            line = json.loads(text)
+            line["step"], line["kind"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is not a line of this log: mend or delete it ({error})") from error
+        lines.append(line)
+    return lines
+
+
+def _line(line: dict) -> str:
+    return json.dumps(_plain(line), allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types. Python writes a float with as many digits as tell it apart from every other float."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if hasattr(value, "item"):
+        value = value.item()  # a scalar of numpy or JAX; anything larger raises
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _sample(line: dict) -> str:
+    return f"── step {line['step']} ── {line['prompt']!r}\n{line['prompt']}{line['text']}\n\n"
+
+
+def replace_file(path: Path, text: str) -> None:
+    """All of it or nothing, whenever the process is killed."""
+    new = path.with_name(path.name + ".new")
+    with open(new, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def _tensorboard() -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            'TensorBoard events need tensorboardX: pip install "jaxlm[report]", or switch them off'
+        ) from error
+    return SummaryWriter

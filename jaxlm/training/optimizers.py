@@ -1,0 +1,276 @@
+"""Optimizers and schedules: optax chains, and which parameters each of them gets."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
+
+from jaxlm.core import config, tree
+from jaxlm.core.spec import Spec, is_spec
+
+Schedule = Callable[[Any], Any]
+
+
+def _after_warmup(c: config.Optim, steps: int, then: Schedule) -> Schedule:
+    """Linear warm-up whose first step already moves, then `then(steps since)`."""
+    if c.warmup >= steps:
+        raise ValueError(f"optim.warmup: {c.warmup} steps do not fit into train.steps {steps}")
+    later = lambda t: jnp.maximum(then(jnp.maximum(t - c.warmup, 0)), 0.0)  # noqa: E731  # rounding may pass zero
+    return lambda t: jnp.where(t < c.warmup, c.lr * (t + 1) / max(1, c.warmup + 1), later(t))
+
+
+def _constant(c: config.Optim, steps: int) -> Schedule:
+    return lambda t: jnp.full((), c.lr)
+
+
+def _linear(c: config.Optim, steps: int) -> Schedule:
+    return optax.linear_schedule(c.lr, c.final * c.lr, max(1, steps - c.warmup - 1))
+
+
+def _cosine(c: config.Optim, steps: int) -> Schedule:
+    return optax.cosine_decay_schedule(c.lr, max(1, steps - c.warmup - 1), c.final)
+
+
+def _inverse_sqrt(c: config.Optim, steps: int) -> Schedule:
+    """lr · sqrt(w / (w + t)): continuous with the warm-up of w steps (Vaswani et al. 2017)."""
+    w = max(1, c.warmup)
+    return lambda t: c.lr * jnp.sqrt(w / (w + t))
+
+
+def _wsd(c: config.Optim, steps: int) -> Schedule:
+    """Warm-up, stable, then linear decay over the last share `decay` of all steps, or what of it the warm-up leaves
+    (Hu et al. 2024)."""
+    decay = min(max(1, round(c.decay * steps)), steps - c.warmup)
+    start = steps - decay - c.warmup
+    return lambda t: c.lr * (1 - (1 - c.final) * jnp.clip((t - start + 1) / decay, 0.0, 1.0))
+
+
+SCHEDULES: dict[str, Callable[[config.Optim, int], Schedule]] = {
+    "constant": _constant,
+    "linear": _linear,
+    "cosine": _cosine,
+    "inverse_sqrt": _inverse_sqrt,
+    "wsd": _wsd,
+}
+
+
+def schedule(c: config.Optim, steps: int) -> Schedule:
+    """Learning rate at update t = 0, 1, …, steps - 1."""
+    return _after_warmup(c, steps, SCHEDULES[c.schedule](c, steps))
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    tx: optax.GradientTransformation
+    schedule: Schedule
+    trainable: Callable[[str], bool]
+    groups: dict[str, str]
+    """Path of every parameter → what happens to it, such as `muon, decay 0.1` or `frozen`."""
+
+
+def make(
+    c: config.Optim,
+    steps: int,
+    specs: Any,
+    *,
+    trainable: Callable[[str], bool] = lambda path: True,
+    rate_of: Callable[[str], float] = lambda path: 1.0,
+    wrap: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] = lambda tx, steps: tx,
+) -> Optimizer:
+    """The optimizer of a run for a spec tree. Patterns that match no parameter are errors.
+
+    `trainable`: of what isn't frozen by name; `rate_of`: what a weight's learning rate is multiplied by; `wrap` gets
+    the whole of it and the number of steps.
+    """
+    flat = tree.flatten(specs, is_spec)
+    by_name = tree.matcher(c.freeze, flat, "optim.freeze")
+    frozen = lambda path: by_name(path) or not trainable(path)  # noqa: E731
+    spared = tree.matcher(c.no_decay, flat, "optim.no_decay")
+    to_adamw = tree.matcher(c.adamw_paths, flat, "optim.adamw_paths")
+    if all(frozen(p) for p in flat):
+        raise ValueError("optim.freeze: every parameter is frozen; nothing would be trained")
+
+    def matrix(path: str) -> bool:  # biases of heads or experts have two dimensions too
+        return flat[path].is_matrix and not path.endswith("bias")
+
+    def decays(path: str) -> bool:
+        return matrix(path) and not spared(path)
+
+    def group(path: str) -> str:
+        if path.endswith("selection_bias"):
+            return "balance"
+        hidden = "layers" in flat[path].axes and matrix(path)
+        return "muon" if c.name == "muon" and hidden and not to_adamw(path) else "adamw" if c.name == "muon" else c.name
+
+    rate = schedule(c, steps)
+    labels = tree.map_named(lambda path, s: None if frozen(path) else group(path), specs)
+    mask = tree.map_named(lambda path, s: None if frozen(path) else decays(path), specs)
+    used = set(tree.flatten(labels).values())
+    rows = {name: (OPTIMIZERS | OWN)[name](c, rate, mask, specs, labels) for name in sorted(used)}
+    tx = rows[next(iter(used))] if len(used) == 1 else optax.partition(rows, labels)
+    rates = {path: rate_of(path) for path in flat}
+    if c.layer_decay != 1 or c.top_layers is not None or set(rates.values()) != {1.0}:
+        depths, _ = tree.partition(depth_scales(c, specs), lambda path: not frozen(path))
+        scales = tree.map_named(lambda path, scale: scale * rates[path], depths)
+        tx = optax.chain(tx, optax.stateless(lambda u, _: jax.tree.map(jnp.multiply, u, scales)))
+    groups = {
+        path: "frozen"
+        if frozen(path)
+        else f"{group(path)}, " + (f"decay {c.weight_decay:g}" if decays(path) and c.weight_decay else "no decay")
+        for path in flat
+    }
+    return Optimizer(wrap(tx, steps), rate, lambda path: not frozen(path), groups)
+
+
+LOOKED_UP = re.compile(r"(.*/)?(embed|position|type)(_|$)")
+
+
+def depth_scales(c: config.Optim, specs: Any) -> Any:
+    """What each weight's updates are multiplied by for its height: embeddings, the layers of a stack, heads.
+
+    Weight decay is part of an update, so what is multiplied by 0 stays as it was.
+    """
+    deepest = max((s.shape[0] for s in tree.flatten(specs, is_spec).values() if s.axes[:1] == ("layers",)), default=0)
+    if c.top_layers is not None and not 0 <= c.top_layers <= deepest:
+        raise ValueError(f"optim.top_layers: {c.top_layers} of {deepest} layers can't be trained")
+
+    def one(path: str, s: Spec) -> Any:
+        if s.axes[:1] != ("layers",):
+            if not LOOKED_UP.match(path):
+                return 1.0
+            return 0.0 if c.top_layers is not None else c.layer_decay ** (deepest + 1)
+        n = s.shape[0]
+        scale = c.layer_decay ** np.arange(n, 0, -1.0)
+        if c.top_layers is not None:
+            scale[: n - c.top_layers] = 0.0
+        return scale.astype(np.float32).reshape(-1, *[1] * (len(s.shape) - 1))
+
+    return tree.map_named(one, specs)
+
+
+def _finish(c: config.Optim, rate: Schedule, mask: Any) -> optax.GradientTransformation:
+    """Decoupled weight decay (Loshchilov & Hutter 2019), then the learning rate."""
+    decay = optax.add_decayed_weights(c.weight_decay, mask=_only(mask)) if c.weight_decay else optax.identity()
+    return optax.chain(decay, optax.scale_by_learning_rate(rate))
+
+
+def _only(mask: Any) -> Callable[[Any], Any]:
+    """The mask for whichever part of the tree a partition hands over: holes there are `MaskedNode`s."""
+
+    def of(params: Any) -> Any:
+        hole = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+        return jax.tree.map(lambda p, m: p if hole(p) else m, params, mask, is_leaf=hole)
+
+    return of
+
+
+def _adamw(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any) -> optax.GradientTransformation:
+    return optax.chain(optax.scale_by_adam(c.beta1, c.beta2, c.eps), _finish(c, rate, mask))
+
+
+def _sgd(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any) -> optax.GradientTransformation:
+    momentum = optax.trace(c.momentum) if c.momentum else optax.identity()
+    return optax.chain(momentum, _finish(c, rate, mask))
+
+
+def _lion(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any) -> optax.GradientTransformation:
+    """Chen et al. 2023; wants a learning rate 3–10 × below AdamW's and a decay as much above."""
+    return optax.chain(optax.scale_by_lion(c.beta1, c.beta2), _finish(c, rate, mask))
+
+
+def _adafactor(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any) -> optax.GradientTransformation:
+    """Shazeer & Stern 2018: factored second moments, updates clipped to RMS 1 and scaled by each weight's own RMS."""
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),
+        _finish(c, rate, mask),
+    )
+
+
+def matrix_dimensions(s: Spec) -> MuonDimensionNumbers:
+    """Which dimensions of a stacked weight are its matrix's input and output; layers and experts are a batch."""
+    own = [i for i, a in enumerate(s.axes) if a not in ("layers", "experts")]
+    inputs = own[:-1] if s.axes[own[-1]] == "embed" else own[:1]
+    return MuonDimensionNumbers(tuple(inputs), tuple(i for i in own if i not in inputs))
+
+
+def _muon(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any) -> optax.GradientTransformation:
+    """Jordan 2024: momentum made orthogonal by Newton–Schulz, for hidden matrices only.
+
+    The iteration is written on whole matrices, so the partitioner keeps it exact however they are sharded.
+    """
+
+    def numbers(params: Any) -> Any:
+        hole = lambda x: x is None or isinstance(x, optax.MaskedNode)  # noqa: E731
+        return jax.tree.map(lambda p, s: p if hole(p) else matrix_dimensions(s), params, specs, is_leaf=hole)
+
+    def shape_scale(s: Spec) -> float:
+        n = matrix_dimensions(s)
+        rows, columns = (math.prod(s.shape[i] for i in dims) for dims in (n.output_axis, n.reduction_axis))
+        return max(1.0, rows / columns) ** 0.5
+
+    def rescale(updates: Any, params: Any = None) -> Any:
+        hole = lambda x: x is None or isinstance(x, optax.MaskedNode)  # noqa: E731
+        return jax.tree.map(lambda u, s: u if hole(u) else u * shape_scale(s), updates, specs, is_leaf=hole)
+
+    return optax.chain(
+        scale_by_muon(beta=c.muon_momentum, weight_dimension_numbers=numbers),
+        optax.stateless(rescale),
+        _finish(c, lambda t: rate(t) * (c.muon_lr / c.lr), mask),
+    )
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "sgd": _sgd,
+    "lion": _lion,
+    "adafactor": _adafactor,
+    "muon": _muon,
+}
+
+
+BALANCE_RATE = 1e-3  # at the peak of the schedule, which it follows
+
+
+def _balance(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any) -> optax.GradientTransformation:
+    """Steps of one size against an expert's load, for the biases that `moe.route` chooses by (DeepSeek V3, section
+    2.1.2). Their gradient is no gradient of the loss, and only its sign is read: neither its scale nor clipping counts.
+    """
+    return optax.chain(
+        optax.stateless(lambda g, _: jax.tree.map(jnp.sign, g)),
+        optax.scale_by_learning_rate(lambda t: rate(t) * (BALANCE_RATE / c.lr)),
+    )
+
+
+OWN = {"balance": _balance}  # of certain weights, whatever `optim.name` is
+
+
+def state_shardings(
+    tx: optax.GradientTransformation, params: Any, shardings: Any, whole: Any, host: bool = False
+) -> Any:
+    """Moments live where their weights live; counters and factored moments are whole on every device.
+
+    `params`: abstract trainable weights; `shardings`: theirs; `whole`: the replicated sharding; `host`: in the hosts'
+    memory, but for counters.
+    """
+    homes = {
+        path: (leaf.shape, home)
+        for (path, leaf), home in zip(tree.flatten(params).items(), tree.flatten(shardings).values(), strict=True)
+    }
+
+    def place(path: tuple, leaf: Any) -> Any:
+        # A moment sits in the optimizer's state under its weight's own path, whatever chains and groups surround it.
+        name = "/".join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
+        shape, home = homes.get(name, next((h for p, h in homes.items() if name.endswith("/" + p)), (None, whole)))
+        at = home if leaf.shape == shape else whole
+        return at.with_memory_kind("pinned_host") if host and leaf.ndim else at
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))

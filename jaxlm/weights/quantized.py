@@ -1,0 +1,191 @@
+"""Frozen weights that rest in few bits: NF4 with its scales quantized again (Dettmers et al. 2023), int8, bfloat16.
+
+At rest a quantized weight is a dict of arrays under its own path (`blocks/q/nf4`, `blocks/q/scale` …); `bound` makes of
+it a leaf that answers `shard.einsum`, so models know nothing of it. Numbers are made anew for each product, in the
+backward pass too: a training step never keeps a dense copy.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import PartitionSpec
+
+from jaxlm.core.spec import Spec, zeros
+from jaxlm.nn.block_stack import scanned
+from jaxlm.nn.layout import Layout
+
+BLOCK = 64
+# Quantiles of a normal distribution that hold equal shares of it, with an exact zero; the largest is 1.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def block_size(n: int) -> int:
+    """Numbers that share a scale, along a dimension of `n`: 64, or the largest power of two below that divides it."""
+    size = math.gcd(n, BLOCK)
+    if size < 2:
+        raise ValueError(f"nf4: {n} inputs have no even number to share a byte; leave base=bfloat16")
+    return size
+
+
+class Nf4(struct.PyTreeNode):
+    """Codes in blocks along the last input dimension, two in a byte, the first in its high half.
+
+    The scale of a block, its largest magnitude, is 8 bits between the least and the largest of its outputs' scales.
+    """
+
+    nf4: jax.Array
+    """uint8, of the weight's shape with half of its last input dimension."""
+    scale: jax.Array
+    """uint8, with one for each block."""
+    low: jax.Array
+    """float32, with one for all outputs of a block."""
+    step: jax.Array
+    outs: int = struct.field(pytree_node=False)
+    """Output dimensions: the input that blocks lie along stands before them."""
+    axes: tuple[Any, ...] = struct.field(pytree_node=False, default=())
+    """Mesh axes of the dense weight, once it is on its way into a layer."""
+    arrays = ("nf4", "scale", "low", "step")
+
+    @property
+    def ndim(self) -> int:
+        return self.nf4.ndim
+
+    def dense(self, dtype: Any = jnp.float32) -> jax.Array:
+        unpack = partial(_unpacked, self.outs, dtype)
+        mesh = jax.sharding.get_abstract_mesh()
+        if not mesh.empty and mesh.are_all_axes_explicit:
+            # The split into blocks is left to the partitioner, and only its result is said. Weights that are on their
+            # way into a layer know where they live; others are whole.
+            unpack = jax.sharding.auto_axes(unpack, out_sharding=PartitionSpec(*self.axes))
+        return unpack(self.nf4, self.scale, self.low, self.step)
+
+    def einsum(self, eq: str, x: jax.Array, shard: Layout, *axes: str | None) -> jax.Array:
+        return _product(lambda x, w: shard.einsum(eq, x, w.dense(x.dtype), *axes), shard)(x, self)
+
+    def gathered(self, s: Spec, shard: Layout) -> Any:
+        return _gathered(self, s, shard)
+
+
+class Int8(struct.PyTreeNode):
+    """One scale for each output, that of its largest magnitude."""
+
+    int8: jax.Array
+    scale: jax.Array
+    """float32, of the weight's shape with inputs of size one."""
+    outs: int = struct.field(pytree_node=False)
+    axes: tuple[Any, ...] = struct.field(pytree_node=False, default=())
+    arrays = ("int8", "scale")
+
+    @property
+    def ndim(self) -> int:
+        return self.int8.ndim
+
+    def dense(self, dtype: Any = jnp.float32) -> jax.Array:
+        return (self.int8.astype(jnp.float32) * self.scale).astype(dtype)
+
+    def einsum(self, eq: str, x: jax.Array, shard: Layout, *axes: str | None) -> jax.Array:
+        def product(x: jax.Array, w: Int8) -> jax.Array:
+            y = shard.einsum(eq, x, w.int8.astype(x.dtype), *axes)
+            scale = w.scale.reshape(w.scale.shape[w.scale.ndim - w.outs :])
+            return y * scale.reshape((1,) * (y.ndim - w.outs) + scale.shape).astype(y.dtype)
+
+        return _product(product, shard)(x, self)
+
+    def gathered(self, s: Spec, shard: Layout) -> Any:
+        return _gathered(self, s, shard)
+
+
+def _unpacked(outs: int, dtype: Any, nf4: jax.Array, scale: jax.Array, low: jax.Array, step: jax.Array) -> jax.Array:
+    at = nf4.ndim - outs - 1
+    q = jnp.stack([nf4 >> 4, nf4 & 15], at + 1)
+    # A sum of which one term isn't zero: every backend fuses it, and a lookup needs a gather. Not `where`: its numbers
+    # are arrays of the weight's size, and a scan that keeps what its backward pass needs makes them all beforehand.
+    w: Any = sum((q == i).astype(jnp.float32) * jnp.float32(level) for i, level in enumerate(NF4) if level)
+    n, blocks, lead, rest = 2 * nf4.shape[at], scale.shape[at], nf4.shape[:at], nf4.shape[at + 1 :]
+    coarse = low + step * scale.astype(jnp.float32)
+    w = w.reshape(*lead, blocks, n // blocks, *rest) * jnp.expand_dims(coarse, at + 1)
+    return w.reshape(*lead, n, *rest).astype(dtype)
+
+
+def _product(f: Callable[[jax.Array, Any], jax.Array], shard: Layout) -> Callable[[jax.Array, Any], jax.Array]:
+    """A product with a frozen weight: the backward pass makes its numbers again instead of keeping them."""
+    return jax.checkpoint(f, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=not scanned(shard))
+
+
+def _gathered(w: Any, s: Spec, shard: Layout) -> Any:
+    """The few bits, gathered over the axes that only store; dense numbers for experts, which go through no `einsum`."""
+    axes = s.axes[-w.ndim :]
+    arrays = {name: getattr(w, name) for name in w.arrays}
+    held = {name: shard(x, *_axes(name, x.shape, axes, w.outs)) for name, x in arrays.items()}
+    w = w.replace(**held, axes=tuple(shard.spec(axes)))
+    return w.dense(shard.dtype) if "experts" in s.axes else w
+
+
+def _axes(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], outs: int) -> tuple[str | None, ...]:
+    """Logical axes of one of a weight's arrays. Blocks of inputs are no dimension of the weight: they stay whole."""
+    at = len(axes) - outs - 1
+    if name not in ("nf4", "int8"):
+        axes = (*axes[:at], None, *axes[at + 1 :])
+    return tuple(a if n > 1 else None for n, a in zip(shape, axes, strict=True))
+
+
+def nf4(w: jax.Array, ins: int, outs: int) -> dict[str, jax.Array]:
+    """A weight whose last `outs` dimensions are outputs, and the `ins` before them inputs, as `Nf4` keeps it."""
+    at = w.ndim - outs - 1
+    n, size = w.shape[at], block_size(w.shape[at])
+    lead, rest = w.shape[:at], w.shape[at + 1 :]
+    blocks = w.astype(jnp.float32).reshape(*lead, n // size, size, *rest)
+    largest = jnp.abs(blocks).max(at + 1)
+    over = tuple(range(at + 1, largest.ndim))
+    low = largest.min(over, keepdims=True)
+    step = jnp.maximum(largest.max(over, keepdims=True) - low, 1e-30) / 255
+    scale = jnp.round((largest - low) / step).astype(jnp.uint8)
+    coarse = jnp.maximum(low + step * scale.astype(jnp.float32), 1e-30)
+    unit = (blocks / jnp.expand_dims(coarse, at + 1)).reshape(w.shape)
+    code = jnp.zeros(w.shape, jnp.uint8)
+    for a, b in itertools.pairwise(NF4):
+        code += (unit > jnp.float32((a + b) / 2)).astype(jnp.uint8)
+    pairs = code.reshape(*lead, n // 2, 2, *rest)
+    high, second = (jax.lax.index_in_dim(pairs, i, at + 1, keepdims=False) for i in (0, 1))
+    return dict(nf4=high << 4 | second, scale=scale, low=low, step=step)
+
+
+def int8(w: jax.Array, ins: int, outs: int) -> dict[str, jax.Array]:
+    over = tuple(range(w.ndim - outs - ins, w.ndim - outs))
+    scale = jnp.maximum(jnp.abs(w.astype(jnp.float32)).max(over, keepdims=True), 1e-30) / 127
+    return dict(int8=jnp.round(w / scale).astype(jnp.int8), scale=scale)
+
+
+def bfloat16(w: jax.Array, ins: int, outs: int) -> jax.Array:
+    return w.astype(jnp.bfloat16)
+
+
+KINDS: dict[str, Callable[..., Any]] = {"nf4": nf4, "int8": int8, "bfloat16": bfloat16}
+
+
+def specs(s: Spec, ins: int, outs: int, kind: str) -> Any:
+    """Of what `KINDS[kind]` makes of a weight. Fresh weights are initialised before they are quantized."""
+    made = jax.eval_shape(partial(KINDS[kind], ins=ins, outs=outs), jax.ShapeDtypeStruct(s.shape, jnp.float32))
+    if not isinstance(made, dict):
+        return s._replace(dtype=made.dtype)
+    return {name: Spec(x.shape, _axes(name, x.shape, s.axes, outs), zeros, x.dtype) for name, x in made.items()}
+
+
+def bound(held: dict[str, Any], outs: int) -> Any:
+    """The leaf that `held`, a dict of arrays, stands for."""
+    return (Nf4 if "nf4" in held else Int8)(**held, outs=outs)
+
+
+def dense(w: Any) -> jax.Array:
+    """Any leaf's numbers in float32."""
+    return w.dense() if hasattr(w, "dense") else w.astype(jnp.float32)

@@ -1,0 +1,215 @@
+"""From a run to its parts: every objective shows, learns and validates; what can't go together is refused."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxlm.assembly import corpus, program, run_directory, run_objective
+from jaxlm.commands import cli
+from jaxlm.core import config, config_io
+from jaxlm.evaluation import perplexity
+from jaxlm.models import MODELS
+from jaxlm.models.model import Model
+from jaxlm.nn import layout
+from jaxlm.objectives import OBJECTIVES
+from jaxlm.runtime import mesh
+from jaxlm.weights.adapters import adapted
+
+CONFIG = """
+from jaxlm.config import Data, Execution, Mesh, Optim, Run, Train
+from jaxlm.models import MODELS, Model
+from jaxlm.objectives import OBJECTIVES
+
+def config():
+    return Run(
+        name="run",
+        model=MODELS[{family!r}].Config(**{model!r}),
+        objective=OBJECTIVES[{objective!r}].Config(**{settings!r}),
+        data=Data(train=({text!r},), holdout=0.2, tokenizer="sentencepiece:400", cache={cache!r}, tokenize_workers=1),
+        optim=Optim(lr=1e-2, warmup=1),
+        train=Train(steps=3, batch_size=8, seq_len=32, eval_every=3, save_every=3, log_every=1,
+                    prompts=()),
+        mesh=Mesh(data=8),
+        execution=Execution(dtype="float32", scan=True),
+        out={out!r},
+    )
+"""
+LLAMA = dict(vocab=512, layers=1, width=16, heads=2, kv_heads=1, head_width=8, ffn=16)
+BERT = dict(vocab=512, layers=1, width=16, heads=2, ffn=16, positions=32)
+T5 = dict(vocab=512, layers=1, width=16, heads=2, head_width=8, ffn=16)
+BART = dict(vocab=512, layers=1, width=16, heads=2, ffn=16, positions=32)
+ROWS = {
+    "causal": ("llama", LLAMA, {}),
+    "prefix": ("llama", LLAMA, {}),
+    "infill": ("llama", LLAMA, {"sentinels": ("<cls>", "<sep>", "<mask>")}),
+    "seq2seq": ("llama", LLAMA, {}),
+    "span_corruption": ("t5", T5, {"sentinels": 50, "target_len": 16}),
+    "translation": ("bart", BART, {"target_len": 24}),
+    "masked": ("bert", BERT, {}),
+    "next_sentence": ("bert", BERT, {}),
+}
+OBJECTIVE_OF = {"translation": "seq2seq"}  # of rows that have another name
+
+
+@pytest.fixture
+def home(tmp_path: Path):
+    """`home(objective, **changes)` writes a config for it and gives the path."""
+    lines = [
+        {"text": f"def f{i}(x):\n    return x + {i}\n" * 3, "source": f"two dogs {i}", "target": f"zwei Hunde {i} «ß»"}
+        for i in range(60)
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+    def write(objective: str, family: str = "", model: dict | None = None, settings: dict | None = None) -> str:
+        row = ROWS[objective]
+        path = tmp_path / f"{objective}.py"
+        path.write_text(
+            CONFIG.format(
+                family=family or row[0],
+                model=model or row[1],
+                settings=settings or row[2],
+                objective=OBJECTIVE_OF.get(objective, objective),
+                text=str(tmp_path / "x.jsonl"),
+                cache=str(tmp_path / "cache"),
+                out=str(tmp_path / "runs"),
+            )
+        )
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("objective", ROWS)
+def test_data_inspect_shows_rows_and_how_much_of_them_is_learned(objective, home, capsys):
+    assert cli.main(["data", "inspect", home(objective), "--examples", "2"]) == 0
+    shown = capsys.readouterr().out
+    marked = [int(n) for n in re.findall(r"(\d+) (?:of them )?targets \(underlined\)", shown)]
+    assert len(marked) == 2 and min(marked) > 0
+    assert ("Hunde" in shown.replace("\u2581", " ")) == (objective in ("seq2seq", "translation"))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "prefix",
+        "span_corruption",
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ("infill", "seq2seq", "translation")),
+    ],
+)
+def test_it_learns_and_validates_on_a_mesh(objective, home):
+    run = config_io.load(home(objective))
+    tokens = run_directory.load_tokenizer(run)
+    p, data = program.program(run, tokens), corpus.corpus(run, tokens)
+    name = "spans" if objective == "span_corruption" else "tokens"
+    with mesh.on_mesh(p.mesh):
+        state, losses = p.init(), []
+        batch = p.to_device(corpus.training_loader(run, tokens, data, None).batch(0), None)
+        step = p.train_step().lower(state, batch).compile()
+        for _ in range(4):
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+            assert metrics["finite"] == 1 and metrics[f"weight/{name}"] == np.asarray(batch["weights"]).sum()
+        assert losses[-1] < losses[0]
+        evaluate = perplexity.make_eval_step(p.loss, p.objective.weights, tokens.bytes_per_token)
+        valid = perplexity.total(perplexity.parts(evaluate, state.params, corpus.validation_batches(p, data)))
+    assert valid["targets"] > 0 and valid["perplexity"] > 1
+    assert ("bits_per_byte" in valid) == (name == "tokens"), "spans are no whole text"
+
+
+@pytest.mark.slow
+def test_pairs_train_and_evaluate_from_the_command_line(home, tmp_path, capsys):
+    assert cli.main(["train", home("seq2seq")]) == 0
+    capsys.readouterr()
+    assert cli.main(["eval", str(tmp_path / "runs" / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["targets"] > 0
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_model_is_refused_what_its_kind_can_not_learn(objective, home):
+    module = OBJECTIVES[objective]
+    assert set(module.models) <= {"decoder", "encoder", "encoder_decoder"}
+    run = config_io.load(home("causal"))
+    for name, family in MODELS.items():
+        if family.kind in module.models:
+            continue
+        wrong = config.Run("run", family.Config(), module.Config(), data=run.data)
+        with pytest.raises(ValueError, match=rf"^objective: {objective} trains .* and {name} is of kind {family.kind}"):
+            program.program(wrong, run_directory.load_tokenizer(run))
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes", "words"),
+    [
+        ("span_corruption", ["--model.vocab", "449"], "tokenizer's 400 tokens and the 50 that objective adds; set"),
+        ("span_corruption", ["--objective.sentinels", "1"], "objective.sentinels: 1 are too few for the gaps"),
+        ("translation", ["--objective.target-len", "40"], "objective.target_len: 40 is longer than model.positions 32"),
+        ("translation", ["--train.seq-len", "40"], "train.seq_len: 40 is longer than model.positions 32"),
+        ("seq2seq", ["--data.compare-compression"], "data.compare_compression"),
+        ("infill", ["--objective.sentinels"], "objective.sentinels: data.tokenizer has no <fim_prefix>"),
+    ],
+)
+def test_a_run_that_can_not_be_is_refused_in_one_line(objective, changes, words, home, capsys):
+    assert cli.main(["train", home(objective), *changes, "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("objective", ["causal", "seq2seq", "translation"])
+def test_prompts_are_what_the_model_was_trained_to_go_on_from(objective, home):
+    run = config_io.load(home(objective))
+    tokens = run_directory.load_tokenizer(run)
+    prompts, sources = run_objective.prompts(run, tokens, ["two dogs", "a"])
+    ids = [tokens.encode(text) for text in ("two dogs", "a")]
+    if objective == "translation":
+        start = run.model.decoder_start
+        assert (prompts, sources) == ([[start]] * 2, [[*x, tokens.eos_id] for x in ids])
+    else:
+        end = [tokens.sep_id] if objective == "seq2seq" else []
+        assert (prompts, sources) == ([[tokens.bos_id, *x, *end] for x in ids], None)
+
+
+def test_texts_that_lose_their_end_are_counted(home, capsys):
+    path = home("seq2seq")
+    assert cli.main(["data", "inspect", path, "--train.seq-len", "8"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    told = r"(\S+): of (\d+) pairs (\d+) sources and (\d+) targets lose their end; raise train.seq_len"
+    train, valid = re.findall(told, shown)
+    assert train[0] == valid[0] == config_io.load(path).data.train[0], "the source, of both of its parts"
+    assert int(train[1]) > int(valid[1]) > 0 and all(n == cut for _, n, _, cut in (train, valid))
+    assert cli.main(["data", "inspect", path, "--train.seq-len", "64"]) == 0
+    assert "lose their end" not in capsys.readouterr().out
+
+
+def flops(model, objective, **more) -> float:
+    """Weights that a token of a row is multiplied with, by 6 FLOPs each; attention left out."""
+    run = config.Run("r", model, objective, train=config.Train(seq_len=32, batch_size=8), **more)
+    family, module = (table[config.family(part)] for table, part in ((MODELS, model), (OBJECTIVES, objective)))
+    specs = family.specs(model) | module.specs(objective, model.width)
+    p = program.Program(run, None, None, layout.Layout(), specs, Model(family, model, specs, layout.Layout()),
+                         adapted.Adapted(config.Adapter(), family, model), module, None, {})  # fmt: skip
+    found = p.flops_per_token()
+    return (2 * found["causal"] - found["full"]) / 6
+
+
+def test_flops_count_the_weights_that_a_token_meets():
+    from jaxlm.models import bert, llama, mixtral, t5
+    from jaxlm.nn.moe import Moe
+    from jaxlm.objectives import causal, masked, seq2seq
+
+    D, F, V, A = 16, 24, 64, 4 * 16 * 16  # q, k, v, o of four heads of four
+    shape = dict(vocab=V, layers=2, width=D, heads=4, head_width=4, ffn=F)
+    assert flops(llama.Config(**shape, kv_heads=4), causal.Config()) == 2 * (A + 3 * D * F) + V * D
+    assert flops(llama.Config(**shape, kv_heads=4, tied=True), causal.Config()) == 2 * (A + 3 * D * F) + V * D
+    experts = Moe(experts=8, top_k=2, ffn=F)
+    expected = 2 * (A + D * 8 + 2 * 3 * D * F) + V * D
+    assert flops(mixtral.Config(**shape, kv_heads=4, moe=experts), causal.Config()) == expected
+    encoder = bert.Config(vocab=V, layers=2, width=D, heads=4, ffn=F, pooler=False)
+    share = masked.places(masked.Config(), 32) / 32
+    assert flops(encoder, masked.Config()) == int(2 * (A + 2 * D * F) + D * D + share * V * D)
+    both = t5.Config(**shape, gated=False)
+    decoder = 2 * (A + 2 * D * D + 2 * D * F) * 0.25 + 2 * 2 * D * D  # keys and values of the source are its tokens'
+    expected = 2 * (A + 2 * D * F) + decoder + 0.25 * V * D
+    assert flops(both, seq2seq.Config(target_len=8)) == expected

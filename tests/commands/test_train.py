@@ -1,0 +1,290 @@
+"""A whole run from the command line, in this process, on eight devices: train, resume, evaluate, generate, refuse."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.assembly import open_model
+from jaxlm.commands import cli
+from jaxlm.core import config, config_io
+from jaxlm.training.log import read_lines
+
+CONFIG = """
+from jaxlm.config import Data, Execution, Mesh, Optim, Run, Train
+from jaxlm.models import llama
+from jaxlm.objectives import causal
+
+def config():
+    return Run(
+        name="run",
+        model=llama.Config(vocab=384, layers=2, width=16, heads=4, kv_heads=2, head_width=8, ffn=32, positions=64),
+        objective=causal.Config(),
+        data=Data(train=({text!r},), holdout=0.2, tokenizer="bytes", cache={cache!r}, tokenize_workers=1),
+        optim=Optim(lr=1e-2, warmup=1, ema=0.5),
+        train=Train(steps=6, batch_size=16, micro_batches=2, seq_len=32, eval_every=3, save_every=2, log_every=1,
+                    sample_every=0, prompts=("def ",), sample_tokens=4),
+        mesh=Mesh(data=2, fsdp=2, tensor=2),
+        execution=Execution(dtype="float32", scan=True),
+        out={out!r},
+    )
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(20):
+        (text / f"{i}.txt").write_text(f"file {i}: " + "".join(f"def f{i * j}(x): return x + {j}\n" for j in range(20)))
+    (tmp_path / "c.py").write_text(
+        CONFIG.format(text=str(text), cache=str(tmp_path / "cache"), out=str(tmp_path / "runs"))
+    )
+    return tmp_path
+
+
+def run(home: Path, *args: str) -> int:
+    return cli.main(["train", str(home / "c.py"), *args])
+
+
+def lines(folder: Path) -> list[dict]:
+    """The log without what depends on the clock."""
+    return [{k: v for k, v in line.items() if k != "time"} for line in read_lines(folder / "metrics.jsonl")]
+
+
+def weights(folder: Path, step: int) -> dict[str, np.ndarray]:
+    values = jax.device_get(open_model.open_model(folder, step).params)
+    return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(values)}
+
+
+def test_a_run_leaves_everything_about_itself(home: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(home) == 0
+    folder = home / "runs" / "run"
+    made = {p.name for p in folder.iterdir()}
+    assert made >= {"config.json", "checkpoints", "metrics.jsonl", "events", "report.html", "report.png", "samples.txt",
+                    "environment.json", "tokenizer"}  # fmt: skip
+    log = lines(folder)
+    train = [line for line in log if line["kind"] == "train"]
+    assert [line["step"] for line in train] == [1, 2, 3, 4, 5, 6]
+    assert train[-1]["loss"] < train[0]["loss"]
+    assert [line["step"] for line in log if line["kind"] == "valid"] == [0, 3, 6]
+    shown = capsys.readouterr().out
+    assert "attention    xla (cudnn needs an NVIDIA GPU" in shown and "data 2 × fsdp 2 × tensor 2" in shown
+
+    capsys.readouterr()
+    assert cli.main(["eval", str(folder), "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out.splitlines()[-1])
+    final = [line for line in log if line["kind"] == "valid"][-1]
+    assert metrics["bits_per_byte"] == pytest.approx(
+        final["bits_per_byte"], rel=1e-5
+    )  # the averaged weights, both times
+    assert metrics["targets"] == final["targets"]
+    assert cli.main(["generate", str(folder), "--prompt", "def f", "--tokens", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["prompts"] == ["def f"]
+    assert cli.main(["report", str(folder)]) == 0
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jaxlm.training import loop
+
+    assert run(home) == 0
+    whole = home / "runs" / "run"
+    original = loop.Hooks.__init__
+
+    def dying(self, **hooks):  # type: ignore[no-untyped-def]
+        step, calls = hooks["step"], []
+
+        def one(state, batch):  # type: ignore[no-untyped-def]
+            calls.append(1)
+            if len(calls) == 4:
+                raise MemoryError("killed")
+            return step(state, batch)
+
+        original(self, **hooks | {"step": one})
+
+    monkeypatch.setattr(loop.Hooks, "__init__", dying)
+    with pytest.raises(MemoryError):
+        run(home, "--name", "cut")
+    monkeypatch.undo()
+    cut = home / "runs" / "cut"
+    assert run(home, "--name", "cut") == 0
+    assert lines(cut) == lines(whole)
+    a, b = weights(cut, 6), weights(whole, 6)
+    assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def test_resumed_on_another_mesh_sees_the_same_data(home: Path) -> None:
+    assert run(home) == 0
+    assert run(home, "--name", "moved", "--train.steps", "6", "--train.save-every", "3", "--train.patience", "0") == 0
+    folder = home / "runs" / "moved"
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
+    cut_log(folder, "end")
+    assert cli.main(["train", str(folder), "--mesh.data", "1", "--mesh.fsdp", "8", "--mesh.tensor", "1"]) == 0
+    a = [x for x in lines(home / "runs" / "run") if x["kind"] == "train"]
+    b = [x for x in lines(folder) if x["kind"] == "train"]
+    assert [x["weight/tokens"] for x in a] == [x["weight/tokens"] for x in b]
+    np.testing.assert_allclose([x["loss"] for x in a], [x["loss"] for x in b], rtol=1e-5)
+
+
+def cut_log(folder: Path, name: str) -> None:
+    """As if the run had been killed just before that event."""
+    text = (folder / "metrics.jsonl").read_text()
+    assert name in text
+    (folder / "metrics.jsonl").write_text(text[: text.index(f'"name": "{name}"')])
+
+
+def test_a_run_killed_at_its_very_end_ends_once(home: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(home) == 0
+    folder = home / "runs" / "run"
+    whole, samples = lines(folder), (folder / "samples.txt").read_text()
+    cut_log(folder, "end")
+    assert run(home) == 0
+    assert lines(folder) == whole and (folder / "samples.txt").read_text() == samples
+    capsys.readouterr()
+    assert run(home) == 0
+    assert "finished already" in capsys.readouterr().out and lines(folder) == whole
+
+
+BAD = {
+    "unknown key": (["--optim.learning-rate", "1"], "unknown config key optim.learning_rate"),
+    "mistyped key": (["--optim.wramup", "1"], "did you mean 'optim.warmup'"),
+    "wrong type": (["--optim.lr", "fast"], "optim.lr: 'fast' is not a valid float"),
+    "mesh too large": (["--mesh.data", "16"], "does not fit 8 devices"),
+    "batch and mesh": (["--train.batch-size", "6"], "train.batch_size"),
+    "sequence too long": (["--train.seq-len", "128"], "longer than model.positions 64"),
+    "nothing there": (["--data.train", "nowhere/*.txt"], "nowhere"),
+    "vocabulary": (["--model.vocab", "100"], "model.vocab: 100 does not fit the tokenizer's"),
+    "frozen pattern": (["--optim.freeze", "nothing"], "optim.freeze: pattern 'nothing' matches no parameter"),
+    "fused attention": (["--execution.attention", "cudnn"], "needs an NVIDIA GPU"),
+    "warm-up": (["--optim.warmup", "9"], "do not fit into train.steps"),
+    "heads": (["--model.kv-heads", "1"], "mesh: blocks/k has 1 kv"),
+    "encoder objective": (["--out", "/dev/null/x"], "/dev/null"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_are_one_line_and_status_2(home: Path, case: str, capsys: pytest.CaptureFixture) -> None:
+    args, message = BAD[case]
+    assert run(home, *args) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.txt", b"fine \xff broken", "x.txt"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": \n', "2"),
+        ("x.jsonl", b'{"body": "a"}\n', "text"),
+        ("x.txt", b"", "x.txt"),
+    ],
+)
+def test_bad_data_names_the_file(
+    home: Path, name: str, content: bytes, message: str, capsys: pytest.CaptureFixture
+) -> None:
+    file = home / name
+    file.write_bytes(content)
+    assert run(home, "--data.train", str(file)) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+
+
+def test_a_directory_of_another_config_is_left_alone(home: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(home, "--train.steps", "2") == 0
+    before = (home / "runs" / "run" / "metrics.jsonl").read_bytes()
+    assert run(home, "--train.steps", "2", "--optim.lr", "1e-3") == 2
+    assert "belongs to another config: optim.lr is 0.01 there and 0.001 here" in capsys.readouterr().err
+    assert (home / "runs" / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_dry_run_shows_where_values_come_from_and_writes_nothing(home: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(home, "--dry-run", "--optim.lr", "2e-2") == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "optim.lr",
+        "0.02",
+        "command line",
+        "blocks/q",
+        "adamw, decay 0.1",
+        "MiB a device",
+        "targets (underlined)",
+    ):
+        assert words in shown
+    assert not (home / "runs").exists()
+
+
+def test_dry_run_shows_examples_that_are_judged_as_a_whole(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jaxlm.commands import dry_run
+    from jaxlm.data.tokenizer import Bytes
+    from jaxlm.objectives import choice, tag
+
+    tokens, rng = Bytes(), np.random.default_rng(0)
+    texts = [dict(ids=[*text], types=[0] * len(text)) for text in (b"one", b"two")]
+    record = dict(texts=texts, answer=1, seq_len=8, kind="encoder")
+    dry_run.show_example(choice.example(choice.Config(most=2), record, tokens, rng), tokens, "first")
+    shown = capsys.readouterr().out
+    assert "one" in shown and "two" in shown and "first: 3 of 8 tokens" in shown and "target [0.0, 1.0]" in shown
+    words = tag.Config(labels=("O", "B"))
+    row = tag.example(words, dict(ids=[*b"ab cd"], firsts=[0, 3], tags=[1, 0], seq_len=5), tokens, rng)
+    marked: list[bool] = []
+    monkeypatch.setattr(dry_run, "decoded", lambda ids, segments, tokens, marks: marked.extend(marks))
+    dry_run.show_example(row, tokens, "first")
+    assert marked == [True, False, False, True, False], "the words' own first tokens"
+
+
+def test_every_shipped_config_loads_and_its_weights_are_declared() -> None:
+    from jaxlm.core.spec import count
+    from jaxlm.models import MODELS
+    from jaxlm.objectives import OBJECTIVES
+
+    files = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+    sizes = {}
+    for file in files:
+        run = config_io.load(file)
+        assert config_io.from_dict(json.loads(json.dumps(config_io.to_dict(run))), MODELS, OBJECTIVES) == run
+        assert run.name == file.stem
+        sizes[run.name] = count(MODELS[config.family(run.model)].specs(run.model)) / 1e6
+    assert sizes["gpt2_124m"] == pytest.approx(124.5, abs=0.1)
+    assert sizes["llama_1b"] == pytest.approx(1236, abs=1)
+    assert sizes["llama_8b"] == pytest.approx(8030, abs=1)
+    assert sizes["bert_base"] == pytest.approx(110.2, abs=0.2)
+
+
+def test_the_small_commands(home: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["doctor"]) == 0
+    assert "jaxlib" in capsys.readouterr().out
+    assert cli.main(["data", "inspect", str(home / "c.py"), "--examples", "1"]) == 0
+    assert "of them targets (underlined)" in capsys.readouterr().out
+    assert cli.main(["data", "prepare", str(home / "c.py")]) == 0
+    assert "documents" in capsys.readouterr().out
+    made = home / "made.model"
+    assert cli.main(["tokenizer", "train", str(home / "text"), "--vocab", "300", "--out", str(made)]) == 0
+    assert made.exists()
+    assert cli.main(["train", "tiny_lama"]) == 2
+    assert "did you mean 'tiny_llama'" in capsys.readouterr().err
+    assert cli.main(["eval", str(home)]) == 2
+    assert "neither a run directory nor" in capsys.readouterr().err
+
+
+def test_a_run_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config_io.load(Path(__file__).parents[2] / "configs" / "tiny_llama.py").seed = 1  # type: ignore[misc]
+
+
+def test_the_best_checkpoint_is_used_where_the_run_says_so(home: Path, capsys: pytest.CaptureFixture) -> None:
+    """At a rate that breaks the model the first validation is the best one."""
+    more = ["--optim.lr", "30", "--optim.clip", "0", "--train.save_every", "0", "--train.eval_every", "1"]
+    assert run(home, *more, "--train.use", "best", "--train.metric", "accuracy") == 0
+    folder = home / "runs" / "run"
+    valid = {line["step"]: line["accuracy"] for line in lines(folder) if line["kind"] == "valid" and line["step"]}
+    best = max(valid, key=lambda step: (valid[step], step))
+    assert weights(folder, None).keys() == weights(folder, best).keys()
+    jax.tree.map(np.testing.assert_array_equal, weights(folder, None), weights(folder, best))
+    assert run(home, "--name", "other", "--train.metric", "acuracy") == 2
+    assert "train.metric: unknown 'acuracy'; did you mean 'accuracy'?" in capsys.readouterr().err

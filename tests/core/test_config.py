@@ -1,0 +1,191 @@
+"""The run: typed, frozen, round-trips through JSON, and every slip in it is one line that names the key."""
+
+import dataclasses
+import json
+
+import pytest
+
+from jaxlm.core import config, config_io
+from jaxlm.models import MODELS
+from jaxlm.objectives import OBJECTIVES
+
+
+def make_run(model: str = "llama", objective: str = "causal", **changes) -> config.Run:
+    return config.Run("x", MODELS[model].Config(), OBJECTIVES[objective].Config(), **changes)
+
+
+RUN = make_run(
+    data=config.Data(train=("a", "b"), weights=(0.5, 2.0)),
+    mesh=config.Mesh(fsdp=-1, store=("embed=fsdp+data",)),
+    execution=config.Execution(scan=False),
+)
+
+
+def from_json(text: str) -> config.Run:
+    return config_io.from_dict(json.loads(text), MODELS, OBJECTIVES)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_round_trip_through_json(model, objective, tmp_path):
+    run = dataclasses.replace(RUN, model=MODELS[model].Config(vocab=99), objective=OBJECTIVES[objective].Config())
+    config_io.dump(run, tmp_path / "config.json")
+    again = from_json((tmp_path / "config.json").read_text())
+    assert again == run
+    assert type(again.data.train) is tuple and hash(again) == hash(run)
+    assert (config.family(again.model), config.family(again.objective)) == (model, objective)
+
+
+def test_everything_is_frozen():
+    for part in (RUN, RUN.data, RUN.model, RUN.objective, RUN.optim, RUN.train, RUN.mesh, RUN.execution):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, dataclasses.fields(part)[0].name, None)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("optim", "lrr"), 1, r"unknown config key optim\.lrr; did you mean 'lr'\?"),
+        (("trian",), {}, r"unknown config key trian; did you mean 'train'\?"),
+        (("model", "widht"), 1, r"unknown config key model\.widht; did you mean 'width'\?"),
+        (("model", "family"), "lama", r"model\.family: unknown 'lama'; did you mean 'llama'\?"),
+        (
+            ("objective", "family"),
+            "zzz",
+            rf"^objective\.family: unknown 'zzz'; known: {', '.join(sorted(OBJECTIVES))}$",
+        ),
+    ],
+)
+def test_unknown_names_in_json_name_the_nearest(path, value, message):
+    values = config_io.to_dict(RUN)
+    place = values
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(ValueError, match=message):
+        config_io.from_dict(values, MODELS, OBJECTIVES)
+
+
+@pytest.mark.parametrize("path", [("model",), ("objective",), ("model", "family"), ("name",)])
+def test_a_missing_part_is_named(path):
+    values = config_io.to_dict(RUN)
+    place = values
+    for key in path[:-1]:
+        place = place[key]
+    del place[path[-1]]
+    with pytest.raises(ValueError, match=rf"^{path[0]}.*: missing"):
+        config_io.from_dict(values, MODELS, OBJECTIVES)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optim.lr", "fast"),
+        ("train.steps", "10"),
+        ("train.steps", 1.5),
+        ("train.steps", True),
+        ("optim.lr", False),
+        ("model.width", None),
+        ("data.train", "stdlib"),
+        ("data.weights", [1.0, "a"]),
+        ("optim.name", "adam"),
+        ("data.document_mask", "yes"),
+        ("model", {"family": "llama", "window": "wide"}),
+    ],
+)
+def test_a_wrong_type_in_json_is_named(key, value):
+    values = config_io.to_dict(RUN)
+    *parents, last = key.split(".")
+    place = values
+    for parent in parents:
+        place = place[parent]
+    place[last] = value
+    with pytest.raises(ValueError, match=r"model\.window" if key == "model" else key.replace(".", r"\.")):
+        config_io.from_dict(values, MODELS, OBJECTIVES)
+
+
+def test_a_whole_number_may_stand_for_a_float():
+    values = config_io.to_dict(RUN)
+    values["optim"]["lr"] = 1
+    assert config_io.from_dict(values, MODELS, OBJECTIVES).optim.lr == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "key", "value"),
+    [
+        (["--optim.lr", "3e-4"], "optim.lr", 3e-4),
+        (["--optim.lr=3e-4"], "optim.lr", 3e-4),
+        (["--train.batch-size", "8"], "train.batch_size", 8),
+        (["--train.batch_size", "8"], "train.batch_size", 8),
+        (["--model.width", "24"], "model.width", 24),
+        (["--model.tied"], "model.tied", True),
+        (["--data.no-document-mask"], "data.document_mask", False),
+        (["--objective.z-loss", "1e-4"], "objective.z_loss", 1e-4),
+        (["--data.train", "p", "q"], "data.train", ("p", "q")),
+        (["--optim.freeze", "embed", "norm"], "optim.freeze", ("embed", "norm")),
+        (["--mesh.data", "4"], "mesh.data", 4),
+        (["--mesh.tensor", "-1"], "mesh.tensor", -1),
+        (["--optim.name", "muon"], "optim.name", "muon"),
+        (["--seed", "7"], "seed", 7),
+    ],
+)
+def test_override(args, key, value):
+    before, after = config_io.flatten(RUN), config_io.flatten(config_io.override(RUN, args))
+    assert after.pop(key) == value
+    assert before.pop(key) != value
+    assert after == before, "an override changed another field"
+
+
+def test_no_overrides_is_the_same_run():
+    assert config_io.override(RUN, []) is RUN
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--optim.lrr", "1"], r"unknown config key optim\.lrr; did you mean 'optim\.lr'\?"),
+        (["--trian.steps=3"], r"unknown config key trian\.steps; did you mean 'train\.steps'\?"),
+        (["--optim.lr", "fast"], r"optim\.lr: 'fast' is not a valid float \(now 0\.001\)"),
+        (["--train.steps", "1.5"], r"train\.steps: '1\.5' is not a valid int"),
+        (["--optim.name", "adam"], r"optim\.name: 'adam' is not a valid Literal\['adamw'"),
+        (["--seed", "1", "--train.steps", "many"], r"^train\.steps: 'many'"),
+    ],
+)
+def test_wrong_overrides_are_one_line(args, message):
+    with pytest.raises(ValueError, match=message) as error:
+        config_io.override(RUN, args)
+    assert "\n" not in str(error.value)
+
+
+def test_load_runs_the_function_of_a_file(tmp_path):
+    file = tmp_path / "tiny.py"
+    file.write_text(
+        "from jaxlm.config import Run\nfrom jaxlm.models import bert\nfrom jaxlm.objectives import masked\n"
+        "def config():\n    return Run('n', bert.Config(), masked.Config())\n"
+    )
+    run = config_io.load(file)
+    assert (run.name, config.family(run.model)) == ("n", "bert")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "", r"a\.txt: not a Python file"),
+        ("a.py", "x = 1", r"a\.py: has no function config\(\)"),
+        ("a.py", "config = 3", r"a\.py: has no function config\(\)"),
+        ("a.py", "def config(): return 3", r"a\.py: config\(\) returned int, not a Run"),
+    ],
+)
+def test_load_says_what_is_wrong_with_a_file(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        config_io.load(tmp_path / name)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(OSError, match=r"nothing\.py"):
+        config_io.load(tmp_path / "nothing.py")
+
+
+def test_folder_is_out_and_name():
+    assert str(dataclasses.replace(RUN, name="b", out="a").folder) == "a/b"

@@ -1,0 +1,132 @@
+"""Texts that are compared: figures of the field's libraries, Chinese by its characters, runs that write."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxlm.commands import cli
+from jaxlm.evaluation import text_metrics
+
+EN = ["the cat sat on the mat in the hall", "two dogs run"], ["the cat sat on a mat in the hall", "two dogs ran"]
+ZH = ["北京是中国的首都", "今天天气很好"], ["北京是中国的首都", "今天天气不好"]
+
+
+def whole(found: text_metrics.Scored) -> dict[str, float]:
+    return {k: float(v[0]) for k, v in found.sample.figures(found.sample.counts_NM.sum(0)[None]).items()}
+
+
+def test_translations(caplog):
+    sacrebleu = pytest.importorskip("sacrebleu")
+    found = text_metrics.bleu(*EN)
+    assert found.figures["bleu"] == pytest.approx(sacrebleu.corpus_bleu(EN[1], [EN[0]]).score)
+    assert found.figures["chrf"] == pytest.approx(sacrebleu.corpus_chrf(EN[1], [EN[0]]).score)
+    assert "tok:13a|smooth:exp|version:" in found.about and whole(found)["bleu"] == pytest.approx(found.figures["bleu"])
+    assert not caplog.records, "the library warns of scores of single sentences, which these are not"
+    assert text_metrics.bleu(EN[0], EN[0]).figures == pytest.approx(dict(bleu=100, chrf=100))
+    chinese = text_metrics.bleu(*ZH)
+    assert "tok:zh" in chinese.about and 60 < chinese.figures["bleu"] < 90
+    assert "tok:char" in text_metrics.bleu(["これはペンです"], ["これは本です"]).about
+
+
+def test_summaries():
+    pytest.importorskip("rouge_score")
+    found = text_metrics.rouge(["Two dogs run.\nIt rains."], ["Two dogs running. It rained."])
+    assert found.figures == pytest.approx(dict(rouge1=1, rouge2=1, rougeL=1, rougeLsum=1)), "words are stemmed"
+    assert text_metrics.rouge(*EN).figures["rouge2"] == pytest.approx((6 / 8 + 1 / 2) / 2)
+    chinese = text_metrics.rouge(*ZH)
+    assert chinese.figures["rouge1"] == pytest.approx((1 + 5 / 6) / 2) and "characters" in chinese.about
+    assert whole(chinese)["rougeL"] == pytest.approx(chinese.figures["rougeL"])
+
+
+def test_a_name_in_another_script_changes_nothing():
+    assert text_metrics.script(["The film 霸王别姬 was shown in Cannes, where it won."]) == "spaced"
+
+
+def test_answers():
+    assert text_metrics.exact(["a b", "c"], [" a  b\n", "C"]).figures == dict(exact=0.5)
+    true = ["so 3 and 4 make #### 1,007", "#### 5", "none"]
+    assert text_metrics.number(true, ["it is 1007.", "5 apples for $6", "none"]).figures["number"] == pytest.approx(
+        1 / 3
+    )
+
+
+SEQ2SEQ = """
+from jaxlm.config import Data, Execution, Optim, Run, Train
+from jaxlm.models import t5
+from jaxlm.objectives import seq2seq
+
+def config():
+    return Run("pairs", t5.Config(vocab=264, layers=1, width=32, heads=2, head_width=16, ffn=64, decoder_start=None),
+               seq2seq.Config(source="en", target="de"), data=Data(train=({file!r},), valid=({file!r},),
+               tokenizer="bytes", cache={out!r}), optim=Optim(lr=2e-2, warmup=1), execution=Execution("float32"),
+               train=Train(steps=60, batch_size=16, seq_len=16, prompts=()), out={out!r})
+"""
+SFT = """
+from jaxlm.config import Data, Execution, Optim, Run, Train
+from jaxlm.models import llama
+from jaxlm.objectives import sft
+
+def config():
+    return Run("chats", llama.Config(vocab=264, layers=1, width=32, heads=2, kv_heads=2, head_width=16, ffn=64,
+               positions=64), sft.Config(pack=False), data=Data(train=({file!r},), valid=({file!r},),
+               tokenizer="bytes"), optim=Optim(lr=2e-2, warmup=1), execution=Execution("float32"),
+               train=Train(steps=60, batch_size=8, seq_len=48, prompts=()), out={out!r})
+"""
+
+
+def test_pairs_are_written_and_compared(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("sacrebleu")
+    monkeypatch.chdir(tmp_path)
+    for end, lines in (("en", "one\ntwo\na long line to cut\n"), ("de", "eins\nzwei\ndrei\n")):
+        Path(f"p.{end}").write_text(lines)
+    Path("c.py").write_text(SEQ2SEQ.format(file="p", out="runs"))
+    assert cli.main(["train", "c.py"]) == 0
+    capsys.readouterr()
+    args = ["eval", "runs/pairs", "--metric", "bleu", "--tokens", "8"]
+    assert cli.main([*args, "--data", "p", "--json"]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads(shown.splitlines()[-1])
+    assert found["figures"]["chrf"] == 100 and found["sizes"] == {"texts": "3 texts"} and "tok:13a" in shown
+    assert "p: 1 of 3 sources lose their end; raise train.seq_len" in shown
+    rows = [json.loads(line) for line in Path("evals/pairs/texts.jsonl").read_text().splitlines()]
+    assert rows == [dict(true=t, found=t) for t in ("eins", "zwei", "drei")]
+    args[3] = "exact"
+    assert cli.main([*args, "--limit", "2", "--beams", "2", "--against", "runs/pairs", "--resamples", "100"]) == 0
+    assert "texts: the same 2 examples, 100 paired resamples" in capsys.readouterr().out
+    args[3] = "blue"
+    assert cli.main(args) == 2
+    assert "--metric: unknown 'blue'; did you mean 'bleu'?" in capsys.readouterr().err
+
+
+def test_a_decoder_that_learned_pairs_writes_behind_the_source(tmp_path):
+    from jaxlm.data.tokenizer import Bytes
+    from jaxlm.objectives import seq2seq
+
+    (tmp_path / "a.jsonl").write_text(json.dumps(dict(source="a long text", target="t")))
+    tokens, row = Bytes(), dict(seq_len=12, kind="decoder", decoder_start=None, new=4)
+
+    def prompts(several):
+        return [seq2seq.prompt(seq2seq.Config(), tokens, text, row)[0] for text in several], None
+
+    read, sources, true, notes = seq2seq.asked(seq2seq.Config(), str(tmp_path / "a.jsonl"), tokens, row, prompts)
+    assert read == [[tokens.bos_id, *b"a long", tokens.sep_id]] and sources is None and true == ["t"]
+    assert "1 of 1 sources lose their end" in notes[0]
+    with pytest.raises(ValueError, match=r"--tokens: 10 leave nothing of train\.seq_len 12"):
+        seq2seq.asked(seq2seq.Config(), str(tmp_path / "a.jsonl"), tokens, row | dict(new=10), prompts)
+
+
+def test_conversations_are_gone_on_with_and_compared(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [dict(question="2+2?", answer="2+2=4"), dict(question="1+2?", answer="it is 3")]
+    Path("a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Path("c.py").write_text(SFT.format(file="a.jsonl", out="runs"))
+    assert cli.main(["train", "c.py"]) == 0
+    capsys.readouterr()
+    args = ["eval", "runs/chats", "--metric", "number", "--json"]
+    assert cli.main([*args, "--tokens", "12"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["figures"] == {"number": 1}
+    assert cli.main([*args, "--tokens", "48"]) == 2
+    assert "--tokens: 48 leave nothing of train.seq_len 48 to read" in capsys.readouterr().err
+    assert cli.main([*args, "--tokens", "46"]) == 0
+    assert "2 of 2 conversations lose their beginning" in capsys.readouterr().out

@@ -1,0 +1,142 @@
+"""Cross entropy without logits: equal to the plain one, in value and gradient, in parts, in shards, in bfloat16."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxlm.core import config
+from jaxlm.nn.layout import Layout
+from jaxlm.nn.losses import Readout, cross_entropy, logits
+from jaxlm.runtime.mesh import make_mesh, on_mesh
+
+B, T, D, V = 4, 8, 6, 40
+RNG = np.random.default_rng(0)
+X, W, BIAS = (RNG.standard_normal(s).astype(np.float32) for s in ((B, T, D), (V, D), (V,)))
+TARGETS = RNG.integers(0, V, (B, T)).astype(np.int32)
+WEIGHTS = (RNG.random((B, T)) * (RNG.random((B, T)) < 0.7)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def strict_types():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def layout(chunk: int = 0) -> Layout:
+    return Layout(execution=config.Execution(dtype="float32", loss_chunk=chunk))
+
+
+def ours(x, w, b, *, chunk: int = 0, softcap=None, **kw):
+    return cross_entropy(Readout(x, w, b, softcap), TARGETS, WEIGHTS, shard=layout(chunk), **kw)
+
+
+def reference(x, w, b, label_smoothing=0.0, z_loss=0.0, softcap=None):
+    """optax, on the whole logits."""
+    z = x @ w.T + (0 if b is None else b[None, None])
+    z = z if softcap is None else softcap * jnp.tanh(z / softcap)
+    soft = optax.smooth_labels(jax.nn.one_hot(TARGETS, V), label_smoothing)
+    loss = optax.softmax_cross_entropy(z, soft) + z_loss * jnp.square(jax.nn.logsumexp(z, -1))
+    nll = optax.softmax_cross_entropy_with_integer_labels(z, TARGETS)
+    return tuple((v * WEIGHTS).sum() for v in (loss, nll, (z.argmax(-1) == TARGETS).astype(jnp.float32)))
+
+
+def values_and_grads(f, *arrays):
+    """Sums, and gradients of 3 × the loss, so that the factor that comes from outside is seen."""
+    scaled = lambda *a: ((out := tuple(f(*a)))[0] * 3, out)  # noqa: E731
+    argnums = tuple(i for i, a in enumerate(arrays) if a is not None)
+    (_, out), grads = jax.jit(jax.value_and_grad(scaled, argnums, has_aux=True))(*arrays)
+    return out, grads
+
+
+SMOOTH = {"label_smoothing": 0.1, "z_loss": 0.02}
+
+
+@pytest.mark.parametrize("smooth", [{}, SMOOTH, SMOOTH | {"softcap": 2.0}], ids=["plain", "smoothed", "capped"])
+@pytest.mark.parametrize(("chunk", "bias"), [(0, BIAS), (8, None), (7, BIAS), (1, BIAS), (1000, BIAS)])
+def test_equals_optax(chunk, bias, smooth):
+    got = values_and_grads(lambda *a: ours(*a, chunk=chunk, **smooth), X, W, bias)
+    expected = values_and_grads(lambda *a: reference(*a, **smooth), X, W, bias)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5), got, expected)
+
+
+def test_without_gradients_it_is_the_same():
+    np.testing.assert_allclose(ours(X, W, BIAS, chunk=5), reference(X, W, BIAS), rtol=1e-5)
+
+
+MESHES = {
+    "rows and vocabulary": config.Mesh(data=2, fsdp=2, tensor=2),
+    "rows, positions and vocabulary": config.Mesh(data=2, context=2, tensor=2),
+}
+
+
+@pytest.mark.parametrize("axis_type", ["auto", "explicit"])
+@pytest.mark.parametrize("name", MESHES)
+def test_shards_of_tokens_and_vocabulary_equal_the_whole(name, axis_type):
+    smooth = {"label_smoothing": 0.1, "z_loss": 0.02}
+    expected = values_and_grads(lambda *a: reference(*a, **smooth), X, W, BIAS)
+    c = MESHES[name]
+    mesh = make_mesh(dataclasses.replace(c, axis_type=axis_type))
+    with on_mesh(mesh):
+        got = values_and_grads(lambda *a: ours(*a, chunk=3, **smooth), X, W, BIAS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5), got, expected)
+
+
+def test_positions_that_do_not_divide_over_context_are_refused():
+    mesh = make_mesh(config.Mesh(context=8))
+    with (
+        on_mesh(mesh),
+        pytest.raises(ValueError, match=r"loss: 6 target positions .* mesh\.context; pad them"),
+    ):
+        cross_entropy(Readout(X[:, :6], W), TARGETS[:, :6], WEIGHTS[:, :6], shard=layout())
+
+
+@pytest.mark.parametrize("scale", [1.0, 200.0])
+def test_extreme_logits_stay_finite(scale):
+    got = values_and_grads(lambda *a: ours(*a, z_loss=1e-4), scale * X, scale * W, BIAS)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(got))
+
+
+def test_bfloat16_forms_its_sums_in_float32():
+    x, w = (a.astype(jnp.bfloat16) for a in (X, W))
+    (loss, nll, _), grads = values_and_grads(lambda *a: ours(*a, chunk=8), x, w, BIAS)
+    expected = reference(x.astype(jnp.float32), w.astype(jnp.float32), BIAS)
+    assert loss.dtype == nll.dtype == jnp.float32
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-5)  # the very logits of bfloat16 operands
+    assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+
+
+def test_tokens_without_weight_contribute_nothing():
+    _, (dx, _, _) = values_and_grads(ours, X, W, BIAS)
+    assert (dx[WEIGHTS == 0] == 0).all() and (jnp.abs(dx[WEIGHTS > 0]).max(-1) > 0).all()
+
+
+def test_no_program_holds_the_logits_of_a_batch():
+    """Neither forward nor backward: no float array in the compiled step has tokens × vocabulary elements."""
+    B, T, D, V = 4, 64, 8, 512
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((B, T, D), (V, D))]
+
+    def f(x, w):
+        shard = layout(chunk=32)
+        zeros = jnp.zeros((B, T), jnp.int32)
+        return cross_entropy(Readout(x, w), zeros, jnp.ones((B, T)), shard=shard, z_loss=1e-4).loss
+
+    def largest(f) -> int:
+        text = jax.jit(jax.value_and_grad(f, (0, 1))).lower(*shapes).compile().as_text()
+        sizes = [
+            np.prod([int(n) for n in s.split(",") if n]) for s in re.findall(r"(?:f32|bf16|pred)\[([\d,]*)\]", text)
+        ]
+        return int(max(sizes))
+
+    whole = lambda x, w: logits(Readout(x, w), layout()).max(-1).sum()  # noqa: E731
+    assert largest(whole) >= B * T * V, "the measure is blind"
+    assert largest(f) <= 32 * V
+
+
+def test_logits_are_float32():
+    z = logits(Readout(jnp.asarray(X, jnp.bfloat16), jnp.asarray(W, jnp.bfloat16), jnp.asarray(BIAS)), layout())
+    assert z.dtype == jnp.float32 and z.shape == (B, T, V)

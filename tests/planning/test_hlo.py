@@ -1,0 +1,192 @@
+"""Reading compiled programs: loops, groups, traffic, and where an array comes from."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxlm.planning import hlo
+
+MESH = {"data": 2, "fsdp": 4}
+TEXT = """HloModule jit_f, is_scheduled=true
+
+FileNames
+1 "/x/jaxlm/sharding.py"
+2 "/x/jaxlm/models/llama.py"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=7 end_line=7 column=1 end_column=2}
+2 {file_name_id=2 function_name_id=1 line=93 end_line=93 column=1 end_column=2}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=2}
+2 {file_location_id=2 parent_frame_id=2}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%scatter (p0: f32[64,8]) -> f32[16,8] {
+  %p0 = f32[64,8]{1,0} parameter(0)
+  %all-reduce.1 = f32[64,8]{1,0} all-reduce(%p0), replica_groups=[2,4]<=[8], to_apply=%add
+  %id = u32[] partition-id()
+  ROOT %mine = f32[16,8]{1,0} dynamic-slice(%all-reduce.1, %id, %id), dynamic_slice_sizes={16,8}
+}
+
+%cut (q0: f32[12,64], q1: s32[]) -> f32[64] {
+  %q0 = f32[12,64]{1,0} parameter(0)
+  %q1 = s32[] parameter(1)
+  %one = f32[1,64]{1,0} dynamic-slice(%q0, %q1, %q1), dynamic_slice_sizes={1,64}
+  ROOT %flat = f32[64]{0} bitcast(%one)
+}
+
+%body (t: (s32[], f32[12,64], f32[64,8])) -> (s32[], f32[12,64], f32[64,8]) {
+  %t = (s32[]{:T(128)}, f32[12,64]{1,0}, f32[64,8]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  %w = f32[12,64]{1,0} get-tuple-element(%t), index=1
+  %row = f32[64]{0} fusion(%w, %i), kind=kLoop, calls=%cut, backend_config={"estimated_cycles":"10"}
+  %near = f32[64]{0:T(128)S(1)} copy(%row)
+  %x = f32[64,8]{1,0} get-tuple-element(%t), index=2
+  %part = f32[16,8]{1,0} fusion(%x), kind=kCustom, calls=%scatter
+  %whole = f32[64,8]{1,0} all-gather(%part), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}, metadata={op_name="jit(f)/while/body/dot" stack_frame_id=1}
+  ROOT %out = (s32[], f32[12,64]{1,0}, f32[64,8]{1,0}) tuple(%next, %w, %whole)
+}
+
+%condition (t.1: (s32[], f32[12,64], f32[64,8])) -> pred[] {
+  %t.1 = (s32[], f32[12,64]{1,0}, f32[64,8]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%t.1), index=0
+  %limit = s32[] constant(12)
+  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (arg: f32[12,64], arg.1: f32[64,8]) -> f32[64,8] {
+  %arg = f32[12,64]{1,0} parameter(0)
+  %arg.1 = f32[64,8]{1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[12,64]{1,0}, f32[64,8]{1,0}) tuple(%zero, %arg, %arg.1)
+  %kernel = f32[8]{0} custom-call(%arg.1), custom_call_target="k", backend_config={"text":"several
+}} lines"}
+  %loop = (s32[], f32[12,64]{1,0}, f32[64,8]{1,0}) while(%start), condition=%condition, body=%body
+  %r = f32[64,8]{1,0} get-tuple-element(%loop), index=2
+  %moved = (f32[64,8]{1,0}, f32[64,8]{1,0}, u32[], u32[]) collective-permute-start(%r), source_target_pairs={{0,4},{4,0},{1,5},{5,1}}
+  ROOT %done = f32[64,8]{1,0} collective-permute-done(%moved)
+}
+"""  # noqa: E501
+
+
+@pytest.fixture(scope="module")
+def module() -> hlo.Module:
+    return hlo.Module(TEXT, MESH)
+
+
+def test_a_loop_counts_as_often_as_it_runs(module) -> None:
+    """Up to 12 in steps of 2."""
+    assert module.runs == {"main": 1, "body": 6}
+
+
+def test_collectives_with_their_axes_bytes_and_times(module) -> None:
+    found = {(c.kind, c.axes): c for c in module.collectives}
+    assert {k: (c.ways, c.bytes, c.times) for k, c in found.items()} == {
+        ("reduce-scatter", ("fsdp",)): (4, 2048, 6),  # an all-reduce of which the kernel keeps its slice
+        ("all-gather", ("fsdp",)): (4, 2048, 6),
+        ("collective-permute", ("data",)): (2, 2048, 1),
+    }
+    assert found["all-gather", ("fsdp",)].sent == 6 * 2048 * 3 / 4
+    assert found["collective-permute", ("data",)].sent == 2048
+
+
+def test_traffic_counts_slices_and_leaves_out_the_memory_beside_the_core(module) -> None:
+    row, copy, scatter, gather = 2 * 256 + 4, 256, 2048 + 512, 2048 + 512
+    assert module.traffic == 6 * (row + copy + scatter + gather + 3 * 4) + 2 * 2048 + 8 + 32 + 2048
+
+
+def test_cycles_and_source_lines(module) -> None:
+    assert module.estimated_cycles == 60
+    largest = module.buffers(9)
+    assert any(b.where == "models/llama.py:93 while/body/dot" and b.bytes == 2048 for b in largest)
+
+
+@pytest.mark.parametrize(("text", "group"), [
+    ("replica_groups={{0,2},{1,3}}", (0, 2)),
+    ("replica_groups=[4,2]<=[8]", (0, 1)),
+    ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+    ("replica_groups=mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+    ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", (0, 1, 2, 3, 4, 5, 6, 7)),
+    ("replica_groups=mesh['a'=8] {'a':(2)2}", (0, 2)),
+    ("source_target_pairs={{0,1},{1,2},{2,0},{4,5}}", (0, 1, 2)),
+    ("dimensions={0}", ()),
+])  # fmt: skip
+def test_groups_in_every_notation(text: str, group: tuple) -> None:
+    assert hlo.first_group(text) == group
+
+
+def test_a_real_program() -> None:
+    """A scan of 5 products whose weights are sharded and used whole, compiled for eight devices."""
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    w = jax.ShapeDtypeStruct((5, 16, 16), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "fsdp")))
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+
+    def f(w, x):
+        whole = NamedSharding(mesh, PartitionSpec())
+        layer = lambda x, w: (jnp.tanh(x @ jax.lax.with_sharding_constraint(w, whole)), None)  # noqa: E731
+        return jax.lax.scan(layer, x, w)[0]
+
+    module = hlo.Module(jax.jit(f).lower(w, x).compile().as_text(), {"fsdp": 8})
+    gathered = [c for c in module.collectives if c.kind == "all-gather"]
+    assert sum(c.bytes * c.times for c in gathered) == 5 * 16 * 16 * 4
+    assert {c.axes for c in gathered} == {("fsdp",)}
+    assert np.prod([module.runs[n] for n in module.runs]) % 5 == 0 or len(gathered) == 1
+
+
+@pytest.mark.parametrize("exchange", [
+    "f32[64,8] ragged-all-to-all(%p, %e, %n, %n, %n, %n)",
+    "((f32[16,8], f32[64,8], s64[4], s64[4], s64[4], s64[4]), f32[64,8]) "
+    "ragged-all-to-all-start(%p, %e, %n, %n, %n, %n)",
+])  # fmt: skip
+def test_a_ragged_exchange_sends_rows_and_not_the_room_for_them(exchange: str) -> None:
+    text = f"""HloModule m
+
+ENTRY %main () -> f32[64,8] {{
+  %p = f32[16,8] parameter(0)
+  %e = f32[64,8] parameter(1)
+  %n = s64[4] parameter(2)
+  ROOT %r = {exchange}, replica_groups={{{{0,1,2,3}}}}
+}}
+"""
+    (one,) = hlo.Module(text, {"expert": 4}).collectives
+    assert (one.kind, one.axes, one.bytes) == ("ragged-all-to-all", ("expert",), 16 * 8 * 4)
+
+
+def test_traffic_of_slices_within_nested_kernels_and_of_several_results() -> None:
+    """A stack is neither read whole where a kernel in a kernel cuts it, nor written whole beside another result."""
+    text = """HloModule m
+
+%cut (s: f32[9,4], i: s32[]) -> f32[1,4] {
+  %s = f32[9,4] parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %d = f32[1,4] dynamic-slice(%s, %i, %i), dynamic_slice_sizes={1,4}
+}
+
+%outer (t: f32[9,4], j: s32[]) -> (f32[9,4], f32[1,4]) {
+  %t = f32[9,4] parameter(0)
+  %j = s32[] parameter(1)
+  %f = f32[1,4] fusion(%t, %j), kind=kLoop, calls=%cut
+  %u = f32[9,4] dynamic-update-slice(%t, %f, %j, %j)
+  ROOT %both = (f32[9,4], f32[1,4]) tuple(%u, %f)
+}
+
+ENTRY %main (p: f32[9,4], k: s32[]) -> (f32[9,4], f32[1,4]) {
+  %p = f32[9,4] parameter(0)
+  %k = s32[] parameter(1)
+  ROOT %r = (f32[9,4], f32[1,4]) fusion(%p, %k), kind=kLoop, calls=%outer
+}
+"""
+    row, index = 4 * 4, 4
+    assert (
+        hlo.Module(text).traffic == row + index + 2 * row
+    )  # the slice and where; the slice into the stack, and itself

@@ -1,0 +1,138 @@
+"""The same program on two processes, started on loopback, equals one process with the devices of both."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from jaxlm.runtime import processes
+from jaxlm.training.log import read_lines
+
+ROOT = Path(__file__).parents[2]
+OVERRIDES = ["--train.steps", "4", "--train.eval-every", "0", "--train.eval-batches", "2", "--train.save-every", "2",
+             "--train.log-every", "1", "--train.prompts", "--train.watchdog", "60", "--optim.warmup", "1",
+             "--execution.scan", "True"]  # fmt: skip
+
+
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+class Started(NamedTuple):
+    process: subprocess.Popen
+    log: Path
+    """A file, not a pipe: a process whose pipe nobody reads stands still once it is full."""
+
+
+def start(family: str, out: Path, mesh: list[str], devices: int, **env: str) -> Started:
+    text = out.parent / "text"
+    text.mkdir(exist_ok=True)
+    for i in range(8):
+        (text / f"{i}.txt").write_text("".join(f"file {i} line {j} of several words\n" for j in range(60)))
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    data = ["--data.train", str(text), "--data.holdout", "0.3", "--data.cache", str(out.parent / "cache")]
+    command = [sys.executable, "-m", "jaxlm", "train", f"tiny_{family}", "--out", str(out), *OVERRIDES, *mesh, *data]
+    env = ENVIRONMENT | {"XLA_FLAGS": flags} | env
+    log = out.parent / f"{out.name}-{env.get('JAX_PROCESS_ID', 0)}.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
+    return Started(process, log)
+
+
+def finish(*started: Started, status: int = 0) -> list[str]:
+    """What each printed, when all have ended with `status`; the stacks of those that are stuck, should some be."""
+    try:
+        for one in started:
+            one.process.wait(timeout=200)
+    except subprocess.TimeoutExpired:
+        stacks = [f"{f.name}\n{f.read_text()}" for f in started[0].log.parent.rglob("stacks-*.txt")]
+        pytest.fail("\n".join(["stuck", *(one.log.read_text() for one in started), *stacks]))
+    finally:
+        for one in started:
+            one.process.kill()
+            one.process.wait()
+    printed = [one.log.read_text() for one in started]
+    assert [one.process.returncode for one in started] == [status] * len(started), "\n".join(printed)
+    return printed
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def losses(folder: Path) -> np.ndarray:
+    return np.array(
+        [line["loss"] for line in read_lines(folder / "metrics.jsonl") if line["kind"] in ("train", "valid")]
+    )
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("family", "mesh", "devices"),
+    [
+        ("llama", ["--mesh.fsdp", "2"], 1),
+        pytest.param("llama", ["--mesh.fsdp", "2", "--mesh.tensor", "2"], 4, marks=pytest.mark.slow),
+        pytest.param("bert", ["--mesh.fsdp", "2", "--mesh.context", "2"], 4, marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_equal_one(family: str, mesh: list[str], devices: int, tmp_path: Path) -> None:
+    finish(start(family, tmp_path / "one", mesh, 2 * devices))
+    place = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    finish(*(start(family, tmp_path / "two", mesh, devices, **place, JAX_PROCESS_ID=str(i)) for i in range(2)))
+    one, two = losses(tmp_path / "one" / f"tiny_{family}"), losses(tmp_path / "two" / f"tiny_{family}")
+    assert len(one) == 4 + 2
+    np.testing.assert_allclose(two, one, rtol=2e-5)
+    # what two processes saved, one process of one device reads
+    process = subprocess.run(
+        [sys.executable, "-m", "jaxlm", "eval", str(tmp_path / "two" / f"tiny_{family}"), "--batches", "2", "--json"],
+        env=ENVIRONMENT | {"XLA_FLAGS": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout.splitlines()[-1])["loss"] == pytest.approx(one[-1], rel=1e-4)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("number", "status", "words"),
+    [
+        ("2", 2, r"train.steps is 5 on process 0 \(.*\) and 4 on process 1 \("),
+        pytest.param("3", 1, r"1 of 3 processes did not come within 5 s: 2; here: 0", marks=pytest.mark.slow),
+    ],
+)
+def test_processes_that_differ_or_miss_one_end_before_they_begin(number, status, words, tmp_path):
+    told = dict(JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{free_port()}", JAX_NUM_PROCESSES=number,
+                JAXLM_START_SECONDS="5" if number == "3" else "100")  # fmt: skip
+    steps = ["5", "4"] if number == "2" else ["4", "4"]
+    both = [start("llama", tmp_path / "two", ["--train.steps", n], 1, JAX_PROCESS_ID=str(i), **told)
+            for i, n in enumerate(steps)]  # fmt: skip
+    for out in finish(*both, status=status):
+        assert re.search(words, out) and "Traceback" not in out, out
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "several", "given", "then"),
+    [
+        ("", False, None, None),
+        ("--xla_force_host_platform_device_count=1", False, None, None),
+        ("--xla_force_host_platform_device_count=8", False, None, "64"),
+        ("--xla_force_host_platform_device_count=32", False, None, "256"),
+        ("", True, None, "64"),
+        ("--xla_force_host_platform_device_count=8", True, "16", "16"),
+    ],
+)
+def test_devices_of_one_cpu_get_threads_to_wait_on(monkeypatch, flags, several, given, then):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.delenv("NPROC", raising=False)
+    if given:
+        monkeypatch.setenv("NPROC", given)
+    processes.enough_threads(several)
+    assert os.environ.get("NPROC") == then

@@ -1,0 +1,27 @@
+"""Models of a few thousand random weights in Hugging Face directories, whose tokenizer is bytes."""
+
+from pathlib import Path
+
+import jax
+
+from jaxlm.core import spec
+from jaxlm.data.tokenizer import Bytes
+from jaxlm.formats import huggingface
+from jaxlm.models import MODELS
+
+SHAPES = {
+    "llama": dict(vocab=264, layers=1, width=16, heads=2, kv_heads=1, head_width=8, ffn=24, positions=64),
+    "bert": dict(vocab=264, layers=1, width=16, heads=2, ffn=32, positions=64),
+    "t5": dict(vocab=264, layers=1, width=16, heads=2, head_width=8, ffn=32),
+}
+
+
+def published(folder: Path, name: str = "llama", seed: int = 0, **more) -> Path:
+    family = MODELS[name]
+    c = family.Config(**SHAPES[name] | more)
+    specs = family.specs(c)
+    tokens = folder.parent / "bytes"
+    Bytes().save(tokens)
+    weights = jax.tree.map(lambda w: w * 3, spec.init(specs, jax.random.key(seed)))
+    huggingface.save(folder, family, c, specs, weights, dtype="float32", extra_files_from=tokens, card=False)
+    return folder
