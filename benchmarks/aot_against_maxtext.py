@@ -2,10 +2,10 @@
 
 Twice each: with full remat, and with the policy of each side that computes least again and still fits (`POLICIES`).
 Nothing runs, so nothing is timed but the compilations: memory of a chip, bytes by kind of collective and the compiler's
-own estimate of cycles are read from the compiled programs with one reader (`jaxlm/hlo.py`), loops counted as often as
-they run. `--maxtext-python` is the interpreter of an environment with `pip install "maxtext[tpu]"` (Python 3.12) and
-the libtpu that its jax asks for (a newer one's programs can't be read); without it ours alone is compiled. Ours needs
-`pip install "jax[tpu]"`. One compilation at a time.
+own estimate of cycles are read from the compiled programs with one reader (`jaxlm/planning/hlo.py`), loops counted as
+often as they run. `--maxtext-python` is the interpreter of an environment with `pip install "maxtext[tpu]"` (Python
+3.12) and the libtpu that its jax asks for (a newer one's programs can't be read); without it ours alone is compiled.
+Ours needs `pip install "jax[tpu]"`. One compilation at a time.
 """
 
 import argparse

@@ -8,6 +8,7 @@ machine in turns with the loader, never at the same time. Exit status 1 if a rat
 """
 
 import argparse
+import dataclasses
 import itertools
 import os
 import statistics
@@ -22,7 +23,6 @@ from step_jaxlm import make_run
 from worker import Worker, launcher_environment, machine, save, table
 
 from jaxlm.assembly.corpus import Corpus, training_loader
-from jaxlm.core import config
 from jaxlm.data import loader, tokenizer, train_tokenizer
 from jaxlm.data import token_cache as caches
 from jaxlm.objectives import causal, masked
@@ -60,9 +60,7 @@ def loaders(shape: str, caches_of: dict[str, Path], folder: Path) -> dict[str, l
     kinds = ["causal"] if SHAPES[shape]["family"] != "bert" else ["masked", "masked, whole words"]
     for kind, (name, path), workers in itertools.product(kinds, caches_of.items(), (0, 2)):
         run = make_run(shape, [])
-        run = config.dataclasses.replace(
-            run, objective=OBJECTIVE[kind], data=config.dataclasses.replace(run.data, workers=workers)
-        )
+        run = dataclasses.replace(run, objective=OBJECTIVE[kind], data=dataclasses.replace(run.data, workers=workers))
         corpus = Corpus([caches.open_cache(path)], [1.0], [])
         out[f"{kind}, {name}, {workers} workers"] = training_loader(run, tokens[name], corpus, None)
     return out

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from worker import save, table
 
+from jaxlm.assembly import program
 from jaxlm.core import config
 from jaxlm.models import gpt2, llama, mixtral
 from jaxlm.nn.moe import Moe
@@ -103,9 +104,9 @@ def cost(p: Point) -> tuple[roofline.Cost, targets.Target, dict[str, int]]:
         execution=config.Execution(remat=p.remat),
     )  # fmt: skip
     with on_devices([Described(t.chip.platform, t.chip.kind)] * t.count):
-        program = ahead_of_time.assemble.program(run, ahead_of_time.tokens_of(run))
-        sizes = dict(program.mesh.shape)
-        return roofline.cost(program, t, "flash"), t, sizes
+        made = program.program(run, ahead_of_time.tokens_of(run))
+        sizes = dict(made.mesh.shape)
+        return roofline.cost(made, t, "flash"), t, sizes
 
 
 def published(p: Point, c: roofline.Cost, t: targets.Target) -> float:

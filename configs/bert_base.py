@@ -1,6 +1,6 @@
 """BERT-base as it was trained: masked LM and next-sentence prediction together, 256 sequences of 512 an update."""
 
-from jaxlm.core.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import bert
 from jaxlm.objectives import next_sentence
 

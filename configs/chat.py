@@ -9,7 +9,7 @@ GSM8K's `question` and `answer`. In a few minutes on a CPU, for summaries: --tra
 --train.steps 120 --train.batch-size 4 --train.seq-len 256 --optim.warmup 10 --optim.lr 1e-4 --execution.dtype float32
 """
 
-from jaxlm.core.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import llama
 from jaxlm.objectives import sft
 

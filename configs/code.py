@@ -7,7 +7,7 @@ Without --data.train it reads the standard library of your Python. In a few minu
 --train.batch-size 4 --train.seq-len 256 --train.eval-batches 2 --optim.warmup 2 --execution.dtype float32
 """
 
-from jaxlm.core.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import llama
 from jaxlm.objectives import causal
 

@@ -4,7 +4,7 @@ On one GPU raise `train.micro_batches` until a step fits; on several set `mesh.f
 share the batch.
 """
 
-from jaxlm.core.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import gpt2
 from jaxlm.objectives import causal
 

@@ -1,6 +1,6 @@
 """A 1B Llama shape (Llama 3.2 1B's) at 4,096 positions, weights sharded over all devices."""
 
-from jaxlm.core.config import Data, Execution, Mesh, Optim, Run, Train
+from jaxlm import Data, Execution, Mesh, Optim, Run, Train
 from jaxlm.models import llama
 from jaxlm.nn.rope import Rope
 from jaxlm.objectives import causal

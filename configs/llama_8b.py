@@ -1,6 +1,6 @@
 """An 8B Llama shape (Llama 3's) at 8,192 positions: weights sharded over all devices, 2-way tensor parallel."""
 
-from jaxlm.core.config import Data, Execution, Mesh, Optim, Run, Train
+from jaxlm import Data, Execution, Mesh, Optim, Run, Train
 from jaxlm.models import llama
 from jaxlm.nn.rope import Rope
 from jaxlm.objectives import causal

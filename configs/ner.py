@@ -3,7 +3,7 @@
 jaxlm train ner --start all-MiniLM-L6-v2 --data.train train.txt --data.valid valid.txt
 """
 
-from jaxlm.core.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import bert
 from jaxlm.objectives import tag
 

@@ -7,7 +7,7 @@ In a few minutes on a CPU with SmolLM2-135M: --train.steps 20 --train.batch-size
 --train.micro-batches 1 --optim.warmup 2 --execution.dtype float32
 """
 
-from jaxlm.core.config import Adapter, Data, Execution, Optim, Run, Train
+from jaxlm import Adapter, Data, Execution, Optim, Run, Train
 from jaxlm.models import llama
 from jaxlm.objectives import sft
 

@@ -3,7 +3,7 @@
 On two CPU cores about ten minutes. Ends with the validation text's bits per byte beside gzip's and xz's.
 """
 
-from jaxlm.core.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import llama
 from jaxlm.objectives import causal
 

@@ -7,7 +7,7 @@ The files are those published; of a table with marked texts say what its columns
 --train.seq-len 64 --optim.lr 3e-4 --optim.warmup 16
 """
 
-from jaxlm.core.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import bert
 from jaxlm.objectives import relate
 

@@ -8,7 +8,7 @@ CPU, with a file as small as XQuAD's: --train.steps 250 --train.seq-len 256 --tr
 --optim.warmup 25
 """
 
-from jaxlm.core.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import bert
 from jaxlm.objectives import answer
 

@@ -6,7 +6,7 @@ The files are GLUE's: tabs between `sentence` and `label`, which the first line 
 --train.steps 200 --train.seq-len 48 --optim.lr 1e-4
 """
 
-from jaxlm.core.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import bert
 from jaxlm.objectives import classify
 

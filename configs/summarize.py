@@ -9,7 +9,7 @@ little more: --train.steps 150 --optim.lr 1e-3 --optim.warmup 20 --data.tokenize
 --model.layers 2 --model.width 128 --model.heads 4 --model.ffn 512 --train.seq-len 256
 """
 
-from jaxlm.core.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import bart
 from jaxlm.objectives import seq2seq
 

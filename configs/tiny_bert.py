@@ -1,6 +1,6 @@
 """BERT at toy size, masked LM and next-sentence prediction together: a run in under a minute on a CPU."""
 
-from jaxlm.core.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import bert
 from jaxlm.objectives import next_sentence
 

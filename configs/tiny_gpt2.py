@@ -1,6 +1,6 @@
 """The GPT-2 form at toy size: a run in under a minute on a CPU."""
 
-from jaxlm.core.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import gpt2
 from jaxlm.objectives import causal
 

@@ -1,6 +1,6 @@
 """The Llama form at toy size: a run in under a minute on a CPU, and what the tests train."""
 
-from jaxlm.core.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import llama
 from jaxlm.objectives import causal
 

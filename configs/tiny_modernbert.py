@@ -1,6 +1,6 @@
 """ModernBERT at toy size, masked LM on packed text: a run in under a minute on a CPU."""
 
-from jaxlm.core.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import modernbert
 from jaxlm.objectives import masked
 

@@ -1,6 +1,6 @@
 """T5 at toy size on bytes, with the long spans that suit them (Xue et al. 2022): a run in under a minute on a CPU."""
 
-from jaxlm.core.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import t5
 from jaxlm.objectives import span_corruption
 

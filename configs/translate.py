@@ -8,7 +8,7 @@ In some ten minutes on a CPU: --train.steps 1600 --train.batch-size 16 --optim.w
 --model.vocab 4096
 """
 
-from jaxlm.core.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import bart
 from jaxlm.objectives import seq2seq
 

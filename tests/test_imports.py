@@ -18,7 +18,25 @@ MODULES = sorted(
 WITHOUT_JAX = [
     name
     for name in MODULES
-    if name in ("jaxlm.config", "jaxlm.tree", "jaxlm.cli", "jaxlm.clusters", "jaxlm.processes")
+    if name
+    in (
+        "jaxlm.core.config",
+        "jaxlm.core.config_io",
+        "jaxlm.core.errors",
+        "jaxlm.core.tree",
+        "jaxlm.commands.cli",
+        "jaxlm.runtime.launchers",
+        "jaxlm.runtime.processes",
+    )
+    in (
+        "jaxlm.core.config",
+        "jaxlm.core.config_io",
+        "jaxlm.core.errors",
+        "jaxlm.core.tree",
+        "jaxlm.commands.cli",
+        "jaxlm.runtime.launchers",
+        "jaxlm.runtime.processes",
+    )
     or name.startswith("jaxlm.data")
 ]
 

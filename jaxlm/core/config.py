@@ -231,7 +231,7 @@ class Execution:
     loss_chunk: int = 0
     """Tokens whose logits exist at one time; 0: chosen so that they take a few MiB."""
     flags: tuple[str, ...] = ()
-    """Options of the compiler for the train step: NAME=VALUE, or a preset of jaxlm/flags.py such as gpu_overlap."""
+    """Options of the compiler for the train step: NAME=VALUE, or a preset such as gpu_overlap."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import jaxlm
 from jaxlm.assembly import program
 from jaxlm.core import config
 from jaxlm.core.errors import one_line
@@ -186,14 +187,16 @@ def write(run: config.Run, path: Path, why: str) -> None:
     modules: set[str] = set()
     body = _code(run, modules, 1)
     imports = "\n".join(f"import {m}" for m in sorted(modules))
-    path.write_text(f'"""{why}"""\n\n{imports}\n\n\ndef config() -> jaxlm.core.config.Run:\n    return {body}\n')
+    path.write_text(f'"""{why}"""\n\n{imports}\n\n\ndef config() -> jaxlm.Run:\n    return {body}\n')
 
 
 def _code(value: Any, modules: set[str], depth: int) -> str:
     if not dataclasses.is_dataclass(value):
         return repr(value)
     kind = type(value)
-    modules.add(kind.__module__)
+    # Config files name what is public: parts of a run by the package, those of models and objectives by their module.
+    module = "jaxlm" if kind.__name__ in jaxlm.__all__ else kind.__module__
+    modules.add(module)
     given = []
     for f in dataclasses.fields(value):
         mine = getattr(value, f.name)
@@ -202,5 +205,5 @@ def _code(value: Any, modules: set[str], depth: int) -> str:
         )  # fmt: skip
         if default is dataclasses.MISSING or mine != default:
             given.append(f"{'    ' * (depth + 1)}{f.name}={_code(mine, modules, depth + 1)},")
-    name = f"{kind.__module__}.{kind.__qualname__}"
+    name = f"{module}.{kind.__qualname__}"
     return f"{name}(\n" + "\n".join(given) + f"\n{'    ' * depth})" if given else f"{name}()"

@@ -16,6 +16,7 @@ from jaxlm.commands import cli
 from jaxlm.core import config, spec
 from jaxlm.data.tokenizer import Bytes, load
 from jaxlm.formats import huggingface
+from jaxlm.formats.hf_sidecars import Generation
 from jaxlm.inference.sampling import Sampling
 from jaxlm.models import MODELS
 from jaxlm.nn import layout
@@ -196,7 +197,7 @@ def test_a_prefix_model_reads_its_prompt_both_ways(tmp_path):
         run = config.Run("r", MODELS["llama"].Config(**SHAPES["llama"]), objective.Config(),
                          data=config.Data(tokenizer="bytes"), execution=config.Execution("float32"))  # fmt: skip
         specs = MODELS["llama"].specs(run.model)
-        source = model_source.Source(tmp_path, "run", MODELS["llama"], run.model, Bytes(), open_model.Generation(), {},
+        source = model_source.Source(tmp_path, "run", MODELS["llama"], run.model, Bytes(), Generation(), {},
                                    ([], []), run=run)  # fmt: skip
         model = open_model.Model(MODELS["llama"], run.model, specs, layout.Layout(execution=run.execution))
         weights = jax.tree.map(lambda w: w * 3, spec.init(specs, jax.random.key(0)))
@@ -311,7 +312,7 @@ def test_what_is_no_model(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------- training from a model on
 
 CONFIG = """
-from jaxlm.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import gpt2
 from jaxlm.objectives import {objective}
 

@@ -19,8 +19,8 @@ from jaxlm.runtime import mesh
 from jaxlm.weights.adapters import adapted
 
 CONFIG = """
-from jaxlm.config import Data, Execution, Mesh, Optim, Run, Train
-from jaxlm.models import MODELS, Model
+from jaxlm import Data, Execution, Mesh, Optim, Run, Train
+from jaxlm.models import MODELS
 from jaxlm.objectives import OBJECTIVES
 
 def config():

@@ -15,7 +15,7 @@ from jaxlm.core import config, tree
 from jaxlm.training.log import read_lines
 
 CONFIG = """
-from jaxlm.config import Adapter, Data, Execution, Optim, Run, Train
+from jaxlm import Adapter, Data, Execution, Optim, Run, Train
 from jaxlm.models import llama
 from jaxlm.objectives import causal
 

@@ -16,7 +16,7 @@ from jaxlm.training.log import read_lines
 pytest.importorskip("jinja2")
 
 CONFIG = """
-from jaxlm.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import llama
 from jaxlm.objectives import preference, sft
 

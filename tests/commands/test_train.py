@@ -15,7 +15,7 @@ from jaxlm.core import config, config_io
 from jaxlm.training.log import read_lines
 
 CONFIG = """
-from jaxlm.config import Data, Execution, Mesh, Optim, Run, Train
+from jaxlm import Data, Execution, Mesh, Optim, Run, Train
 from jaxlm.models import llama
 from jaxlm.objectives import causal
 

@@ -160,7 +160,7 @@ def test_wrong_overrides_are_one_line(args, message):
 def test_load_runs_the_function_of_a_file(tmp_path):
     file = tmp_path / "tiny.py"
     file.write_text(
-        "from jaxlm.config import Run\nfrom jaxlm.models import bert\nfrom jaxlm.objectives import masked\n"
+        "from jaxlm import Run\nfrom jaxlm.models import bert\nfrom jaxlm.objectives import masked\n"
         "def config():\n    return Run('n', bert.Config(), masked.Config())\n"
     )
     run = config_io.load(file)

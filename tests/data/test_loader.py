@@ -231,7 +231,7 @@ def test_a_fault_in_a_worker_comes_through_as_its_one_line(caches, workers):
 
 RUN = """
 import os, sys, time
-from jaxlm.data import cache, packing
+from jaxlm.data import packing, token_cache
 from jaxlm.data.loader import Loader
 
 def example(record, rng):
@@ -239,7 +239,7 @@ def example(record, rng):
     return record
 
 if __name__ == "__main__":
-    records = packing.packed(cache.open_cache(sys.argv[1]), 16)
+    records = packing.packed(token_cache.open_cache(sys.argv[1]), 16)
     for batch in Loader([records], [1.0], example, batch_size=4, workers=2).iterate(0):
         print("batch", flush=True)
         time.sleep(0.01)
@@ -277,7 +277,7 @@ def test_workers_end_with_their_run(caches, tmp_path, how):
 
 def test_the_data_floor_needs_no_jax():
     script = (
-        "import sys; from jaxlm.data import cache, loader, mixture, packing, sources, tokenizer\n"
+        "import sys; from jaxlm.data import loader, mixture, packing, sources, token_cache, tokenizer\n"
         "heavy = {'jax', 'grain', 'tensorflow', 'tensorflow_datasets', 'pyarrow', 'sentencepiece', 'rich'}\n"
         "print(heavy & set(sys.modules))"
     )

@@ -167,7 +167,7 @@ def test_a_worker_hands_on_the_fault_of_a_file(corpus, tmp_path):
 
 SLOW = """
 import os, sys, time
-from jaxlm.data import cache
+from jaxlm.data import token_cache
 from jaxlm.data.tokenizer import Bytes
 
 class Slow(Bytes):
@@ -177,7 +177,7 @@ class Slow(Bytes):
         return super().encode(text)
 
 if __name__ == "__main__":
-    cache.prepare(sys.argv[1], Slow(), sys.argv[3], workers=2, progress=False)
+    token_cache.prepare(sys.argv[1], Slow(), sys.argv[3], workers=2, progress=False)
 """
 
 
@@ -219,8 +219,8 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing(corpus, tmp_path):
     root = tmp_path / "root"
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
-        "from jaxlm.data import cache; from jaxlm.data.tokenizer import Bytes\n"
-        "try: cache.prepare(sys.argv[1], Bytes(), sys.argv[2], workers=1, progress=False)\n"
+        "from jaxlm.data import token_cache; from jaxlm.data.tokenizer import Bytes\n"
+        "try: token_cache.prepare(sys.argv[1], Bytes(), sys.argv[2], workers=1, progress=False)\n"
         "except ValueError as error: print(error)\n"
     )
     command = [sys.executable, "-B", "-c", script, corpus, root]

@@ -14,7 +14,7 @@ from jaxlm.training.log import read_lines
 pytest.importorskip("sklearn")
 
 CONFIG = """
-from jaxlm.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import bert
 from jaxlm.objectives import classify
 

@@ -52,7 +52,7 @@ def test_answers():
 
 
 SEQ2SEQ = """
-from jaxlm.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import t5
 from jaxlm.objectives import seq2seq
 
@@ -63,7 +63,7 @@ def config():
                train=Train(steps=60, batch_size=16, seq_len=16, prompts=()), out={out!r})
 """
 SFT = """
-from jaxlm.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import llama
 from jaxlm.objectives import sft
 

@@ -302,7 +302,7 @@ CHILD = """
 import os, resource, signal, sys
 os.environ["JAX_PLATFORMS"] = "cpu"
 import jax, jax.numpy as jnp
-from jaxlm.checkpoint import Checkpoints, abstract
+from jaxlm.formats.checkpoint import Checkpoints, abstract
 mode, folder = sys.argv[1:]
 if mode == "denied" and os.getuid() == 0:
     os.setuid(65534)
@@ -397,7 +397,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize("127.0.0.1:" + port, 2, rank)
-from jaxlm.checkpoint import Checkpoints, abstract
+from jaxlm.formats.checkpoint import Checkpoints, abstract
 mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
 def put(x, spec):
     return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i: x[i])

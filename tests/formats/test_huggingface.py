@@ -425,13 +425,15 @@ def test_an_export_that_dies_leaves_no_model(tmp_path, monkeypatch):
 PEAK = """
 import sys, jax, jax.numpy as jnp, ml_dtypes, numpy as np
 from pathlib import Path
-from jaxlm import config, names, sharding
-from jaxlm.interop import hf, safetensors
+from jaxlm.core import config, weight_names
+from jaxlm.formats import huggingface, safetensors
 from jaxlm.models import llama
-folder, mesh = Path(sys.argv[1]), sharding.make_mesh(config.Mesh(fsdp=-1, tensor=2)) if jax.device_count() > 1 else None
+from jaxlm.nn.layout import Layout
+from jaxlm.runtime.mesh import make_mesh
+folder, mesh = Path(sys.argv[1]), make_mesh(config.Mesh(fsdp=-1, tensor=2)) if jax.device_count() > 1 else None
 c = llama.Config(vocab=96000, layers=16, width=512, heads=8, kv_heads=8, head_width=64, ffn=1024, tied=True)
 specs = llama.specs(c)
-table = names.tensors(llama.names(c), specs)
+table = weight_names.tensors(llama.names(c), specs)
 def drawn(name):
     return np.full(table[name].shape, len(name), ml_dtypes.bfloat16)
 safetensors.write(folder / "in", {n: (ml_dtypes.bfloat16, t.shape) for n, t in table.items()}, drawn)
@@ -441,13 +443,13 @@ def above(f):
     open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
     before = memory("VmRSS")
     return f(), memory("VmHWM") - before
-homes = sharding.Layout().shardings(specs, mesh)
+homes = Layout().shardings(specs, mesh)
 [jnp.zeros(8, device=d).block_until_ready() for d in jax.devices()]
 largest = max(2 * int(np.prod(t.shape)) for t in table.values())
-weights, peak = above(lambda: hf.load(folder / "in", llama, c, specs, homes))
+weights, peak = above(lambda: huggingface.load(folder / "in", llama, c, specs, homes))
 held = sum(s.data.nbytes for w in jax.tree.leaves(weights) for s in w.addressable_shards)
 print("load", (peak - held) / largest)
-save = lambda name: hf.save(folder / name, llama, c, specs, weights, dtype="bfloat16")
+save = lambda name: huggingface.save(folder / name, llama, c, specs, weights, dtype="bfloat16")
 save("warm")  # compiles
 print("save", above(lambda: save("out"))[1] / largest)
 """
@@ -474,23 +476,26 @@ def test_host_memory(tmp_path, devices):
 PART = """
 import sys, jax, numpy as np
 from pathlib import Path
-from jaxlm import config, processes, sharding, tree
-from jaxlm.interop import hf, shards
+from jaxlm.core import config, tree
+from jaxlm.formats import huggingface, shards
 from jaxlm.models import llama
+from jaxlm.nn.layout import Layout
+from jaxlm.runtime import processes
+from jaxlm.runtime.mesh import make_mesh
 processes.start()
 shards.SMALL = 256
 folder = Path(sys.argv[1])
-family, c = hf.describe(folder, {"llama": llama})
+family, c = huggingface.describe(folder, {"llama": llama})
 specs = family.specs(c)
-homes = sharding.Layout().shardings(specs, sharding.make_mesh(config.Mesh(fsdp=4, tensor=2)))
-weights = hf.load(folder, family, c, specs, homes)
+homes = Layout().shardings(specs, make_mesh(config.Mesh(fsdp=4, tensor=2)))
+weights = huggingface.load(folder, family, c, specs, homes)
 whole = np.load(folder / "weights.npz")
 for path, w in tree.flatten(weights).items():
     assert not w.is_fully_addressable
     for s in w.addressable_shards:
         np.testing.assert_array_equal(np.asarray(s.data), whole[path][s.index], err_msg=path)
 try:
-    hf.save(folder / "out", family, c, specs, weights, dtype="float32")
+    huggingface.save(folder / "out", family, c, specs, weights, dtype="float32")
 except ValueError as error:
     print(error)
 """

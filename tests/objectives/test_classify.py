@@ -137,7 +137,7 @@ def test_a_mesh_gives_the_same(file, family):
 
 
 CONFIG = """
-from jaxlm.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import bert
 from jaxlm.objectives import classify
 

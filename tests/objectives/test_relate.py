@@ -142,7 +142,7 @@ def test_a_mesh_gives_the_same(file, axes):
 
 
 CONFIG = """
-from jaxlm.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import bert
 from jaxlm.objectives import relate
 

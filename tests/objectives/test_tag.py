@@ -106,7 +106,7 @@ def test_the_loss_by_hand(file):
 
 
 CONFIG = """
-from jaxlm.config import Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import bert
 from jaxlm.objectives import tag
 

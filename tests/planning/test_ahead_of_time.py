@@ -16,7 +16,7 @@ from jaxlm.planning import ahead_of_time, mesh_search, roofline, targets
 
 TINY = llama.Config(vocab=512, layers=3, width=128, heads=4, kv_heads=4, head_width=32, ffn=256, positions=128)
 CONFIG = """
-from jaxlm.config import Data, Execution, Mesh, Optim, Run, Train
+from jaxlm import Data, Execution, Mesh, Optim, Run, Train
 from jaxlm.models import llama
 from jaxlm.objectives import causal
 
@@ -139,7 +139,7 @@ def test_wrong_requests(file, capsys, more, said) -> None:
 
 
 def test_a_missing_compiler(file, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("jaxlm.targets.importlib.util.find_spec", lambda module: None)
+    monkeypatch.setattr("jaxlm.planning.targets.importlib.util.find_spec", lambda module: None)
     assert cli.main(["plan", str(file), "--target", "v5e:2x4"]) == 2
     assert 'pip install "jax[tpu]"' in capsys.readouterr().err
 

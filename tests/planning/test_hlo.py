@@ -12,7 +12,7 @@ MESH = {"data": 2, "fsdp": 4}
 TEXT = """HloModule jit_f, is_scheduled=true
 
 FileNames
-1 "/x/jaxlm/sharding.py"
+1 "/x/jaxlm/nn/layout.py"
 2 "/x/jaxlm/models/llama.py"
 
 FileLocations

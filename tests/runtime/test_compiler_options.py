@@ -1,5 +1,6 @@
 """Options of the compiler: accepted by it, refused in one line, given to the train step."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -58,12 +59,12 @@ def test_presets_fit_their_devices_and_no_others(name, monkeypatch):
 
 def test_the_train_step_is_compiled_with_them(monkeypatch):
     from jaxlm.assembly import program
-    from jaxlm.core import config, config_io
+    from jaxlm.core import config_io
     from jaxlm.data import tokenizer
 
     run = config_io.override(config_io.load(ROOT / "configs" / "tiny_llama.py"), ["--mesh.data", "8"])
-    run = config.dataclasses.replace(
-        run, execution=config.dataclasses.replace(run.execution, flags=("xla_cpu_enable_fast_math=true",))
+    run = dataclasses.replace(
+        run, execution=dataclasses.replace(run.execution, flags=("xla_cpu_enable_fast_math=true",))
     )
     p = program.program(run, tokenizer.load("bytes"))
     assert p.compiler_options == {"xla_cpu_enable_fast_math": True}

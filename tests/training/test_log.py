@@ -88,7 +88,7 @@ def test_a_torn_last_line_is_dropped_and_a_broken_one_before_it_is_named(tmp_pat
 
 def test_a_killed_process_has_written_every_line(tmp_path):
     code = (
-        "import os, sys\nfrom jaxlm.log import RunLog\nout = RunLog(sys.argv[1], tensorboard=False)\n"
+        "import os, sys\nfrom jaxlm.training.log import RunLog\nout = RunLog(sys.argv[1], tensorboard=False)\n"
         "for step in range(1, 101): out.train(step, {'loss': 1.0}, {})\nos.kill(os.getpid(), 9)"
     )
     subprocess.run(

@@ -8,7 +8,7 @@ import pytest
 from jaxlm.commands import cli
 
 CONFIG = """
-from jaxlm.config import Data, Execution, Run, Train
+from jaxlm import Data, Execution, Run, Train
 from jaxlm.models import bert, llama
 from jaxlm.objectives import answer, classify, relate, seq2seq, sft, tag
 
