@@ -57,7 +57,7 @@ def devices_of(name: str) -> list[Any]:
 def compiled(devices: list[Any], way: str) -> dict[str, Any]:
     c, fields, execution, micro, expected = WAYS[way]
     mesh_config = config.Mesh(**fields)
-    family = MODELS[config.family(c)]
+    family = MODELS.of(c)
     # `gpu`, as JAX calls the backend, whatever its plug-in is called
     backend = "tpu" if devices[0].platform == "tpu" else "gpu"
     with mock.patch.multiple(jax, default_backend=lambda: backend):

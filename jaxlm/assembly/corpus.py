@@ -31,7 +31,7 @@ def corpus(run: config.Run, tokens: Any, template: str | None = None) -> Corpus:
     share = 0.0 if run.data.valid else run.data.holdout
     if not run.data.valid and not share:
         raise ValueError("data.holdout: 0 leaves nothing to validate on; set it above 0 or name data.valid")
-    if OBJECTIVES[config.family(run.objective)].records == "examples":
+    if OBJECTIVES.of(run.objective).records == "examples":
         return _examples(run, tokens, template)
 
     def prepared(source: str, holdout: float) -> dict[str, Path]:
@@ -49,7 +49,7 @@ def corpus(run: config.Run, tokens: Any, template: str | None = None) -> Corpus:
     train = [caches.open_cache(p["train"]) for p in parts]
     valid_paths = [prepared(s, 0.0)["train"] for s in run.data.valid] or [p["valid"] for p in parts]
     valid = [caches.open_cache(p) for p in valid_paths]
-    if OBJECTIVES[config.family(run.objective)].records == "texts" and jax.process_index() == 0:
+    if OBJECTIVES.of(run.objective).records == "texts" and jax.process_index() == 0:
         for source, part in zip([*run.data.train, *(run.data.valid or run.data.train)], [*train, *valid], strict=True):
             _warn_of_cuts(run, tokens, source, part)
         _warn_of_leaks(train, valid)
@@ -65,7 +65,7 @@ def _weights(run: config.Run, sizes: Sequence[int]) -> list[float]:
 
 
 def _examples(run: config.Run, tokens: Any, template: str | None) -> Corpus:
-    objective, row = OBJECTIVES[config.family(run.objective)], row_shape(run) | {"template": template}
+    objective, row = OBJECTIVES.of(run.objective), row_shape(run) | {"template": template}
 
     def read(source: str) -> list[dict]:
         found, notes = objective.read(run.objective, source, tokens, row)
@@ -126,7 +126,7 @@ def _keys(part: Any) -> Iterator[tuple[Any, str]]:
 
 def records(run: config.Run, tokens: Any, part: Any) -> Any:
     """A part of a corpus as what the objective's host half takes."""
-    objective = OBJECTIVES[config.family(run.objective)]
+    objective = OBJECTIVES.of(run.objective)
     if objective.records == "examples":
         return part
     if objective.records == "pairs":

@@ -108,7 +108,7 @@ def _run(folder: Path) -> Source:
     run = dataclasses.replace(run, name=folder.resolve().name, out=str(folder.parent))
     tokens = run_directory.load_tokenizer(run)
     templates = hf_sidecars.chat_templates(folder) or hf_sidecars.chat_templates(folder / "tokenizer")
-    family = MODELS[config.family(run.model)]
+    family = MODELS.of(run.model)
     advice = hf_sidecars.read_generation(folder)
     return Source(
         folder, "run", family, run.model, tokens, advice, templates, tokens.around, run=run, adapter=run.adapter

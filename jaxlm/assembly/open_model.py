@@ -144,7 +144,7 @@ def specs_of(source: Source) -> Any:
     """Of the weights that its files hold."""
     specs = source.adapted.specs()
     if source.run is not None:
-        objective = OBJECTIVES[config.family(source.run.objective)]
+        objective = OBJECTIVES.of(source.run.objective)
         specs |= objective.specs(source.run.objective, source.config.width)
     return specs
 
@@ -238,7 +238,7 @@ def program(p: Pretrained, data: Sequence[str] | None, objective: str | None = N
     run, n = p.source.run or published_run(p.source), jax.device_count()
     if p.source.run is None and objective is not None:
         run = dataclasses.replace(run, objective=OBJECTIVES[objective].Config())
-    own_head = OBJECTIVES[config.family(run.objective)].specs(run.objective, p.model.config.width)
+    own_head = OBJECTIVES.of(run.objective).specs(run.objective, p.model.config.width)
     if not getattr(p.model.config, "head", True) and not own_head:
         raise ValueError(f"{p.source.path}: its files have no language-model head; use it with: jaxlm embed")
     rows = run.train.batch_size // run.train.micro_batches  # made to divide over the devices here

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxlm.assembly.run_objective import vocabulary, window_length
-from jaxlm.core import config, spec, tree
+from jaxlm.core import config, registry, spec, tree
 from jaxlm.data import loader, packing
 from jaxlm.models import MODELS
 from jaxlm.models.model import Model
@@ -183,7 +183,7 @@ class Program:
 
 def program(run: config.Run, tokens: Any) -> Program:
     """Check the run against its tokenizer and the devices, and put its functions together."""
-    family, objective = MODELS[config.family(run.model)], OBJECTIVES[config.family(run.objective)]
+    family, objective = MODELS.of(run.model), OBJECTIVES.of(run.objective)
     _check_pair(family, objective, run)
     objective.check(run.objective, tokens)
     positions = getattr(run.model, "positions", None)
@@ -265,10 +265,10 @@ def optimizer(run: config.Run, specs: Any, adapter: adapted.Adapted) -> optimize
 def _check_pair(family: ModuleType, objective: ModuleType, run: config.Run) -> None:
     """Refuse to train a model for what its kind can't learn: an encoder, for one, sees the tokens that come next."""
     if family.kind not in objective.models:
-        name, kinds = config.family(run.objective), " or ".join(objective.models)
+        name, kinds = registry.name_of(run.objective), " or ".join(objective.models)
         fitting = ", ".join(name for name, module in OBJECTIVES.items() if family.kind in module.models)
         raise ValueError(
-            f"objective: {name} trains a model of kind {kinds}, and {config.family(run.model)} is of kind "
+            f"objective: {name} trains a model of kind {kinds}, and {registry.name_of(run.model)} is of kind "
             f"{family.kind}; choose {fitting or 'another model'}"
         )
     if objective.records in ("texts", "examples") and run.data.compare_compression:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.core import config
+from jaxlm.core import config, registry
 from jaxlm.data import packing
 from jaxlm.data import token_cache as caches
 from jaxlm.models import MODELS
@@ -30,25 +30,25 @@ class HostHalf:
 
 def vocabulary(run: config.Run, tokens: Any) -> int:
     """Ids in use: the tokenizer's, and what the objective adds."""
-    objective = OBJECTIVES[config.family(run.objective)]
+    objective = OBJECTIVES.of(run.objective)
     return objective.vocab(run.objective, tokens) if hasattr(objective, "vocab") else tokens.vocab_size
 
 
 def window_length(run: config.Run) -> int:
     """Tokens of text in a record."""
-    objective = OBJECTIVES[config.family(run.objective)]
+    objective = OBJECTIVES.of(run.objective)
     return objective.window(run.objective, run.train.seq_len) if hasattr(objective, "window") else run.train.seq_len
 
 
 def text_field(run: config.Run) -> caches.sources.Field:
     """Where the text stands in records: in one field, or in two for an objective that learns one text from another."""
-    objective = OBJECTIVES[config.family(run.objective)]
+    objective = OBJECTIVES.of(run.objective)
     return objective.fields(run.objective) if objective.records == "texts" else run.data.text_field
 
 
 def fit_texts(run: config.Run, tokens: Any, part: caches.Cache) -> tuple[Any, Any, Any, Any]:
     """Of texts, (lengths, what is kept of them, what they take, room)."""
-    objective, kind = OBJECTIVES[config.family(run.objective)], MODELS[config.family(run.model)].kind
+    objective, kind = OBJECTIVES.of(run.objective), MODELS.of(run.model).kind
     lengths = packing.text_lengths(part, tokens.eos_id)
     return lengths, *objective.fit(run.objective, kind, run.train.seq_len, lengths)
 
@@ -57,18 +57,18 @@ def row_shape(run: config.Run) -> dict[str, Any]:
     return {
         "seq_len": run.train.seq_len,
         "length": window_length(run),
-        "kind": MODELS[config.family(run.model)].kind,
+        "kind": MODELS.of(run.model).kind,
         "decoder_start": getattr(run.model, "decoder_start", None),
     }
 
 
 def host_half(run: config.Run, tokens: Any) -> HostHalf:
-    return HostHalf(config.family(run.objective), run.objective, tokens, row_shape(run))
+    return HostHalf(registry.name_of(run.objective), run.objective, tokens, row_shape(run))
 
 
 def prompts(run: config.Run, tokens: Any, texts: Sequence[str]) -> tuple[list[list[int]], list[list[int]] | None]:
     """What a model of this run reads before it goes on from each text: prompts, and an encoder's sources or None."""
-    objective = OBJECTIVES[config.family(run.objective)]
+    objective = OBJECTIVES.of(run.objective)
     if not hasattr(objective, "prompt"):
         return [[tokens.bos_id, *tokens.encode(text)] for text in texts], None
     found = [objective.prompt(run.objective, tokens, text, row_shape(run)) for text in texts]
@@ -77,7 +77,7 @@ def prompts(run: config.Run, tokens: Any, texts: Sequence[str]) -> tuple[list[li
 
 def settled(run: config.Run) -> config.Run:
     """With what an objective takes from its training data, such as the names of labels."""
-    objective = OBJECTIVES[config.family(run.objective)]
+    objective = OBJECTIVES.of(run.objective)
     if not hasattr(objective, "settle"):
         return run
     return dataclasses.replace(run, objective=objective.settle(run.objective, run.data.train))
@@ -85,4 +85,4 @@ def settled(run: config.Run) -> config.Run:
 
 def reads_both_ways(run: config.Run) -> bool:
     """Whether prompts are."""
-    return getattr(OBJECTIVES[config.family(run.objective)], "both_ways", False)
+    return getattr(OBJECTIVES.of(run.objective), "both_ways", False)

@@ -6,7 +6,7 @@ beside the code that reads them (`models/llama.py`, `objectives/causal.py`); eve
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 M = TypeVar("M")  # a model's Config
 O = TypeVar("O")  # an objective's Config  # noqa: E741
@@ -257,8 +257,3 @@ class Run(Generic[M, O]):
     @property
     def folder(self) -> Path:
         return Path(self.out).expanduser() / self.name
-
-
-def family(part: Any) -> str:
-    """Name of the module that a model's or objective's Config lives in, which is its row in the table."""
-    return type(part).__module__.rsplit(".", 1)[-1]

@@ -8,10 +8,12 @@ import itertools
 import json
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from jaxlm.core.config import Run, family
+from jaxlm.core import registry
+from jaxlm.core.config import Run
 from jaxlm.core.errors import nearest
 
 
@@ -19,11 +21,11 @@ def to_dict(run: Run) -> dict[str, Any]:
     """Plain JSON values; the two family parts carry their family's name."""
     out = dataclasses.asdict(run)
     for key in ("model", "objective"):
-        out[key] = {"family": family(getattr(run, key))} | out[key]
+        out[key] = {"family": registry.name_of(getattr(run, key))} | out[key]
     return out
 
 
-def from_dict(values: dict[str, Any], models: dict[str, Any], objectives: dict[str, Any]) -> Run:
+def from_dict(values: dict[str, Any], models: Mapping[str, Any], objectives: Mapping[str, Any]) -> Run:
     """The inverse of `to_dict`. `models` and `objectives` map family names to modules with a `Config`."""
     values = dict(values)
     for key, table in (("model", models), ("objective", objectives)):

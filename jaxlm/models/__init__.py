@@ -15,20 +15,24 @@
   `settle(c, tensor names) -> Config` (heads that files have or lack, whatever their config.json says).
 """
 
-from types import ModuleType
+from typing import Any
 
+from jaxlm.core.registry import Table
 from jaxlm.models import bart, bert, deepseek, gemma, gpt2, gpt_oss, llama, mixtral, modernbert, olmo, t5
 
-MODELS: dict[str, ModuleType] = {
-    "gpt2": gpt2,
-    "llama": llama,
-    "gemma": gemma,
-    "olmo": olmo,
-    "mixtral": mixtral,
-    "deepseek": deepseek,
-    "gpt_oss": gpt_oss,
-    "bert": bert,
-    "modernbert": modernbert,
-    "t5": t5,
-    "bart": bart,
-}
+MODELS: Table[Any] = Table(
+    "model",
+    {
+        "gpt2": gpt2,
+        "llama": llama,
+        "gemma": gemma,
+        "olmo": olmo,
+        "mixtral": mixtral,
+        "deepseek": deepseek,
+        "gpt_oss": gpt_oss,
+        "bert": bert,
+        "modernbert": modernbert,
+        "t5": t5,
+        "bart": bart,
+    },
+)

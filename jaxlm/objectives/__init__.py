@@ -31,8 +31,9 @@
   tokens or rows, so that micro-batches, shards and hosts just add; the step divides once by the total weights.
 """
 
-from types import ModuleType
+from typing import Any
 
+from jaxlm.core.registry import Table
 from jaxlm.objectives import (
     answer,
     causal,
@@ -50,19 +51,22 @@ from jaxlm.objectives import (
     tag,
 )
 
-OBJECTIVES: dict[str, ModuleType] = {
-    "causal": causal,
-    "prefix": prefix,
-    "infill": infill,
-    "masked": masked,
-    "next_sentence": next_sentence,
-    "sft": sft,
-    "preference": preference,
-    "classify": classify,
-    "tag": tag,
-    "answer": answer,
-    "relate": relate,
-    "choice": choice,
-    "span_corruption": span_corruption,
-    "seq2seq": seq2seq,
-}
+OBJECTIVES: Table[Any] = Table(
+    "objective",
+    {
+        "causal": causal,
+        "prefix": prefix,
+        "infill": infill,
+        "masked": masked,
+        "next_sentence": next_sentence,
+        "sft": sft,
+        "preference": preference,
+        "classify": classify,
+        "tag": tag,
+        "answer": answer,
+        "relate": relate,
+        "choice": choice,
+        "span_corruption": span_corruption,
+        "seq2seq": seq2seq,
+    },
+)

@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxlm.assembly import program as programs
 from jaxlm.assembly import run_objective
-from jaxlm.core import config, spec, tree
+from jaxlm.core import config, registry, spec, tree
 from jaxlm.core.errors import one_line
 from jaxlm.data import tokenizer
 from jaxlm.objectives import OBJECTIVES
@@ -56,7 +56,7 @@ class StandIn:
 
 def tokens_of(run: config.Run) -> StandIn:
     """Of the size that the model's vocabulary leaves when the objective has added its own."""
-    objective, size = OBJECTIVES[config.family(run.objective)], run.model.vocab
+    objective, size = OBJECTIVES.of(run.objective), run.model.vocab
     more = objective.vocab(run.objective, StandIn(size)) - size if hasattr(objective, "vocab") else 0
     return StandIn(size - more)
 
@@ -77,7 +77,7 @@ def batch_of(p: programs.Program) -> dict[str, Any]:
     run, c = p.run, p.run.train
     if p.objective.records != "packed":
         raise ValueError(
-            f"objective: {config.family(run.objective)} makes batches from data, and there is none here; "
+            f"objective: {registry.name_of(run.objective)} makes batches from data, and there is none here; "
             "compile with jaxlm train --dry-run, or plan with --analytic"
         )
     host = run_objective.host_half(run, p.tokens)

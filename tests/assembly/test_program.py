@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.assembly import corpus, program, run_directory, run_objective
 from jaxlm.commands import cli
-from jaxlm.core import config, config_io
+from jaxlm.core import config, config_io, registry
 from jaxlm.evaluation import perplexity
 from jaxlm.models import MODELS
 from jaxlm.models.model import Model
@@ -186,7 +186,7 @@ def test_texts_that_lose_their_end_are_counted(home, capsys):
 def flops(model, objective, **more) -> float:
     """Weights that a token of a row is multiplied with, by 6 FLOPs each; attention left out."""
     run = config.Run("r", model, objective, train=config.Train(seq_len=32, batch_size=8), **more)
-    family, module = (table[config.family(part)] for table, part in ((MODELS, model), (OBJECTIVES, objective)))
+    family, module = (table[registry.name_of(part)] for table, part in ((MODELS, model), (OBJECTIVES, objective)))
     specs = family.specs(model) | module.specs(objective, model.width)
     p = program.Program(run, None, None, layout.Layout(), specs, Model(family, model, specs, layout.Layout()),
                          adapted.Adapted(config.Adapter(), family, model), module, None, {})  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm.assembly import open_model
 from jaxlm.commands import cli
-from jaxlm.core import config, config_io
+from jaxlm.core import config_io
 from jaxlm.training.log import read_lines
 
 CONFIG = """
@@ -249,7 +249,7 @@ def test_every_shipped_config_loads_and_its_weights_are_declared() -> None:
         run = config_io.load(file)
         assert config_io.from_dict(json.loads(json.dumps(config_io.to_dict(run))), MODELS, OBJECTIVES) == run
         assert run.name == file.stem
-        sizes[run.name] = count(MODELS[config.family(run.model)].specs(run.model)) / 1e6
+        sizes[run.name] = count(MODELS.of(run.model).specs(run.model)) / 1e6
     assert sizes["gpt2_124m"] == pytest.approx(124.5, abs=0.1)
     assert sizes["llama_1b"] == pytest.approx(1236, abs=1)
     assert sizes["llama_8b"] == pytest.approx(8030, abs=1)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from jaxlm.core import config, config_io
+from jaxlm.core import config, config_io, registry
 from jaxlm.models import MODELS
 from jaxlm.objectives import OBJECTIVES
 
@@ -33,7 +33,7 @@ def test_round_trip_through_json(model, objective, tmp_path):
     again = from_json((tmp_path / "config.json").read_text())
     assert again == run
     assert type(again.data.train) is tuple and hash(again) == hash(run)
-    assert (config.family(again.model), config.family(again.objective)) == (model, objective)
+    assert (registry.name_of(again.model), registry.name_of(again.objective)) == (model, objective)
 
 
 def test_everything_is_frozen():
@@ -164,7 +164,7 @@ def test_load_runs_the_function_of_a_file(tmp_path):
         "def config():\n    return Run('n', bert.Config(), masked.Config())\n"
     )
     run = config_io.load(file)
-    assert (run.name, config.family(run.model)) == ("n", "bert")
+    assert (run.name, registry.name_of(run.model)) == ("n", "bert")
 
 
 @pytest.mark.parametrize(

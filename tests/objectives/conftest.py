@@ -76,7 +76,7 @@ def model() -> Callable[[Any], tuple[Model, Any]]:
     """A model with random weights, biases and norms too, in float32."""
 
     def make(c: Any) -> tuple[Model, Any]:
-        family = MODELS[config.family(c)]
+        family = MODELS.of(c)
         specs = family.specs(c)
         layout = Layout(execution=config.Execution(dtype="float32", scan=True))
         generator = np.random.default_rng(5)

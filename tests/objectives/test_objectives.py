@@ -209,7 +209,7 @@ def rows(objective: str) -> list[dict]:
 
 def make(objective: str) -> tuple[Model, dict]:
     module, c = OBJECTIVES[objective], SMALL[objective]
-    family = MODELS[config.family(c)]
+    family = MODELS.of(c)
     specs = family.specs(c) | module.specs(SETTINGS[objective], c.width)
     layout = Layout(execution=config.Execution(dtype="float32", scan=True))
     generator = rng(5)

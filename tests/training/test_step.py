@@ -54,7 +54,7 @@ class Setup:
 
     def __init__(self, name: str = "causal"):
         model_config, self.objective, settings, clip = CASES[name]
-        family = MODELS[config.family(model_config)]
+        family = MODELS.of(model_config)
         specs = family.specs(model_config) | self.objective.specs(settings, model_config.width)
         layout = Layout(execution=config.Execution(dtype="float32", scan=True))
         model = Model(family, model_config, specs, layout)
