@@ -1,0 +1,82 @@
+"""What several commands share: a parser for each command, the run that arguments name, and the last line of JSON."""
+
+import argparse
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxlm.core import config_io
+from jaxlm.core.errors import nearest
+from jaxlm.runtime import processes
+
+MODEL = (
+    "a run directory, a Hugging Face directory, hf:OWNER/NAME, or a .gguf file; MODEL+ADAPTER puts an adapter of "
+    "Hugging Face PEFT on it, whose directory alone may name its model"
+)
+Handler = Callable[[argparse.Namespace, list[str]], int]
+
+
+def add_command(commands: Any, name: str, run: Handler, help: str, example: str, overrides: bool = False) -> Any:
+    """Returns a new command's parser. `run` handles it and returns the exit status; with `overrides` it also gets the
+    arguments that the parser doesn't know."""
+    parser = commands.add_parser(
+        name, help=help, description=help, epilog=f"example: {example}", add_help=not overrides
+    )
+    parser.set_defaults(run=run, overrides=overrides)
+    return parser
+
+
+def resolve_config(name: str) -> Path:
+    """Returns the path of a config file, which is given by path or by its bare name among those of the package."""
+    package = Path(__file__).parents[1]
+    folders = [package / "_configs", package.parent / "configs"]
+    candidates = [Path(name), *(folder / f"{name.removesuffix('.py')}.py" for folder in folders)]
+    for path in candidates:
+        if path.is_file():
+            return path
+    known = sorted(p.stem for folder in folders for p in folder.glob("*.py"))
+    raise ValueError(f"no config file {name}{nearest(name, known)}")
+
+
+def load_run(args: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
+    """Returns the run as its file has it, and the run with the overrides of the command line."""
+    if args.config is None:
+        raise ValueError(f"give a config, for example: jaxlm train quickstart{' --help' if args.help else ''}")
+    if Path(args.config).is_dir():
+        from jaxlm.assembly.run_directory import read_config
+
+        folder = Path(args.config)
+        base = read_config(folder)
+        base = dataclasses.replace(base, name=folder.resolve().name, out=str(folder.parent))
+    else:
+        base = config_io.load(resolve_config(args.config))
+        if start := last_value(rest, "--start") or base.start:
+            from jaxlm.assembly import open_model
+
+            base = open_model.starting(base, start)
+    run = config_io.override(base, rest + (["--help"] if args.help else []))
+    from jaxlm.assembly import run_objective
+
+    return base, run_objective.settled(run)
+
+
+def last_value(args: list[str], flag: str) -> str | None:
+    """Returns the value of the last `--flag value` or `--flag=value`; None: the flag is not there."""
+    found = [after for a, after in itertools.pairwise([*args, ""]) if a == flag]
+    found += [a.partition("=")[2] for a in args if a.startswith(f"{flag}=")]
+    return found[-1] if found else None
+
+
+def start_processes(args: argparse.Namespace, run: Any = None) -> None:
+    """Joins the other processes, if there are any: all must have been started with the same run, or arguments."""
+    processes.start(vars(args) | {"run": None} if run is None else config_io.flatten(run))
+
+
+def print_json(args: argparse.Namespace, values: dict) -> int:
+    """Prints the values as one last line of JSON where `--json` asks for it; returns the exit status 0."""
+    if args.json:
+        print(json.dumps(values))
+    return 0
