@@ -1,6 +1,6 @@
-"""The README's table of models, from the golden files: `python tests/golden/make_table.py` writes it anew.
+"""Writes the table of models in docs/models-and-files.md from the golden files.
 
-`test_published.py` checks that it is current.
+`test_published.py` checks that it is current; `python tests/golden/make_table.py` writes it anew.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 TESTS = Path(__file__).parents[1]
-README = TESTS.parent / "README.md"
+PAGE = TESTS.parent / "docs" / "models-and-files.md"
 BEGIN, END = "<!-- models: made by tests/golden/make_table.py -->\n", "<!-- end of models -->\n"
 # What users call the models whose config.json says so.
 KNOWN = {
@@ -91,9 +91,9 @@ def table() -> str:
 
 def main() -> None:
     sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-    text = README.read_text("utf-8")
+    text = PAGE.read_text("utf-8")
     before, rest = text.split(BEGIN)
-    README.write_text(before + BEGIN + "\n" + table() + "\n" + END + rest.split(END)[1], "utf-8")
+    PAGE.write_text(before + BEGIN + "\n" + table() + "\n" + END + rest.split(END)[1], "utf-8")
 
 
 if __name__ == "__main__":

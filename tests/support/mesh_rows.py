@@ -1,7 +1,8 @@
 """What composes: kinds of parallelism alone and together, and the families each is proven for.
 
-`test_meshes.py` holds every row to one device; README's table is `python tests/compositions.py`, and a test fails where
-the two differ. A new kind is a row in `ALONE` and some in `TOGETHER`, whatever axes or fields it is switched on by.
+`test_meshes.py` holds every row to one device. The table in docs/parallelism.md is what this file prints when it is run,
+and a test fails where the two differ. A new kind is a row in `ALONE` and some in `TOGETHER`, whatever axes or fields it
+is switched on by.
 """
 
 from typing import Any, NamedTuple
@@ -80,7 +81,7 @@ ROWS = ALONE | TOGETHER
 
 
 def table() -> str:
-    """README's, in Markdown: a dot stands for a test."""
+    """Returns the table of docs/parallelism.md in Markdown: a dot stands for a test."""
     names = {"llama": "Llama", "mixtral": "Mixtral", "bert": "BERT", "t5": "T5"}
     lines = ["| | on eight devices | " + " | ".join(f"{what} ({names[f]})" for f, what in FAMILIES.items()) + " |"]
     lines.append("|---" * (2 + len(FAMILIES)) + "|")

@@ -147,7 +147,7 @@ def test_the_first_weights_are_the_same_on_every_mesh(name: str, axis_type: str)
     close(first, whole, atol=0)
 
 
-def test_the_readme_tells_of_these_meshes_and_no_others() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    told = readme.partition("<!-- composes -->\n")[2].partition("\n<!-- /composes -->")[0]
-    assert told == table(), "README.md: between its marks `composes` must stand what tests/compositions.py prints"
+def test_the_documentation_lists_these_meshes_and_no_others() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "parallelism.md").read_text()
+    listed = page.partition("<!-- composes -->\n")[2].partition("\n<!-- /composes -->")[0]
+    assert listed == table(), "docs/parallelism.md: between its marks must stand what tests/support/mesh_rows.py prints"
