@@ -1,6 +1,6 @@
 """What composes: kinds of parallelism alone and together, and the families each is proven for.
 
-`test_meshes.py` holds every row to one device. The table in docs/parallelism.md is what this file prints when it is run,
+`test_meshes.py` holds every row to one device. The table in docs/parallelism.md is what this file prints when run,
 and a test fails where the two differ. A new kind is a row in `ALONE` and some in `TOGETHER`, whatever axes or fields it
 is switched on by.
 """
