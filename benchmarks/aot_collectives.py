@@ -69,7 +69,7 @@ def compiled(devices: list[Any], way: str) -> dict[str, Any]:
         weights, moments = layout.shardings(specs, mesh), layout.shardings(specs, mesh, layout.moments)
         homes = step.shardings(specs, weights, optimizer, False, replicated(mesh), moments)
         train = step.make_train_step(
-            lambda p, b, k: causal.loss(causal.Config(), model, p, b, k), causal.weights, optimizer, seed=0, clip=1.0,
+            lambda p, b, k: causal.loss(causal.Config(), model, p, b, k), causal.totals, optimizer, seed=0, clip=1.0,
             ema=0.0, places=step.Places.of(mesh_config.zero, weights, moments, optimizer),
         )  # fmt: skip
         home = batch_sharding(layout, mesh, (micro, B // micro, T), T)

@@ -23,6 +23,7 @@ from step_jaxlm import make_run
 from worker import Worker, launcher_environment, machine, save, table
 
 from jaxlm.assembly.corpus import Corpus, training_loader
+from jaxlm.assembly.run_objective import bind_run
 from jaxlm.data import loader, tokenizer, train_tokenizer
 from jaxlm.data import token_cache as caches
 from jaxlm.objectives import causal, masked
@@ -62,7 +63,7 @@ def loaders(shape: str, caches_of: dict[str, Path], folder: Path) -> dict[str, l
         run = make_run(shape, [])
         run = dataclasses.replace(run, objective=OBJECTIVE[kind], data=dataclasses.replace(run.data, workers=workers))
         corpus = Corpus([caches.open_cache(path)], [1.0], [])
-        out[f"{kind}, {name}, {workers} workers"] = training_loader(run, tokens[name], corpus, None)
+        out[f"{kind}, {name}, {workers} workers"] = training_loader(run, bind_run(run, tokens[name]), corpus, None)
     return out
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import jax
 from worker import save, table
 
-from jaxlm.assembly import program
+from jaxlm.assembly import program, run_objective
 from jaxlm.core import config
 from jaxlm.models import gpt2, llama, mixtral
 from jaxlm.nn.moe import Moe
 from jaxlm.objectives import causal
-from jaxlm.planning import ahead_of_time, roofline, targets
+from jaxlm.planning import roofline, targets
 from jaxlm.runtime import chips
 from jaxlm.runtime.mesh import Described, on_devices
 
@@ -104,7 +104,7 @@ def cost(p: Point) -> tuple[roofline.Cost, targets.Target, dict[str, int]]:
         execution=config.Execution(remat=p.remat),
     )  # fmt: skip
     with on_devices([Described(t.chip.platform, t.chip.kind)] * t.count):
-        made = program.program(run, ahead_of_time.tokens_of(run))
+        made = program.program(run, run_objective.placeholder_tokenizer(run))
         sizes = dict(made.mesh.shape)
         return roofline.cost(made, t, "flash"), t, sizes
 

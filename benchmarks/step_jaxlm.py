@@ -59,7 +59,7 @@ class Ours:
         self.run = make_run(shape, list(overrides))
         tokens, corpus = synthetic(self.run.model.vocab)
         self.program = program.program(self.run, tokens)
-        self.loader = training_loader(self.run, tokens, corpus, None)
+        self.loader = training_loader(self.run, self.program.objective, corpus, None)
         self.state = self.program.init()
         self.host_batch = self.loader.batch(0)
         self.batch = self.program.to_device(self.host_batch, None)

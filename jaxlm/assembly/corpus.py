@@ -9,154 +9,152 @@ import jax
 import numpy as np
 
 from jaxlm.assembly.program import Program
-from jaxlm.assembly.run_objective import fit_texts, host_half, row_shape, text_field, window_length
+from jaxlm.assembly.run_objective import BoundObjective, text_field
 from jaxlm.core import config
 from jaxlm.data import loader, packing
 from jaxlm.data import token_cache as caches
-from jaxlm.objectives import OBJECTIVES
+from jaxlm.objectives.objective import DeviceBatch, ExampleReader, TextPairs
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenised training and validation data of a run: caches, or for objectives that read their sources themselves
-    lists of records."""
+    """Tokenised training and validation data of a run: caches, or lists of records for an objective that reads its
+    sources itself."""
 
     train: list[Any]
     weights: list[float]
     valid: list[Any]
 
 
-def corpus(run: config.Run, tokens: Any, template: str | None = None) -> Corpus:
-    """Tokenise what isn't yet, and open it by memory map. `template`: the model's own, of chats."""
-    share = 0.0 if run.data.valid else run.data.holdout
-    if not run.data.valid and not share:
+def corpus(data: config.Data, objective: BoundObjective) -> Corpus:
+    """Tokenises what isn't yet, and opens it by memory map."""
+    share = 0.0 if data.valid else data.holdout
+    if not data.valid and not share:
         raise ValueError("data.holdout: 0 leaves nothing to validate on; set it above 0 or name data.valid")
-    if OBJECTIVES.of(run.objective).records == "examples":
-        return _examples(run, tokens, template)
+    records = objective.records
+    if isinstance(records, ExampleReader):
+        return _read_examples(data, objective, records)
 
     def prepared(source: str, holdout: float) -> dict[str, Path]:
         return caches.prepare(
             source,
-            tokens,
-            run.data.cache,
-            field=text_field(run),
+            objective.tokenizer,
+            data.cache,
+            field=text_field(objective.settings, data.text_field),
             holdout=holdout,
-            workers=run.data.tokenize_workers,
+            workers=data.tokenize_workers,
             progress=jax.process_index() == 0,
         )
 
-    parts = [prepared(source, share) for source in run.data.train]
-    train = [caches.open_cache(p["train"]) for p in parts]
-    valid_paths = [prepared(s, 0.0)["train"] for s in run.data.valid] or [p["valid"] for p in parts]
+    paths = [prepared(source, share) for source in data.train]
+    train = [caches.open_cache(p["train"]) for p in paths]
+    valid_paths = [prepared(s, 0.0)["train"] for s in data.valid] or [p["valid"] for p in paths]
     valid = [caches.open_cache(p) for p in valid_paths]
-    if OBJECTIVES.of(run.objective).records == "texts" and jax.process_index() == 0:
-        for source, part in zip([*run.data.train, *(run.data.valid or run.data.train)], [*train, *valid], strict=True):
-            _warn_of_cuts(run, tokens, source, part)
-        _warn_of_leaks(train, valid)
-    return Corpus(train, _weights(run, [len(c.tokens) for c in train]), valid)
+    if isinstance(records, TextPairs) and jax.process_index() == 0:
+        for source, part in zip([*data.train, *(data.valid or data.train)], [*train, *valid], strict=True):
+            _warn_of_cuts(objective, records, source, part)
+        keys = [[(c.document(i).tobytes(), "") for c in parts for i in range(len(c))] for parts in (train, valid)]
+        _warn_of_leaks(*keys)
+    return Corpus(train, _mixture_weights(data, [len(c.tokens) for c in train]), valid)
 
 
-def _weights(run: config.Run, sizes: Sequence[int]) -> list[float]:
-    """Of the training sources in the mixture."""
-    weights = list(run.data.weights) or [float(n) for n in sizes]
+def _mixture_weights(data: config.Data, sizes: Sequence[int]) -> list[float]:
+    """Returns the weights of the training sources in the mixture."""
+    weights = list(data.weights) or [float(n) for n in sizes]
     if len(weights) != len(sizes):
         raise ValueError(f"data.weights: {len(weights)} weights for {len(sizes)} training sources")
     return weights
 
 
-def _examples(run: config.Run, tokens: Any, template: str | None) -> Corpus:
-    objective, row = OBJECTIVES.of(run.objective), row_shape(run) | {"template": template}
+def _read_examples(data: config.Data, objective: BoundObjective, reader: ExampleReader) -> Corpus:
+    """Reads all sources by the objective's reader, and holds examples out for validation where no source is for it."""
 
-    def read(source: str) -> list[dict]:
-        found, notes = objective.read(run.objective, source, tokens, row)
+    def read(source: str) -> list[Any]:
+        records, notes = reader.read(objective.settings, source, objective.row, objective.tokenizer)
         for note in notes if jax.process_index() == 0 else ():
             print(note)
-        return found
+        return records
 
-    train, valid = [read(source) for source in run.data.train], [read(source) for source in run.data.valid]
+    train, valid = [read(source) for source in data.train], [read(source) for source in data.valid]
     if not valid:
-        for i, items in enumerate(train):
-            # What stands at one place of a file, such as the windows of a long text, stays together.
-            of = [item.get("where", j) for j, item in enumerate(items)]
-            places = list(dict.fromkeys(of))
-            n = max(1, round(run.data.holdout * len(places)))
-            if n == len(places):
-                raise ValueError(
-                    f"data.train: {run.data.train[i]} has too few examples to hold some out for validation"
-                )
-            held = {places[j] for j in np.random.default_rng(0).permutation(len(places))[:n]}
-            valid.append([item for item, place in zip(items, of, strict=True) if place in held])
-            train[i] = [item for item, place in zip(items, of, strict=True) if place not in held]
+        for i, records in enumerate(train):
+            # What comes from one place of a file, such as the windows of a long text, stays together.
+            groups = [record["where"] or j for j, record in enumerate(records)]
+            names = list(dict.fromkeys(groups))
+            n = max(1, round(data.holdout * len(names)))
+            if n == len(names):
+                raise ValueError(f"data.train: {data.train[i]} has too few examples to hold some out for validation")
+            held_out = {names[j] for j in np.random.default_rng(0).permutation(len(names))[:n]}
+            valid.append([record for record, group in zip(records, groups, strict=True) if group in held_out])
+            train[i] = [record for record, group in zip(records, groups, strict=True) if group not in held_out]
     if jax.process_index() == 0:
-        _warn_of_leaks(train, valid)
-    return Corpus(train, _weights(run, [len(items) for items in train]), valid)
+        keys = [[(tuple(ids), record["where"]) for part in parts for record in part for ids in reader.texts(record)]
+                for parts in (train, valid)]  # fmt: skip
+        _warn_of_leaks(*keys)
+    return Corpus(train, _mixture_weights(data, [len(records) for records in train]), valid)
 
 
-def _warn_of_cuts(run: config.Run, tokens: Any, source: str, part: caches.Cache) -> None:
-    """Texts that are too long lose their end."""
-    lengths, kept, _, _ = fit_texts(run, tokens, part)
-    cut = (kept < lengths).sum(0)
+def _warn_of_cuts(objective: BoundObjective, pairs: TextPairs, source: str, part: caches.Cache) -> None:
+    """Says how many texts of a source are too long and lose their end."""
+    lengths, fitting, _, _ = objective.fit(pairs, part)
+    cut = (fitting < lengths).sum(0)
     if cut.any():
         print(f"{source}: of {len(lengths):,} pairs {cut[0]:,} sources and {cut[1]:,} targets lose their end; "
               f"raise train.seq_len to keep it")  # fmt: skip
 
 
-def _warn_of_leaks(train: Sequence[Any], valid: Sequence[Any]) -> None:
-    """Validation examples that are learned tell nothing."""
-    seen = {key: where for part in train for key, where in _keys(part)}
-    every = [found for part in valid for found in _keys(part)]
-    if both := [(key, where) for key, where in every if key in seen]:
+def _warn_of_leaks(train: Sequence[tuple[Any, str]], valid: Sequence[tuple[Any, str]]) -> None:
+    """Says how many validation examples are learned, whose scores tell nothing.
+
+    Each example is a key that tells it from others, and its file and line or nothing.
+    """
+    seen = dict(train)
+    if both := [(key, where) for key, where in valid if key in seen]:
         key, where = both[0]
         first = f" (first: {where} is {seen[key]})" if where else ""
-        print(f"{len(both):,} of {len(every):,} validation examples stand in the training data too{first}; scores on "
+        print(f"{len(both):,} of {len(valid):,} validation examples stand in the training data too{first}; scores on "
               "them tell nothing: remove them from one of the two")  # fmt: skip
 
 
-def _keys(part: Any) -> Iterator[tuple[Any, str]]:
-    """(what tells an example from others, where it stands or nothing) of a part of a corpus."""
-    if isinstance(part, caches.Cache):
-        yield from ((part.document(i).tobytes(), "") for i in range(len(part)))
-        return
-    for item in part:
-        if "ids" in item:
-            yield tuple(item["ids"]), item["where"]
-        elif "texts" in item:
-            yield from ((tuple(text[0]), "") for text in item["texts"])  # ids stand first
+def as_records(objective: BoundObjective, part: Any, *, document_mask: bool, seed: int) -> packing.Records:
+    """Returns a part of a corpus as records that the objective makes examples of."""
+    match objective.records:
+        case ExampleReader():
+            return part
+        case TextPairs() as pairs:
+            lengths, _, takes, rooms = objective.fit(pairs, part)
+            return packing.texts(part, lengths, takes, rooms, pack=pairs.packs(objective.settings))
+        case "pairs":
+            return packing.pairs(part, objective.window_length, seed)
+        case "packed":
+            return packing.packed(part, objective.window_length, document_mask=document_mask)
 
 
-def records(run: config.Run, tokens: Any, part: Any) -> Any:
-    """A part of a corpus as what the objective's host half takes."""
-    objective = OBJECTIVES.of(run.objective)
-    if objective.records == "examples":
-        return part
-    if objective.records == "pairs":
-        return packing.pairs(part, window_length(run), run.seed)
-    if objective.records == "packed":
-        return packing.packed(part, window_length(run), document_mask=run.data.document_mask)
-    lengths, _, takes, rooms = fit_texts(run, tokens, part)
-    return packing.texts(part, lengths, takes, rooms, pack=run.objective.pack)
-
-
-def predictions(p: Program, weights: Any, part: Any) -> list[np.ndarray]:
-    """What the model says of each of a part's records, in their order; those of like length are read together."""
-    order = sorted(range(len(part)), key=lambda i: len(part[i]["ids"]))
-    given = [part[i] for i in order]
+def predictions(p: Program, weights: Any, part: Sequence[Any]) -> list[np.ndarray]:
+    """Returns the model's prediction for each of a part's records, in their order. Records of like length are read
+    together."""
+    reader = p.objective.records
+    assert isinstance(reader, ExampleReader)
+    lengths = [sum(map(len, reader.texts(record))) for record in part]
+    order = sorted(range(len(part)), key=lengths.__getitem__)
     size = p.run.train.batch_size // p.run.train.micro_batches
-    rows, cut = p.rows(size), p.layout.ways("stream", p.mesh) == 1
-    found: list[np.ndarray] = []
-    for batch in loader.evaluation_batches(given, host_half(p.run, p.tokens), batch_size=size, rows=rows):
-        batch = packing.trimmed(batch) if cut else batch
+    rows, trims = p.rows(size), p.layout.ways("stream", p.mesh) == 1
+    ordered: list[np.ndarray] = []
+    records = [part[i] for i in order]
+    for batch in loader.evaluation_batches(records, p.objective.example, batch_size=size, rows=rows):
+        batch = packing.trimmed(batch) if trims else batch
         placed = loader.to_device(batch, p.batch_shardings(batch), rows)
-        found += list(jax.device_get(p.predict(weights, jax.tree.map(lambda x: x[0], placed))))
-    there = dict(zip(order, found, strict=False))
-    return [there[i] for i in range(len(part))]
+        ordered += list(jax.device_get(p.predict(weights, jax.tree.map(lambda x: x[0], placed))))
+    by_index = dict(zip(order, ordered, strict=False))
+    return [by_index[i] for i in range(len(part))]
 
 
-def training_loader(run: config.Run, tokens: Any, data: Corpus, rows: list[int] | None) -> loader.Loader:
+def training_loader(run: config.Run, objective: BoundObjective, data: Corpus, rows: list[int] | None) -> loader.Loader:
+    """Returns the loader of a run's training batches, of which this process makes `rows` (None: all)."""
     return loader.Loader(
-        [records(run, tokens, c) for c in data.train],
+        [as_records(objective, part, document_mask=run.data.document_mask, seed=run.seed) for part in data.train],
         data.weights,
-        host_half(run, tokens),
+        objective.example,
         batch_size=run.train.batch_size,
         micro_batches=run.train.micro_batches,
         seed=run.seed,
@@ -165,24 +163,24 @@ def training_loader(run: config.Run, tokens: Any, data: Corpus, rows: list[int] 
     )
 
 
-def validation_batches(p: Program, data: Corpus, limit: int = 0) -> Iterator[dict]:
-    """On the devices: every validation record once, in order; `limit` batches of each source if not 0."""
+def validation_batches(p: Program, data: Corpus, limit: int = 0) -> Iterator[DeviceBatch]:
+    """Yields every validation record once, in order, on the devices; `limit` batches of each source if not 0."""
     for part in data.valid:
         yield from _batches(p, part, limit)
 
 
-def each_record(p: Program, data: Corpus) -> Iterator[Iterator[dict]]:
-    """Of each part, training first: its records once, in order; the last batch is filled up."""
+def batches_by_part(p: Program, data: Corpus) -> Iterator[Iterator[DeviceBatch]]:
+    """Yields the batches of each part, training first: its records once, in order; the last batch is filled up."""
     for part in [*data.train, *data.valid]:
         yield _batches(p, part)
 
 
-def _batches(p: Program, part: Any, limit: int = 0) -> Iterator[dict]:
+def _batches(p: Program, part: Any, limit: int = 0) -> Iterator[DeviceBatch]:
     size = p.run.train.batch_size // p.run.train.micro_batches
     rows = p.rows(size)
     for batch in loader.evaluation_batches(
-        records(p.run, p.tokens, part),
-        host_half(p.run, p.tokens),
+        as_records(p.objective, part, document_mask=p.run.data.document_mask, seed=p.run.seed),
+        p.objective.example,
         batch_size=size,
         rows=rows,
         limit=limit * size if limit else None,

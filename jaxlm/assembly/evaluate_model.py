@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.assembly import corpus as corpora
-from jaxlm.assembly import run_objective
 from jaxlm.assembly.open_model import Pretrained, open_model, program
 from jaxlm.core.errors import nearest
 from jaxlm.evaluation import bootstrap, harness, pass_at_k, perplexity, sandbox, task_scores, text_metrics
@@ -39,19 +38,20 @@ def evaluate(place: str, *, data: Sequence[str] | None = None, step: int | None 
     """On the validation data of the run, or on `data`; `batches` of each source if not 0."""
     opened = open_model(place, step)
     p = program(opened, data)
-    corpus = corpora.corpus(p.run, p.tokens, opened.source.templates.get("default"))
+    corpus = corpora.corpus(p.run.data, p.objective)
     keys: list[int] = []
     with mesh.on_mesh(p.mesh):
-        eval_step = perplexity.make_eval_step(p.loss, p.objective.weights, p.tokens.bytes_per_token)
+        eval_step = perplexity.make_eval_step(p.loss, p.objective.totals, p.tokens.bytes_per_token)
         given = keyed(corpora.validation_batches(p, corpus, batches), keys)
         parts = perplexity.parts(eval_step, opened.params, given)
         samples = {"losses": of_losses(parts, keys)}
         found = Found(perplexity.total(parts), "", samples, tuple(p.run.data.valid), [])
-        if not hasattr(p.objective, "predict"):
+        if not p.objective.predicts:
             return found
-        items = [item for part in corpus.valid for item in part]
-        predicted = corpora.predictions(p, opened.params, items)
-    judged = task_scores.judge(p.objective, p.run.objective, items, predicted)
+        records = [record for part in corpus.valid for record in part]
+        predictions = corpora.predictions(p, opened.params, records)
+    true, predicted = p.objective.answers(records, predictions)
+    judged = task_scores.judge(p.objective.prediction.scores, p.run.objective, records, true, predicted)
     samples["answers"] = judged.sample
     return found._replace(figures=found.figures | judged.figures, report=judged.report, examples=judged.examples)
 
@@ -143,17 +143,15 @@ def evaluate_texts(
     opened = open_model(place, step)
     # A published decoder is asked as a chat model, by its template or plainly.
     p = program(opened, data, "sft" if opened.model.family.kind == "decoder" else None)
-    if not hasattr(p.objective, "asked"):
+    if not p.objective.reads_prompts:
         raise ValueError(f"--metric: {place} learned no pairs of texts and no conversations; leave --metric out")
     if not p.run.data.valid:
         raise ValueError(f"--metric: {place} has no validation data of its own; name some with --data")
-    row = run_objective.host_half(p.run, p.tokens).row
-    row = row | {"template": opened.source.templates.get("default"), "new": how.tokens}
     prompts: list[list[int]] = []
     read: list[list[int]] = []
     true: list[str] = []
     for source in p.run.data.valid:
-        ids, sources, several, notes = p.objective.asked(p.run.objective, source, p.tokens, row, opened.prompts)
+        ids, sources, several, notes = p.objective.read_prompts(source, how.tokens, opened.prompts)
         for note in notes:
             print(note)
         n = len(several) if limit is None else limit

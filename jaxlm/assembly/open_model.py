@@ -4,15 +4,16 @@ any of them with an adapter of Hugging Face PEFT: `MODEL+DIRECTORY`, or its dire
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxlm.assembly import program as programs
-from jaxlm.assembly import run_directory, run_objective
+from jaxlm.assembly import run_directory
 from jaxlm.assembly.model_source import Source, look, with_adapter
+from jaxlm.assembly.run_objective import BoundObjective, bind_run
 from jaxlm.core import config, spec, tree
 from jaxlm.formats import gguf, hf_sidecars, huggingface
 from jaxlm.formats.checkpoint import Checkpoints
@@ -56,17 +57,25 @@ class Pretrained:
         s = self.source
         return ([self.tokens.bos_id], []) if s.run is not None and s.run.data.train else s.around
 
+    @cached_property
+    def objective(self) -> BoundObjective | None:
+        """What a run trained the model for; None: the model was published elsewhere."""
+        run = self.source.run
+        return None if run is None else bind_run(run, self.tokens, self.source.templates.get("default"))
+
     def generator(self) -> Generator:
-        if (run := self.source.run) is None:
+        if self.objective is None:
             return Generator(self.model, self.eos, self.tokens.vocab_size)
-        used, both_ways = run_objective.vocabulary(run, self.tokens), run_objective.reads_both_ways(run)
-        return Generator(self.model, self.eos, used, both_ways)
+        both_ways = self.objective.prompts_read_both_ways
+        return Generator(self.model, self.eos, self.objective.vocab_size, both_ways)
 
     def prompts(self, texts: Sequence[str]) -> tuple[list[list[int]], list[list[int]] | None]:
         """What the model reads before it goes on from each text: prompts, and an encoder's sources or None."""
         s, tokens = self.source, self.tokens
-        if s.run is not None and s.run.data.train:  # an imported model was trained elsewhere
-            return run_objective.prompts(s.run, tokens, texts)
+        if (
+            s.run is not None and self.objective is not None and s.run.data.train
+        ):  # an imported model was trained elsewhere
+            return self.objective.prompts(texts)
         before, after = s.around
         if s.family.kind == "encoder_decoder":
             start = s.advice.start if s.advice.start is not None else s.config.decoder_start
@@ -99,6 +108,11 @@ def template_of(run: config.Run) -> str | None:
     own = run.folder / "tokenizer"
     found = hf_sidecars.chat_templates(own) if own.is_dir() else look(run.start).templates if run.start else {}
     return found.get("default")
+
+
+def bound_objective(run: config.Run) -> BoundObjective:
+    """Returns the run's objective, bound to the run's tokenizer and chat template."""
+    return bind_run(run, load_tokenizer(run), template_of(run))
 
 
 def first_params(p: programs.Program) -> Any:
@@ -246,7 +260,8 @@ def program(p: Pretrained, data: Sequence[str] | None, objective: str | None = N
     given = dataclasses.replace(run.data, valid=tuple(data)) if data else run.data
     if p.source.run is None and not data:
         raise ValueError(f"eval: {p.source.path} has no validation data of its own; name some with --data")
-    return programs.program(dataclasses.replace(run, train=train, data=given, mesh=config.Mesh()), p.tokens)
+    run = dataclasses.replace(run, train=train, data=given, mesh=config.Mesh())
+    return programs.program(run, p.tokens, p.source.templates.get("default"))
 
 
 def published_run(source: Source) -> config.Run:

@@ -4,13 +4,12 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property, partial
-from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
-from jaxlm.assembly.run_objective import vocabulary, window_length
+from jaxlm.assembly.run_objective import BoundObjective, bind_run
 from jaxlm.core import config, registry, spec, tree
 from jaxlm.data import loader, packing
 from jaxlm.models import MODELS
@@ -20,6 +19,7 @@ from jaxlm.nn.kernels import grouped_matmul
 from jaxlm.nn.layout import Layout, batch_sharding, check_batch
 from jaxlm.nn.mask import Mask
 from jaxlm.objectives import OBJECTIVES
+from jaxlm.objectives.objective import DeviceBatch, ExampleReader, Objective, Sums, TextPairs, Tokenizer
 from jaxlm.runtime import compiler_options as compiler
 from jaxlm.runtime import device_order, processes
 from jaxlm.runtime import mesh as meshes
@@ -34,27 +34,32 @@ class Program:
     """Everything of a run that isn't weights or data."""
 
     run: config.Run
-    tokens: Any
     mesh: jax.sharding.Mesh | None
     layout: Layout
     specs: Any
     model: Model
     adapter: adapted.Adapted
-    objective: ModuleType
+    objective: BoundObjective
     optimizer: optimizers.Optimizer
     notes: dict[str, str]
     """Choices that were made and why: printed once and stored in the run."""
     compiler_options: dict[str, compiler.Option] = dataclasses.field(default_factory=dict)
     """Of the train step."""
 
-    def loss(self, weights: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
-        sums = self.objective.loss(self.run.objective, self.model, weights, batch, key)
-        if key is None or (more := self.adapter.penalty(weights)) is None:
+    @property
+    def tokens(self) -> Tokenizer:
+        """The tokenizer."""
+        return self.objective.tokenizer
+
+    def loss(self, weights: Any, batch: DeviceBatch, key: jax.Array | None) -> Sums:
+        """Computes the objective's sums; in training (with a `key`) with the adapter's penalty."""
+        sums = self.objective.loss(self.model, weights, batch, key)
+        if key is None or (penalty := self.adapter.penalty(weights)) is None:
             return sums
         # A sum like the others, divided by the whole batch's weight outside.
-        name, total = next(iter(self.objective.weights(batch).items()))
-        mine = sums[name] | dict(loss=sums[name]["loss"] + more * total, adapter_penalty=more * total)
-        return sums | {name: mine}
+        name, total = next(iter(self.objective.totals(batch).items()))
+        with_penalty = dict(loss=sums[name]["loss"] + penalty * total, adapter_penalty=penalty * total)
+        return sums | {name: sums[name] | with_penalty}
 
     @property
     def parameters(self) -> tuple[int, int]:
@@ -131,13 +136,14 @@ class Program:
             return ways
         return ways * pipeline.micro_batches(self.layout, self.mesh, train.batch_size // train.micro_batches)
 
-    def to_device(self, batch: dict[str, np.ndarray], rows: list[int] | None) -> dict[str, jax.Array]:
-        """Texts of one row each go together in fewer where the objective doesn't mind and one process has them all."""
-        if rows is None and getattr(self.objective, "packs", False):
+    def to_device(self, batch: dict[str, np.ndarray], rows: list[int] | None) -> DeviceBatch:
+        """Places a batch on the devices, with less padding where the objective allows that and one process has all."""
+        padding = self.objective.padding if rows is None else "keep"
+        if padding == "pack":
             batch = packing.together(batch, self._multiple)
-        elif rows is None and getattr(self.objective, "trims", False) and self.layout.ways("stream", self.mesh) == 1:
+        elif padding == "trim" and self.layout.ways("stream", self.mesh) == 1:
             batch = packing.trimmed(batch)
-        return loader.to_device(batch, self.batch_shardings(batch), rows)
+        return cast(DeviceBatch, loader.to_device(batch, self.batch_shardings(batch), rows))
 
     def train_step(self) -> Any:
         """The jitted `(state, batch) → (state, metrics)`, state donated; `.lower(…).compile()` it."""
@@ -145,7 +151,7 @@ class Program:
         if self.mesh is not None:
             places = step.Places.of(self.run.mesh.zero, *self._homes, self.optimizer)
         f = step.make_train_step(
-            self.loss, self.objective.weights, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema,
+            self.loss, self.objective.totals, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema,
             places=places, host=host,
         )  # fmt: skip
         out = (self.state_shardings, None)
@@ -154,17 +160,17 @@ class Program:
     @cached_property
     def predict(self) -> Any:
         """The jitted `(weights, batch) → predictions` of objectives that make them."""
-        return jax.jit(partial(self.objective.predict, self.run.objective, self.model), out_shardings=self.whole)
+        return jax.jit(partial(self.objective.predict, self.model), out_shardings=self.whole)
 
     def flops_per_token(self) -> dict[str, float]:
         """Of one of a row's `seq_len` tokens: of a mixture of experts those that it meets, of an encoder-decoder its
-        decoder too, which runs over `places` other tokens a row."""
+        decoder too, which runs over `target_positions` other tokens a row."""
         from jaxlm.training import progress
 
         c, flat = self.run.model, tree.flatten(self.model.specs, spec.is_spec)
         share = 1.0
-        if self.run.train.seq_len and hasattr(self.objective, "places"):
-            share = self.objective.places(self.run.objective, self.run.train.seq_len) / self.run.train.seq_len
+        if self.run.train.seq_len:
+            share = self.objective.target_positions / self.run.train.seq_len
 
         def met(path: str, s: spec.Spec) -> float:
             name = path.rpartition("/")[2]
@@ -181,31 +187,32 @@ class Program:
         )
 
 
-def program(run: config.Run, tokens: Any) -> Program:
-    """Check the run against its tokenizer and the devices, and put its functions together."""
-    family, objective = MODELS.of(run.model), OBJECTIVES.of(run.objective)
-    _check_pair(family, objective, run)
-    objective.check(run.objective, tokens)
+def program(run: config.Run, tokens: Any, template: str | None = None) -> Program:
+    """Checks the run against its tokenizer and the devices, and puts its functions together. `template`: the chat
+    template of the run's model, or None."""
+    family, objective = MODELS.of(run.model), bind_run(run, tokens, template)
+    _check_pair(objective.objective, run)
+    objective.check()
     positions = getattr(run.model, "positions", None)
     rows = {"train.seq_len": run.train.seq_len}
     if family.kind == "encoder_decoder":
-        rows["objective.target_len"] = objective.places(run.objective, run.train.seq_len)
+        rows["objective.target_len"] = objective.target_positions
     for name, length in rows.items():
         if positions is not None and length > positions:
             raise ValueError(f"{name}: {length} is longer than model.positions {positions}")
-    used = vocabulary(run, tokens)
+    used = objective.vocab_size
     if not used <= run.model.vocab < used + max(1024, used // 64):
         more = f" and the {used - tokens.vocab_size} that objective adds" if used > tokens.vocab_size else ""
         raise ValueError(
             f"model.vocab: {run.model.vocab} does not fit the tokenizer's {tokens.vocab_size} tokens{more}; "
             f"set model.vocab to {-(-used // 128) * 128} (some padding is fine)"
         )
-    window_length(run)
+    _ = objective.window_length  # refuses a row that is too short for any text
     mesh = meshes.make_mesh(run.mesh)
     layout = Layout.of(run.mesh, run.execution)
     check_batch(run.train, layout, mesh)
     adapter = adapted.Adapted(run.adapter, family, run.model)
-    heads = objective.specs(run.objective, run.model.width)
+    heads = objective.specs(run.model.width)
     specs = adapter.specs() | heads
     layout.shardings(specs, mesh, layout.moments)  # refuses what doesn't divide, before any data is touched
     layout.check_sharded(specs, mesh, run.mesh.replicated, LARGE)
@@ -253,7 +260,7 @@ def program(run: config.Run, tokens: Any) -> Program:
     asked = compiler.options(run.execution.flags, meshes.own_device())
     if asked:
         notes["flags"] = compiler.told(asked)
-    return Program(run, tokens, mesh, layout, specs, model, adapter, objective, own, notes, asked)
+    return Program(run, mesh, layout, specs, model, adapter, objective, own, notes, asked)
 
 
 def optimizer(run: config.Run, specs: Any, adapter: adapted.Adapted) -> optimizers.Optimizer:
@@ -262,14 +269,15 @@ def optimizer(run: config.Run, specs: Any, adapter: adapted.Adapted) -> optimize
     return optimizers.make(c, steps, specs, trainable=adapter.trainable, rate_of=adapter.rate, wrap=adapter.allocator)
 
 
-def _check_pair(family: ModuleType, objective: ModuleType, run: config.Run) -> None:
-    """Refuse to train a model for what its kind can't learn: an encoder, for one, sees the tokens that come next."""
-    if family.kind not in objective.models:
+def _check_pair(objective: Objective, run: config.Run) -> None:
+    """Refuses to train a model for what its kind can't learn: an encoder, for one, sees the tokens that come next."""
+    kind = MODELS.of(run.model).kind
+    if kind not in objective.models:
         name, kinds = registry.name_of(run.objective), " or ".join(objective.models)
-        fitting = ", ".join(name for name, module in OBJECTIVES.items() if family.kind in module.models)
+        fitting = ", ".join(name for name, other in OBJECTIVES.items() if kind in other.models)
         raise ValueError(
             f"objective: {name} trains a model of kind {kinds}, and {registry.name_of(run.model)} is of kind "
-            f"{family.kind}; choose {fitting or 'another model'}"
+            f"{kind}; choose {fitting or 'another model'}"
         )
-    if objective.records in ("texts", "examples") and run.data.compare_compression:
+    if isinstance(objective.records, TextPairs | ExampleReader) and run.data.compare_compression:
         raise ValueError("data.compare_compression: is for plain text, not for examples; turn it off")

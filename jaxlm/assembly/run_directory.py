@@ -49,7 +49,7 @@ def load_tokenizer(run: config.Run, say: Callable[[str], None] = print) -> Any:
     except ValueError:
         raise ValueError(f"data.tokenizer: {size!r} in {run.data.tokenizer!r} is not a vocabulary size") from None
     share = 0.0 if run.data.valid else run.data.holdout
-    field = text_field(run)
+    field = text_field(run.objective, run.data.text_field)
     stamp = [(s.name, s.stamp) for source in run.data.train for s in caches.sources.shards(source, field=field)]
     name = hashlib.sha256(
         repr((run.data.train, field, share, vocab, stamp, vocabularies.TRAINER)).encode()

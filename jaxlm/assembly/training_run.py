@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.assembly import corpus, model_source, open_model, run_directory, run_objective
+from jaxlm.assembly import corpus, model_source, open_model, run_directory
 from jaxlm.assembly import program as programs
 from jaxlm.assembly.run_directory import claim, has_ended
 from jaxlm.core import config, config_io, errors, tree
@@ -24,6 +24,7 @@ from jaxlm.evaluation.samples import of_losses
 from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.inference.generate import Generator
 from jaxlm.inference.sampling import Sampling
+from jaxlm.objectives.objective import DeviceBatch
 from jaxlm.runtime import mesh, processes
 from jaxlm.runtime.chips import peak_flops
 from jaxlm.runtime.watchdog import Watchdog
@@ -46,8 +47,8 @@ def train(run: config.Run) -> int:
             print(f"{run.folder} is finished already; report: {report.build(run.folder)}")
         return 0
     tokens = open_model.load_tokenizer(run)
-    p = programs.program(run, tokens)
-    data = corpus.corpus(run, tokens, open_model.template_of(run))
+    p = programs.program(run, tokens, open_model.template_of(run))
+    data = corpus.corpus(run.data, p.objective)
     processes.barrier("the data", 6 * HOURS)
     if main:
         if run.start and not (run.folder / "tokenizer").is_dir():
@@ -63,7 +64,7 @@ def train(run: config.Run) -> int:
         raise ValueError(f"out: {run.folder} is not the same folder on all hosts; name one on storage that they share")
     with mesh.on_mesh(p.mesh), Checkpoints(run.folder / "checkpoints", keep=run.train.keep) as checkpoints:
         state, meta = _first_state(p, checkpoints)
-        if getattr(p.objective, "needs_reference", lambda c: False)(run.objective):
+        if p.objective.needs_reference:
             _remember_reference(p, data, None if meta else state.all_params)
         start = int(meta.get("step", 0))
         if continues and main:
@@ -110,10 +111,10 @@ def _remember_reference(p: programs.Program, data: corpus.Corpus, weights: Any |
         with np.load(file) as held:
             found = [held[f"part{i}"] for i in range(len(held.files))]
     else:
-        find = jax.jit(partial(p.objective.reference, p.run.objective, p.model), out_shardings=p.whole)
+        find = jax.jit(partial(p.objective.reference, p.model), out_shardings=p.whole)
         found = [
             np.concatenate([jax.device_get(find(weights, jax.tree.map(lambda x: x[0], batch))) for batch in batches])
-            for batches in corpus.each_record(p, data)
+            for batches in corpus.batches_by_part(p, data)
         ]
         if jax.process_index() == 0:
             np.savez(file, **{f"part{i}": values for i, values in enumerate(found)})
@@ -130,7 +131,7 @@ def _run(
     run, c, main = p.run, p.run.train, jax.process_index() == 0
     start = int(meta.get("step", 0))
     rows = p.rows(c.batch_size // c.micro_batches)
-    loader = corpus.training_loader(run, p.tokens, data, rows)
+    loader = corpus.training_loader(run, p.objective, data, rows)
     compiled, compiling = _compile(p, state, p.to_device(loader.batch(start), rows), log, start)
     validate, gain = _validator(p, data, log), _gain(run, log)
     best = float(meta.get("stopping", {}).get("best", math.inf))
@@ -157,7 +158,7 @@ def _run(
     with Progress(c.steps, enabled=main) as progress, watch:
         sent = itertools.count(start + 1)
 
-        def update(state: Any, batch: dict) -> tuple[Any, dict]:
+        def update(state: Any, batch: DeviceBatch) -> tuple[Any, dict]:
             out = compiled(state, batch)
             processes.step(next(sent))
             return out
@@ -224,8 +225,8 @@ def _run(
 
 
 def _compile(
-    p: programs.Program, state: Any, batch: dict, log: RunLog, step: int
-) -> tuple[Callable[[Any, dict], Any], float]:
+    p: programs.Program, state: Any, batch: DeviceBatch, log: RunLog, step: int
+) -> tuple[Callable[[Any, DeviceBatch], Any], float]:
     """Ahead of the loop: the step compiles once, and says how long that took (given too) and what memory it needs.
 
     Batches of packed texts have a few shapes; those that come later compile when they come.
@@ -243,7 +244,7 @@ def _compile(
     return program, seconds
 
 
-def _once_a_shape(program: Any, what: str) -> tuple[Callable[[Any, dict], Any], Callable[[Any, dict], Any]]:
+def _once_a_shape(program: Any, what: str) -> tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]:
     """(the jitted `(state, batch) → …` to run, what gives it compiled for a batch).
 
     Processes wait for each other before a new program first runs: who compiles longer, for others find theirs in a
@@ -251,7 +252,7 @@ def _once_a_shape(program: Any, what: str) -> tuple[Callable[[Any, dict], Any], 
     """
     compiled: dict[tuple, Any] = {}
 
-    def get(state: Any, batch: dict) -> Any:
+    def get(state: Any, batch: Any) -> Any:
         shapes = tuple(leaf.shape for leaf in batch.values())
         if shapes not in compiled:
             compiled[shapes] = program.lower(state, batch).compile()
@@ -271,7 +272,7 @@ def score(run: config.Run, metrics: dict[str, float]) -> float:
 
 
 def _validator(p: programs.Program, data: corpus.Corpus, log: RunLog) -> Callable[[int, Any], tuple[dict, dict]]:
-    step = make_eval_step(p.loss, p.objective.weights, p.tokens.bytes_per_token)
+    step = make_eval_step(p.loss, p.objective.totals, p.tokens.bytes_per_token)
     evaluate_batch, _ = _once_a_shape(step, "compile the validation")
 
     def validate(step: int, state: Any) -> tuple[dict, dict[str, bootstrap.Sample]]:
@@ -279,11 +280,12 @@ def _validator(p: programs.Program, data: corpus.Corpus, log: RunLog) -> Callabl
         batches = corpus.validation_batches(p, data, p.run.train.eval_batches)
         parts = perplexity.parts(evaluate_batch, state.eval_params, batches)
         metrics, samples = perplexity.total(parts), {"losses": of_losses(parts)}
-        if hasattr(p.objective, "predict"):
+        if p.objective.predicts:
             most = p.run.train.eval_batches * (p.run.train.batch_size // p.run.train.micro_batches) or None
-            items = [item for part in data.valid for item in part[:most]]
-            found = corpus.predictions(p, state.eval_params, items)
-            judged = task_scores.judge(p.objective, p.run.objective, items, found)
+            records = [record for part in data.valid for record in part[:most]]
+            predictions = corpus.predictions(p, state.eval_params, records)
+            true, predicted = p.objective.answers(records, predictions)
+            judged = task_scores.judge(p.objective.prediction.scores, p.run.objective, records, true, predicted)
             metrics |= judged.figures
             samples["answers"] = judged.sample
         log.valid(step, metrics, {"seconds": time.perf_counter() - started})
@@ -314,9 +316,9 @@ def _gain(run: config.Run, log: RunLog) -> Callable[[int, dict[str, bootstrap.Sa
 def _sampler(p: programs.Program, log: RunLog) -> Callable[[int, Any], None]:
     c = p.run.train
     how = Sampling(tokens=c.sample_tokens, temperature=0.8, top_k=min(50, p.run.model.vocab), seed=p.run.seed)
-    used, both_ways = run_objective.vocabulary(p.run, p.tokens), run_objective.reads_both_ways(p.run)
-    generate = Generator(p.model, [p.tokens.eos_id], used, both_ways)
-    prompts, source = run_objective.prompts(p.run, p.tokens, c.prompts)
+    both_ways = p.objective.prompts_read_both_ways
+    generate = Generator(p.model, [p.tokens.eos_id], p.objective.vocab_size, both_ways)
+    prompts, source = p.objective.prompts(c.prompts)
 
     def sample(step: int, state: Any) -> None:
         for text, [answer] in zip(c.prompts, generate(state.eval_params, prompts, how, source), strict=True):

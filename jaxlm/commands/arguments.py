@@ -60,7 +60,7 @@ def load_run(args: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
     run = config_io.override(base, rest + (["--help"] if args.help else []))
     from jaxlm.assembly import run_objective
 
-    return base, run_objective.settled(run)
+    return base, run_objective.infer_from_data(run)
 
 
 def last_value(args: list[str], flag: str) -> str | None:

@@ -42,7 +42,7 @@ def _data_prepare(args: argparse.Namespace, rest: list[str]) -> int:
     _, run = load_run(args, rest)
     from jaxlm.assembly import corpus, open_model
 
-    data = corpus.corpus(run, open_model.load_tokenizer(run), open_model.template_of(run))
+    data = corpus.corpus(run.data, open_model.bound_objective(run))
     for name, caches in (("train", data.train), ("valid", data.valid)):
         for c in caches:
             more = f", {len(c.tokens):,} tokens, {c.raw_bytes.sum():,} bytes" if hasattr(c, "tokens") else ""
@@ -55,8 +55,8 @@ def _data_inspect(args: argparse.Namespace, rest: list[str]) -> int:
     from jaxlm.assembly import corpus, open_model
     from jaxlm.commands import dry_run
 
-    tokens = open_model.load_tokenizer(run)
-    loader = corpus.training_loader(run, tokens, corpus.corpus(run, tokens, open_model.template_of(run)), None)
+    objective = open_model.bound_objective(run)
+    loader = corpus.training_loader(run, objective, corpus.corpus(run.data, objective), None)
     for i in range(args.examples):
-        dry_run.show_example(loader.example(i), tokens, f"example {i}")
+        dry_run.show_example(loader.example(i), objective.tokenizer, f"example {i}")
     return 0

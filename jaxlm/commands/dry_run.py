@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,18 +20,17 @@ console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty(
 def show(base: config.Run, run: config.Run) -> int:
     """`base` is the run as its file has it, `run` with the overrides of the command line."""
     show_config(base, run)
-    tokens = open_model.load_tokenizer(run)
-    p = program.program(run, tokens)
+    p = program.program(run, open_model.load_tokenizer(run), open_model.template_of(run))
     for name, note in p.notes.items():
         console.print(f"{name:12} {note}")
     show_parameters(p)
-    loader = corpus.training_loader(run, tokens, corpus.corpus(run, tokens, open_model.template_of(run)), None)
+    loader = corpus.training_loader(run, p.objective, corpus.corpus(run.data, p.objective), None)
     console.print(
         f"data         {loader.examples_per_epoch:,} windows an epoch; "
         f"{run.train.steps * run.train.batch_size / loader.examples_per_epoch:.2f} epochs"
     )
     show_memory(p, loader)
-    show_example(loader.example(0), tokens, "first training example")
+    show_example(loader.example(0), p.tokens, "first training example")
     return 0
 
 
@@ -82,7 +82,7 @@ def show_memory(p: program.Program, loader: Any) -> None:
     )
 
 
-def show_example(example: dict[str, np.ndarray], tokens: Any, title: str) -> None:
+def show_example(example: Mapping[str, np.ndarray], tokens: Any, title: str) -> None:
     """Decoded, with the targets that count underlined and every document in its own colour."""
     if "source" in example:
         show_both_sides(example, tokens, title)
@@ -103,7 +103,7 @@ def show_example(example: dict[str, np.ndarray], tokens: Any, title: str) -> Non
     console.print(decoded(ids, segments, tokens, marked))
 
 
-def show_whole(example: dict[str, np.ndarray], tokens: Any, title: str) -> None:
+def show_whole(example: Mapping[str, np.ndarray], tokens: Any, title: str) -> None:
     """An example that is judged as a whole: its text, or its texts, and what is wanted of it."""
     rows, segments = (np.atleast_2d(example[name]) for name in ("tokens", "segments"))
     for ids, segment in zip(rows, segments, strict=True):
@@ -114,7 +114,7 @@ def show_whole(example: dict[str, np.ndarray], tokens: Any, title: str) -> None:
     console.print(", ".join(f"{name} {np.asarray(leaf).tolist()}" for name, leaf in wanted.items()))
 
 
-def show_both_sides(example: dict[str, np.ndarray], tokens: Any, title: str) -> None:
+def show_both_sides(example: Mapping[str, np.ndarray], tokens: Any, title: str) -> None:
     """An encoder-decoder's row: what it reads, then what it is to write; what belongs together has one colour."""
     marked = (example["weights"] > 0).tolist()
     read, written = example["source_segments"], example["segments"]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import jax
 
 Arrays = dict[str, np.ndarray]
-ToExample = Callable[[Arrays, np.random.Generator], Arrays]
+ToExample = Callable[[Any, np.random.Generator], Mapping[str, Any]]
 
 
 def _random(seed: int, i: int) -> np.random.Generator:
@@ -27,7 +27,7 @@ def _random(seed: int, i: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=(seed << 64) | i))
 
 
-def _record(records: Records, i: int, rng: np.random.Generator) -> Arrays:
+def _record(records: Records, i: int, rng: np.random.Generator) -> Any:
     draw = getattr(records, "draw", None)
     return draw(i, rng) if draw else records[i]
 
@@ -96,7 +96,7 @@ class Loader:
         starts = step * self.batch_size + per_micro * np.arange(self.micro_batches)
         return starts[:, None] + np.array(self.rows)
 
-    def example(self, i: int) -> Arrays:
+    def example(self, i: int) -> Mapping[str, Any]:
         """The i-th example since the start of training."""
         part, counter = self.mixture.locate(i)
         records = self.mixture.parts[part]
@@ -173,7 +173,7 @@ def _die_with(sentinel: int) -> None:
     os._exit(1)
 
 
-def _stack(examples: list[Arrays], leading: tuple[int, ...]) -> Arrays:
+def _stack(examples: list[Mapping[str, Any]], leading: tuple[int, ...]) -> Arrays:
     names = examples[0].keys()
     for example in examples:
         if example.keys() != names:
@@ -211,7 +211,7 @@ def evaluation_batches(
     rows = range(batch_size) if rows is None else rows
     blank: Arrays | None = None
 
-    def example(i: int) -> Arrays:
+    def example(i: int) -> Mapping[str, Any]:
         rng = _random(0, i)
         return to_example(_record(records, i, rng), rng)
 

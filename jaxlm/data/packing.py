@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 
@@ -10,10 +10,42 @@ from jaxlm.data.token_cache import Cache
 
 
 class Records(Protocol):
-    """Anything with a length whose items are dicts of arrays; with a `draw(i, rng)` too, items change each epoch."""
+    """Anything with a length whose items an objective makes examples of; with a `draw(i, rng)` too, items change each
+    epoch."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, i: int, /) -> dict[str, np.ndarray]: ...
+    def __getitem__(self, i: int, /) -> Any: ...
+
+
+class Window(TypedDict):
+    """A stretch of a corpus, T + 1 tokens."""
+
+    tokens: np.ndarray
+    """int32 [T + 1]."""
+    segments: np.ndarray
+    """int32 [T + 1]: 1, 2, … for each document in the window, 0 for padding."""
+    positions: np.ndarray
+    """int32 [T + 1]: from 0 in each segment."""
+
+
+class Pair(TypedDict):
+    """Two stretches of text for next-sentence prediction."""
+
+    first: np.ndarray
+    """int32 [a]."""
+    second: np.ndarray
+    """int32 [b]."""
+    is_next: np.integer
+    """1 where `second` follows `first` in its document."""
+
+
+class TextRow(TypedDict):
+    """Pairs of texts that share a row."""
+
+    tokens: np.ndarray
+    """int32: the pairs as the cache has them, `[bos] first [eos] second [eos]` each."""
+    lengths: np.ndarray
+    """int32 [pairs, 2]: tokens of each pair's two texts."""
 
 
 # -------------------------------------------------------------------------------------------------------------- packed
@@ -30,7 +62,7 @@ class Packed:
     def __len__(self) -> int:
         return -(-(len(self.cache.tokens) - 1) // self.seq_len)
 
-    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, i: int) -> Window:
         if not 0 <= i < len(self):
             raise IndexError(f"window {i} of {len(self)}")
         length = self.seq_len + 1
@@ -51,14 +83,13 @@ class Packed:
         else:
             segments[:count] = 1
             positions[:count] = np.arange(count, dtype=np.int32)
-        return {"tokens": tokens, "segments": segments, "positions": positions}
+        return Window(tokens=tokens, segments=segments, positions=positions)
 
 
 def packed(cache: Cache, seq_len: int, *, document_mask: bool = True) -> Packed:
     """Concatenate and split: windows of seq_len + 1 tokens overlap by one: all but the first token are a target once.
 
-    Each record holds int32 [seq_len + 1]: `tokens`, `segments` (1, 2, … for each document in the window, 0 for padding)
-    and `positions` (from 0 in each segment). Without `document_mask` a window is one segment.
+    Without `document_mask` a window is one segment.
     """
     if seq_len < 1:
         raise ValueError(f"seq_len={seq_len} must be at least 1")
@@ -81,11 +112,11 @@ class Pairs:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, i: int) -> Pair:
         """The pair that never changes, for validation."""
         return self.draw(i, np.random.Generator(np.random.Philox(key=(self.seed << 64) | i)))
 
-    def draw(self, i: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def draw(self, i: int, rng: np.random.Generator) -> Pair:
         """A pair drawn anew: where it is split, and what comes second."""
         if not 0 <= i < len(self):
             raise IndexError(f"pair {i} of {len(self)}")
@@ -104,11 +135,8 @@ class Pairs:
             size = min(stop - split, end - begin)  # as long as the true one, or length would tell the answer
             place = int(rng.integers(begin, end - size + 1))
             second = self.cache.tokens[place : place + size]
-        return {
-            "first": self.cache.tokens[start:split].astype(np.int32),
-            "second": second.astype(np.int32),
-            "is_next": np.int32(is_next),  # type: ignore[dict-item]
-        }
+        first = self.cache.tokens[start:split]
+        return Pair(first=first.astype(np.int32), second=second.astype(np.int32), is_next=np.int32(is_next))
 
     def _body(self, which: int) -> tuple[int, int]:
         """Stream positions of a usable document without its bos and eos."""
@@ -117,7 +145,7 @@ class Pairs:
 
 
 def pairs(cache: Cache, length: int, seed: int = 0) -> Pairs:
-    """Pairs for next-sentence prediction: `first` int32 [a], `second` int32 [b], a + b <= length, `is_next` int32.
+    """Pairs for next-sentence prediction, of at most `length` tokens together.
 
     Half of the time `second` follows `first` in its document, else it comes from a random place in another document.
     """
@@ -146,15 +174,13 @@ class Texts:
     def __len__(self) -> int:
         return len(self.firsts) - 1
 
-    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, i: int) -> TextRow:
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of {len(self)}")
         begin, end = self.firsts[i : i + 2]
         offsets = self.cache.offsets
-        return {
-            "tokens": self.cache.tokens[offsets[begin] : offsets[end]].astype(np.int32),
-            "lengths": self.lengths[begin:end],
-        }
+        tokens = self.cache.tokens[offsets[begin] : offsets[end]].astype(np.int32)
+        return TextRow(tokens=tokens, lengths=self.lengths[begin:end])
 
 
 def text_lengths(cache: Cache, eos_id: int) -> np.ndarray:
@@ -169,10 +195,7 @@ def text_lengths(cache: Cache, eos_id: int) -> np.ndarray:
 
 
 def texts(cache: Cache, lengths: np.ndarray, takes: np.ndarray, rooms: tuple[int, int], *, pack: bool = True) -> Texts:
-    """Neighbouring pairs, as many to a row as fit: pair i takes `takes[i]` [2] of a row's two `rooms`.
-
-    Each record holds `tokens`, the pairs as the cache has them, and their `lengths` int32 [pairs, 2].
-    """
+    """Neighbouring pairs, as many to a row as fit: pair i takes `takes[i]` [2] of a row's two `rooms`."""
     assert (takes <= np.array(rooms)).all()
     if not pack:
         return Texts(cache, lengths, np.arange(len(lengths) + 1))

@@ -1,7 +1,7 @@
 """Loss, perplexity, bits per byte and accuracy over a validation set: sums with weights, divided once at the end."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ Sums = dict[str, dict[str, float]]
 Part = tuple[Sums, dict[str, float]]
 
 
-def make_eval_step(loss: Any, totals_of: Any, bytes_per_token: np.ndarray) -> Callable[[Any, dict], Any]:
+def make_eval_step(loss: Any, totals_of: Any, bytes_per_token: np.ndarray) -> Callable[[Any, Any], Any]:
     """jitted `(params, batch) → (sums, totals)`; batch leaves `[1, batch, …]`, padding rows weigh nothing.
 
     `bytes` among the totals counts the raw text bytes of the target tokens, special tokens none.
@@ -30,7 +30,7 @@ def make_eval_step(loss: Any, totals_of: Any, bytes_per_token: np.ndarray) -> Ca
     return jax.jit(step)
 
 
-def parts(step: Callable[[Any, dict], Any], params: Any, batches: Iterable[dict]) -> list[Part]:
+def parts(step: Callable[[Any, Any], Any], params: Any, batches: Iterable[Mapping[str, Any]]) -> list[Part]:
     """Of each batch."""
     return [jax.device_get(step(params, batch)) for batch in batches]
 

@@ -191,7 +191,7 @@ def of_losses(parts: Sequence[perplexity.Part], keys: Sequence[Any] = ()) -> Sam
     return Sample(np.array(rows, float), figures, keys, "batches")
 
 
-def keyed(batches: Iterable[dict], keys: list[int]) -> Iterator[dict]:
+def keyed(batches: Iterable[Mapping[str, Any]], keys: list[int]) -> Iterator[Mapping[str, Any]]:
     """The batches, having put a checksum of each into `keys`."""
     for batch in batches:
         held = [np.asarray(shard.data) for name in sorted(batch) for shard in batch[name].addressable_shards]

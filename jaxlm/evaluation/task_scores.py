@@ -1,43 +1,38 @@
 """Predictions of a trained task, and what the field's libraries say of them."""
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from jaxlm.evaluation import metrics, samples
 from jaxlm.evaluation.bootstrap import Sample
 
-# By what an objective calls its `scores`: (config, true, predicted) → (figures, report to print).
+# By the name of an objective's `scores`: (settings, true, predicted answers) → (figures, report to print).
 SCORES: dict[str, Callable[[Any, Any, Any], tuple[dict[str, float], str]]] = {
-    "classes": lambda c, true, found: metrics.KINDS[c.kind](true, found, c.labels),
-    "tags": lambda c, true, found: metrics.tags(true, found, c.labels),
-    "relations": lambda c, true, found: metrics.relations(true, found, c.labels, c.negative or ""),
-    "choices": lambda c, true, found: metrics.choices(true, found),
-    "spans": lambda c, true, found: metrics.spans(true, found),
+    "classes": lambda c, true, predicted: metrics.KINDS[c.kind](true, predicted, c.labels),
+    "tags": lambda c, true, predicted: metrics.tags(true, predicted, c.labels),
+    "relations": lambda c, true, predicted: metrics.relations(true, predicted, c.labels, c.negative or ""),
+    "choices": lambda c, true, predicted: metrics.choices(true, predicted),
+    "spans": lambda c, true, predicted: metrics.spans(true, predicted),
 }
-
-
-def score(objective: ModuleType, c: Any, items: Sequence[dict], found: Sequence[np.ndarray]) -> tuple[dict, str]:
-    """Of predictions for all items, in their order."""
-    return SCORES[objective.scores](c, *objective.answers(c, items, found))
 
 
 class Judged(NamedTuple):
     figures: dict[str, float]
     report: str
     sample: Sample
-    """To be resampled."""
+    """What the figures are resampled from."""
     examples: list[dict[str, Any]]
-    """Where each stands, what is true, what was found."""
+    """The file and line, the true answer and the predicted one of each example."""
 
 
-def judge(objective: ModuleType, c: Any, items: Sequence[dict], found: Sequence[np.ndarray]) -> Judged:
-    """All that is to be said of the same predictions."""
-    true, told = objective.answers(c, items, found)
-    values, report = SCORES[objective.scores](c, true, told)
-    sample = samples.of_answers(objective.scores, c, items, true, told)
-    rows = [dict(where=where, true=a, found=b)
-            for where, a, b in zip(samples.places(items, len(true)), true, told, strict=True)]  # fmt: skip
-    return Judged(values, report, sample, rows)
+def judge(scores: str, c: Any, records: Sequence[Any], true: Sequence[Any], predicted: Sequence[Any]) -> Judged:
+    """Scores predicted answers by the row `scores` of the table.
+
+    `c`: the objective's settings. `records`: those that the answers belong to, each with its file and line as `where`;
+    several may share an answer.
+    """
+    figures, report = SCORES[scores](c, true, predicted)
+    sample = samples.of_answers(scores, c, records, true, predicted)
+    examples = [dict(where=where, true=a, found=b)
+                for where, a, b in zip(samples.places(records, len(true)), true, predicted, strict=True)]  # fmt: skip
+    return Judged(figures, report, sample, examples)

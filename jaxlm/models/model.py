@@ -1,5 +1,6 @@
 """A model family bound to its configuration, specs and layout."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -27,7 +28,9 @@ class Model:
     def bound(self, params: Any, key: jax.Array | None = None) -> Any:
         return params if self.adapter is None else self.adapter.bind(params, key)
 
-    def forward(self, params: Any, batch: dict, *, key: jax.Array | None = None, cache: Cache | None = None) -> Output:
+    def forward(
+        self, params: Any, batch: Mapping[str, Any], *, key: jax.Array | None = None, cache: Cache | None = None
+    ) -> Output:
         shard = self.shard if self.adapter is None else self.adapter.layout(self.shard)
         call = partial(self.family.forward, self.config, self.specs, shard=shard, cache=cache)
         if cache is None:

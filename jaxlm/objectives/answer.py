@@ -19,13 +19,19 @@ from jaxlm.core.spec import Spec, normal, zeros
 from jaxlm.data import labelled
 from jaxlm.data.labelled import Question, squad
 from jaxlm.models.model import Model
-from jaxlm.nn.layers import dropout
+from jaxlm.nn.layers import Output, dropout
 from jaxlm.objectives import classify
-
-records = "examples"
-models = ("encoder",)
-trims = True
-scores = "spans"
+from jaxlm.objectives.objective import (
+    DeviceBatch,
+    Example,
+    ExampleReader,
+    Objective,
+    Prediction,
+    Record,
+    RowShape,
+    Sums,
+    Tokenizer,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,85 +56,106 @@ class Config:
     """Before the head."""
 
 
-class Told(NamedTuple):
-    """An answer that was found; the empty text is none."""
+class Answer(NamedTuple):
+    """A predicted answer; the empty text is none."""
 
     text: str
     score: float
     """Above that of no answer."""
 
 
-def settle(c: Config, sources: Sequence[str]) -> Config:
+class Window(Record):
+    """A question with a window of its text."""
+
+    ids: list[int]
+    types: list[int]
+    first: int
+    """Position of the window's first token of context."""
+    spans: list[tuple[int, int]]
+    """The characters of the text that each token of context stands for."""
+    may_begin: list[bool]
+    """Whether an answer may begin at each token of context; of all windows that have a token one alone says so."""
+    target: tuple[int, int]
+    """First and last position of the answer; (0, 0): this window holds none."""
+    window: int
+    """Number of the window among those of its question."""
+    context: str
+    answers: tuple[str, ...]
+
+
+def infer_from_data(c: Config, sources: Sequence[str]) -> Config:
+    """Takes from the training data whether a text may hold no answer, where that is not set."""
     if c.no_answer is not None:
         return c
     return dataclasses.replace(c, no_answer=any(not q.answers for s in sources for q in _questions(c, s).examples))
 
 
-def _questions(c: Config, source: str) -> Any:
+def _questions(c: Config, source: str) -> labelled.Split:
     return squad.read(source, squad.Names(c.question, c.context, c.answers))
 
 
-def specs(c: Config, width: int) -> dict[str, Any]:
+def specs(c: Config, width: int) -> dict[str, Spec]:
     return dict(answer=Spec((width, 2), ("embed", None), normal(0.02)), answer_bias=Spec((2,), (None,), zeros))
 
 
-def check(c: Config, tokenizer: Any) -> None:
+def check(c: Config, tokenizer: Tokenizer) -> None:
     for name in ("question_len", "stride", "max_answer", "n_best"):
         if getattr(c, name) < 1:
             raise ValueError(f"objective.{name}: {getattr(c, name)} must be at least 1")
 
 
-def read(c: Config, source: str, tokenizer: Any, row: dict) -> tuple[list[dict], list[str]]:
-    """(windows of all questions, those of one behind one another; what a user should know of them)."""
-    found = _questions(c, source)
-    first, between, last = classify.marks(tokenizer, row["kind"])
-    asked = tokenizer.encode_batch([q.question for q in found.examples])
+def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[list[Window], list[str]]:
+    """Returns the windows of all questions, those of a question one after another, and what a user should know."""
+    split = _questions(c, source)
+    first, between, last = classify.marks(tokenizer, row.kind)
+    questions = tokenizer.encode_batch([q.question for q in split.examples])
     encoded: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
-    items: list[dict] = []
+    records: list[Window] = []
     cut = lost = long = several = 0
-    for q, ids in zip(found.examples, asked, strict=True):
+    for q, ids in zip(split.examples, questions, strict=True):
         head = [*first, *ids[: c.question_len], *between]
         cut += len(ids) > c.question_len
-        room = row["seq_len"] - len(head) - len(last)
+        room = row.seq_len - len(head) - len(last)
         if room < 1:
-            raise ValueError(f"train.seq_len: {row['seq_len']} has no room for {q.where} and its text; raise it")
+            raise ValueError(f"train.seq_len: {row.seq_len} has no room for {q.where} and its text; raise it")
         if q.context not in encoded:  # a text has several questions
             encoded[q.context] = tokenizer.encode_offsets(q.context)
         tokens, spans = encoded[q.context]
-        places = _places(q, spans)
-        lost += len(places) < len(q.answers)
-        long += any(z - a >= c.max_answer for a, z in places)
+        bounds = _answer_tokens(q, spans)
+        lost += len(bounds) < len(q.answers)
+        long += any(z - a >= c.max_answer for a, z in bounds)
         windows = _windows(len(tokens), room, c.stride)
         several += len(windows) > 1
-        for number, (begin, end, own) in enumerate(windows):
-            inside = [(len(head) + a - begin, len(head) + z - begin) for a, z in places if begin <= a and z < end]
-            items.append(
-                dict(
+        for number, (begin, end, may_begin) in enumerate(windows):
+            inside = [(len(head) + a - begin, len(head) + z - begin) for a, z in bounds if begin <= a and z < end]
+            records.append(
+                Window(
                     ids=[*head, *tokens[begin:end], *last],
                     types=[0] * len(head) + [1] * (end - begin + len(last)),
-                    first=len(head), spans=spans[begin:end], own=own, target=inside[0] if inside else (0, 0),
+                    first=len(head), spans=spans[begin:end], may_begin=may_begin,
+                    target=inside[0] if inside else (0, 0),
                     window=number, context=q.context, answers=tuple(text for _, text in q.answers), where=q.where,
                 )
             )  # fmt: skip
-    told = {
+    counts = {
         f"{cut:,} questions lose their end; raise objective.question_len to keep it": cut,
         f"{lost:,} answers have no token; the tokenizer leaves their characters out, so they can't be found": lost,
         f"{long:,} answers are longer than objective.max_answer, so they can't be found; raise it": long,
-        f"{several:,} of {len(asked):,} texts are read in several windows, {len(items):,} in all": several,
+        f"{several:,} of {len(questions):,} texts are read in several windows, {len(records):,} in all": several,
     }
-    return items, [*labelled.told(found), *(f"{source}: {note}" for note, n in told.items() if n)]
+    return records, [*labelled.told(split), *(f"{source}: {note}" for note, n in counts.items() if n)]
 
 
-def _places(q: Question, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The first and the last token of each answer."""
+def _answer_tokens(q: Question, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Returns the first and the last token of each answer that has any."""
     inside = [[t for t, (a, z) in enumerate(spans) if a < begin + len(text) and z > begin] for begin, text in q.answers]
     return [(tokens[0], tokens[-1]) for tokens in inside if tokens]
 
 
 def _windows(n: int, room: int, stride: int) -> list[tuple[int, int, list[bool]]]:
-    """(first token, token after the last, whether each is its own) of each window of a text of `n` tokens.
+    """Returns (first token, token after the last, whether an answer may begin at each) of each window of `n` tokens.
 
-    A window owns what no other shows with more around it; there alone an answer may begin.
+    An answer may begin at a token in the window that shows most around it, and in no other.
     """
     begins = [0]
     while begins[-1] + room < n:
@@ -139,19 +166,20 @@ def _windows(n: int, room: int, stride: int) -> list[tuple[int, int, list[bool]]
     return [(begin, end, [around(t, begin, end) == most[t] for t in range(begin, end)]) for begin, end in bounds]
 
 
-def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    allowed = np.zeros(record["seq_len"], np.int32)
+def example(c: Config, record: Window, row: RowShape, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:
+    allowed = np.zeros(row.seq_len, np.int32)
     allowed[0] = allowed[record["first"] : record["first"] + len(record["spans"])] = 1
     target = np.array(record["target"], np.int32)
-    return classify.padded(record, tokenizer) | dict(allowed=allowed, target=target, rows=np.array(1, np.float32))
+    out = classify.padded(record["ids"], record["types"], row, tokenizer)
+    return out | Example(allowed=allowed, target=target, rows=np.array(1, np.float32))
 
 
-def weights(batch: dict) -> dict[str, jax.Array]:
+def totals(batch: DeviceBatch) -> dict[str, jax.Array]:
     return {"windows": batch["rows"].sum()}
 
 
-def logits(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | None) -> tuple[jax.Array, Any]:
-    """`[B, T, 2]` in float32 (start, end), out of the question where nothing may begin or end; the model's output."""
+def logits(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> tuple[jax.Array, Output]:
+    """Computes `[B, T, 2]` in float32 (start, end), very low where nothing may begin or end, and the model's output."""
     body, head = (None, None) if key is None else jax.random.split(key)
     out = classify.states(model, params, batch, body)
     w_D2 = model.shard(params["answer"].astype(out.x_BTD.dtype), None, None)
@@ -160,7 +188,7 @@ def logits(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | N
     return jnp.where(model.shard(batch["allowed"], "batch", None)[..., None] > 0, z_BT2, -1e9), out
 
 
-def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
+def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> Sums:
     z_BT2, out = logits(c, model, params, batch, key)
     hit_BT2 = jnp.arange(z_BT2.shape[1])[None, :, None] == model.shard(batch["target"], "batch", None)[:, None]
     loss_B2 = -jnp.where(hit_BT2, jax.nn.log_softmax(z_BT2, 1), 0.0).sum(1)
@@ -168,39 +196,48 @@ def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | Non
     return {"windows": classify.sums(batch["rows"], out.aux_B, loss_B2.mean(-1), right_B)}
 
 
-def predict(c: Config, model: Model, params: Any, batch: dict) -> jax.Array:
-    """`[B, T, 2]`: scores of where the answer begins and ends."""
+def predict(c: Config, model: Model, params: Any, batch: DeviceBatch) -> jax.Array:
+    """Returns scores of where the answer begins and ends, `[B, T, 2]`."""
     return logits(c, model, params, batch, None)[0]
 
 
 def answers(
-    c: Config, items: Sequence[dict], found: Sequence[np.ndarray]
-) -> tuple[list[tuple[str, ...]], list[list[Told]]]:
-    """(true answers, the best found) of each question."""
-    firsts = [i for i, item in enumerate(items) if item["window"] == 0]
-    parts = [slice(a, b) for a, b in zip(firsts, [*firsts[1:], len(items)], strict=True)]
-    return [items[i]["answers"] for i in firsts], [best(c, items[part], found[part]) for part in parts]
+    c: Config, records: Sequence[Window], predictions: Sequence[np.ndarray]
+) -> tuple[list[tuple[str, ...]], list[list[Answer]]]:
+    """Returns the true answers and the best predicted ones of each question."""
+    firsts = [i for i, record in enumerate(records) if record["window"] == 0]
+    parts = [slice(a, b) for a, b in zip(firsts, [*firsts[1:], len(records)], strict=True)]
+    return [records[i]["answers"] for i in firsts], [best(c, records[part], predictions[part]) for part in parts]
 
 
-def best(c: Config, windows: Sequence[dict], found: Sequence[np.ndarray]) -> list[Told]:
-    """Of one question, over its windows; scores are above that of no answer, the lowest of any window."""
-    none = min(float(z_T2[0].sum()) for z_T2 in found)
+def best(c: Config, windows: Sequence[Window], predictions: Sequence[np.ndarray]) -> list[Answer]:
+    """Returns the best answers to one question, over its windows.
+
+    Scores are above that of no answer, which is the lowest of any window.
+    """
+    none = min(float(z_T2[0].sum()) for z_T2 in predictions)
     spans: dict[tuple[int, int], float] = {}
-    for item, z_T2 in zip(windows, found, strict=True):
-        z_N2 = z_T2[item["first"] : item["first"] + len(item["spans"])]
+    for record, z_T2 in zip(windows, predictions, strict=True):
+        z_N2 = z_T2[record["first"] : record["first"] + len(record["spans"])]
         size = min(c.max_answer, len(z_N2))
         ends_NA = np.full((len(z_N2), size), -np.inf)  # a: tokens that follow the first
         for a in range(size):
             ends_NA[: len(z_N2) - a, a] = z_N2[a:, 1]
-        score_NA = np.where(np.array(item["own"])[:, None], z_N2[:, :1] + ends_NA, -np.inf).ravel()
+        score_NA = np.where(np.array(record["may_begin"])[:, None], z_N2[:, :1] + ends_NA, -np.inf).ravel()
         for at in np.argsort(-score_NA, kind="stable")[: c.n_best]:
-            start, more = divmod(int(at), size)
+            start, extra = divmod(int(at), size)
             if np.isfinite(score_NA[at]):
-                span = item["spans"][start][0], item["spans"][start + more][1]
+                span = record["spans"][start][0], record["spans"][start + extra][1]
                 spans[span] = max(spans.get(span, -np.inf), float(score_NA[at]))
     text = windows[0]["context"]
-    told = sorted((Told(text[a:z], score - none) for (a, z), score in spans.items() if a < z), key=lambda t: -t.score)
-    kept = told[: c.n_best]
+    ranked = [Answer(text[a:z], score - none) for (a, z), score in spans.items() if a < z]
+    out = sorted(ranked, key=lambda answer: -answer.score)[: c.n_best]
     if c.no_answer is not False:
-        kept.append(Told("", -c.threshold))
-    return sorted(kept, key=lambda t: -t.score) or [Told("", 0.0)]
+        out.append(Answer("", -c.threshold))
+    return sorted(out, key=lambda answer: -answer.score) or [Answer("", 0.0)]
+
+
+objective = Objective(
+    Config, ExampleReader(read), ("encoder",), example=example, totals=totals, loss=loss, specs=specs, check=check,
+    infer_from_data=infer_from_data, padding="trim", prediction=Prediction(predict, answers, "spans"),
+)  # fmt: skip

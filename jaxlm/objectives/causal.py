@@ -1,17 +1,16 @@
 """Causal language modelling: every token predicts the next one of its document."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
+from jaxlm.data.packing import Window
 from jaxlm.models.model import Model
 from jaxlm.nn.layers import Output
 from jaxlm.nn.losses import cross_entropy
-
-records = "packed"
-models = ("decoder",)
+from jaxlm.objectives.objective import DeviceBatch, Example, Objective, RowShape, Sums, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -21,18 +20,24 @@ class Config:
     """Weight of log²Z, which keeps logits from drifting (PaLM used 1e-4)."""
 
 
-def specs(c: Config, width: int) -> dict[str, Any]:
-    return {}
+class TokenLoss(Protocol):
+    """The settings that the loss reads; objectives that predict tokens have them too."""
+
+    @property
+    def label_smoothing(self) -> float: ...
+    @property
+    def z_loss(self) -> float: ...
 
 
-def check(c: Config, tokenizer: Any) -> None:
-    pass
+def example(c: Config, record: Window, row: RowShape, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:
+    """Makes inputs and targets [T] of a window [T + 1]."""
+    return shifted(record)
 
 
-def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """`[T + 1]` → inputs and targets `[T]`. The last token of a document has no target in the next one."""
+def shifted(record: Window) -> Example:
+    """Returns a window [T + 1] as inputs and targets [T]. A document's last token has no target in the next one."""
     tokens, segments = record["tokens"], record["segments"]
-    return dict(
+    return Example(
         tokens=tokens[:-1],
         targets=tokens[1:],
         weights=((segments[1:] == segments[:-1]) & (segments[1:] > 0)).astype(np.float32),
@@ -41,11 +46,11 @@ def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -
     )
 
 
-def weights(batch: dict) -> dict[str, jax.Array]:
+def totals(batch: DeviceBatch) -> dict[str, jax.Array]:
     return {"tokens": batch["weights"].sum()}
 
 
-def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
+def loss(c: TokenLoss, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> Sums:
     out = model.forward(params, batch, key=key)
     sums = cross_entropy(
         model.readout(params, out.x_BTD),
@@ -55,16 +60,19 @@ def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | Non
         label_smoothing=c.label_smoothing,
         z_loss=c.z_loss,
     )
-    values = dict(loss=sums.loss, nll=sums.nll, accuracy=sums.correct) | of_rows(out, batch["weights"])
+    values = dict(loss=sums.loss, nll=sums.nll, accuracy=sums.correct) | row_sums(out, batch["weights"])
     if "aux" in values:
         values["loss"] += values["aux"]
     return {"tokens": values}
 
 
-def of_rows(out: Output, weights_BT: jax.Array) -> dict[str, jax.Array]:
-    """Sums of what a model says of each row: `aux`, which is part of the loss, and what it shows besides.
+def row_sums(out: Output, weights_BT: jax.Array) -> dict[str, jax.Array]:
+    """Sums what a model reports of each row: `aux`, which is part of the loss, and what is only shown.
 
     A row weighs as much as its targets do, so micro-batches and meshes agree.
     """
     each_B = (out.shown_B or {}) | ({} if out.aux_B is None else {"aux": out.aux_B})
     return {name: (x_B * weights_BT.sum(-1)).sum() for name, x_B in each_B.items()}
+
+
+objective = Objective(Config, "packed", ("decoder",), example=example, totals=totals, loss=loss)

@@ -15,12 +15,19 @@ import numpy as np
 from jaxlm.core.spec import Spec, normal, zeros
 from jaxlm.data.labelled import check_labels, split, tables
 from jaxlm.models.model import Model
-from jaxlm.nn.layers import dropout
-
-records = "examples"
-models = ("encoder", "decoder")
-trims = True
-scores = "classes"
+from jaxlm.nn.layers import Output, dropout
+from jaxlm.objectives.objective import (
+    DeviceBatch,
+    Example,
+    ExampleReader,
+    Kind,
+    Objective,
+    Prediction,
+    Record,
+    RowShape,
+    Sums,
+    Tokenizer,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,32 +50,43 @@ class Config:
     """How much each label counts, in the order of `labels`; empty: all the same."""
 
 
-def settle(c: Config, sources: Sequence[str]) -> Config:
-    """With the labels of the training data where none are given."""
+class Text(Record):
+    """A text, or a pair of texts, as tokens."""
+
+    ids: list[int]
+    types: list[int]
+    """Number of the text that each token belongs to."""
+    target: np.ndarray
+    """float32 [L], 1 at its labels, or [1], the number."""
+
+
+def infer_from_data(c: Config, sources: Sequence[str]) -> Config:
+    """Takes the labels of the training data where none are set."""
     if c.labels or c.kind == "regression":
         return c
-    found = {label for source in sources for row in tables.read(source, c.columns) for label in _labels(c, row)}
-    return replace(c, labels=tuple(sorted(found)))
+    labels = {label for source in sources for line in tables.read(source, c.columns) for label in _labels(c, line)}
+    return replace(c, labels=tuple(sorted(labels)))
 
 
-def _labels(c: Config, row: tables.Row) -> tuple[str, ...]:
+def _labels(c: Config, line: tables.Row) -> tuple[str, ...]:
     if c.kind == "single":
-        return (row.text(c.label, "objective.label"),)
-    if isinstance(row.cells.get(c.label), list):
-        return row.words(c.label, "objective.label")
-    return tuple(part.strip() for part in row.text(c.label, "objective.label").split(",") if part.strip())
+        return (line.text(c.label, "objective.label"),)
+    if isinstance(line.cells.get(c.label), list):
+        return line.words(c.label, "objective.label")
+    return tuple(part.strip() for part in line.text(c.label, "objective.label").split(",") if part.strip())
 
 
 def outputs(c: Config) -> int:
+    """Returns how many numbers the head gives for a text."""
     return 1 if c.kind == "regression" else len(c.labels)
 
 
-def specs(c: Config, width: int) -> dict[str, Any]:
+def specs(c: Config, width: int) -> dict[str, Spec]:
     n = outputs(c)
     return dict(classify=Spec((width, n), ("embed", None), normal(0.02)), classify_bias=Spec((n,), (None,), zeros))
 
 
-def check(c: Config, tokenizer: Any) -> None:
+def check(c: Config, tokenizer: Tokenizer) -> None:
     if c.class_weights and (c.kind == "regression" or len(c.class_weights) != len(c.labels)):
         raise ValueError(f"objective.class_weights: {len(c.class_weights)} weights for {len(c.labels)} labels")
     if c.label_smoothing and c.kind != "single":
@@ -77,35 +95,36 @@ def check(c: Config, tokenizer: Any) -> None:
         raise ValueError(f"objective.labels: {len(c.labels)} labels leave nothing to tell apart")
 
 
-def read(c: Config, source: str, tokenizer: Any, row: dict) -> tuple[list[dict], list[str]]:
-    """(texts as tokens with their targets, what a user should know of them)."""
-    rows = split(source, tables.read(source, c.columns)).examples
-    texts = [[r.text(name, f"objective.{field}") for r in rows]
+def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[list[Text], list[str]]:
+    """Returns texts as tokens with their targets, and what a user should know of them."""
+    lines = split(source, tables.read(source, c.columns)).examples
+    texts = [[line.text(name, f"objective.{field}") for line in lines]
              for name, field in ((c.text, "text"), (c.text2, "text2")) if name]  # fmt: skip
     encoded = [tokenizer.encode_batch(several) for several in texts]
     if c.kind != "regression":
-        check_labels(((r.where, label) for r in rows for label in _labels(c, r)), c.labels, "objective.labels")
-    items, cut = [], 0
-    for r, *parts in zip(rows, *encoded, strict=True):
-        ids, types, whole = joined([list(part) for part in parts], tokenizer, row)
+        labels = ((line.where, label) for line in lines for label in _labels(c, line))
+        check_labels(labels, c.labels, "objective.labels")
+    records, cut = [], 0
+    for line, *parts in zip(lines, *encoded, strict=True):
+        ids, types, whole = joined([list(part) for part in parts], row, tokenizer)
         cut += not whole
-        items.append(dict(ids=ids, types=types, target=_target(c, r), where=r.where))
-    note = f"{source}: {cut:,} of {len(items):,} texts lose their end; raise train.seq_len to keep it"
-    return items, [note] if cut else []
+        records.append(Text(ids=ids, types=types, target=_target(c, line), where=line.where))
+    note = f"{source}: {cut:,} of {len(records):,} texts lose their end; raise train.seq_len to keep it"
+    return records, [note] if cut else []
 
 
-def _target(c: Config, row: tables.Row) -> np.ndarray:
+def _target(c: Config, line: tables.Row) -> np.ndarray:
     if c.kind == "regression":
-        text = row.text(c.label, "objective.label")
+        text = line.text(c.label, "objective.label")
         try:
             return np.array([float(text)], np.float32)
         except ValueError:
-            raise ValueError(f"{row.where}: {c.label} is {text!r}, where a number is due") from None
-    return np.isin(c.labels, _labels(c, row)).astype(np.float32)
+            raise ValueError(f"{line.where}: {c.label} is {text!r}, where a number is due") from None
+    return np.isin(c.labels, _labels(c, line)).astype(np.float32)
 
 
-def marks(tokenizer: Any, kind: str) -> tuple[list[int], list[int], list[int]]:
-    """What stands before a text, between two of them, and at the end."""
+def marks(tokenizer: Tokenizer, kind: Kind) -> tuple[list[int], list[int], list[int]]:
+    """Returns the ids that stand before a text, between two texts, and at the end."""
     if kind == "encoder":
         first = tokenizer.bos_id if tokenizer.cls_id is None else tokenizer.cls_id
         sep = tokenizer.eos_id if tokenizer.sep_id is None else tokenizer.sep_id
@@ -114,10 +133,10 @@ def marks(tokenizer: Any, kind: str) -> tuple[list[int], list[int], list[int]]:
     return [tokenizer.bos_id], [tokenizer.eos_id], []
 
 
-def joined(parts: list[list[int]], tokenizer: Any, row: dict) -> tuple[list[int], list[int], bool]:
-    """(ids, number of the text each belongs to, whether all fits). Of a pair the longer one loses its end first."""
-    first, between, last = marks(tokenizer, row["kind"])
-    room = row["seq_len"] - len(first) - len(last) - (len(between) if len(parts) > 1 else 0)
+def joined(parts: list[list[int]], row: RowShape, tokenizer: Tokenizer) -> tuple[list[int], list[int], bool]:
+    """Returns ids, the number of the text each belongs to, and whether all fits. A pair's longer text loses its end."""
+    first, between, last = marks(tokenizer, row.kind)
+    room = row.seq_len - len(first) - len(last) - (len(between) if len(parts) > 1 else 0)
     whole = sum(map(len, parts)) <= room
     while sum(map(len, parts)) > room:
         max(parts, key=len).pop()
@@ -127,60 +146,62 @@ def joined(parts: list[list[int]], tokenizer: Any, row: dict) -> tuple[list[int]
     return [*ids, *last], [*types, *[types[-1] if len(parts) > 1 else 0] * len(last)], whole
 
 
-def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def example(c: Config, record: Text, row: RowShape, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:
     weight = record["target"] @ np.array(c.class_weights, np.float32) if c.class_weights and c.kind == "single" else 1.0
-    at = 0 if record["kind"] == "encoder" else len(record["ids"]) - 1
-    return padded(record, tokenizer) | dict(at=np.int32(at), target=record["target"], rows=np.float32(weight))
+    at = 0 if row.kind == "encoder" else len(record["ids"]) - 1
+    out = padded(record["ids"], record["types"], row, tokenizer)
+    return out | Example(at=np.array(at, np.int32), target=record["target"], rows=np.array(weight, np.float32))
 
 
-def padded(record: dict, tokenizer: Any) -> dict[str, np.ndarray]:
-    """A text alone in its row."""
-    out = {name: np.zeros(record["seq_len"], np.int32) for name in ("tokens", "types", "segments", "positions")}
-    n = len(record["ids"])
-    out["tokens"][:n], out["types"][:n] = record["ids"], record["types"]
-    out["tokens"][n:] = tokenizer.pad_id or 0
-    out["segments"][:n], out["positions"][:n] = 1, np.arange(n)
-    return out
+def padded(ids: list[int], types: list[int], row: RowShape, tokenizer: Tokenizer) -> Example:
+    """Makes a row that holds one text and padding."""
+    n, rest = len(ids), row.seq_len - len(ids)
+    return Example(
+        tokens=np.array([*ids, *[tokenizer.pad_id or 0] * rest], np.int32),
+        types=np.array([*types, *[0] * rest], np.int32),
+        segments=(np.arange(row.seq_len) < n).astype(np.int32),
+        positions=np.array([*range(n), *[0] * rest], np.int32),
+    )
 
 
-def weights(batch: dict) -> dict[str, jax.Array]:
+def totals(batch: DeviceBatch) -> dict[str, jax.Array]:
     return {"texts": batch["rows"].sum()}
 
 
-def logits(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | None) -> tuple[jax.Array, Any]:
-    """`[B, L]` in float32, and the model's output."""
+def logits(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> tuple[jax.Array, Output]:
+    """Computes the head's outputs `[B, L]` in float32, and the model's."""
     body, head = (None, None) if key is None else jax.random.split(key)
     out = states(model, params, batch, body)
     z_BL = linear(model, params["classify"], dropout(summary(model, params, batch, out), c.dropout, head))
     return z_BL + params["classify_bias"][None], out
 
 
-def states(model: Model, params: Any, batch: dict, key: jax.Array | None) -> Any:
-    """The model's output, told which text a token belongs to if it can be."""
-    given = batch if getattr(model.config, "types", 0) > 1 else {k: v for k, v in batch.items() if k != "types"}
-    return model.forward(params, given, key=key)
+def states(model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> Output:
+    """Runs the model, which reads the text a token belongs to if it has such types."""
+    inputs = batch if getattr(model.config, "types", 0) > 1 else {k: v for k, v in batch.items() if k != "types"}
+    return model.forward(params, inputs, key=key)
 
 
-def summary(model: Model, params: Any, batch: dict, out: Any) -> jax.Array:
-    """`[B, D]`: what the model makes of each row, where it is read."""
+def summary(model: Model, params: Any, batch: DeviceBatch, out: Output) -> jax.Array:
+    """Returns `[B, D]`, the pooled state of each row, or the state at the position where it is read."""
     if getattr(model.config, "pooler", False):
         return model.pooled(params, out.x_BTD)
-    return at_places(model, out.x_BTD, batch["at"][:, None])[:, 0]
+    return states_at(model, out.x_BTD, batch["at"][:, None])[:, 0]
 
 
-def at_places(model: Model, x_BTD: jax.Array, at_BN: jax.Array) -> jax.Array:
-    """`[B, N, D]`: the states at N places of each row."""
+def states_at(model: Model, x_BTD: jax.Array, at_BN: jax.Array) -> jax.Array:
+    """Returns `[B, N, D]`, the states at N positions of each row."""
     x_BTD, at_BN = model.shard(x_BTD, "batch", None, None), model.shard(at_BN, "batch", None)
     return jnp.take_along_axis(x_BTD, at_BN[..., None], axis=1)
 
 
 def linear(model: Model, w_DL: jax.Array, x_BD: jax.Array) -> jax.Array:
-    """`[B, L]` in float32."""
+    """Multiplies with a head's weights, to `[B, L]` in float32."""
     w_DL = model.shard(w_DL.astype(x_BD.dtype), None, None)
     return model.shard.einsum("bd,dl->bl", x_BD, w_DL, "batch", None).astype(jnp.float32)
 
 
-def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
+def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> Sums:
     z_BL, out = logits(c, model, params, batch, key)
     y_BL, right_B = batch["target"], None
     if c.kind == "single":
@@ -196,7 +217,7 @@ def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | Non
 
 
 def single(z_BL: jax.Array, y_BL: jax.Array, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
-    """(cross-entropy, whether the likeliest label is right) of each row; `y_BL` is one at its label."""
+    """Computes the cross-entropy of each row, and whether the likeliest label is right; `y_BL` is one at its label."""
     log_BL = jax.nn.log_softmax(z_BL, -1)
     loss_B = -(1 - smoothing) * (y_BL * log_BL).sum(-1) - smoothing * log_BL.mean(-1)
     return loss_B, z_BL.argmax(-1) == y_BL.argmax(-1)
@@ -205,7 +226,7 @@ def single(z_BL: jax.Array, y_BL: jax.Array, smoothing: float = 0.0) -> tuple[ja
 def sums(
     rows_B: jax.Array, aux_B: jax.Array | None, loss_B: jax.Array, right_B: jax.Array | None
 ) -> dict[str, jax.Array]:
-    """Over rows, by their weights. `aux_B`: what the model adds to the loss."""
+    """Sums over rows, by their weights. `aux_B`: what the model adds to the loss."""
     values = dict(loss=(loss_B * rows_B).sum())
     if right_B is not None:
         values["accuracy"] = (right_B * rows_B).sum()
@@ -215,17 +236,26 @@ def sums(
     return values
 
 
-def predict(c: Config, model: Model, params: Any, batch: dict) -> jax.Array:
-    """`[B, L]`: the head's outputs."""
+def predict(c: Config, model: Model, params: Any, batch: DeviceBatch) -> jax.Array:
+    """Returns the head's outputs `[B, L]`."""
     return logits(c, model, params, batch, None)[0]
 
 
-def answers(c: Config, items: Sequence[dict], found: Sequence[np.ndarray]) -> tuple[list[Any], list[Any]]:
-    """(true, predicted): labels, lists of labels, or numbers."""
-    pairs = [(item["target"], z) for item, z in zip(items, found, strict=True)]
+def answers(c: Config, records: Sequence[Text], predictions: Sequence[np.ndarray]) -> tuple[list[Any], list[Any]]:
+    """Returns true and predicted labels, lists of labels, or numbers."""
+    targets = [record["target"] for record in records]
     if c.kind == "regression":
-        return [float(y[0]) for y, _ in pairs], [float(z[0]) for _, z in pairs]
+        return [float(y[0]) for y in targets], [float(z[0]) for z in predictions]
     if c.kind == "single":
-        return [c.labels[int(np.argmax(y))] for y, _ in pairs], [c.labels[int(np.argmax(z))] for _, z in pairs]
-    told = lambda row: [label for label, on in zip(c.labels, row > 0, strict=True) if on]  # noqa: E731
-    return [told(y) for y, _ in pairs], [told(z) for _, z in pairs]
+        return [c.labels[int(np.argmax(y))] for y in targets], [c.labels[int(np.argmax(z))] for z in predictions]
+
+    def labels(values: np.ndarray) -> list[str]:
+        return [label for label, is_on in zip(c.labels, values > 0, strict=True) if is_on]
+
+    return [labels(y) for y in targets], [labels(z) for z in predictions]
+
+
+objective = Objective(
+    Config, ExampleReader(read), ("encoder", "decoder"), example=example, totals=totals, loss=loss, specs=specs,
+    check=check, infer_from_data=infer_from_data, padding="trim", prediction=Prediction(predict, answers, "classes"),
+)  # fmt: skip

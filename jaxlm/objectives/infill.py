@@ -1,15 +1,13 @@
 """Filling in the middle (Bavarian et al. 2022): some documents are rearranged so that their middle comes last."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
+from jaxlm.data.packing import Window
 from jaxlm.objectives import causal
-
-records = "packed"
-models = ("decoder",)
-weights, loss = causal.weights, causal.loss
+from jaxlm.objectives.objective import Example, Objective, RowShape, Tokenizer
 
 # What published tokenizers call the pieces before the prefix, the suffix and the middle.
 NAMES = (
@@ -36,11 +34,7 @@ class Config:
     """Weight of log²Z, which keeps logits from drifting."""
 
 
-def specs(c: Config, width: int) -> dict[str, Any]:
-    return {}
-
-
-def check(c: Config, tokenizer: Any) -> None:
+def check(c: Config, tokenizer: Tokenizer) -> None:
     for name in ("rate", "spm"):
         if not 0 <= getattr(c, name) <= 1:
             raise ValueError(f"objective.{name}: {getattr(c, name)} is no share; choose one from 0 to 1")
@@ -53,15 +47,15 @@ def check(c: Config, tokenizer: Any) -> None:
         )
 
 
-def _joined(tokenizer: Any, first: str, second: str) -> str:
+def _joined(tokenizer: Tokenizer, first: str, second: str) -> str:
     return tokenizer.decode([*tokenizer.encode(first), *tokenizer.encode(second)])
 
 
-def marks(c: Config, tokenizer: Any) -> tuple[int, int, int]:
-    """Ids of the pieces that announce prefix, suffix and middle."""
+def marks(c: Config, tokenizer: Tokenizer) -> tuple[int, int, int]:
+    """Returns the ids of the pieces that announce prefix, suffix and middle."""
     for names in (c.sentinels,) if c.sentinels else NAMES:
-        ids = [tokenizer.id_of(name) for name in names]
-        if len(ids) == len(set(ids)) == 3 and None not in ids:
+        ids = [id for name in names if (id := tokenizer.id_of(name)) is not None]
+        if len(ids) == len(set(ids)) == len(names) == 3:
             return ids[0], ids[1], ids[2]
     if c.sentinels:
         raise ValueError(f"objective.sentinels: {c.sentinels} are not three pieces of data.tokenizer; name three")
@@ -71,37 +65,36 @@ def marks(c: Config, tokenizer: Any) -> tuple[int, int, int]:
     )
 
 
-def gap(c: Config, tokenizer: Any, prefix: str, suffix: str) -> list[int]:
-    """A prompt that a model which was trained so continues with the middle, ended by EOS."""
+def gap(c: Config, tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int]:
+    """Returns a prompt that a model which was trained so continues with the middle, ended by EOS."""
     before, after, middle = marks(c, tokenizer)
     return [tokenizer.bos_id, before, *tokenizer.encode(prefix), after, *tokenizer.encode(suffix), middle]
 
 
-def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """A causal row, all of it learned, with some of the window's documents rearranged, each within itself.
+def example(c: Config, record: Window, row: RowShape, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:
+    """Makes a causal row, all of it learned, with some of the window's documents rearranged, each within itself.
 
     Sentinels, and words that a cut tears, take room: what no longer fits is cut off the end of the row. A rearranged
     document there loses the end of its suffix, then the start of its prefix, never its middle or the EOS after it.
     """
     size = len(record["tokens"])
-    out = {name: np.zeros(size, np.int32) for name in ("tokens", "segments", "positions")}
-    out["tokens"][:] = tokenizer.pad_id or 0
+    tokens = np.full(size, tokenizer.pad_id or 0, np.int32)
+    segments, positions = np.zeros(size, np.int32), np.zeros(size, np.int32)
     at = 0
     for ids, segment, is_text in _stretches(record, tokenizer):
         ids = ids[: size - at]
         if is_text and len(ids) and rng.random() < c.rate:
             ids = rearrange(c, ids, size - at, tokenizer, rng)
-        out["tokens"][at : at + len(ids)] = ids
-        out["segments"][at : at + len(ids)] = segment
+        tokens[at : at + len(ids)] = ids
+        segments[at : at + len(ids)] = segment
         at += len(ids)
-    segments = out["segments"][:at]
-    begins = np.flatnonzero(np.diff(segments, prepend=-1))
-    out["positions"][:at] = np.arange(at) - np.repeat(begins, np.diff(begins, append=at))
-    return causal.example(causal.Config(), out, tokenizer, rng)
+    begins = np.flatnonzero(np.diff(segments[:at], prepend=-1))
+    positions[:at] = np.arange(at) - np.repeat(begins, np.diff(begins, append=at))
+    return causal.shifted(Window(tokens=tokens, segments=segments, positions=positions))
 
 
-def _stretches(record: dict, tokenizer: Any) -> list[tuple[np.ndarray, int, bool]]:
-    """(tokens, segment, whether it is text) in order: texts with the EOS that follows, and what stands between them."""
+def _stretches(record: Window, tokenizer: Tokenizer) -> list[tuple[np.ndarray, int, bool]]:
+    """Returns (tokens, segment, whether it is text) in order: texts with their EOS, and what is between them."""
     n = int((record["segments"] > 0).sum())
     tokens, segments = record["tokens"][:n], record["segments"][:n]
     is_text = ~np.isin(tokens, [tokenizer.bos_id, tokenizer.eos_id])
@@ -112,8 +105,8 @@ def _stretches(record: dict, tokenizer: Any) -> list[tuple[np.ndarray, int, bool
     return [(tokens[part], int(segments[part[0]]), bool(is_text[part[0]])) for part in parts]
 
 
-def rearrange(c: Config, ids: np.ndarray, room: int, tokenizer: Any, rng: np.random.Generator) -> np.ndarray:
-    """One text as prefix, suffix, middle and EOS, in at most `room` tokens; as it was, where its middle won't fit.
+def rearrange(c: Config, ids: np.ndarray, room: int, tokenizer: Tokenizer, rng: np.random.Generator) -> np.ndarray:
+    """Returns a text as prefix, suffix, middle and EOS, in at most `room` tokens; unchanged if its middle is too long.
 
     PSM: `<PRE> prefix <SUF> suffix <MID> middle EOS`; SPM: `<PRE> <SUF> suffix <MID> prefix middle EOS`.
     """
@@ -135,22 +128,26 @@ def rearrange(c: Config, ids: np.ndarray, room: int, tokenizer: Any, rng: np.ran
 Parts = tuple[list[int], list[int], list[int]]
 
 
-def _between_tokens(ids: np.ndarray, tokenizer: Any, rng: np.random.Generator) -> Parts:
+def _between_tokens(ids: np.ndarray, tokenizer: Tokenizer, rng: np.random.Generator) -> Parts:
     a, b = np.sort(rng.integers(0, len(ids) + 1, 2))
     return list(ids[:a]), list(ids[a:b]), list(ids[b:])
 
 
-def _between_characters(ids: np.ndarray, tokenizer: Any, rng: np.random.Generator) -> Parts:
-    """Cut the decoded text in two places and encode the three parts, as a user's are encoded one by one.
+def _between_characters(ids: np.ndarray, tokenizer: Tokenizer, rng: np.random.Generator) -> Parts:
+    """Cuts the decoded text twice and encodes the three parts, as a user's are encoded one by one.
 
     A window's edge may cut through a character of several tokens: its bytes stay as they are at the outer ends.
     """
     first, last = 0, len(ids)
-    while first < min(3, last) and tokenizer.decode(ids[first:last])[:1] == "\ufffd":
+    while first < min(3, last) and tokenizer.decode(ids[first:last].tolist())[:1] == "\ufffd":
         first += 1
-    while last > max(first, len(ids) - 3) and tokenizer.decode(ids[first:last])[-1:] == "\ufffd":
+    while last > max(first, len(ids) - 3) and tokenizer.decode(ids[first:last].tolist())[-1:] == "\ufffd":
         last -= 1
-    text = tokenizer.decode(ids[first:last])
+    text = tokenizer.decode(ids[first:last].tolist())
     a, b = np.sort(rng.integers(0, len(text) + 1, 2))
     prefix, middle, suffix = (tokenizer.encode(part) for part in (text[:a], text[a:b], text[b:]))
     return [*ids[:first], *prefix], middle, [*suffix, *ids[last:]]
+
+
+objective = Objective(Config, "packed", ("decoder",), example=example, totals=causal.totals, loss=causal.loss,
+                      check=check)  # fmt: skip

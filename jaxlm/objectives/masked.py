@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.data.packing import Window
 from jaxlm.models.model import Model
 from jaxlm.nn.losses import cross_entropy
-
-records = "packed"
-models = ("encoder",)
+from jaxlm.objectives.objective import DeviceBatch, Example, Objective, RowShape, Sums, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -24,29 +23,29 @@ class Config:
     z_loss: float = 0.0
 
 
-def specs(c: Config, width: int) -> dict[str, Any]:
-    return {}
-
-
-def check(c: Config, tokenizer: Any) -> None:
+def check(c: Config, tokenizer: Tokenizer) -> None:
     if tokenizer.mask_id is None:
         raise ValueError("objective: masked language modelling needs a mask token, and data.tokenizer has none")
 
 
-def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """`[T + 1]` → corrupted `[T]` and `[K]` positions to predict. `rng` differs each epoch, and so does the masking."""
+def example(c: Config, record: Window, row: RowShape, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:
+    """Makes corrupted tokens [T] and [K] positions to predict of a window [T + 1].
+
+    `rng` differs each epoch, and so does the masking.
+    """
     tokens, segments = record["tokens"][:-1], record["segments"][:-1]
-    out = dict(tokens=tokens, segments=segments, positions=record["positions"][:-1])
-    return out | corrupt(c, tokens, segments > 0, tokenizer, rng)
+    out = corrupt(c, tokens, segments > 0, tokenizer, rng)
+    return out | Example(segments=segments, positions=record["positions"][:-1])
 
 
-def corrupt(
-    c: Config, tokens: np.ndarray, real: np.ndarray, tokenizer: Any, rng: np.random.Generator
-) -> dict[str, np.ndarray]:
-    """Corrupted `tokens`; `at`, `targets`, `weights` of a fixed number of places. Special tokens are never chosen."""
+def corrupt(c: Config, tokens: np.ndarray, real: np.ndarray, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:
+    """Returns corrupted `tokens`, and `at`, `targets`, `weights` of a fixed number of positions.
+
+    Special tokens are never chosen. `real`: False where there is padding.
+    """
     special = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id)
     free = np.flatnonzero(real & ~np.isin(tokens, [i for i in special if i is not None]))
-    most = places(c, len(tokens))
+    most = target_positions(c, len(tokens))
     wanted = min(most, max(1, round(c.rate * len(free)))) if len(free) else 0
     if c.whole_word:
         chosen = _words(free, tokens, tokenizer.starts_word, wanted, rng)
@@ -61,18 +60,19 @@ def corrupt(
     out[swap] = rng.integers(0, tokenizer.vocab_size, len(swap))
     at, targets, weights = np.zeros(most, np.int32), np.zeros(most, np.int32), np.zeros(most, np.float32)
     at[:n], targets[:n], weights[:n] = chosen, tokens[chosen], 1.0
-    return dict(tokens=out, at=at, targets=targets, weights=weights)
+    return Example(tokens=out, at=at, targets=targets, weights=weights)
 
 
-def places(c: Config, length: int) -> int:
-    """Static number of predictions a row: the expected number, rounded up so that a context mesh axis divides it."""
-    return -(-int(np.ceil(c.rate * length)) // 8) * 8
+def target_positions(c: Config, seq_len: int) -> int:
+    """Returns the static number of predictions a row: the expected number, rounded up so that a context mesh axis
+    divides it."""
+    return -(-int(np.ceil(c.rate * seq_len)) // 8) * 8
 
 
 def _words(
     free: np.ndarray, tokens: np.ndarray, starts: np.ndarray, wanted: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Whole words in random order, as many as fit into `wanted` tokens."""
+    """Chooses whole words in random order, as many as fit into `wanted` tokens."""
     if not wanted:
         return free[:0]
     begins = starts[tokens[free]] | np.append(True, np.diff(free) > 1)
@@ -87,16 +87,17 @@ def _words(
     return np.concatenate(chosen) if chosen else free[:0]
 
 
-def weights(batch: dict) -> dict[str, jax.Array]:
+def totals(batch: DeviceBatch) -> dict[str, jax.Array]:
     return {"masked": batch["weights"].sum()}
 
 
-def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
+def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> Sums:
     return {"masked": sums(c, model, params, model.forward(params, batch, key=key).x_BTD, batch)}
 
 
-def sums(c: Config, model: Model, params: Any, x_BTD: jax.Array, batch: dict) -> dict[str, jax.Array]:
-    """Only the chosen places reach the vocabulary: a seventh of the head's work at the usual rate."""
+def sums(c: Config, model: Model, params: Any, x_BTD: jax.Array, batch: DeviceBatch) -> dict[str, jax.Array]:
+    """Computes the loss at the chosen positions, which alone reach the vocabulary: a seventh of the head's work at the
+    usual rate."""
     x_BTD = model.shard(x_BTD, "batch", None, None)
     x_BKD = jnp.take_along_axis(x_BTD, model.shard(batch["at"], "batch", None)[..., None], axis=1)
     out = cross_entropy(
@@ -108,3 +109,7 @@ def sums(c: Config, model: Model, params: Any, x_BTD: jax.Array, batch: dict) ->
         z_loss=c.z_loss,
     )
     return dict(loss=out.loss, nll=out.nll, accuracy=out.correct)
+
+
+objective = Objective(Config, "packed", ("encoder",), example=example, totals=totals, loss=loss, check=check,
+                      target_positions=target_positions)  # fmt: skip

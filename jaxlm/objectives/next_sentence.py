@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core.spec import Spec, normal, zeros
+from jaxlm.data.packing import Pair
 from jaxlm.models.model import Model
 from jaxlm.nn.layers import add_bias
 from jaxlm.objectives import masked
-
-records = "pairs"
-models = ("encoder",)
+from jaxlm.objectives.objective import DeviceBatch, Example, Objective, RowShape, Sums, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -23,13 +22,13 @@ class Config:
     mask: masked.Config = field(default_factory=masked.Config)
 
 
-def specs(c: Config, width: int) -> dict[str, Any]:
+def specs(c: Config, width: int) -> dict[str, Spec]:
     return dict(
         next_sentence=Spec((width, 2), ("embed", None), normal(0.02)), next_sentence_bias=Spec((2,), (None,), zeros)
     )
 
 
-def check(c: Config, tokenizer: Any) -> None:
+def check(c: Config, tokenizer: Tokenizer) -> None:
     if tokenizer.cls_id is None or tokenizer.sep_id is None:
         raise ValueError("objective: next-sentence prediction needs [CLS] and [SEP], which data.tokenizer lacks")
     if c.masked_too:
@@ -37,19 +36,20 @@ def check(c: Config, tokenizer: Any) -> None:
 
 
 def window(c: Config, seq_len: int) -> int:
-    """Tokens of text that fit a row beside [CLS] and two [SEP]."""
+    """Returns how many tokens of text fit a row with [CLS] and two [SEP]."""
     return seq_len - 3
 
 
-def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """`[CLS] first [SEP] second [SEP]`, padded to `record["length"] + 3` tokens."""
-    first, second, length = record["first"], record["second"], int(record["length"]) + 3
+def example(c: Config, record: Pair, row: RowShape, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:
+    """Makes `[CLS] first [SEP] second [SEP]`, padded to the row."""
+    assert tokenizer.cls_id is not None and tokenizer.sep_id is not None
+    first, second, length = record["first"], record["second"], row.seq_len
     sep = [tokenizer.sep_id]
     tokens = np.concatenate([[tokenizer.cls_id], first, sep, second, sep]).astype(np.int32)
     n, pad = len(tokens), length - len(tokens)
     types = np.repeat([0, 1], [len(first) + 2, len(second) + 1]).astype(np.int32)
     real = np.arange(length) < n
-    out = dict(
+    out = Example(
         tokens=np.pad(tokens, (0, pad), constant_values=tokenizer.pad_id or 0),
         types=np.pad(types, (0, pad)),
         segments=real.astype(np.int32),
@@ -60,12 +60,12 @@ def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -
     return out | masked.corrupt(c.mask, out["tokens"], real, tokenizer, rng) if c.masked_too else out
 
 
-def weights(batch: dict) -> dict[str, jax.Array]:
+def totals(batch: DeviceBatch) -> dict[str, jax.Array]:
     out = {"pairs": batch["rows"].sum()}
-    return out | masked.weights(batch) if "at" in batch else out
+    return out | masked.totals(batch) if "at" in batch else out
 
 
-def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
+def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> Sums:
     x_BTD = model.forward(params, batch, key=key).x_BTD
     first_BD = model.pooled(params, x_BTD)
     w_D2 = model.shard(params["next_sentence"].astype(first_BD.dtype), None, None)
@@ -77,3 +77,7 @@ def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | Non
     rows_B = batch["rows"]
     out = {"pairs": dict(loss=(nll_B * rows_B).sum(), accuracy=(hit_B * rows_B).sum())}
     return out | {"masked": masked.sums(c.mask, model, params, x_BTD, batch)} if c.masked_too else out
+
+
+objective = Objective(Config, "pairs", ("encoder",), example=example, totals=totals, loss=loss, specs=specs,
+                      check=check, window=window)  # fmt: skip

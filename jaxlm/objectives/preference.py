@@ -5,10 +5,11 @@ A row holds both whole texts, prompt and preferred answer as segment 1, prompt a
 forward pass reads them and neither sees the other. B rows, T positions, A answers of a row: preferred, other and, for
 KTO, one that belongs to another prompt.
 
-What the reference model (the weights at the start) finds of each answer is computed once, before training, and stands
-in the batch as `reference` [B, A].
+The log likelihood of each answer under the reference model (the weights at the start) is computed once, before
+training, and is part of the batch as `reference` [B, A].
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,10 +19,19 @@ import numpy as np
 
 from jaxlm.data import conversations, render_chat
 from jaxlm.models.model import Model
-from jaxlm.nn.losses import cross_entropy, log_likelihoods
+from jaxlm.nn.losses import Readout, cross_entropy, log_likelihoods
+from jaxlm.objectives.objective import (
+    DeviceBatch,
+    Example,
+    ExampleReader,
+    Objective,
+    Record,
+    Reference,
+    RowShape,
+    Sums,
+    Tokenizer,
+)  # fmt: skip
 
-records = "examples"
-models = ("decoder",)
 PREFERRED, OTHER, FOREIGN = 1, 2, 3  # segments
 
 
@@ -29,7 +39,7 @@ PREFERRED, OTHER, FOREIGN = 1, 2, 3  # segments
 class Config:
     method: Literal["dpo", "ipo", "kto", "orpo"] = "dpo"
     beta: float = 0.1
-    """How strongly the model is held to its reference; orpo: weight of the odds ratio."""
+    """How strongly the model is bound to its reference; orpo: weight of the odds ratio."""
     label_smoothing: float = 0.0
     """dpo: share of preferences that are taken to be wrong (conservative DPO)."""
     sft: float = 0.0
@@ -42,11 +52,16 @@ class Config:
     """Chat template in Jinja; empty: the model's own, or plain texts if it has none."""
 
 
-def specs(c: Config, width: int) -> dict[str, Any]:
-    return {}
+class Answers(Record):
+    """The answers to a prompt that share a row."""
+
+    texts: list[tuple[list[int], int]]
+    """Ids of each whole text, and where its answer begins."""
+    reference: Sequence[float] | np.ndarray
+    """Log likelihood of each answer under the reference model; zeros until it is computed."""
 
 
-def check(c: Config, tokenizer: Any) -> None:
+def check(c: Config, tokenizer: Tokenizer) -> None:
     if c.beta <= 0:
         raise ValueError(f"objective.beta: {c.beta} must be above 0")
     if not 0 <= c.label_smoothing < 0.5:
@@ -57,36 +72,43 @@ def needs_reference(c: Config) -> bool:
     return c.method != "orpo"
 
 
-def read(c: Config, source: str, tokenizer: Any, row: dict) -> tuple[list[dict], list[str]]:
-    """(pairs of answers, what a user should know of them). `row["template"]`: the model's own template or None."""
-    found = []
+def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[list[Answers], list[str]]:
+    """Returns pairs of answers, and what a user should know of them."""
+    every = []
     for where, values in conversations.rows(source):
         sides: list[Any] = [values.get(name) for name in (c.preferred, c.other)]
         if not all(sides):
-            there = ", ".join(values) or "none"
-            raise ValueError(f"{where}: no {c.preferred!r} and {c.other!r}; fields: {there}; name them in objective")
+            names = ", ".join(values) or "none"
+            raise ValueError(f"{where}: no {c.preferred!r} and {c.other!r}; fields: {names}; name them in objective")
         prompt = conversations.listed(where, values[c.prompt], "user") if values.get(c.prompt) else []
         for side in sides:
             answer = conversations.listed(where, side, "assistant")  # some files repeat the prompt in it
-            found.append(conversations.Conversation(where, [*([] if len(answer) > 1 else prompt), *answer]))
-    texts = render_chat.learnable(found, tokenizer, c.template or row["template"])
+            every.append(conversations.Conversation(where, [*([] if len(answer) > 1 else prompt), *answer]))
+    texts = render_chat.learnable(every, tokenizer, c.template or row.template)
     answers = [(t.ids, len(t.ids) - t.learned[::-1].index(False) if False in t.learned else 1) for t in _trimmed(texts)]
     pairs = list(zip(answers[::2], answers[1::2], strict=True))
-    items: list[dict[str, Any]] = []
+    records: list[Answers] = []
     for i, (good, bad) in enumerate(pairs):
         several = [good, bad]
         if c.method == "kto":  # the prompt of this pair, the answer of the next
             ids, begin = pairs[(i + 1) % len(pairs)][0]
             several.append(([*good[0][: good[1]], *ids[begin:]], good[1]))
-        items.append({"texts": several, "reference": [0.0] * len(several)})
-    room = row["seq_len"] // (3 if c.method == "kto" else 2)
-    long = sum(any(len(ids) - 1 > room for ids, _ in item["texts"]) for item in items)
-    note = f"{source}: in {long:,} of {len(items):,} pairs a prompt loses its beginning; raise train.seq_len to keep it"
-    return items, [note] if long else []
+        records.append(Answers(where="", texts=several, reference=[0.0] * len(several)))
+    room = row.seq_len // (3 if c.method == "kto" else 2)
+    long = sum(any(len(ids) - 1 > room for ids, _ in record["texts"]) for record in records)
+    note = (
+        f"{source}: in {long:,} of {len(records):,} pairs a prompt loses its beginning; raise train.seq_len to keep it"
+    )
+    return records, [note] if long else []
+
+
+def token_ids(record: Answers) -> list[Sequence[int]]:
+    """Returns the token ids of each text of a row."""
+    return [ids for ids, _ in record["texts"]]
 
 
 def _trimmed(texts: list[conversations.Tokens]) -> list[conversations.Tokens]:
-    """Up to the end of the last answer."""
+    """Returns the texts up to the end of their last answer."""
     out = []
     for t in texts:
         n = len(t.ids) - t.learned[::-1].index(True)
@@ -94,30 +116,34 @@ def _trimmed(texts: list[conversations.Tokens]) -> list[conversations.Tokens]:
     return out
 
 
-def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """`texts`: (ids of a whole text, where the answer begins) of each answer. A text that doesn't fit its share of the
-    row loses the beginning of its prompt."""
-    texts, room = record["texts"], record["seq_len"] // len(record["texts"])
-    out = {name: np.zeros(record["seq_len"], np.int32) for name in ("tokens", "targets", "segments", "positions")}
-    weights, at = np.zeros(record["seq_len"], np.float32), 0
+def example(c: Config, record: Answers, row: RowShape, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:
+    """Makes a row of the answers. A text that doesn't fit its share of the row loses the beginning of its prompt."""
+    texts, room = record["texts"], row.seq_len // len(record["texts"])
+    tokens, targets, segments, positions = (np.zeros(row.seq_len, np.int32) for _ in range(4))
+    weights, at = np.zeros(row.seq_len, np.float32), 0
     for number, (ids, begin) in enumerate(texts, 1):
         cut = max(0, len(ids) - 1 - room)
         ids, begin = ids[cut:], max(1, begin - cut)
         n = len(ids) - 1
-        place = slice(at, at + n)
-        out["tokens"][place], out["targets"][place] = ids[:-1], ids[1:]
-        out["segments"][place], out["positions"][place] = number, np.arange(n)
+        part = slice(at, at + n)
+        tokens[part], targets[part] = ids[:-1], ids[1:]
+        segments[part], positions[part] = number, np.arange(n)
         weights[at + begin - 1 : at + n] = 1
         at += n
-    return out | dict(weights=weights, reference=np.asarray(record["reference"], np.float32))
+    return Example(
+        tokens=tokens, targets=targets, segments=segments, positions=positions, weights=weights,
+        reference=np.asarray(record["reference"], np.float32),
+    )  # fmt: skip
 
 
-def weights(batch: dict) -> dict[str, jax.Array]:
+def totals(batch: DeviceBatch) -> dict[str, jax.Array]:
     return {"pairs": (batch["segments"] == PREFERRED).any(-1).sum().astype(jnp.float32)}
 
 
-def likelihoods(model: Model, params: Any, batch: dict, answers: int, key: jax.Array | None = None) -> Any:
-    """(log likelihood of each answer `[B, A]`, without gradients; its tokens `[B, A]`; readout)."""
+def likelihoods(
+    model: Model, params: Any, batch: DeviceBatch, answers: int, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, Readout]:
+    """Computes the log likelihood of each answer `[B, A]`, without gradients, its tokens `[B, A]`, and the readout."""
     out = model.forward(params, batch, key=key)
     readout = model.readout(params, out.x_BTD)
     log_BT = log_likelihoods(readout, batch["targets"], shard=model.shard) * batch["weights"]
@@ -126,12 +152,12 @@ def likelihoods(model: Model, params: Any, batch: dict, answers: int, key: jax.A
     return log_BA, jnp.where(mine_BAT, batch["weights"][:, None], 0.0).sum(-1), readout
 
 
-def reference(c: Config, model: Model, params: Any, batch: dict) -> jax.Array:
-    """`[B, A]`: what is stored of the reference model."""
+def reference(c: Config, model: Model, params: Any, batch: DeviceBatch) -> jax.Array:
+    """Returns the log likelihood of each answer, `[B, A]`, which is stored of the reference model."""
     return likelihoods(model, params, batch, batch["reference"].shape[-1])[0]
 
 
-def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
+def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> Sums:
     log_BA, count_BA, readout = likelihoods(model, params, batch, batch["reference"].shape[-1], key)
     real_B = (batch["segments"] == PREFERRED).any(-1)
     zero = jnp.zeros_like(log_BA)
@@ -158,14 +184,14 @@ def _dpo(c: Config, log_BA: Any, ref_BA: Any, count_BA: Any, real_B: Any) -> tup
 
 
 def _ipo(c: Config, log_BA: Any, ref_BA: Any, count_BA: Any, real_B: Any) -> tuple[jax.Array, jax.Array]:
-    """With means over tokens, so that long answers weigh no more."""
+    """Computes the loss of means over tokens, so that long answers weigh no more."""
     gain_BA = (log_BA - ref_BA) / count_BA
     margin_B = gain_BA[:, 0] - gain_BA[:, 1]
     return jnp.square(margin_B - 1 / (2 * c.beta)) + _sft(c.sft, log_BA, count_BA), margin_B
 
 
 def _kto(c: Config, log_BA: Any, ref_BA: Any, count_BA: Any, real_B: Any) -> tuple[jax.Array, jax.Array]:
-    """Each answer against the drift from the reference, which answers to other prompts estimate in this micro-batch."""
+    """Compares each answer with the drift from the reference, which the batch's answers to other prompts estimate."""
     gain_BA = log_BA - ref_BA
     drift = jnp.where(real_B, gain_BA[:, FOREIGN - 1], 0.0).sum() / jnp.maximum(real_B.sum(), 1)
     drift = jax.lax.stop_gradient(jnp.maximum(drift, 0.0))
@@ -187,3 +213,7 @@ def _sft(weight: float, log_BA: jax.Array, count_BA: jax.Array) -> Any:
 
 
 METHODS = {"dpo": _dpo, "ipo": _ipo, "kto": _kto, "orpo": _orpo}
+
+
+objective = Objective(Config, ExampleReader(read, token_ids), ("decoder",), example=example, totals=totals, loss=loss,
+                      check=check, reference=Reference(needs_reference, reference))  # fmt: skip

@@ -2,16 +2,12 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from jaxlm.data.packing import Window
 from jaxlm.objectives import causal
-
-records = "packed"
-models = ("decoder",)
-both_ways = True
-weights, loss = causal.weights, causal.loss
+from jaxlm.objectives.objective import Example, Objective, RowShape, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -21,24 +17,20 @@ class Config:
     """Weight of log²Z, which keeps logits from drifting."""
 
 
-def specs(c: Config, width: int) -> dict[str, Any]:
-    return {}
-
-
-def check(c: Config, tokenizer: Any) -> None:
-    pass
-
-
-def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """A causal row with `prefix` [T]: tokens that all of their document sees, and that are therefore never targets.
+def example(c: Config, record: Window, row: RowShape, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:
+    """Makes a causal row with `prefix` [T]: tokens that all of their document sees, and that therefore are no targets.
 
     Each document of the window is split anew, after any of its tokens but the last: every length is equally likely.
     """
-    out = causal.example(causal.Config(), record, tokenizer, rng)
+    out = causal.shifted(record)
     segments = record["segments"]
     prefix = np.zeros(len(segments), bool)
     edges = np.flatnonzero(np.diff(segments, prepend=-1, append=-1))
     for begin, end in itertools.pairwise(edges):
         if segments[begin] and end - begin > 1:
             prefix[begin : begin + rng.integers(1, end - begin)] = True
-    return out | dict(weights=out["weights"] * ~prefix[1:], prefix=prefix[:-1])
+    return out | Example(weights=out["weights"] * ~prefix[1:], prefix=prefix[:-1])
+
+
+objective = Objective(Config, "packed", ("decoder",), example=example, totals=causal.totals, loss=causal.loss,
+                      prompts_read_both_ways=True)  # fmt: skip

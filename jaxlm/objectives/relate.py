@@ -14,13 +14,18 @@ import numpy as np
 from jaxlm.core.spec import Spec, normal, zeros
 from jaxlm.data.labelled import Related, Split, check_labels, relations
 from jaxlm.models.model import Model
-from jaxlm.nn.layers import dropout
+from jaxlm.nn.layers import Output, dropout
 from jaxlm.objectives import classify
-
-records = "examples"
-models = ("encoder",)
-trims = True
-scores = "relations"
+from jaxlm.objectives.objective import (
+    DeviceBatch,
+    Example,
+    ExampleReader,
+    Objective,
+    Prediction,
+    RowShape,
+    Sums,
+    Tokenizer,
+)  # fmt: skip
 
 # Names that the field has for no relation.
 NEGATIVE = ("other", "no_relation", "na", "none")
@@ -53,8 +58,13 @@ def _related(c: Config, source: str) -> Split:
     return relations.read(source, relations.Names(c.text, c.head, c.tail, c.label), c.columns)
 
 
-def settle(c: Config, sources: Sequence[str]) -> Config:
-    """With the labels of the training data, and the one of these that stands for no relation."""
+class MarkedText(classify.Text):
+    at: np.ndarray
+    """int32 [2]: where the two entities begin."""
+
+
+def infer_from_data(c: Config, sources: Sequence[str]) -> Config:
+    """Takes the labels of the training data, and the one of these that means no relation."""
     labels = c.labels or tuple(sorted({e.label for source in sources for e in _related(c, source).examples}))
     negative = c.negative
     if negative is None:
@@ -62,12 +72,12 @@ def settle(c: Config, sources: Sequence[str]) -> Config:
     return replace(c, labels=labels, negative=negative)
 
 
-def specs(c: Config, width: int) -> dict[str, Any]:
+def specs(c: Config, width: int) -> dict[str, Spec]:
     n = len(c.labels)
     return dict(relate=Spec((2 * width, n), ("embed", None), normal(0.02)), relate_bias=Spec((n,), (None,), zeros))
 
 
-def check(c: Config, tokenizer: Any) -> None:
+def check(c: Config, tokenizer: Tokenizer) -> None:
     if len(c.labels) < 2:
         raise ValueError(f"objective.labels: {len(c.labels)} labels leave nothing to tell apart")
     if c.negative and c.negative not in c.labels:
@@ -75,96 +85,105 @@ def check(c: Config, tokenizer: Any) -> None:
     marks(c, tokenizer)
 
 
-def marks(c: Config, tokenizer: Any) -> tuple[list[list[int]], str]:
-    """(ids that stand before and after the first entity and the second, how a user calls them)."""
+def marks(c: Config, tokenizer: Tokenizer) -> tuple[list[list[int]], str]:
+    """Returns the ids that stand before and after the first entity and the second, and how a user calls them."""
     if c.markers:
         if len(c.markers) != 4:
             raise ValueError(f"objective.markers: {len(c.markers)} pieces, where 4 are due")
-        if gone := [piece for piece in c.markers if tokenizer.id_of(piece) is None]:
-            raise ValueError(f"objective.markers: the tokenizer has no piece {gone[0]!r}; name others, or none")
-        return [[tokenizer.id_of(piece)] for piece in c.markers], " ".join(c.markers)
+        ids = [tokenizer.id_of(piece) for piece in c.markers]
+        if None in ids:
+            missing = c.markers[ids.index(None)]
+            raise ValueError(f"objective.markers: the tokenizer has no piece {missing!r}; name others, or none")
+        return [[id] for id in ids if id is not None], " ".join(c.markers)
     unused = [piece for i in range(100) for piece in (f"[unused{i}]", f"<unused{i}>") if tokenizer.id_of(piece)][:4]
     if len(unused) == 4:
         return marks(replace(c, markers=tuple(unused)), tokenizer)
     return [tokenizer.encode(text) for text in (" @", " @", " #", " #")], "the texts @ and #"
 
 
-def read(c: Config, source: str, tokenizer: Any, row: dict) -> tuple[list[dict], list[str]]:
-    """(marked texts as tokens with the places of their entities, what a user should know of them)."""
-    found = _related(c, source).examples
-    check_labels(((e.where, e.label) for e in found), c.labels, "objective.labels")
-    around, called = marks(c, tokenizer)
-    first, _, last = classify.marks(tokenizer, row["kind"])
-    room = row["seq_len"] - len(first) - len(last)
-    parts = [_parts(e) for e in found]
+def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[list[MarkedText], list[str]]:
+    """Returns marked texts as tokens with the positions of their entities, and what a user should know of them."""
+    examples = _related(c, source).examples
+    check_labels(((e.where, e.label) for e in examples), c.labels, "objective.labels")
+    markers, called = marks(c, tokenizer)
+    first, _, last = classify.marks(tokenizer, row.kind)
+    room = row.seq_len - len(first) - len(last)
+    parts = [_parts(e) for e in examples]
     encoded = iter(tokenizer.encode_batch([text for pieces, _ in parts for text in pieces]))
-    items, cut = [], 0
-    for e, (pieces, order) in zip(found, parts, strict=True):
+    records, cut = [], 0
+    for e, (pieces, order) in zip(examples, parts, strict=True):
         ids: list[int] = []
         begins = [0] * 4
         for _, which in zip(pieces, [*order, None], strict=True):
             ids += next(encoded)
             if which is not None:
                 begins[which] = len(ids)
-                ids += around[which]
+                ids += markers[which]
         a, b = begins[0], begins[2]
         if abs(a - b) >= room:
             raise ValueError(
                 f"{e.where}: its entities begin {abs(a - b)} tokens apart, too far for train.seq_len "
-                f"{row['seq_len']}; raise it, or remove the example"
+                f"{row.seq_len}; raise it, or remove the example"
             )
         start = max(0, min((a + b + 1 - room) // 2, len(ids) - room))  # a stretch around both
         cut += len(ids) > room
         ids = [*first, *ids[start : start + room], *last]
         at = np.array([a, b], np.int32) + len(first) - start
         target = np.isin(c.labels, e.label).astype(np.float32)
-        items.append(dict(ids=ids, types=[0] * len(ids), at=at, target=target, where=e.where))
+        records.append(MarkedText(ids=ids, types=[0] * len(ids), at=at, target=target, where=e.where))
     notes = [f"{source}: entities stand between {called}"]
     if cut:
-        notes.append(f"{source}: {cut:,} of {len(items):,} texts lose an end; raise train.seq_len to keep it")
-    return items, notes
+        notes.append(f"{source}: {cut:,} of {len(records):,} texts lose an end; raise train.seq_len to keep it")
+    return records, notes
 
 
 def _parts(e: Related) -> tuple[list[str], list[int]]:
-    """The text cut where entities begin and end, and which of the four marks stands at each cut. White space begins
-    a piece, as it does a token."""
-    places = sorted([(e.head[1], 0, 1), (e.tail[1], 0, 3), (e.head[0], 1, 0), (e.tail[0], 1, 2)])
-    cuts = [0, *(place for place, _, _ in places), len(e.text)]
+    """Returns the text cut where entities begin and end, and which of the four marks stands at each cut. White space
+    begins a piece, as it does a token."""
+    bounds = sorted([(e.head[1], 0, 1), (e.tail[1], 0, 3), (e.head[0], 1, 0), (e.tail[0], 1, 2)])
+    cuts = [0, *(at for at, _, _ in bounds), len(e.text)]
     pieces = [e.text[a:z] for a, z in itertools.pairwise(cuts)]
     before = ["", *(" " if piece != piece.rstrip() else "" for piece in pieces)]
-    return [b + piece.rstrip() for b, piece in zip(before, pieces, strict=False)], [which for *_, which in places]
+    return [b + piece.rstrip() for b, piece in zip(before, pieces, strict=False)], [which for *_, which in bounds]
 
 
-def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    own = dict(at=record["at"], target=record["target"], rows=np.array(1, np.float32))
-    return classify.padded(record, tokenizer) | own
+def example(c: Config, record: MarkedText, row: RowShape, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:
+    out = classify.padded(record["ids"], record["types"], row, tokenizer)
+    return out | Example(at=record["at"], target=record["target"], rows=np.array(1, np.float32))
 
 
-def weights(batch: dict) -> dict[str, jax.Array]:
+def totals(batch: DeviceBatch) -> dict[str, jax.Array]:
     return {"pairs": batch["rows"].sum()}
 
 
-def logits(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | None) -> tuple[jax.Array, Any]:
-    """`[B, L]` in float32, and the model's output."""
+def logits(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> tuple[jax.Array, Output]:
+    """Computes the head's outputs `[B, L]` in float32, and the model's."""
     body, head = (None, None) if key is None else jax.random.split(key)
     out = classify.states(model, params, batch, body)
-    x_B2D = classify.at_places(model, out.x_BTD, batch["at"])
+    x_B2D = classify.states_at(model, out.x_BTD, batch["at"])
     x_BD = dropout(x_B2D.reshape(len(x_B2D), -1), c.dropout, head)
     return classify.linear(model, params["relate"], x_BD) + params["relate_bias"][None], out
 
 
-def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
+def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> Sums:
     z_BL, out = logits(c, model, params, batch, key)
     return {
         "pairs": classify.sums(batch["rows"], out.aux_B, *classify.single(z_BL, batch["target"], c.label_smoothing))
     }
 
 
-def predict(c: Config, model: Model, params: Any, batch: dict) -> jax.Array:
-    """`[B, L]`: the head's outputs."""
+def predict(c: Config, model: Model, params: Any, batch: DeviceBatch) -> jax.Array:
+    """Returns the head's outputs `[B, L]`."""
     return logits(c, model, params, batch, None)[0]
 
 
-def answers(c: Config, items: Sequence[dict], found: Sequence[np.ndarray]) -> tuple[list[str], list[str]]:
-    """(true, predicted) labels."""
-    return [c.labels[int(np.argmax(i["target"]))] for i in items], [c.labels[int(np.argmax(z))] for z in found]
+def answers(c: Config, records: Sequence[MarkedText], predictions: Sequence[np.ndarray]) -> tuple[list[str], list[str]]:
+    """Returns true and predicted labels."""
+    true = [c.labels[int(np.argmax(record["target"]))] for record in records]
+    return true, [c.labels[int(np.argmax(z))] for z in predictions]
+
+
+objective = Objective(
+    Config, ExampleReader(read), ("encoder",), example=example, totals=totals, loss=loss, specs=specs, check=check,
+    infer_from_data=infer_from_data, padding="trim", prediction=Prediction(predict, answers, "relations"),
+)  # fmt: skip

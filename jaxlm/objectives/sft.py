@@ -1,17 +1,23 @@
 """Supervised fine-tuning on conversations: what the assistant says is learned, the rest is read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from jaxlm.data import conversations, packing, render_chat
 from jaxlm.objectives import causal
-from jaxlm.objectives.seq2seq import line_up
-
-records = "examples"
-models = ("decoder",)
-weights, loss = causal.weights, causal.loss
+from jaxlm.objectives.objective import (
+    Example,
+    ExampleReader,
+    MakePrompts,
+    Objective,
+    PromptSet,
+    Record,
+    RowShape,
+    Tokenizer,
+)  # fmt: skip
+from jaxlm.objectives.seq2seq import concatenated
 
 
 @dataclass(frozen=True)
@@ -27,58 +33,65 @@ class Config:
     """Weight of log²Z, which keeps logits from drifting."""
 
 
-def specs(c: Config, width: int) -> dict[str, Any]:
-    return {}
+class Conversations(Record):
+    """The conversations that share a row."""
+
+    texts: list[conversations.Tokens]
 
 
-def check(c: Config, tokenizer: Any) -> None:
-    pass
-
-
-def read(c: Config, source: str, tokenizer: Any, row: dict) -> tuple[list[dict], list[str]]:
-    """(rows of conversations, what a user should know of them). `row["template"]`: the model's own template or None."""
-    found = conversations.read(source)
-    texts = render_chat.learnable(found, tokenizer, c.template or row["template"])
-    room = row["seq_len"] + 1
+def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[list[Conversations], list[str]]:
+    """Returns rows of conversations, and what a user should know of them."""
+    every = conversations.read(source)
+    texts = render_chat.learnable(every, tokenizer, c.template or row.template)
+    room = row.seq_len + 1
     notes = []
     if long := [t for t in texts if len(t.ids) > room]:
         notes.append(
             f"{source}: {len(long):,} of {len(texts):,} conversations lose their end; raise train.seq_len to keep it"
         )
     texts = [conversations.Tokens(t.ids[:room], t.learned[:room]) for t in texts]
-    kept = [t for t in texts if any(t.learned[1:])]
-    if len(kept) < len(texts):
+    usable = [t for t in texts if any(t.learned[1:])]
+    if len(usable) < len(texts):
         notes.append(
-            f"{source}: {len(texts) - len(kept):,} conversations left out: their answers begin too late to fit"
+            f"{source}: {len(texts) - len(usable):,} conversations left out: their answers begin too late to fit"
         )
-    if not kept:
-        raise ValueError(f"train.seq_len: {row['seq_len']} is too short for any answer in {source}; raise it")
-    lengths = [len(t.ids) for t in kept]
-    members = packing.first_fit(lengths, room) if c.pack else [[i] for i in range(len(kept))]
-    return [{"texts": [kept[i] for i in some]} for some in members], notes
+    if not usable:
+        raise ValueError(f"train.seq_len: {row.seq_len} is too short for any answer in {source}; raise it")
+    lengths = [len(t.ids) for t in usable]
+    members = packing.first_fit(lengths, room) if c.pack else [[i] for i in range(len(usable))]
+    return [Conversations(where="", texts=[usable[i] for i in some]) for some in members], notes
 
 
-def asked(
-    c: Config, source: str, tokenizer: Any, row: dict, prompts: Any
-) -> tuple[list[list[int]], None, list[str], list[str]]:
-    """(conversations up to their last answer, these answers, what a user should know). `row["new"]`: tokens of new
-    answers; what doesn't fit beside them is cut off at the beginning."""
-    ids, true = render_chat.asked(conversations.read(source), tokenizer, c.template or row["template"])
-    room = row["seq_len"] - row["new"]
+def token_ids(record: Conversations) -> list[Sequence[int]]:
+    """Returns the token ids of each conversation of a row."""
+    return [text.ids for text in record["texts"]]
+
+
+def read_prompts(
+    c: Config, source: str, row: RowShape, tokenizer: Tokenizer, new_tokens: int,
+    make_prompts: MakePrompts,
+) -> PromptSet:  # fmt: skip
+    """Returns conversations up to their last answer, and these answers. What does not fit a row together with
+    `new_tokens` of answer is cut off at the beginning."""
+    ids, true = render_chat.asked(conversations.read(source), tokenizer, c.template or row.template)
+    room = row.seq_len - new_tokens
     if room < 1:
-        raise ValueError(
-            f"--tokens: {row['new']} leave nothing of train.seq_len {row['seq_len']} to read; ask for fewer"
-        )
+        raise ValueError(f"--tokens: {new_tokens} leave nothing of train.seq_len {row.seq_len} to read; ask for fewer")
     cut = sum(len(text) > room for text in ids)
     note = f"{source}: {cut:,} of {len(ids):,} conversations lose their beginning; raise train.seq_len to keep it"
-    return [text[-room:] for text in ids], None, true, [note] if cut else []
+    return PromptSet([text[-room:] for text in ids], None, true, [note] if cut else [])
 
 
-def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    room, texts = record["seq_len"] + 1, record["texts"]
-    row = line_up([np.array(t.ids) for t in texts], room, tokenizer.pad_id or 0)
-    out = causal.example(causal.Config(), row, tokenizer, rng)
+def example(c: Config, record: Conversations, row: RowShape, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:
+    """Makes a causal row of the conversations, with weights on what is learned of them."""
+    room, texts = row.seq_len + 1, record["texts"]
+    window = concatenated([np.array(t.ids) for t in texts], room, tokenizer.pad_id or 0)
+    out = causal.shifted(window)
     if c.everything:
         return out
-    learned = line_up([np.array(t.learned) for t in texts], room, 0)["tokens"]
-    return out | dict(weights=out["weights"] * learned[1:].astype(np.float32))
+    learned = concatenated([np.array(t.learned) for t in texts], room, 0)["tokens"]
+    return out | Example(weights=out["weights"] * learned[1:].astype(np.float32))
+
+
+objective = Objective(Config, ExampleReader(read, token_ids), ("decoder",), example=example, totals=causal.totals,
+                      loss=causal.loss, read_prompts=read_prompts)  # fmt: skip

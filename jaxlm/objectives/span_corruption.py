@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlm.data.packing import Window
 from jaxlm.models.model import Model
 from jaxlm.objectives import causal, seq2seq
-
-records = "packed"
-models = ("encoder_decoder",)
+from jaxlm.objectives.objective import DeviceBatch, Example, Objective, RowShape, Sums, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,7 @@ class Config:
     """Weight of log²Z, which keeps logits from drifting (T5 used 1e-4)."""
 
 
-def specs(c: Config, width: int) -> dict[str, Any]:
-    return {}
-
-
-def check(c: Config, tokenizer: Any) -> None:
+def check(c: Config, tokenizer: Tokenizer) -> None:
     if not 0 < c.rate < 1:
         raise ValueError(f"objective.rate: {c.rate} must be above 0 and below 1")
     if c.span < 1:
@@ -48,8 +43,8 @@ def check(c: Config, tokenizer: Any) -> None:
     seq2seq.start_id(c.decoder_start, tokenizer)
 
 
-def sentinels(c: Config, tokenizer: Any) -> np.ndarray:
-    """Ids of the marks, in the order of their use."""
+def sentinels(c: Config, tokenizer: Tokenizer) -> np.ndarray:
+    """Returns the ids of the marks, in the order of their use."""
     if tokenizer.id_of("<extra_id_0>") is None:
         return tokenizer.vocab_size + np.arange(c.sentinels)[::-1]
     ids = [tokenizer.id_of(f"<extra_id_{i}>") for i in range(c.sentinels)]
@@ -59,20 +54,20 @@ def sentinels(c: Config, tokenizer: Any) -> np.ndarray:
     return np.array(ids)
 
 
-def vocab(c: Config, tokenizer: Any) -> int:
-    """Rows of the vocabulary in use."""
+def vocab_size(c: Config, tokenizer: Tokenizer) -> int:
+    """Returns how many rows of the vocabulary are in use, with the sentinels that the tokenizer lacks."""
     return max(tokenizer.vocab_size, int(sentinels(c, tokenizer).max()) + 1)
 
 
 def counts(c: Config, n: int) -> tuple[int, int]:
-    """Of a text of n > 1 tokens, how many are taken out and in how many spans; at least one stays before each span."""
+    """Returns how many of n > 1 tokens are taken out and in how many spans; at least one stays before each span."""
     taken = min(max(round(n * c.rate), 1), n - 1)
     return taken, min(max(round(taken / c.span), 1), n - taken)
 
 
 @functools.lru_cache
 def window(c: Config, seq_len: int) -> int:
-    """Tokens of text whose corrupted form, with its EOS, just fits a source of `seq_len`."""
+    """Returns how many tokens of text have a corrupted form that, with its EOS, just fits a source of `seq_len`."""
     n = 2
     while n + 1 - np.subtract(*counts(c, n + 1)) + 1 <= seq_len:
         n += 1
@@ -86,22 +81,22 @@ def window(c: Config, seq_len: int) -> int:
     return n
 
 
-def places(c: Config, seq_len: int) -> int:
-    """Target positions of a row, rounded up so that a context mesh axis divides them."""
+def target_positions(c: Config, seq_len: int) -> int:
+    """Returns how many positions a row's targets have, rounded up so that a context mesh axis divides them."""
     needed = sum(counts(c, window(c, seq_len))) + 1
     if c.target_len is not None and c.target_len < needed:
         raise ValueError(f"objective.target_len: {c.target_len} is below {needed}, which train.seq_len {seq_len} needs")
     return -(-needed // 8) * 8 if c.target_len is None else c.target_len
 
 
-def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """A window of `window(c, seq_len)` + 1 tokens → a row of sources and targets, each ended by EOS.
+def example(c: Config, record: Window, row: RowShape, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:
+    """Makes a row of sources and targets, each ended by EOS, of a window of `window(c, seq_len)` + 1 tokens.
 
     Every document of the window is corrupted by itself. Where sources or targets don't all fit, as with many short
     documents, some drawn at random are left out; without `data.document_mask` the window is one text, as in T5.
     """
     tokens, segments = record["tokens"][:-1], record["segments"][:-1]
-    rooms = room, target_room = record["seq_len"], places(c, record["seq_len"])
+    rooms = room, target_room = row.seq_len, target_positions(c, row.seq_len)
     is_text = (segments > 0) & ~np.isin(tokens, [tokenizer.bos_id, tokenizer.eos_id])
     marks, eos = sentinels(c, tokenizer), tokenizer.eos_id
     sources, targets = [], []
@@ -116,20 +111,20 @@ def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -
             source, target = corrupt(c, text, marks, rng)
             sources.append(np.append(source, eos))
             targets.append(np.append(target, eos))
-    start = seq2seq.start_id(c.decoder_start, tokenizer, record["decoder_start"])
-    return seq2seq.rows(sources, targets, rooms, start, tokenizer.pad_id or 0)
+    start = seq2seq.start_id(c.decoder_start, tokenizer, row.decoder_start)
+    return seq2seq.encoder_decoder_row(sources, targets, rooms, start, tokenizer.pad_id or 0)
 
 
-def prompt(c: Config, tokenizer: Any, text: str, row: dict) -> tuple[list[int], list[int]]:
-    """A text with a gap at its end: the model writes the mark and then what follows."""
-    start = seq2seq.start_id(c.decoder_start, tokenizer, row["decoder_start"])
+def prompt(c: Config, text: str, row: RowShape, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Returns where targets start, and the text with a gap at its end: the model writes the mark and what follows."""
+    start = seq2seq.start_id(c.decoder_start, tokenizer, row.decoder_start)
     return [start], [*tokenizer.encode(text), int(sentinels(c, tokenizer)[0]), tokenizer.eos_id]
 
 
 def corrupt(c: Config, text: np.ndarray, marks: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The text with a mark for each span taken out, and each mark followed by its span.
+    """Returns the text with a mark for each span taken out, and each mark followed by its span.
 
-    Stretches that stay and spans that go take turns, and all ways to share the tokens out are equally likely.
+    Stretches that stay and spans that go alternate, and all ways to share the tokens out are equally likely.
     """
     taken, spans = counts(c, len(text))
     stay, go = _shares(len(text) - taken, spans, rng), _shares(taken, spans, rng)
@@ -140,15 +135,21 @@ def corrupt(c: Config, text: np.ndarray, marks: np.ndarray, rng: np.random.Gener
 
 
 def _shares(n: int, k: int, rng: np.random.Generator) -> np.ndarray:
-    """n as a sum of k positive numbers, every such sum equally likely."""
+    """Draws k positive numbers whose sum is n, every such sum equally likely."""
     cuts = np.sort(rng.choice(n - 1, k - 1, replace=False)) + 1
     return np.diff(np.concatenate([[0], cuts, [n]]))
 
 
-def weights(batch: dict) -> dict[str, jax.Array]:
+def totals(batch: DeviceBatch) -> dict[str, jax.Array]:
     return {"spans": batch["weights"].sum()}
 
 
-def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
-    """Not named `tokens`: bits per byte of what was taken out says nothing of the whole text."""
-    return {"spans": causal.loss(c, model, params, batch, key)["tokens"]}  # type: ignore[arg-type]
+def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> Sums:
+    """Computes the causal loss, not under the name `tokens`: bits per byte of spans say nothing of the whole text."""
+    return {"spans": causal.loss(c, model, params, batch, key)["tokens"]}
+
+
+objective = Objective(
+    Config, "packed", ("encoder_decoder",), example=example, totals=totals, loss=loss, check=check, window=window,
+    target_positions=target_positions, vocab_size=vocab_size, prompt=prompt,
+)  # fmt: skip

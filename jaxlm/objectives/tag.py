@@ -14,12 +14,19 @@ import numpy as np
 from jaxlm.core.spec import Spec, normal, zeros
 from jaxlm.data.labelled import check_labels, conll
 from jaxlm.models.model import Model
-from jaxlm.nn.layers import dropout
-
-records = "examples"
-models = ("encoder", "decoder")
-packs = True
-scores = "tags"
+from jaxlm.nn.layers import Output, dropout
+from jaxlm.objectives.objective import (
+    DeviceBatch,
+    Example,
+    ExampleReader,
+    Kind,
+    Objective,
+    Prediction,
+    Record,
+    RowShape,
+    Sums,
+    Tokenizer,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,38 +44,46 @@ class Config:
     """How much each label counts, in the order of `labels`; empty: all the same."""
 
 
-def settle(c: Config, sources: Sequence[str]) -> Config:
-    """With the labels of the training data where none are given."""
+class Sentence(Record):
+    ids: list[int]
+    firsts: list[int]
+    """Position of the first token of each word; -1 for a word without tokens."""
+    tags: list[int]
+    """Number of each word's label."""
+
+
+def infer_from_data(c: Config, sources: Sequence[str]) -> Config:
+    """Takes the labels of the training data where none are set."""
     if c.labels:
         return c
     examples = [example for source in sources for example in conll.read(source, c.word, c.tag).examples]
-    found = {tag for example in examples for tag in example.tags}
-    return replace(c, labels=(*(["O"] if "O" in found else []), *sorted(found - {"O"})))
+    labels = {tag for example in examples for tag in example.tags}
+    return replace(c, labels=(*(["O"] if "O" in labels else []), *sorted(labels - {"O"})))
 
 
-def specs(c: Config, width: int) -> dict[str, Any]:
+def specs(c: Config, width: int) -> dict[str, Spec]:
     n = len(c.labels)
     return dict(tag=Spec((width, n), ("embed", None), normal(0.02)), tag_bias=Spec((n,), (None,), zeros))
 
 
-def check(c: Config, tokenizer: Any) -> None:
+def check(c: Config, tokenizer: Tokenizer) -> None:
     if c.class_weights and len(c.class_weights) != len(c.labels):
         raise ValueError(f"objective.class_weights: {len(c.class_weights)} weights for {len(c.labels)} labels")
     if len(set(c.labels)) != len(c.labels):
         raise ValueError("objective.labels: a label stands twice in the list")
 
 
-def read(c: Config, source: str, tokenizer: Any, row: dict) -> tuple[list[dict], list[str]]:
-    """(sentences as tokens with the first token of each word, what a user should know of them)."""
-    found = conll.read(source, c.word, c.tag)
-    check_labels(((e.where, tag) for e in found.examples for tag in e.tags), c.labels, "objective.labels")
+def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[list[Sentence], list[str]]:
+    """Returns sentences as tokens with the first token of each word, and what a user should know of them."""
+    examples = conll.read(source, c.word, c.tag).examples
+    check_labels(((e.where, tag) for e in examples for tag in e.tags), c.labels, "objective.labels")
     number = {label: i for i, label in enumerate(c.labels)}
-    first, last = _around(tokenizer, row["kind"])
-    room = row["seq_len"] - len(first) - len(last)
-    items, cut = [], 0
-    words = [word if i == 0 else f" {word}" for e in found.examples for i, word in enumerate(e.words)]
+    first, last = _boundaries(tokenizer, row.kind)
+    room = row.seq_len - len(first) - len(last)
+    records, cut = [], 0
+    words = [word if i == 0 else f" {word}" for e in examples for i, word in enumerate(e.words)]
     encoded = iter(tokenizer.encode_batch(words))
-    for e in found.examples:
+    for e in examples:
         ids: list[int] = []
         firsts: list[int] = []
         whole = True
@@ -78,15 +93,15 @@ def read(c: Config, source: str, tokenizer: Any, row: dict) -> tuple[list[dict],
             ids += new if whole else []
         cut += not whole
         tags = [number[tag] for tag in e.tags]
-        items.append(dict(ids=[*first, *ids, *last], firsts=firsts, tags=tags, where=e.where))
+        records.append(Sentence(ids=[*first, *ids, *last], firsts=firsts, tags=tags, where=e.where))
     note = (
-        f"{source}: {cut:,} of {len(items):,} sentences lose their end, which counts as untagged; raise train.seq_len"
+        f"{source}: {cut:,} of {len(records):,} sentences lose their end, which counts as untagged; raise train.seq_len"
     )
-    return items, [note] if cut else []
+    return records, [note] if cut else []
 
 
-def _around(tokenizer: Any, kind: str) -> tuple[list[int], list[int]]:
-    """What stands before and after a sentence."""
+def _boundaries(tokenizer: Tokenizer, kind: Kind) -> tuple[list[int], list[int]]:
+    """Returns the ids that stand before and after a sentence."""
     if kind == "encoder":
         first = tokenizer.bos_id if tokenizer.cls_id is None else tokenizer.cls_id
         last = tokenizer.eos_id if tokenizer.sep_id is None else tokenizer.sep_id
@@ -94,24 +109,28 @@ def _around(tokenizer: Any, kind: str) -> tuple[list[int], list[int]]:
     return [tokenizer.bos_id], []
 
 
-def example(c: Config, record: dict, tokenizer: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    out = {name: np.zeros(record["seq_len"], np.int32) for name in ("tokens", "targets", "segments", "positions")}
-    weights, n = np.zeros(record["seq_len"], np.float32), len(record["ids"])
-    out["tokens"][:n], out["segments"][:n], out["positions"][:n] = record["ids"], 1, np.arange(n)
-    out["tokens"][n:] = tokenizer.pad_id or 0
+def example(c: Config, record: Sentence, row: RowShape, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:
+    n, rest = len(record["ids"]), row.seq_len - len(record["ids"])
+    targets, weights = np.zeros(row.seq_len, np.int32), np.zeros(row.seq_len, np.float32)
     for at, tag in zip(record["firsts"], record["tags"], strict=True):
         if at >= 0:
-            out["targets"][at] = tag
+            targets[at] = tag
             weights[at] = c.class_weights[tag] if c.class_weights else 1.0
-    return out | dict(weights=weights)
+    return Example(
+        tokens=np.array([*record["ids"], *[tokenizer.pad_id or 0] * rest], np.int32),
+        targets=targets,
+        segments=(np.arange(row.seq_len) < n).astype(np.int32),
+        positions=np.array([*range(n), *[0] * rest], np.int32),
+        weights=weights,
+    )
 
 
-def weights(batch: dict) -> dict[str, jax.Array]:
+def totals(batch: DeviceBatch) -> dict[str, jax.Array]:
     return {"tags": batch["weights"].sum()}
 
 
-def logits(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | None) -> tuple[jax.Array, Any]:
-    """`[B, T, L]` in float32, and the model's output."""
+def logits(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> tuple[jax.Array, Output]:
+    """Computes the head's outputs `[B, T, L]` in float32, and the model's."""
     body, head = (None, None) if key is None else jax.random.split(key)
     out = model.forward(params, batch, key=body)
     x_BTD = dropout(out.x_BTD, c.dropout, head)
@@ -120,7 +139,7 @@ def logits(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | N
     return z_BTL.astype(jnp.float32) + params["tag_bias"][None, None], out
 
 
-def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
+def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> Sums:
     z_BTL, out = logits(c, model, params, batch, key)
     log_BTL = jax.nn.log_softmax(z_BTL, -1)
     hit_BTL = jnp.arange(len(c.labels))[None, None] == batch["targets"][..., None]
@@ -135,15 +154,23 @@ def loss(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | Non
     return {"tags": values}
 
 
-def predict(c: Config, model: Model, params: Any, batch: dict) -> jax.Array:
-    """`[B, T]`: the likeliest label of each token."""
+def predict(c: Config, model: Model, params: Any, batch: DeviceBatch) -> jax.Array:
+    """Returns the likeliest label of each token, `[B, T]`."""
     return logits(c, model, params, batch, None)[0].argmax(-1)
 
 
-def answers(c: Config, items: Sequence[dict], found: Sequence[np.ndarray]) -> tuple[list[list[str]], list[list[str]]]:
-    """(true, predicted) tags of each sentence's words; words without tokens are untagged."""
-    rest = "O" if "O" in c.labels else c.labels[0]
-    true = [[c.labels[tag] for tag in item["tags"]] for item in items]
-    told = [[c.labels[row[at]] if at >= 0 else rest for at in item["firsts"]]
-            for item, row in zip(items, found, strict=True)]  # fmt: skip
-    return true, told
+def answers(
+    c: Config, records: Sequence[Sentence], predictions: Sequence[np.ndarray]
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Returns true and predicted tags of each sentence's words; words without tokens are untagged."""
+    untagged = "O" if "O" in c.labels else c.labels[0]
+    true = [[c.labels[tag] for tag in record["tags"]] for record in records]
+    predicted = [[c.labels[labels[at]] if at >= 0 else untagged for at in record["firsts"]]
+                 for record, labels in zip(records, predictions, strict=True)]  # fmt: skip
+    return true, predicted
+
+
+objective = Objective(
+    Config, ExampleReader(read), ("encoder", "decoder"), example=example, totals=totals, loss=loss, specs=specs,
+    check=check, infer_from_data=infer_from_data, padding="pack", prediction=Prediction(predict, answers, "tags"),
+)  # fmt: skip

@@ -19,11 +19,9 @@ import jax
 import numpy as np
 
 from jaxlm.assembly import program as programs
-from jaxlm.assembly import run_objective
-from jaxlm.core import config, registry, spec, tree
+from jaxlm.assembly.run_objective import placeholder_tokenizer
+from jaxlm.core import config, spec, tree
 from jaxlm.core.errors import one_line
-from jaxlm.data import tokenizer
-from jaxlm.objectives import OBJECTIVES
 from jaxlm.planning import count_flops, hlo, roofline
 from jaxlm.planning.roofline import Cost, Flow
 from jaxlm.planning.targets import Target
@@ -37,34 +35,10 @@ class Refused(RuntimeError):
     """A compiler that says no, most often because the step doesn't fit."""
 
 
-class StandIn:
-    """A tokenizer that has only a size and the usual special tokens: batches then have their shapes."""
-
-    mask_id, cls_id, sep_id, pad_id = 4, 5, 6, 0
-
-    def __init__(self, size: int):
-        self._bytes = tokenizer.load("bytes")
-        self.vocab_size = size
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._bytes, name)
-
-    @property
-    def starts_word(self) -> np.ndarray:
-        return np.ones(self.vocab_size, bool)
-
-
-def tokens_of(run: config.Run) -> StandIn:
-    """Of the size that the model's vocabulary leaves when the objective has added its own."""
-    objective, size = OBJECTIVES.of(run.objective), run.model.vocab
-    more = objective.vocab(run.objective, StandIn(size)) - size if hasattr(objective, "vocab") else 0
-    return StandIn(size - more)
-
-
 def laid_out(run: config.Run, t: Target) -> programs.Program:
     """The run's program on a target that needs no compiler and isn't looked at; refused as `jaxlm train` would."""
     with mesh.on_devices([mesh.Described(t.chip.platform, t.chip.kind)] * t.count):
-        return programs.program(run, tokens_of(run))
+        return programs.program(run, placeholder_tokenizer(run))
 
 
 def estimate(run: config.Run, t: Target) -> Cost:
@@ -74,19 +48,7 @@ def estimate(run: config.Run, t: Target) -> Cost:
 
 def batch_of(p: programs.Program) -> dict[str, Any]:
     """Shapes of a batch, each with its place on the mesh."""
-    run, c = p.run, p.run.train
-    if p.objective.records != "packed":
-        raise ValueError(
-            f"objective: {registry.name_of(run.objective)} makes batches from data, and there is none here; "
-            "compile with jaxlm train --dry-run, or plan with --analytic"
-        )
-    host = run_objective.host_half(run, p.tokens)
-    window = host.row["length"]
-    record = dict(
-        tokens=np.full(window + 1, 300 % run.model.vocab, np.int32), segments=np.ones(window + 1, np.int32),
-        positions=np.arange(window + 1, dtype=np.int32),
-    )  # fmt: skip
-    row = host(record, np.random.default_rng(0))
+    c, row = p.run.train, p.objective.full_example()
     rows = c.micro_batches, c.batch_size // c.micro_batches
     leaves = {name: np.broadcast_to(x, (*rows, *np.shape(x))) for name, x in row.items()}
     homes = p.batch_shardings(leaves)
@@ -112,7 +74,7 @@ class Compiled:
 def compile_step(run: config.Run, t: Target) -> Compiled:
     devices = t.devices()
     with mesh.on_devices(devices):
-        p = programs.program(run, tokens_of(run))
+        p = programs.program(run, placeholder_tokenizer(run))
         sizes = dict(p.mesh.shape) if p.mesh is not None else {}
         started, batch, state = time.perf_counter(), batch_of(p), p.abstract_state()
         with mesh.on_mesh(p.mesh):

@@ -17,6 +17,7 @@ import numpy as np
 
 import jaxlm
 from jaxlm.assembly import program
+from jaxlm.assembly.run_objective import placeholder_tokenizer
 from jaxlm.core import config
 from jaxlm.core.errors import one_line
 from jaxlm.planning import ahead_of_time
@@ -127,7 +128,7 @@ def best_change(run: config.Run, t: Target, now: Cost) -> str:
 
 def measure(run: config.Run, steps: int = 5, warm: int = 2) -> float:
     """Seconds of a step, the median of some, with weights and tokens that are made up."""
-    p = program.program(run, ahead_of_time.tokens_of(run))
+    p = program.program(run, placeholder_tokenizer(run))
     rng = np.random.default_rng(0)
     with on_mesh(p.mesh):
         batch = {

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlm.core.batch import Batch
+
 Metrics = dict[str, float]
 
 
@@ -25,8 +27,8 @@ class Hooks:
 
     batches: Callable[[int], Iterator[dict]]
     """Host batches from an update (0, 1, …) on."""
-    to_device: Callable[[dict], dict]
-    step: Callable[[Any, dict], tuple[Any, dict]]
+    to_device: Callable[[dict], Batch[jax.Array]]
+    step: Callable[[Any, Batch[jax.Array]], tuple[Any, dict]]
     indices: Callable[[int], Any]
     """Example indices of an update's batch, for error messages."""
     log: Callable[[int, Metrics, float, float], None]

@@ -10,11 +10,12 @@ from flax import struct
 
 from jaxlm.core import spec as weights
 from jaxlm.core import tree
+from jaxlm.core.batch import Batch
 from jaxlm.runtime.mesh import pinned
 from jaxlm.training.optimizers import Optimizer, state_shardings
 
-Loss = Callable[[Any, dict, jax.Array | None], dict[str, dict[str, jax.Array]]]
-Weights = Callable[[dict], dict[str, jax.Array]]
+Loss = Callable[[Any, Batch[jax.Array], jax.Array | None], dict[str, dict[str, jax.Array]]]
+Totals = Callable[[Batch[jax.Array]], dict[str, jax.Array]]
 
 
 class State(struct.PyTreeNode):
@@ -100,7 +101,7 @@ def flat_metrics(sums: dict[str, dict[str, jax.Array]], totals: dict[str, jax.Ar
 
 def make_train_step(
     loss: Loss,
-    totals_of: Weights,
+    totals_of: Totals,
     optimizer: Optimizer,
     *,
     seed: int,
@@ -108,7 +109,7 @@ def make_train_step(
     ema: float,
     places: Places | None = None,
     host: bool = False,
-) -> Callable[[State, dict], tuple[State, dict[str, jax.Array]]]:
+) -> Callable[[State, Batch[jax.Array]], tuple[State, dict[str, jax.Array]]]:
     """`batch` leaves are `[micro, batch, …]`; one update a call.
 
     Micro-batches add up sums, each divided by the weight of the whole batch, so 1, 2 or 4 of them are the same update.
@@ -117,15 +118,15 @@ def make_train_step(
     `host`: the optimizer's state comes from the host's memory for the update, and goes back.
     """
 
-    def train_step(state: State, batch: dict) -> tuple[State, dict[str, jax.Array]]:
+    def train_step(state: State, batch: Batch[jax.Array]) -> tuple[State, dict[str, jax.Array]]:
         totals = totals_of(batch)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
-        def objective(params: Any, part: dict, k: jax.Array) -> tuple[jax.Array, Any]:
+        def objective(params: Any, part: Batch[jax.Array], k: jax.Array) -> tuple[jax.Array, Any]:
             sums = loss(tree.merge(params, state.frozen), part, k)
             return sum((sums[n]["loss"] / totals[n] for n in sums), jnp.zeros(())), sums
 
-        def micro(part: dict, k: jax.Array) -> tuple[Any, Any]:
+        def micro(part: Batch[jax.Array], k: jax.Array) -> tuple[Any, Any]:
             return jax.grad(objective, has_aux=True)(state.params, part, k)
 
         def held(found: tuple[Any, Any]) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.assembly import corpus, program, run_directory, run_objective
 from jaxlm.commands import cli
-from jaxlm.core import config, config_io, registry
+from jaxlm.core import config, config_io
 from jaxlm.evaluation import perplexity
 from jaxlm.models import MODELS
 from jaxlm.models.model import Model
@@ -102,18 +102,19 @@ def test_data_inspect_shows_rows_and_how_much_of_them_is_learned(objective, home
 def test_it_learns_and_validates_on_a_mesh(objective, home):
     run = config_io.load(home(objective))
     tokens = run_directory.load_tokenizer(run)
-    p, data = program.program(run, tokens), corpus.corpus(run, tokens)
+    p = program.program(run, tokens)
+    data = corpus.corpus(run.data, p.objective)
     name = "spans" if objective == "span_corruption" else "tokens"
     with mesh.on_mesh(p.mesh):
         state, losses = p.init(), []
-        batch = p.to_device(corpus.training_loader(run, tokens, data, None).batch(0), None)
+        batch = p.to_device(corpus.training_loader(run, p.objective, data, None).batch(0), None)
         step = p.train_step().lower(state, batch).compile()
         for _ in range(4):
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
             assert metrics["finite"] == 1 and metrics[f"weight/{name}"] == np.asarray(batch["weights"]).sum()
         assert losses[-1] < losses[0]
-        evaluate = perplexity.make_eval_step(p.loss, p.objective.weights, tokens.bytes_per_token)
+        evaluate = perplexity.make_eval_step(p.loss, p.objective.totals, tokens.bytes_per_token)
         valid = perplexity.total(perplexity.parts(evaluate, state.params, corpus.validation_batches(p, data)))
     assert valid["targets"] > 0 and valid["perplexity"] > 1
     assert ("bits_per_byte" in valid) == (name == "tokens"), "spans are no whole text"
@@ -161,7 +162,7 @@ def test_a_run_that_can_not_be_is_refused_in_one_line(objective, changes, words,
 def test_prompts_are_what_the_model_was_trained_to_go_on_from(objective, home):
     run = config_io.load(home(objective))
     tokens = run_directory.load_tokenizer(run)
-    prompts, sources = run_objective.prompts(run, tokens, ["two dogs", "a"])
+    prompts, sources = run_objective.bind_run(run, tokens).prompts(["two dogs", "a"])
     ids = [tokens.encode(text) for text in ("two dogs", "a")]
     if objective == "translation":
         start = run.model.decoder_start
@@ -186,10 +187,10 @@ def test_texts_that_lose_their_end_are_counted(home, capsys):
 def flops(model, objective, **more) -> float:
     """Weights that a token of a row is multiplied with, by 6 FLOPs each; attention left out."""
     run = config.Run("r", model, objective, train=config.Train(seq_len=32, batch_size=8), **more)
-    family, module = (table[registry.name_of(part)] for table, part in ((MODELS, model), (OBJECTIVES, objective)))
-    specs = family.specs(model) | module.specs(objective, model.width)
-    p = program.Program(run, None, None, layout.Layout(), specs, Model(family, model, specs, layout.Layout()),
-                         adapted.Adapted(config.Adapter(), family, model), module, None, {})  # fmt: skip
+    family, bound = MODELS.of(model), run_objective.bind_run(run, None)
+    specs = family.specs(model) | bound.specs(model.width)
+    p = program.Program(run, None, layout.Layout(), specs, Model(family, model, specs, layout.Layout()),
+                         adapted.Adapted(config.Adapter(), family, model), bound, None, {})  # fmt: skip
     found = p.flops_per_token()
     return (2 * found["causal"] - found["full"]) / 6
 
@@ -207,7 +208,7 @@ def test_flops_count_the_weights_that_a_token_meets():
     expected = 2 * (A + D * 8 + 2 * 3 * D * F) + V * D
     assert flops(mixtral.Config(**shape, kv_heads=4, moe=experts), causal.Config()) == expected
     encoder = bert.Config(vocab=V, layers=2, width=D, heads=4, ffn=F, pooler=False)
-    share = masked.places(masked.Config(), 32) / 32
+    share = masked.target_positions(masked.Config(), 32) / 32
     assert flops(encoder, masked.Config()) == int(2 * (A + 2 * D * F) + D * D + share * V * D)
     both = t5.Config(**shape, gated=False)
     decoder = 2 * (A + 2 * D * D + 2 * D * F) * 0.25 + 2 * 2 * D * D  # keys and values of the source are its tokens'

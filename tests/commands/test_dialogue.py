@@ -11,6 +11,7 @@ from jaxlm.assembly import open_model
 from jaxlm.commands import cli
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.objectives import preference, sft
+from jaxlm.objectives.objective import RowShape
 from jaxlm.training.log import read_lines
 
 pytest.importorskip("jinja2")
@@ -53,16 +54,16 @@ def test_conversations_are_learned(tmp_path, capsys):
 
 
 def test_a_row_holds_several_conversations_that_do_not_see_each_other():
-    row = dict(seq_len=64, template=TEMPLATE)
+    row = RowShape(64, template=TEMPLATE)
     tokens = Bytes()
     file = Path(__file__).parents[1] / "nothing.jsonl"
     with pytest.raises(ValueError, match="does not exist"):
-        sft.read(sft.Config(), str(file), tokens, row)
+        sft.read(sft.Config(), str(file), row, tokens)
     texts = [sft.conversations.Tokens([1, 2, 3, 4], [False, False, True, True])] * 3
-    out = sft.example(sft.Config(), dict(texts=texts, seq_len=15), tokens, np.random.default_rng(0))
+    out = sft.example(sft.Config(), dict(texts=texts), RowShape(15), tokens, np.random.default_rng(0))
     assert out["segments"].tolist()[:12] == [1] * 4 + [2] * 4 + [3] * 4
     assert out["weights"].tolist()[:12] == [0, 1, 1, 0] * 3
-    whole = sft.example(sft.Config(everything=True), dict(texts=texts, seq_len=15), tokens, np.random.default_rng(0))
+    whole = sft.example(sft.Config(everything=True), dict(texts=texts), RowShape(15), tokens, np.random.default_rng(0))
     assert whole["weights"].tolist()[:12] == [1, 1, 1, 0] * 3
 
 
@@ -96,14 +97,14 @@ def test_preferences_are_learned_and_a_stopped_run_goes_on_with_its_reference(tm
 
 
 def test_pairs_in_the_usual_forms(tmp_path):
-    row, c = dict(seq_len=64, template=None), preference.Config()
+    row, c = RowShape(64), preference.Config()
     user, good, bad = ({"role": r, "content": t} for r, t in (("user", "q"), ("assistant", "g"), ("assistant", "b")))
     forms = [dict(prompt="q", chosen="g", rejected="b"), dict(chosen=[user, good], rejected=[user, bad]),
              dict(prompt=[user], chosen=[good], rejected=[bad])]  # fmt: skip
     data, tokens = tmp_path / "d.jsonl", Bytes()
     for form in forms:
         data.write_text(json.dumps(form))
-        [item], notes = preference.read(c, str(data), tokens, row)
+        [item], notes = preference.read(c, str(data), row, tokens)
         assert item["texts"] == [
             ([tokens.bos_id, *b"qg", tokens.eos_id], 2),
             ([tokens.bos_id, *b"qb", tokens.eos_id], 2),
@@ -111,7 +112,7 @@ def test_pairs_in_the_usual_forms(tmp_path):
         assert notes == [] and item["reference"] == [0.0, 0.0]
     data.write_text(json.dumps(dict(prompt="q", chosen="g")))
     with pytest.raises(ValueError, match=r"d.jsonl:1: no 'chosen' and 'rejected'; fields: prompt, chosen"):
-        preference.read(c, str(data), tokens, row)
+        preference.read(c, str(data), row, tokens)
 
 
 def test_a_published_model_is_asked_as_it_is(tmp_path, capsys):

@@ -223,15 +223,16 @@ def test_dry_run_shows_examples_that_are_judged_as_a_whole(
     from jaxlm.commands import dry_run
     from jaxlm.data.tokenizer import Bytes
     from jaxlm.objectives import choice, tag
+    from jaxlm.objectives.objective import RowShape
 
     tokens, rng = Bytes(), np.random.default_rng(0)
     texts = [dict(ids=[*text], types=[0] * len(text)) for text in (b"one", b"two")]
-    record = dict(texts=texts, answer=1, seq_len=8, kind="encoder")
-    dry_run.show_example(choice.example(choice.Config(most=2), record, tokens, rng), tokens, "first")
+    record, row = dict(texts=texts, answer=1), RowShape(8, "encoder")
+    dry_run.show_example(choice.example(choice.Config(most=2), record, row, tokens, rng), tokens, "first")
     shown = capsys.readouterr().out
     assert "one" in shown and "two" in shown and "first: 3 of 8 tokens" in shown and "target [0.0, 1.0]" in shown
     words = tag.Config(labels=("O", "B"))
-    row = tag.example(words, dict(ids=[*b"ab cd"], firsts=[0, 3], tags=[1, 0], seq_len=5), tokens, rng)
+    row = tag.example(words, dict(ids=[*b"ab cd"], firsts=[0, 3], tags=[1, 0]), RowShape(5), tokens, rng)
     marked: list[bool] = []
     monkeypatch.setattr(dry_run, "decoded", lambda ids, segments, tokens, marks: marked.extend(marks))
     dry_run.show_example(row, tokens, "first")

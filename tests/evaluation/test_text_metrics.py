@@ -100,20 +100,19 @@ def test_pairs_are_written_and_compared(tmp_path, capsys, monkeypatch):
 
 
 def test_a_decoder_that_learned_pairs_writes_behind_the_source(tmp_path):
+    from jaxlm.assembly.run_objective import bind
     from jaxlm.data.tokenizer import Bytes
     from jaxlm.objectives import seq2seq
+    from jaxlm.objectives.objective import RowShape
 
     (tmp_path / "a.jsonl").write_text(json.dumps(dict(source="a long text", target="t")))
-    tokens, row = Bytes(), dict(seq_len=12, kind="decoder", decoder_start=None, new=4)
-
-    def prompts(several):
-        return [seq2seq.prompt(seq2seq.Config(), tokens, text, row)[0] for text in several], None
-
-    read, sources, true, notes = seq2seq.asked(seq2seq.Config(), str(tmp_path / "a.jsonl"), tokens, row, prompts)
+    tokens = Bytes()
+    task = bind(seq2seq.Config(), tokens, RowShape(12))
+    read, sources, true, notes = task.read_prompts(str(tmp_path / "a.jsonl"), 4, task.prompts)
     assert read == [[tokens.bos_id, *b"a long", tokens.sep_id]] and sources is None and true == ["t"]
     assert "1 of 1 sources lose their end" in notes[0]
     with pytest.raises(ValueError, match=r"--tokens: 10 leave nothing of train\.seq_len 12"):
-        seq2seq.asked(seq2seq.Config(), str(tmp_path / "a.jsonl"), tokens, row | dict(new=10), prompts)
+        task.read_prompts(str(tmp_path / "a.jsonl"), 10, task.prompts)
 
 
 def test_conversations_are_gone_on_with_and_compared(tmp_path, capsys, monkeypatch):

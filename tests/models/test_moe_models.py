@@ -37,7 +37,7 @@ def make_step(c, optim_config: config.Optim, mesh_config: config.Mesh | None = N
     optimizer = optimizers.make(optim_config, 1000, specs)
     homes = step.shardings(specs, layout.shardings(specs, mesh), optimizer, False, replicated(mesh))
     one = step.make_train_step(
-        lambda p, b, k: causal.loss(causal.Config(), model, p, b, None), causal.weights, optimizer,
+        lambda p, b, k: causal.loss(causal.Config(), model, p, b, None), causal.totals, optimizer,
         seed=0, clip=1.0, ema=0.0,
     )  # fmt: skip
     with on_mesh(mesh):

@@ -1,6 +1,5 @@
 """What the tests of objectives share: real tokenizers, real caches, small models, and the law that losses are sums."""
 
-import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from jaxlm.data import token_cache, tokenizer, train_tokenizer
 from jaxlm.models import MODELS
 from jaxlm.models.model import Model
 from jaxlm.nn.layout import Layout
+from jaxlm.objectives.objective import Objective
 
 TEXTS = tuple(
     f"def area_{i}(width, height={i * 7 % 11}):\n    # naïve «größe» Δ={i}\n    return width * height + {i}\n" * 2
@@ -95,13 +95,13 @@ def stacked(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def summed() -> Callable[..., tuple[dict, dict]]:
     """(sums, totals) of rows as one batch, having proved that splits of them add up to the same gradient and sums."""
 
-    def run(module: types.ModuleType, c: Any, model: Model, weights: Any, rows: Sequence[dict]) -> tuple[dict, dict]:
+    def run(trained: Objective, c: Any, model: Model, weights: Any, rows: Sequence[dict]) -> tuple[dict, dict]:
         def objective(weights: Any, batch: dict, totals: dict) -> tuple[jax.Array, dict]:
-            sums = module.loss(c, model, weights, batch, None)
+            sums = trained.loss(c, model, weights, batch, None)
             return sum(sums[n]["loss"] / totals[n] for n in sums), sums
 
         step = jax.jit(jax.grad(objective, has_aux=True))
-        totals = jax.tree.map(np.asarray, module.weights(stacked(rows)))
+        totals = jax.tree.map(np.asarray, trained.totals(stacked(rows)))
         whole = step(weights, stacked(rows), totals)
         parts = [step(weights, stacked([row]), totals) for row in rows]
         added = jax.tree.map(lambda *x: sum(np.asarray(y, np.float64) for y in x), *parts)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -16,13 +17,14 @@ from jaxlm.models import bert
 from jaxlm.models.model import Model
 from jaxlm.nn.layout import Layout
 from jaxlm.objectives import answer
+from jaxlm.objectives.objective import RowShape
 from jaxlm.runtime.mesh import NamedSharding, make_mesh, on_mesh
 
 TOKENS = Bytes()
 RNG = np.random.default_rng(0)
 TEXTS = ["Ann saw Oslo in May", "Bob left Rome at six", "Eve likes 北京 in June"]
 PLACES = ["Oslo", "Rome", "北京"]
-ROW = dict(seq_len=32, kind="encoder", template=None)
+ROW = RowShape(32, "encoder")
 
 
 def records(*more: dict) -> str:
@@ -47,8 +49,8 @@ def long(tmp_path: Path) -> str:
 
 
 def test_a_question_and_its_text_with_the_answer_marked(file):
-    row = ROW | dict(seq_len=40)
-    [first, *_], notes = answer.read(answer.Config(), file, TOKENS, row)
+    row = replace(ROW, seq_len=40)
+    [first, *_], notes = answer.read(answer.Config(), file, row, TOKENS)
     assert notes == [] and first["ids"] == [
         TOKENS.cls_id,
         *b"where?",
@@ -57,29 +59,29 @@ def test_a_question_and_its_text_with_the_answer_marked(file):
         TOKENS.sep_id,
     ]
     assert first["types"] == [0] * 8 + [1] * 20 and first["target"] == (16, 19)
-    row = answer.example(answer.Config(), first | row, TOKENS, RNG)
+    row = answer.example(answer.Config(), first, row, TOKENS, RNG)
     assert bytes(row["tokens"][16:20].tolist()) == b"Oslo" and row["target"].tolist() == [16, 19]
     assert np.flatnonzero(row["allowed"]).tolist() == [0, *range(8, 27)]
 
 
 def test_long_texts_are_read_in_windows_that_overlap(long):
-    c = answer.settle(answer.Config(stride=6), [long])
+    c = answer.infer_from_data(answer.Config(stride=6), [long])
     assert c.no_answer
-    items, notes = answer.read(c, long, TOKENS, ROW | dict(seq_len=14))
+    items, notes = answer.read(c, long, replace(ROW, seq_len=14), TOKENS)
     some = [item for item in items if item["where"].endswith(":1")]
     assert "2 of 2 texts are read in several windows" in notes[0]
     assert [bytes(i["ids"][3:-1]).decode() for i in some][:3] == ["0123456789", "6789012345", "2345678901"]
     # Only a window that holds all of the answer learns it; the others learn that there is none.
     assert [i["target"] for i in some] == [(0, 0), (0, 0), (7, 10), (0, 0), (0, 0)]
-    own = [[at + 6 * i["window"] for at, mine in enumerate(i["own"]) if mine] for i in some]
+    own = [[at + 6 * i["window"] for at, mine in enumerate(i["may_begin"]) if mine] for i in some]
     assert sorted(t for row in own for t in row) == list(range(30)), "each token belongs to one window"
     assert own[1] == list(range(8, 14)), "to the one that shows most around it"
-    items, notes = answer.read(answer.Config(question_len=1), long, TOKENS, ROW | dict(seq_len=40))
+    items, notes = answer.read(answer.Config(question_len=1), long, replace(ROW, seq_len=40), TOKENS)
     assert len(items) == 2 and "1 questions lose their end; raise objective.question_len" in notes[0]
-    _, notes = answer.read(answer.Config(max_answer=3), long, TOKENS, ROW | dict(seq_len=40))
+    _, notes = answer.read(answer.Config(max_answer=3), long, replace(ROW, seq_len=40), TOKENS)
     assert "1 answers are longer than objective.max_answer" in notes[0]
     with pytest.raises(ValueError, match=r"train\.seq_len: 5 has no room for .*long\.jsonl:2 and its text"):
-        answer.read(c, long, TOKENS, ROW | dict(seq_len=5))
+        answer.read(c, long, replace(ROW, seq_len=5), TOKENS)
 
 
 def test_answers_that_tokens_leave_out_are_told(file):
@@ -88,7 +90,7 @@ def test_answers_that_tokens_leave_out_are_told(file):
             ids, spans = super().encode_offsets(text)
             return [i for i in ids if i < 128], [span for i, span in zip(ids, spans, strict=True) if i < 128]
 
-    items, notes = answer.read(answer.Config(), file, Deaf(), ROW)
+    items, notes = answer.read(answer.Config(), file, ROW, Deaf())
     assert items[-1]["target"] == (0, 0) and "1 answers have no token" in notes[0]
 
 
@@ -102,7 +104,7 @@ def scores(item: dict, begin: int, end: int, value: float, none: float = 0.0) ->
 
 def test_spans_go_back_to_characters(file):
     c = answer.Config(no_answer=False)
-    items, _ = answer.read(c, file, TOKENS, ROW | dict(seq_len=40))
+    items, _ = answer.read(c, file, replace(ROW, seq_len=40), TOKENS)
     true, told = answer.answers(
         c, items, [scores(i, *span, 3.0) for i, span in zip(items, [(8, 11), (9, 12), (10, 15)], strict=True)]
     )
@@ -113,7 +115,7 @@ def test_spans_go_back_to_characters(file):
 
 def test_the_best_of_all_windows_and_no_answer(long):
     c = answer.Config(stride=6, n_best=3)
-    items, _ = answer.read(c, long, TOKENS, ROW | dict(seq_len=14))
+    items, _ = answer.read(c, long, replace(ROW, seq_len=14), TOKENS)
     some = items[:5]
     quiet = [scores(i, 0, 0, -30.0) for i in some]
     [top, *rest] = answer.best(c, some, [*quiet[:2], scores(some[2], 4, 7, 3.0), *quiet[3:]])
@@ -147,8 +149,8 @@ def make(c: answer.Config, mesh: config.Mesh | None = None) -> tuple[Model, dict
 
 
 def batch_of(c: answer.Config, file: str, n: int = 8) -> dict:
-    items, _ = answer.read(c, file, TOKENS, ROW)
-    rows = [answer.example(c, item | ROW, TOKENS, RNG) for item in (items * n)[:n]]
+    items, _ = answer.read(c, file, ROW, TOKENS)
+    rows = [answer.example(c, item, ROW, TOKENS, RNG) for item in (items * n)[:n]]
     return {k: np.stack([r[k] for r in rows]) for k in rows[0]}
 
 
@@ -169,7 +171,7 @@ def test_the_loss_by_hand_and_padding_does_not_count(file):
     assert float(got["accuracy"]) == right
     more = {k: np.concatenate([v, np.zeros_like(v)]) for k, v in batch.items()}
     np.testing.assert_allclose(answer.loss(c, model, weights, more, None)["windows"]["loss"], expected, rtol=1e-5)
-    assert float(answer.weights(more)["windows"]) == 8
+    assert float(answer.totals(more)["windows"]) == 8
 
 
 @pytest.mark.parametrize("axes", [dict(data=4, tensor=2), dict(data=2, fsdp=2, context=2)])
@@ -229,7 +231,7 @@ def test_windows_of_one_text_are_held_out_together(file, tmp_path, capsys):
 
     (tmp_path / "c.py").write_text(CONFIG.format(file=file, valid=(), out=str(tmp_path)))
     run = config_io.load(tmp_path / "c.py")
-    data = corpus.corpus(run, open_model.load_tokenizer(run))
+    data = corpus.corpus(run.data, open_model.bound_objective(run))
     ([*train], [*valid]) = data.train[0], data.valid[0]
     assert {i["where"] for i in train}.isdisjoint(i["where"] for i in valid) and len(valid) > 1
     assert len({i["where"] for i in valid}) == 1

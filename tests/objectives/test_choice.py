@@ -17,6 +17,7 @@ from jaxlm.models import bert, llama
 from jaxlm.models.model import Model
 from jaxlm.nn.layout import Layout
 from jaxlm.objectives import choice
+from jaxlm.objectives.objective import RowShape
 from jaxlm.runtime.mesh import NamedSharding, make_mesh, on_mesh
 
 TOKENS = Bytes()
@@ -31,34 +32,34 @@ def file(tmp_path: Path) -> str:
     return str(tmp_path / "a.jsonl")
 
 
-def row(kind: str = "encoder", seq_len: int = 16) -> dict:
-    return dict(seq_len=seq_len, kind=kind, template=None)
+def row(kind: str = "encoder", seq_len: int = 16) -> RowShape:
+    return RowShape(seq_len, kind)
 
 
 def test_every_choice_behind_its_context(file):
-    c = choice.settle(choice.Config(), [file])
+    c = choice.infer_from_data(choice.Config(), [file])
     assert c.most == 3
-    [first, second, _], notes = choice.read(c, file, TOKENS, row())
+    [first, second, _], notes = choice.read(c, file, row(), TOKENS)
     cls, sep = TOKENS.cls_id, TOKENS.sep_id
     assert first["texts"][1] == dict(ids=[cls, *b"2+2", sep, *b"four", sep], types=[0] * 5 + [1] * 5) and notes == []
-    got = choice.example(c, second | row(), TOKENS, RNG)
-    assert got["tokens"].shape == (3, 16) and got["there"].tolist() == [1, 1, 0] and not got["segments"][2].any()
+    got = choice.example(c, second, row(), TOKENS, RNG)
+    assert got["tokens"].shape == (3, 16) and got["choice_mask"].tolist() == [1, 1, 0] and not got["segments"][2].any()
     assert got["target"].tolist() == [1, 0, 0] and got["at"].tolist() == [0, 0, 0]
-    [first, *_], _ = choice.read(c, file, TOKENS, row("decoder"))
+    [first, *_], _ = choice.read(c, file, row("decoder"), TOKENS)
     assert first["texts"][1]["ids"] == [TOKENS.bos_id, *b"2+2 four"]
-    assert choice.example(c, first | row("decoder"), TOKENS, RNG)["at"].tolist() == [5, 8, 5]
+    assert choice.example(c, first, row("decoder"), TOKENS, RNG)["at"].tolist() == [5, 8, 5]
 
 
 def test_a_long_context_keeps_what_is_next_to_the_choice(file):
-    c = choice.settle(choice.Config(), [file])
-    [first, *_], notes = choice.read(c, file, TOKENS, row(seq_len=9))
+    c = choice.infer_from_data(choice.Config(), [file])
+    [first, *_], notes = choice.read(c, file, row(seq_len=9), TOKENS)
     assert bytes(first["texts"][1]["ids"][1:3]) == b"+2" and len(first["texts"][1]["ids"]) == 9
     assert bytes(first["texts"][0]["ids"][1:4]) == b"2+2" and "2 of 3 contexts lose their beginning" in notes[0]
 
 
 def test_settings(file):
     with pytest.raises(ValueError, match=r"a\.jsonl:1: 3 choices; raise objective\.most from 2"):
-        choice.read(choice.Config(most=2), file, TOKENS, row())
+        choice.read(choice.Config(most=2), file, row(), TOKENS)
     with pytest.raises(ValueError, match=r"objective\.choices: names no column"):
         choice.check(choice.Config(choices=()), TOKENS)
 
@@ -73,20 +74,20 @@ def make(c: choice.Config, family=bert, mesh: config.Mesh | None = None, **more)
 
 
 def batch_of(c: choice.Config, file: str, kind: str, n: int = 8) -> dict:
-    items, _ = choice.read(c, file, TOKENS, row(kind))
-    rows = [choice.example(c, item | row(kind), TOKENS, RNG) for item in (items * n)[:n]]
+    items, _ = choice.read(c, file, row(kind), TOKENS)
+    rows = [choice.example(c, item, row(kind), TOKENS, RNG) for item in (items * n)[:n]]
     return {k: np.stack([r[k] for r in rows]) for k in rows[0]}
 
 
 @pytest.mark.parametrize(("family", "pooler"), [(bert, True), (bert, False), (llama, None)])
 def test_the_loss_by_hand_and_padding_does_not_count(file, family, pooler):
-    c = choice.settle(choice.Config(dropout=0.0), [file])
+    c = choice.infer_from_data(choice.Config(dropout=0.0), [file])
     model, weights = make(c, family, **({} if pooler is None else dict(pooler=pooler)))
     batch = batch_of(c, file, model.family.kind)
     expected, right = 0.0, 0
     for b in range(8):
         z = []
-        for n in range(batch["there"][b].sum()):
+        for n in range(batch["choice_mask"][b].sum()):
             given = {k: batch[k][b, n][None] for k in ("tokens", "segments", "positions")}
             given |= dict(types=batch["types"][b, n][None]) if family is bert else {}
             x_BTD = model.forward(weights, given).x_BTD
@@ -103,13 +104,13 @@ def test_the_loss_by_hand_and_padding_does_not_count(file, family, pooler):
     np.testing.assert_allclose(choice.loss(c, model, weights, short, None)["questions"]["loss"], expected, rtol=1e-5)
     more = {k: np.concatenate([v, np.zeros_like(v)]) for k, v in batch.items()}
     np.testing.assert_allclose(choice.loss(c, model, weights, more, None)["questions"]["loss"], expected, rtol=1e-5)
-    assert float(choice.weights(more)["questions"]) == 8
+    assert float(choice.totals(more)["questions"]) == 8
 
 
 @pytest.mark.parametrize("family", [bert, llama])
 @pytest.mark.parametrize("axes", [dict(data=4, tensor=2), dict(data=2, fsdp=2, context=2)])
 def test_a_mesh_gives_the_same(file, family, axes):
-    c = choice.settle(choice.Config(dropout=0.0), [file])
+    c = choice.infer_from_data(choice.Config(dropout=0.0), [file])
     model, weights = make(c, family)
     batch = batch_of(c, file, model.family.kind)
 

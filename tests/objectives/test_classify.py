@@ -17,6 +17,7 @@ from jaxlm.models import bert, llama
 from jaxlm.models.model import Model
 from jaxlm.nn.layout import Layout
 from jaxlm.objectives import classify
+from jaxlm.objectives.objective import RowShape
 from jaxlm.runtime.mesh import NamedSharding, make_mesh, on_mesh
 
 TOKENS = Bytes()
@@ -29,23 +30,23 @@ def file(tmp_path: Path) -> str:
     return str(tmp_path / "a.tsv")
 
 
-def row(kind: str = "encoder", seq_len: int = 16) -> dict:
-    return dict(seq_len=seq_len, kind=kind, template=None)
+def row(kind: str = "encoder", seq_len: int = 16) -> RowShape:
+    return RowShape(seq_len, kind)
 
 
 def test_texts_and_pairs_as_models_were_pretrained(tmp_path, file):
-    c = classify.settle(classify.Config(), [file])
+    c = classify.infer_from_data(classify.Config(), [file])
     assert c.labels == ("no", "yes")
-    [first, *_], notes = classify.read(c, file, TOKENS, row())
+    [first, *_], notes = classify.read(c, file, row(), TOKENS)
     cls, sep = TOKENS.cls_id, TOKENS.sep_id
     assert first["ids"] == [cls, *b"so good", sep] and first["target"].tolist() == [0, 1] and notes == []
-    [other, *_], _ = classify.read(c, file, TOKENS, row("decoder"))
+    [other, *_], _ = classify.read(c, file, row("decoder"), TOKENS)
     assert other["ids"] == [TOKENS.bos_id, *b"so good"]
-    got = classify.example(c, other | row("decoder"), TOKENS, RNG)
-    assert got["at"] == 7 and classify.example(c, first | row(), TOKENS, RNG)["at"] == 0
+    got = classify.example(c, other, row("decoder"), TOKENS, RNG)
+    assert got["at"] == 7 and classify.example(c, first, row(), TOKENS, RNG)["at"] == 0
     (tmp_path / "p.csv").write_text('a,b,label\n"x, y",zz,1\nlong text,s,0\n')
-    pair = classify.settle(classify.Config(text="a", text2="b"), [str(tmp_path / "p.csv")])
-    [one, two], notes = classify.read(pair, str(tmp_path / "p.csv"), TOKENS, row(seq_len=9))
+    pair = classify.infer_from_data(classify.Config(text="a", text2="b"), [str(tmp_path / "p.csv")])
+    [one, two], notes = classify.read(pair, str(tmp_path / "p.csv"), row(seq_len=9), TOKENS)
     assert one["ids"] == [cls, *b"x, y", sep, *b"zz", sep] and one["types"] == [0] * 6 + [1] * 3
     assert two["ids"] == [cls, *b"long ", sep, *b"s", sep] and "1 of 2 texts lose their end" in notes[0]
 
@@ -53,18 +54,18 @@ def test_texts_and_pairs_as_models_were_pretrained(tmp_path, file):
 def test_several_labels_and_numbers(tmp_path):
     file = tmp_path / "m.jsonl"
     file.write_text("\n".join(json.dumps(dict(text="x", label=v)) for v in (["a", "b"], "b", [], "a, c")))
-    c = classify.settle(classify.Config(kind="multi"), [str(file)])
-    items, _ = classify.read(c, str(file), TOKENS, row())
+    c = classify.infer_from_data(classify.Config(kind="multi"), [str(file)])
+    items, _ = classify.read(c, str(file), row(), TOKENS)
     assert [i["target"].tolist() for i in items] == [[1, 1, 0], [0, 1, 0], [0, 0, 0], [1, 0, 1]]
     found = [np.array([1.0, -1, 2]), np.array([-1.0, -1, -1])]
     assert classify.answers(c, items[:2], found) == ([["a", "b"], ["b"]], [["a", "c"], []])
     file.write_text(json.dumps(dict(text="x", label=2.5)))
-    c = classify.settle(classify.Config(kind="regression"), [str(file)])
-    [item], _ = classify.read(c, str(file), TOKENS, row())
+    c = classify.infer_from_data(classify.Config(kind="regression"), [str(file)])
+    [item], _ = classify.read(c, str(file), row(), TOKENS)
     assert item["target"].tolist() == [2.5] and classify.specs(c, 4)["classify"].shape == (4, 1)
     file.write_text(json.dumps(dict(text="x", label="much")))
     with pytest.raises(ValueError, match="label is 'much', where a number is due"):
-        classify.read(c, str(file), TOKENS, row())
+        classify.read(c, str(file), row(), TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -90,14 +91,14 @@ def make(c: classify.Config, family=bert, mesh: config.Mesh | None = None, **mor
 
 
 def batch_of(c: classify.Config, file: str, kind: str, n: int = 8) -> dict:
-    items, _ = classify.read(c, file, TOKENS, row(kind))
-    rows = [classify.example(c, item | row(kind), TOKENS, RNG) for item in (items * n)[:n]]
+    items, _ = classify.read(c, file, row(kind), TOKENS)
+    rows = [classify.example(c, item, row(kind), TOKENS, RNG) for item in (items * n)[:n]]
     return {k: np.stack([r[k] for r in rows]) for k in rows[0]}
 
 
 @pytest.mark.parametrize(("family", "pooler"), [(bert, True), (bert, False), (llama, None)])
 def test_the_loss_by_hand_and_padding_does_not_count(file, family, pooler):
-    c = classify.settle(classify.Config(dropout=0.0, label_smoothing=0.2), [file])
+    c = classify.infer_from_data(classify.Config(dropout=0.0, label_smoothing=0.2), [file])
     model, weights = make(c, family, **({} if pooler is None else dict(pooler=pooler)))
     batch = batch_of(c, file, model.family.kind)
     x_BTD = model.forward(weights, {k: batch[k] for k in ("tokens", "segments", "positions")}).x_BTD
@@ -112,12 +113,12 @@ def test_the_loss_by_hand_and_padding_does_not_count(file, family, pooler):
     np.testing.assert_allclose(classify.loss(c, model, weights, short, None)["texts"]["loss"], expected, rtol=1e-5)
     more = {k: np.concatenate([v, np.zeros_like(v)]) for k, v in batch.items()}
     np.testing.assert_allclose(classify.loss(c, model, weights, more, None)["texts"]["loss"], expected, rtol=1e-5)
-    assert float(classify.weights(more)["texts"]) == 8
+    assert float(classify.totals(more)["texts"]) == 8
 
 
 @pytest.mark.parametrize("family", [bert, llama])
 def test_a_mesh_gives_the_same(file, family):
-    c = classify.settle(classify.Config(dropout=0.0), [file])
+    c = classify.infer_from_data(classify.Config(dropout=0.0), [file])
     model, weights = make(c, family)
     batch = batch_of(c, file, model.family.kind)
 

@@ -10,7 +10,9 @@ from jaxlm.data import packing
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.models import llama
 from jaxlm.objectives import causal, infill
+from jaxlm.objectives.objective import RowShape
 
+ROW = RowShape(0)  # windows have their length
 NAMED = infill.Config(sentinels=("<cls>", "<sep>", "<mask>"))
 TEXTS = ["def größe(x):\n    return x + 1\n", "Two children wait.", "a", "the dog «waits» in the park, naïve as ever"]
 SMALL = llama.Config(vocab=400, layers=1, width=16, heads=2, kv_heads=1, head_width=8, ffn=16)
@@ -61,7 +63,7 @@ def test_documents_are_rearranged_each_within_itself_and_come_back_whole(kind, s
     marks, bos, eos = infill.marks(c, tokens), tokens.bos_id, tokens.eos_id
     orders = set()
     for seed in range(20):
-        row = whole(infill.example(c, window, tokens, rng(seed)))
+        row = whole(infill.example(c, window, ROW, tokens, rng(seed)))
         seen = []
         for s in range(1, row["segments"].max() + 1):
             ids = row["tokens"][row["segments"] == s].tolist()
@@ -77,7 +79,7 @@ def test_documents_are_rearranged_each_within_itself_and_come_back_whole(kind, s
 
 def test_every_token_is_learned_but_the_first_of_each_document(corpus, sentencepiece):
     window = packing.packed(corpus(TEXTS, sentencepiece), 200)[0]
-    out = infill.example(config(), window, sentencepiece, rng())
+    out = infill.example(config(), window, ROW, sentencepiece, rng())
     real = out["segments"] > 0
     same = np.append(out["segments"][1:] == out["segments"][:-1], False)
     np.testing.assert_array_equal(out["weights"], (real & same).astype(np.float32))
@@ -91,12 +93,12 @@ def test_every_token_is_learned_but_the_first_of_each_document(corpus, sentencep
 def test_shares_of_rearranged_documents_and_of_their_orders(corpus, sentencepiece):
     window = packing.packed(corpus([TEXTS[3] * 6], sentencepiece), 200)[0]
     c, marks = config(rate=0.6, spm=0.25), infill.marks(config(), sentencepiece)
-    rows = [whole(infill.example(c, window, sentencepiece, rng(s)))["tokens"].tolist() for s in range(800)]
+    rows = [whole(infill.example(c, window, ROW, sentencepiece, rng(s)))["tokens"].tolist() for s in range(800)]
     changed = [r for r in rows if marks[0] in r]
     orders = [parts(r[1:], marks, sentencepiece.eos_id, sentencepiece)[0] for r in changed]
     np.testing.assert_allclose([len(changed) / 800, orders.count("spm") / len(orders)], [0.6, 0.25], atol=0.06)
-    untouched = infill.example(config(rate=0.0), window, sentencepiece, rng())
-    plain = causal.example(causal.Config(), window, sentencepiece, rng())
+    untouched = infill.example(config(rate=0.0), window, ROW, sentencepiece, rng())
+    plain = causal.example(causal.Config(), window, ROW, sentencepiece, rng())
     jax.tree.map(np.testing.assert_array_equal, untouched, plain)
 
 
@@ -110,7 +112,7 @@ def test_cuts_fall_between_any_two_characters_alike(corpus, sentencepiece):
         expected[min(a, b), max(a, b)] += 1 / (n + 1) ** 2
     found = np.zeros_like(expected)
     for seed in range(2000):
-        row = whole(infill.example(config(spm=0.0), window, sentencepiece, rng(seed)))["tokens"].tolist()
+        row = whole(infill.example(config(spm=0.0), window, ROW, sentencepiece, rng(seed)))["tokens"].tolist()
         _, (prefix, _, middle) = parts(row[1:], marks, sentencepiece.eos_id, sentencepiece)
         a, b = len(sentencepiece.decode(prefix)), len(sentencepiece.decode(middle))
         found[a, a + b] += 1 / 2000
@@ -127,7 +129,7 @@ def test_a_full_row_never_loses_a_middle_or_its_end(split, length, corpus, sente
     changed = 0
     for i, seed in itertools.product(range(len(records)), range(5)):
         record = records[i]
-        out = infill.example(c, record, sentencepiece, rng(seed))
+        out = infill.example(c, record, ROW, sentencepiece, rng(seed))
         assert {k: v.shape for k, v in out.items()} == dict.fromkeys(out, (length,))
         row = whole(out)
         for s in range(1, row["segments"].max() + 1):
@@ -150,7 +152,7 @@ def test_a_window_that_cuts_a_character_keeps_its_bytes(corpus):
     records = packing.packed(corpus([text], tokens), 17)
     for i, seed in itertools.product(range(1, len(records) - 1), range(20)):
         record = records[i]
-        row = whole(infill.example(config(spm=0.0), record, tokens, rng(seed)))["tokens"].tolist()
+        row = whole(infill.example(config(spm=0.0), record, ROW, tokens, rng(seed)))["tokens"].tolist()
         if TOKEN_OF[0] not in row:
             continue
         _, (prefix, suffix, middle) = parts(row, TOKEN_OF, tokens.eos_id, tokens)
@@ -162,7 +164,7 @@ TOKEN_OF = infill.marks(NAMED, Bytes())
 
 def test_without_document_mask_each_document_is_still_rearranged_alone(corpus, sentencepiece):
     window = packing.packed(corpus(TEXTS, sentencepiece), 300, document_mask=False)[0]
-    row = whole(infill.example(config(), window, sentencepiece, rng(1)))
+    row = whole(infill.example(config(), window, ROW, sentencepiece, rng(1)))
     assert row["segments"].tolist() == [1] * len(row["tokens"])
     ids, bos, eos = row["tokens"].tolist(), sentencepiece.bos_id, sentencepiece.eos_id
     starts = [i for i, x in enumerate(ids) if x == bos]
@@ -176,7 +178,7 @@ def test_without_document_mask_each_document_is_still_rearranged_alone(corpus, s
 def test_it_repeats_with_its_generator_and_leaves_the_record_alone(corpus, sentencepiece):
     record = packing.packed(corpus(TEXTS, sentencepiece), 100)[0]
     before = {k: v.copy() for k, v in record.items()}
-    a, b, again = (infill.example(config(), record, sentencepiece, rng(s)) for s in (0, 1, 0))
+    a, b, again = (infill.example(config(), record, ROW, sentencepiece, rng(s)) for s in (0, 1, 0))
     jax.tree.map(np.testing.assert_array_equal, record, before)
     jax.tree.map(np.testing.assert_array_equal, a, again)
     assert not np.array_equal(a["tokens"], b["tokens"])
@@ -210,7 +212,7 @@ def test_a_tokenizer_or_setting_that_will_not_do_is_refused_with_the_remedy(sent
 
 def test_packed_equals_unpacked(model, summed, corpus, sentencepiece):
     net, weights = model(SMALL)
-    packed = infill.example(config(), packing.packed(corpus(TEXTS, sentencepiece), 160)[0], sentencepiece, rng(2))
+    packed = infill.example(config(), packing.packed(corpus(TEXTS, sentencepiece), 160)[0], ROW, sentencepiece, rng(2))
     rows = []
     for s in range(1, packed["segments"].max() + 1):
         places = np.flatnonzero(packed["segments"] == s)
@@ -219,7 +221,7 @@ def test_packed_equals_unpacked(model, summed, corpus, sentencepiece):
             row[k][: len(places)] = packed[k][places]
         row["segments"] = np.minimum(row["segments"], 1)
         rows.append(row)
-    alone, totals = summed(infill, config(), net, weights, rows)
-    together, total = summed(infill, config(), net, weights, [packed])
+    alone, totals = summed(infill.objective, config(), net, weights, rows)
+    together, total = summed(infill.objective, config(), net, weights, [packed])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), alone, together)
     assert totals == total

@@ -13,8 +13,10 @@ from jaxlm.models import MODELS, bert, llama
 from jaxlm.models.model import Model
 from jaxlm.nn.layout import Layout
 from jaxlm.objectives import OBJECTIVES, causal, masked, next_sentence
+from jaxlm.objectives.objective import RowShape
 
 TOKENS = Bytes()
+ROW = RowShape(24)
 BOS, EOS, MASK = TOKENS.bos_id, TOKENS.eos_id, TOKENS.mask_id
 
 
@@ -41,7 +43,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 def test_causal_learns_every_token_but_the_first_of_each_document():
     """The end of a document is learned, its successor's beginning isn't: nothing could tell what comes next."""
     record = window("abc", "de")
-    out = causal.example(causal.Config(), record, TOKENS, rng())
+    out = causal.example(causal.Config(), record, ROW, TOKENS, rng())
     learned = [(int(a), int(b)) for a, b, w in zip(out["tokens"], out["targets"], out["weights"], strict=True) if w]
     a, b, c, d, e = (ord(x) for x in "abcde")
     assert learned == [(BOS, a), (a, b), (b, c), (c, EOS), (BOS, d), (d, e), (e, EOS)]
@@ -52,7 +54,7 @@ def test_causal_learns_every_token_but_the_first_of_each_document():
 def test_causal_learns_across_the_edge_of_a_window():
     """The token after the last input is a target: no token is lost between windows."""
     record = {k: np.full(9, v, np.int32) for k, v in (("tokens", 7), ("segments", 1), ("positions", 0))}
-    assert causal.example(causal.Config(), record, TOKENS, rng())["weights"].tolist() == [1.0] * 8
+    assert causal.example(causal.Config(), record, ROW, TOKENS, rng())["weights"].tolist() == [1.0] * 8
 
 
 # -------------------------------------------------------------------------------------------------------------- masked
@@ -64,7 +66,7 @@ def long_window(length: int = 4096) -> dict[str, np.ndarray]:
 
 
 def masked_example(c: masked.Config | None = None, record: dict | None = None, seed: int = 0) -> dict:
-    return masked.example(c or masked.Config(), record or long_window(), TOKENS, rng(seed))
+    return masked.example(c or masked.Config(), record or long_window(), ROW, TOKENS, rng(seed))
 
 
 def chosen(out: dict) -> np.ndarray:
@@ -107,17 +109,17 @@ def test_masking_is_drawn_anew_and_repeats_with_its_generator():
 
 
 @pytest.mark.parametrize("length", [16, 24, 100, 4096])
-def test_masked_places_are_of_a_fixed_number(length):
+def test_masked_positions_are_of_a_fixed_number(length):
     """Whatever a row holds, its arrays have one shape, which a context axis of up to 8 divides."""
     c = masked.Config()
     full = {k: np.ones(length + 1, np.int32) for k in ("tokens", "segments", "positions")}
     empty = {k: np.zeros(length + 1, np.int32) for k in ("tokens", "segments", "positions")}
     for record in (full, empty, window("x", length=length)):
-        out = masked.example(c, record, TOKENS, rng())
-        assert out["at"].shape == out["targets"].shape == out["weights"].shape == (masked.places(c, length),)
-    assert masked.places(c, length) % 8 == 0 and masked.places(c, length) >= 0.15 * length
-    assert masked.example(c, empty, TOKENS, rng())["weights"].sum() == 0
-    assert masked.example(c, window("x", length=length), TOKENS, rng())["weights"].sum() == 1  # at least one
+        out = masked.example(c, record, ROW, TOKENS, rng())
+        assert out["at"].shape == out["targets"].shape == out["weights"].shape == (masked.target_positions(c, length),)
+    assert masked.target_positions(c, length) % 8 == 0 and masked.target_positions(c, length) >= 0.15 * length
+    assert masked.example(c, empty, ROW, TOKENS, rng())["weights"].sum() == 0
+    assert masked.example(c, window("x", length=length), ROW, TOKENS, rng())["weights"].sum() == 1  # at least one
 
 
 def test_whole_words_are_chosen_or_left():
@@ -154,13 +156,13 @@ def test_a_tokenizer_without_what_is_needed_is_refused(objective, missing, messa
 # ------------------------------------------------------------------------------------------------------- next sentence
 
 
-def pair(first: str = "ab", second: str = "cde", length: int = 9, is_next: int = 1) -> dict:
+def pair(first: str = "ab", second: str = "cde", is_next: int = 1) -> dict:
     a, b = (np.array(TOKENS.encode(text), np.int32) for text in (first, second))
-    return {"first": a, "second": b, "is_next": np.int32(is_next), "length": length}
+    return {"first": a, "second": b, "is_next": np.int32(is_next)}
 
 
 def test_next_sentence_layout():
-    out = next_sentence.example(next_sentence.Config(masked_too=False), pair(), TOKENS, rng())
+    out = next_sentence.example(next_sentence.Config(masked_too=False), pair(), RowShape(12, "encoder"), TOKENS, rng())
     cls, sep, pad = TOKENS.cls_id, TOKENS.sep_id, TOKENS.pad_id
     a, b, c, d, e = (ord(x) for x in "abcde")
     assert out["tokens"].tolist() == [cls, a, b, sep, c, d, e, sep, pad, pad, pad, pad]
@@ -173,7 +175,7 @@ def test_next_sentence_layout():
 
 def test_next_sentence_masks_text_alone():
     for seed in range(30):
-        out = next_sentence.example(next_sentence.Config(), pair(is_next=0), TOKENS, rng(seed))
+        out = next_sentence.example(next_sentence.Config(), pair(is_next=0), RowShape(12, "encoder"), TOKENS, rng(seed))
         assert set(chosen(out)) <= {1, 2, 4, 5, 6}
         assert int(out["is_next"]) == 0
 
@@ -197,14 +199,14 @@ def rows(objective: str) -> list[dict]:
     module = OBJECTIVES[objective]
     if module.records == "pairs":
         records = [
-            pair("a", "b", 21),
-            pair("abcdefgh", "ijklmnopq", 21, 0),
-            pair("xyz", "uvw" * 5, 21),
-            pair("a", "bc", 21),
+            pair("a", "b"),
+            pair("abcdefgh", "ijklmnopq", 0),
+            pair("xyz", "uvw" * 5),
+            pair("a", "bc"),
         ]
     else:
         records = [window("a"), window("abcdefgh", "ijklmnopq"), window("xyz"), window("", "uvw" * 5)]
-    return [module.example(SETTINGS[objective], r, TOKENS, rng(i)) for i, r in enumerate(records)]
+    return [module.example(SETTINGS[objective], r, ROW, TOKENS, rng(i)) for i, r in enumerate(records)]
 
 
 def make(objective: str) -> tuple[Model, dict]:
@@ -222,7 +224,7 @@ def make(objective: str) -> tuple[Model, dict]:
 def test_losses_metrics_and_weights_of_rows_add_up(objective):
     """The loss of a batch is the sum over its rows, whatever else is in the batch."""
     module, (model, weights), examples = OBJECTIVES[objective], make(objective), rows(objective)
-    f = jax.jit(lambda b: (module.loss(SETTINGS[objective], model, weights, b, None), module.weights(b)))
+    f = jax.jit(lambda b: (module.loss(SETTINGS[objective], model, weights, b, None), module.totals(b)))
     stack = lambda part: {k: np.stack([e[k] for e in part]) for k in part[0]}  # noqa: E731
     whole = f(stack(examples))
     parts = [f(stack([e])) for e in examples]
@@ -241,12 +243,12 @@ def test_next_sentence_label_means_what_it_says():
     }
     c = dataclasses.replace(SETTINGS["next_sentence"], masked_too=False)
     for is_next, loss, hit in ((1, 0.0, 1.0), (0, 20.0, 0.0)):
-        row = next_sentence.example(c, pair(is_next=is_next, length=21), TOKENS, rng())
+        row = next_sentence.example(c, pair(is_next=is_next), RowShape(24, "encoder"), TOKENS, rng())
         out = next_sentence.loss(c, model, weights, {k: v[None] for k, v in row.items()}, None)["pairs"]
         np.testing.assert_allclose([out["loss"], out["accuracy"]], [loss, hit], atol=1e-4)
 
 
-def test_masked_predicts_at_the_chosen_places():
+def test_masked_predicts_at_the_chosen_positions():
     """Equal to the plain way: all logits, then the chosen ones."""
     from jaxlm.nn.losses import logits
 

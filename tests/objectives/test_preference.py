@@ -14,6 +14,7 @@ from jaxlm.models.model import Model
 from jaxlm.nn import losses
 from jaxlm.nn.layout import Layout
 from jaxlm.objectives import preference
+from jaxlm.objectives.objective import RowShape
 from jaxlm.runtime.mesh import NamedSharding, make_mesh, on_mesh
 from jaxlm.training import step
 
@@ -36,8 +37,8 @@ def rows(method: str, n: int = B) -> tuple[dict, list]:
         prompt = rng.integers(0, V, 3).tolist()
         answers = [rng.integers(0, V, k).tolist() for k in (3, 2, 4)[: 3 if method == "kto" else 2]]
         texts.append([([*prompt, *a], 3) for a in answers])
-        record = dict(texts=texts[-1], seq_len=T, reference=rng.normal(-8, 1, len(answers)))
-        out.append(preference.example(preference.Config(), record, None, rng))
+        record = dict(texts=texts[-1], reference=rng.normal(-8, 1, len(answers)))
+        out.append(preference.example(preference.Config(), record, RowShape(T), None, rng))
     return {name: np.stack([r[name] for r in out]) for name in out[0]}, texts
 
 
@@ -117,8 +118,8 @@ def test_a_mesh_and_micro_batches_give_the_same(axis_type):
 
 
 def test_rows_too_long_lose_the_beginning_of_the_prompt_and_empty_rows_weigh_nothing():
-    record = dict(texts=[(list(range(1, 21)), 15), (list(range(1, 9)), 5)], seq_len=16, reference=[0.0, 0.0])
-    row = preference.example(preference.Config(), record, None, np.random.default_rng(0))
+    record = dict(texts=[(list(range(1, 21)), 15), (list(range(1, 9)), 5)], reference=[0.0, 0.0])
+    row = preference.example(preference.Config(), record, RowShape(16), None, np.random.default_rng(0))
     assert row["tokens"][:8].tolist() == list(range(12, 20)) and row["targets"][7] == 20
     assert row["weights"][:8].tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
     model, weights = make()
@@ -126,7 +127,7 @@ def test_rows_too_long_lose_the_beginning_of_the_prompt_and_empty_rows_weigh_not
     alone = {k: v[:1] for k, v in batch.items()}
     both, one = (preference.loss(preference.Config(), model, weights, b, None)["pairs"]["loss"] for b in (batch, alone))
     np.testing.assert_allclose(both, one, rtol=1e-6)
-    assert float(preference.weights(batch)["pairs"]) == 1
+    assert float(preference.totals(batch)["pairs"]) == 1
 
 
 @pytest.mark.parametrize(("change", "why"), [(dict(beta=0.0), "beta"), (dict(label_smoothing=0.6), "label_smoothing")])
@@ -142,7 +143,7 @@ def test_training_prefers():
     from jaxlm.training import optimizers
 
     tx = optimizers.make(config.Optim(lr=1e-2, warmup=1), 20, model.specs)
-    update = jax.jit(step.make_train_step(functools.partial(preference.loss, c, model), preference.weights, tx, seed=0,
+    update = jax.jit(step.make_train_step(functools.partial(preference.loss, c, model), preference.totals, tx, seed=0,
                                           clip=1.0, ema=0.0))  # fmt: skip
     state = step.start(weights, jax.tree.map(lambda w: None, weights), tx, False)
     for _ in range(8):

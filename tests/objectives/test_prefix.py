@@ -10,6 +10,9 @@ from jaxlm.data import packing
 from jaxlm.models import MODELS, gpt2, llama
 from jaxlm.nn import losses
 from jaxlm.objectives import causal, prefix
+from jaxlm.objectives.objective import RowShape
+
+ROW = RowShape(0)  # windows have their length
 
 TEXTS = ["def f(x):\n    return x\n", "Two children.", "a", "the dog waits in the park, and waits, and waits"]
 SMALL = {
@@ -35,9 +38,9 @@ def documents(record: dict) -> list[np.ndarray]:
 
 
 def test_all_of_a_document_behind_its_prefix_is_learned_its_end_too(window, sentencepiece):
-    plain = causal.example(causal.Config(), window, sentencepiece, rng())
+    plain = causal.example(causal.Config(), window, ROW, sentencepiece, rng())
     for seed in range(20):
-        out = prefix.example(prefix.Config(), window, sentencepiece, rng(seed))
+        out = prefix.example(prefix.Config(), window, ROW, sentencepiece, rng(seed))
         for name in ("tokens", "targets", "segments", "positions"):
             np.testing.assert_array_equal(out[name], plain[name])
         for places in documents(window):
@@ -52,7 +55,7 @@ def test_all_of_a_document_behind_its_prefix_is_learned_its_end_too(window, sent
 def test_every_length_of_a_prefix_is_equally_likely_and_drawn_anew(window, sentencepiece):
     places = documents(window)[1]
     lengths = [
-        int(prefix.example(prefix.Config(), window, sentencepiece, rng(s))["prefix"][places[:-1]].sum())
+        int(prefix.example(prefix.Config(), window, ROW, sentencepiece, rng(s))["prefix"][places[:-1]].sum())
         for s in range(2000)
     ]
     found, counts = np.unique(lengths, return_counts=True)
@@ -62,7 +65,9 @@ def test_every_length_of_a_prefix_is_equally_likely_and_drawn_anew(window, sente
 
 def test_a_document_of_one_token_is_neither_prefix_nor_target(sentencepiece):
     record = {"tokens": [3, 2, 9, 3, 0], "segments": [1, 2, 2, 2, 0], "positions": [0, 0, 1, 2, 0]}
-    out = prefix.example(prefix.Config(), {k: np.array(v, np.int32) for k, v in record.items()}, sentencepiece, rng())
+    out = prefix.example(
+        prefix.Config(), {k: np.array(v, np.int32) for k, v in record.items()}, ROW, sentencepiece, rng()
+    )
     assert not out["prefix"][0] and out["weights"][0] == 0 and out["prefix"][1] and out["weights"][3] == 0
 
 
@@ -89,26 +94,26 @@ def test_packed_equals_unpacked(name, model, summed, window, sentencepiece):
     """The loss of a window is that of its documents, each in a row of its own."""
     net, weights = model(SMALL[name])
     c, rows = prefix.Config(z_loss=1e-3), []
-    packed = prefix.example(c, window, sentencepiece, rng(3))
+    packed = prefix.example(c, window, ROW, sentencepiece, rng(3))
     for places in documents(window):
         row = {k: np.zeros_like(v) for k, v in packed.items()}
         for k in row:
             row[k][: len(places) - 1] = packed[k][places[:-1]]
         row["segments"] = np.minimum(row["segments"], 1)
         rows.append(row)
-    alone, totals = summed(prefix, c, net, weights, rows)
-    together, total = summed(prefix, c, net, weights, [packed])
+    alone, totals = summed(prefix.objective, c, net, weights, rows)
+    together, total = summed(prefix.objective, c, net, weights, [packed])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), alone, together)
     assert totals == total == {"tokens": packed["weights"].sum()}
 
 
 def test_the_loss_is_that_of_the_plain_formula(model, window, sentencepiece):
     net, weights = model(SMALL["llama"])
-    row = {k: v[None] for k, v in prefix.example(prefix.Config(), window, sentencepiece, rng(1)).items()}
+    row = {k: v[None] for k, v in prefix.example(prefix.Config(), window, ROW, sentencepiece, rng(1)).items()}
     z = jax.nn.log_softmax(losses.logits(net.readout(weights, net.forward(weights, row).x_BTD), net.shard))[0]
     nll = -z[np.arange(len(z)), row["targets"][0]] * row["weights"][0]
     np.testing.assert_allclose(
-        prefix.loss(prefix.Config(), net, weights, row, None)["tokens"]["nll"], nll.sum(), rtol=1e-5
+        prefix.objective.loss(prefix.Config(), net, weights, row, None)["tokens"]["nll"], nll.sum(), rtol=1e-5
     )
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -16,11 +17,12 @@ from jaxlm.models import bert
 from jaxlm.models.model import Model
 from jaxlm.nn.layout import Layout
 from jaxlm.objectives import relate
+from jaxlm.objectives.objective import RowShape
 from jaxlm.runtime.mesh import NamedSharding, make_mesh, on_mesh
 
 TOKENS = Bytes()
 RNG = np.random.default_rng(0)
-ROW = dict(seq_len=40, kind="encoder", template=None)
+ROW = RowShape(40, "encoder")
 ROWS = ["in <e1>Rome</e1> is <e2>Al</e2>.\tat(e1,e2)", "<e2>Bo</e2> saw <e1>Cy</e1>\tsaw(e2,e1)",
         "<e1>Di</e1> saw <e2>Ed</e2>\tsaw(e1,e2)", "<e1>Flo</e1> and <e2>Gus</e2>\tother"]  # fmt: skip
 
@@ -32,22 +34,22 @@ def file(tmp_path: Path) -> str:
 
 
 def test_labels_and_the_one_of_no_relation(file):
-    c = relate.settle(relate.Config(), [file])
+    c = relate.infer_from_data(relate.Config(), [file])
     assert c.labels == ("at(e1,e2)", "other", "saw(e1,e2)", "saw(e2,e1)") and c.negative == "other"
-    assert relate.settle(relate.Config(negative=""), [file]).negative == ""
+    assert relate.infer_from_data(relate.Config(negative=""), [file]).negative == ""
     assert relate.specs(c, 8)["relate"].shape == (16, 4)
 
 
 def test_entities_are_marked_and_read_where_they_begin(file):
-    c = relate.settle(relate.Config(), [file])
-    [first, second, *_], notes = relate.read(c, file, TOKENS, ROW)
+    c = relate.infer_from_data(relate.Config(), [file])
+    [first, second, *_], notes = relate.read(c, file, ROW, TOKENS)
     assert bytes(first["ids"][1:-1]) == b"in @ Rome @ is # Al #." and notes[0].endswith("between the texts @ and #")
     assert bytes(second["ids"][1:-1]) == b" #Bo # saw @ Cy @"
     for item, (a, b) in ((first, "@#"), (second, "@#")):
-        row = relate.example(c, item | ROW, TOKENS, RNG)
+        row = relate.example(c, item, ROW, TOKENS, RNG)
         assert [row["tokens"][at + 1] for at in row["at"]] == [ord(a), ord(b)], "a space, then the mark"
     own = relate.Config(labels=c.labels, markers=("<s>", "</s>", "<mask>", "<spare>"))
-    [first, *_], _ = relate.read(own, file, TOKENS, ROW)
+    [first, *_], _ = relate.read(own, file, ROW, TOKENS)
     ids = [TOKENS.id_of(piece) for piece in own.markers]
     assert first["ids"] == [TOKENS.cls_id, *b"in", ids[0], *b" Rome", ids[1], *b" is", ids[2], *b" Al", ids[3], *b".",
                             TOKENS.sep_id] and first["at"].tolist() == [3, 13]  # fmt: skip
@@ -65,7 +67,7 @@ def test_long_texts_keep_the_stretch_around_both(tmp_path):
     text = "x" * 50 + " <e1>a</e1> <e2>b</e2> " + "y" * 50
     (tmp_path / "a.jsonl").write_text(json.dumps(dict(text=text, label="l")))
     c = relate.Config(labels=("l", "m"))
-    [item], notes = relate.read(c, str(tmp_path / "a.jsonl"), TOKENS, ROW | dict(seq_len=22))
+    [item], notes = relate.read(c, str(tmp_path / "a.jsonl"), replace(ROW, seq_len=22), TOKENS)
     assert (
         len(item["ids"]) == 22 and b" @ a @ # b" in bytes(item["ids"][1:-1]) and "1 of 1 texts lose an end" in notes[1]
     )
@@ -73,7 +75,7 @@ def test_long_texts_keep_the_stretch_around_both(tmp_path):
     with pytest.raises(
         ValueError, match=r"a\.jsonl:1: its entities begin 6 tokens apart, too far for train\.seq_len 8"
     ):
-        relate.read(c, str(tmp_path / "a.jsonl"), TOKENS, ROW | dict(seq_len=8))
+        relate.read(c, str(tmp_path / "a.jsonl"), replace(ROW, seq_len=8), TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -98,13 +100,13 @@ def make(c: relate.Config, mesh: config.Mesh | None = None) -> tuple[Model, dict
 
 
 def batch_of(c: relate.Config, file: str, n: int = 8) -> dict:
-    items, _ = relate.read(c, file, TOKENS, ROW)
-    rows = [relate.example(c, item | ROW, TOKENS, RNG) for item in (items * n)[:n]]
+    items, _ = relate.read(c, file, ROW, TOKENS)
+    rows = [relate.example(c, item, ROW, TOKENS, RNG) for item in (items * n)[:n]]
     return {k: np.stack([r[k] for r in rows]) for k in rows[0]}
 
 
 def test_the_loss_by_hand_and_padding_does_not_count(file):
-    c = relate.settle(relate.Config(dropout=0.0, label_smoothing=0.1), [file])
+    c = relate.infer_from_data(relate.Config(dropout=0.0, label_smoothing=0.1), [file])
     model, weights = make(c)
     batch = batch_of(c, file)
     x_BTD = model.forward(weights, {k: batch[k] for k in ("tokens", "types", "segments", "positions")}).x_BTD
@@ -116,12 +118,12 @@ def test_the_loss_by_hand_and_padding_does_not_count(file):
     np.testing.assert_allclose(got["loss"], expected, rtol=1e-5)
     more = {k: np.concatenate([v, np.zeros_like(v)]) for k, v in batch.items()}
     np.testing.assert_allclose(relate.loss(c, model, weights, more, None)["pairs"]["loss"], expected, rtol=1e-5)
-    assert float(relate.weights(more)["pairs"]) == 8
+    assert float(relate.totals(more)["pairs"]) == 8
 
 
 @pytest.mark.parametrize("axes", [dict(data=4, tensor=2), dict(data=2, fsdp=2, context=2)])
 def test_a_mesh_gives_the_same(file, axes):
-    c = relate.settle(relate.Config(dropout=0.0), [file])
+    c = relate.infer_from_data(relate.Config(dropout=0.0), [file])
     model, weights = make(c)
     batch = batch_of(c, file)
 

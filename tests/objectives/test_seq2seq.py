@@ -11,6 +11,7 @@ from jaxlm.data import packing, token_cache
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.models import bart, llama
 from jaxlm.objectives import seq2seq
+from jaxlm.objectives.objective import RowShape
 
 C = seq2seq.Config()
 PAIRS = [
@@ -48,8 +49,8 @@ def examples(c, held, tokens, kind: str, seq_len: int, decoder_start=None) -> li
     lengths = packing.text_lengths(held, tokens.eos_id)
     _, takes, rooms = seq2seq.fit(c, kind, seq_len, lengths)
     records = packing.texts(held, lengths, takes, rooms, pack=c.pack)
-    row = {"kind": kind, "seq_len": seq_len, "decoder_start": decoder_start}
-    return [seq2seq.example(c, records[i] | row, tokens, rng()) for i in range(len(records))]
+    row = RowShape(seq_len, kind, decoder_start)
+    return [seq2seq.example(c, records[i], row, tokens, rng()) for i in range(len(records))]
 
 
 def texts_of(out: dict, side: str, segments: str) -> list[list[int]]:
@@ -124,12 +125,14 @@ def test_a_decoder_reads_both_and_learns_the_target_alone(pack, pairs, tokens):
 def test_a_prompt_is_what_training_showed(pairs, sentencepiece):
     (a, _), eos = PAIRS[0], sentencepiece.eos_id
     (out, *_) = examples(seq2seq.Config(pack=False), pairs(PAIRS, sentencepiece), sentencepiece, "decoder", 120)
-    prompt, source = seq2seq.prompt(C, sentencepiece, a, {"kind": "decoder", "decoder_start": None})
+    prompt, source = seq2seq.prompt(C, a, RowShape(120), sentencepiece)
     assert source is None
     assert out["tokens"][: len(prompt)].tolist() == prompt and out["weights"][len(prompt) - 1] == 1
     assert not out["weights"][: len(prompt) - 1].any()
-    row = {"kind": "encoder_decoder", "decoder_start": None}
-    assert seq2seq.prompt(C, sentencepiece, a, row) == ([eos], [*sentencepiece.encode(a), eos])
+    assert seq2seq.prompt(C, a, RowShape(120, "encoder_decoder"), sentencepiece) == (
+        [eos],
+        [*sentencepiece.encode(a), eos],
+    )
 
 
 @pytest.mark.parametrize("kind", SMALL)
@@ -140,8 +143,8 @@ def test_packed_equals_unpacked_and_any_split_of_a_batch(kind, model, summed, pa
     packed = examples(C, held, sentencepiece, kind, 90)
     single = examples(seq2seq.Config(pack=False), held, sentencepiece, kind, 90)
     assert len(packed) < len(single) == len(PAIRS)
-    together, totals = summed(seq2seq, C, net, weights, packed)
-    alone, total = summed(seq2seq, C, net, weights, single)
+    together, totals = summed(seq2seq.objective, C, net, weights, packed)
+    alone, total = summed(seq2seq.objective, C, net, weights, single)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), together, alone)
     assert totals == total
 

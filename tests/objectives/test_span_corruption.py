@@ -12,6 +12,7 @@ from jaxlm.data.tokenizer import Bytes
 from jaxlm.models import t5
 from jaxlm.nn.losses import logits
 from jaxlm.objectives import span_corruption as spans
+from jaxlm.objectives.objective import RowShape
 
 C = spans.Config()
 SMALL = t5.Config(vocab=512, layers=1, width=16, heads=2, head_width=8, ffn=16)
@@ -28,7 +29,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def example(c: spans.Config, record: dict, tokens, seq_len: int, seed: int = 0) -> dict[str, np.ndarray]:
-    return spans.example(c, record | {"seq_len": seq_len, "decoder_start": None}, tokens, rng(seed))
+    return spans.example(c, record, RowShape(seq_len, "encoder_decoder"), tokens, rng(seed))
 
 
 def mended(source: list[int], target: list[int], marks: list[int]) -> list[int]:
@@ -55,7 +56,7 @@ def test_lengths_are_those_of_t5(seq_len, raw, targets):
     c = spans.Config(sentinels=200)
     assert spans.window(c, seq_len) == raw
     assert sum(spans.counts(c, raw)) + 1 == targets
-    assert spans.places(c, seq_len) == -(-targets // 8) * 8
+    assert spans.target_positions(c, seq_len) == -(-targets // 8) * 8
 
 
 @pytest.mark.parametrize(("rate", "span"), [(0.15, 3.0), (0.5, 3.0), (0.15, 1.0), (0.3, 8.0), (0.9, 4.0)])
@@ -67,7 +68,7 @@ def test_a_long_document_just_fills_its_row(rate, span, seq_len):
     assert size(n) <= seq_len < size(n + 1)
     text = np.arange(10_000, 10_000 + n)
     source, target = spans.corrupt(c, text, np.arange(2000)[::-1], rng())
-    assert len(source) + 1 == size(n) and len(target) + 1 <= spans.places(c, seq_len)
+    assert len(source) + 1 == size(n) and len(target) + 1 <= spans.target_positions(c, seq_len)
     assert mended(source.tolist(), target.tolist(), list(range(1999, -1, -1))) == text.tolist()
 
 
@@ -133,7 +134,7 @@ def test_all_targets_are_learned_padding_never_and_inputs_are_targets_shifted(co
 @pytest.mark.parametrize("seq_len", [16, 48, 200])
 def test_rows_have_one_shape_and_their_share_of_targets(seq_len, corpus, sentencepiece):
     record = packing.packed(corpus(TEXTS * 4, sentencepiece), spans.window(C, seq_len))
-    size = spans.places(C, seq_len)
+    size = spans.target_positions(C, seq_len)
     for i in range(len(record)):
         out = example(C, record[i], sentencepiece, seq_len, i)
         assert {k: v.shape for k, v in out.items()} == {
@@ -163,14 +164,14 @@ def test_documents_that_do_not_fit_are_drawn_anew(corpus, sentencepiece):
 def test_sentinels_are_the_tokenizers_or_rows_behind_it(t5_like, sentencepiece):
     named = spans.sentinels(C, t5_like).tolist()
     assert [t5_like.piece(i) for i in named[:2]] == ["<extra_id_0>", "<extra_id_1>"]
-    assert spans.vocab(C, t5_like) == t5_like.vocab_size
+    assert spans.vocab_size(C, t5_like) == t5_like.vocab_size
     behind = spans.sentinels(spans.Config(sentinels=100), types.SimpleNamespace(vocab_size=32000, id_of=lambda _: None))
     assert (behind[0], behind[99]) == (32099, 32000), "where T5 has them beside its SentencePiece model"
-    assert spans.vocab(C, sentencepiece) == sentencepiece.vocab_size + 100
+    assert spans.vocab_size(C, sentencepiece) == sentencepiece.vocab_size + 100
 
 
 def test_a_prompt_is_a_text_with_a_gap_at_its_end(t5_like):
-    prompt, source = spans.prompt(C, t5_like, "the dog", {"decoder_start": None})
+    prompt, source = spans.prompt(C, "the dog", RowShape(24, "encoder_decoder"), t5_like)
     assert prompt == [t5_like.pad_id]
     assert source == [*t5_like.encode("the dog"), t5_like.id_of("<extra_id_0>"), t5_like.eos_id]
 
@@ -199,8 +200,8 @@ def test_rows_that_will_not_do_are_refused():
         (spans.Config(target_len=113), 512, "objective.target_len: 113 is below 114"),
     ):
         with pytest.raises(ValueError, match=words):
-            spans.places(c, seq_len)
-    assert spans.places(spans.Config(sentinels=28, target_len=114), 512) == 114
+            spans.target_positions(c, seq_len)
+    assert spans.target_positions(spans.Config(sentinels=28, target_len=114), 512) == 114
 
 
 # --------------------------------------------------------------------------------------------------------- device half
@@ -230,8 +231,8 @@ def test_packed_equals_unpacked_and_any_split_of_a_batch(model, summed, packed):
     c = spans.Config(z_loss=1e-3, label_smoothing=0.1)
     rows = alone(packed)
     assert len(rows) == 3
-    apart, totals = summed(spans, c, net, weights, rows)
-    together, total = summed(spans, c, net, weights, [packed])
+    apart, totals = summed(spans.objective, c, net, weights, rows)
+    together, total = summed(spans.objective, c, net, weights, [packed])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), apart, together)
     assert totals == total == {"spans": packed["weights"].sum()}
 

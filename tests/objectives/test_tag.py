@@ -18,6 +18,7 @@ from jaxlm.models import bert
 from jaxlm.models.model import Model
 from jaxlm.nn.layout import Layout
 from jaxlm.objectives import tag
+from jaxlm.objectives.objective import RowShape
 from jaxlm.runtime.mesh import NamedSharding, make_mesh, on_mesh
 
 TOKENS = Bytes()
@@ -31,27 +32,27 @@ def file(tmp_path: Path) -> str:
 
 
 def items(file: str, c: tag.Config, seq_len: int = 24) -> tuple[list, list]:
-    return tag.read(c, file, TOKENS, dict(seq_len=seq_len, kind="encoder", template=None))
+    return tag.read(c, file, RowShape(seq_len, "encoder"), TOKENS)
 
 
 def test_a_words_tag_stands_at_its_first_token(file):
-    c = tag.settle(tag.Config(), [file])
+    c = tag.infer_from_data(tag.Config(), [file])
     assert c.labels == ("O", "B-LOC", "B-PER", "I-PER")
     found, notes = items(file, c)
     assert notes == [] and found[0]["ids"] == [TOKENS.cls_id, *b"Ann saw Oslo", TOKENS.sep_id]
     assert found[0]["firsts"] == [1, 4, 8] and found[0]["tags"] == [2, 0, 1]
-    row = tag.example(c, found[0] | dict(seq_len=24), TOKENS, np.random.default_rng(0))
+    row = tag.example(c, found[0], RowShape(24, "encoder"), TOKENS, np.random.default_rng(0))
     assert np.flatnonzero(row["weights"]).tolist() == [1, 4, 8] and row["targets"][[1, 4, 8]].tolist() == [2, 0, 1]
     assert row["segments"].sum() == 14
     short, notes = items(file, c, 10)
     assert short[0]["firsts"] == [1, 4, -1] and "3 of 3 sentences lose their end" in notes[0]
     heavy = tag.Config(labels=c.labels, class_weights=(0.5, 1, 2, 3))
-    row = tag.example(heavy, found[0] | dict(seq_len=24), TOKENS, np.random.default_rng(0))
+    row = tag.example(heavy, found[0], RowShape(24, "encoder"), TOKENS, np.random.default_rng(0))
     assert row["weights"][[1, 4, 8]].tolist() == [2, 0.5, 1]
 
 
 def test_words_beyond_the_end_count_as_untagged(file):
-    c = tag.settle(tag.Config(), [file])
+    c = tag.infer_from_data(tag.Config(), [file])
     short, _ = items(file, c, 10)
     true, told = tag.answers(c, short, [np.full(24, 2)] * 3)
     assert true[0] == ["B-PER", "O", "B-LOC"] and told[0] == ["B-PER", "B-PER", "O"]
@@ -65,9 +66,9 @@ def make(c: tag.Config, mesh: config.Mesh | None = None) -> tuple[Model, dict]:
 
 
 def test_packed_sentences_and_meshes_give_the_same(file):
-    c = tag.settle(tag.Config(dropout=0.0, label_smoothing=0.1), [file])
+    c = tag.infer_from_data(tag.Config(dropout=0.0, label_smoothing=0.1), [file])
     found, _ = items(file, c)
-    rows = [tag.example(c, item | dict(seq_len=24), TOKENS, np.random.default_rng(0)) for item in found] * 3
+    rows = [tag.example(c, item, RowShape(24, "encoder"), TOKENS, np.random.default_rng(0)) for item in found] * 3
     batch = {k: np.stack([r[k] for r in rows])[None] for k in rows[0]}
     model, weights = make(c)
 
@@ -91,9 +92,9 @@ def test_packed_sentences_and_meshes_give_the_same(file):
 
 
 def test_the_loss_by_hand(file):
-    c = tag.settle(tag.Config(dropout=0.0), [file])
+    c = tag.infer_from_data(tag.Config(dropout=0.0), [file])
     found, _ = items(file, c)
-    row = tag.example(c, found[1] | dict(seq_len=24), TOKENS, np.random.default_rng(0))
+    row = tag.example(c, found[1], RowShape(24, "encoder"), TOKENS, np.random.default_rng(0))
     model, weights = make(c)
     batch = {k: v[None] for k, v in row.items()}
     z_TL = np.asarray(model.forward(weights, batch).x_BTD[0] @ weights["tag"]) + np.asarray(weights["tag_bias"])
@@ -102,7 +103,7 @@ def test_the_loss_by_hand(file):
     sums = tag.loss(c, model, weights, batch, None)["tags"]
     np.testing.assert_allclose(sums["loss"], -log_TL[at, row["targets"][at]].sum(), rtol=1e-5)
     np.testing.assert_array_equal(tag.predict(c, model, weights, batch)[0], z_TL.argmax(-1))
-    assert float(jnp.sum(tag.weights(batch)["tags"])) == len(at)
+    assert float(jnp.sum(tag.totals(batch)["tags"])) == len(at)
 
 
 CONFIG = """

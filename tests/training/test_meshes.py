@@ -28,8 +28,8 @@ MODEL = {
     "t5": t5.Config(vocab=V, layers=4, width=16, heads=4, head_width=8, ffn=32, buckets=8, longest=16),
 }
 OBJECTIVE = {
-    "bert": (next_sentence, next_sentence.Config()),
-    "t5": (seq2seq, seq2seq.Config()),
+    "bert": (next_sentence.objective, next_sentence.Config()),
+    "t5": (seq2seq.objective, seq2seq.Config()),
 }
 TRIPLE, CUT = "ZeRO 3 × tensor × context", "ZeRO 1 × tensor, cut norms × context"
 QUICK = [
@@ -76,7 +76,7 @@ def make_batch(family: str, micro: int) -> dict:
 
 def run(family: str, row: Row | None, axis_type: str = "auto", first=None) -> tuple:
     """Losses and gradient norms of two updates; the weights before (made here unless given), after, and averaged."""
-    objective, oc = OBJECTIVE.get(family, (causal, causal.Config(z_loss=1e-3)))
+    objective, oc = OBJECTIVE.get(family, (causal.objective, causal.Config(z_loss=1e-3)))
     devices = jax.devices()[:1] if row is None else jax.devices()
     row = row or Row({})
     mesh_config = config.Mesh(**row.mesh, axis_type=axis_type)
@@ -93,7 +93,7 @@ def run(family: str, row: Row | None, axis_type: str = "auto", first=None) -> tu
     host = "optimizer" in execution.offload
     homes = step.shardings(specs, homes, optimizer, True, replicated(mesh), moments, host)
     train = step.make_train_step(
-        lambda p, b, k: objective.loss(oc, model, p, b, k), objective.weights, optimizer, seed=0, clip=1.0, ema=0.9,
+        lambda p, b, k: objective.loss(oc, model, p, b, k), objective.totals, optimizer, seed=0, clip=1.0, ema=0.9,
         places=places, host=host,
     )  # fmt: skip
     with on_mesh(mesh):

@@ -21,8 +21,8 @@ B, T, V = 8, 16, 32
 LLAMA = llama.Config(vocab=V, layers=1, width=8, heads=2, kv_heads=1, head_width=4, ffn=16)
 BERT = bert.Config(vocab=V, layers=1, width=8, heads=2, ffn=16, positions=T, dropout=0.0)
 CASES = {
-    "causal": (LLAMA, causal, causal.Config(label_smoothing=0.1, z_loss=1e-2), 1.0),
-    "two losses": (BERT, next_sentence, next_sentence.Config(), 1.0),
+    "causal": (LLAMA, causal.objective, causal.Config(label_smoothing=0.1, z_loss=1e-2), 1.0),
+    "two losses": (BERT, next_sentence.objective, next_sentence.Config(), 1.0),
 }
 
 
@@ -65,7 +65,7 @@ class Setup:
         rng = np.random.default_rng(1)
         weights = tree.map_named(lambda _, s: jnp.asarray(rng.standard_normal(s.shape) / 3, jnp.float32), specs)
         self.state = step.start(weights, jax.tree.map(lambda _: None, weights), self.optimizer, False)
-        f = step.make_train_step(self.loss, self.objective.weights, self.optimizer, seed=0, clip=clip, ema=0.0)
+        f = step.make_train_step(self.loss, self.objective.totals, self.optimizer, seed=0, clip=clip, ema=0.0)
         self.donating_step = jax.jit(f, donate_argnums=0)
 
     def step(self, state, batch):

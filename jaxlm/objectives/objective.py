@@ -1,0 +1,235 @@
+"""What an objective is: one frozen record, which the last line of each file in this folder makes.
+
+`C` is the class of an objective's settings. Nobody probes for a member: what an objective leaves out has a neutral
+default, and what belongs together is one optional part.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, TypeVar
+
+import jax
+import numpy as np
+
+from jaxlm.core.batch import Batch
+from jaxlm.core.spec import Spec
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.models.model import Model
+
+C = TypeVar("C")
+C_in = TypeVar("C_in", contravariant=True)
+
+Kind: TypeAlias = Literal["decoder", "encoder", "encoder_decoder"]
+Example: TypeAlias = Batch[np.ndarray]
+"""One row of a batch, made by the host half."""
+DeviceBatch: TypeAlias = Batch[jax.Array]
+Sums: TypeAlias = dict[str, dict[str, jax.Array]]
+"""Sums over tokens or rows, by the name of the loss: `loss`, which is minimised, and its metrics."""
+Prompts: TypeAlias = tuple[list[list[int]], list[list[int]] | None]
+"""Token ids that a model reads before it goes on from each text, and what an encoder reads of it or None."""
+MakePrompts: TypeAlias = Callable[[Sequence[str]], Prompts]
+"""(texts) → what a model reads of each."""
+
+
+class Tokenizer(tokenizers.Tokenizer, Protocol):
+    """A tokenizer whose vocabulary can mark where a text begins and ends, which training needs."""
+
+    bos_id: int
+    eos_id: int
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """What an example must fit: the length of a row, and what the model says of texts."""
+
+    seq_len: int
+    """Positions of a row; of an encoder-decoder those of its encoder."""
+    kind: Kind = "decoder"
+    """Kind of the model's family."""
+    decoder_start: int | None = None
+    """Id that the model's targets begin after, where the model is an encoder-decoder that names one."""
+    template: str | None = None
+    """The model's chat template, or None."""
+
+
+class Record(TypedDict):
+    """What an `ExampleReader` makes of one labelled example or conversation; each objective adds keys that it reads."""
+
+    where: str
+    """File and line; empty where several examples of a file share the record."""
+
+
+class Loss(Protocol[C_in]):
+    """Computes sums over the tokens or rows of a batch, so that micro-batches, shards and hosts just add."""
+
+    def __call__(self, c: C_in, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None, /) -> Sums: ...
+
+
+class MakeExample(Protocol[C_in]):
+    """Makes one row of a batch from a record, in numpy; the same record and `rng` give the same row."""
+
+    def __call__(self, c: C_in, record: Any, row: RowShape, tokenizer: Tokenizer, rng: np.random.Generator, /
+                 ) -> Example: ...  # fmt: skip
+
+
+class MakePrompt(Protocol[C_in]):
+    """Returns the tokens that a model goes on from, and what its encoder reads or None."""
+
+    def __call__(self, c: C_in, text: str, row: RowShape, tokenizer: Tokenizer, /
+                 ) -> tuple[list[int], list[int] | None]: ...  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- where records come from
+
+
+class ReadExamples(Protocol[C_in]):
+    """Returns the records of a source, and lines that a user should see. ValueError: says what is wrong in a file."""
+
+    def __call__(self, c: C_in, source: str, row: RowShape, tokenizer: Tokenizer, /
+                 ) -> tuple[list[Any], list[str]]: ...  # fmt: skip
+
+
+def record_ids(record: Any) -> list[Sequence[int]]:
+    """Returns the token ids of a record that is one text."""
+    return [record["ids"]]
+
+
+@dataclass(frozen=True)
+class ExampleReader(Generic[C]):
+    """The objective reads labelled examples or conversations itself; its records are `Record`s."""
+
+    read: ReadExamples[C]
+    texts: Callable[[Any], list[Sequence[int]]] = record_ids
+    """(record) → token ids of each of its texts: validation texts that are training texts too are reported."""
+
+
+@dataclass(frozen=True)
+class TextPairs(Generic[C]):
+    """Records are pairs of texts in two fields, as many as fit a row."""
+
+    fields: Callable[[C], tuple[str, str]]
+    """Names of the two fields, or endings of files with a text a line."""
+    fit: Callable[[C, Kind, int, np.ndarray], tuple[np.ndarray, np.ndarray, tuple[int, int]]]
+    """(settings, kind of model, seq_len, tokens of each pair [n, 2]) → tokens that stay of each pair's texts [n, 2],
+    what they take of a row's two rooms [n, 2], and the rooms."""
+    packs: Callable[[C], bool]
+    """Whether a row holds as many pairs as fit, or one."""
+
+
+# ------------------------------------------------------------------------------------------------------ optional parts
+
+
+@dataclass(frozen=True)
+class Prediction(Generic[C]):
+    """Predictions that are scored beside the loss, of an objective whose `records` are an `ExampleReader`."""
+
+    predict: Callable[[C, Model, Any, DeviceBatch], jax.Array]
+    """(settings, model, params, batch) → [B, …]."""
+    answers: Callable[[C, Sequence[Any], Sequence[np.ndarray]], tuple[list[Any], list[Any]]]
+    """(settings, records, predictions) → true and predicted answers, where several records may share one answer."""
+    scores: str
+    """The row of `evaluation/task_scores.py` that scores them."""
+
+
+@dataclass(frozen=True)
+class Reference(Generic[C]):
+    """What the weights that training starts from give for each row; it is stored in the records as `reference`."""
+
+    needed: Callable[[C], bool]
+    compute: Callable[[C, Model, Any, DeviceBatch], jax.Array]
+    """(settings, model, params, batch) → [B, A]."""
+
+
+class PromptSet(NamedTuple):
+    """Prompts with the texts that should follow them."""
+
+    prompts: list[list[int]]
+    encoder_inputs: list[list[int]] | None
+    targets: list[str]
+    notes: list[str]
+    """Lines that a user should see."""
+
+
+class ReadPrompts(Protocol[C_in]):
+    """Returns the prompts of a source and the true texts, so that what a model writes can be compared with them.
+
+    `new_tokens`: how many the model may write, for which room is left. `make_prompts`: makes token ids of texts as the
+    model reads them.
+    """
+
+    def __call__(self, c: C_in, source: str, row: RowShape, tokenizer: Tokenizer, new_tokens: int,
+                 make_prompts: MakePrompts, /) -> PromptSet: ...  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- neutral defaults
+
+
+def no_specs(c: Any, width: int) -> dict[str, Spec]:
+    """Returns no weights."""
+    return {}
+
+
+def accept(c: Any, tokenizer: tokenizers.Tokenizer) -> None:
+    """Accepts every tokenizer."""
+
+
+def unchanged(c: C, sources: Sequence[str]) -> C:
+    """Returns the settings as they are."""
+    return c
+
+
+def whole_row(c: Any, seq_len: int) -> int:
+    """Returns the length of a row."""
+    return seq_len
+
+
+def tokenizer_size(c: Any, tokenizer: tokenizers.Tokenizer) -> int:
+    """Returns the size of the tokenizer's vocabulary."""
+    return tokenizer.vocab_size
+
+
+def text_after_bos(c: Any, text: str, row: RowShape, tokenizer: Tokenizer) -> tuple[list[int], None]:
+    """Returns BOS and the text."""
+    return [tokenizer.bos_id, *tokenizer.encode(text)], None
+
+
+@dataclass(frozen=True)
+class Objective(Generic[C]):
+    """What a model is trained to do. `assembly` binds it once to its settings, a tokenizer and the shape of a row."""
+
+    Config: type[C]
+    """The class of its settings, a frozen dataclass."""
+    records: Literal["packed", "pairs"] | TextPairs[C] | ExampleReader[C]
+    """What `example` takes: windows of documents (`data.packing.packed`), two spans of text (`data.packing.pairs`),
+    pairs of texts (`data.packing.texts`), or records that it reads itself."""
+    models: tuple[Kind, ...]
+    """Kinds of families that it trains."""
+    example: MakeExample[C]
+    """The host half."""
+    totals: Callable[[DeviceBatch], dict[str, jax.Array]]
+    """(batch) → the total weight of each of its losses over a whole batch, a scalar by name."""
+    loss: Loss[C]
+    """The device half. The step divides its sums once by the totals of the whole batch."""
+
+    specs: Callable[[C, int], dict[str, Spec]] = no_specs
+    """(settings, width of the model) → specs of the weights that it adds, such as a classification head."""
+    check: Callable[[C, Tokenizer], None] = accept
+    """Raises a ValueError that names the field where the settings are wrong or the tokenizer lacks what it needs."""
+    infer_from_data: Callable[[C, Sequence[str]], C] = unchanged
+    """(settings, training sources) → settings with what they take from the data, such as the names of labels."""
+    window: Callable[[C, int], int] = whole_row
+    """(settings, seq_len) → tokens of text in a record."""
+    target_positions: Callable[[C, int], int] = whole_row
+    """(settings, seq_len) → positions of a row that are predicted."""
+    vocab_size: Callable[[C, Tokenizer], int] = tokenizer_size
+    """(settings, tokenizer) → token ids in use: the tokenizer's, and those that it adds."""
+    prompt: MakePrompt[C] = text_after_bos
+    prompts_read_both_ways: bool = False
+    """Whether a decoder's prompt tokens all see each other."""
+    padding: Literal["keep", "pack", "trim"] = "keep"
+    """What becomes of padding in a batch of one text a row: it is kept; texts share rows as segments, whatever row
+    `example` put them in; or the columns that are padding in every row are left out."""
+
+    prediction: Prediction[C] | None = None
+    reference: Reference[C] | None = None
+    read_prompts: ReadPrompts[C] | None = None
