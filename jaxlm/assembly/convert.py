@@ -153,7 +153,7 @@ def logits(p: Pretrained, vectors: bool = False) -> np.ndarray:
     execution = dataclasses.replace(p.model.shard.execution, dtype="float32", attention="xla")
     model = dataclasses.replace(p.model, shard=dataclasses.replace(p.model.shard, execution=execution))
 
-    vectors = vectors or not getattr(model.config, "head", True)
+    vectors = vectors or not model.config.head
 
     @jax.jit
     def run(params: Any, batch: dict) -> jax.Array:

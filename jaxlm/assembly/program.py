@@ -16,6 +16,7 @@ from jaxlm.data import loader, packing
 from jaxlm.models import MODELS
 from jaxlm.models.model import Model
 from jaxlm.nn import attention, block_stack, context_parallel, expert_parallel, pipeline, remat
+from jaxlm.nn.family import Family
 from jaxlm.nn.kernels import grouped_matmul
 from jaxlm.nn.layout import Layout, batch_sharding, check_batch
 from jaxlm.nn.mask import Mask
@@ -168,7 +169,7 @@ class Program:
 
         def met(path: str, s: spec.Spec) -> float:
             name = path.rpartition("/")[2]
-            if not s.is_matrix or name.endswith("bias") or name in ("embed", "position", "type", "head"):
+            if not s.is_matrix or s.is_bias or s.role in ("table", "head"):
                 return 0.0
             part = c.moe.top_k / c.moe.experts if "experts" in s.axes else 1.0
             on_targets = path.startswith("decoder/") and name not in ("cross_k", "cross_v")
@@ -186,7 +187,7 @@ def program(run: config.Run, tokens: Any) -> Program:
     family, objective = MODELS.of(run.model), OBJECTIVES.of(run.objective)
     _check_pair(family, objective, run)
     objective.check(run.objective, tokens)
-    positions = getattr(run.model, "positions", None)
+    positions = run.model.positions
     rows = {"train.seq_len": run.train.seq_len}
     if family.kind == "encoder_decoder":
         rows["objective.target_len"] = objective.places(run.objective, run.train.seq_len)
@@ -226,7 +227,7 @@ def program(run: config.Run, tokens: Any) -> Program:
     if run.execution.offload:
         meshes.check_host_memory(on[0])
         notes["offload"] = f"{', '.join(run.execution.offload)} to the host's memory"
-    if hasattr(run.model, "moe"):
+    if run.model.moe is not None:
         how = grouped_matmul.way()[1] if run.model.moe.capacity is None else f"capacity {run.model.moe.capacity:g}"
         notes["experts"] = how
         if mesh is not None and mesh.shape["expert"] > 1:
@@ -262,7 +263,7 @@ def optimizer(run: config.Run, specs: Any, adapter: adapted.Adapted) -> optimize
     return optimizers.make(c, steps, specs, trainable=adapter.trainable, rate_of=adapter.rate, wrap=adapter.allocator)
 
 
-def _check_pair(family: ModuleType, objective: ModuleType, run: config.Run) -> None:
+def _check_pair(family: Family, objective: ModuleType, run: config.Run) -> None:
     """Refuse to train a model for what its kind can't learn: an encoder, for one, sees the tokens that come next."""
     if family.kind not in objective.models:
         name, kinds = registry.name_of(run.objective), " or ".join(objective.models)

@@ -58,7 +58,7 @@ def row_shape(run: config.Run) -> dict[str, Any]:
         "seq_len": run.train.seq_len,
         "length": window_length(run),
         "kind": MODELS.of(run.model).kind,
-        "decoder_start": getattr(run.model, "decoder_start", None),
+        "decoder_start": run.model.decoder_start,
     }
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core.spec import Spec, normal, zeros
+from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data.labelled import check_labels, split, tables
 from jaxlm.models.model import Model
 from jaxlm.nn.layers import dropout
@@ -65,7 +65,7 @@ def outputs(c: Config) -> int:
 
 def specs(c: Config, width: int) -> dict[str, Any]:
     n = outputs(c)
-    return dict(classify=Spec((width, n), ("embed", None), normal(0.02)), classify_bias=Spec((n,), (None,), zeros))
+    return dict(classify=Spec((width, n), ("embed", None), normal(0.02)), classify_bias=bias(n))
 
 
 def check(c: Config, tokenizer: Any) -> None:
@@ -157,13 +157,13 @@ def logits(c: Config, model: Model, params: Any, batch: dict, key: jax.Array | N
 
 def states(model: Model, params: Any, batch: dict, key: jax.Array | None) -> Any:
     """The model's output, told which text a token belongs to if it can be."""
-    given = batch if getattr(model.config, "types", 0) > 1 else {k: v for k, v in batch.items() if k != "types"}
+    given = batch if model.config.types > 1 else {k: v for k, v in batch.items() if k != "types"}
     return model.forward(params, given, key=key)
 
 
 def summary(model: Model, params: Any, batch: dict, out: Any) -> jax.Array:
     """`[B, D]`: what the model makes of each row, where it is read."""
-    if getattr(model.config, "pooler", False):
+    if model.config.pooler:
         return model.pooled(params, out.x_BTD)
     return at_places(model, out.x_BTD, batch["at"][:, None])[:, 0]
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core.spec import Spec, normal, zeros
+from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.models.model import Model
 from jaxlm.nn.layers import add_bias
 from jaxlm.objectives import masked
@@ -24,9 +24,7 @@ class Config:
 
 
 def specs(c: Config, width: int) -> dict[str, Any]:
-    return dict(
-        next_sentence=Spec((width, 2), ("embed", None), normal(0.02)), next_sentence_bias=Spec((2,), (None,), zeros)
-    )
+    return dict(next_sentence=Spec((width, 2), ("embed", None), normal(0.02)), next_sentence_bias=bias(2))
 
 
 def check(c: Config, tokenizer: Any) -> None:

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from jaxlm.core import tree
 from jaxlm.core.spec import Spec, is_spec
 from jaxlm.core.weight_names import Name
+from jaxlm.nn.family import Family
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class Site:
         return self.spec.axes[self.lead + self.ins :]
 
 
-def matrices(family: ModuleType, c: Any) -> dict[str, Site]:
+def matrices(family: Family, c: Any) -> dict[str, Site]:
     """Every matrix of the layers but routers, which stay exact."""
     names = family.names(c)
     return {
-        path: Site(path, s, names[path].ins, names[path])
+        path: Site(path, s, ins, names[path])
         for path, s in tree.flatten(family.specs(c), is_spec).items()
-        if s.axes[:1] == ("layers",) and names[path].ins is not None and "router" not in s.axes
+        if s.axes[:1] == ("layers",) and (ins := names[path].ins) is not None and s.role == "matrix"
     }
 
 
