@@ -13,10 +13,11 @@ from jaxlm.core import tree
 Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 Axes = tuple[str | None, ...]
 
-Role = Literal["matrix", "table", "head", "router", "norm", "norm_bias", "bias", "selection_bias"]
-"""What a weight does in its model:
+Role = Literal["matrix", "absorbed", "table", "head", "router", "norm", "norm_bias", "bias", "selection_bias"]
+"""A role says what a weight does in its model:
 
 - `matrix`: activations are multiplied with it; also whatever has no role of its own below.
+- `absorbed`: a matrix that decoding multiplies in another order than training, so that no adapter may change it.
 - `table`: its rows are looked up by token, position or token type.
 - `head`: makes the vocabulary's logits; a tied head is the table.
 - `router`: scores experts.

@@ -1,4 +1,4 @@
-"""BART (Lewis et al. 2020) and mBART (Liu et al. 2020): an encoder and a decoder with learned positions, LayerNorm
+"""BART (Lewis et al. 2020) and mBART (Liu et al. 2020) have an encoder and a decoder with learned positions, LayerNorm
 after each part (mBART: before it, and one at the end), biases, GELU, one embedding for both sides and the head.
 
 B batch, T target position, S source position, D model width, H heads, C head width, F ffn width, V vocabulary.
@@ -34,16 +34,16 @@ EPS = 1e-5
 class Config(ModelConfig):
     vocab: int = 50265
     layers: int = 6
-    """Of the encoder."""
+    """Layers of the encoder."""
     decoder_layers: int | None = None
     """None: as many as the encoder has."""
     width: int = 768
     heads: int = 12
     decoder_heads: int | None = None
-    """None: as the encoder."""
+    """None: the same as the encoder."""
     ffn: int = 3072
     decoder_ffn: int | None = None
-    """None: as the encoder."""
+    """None: the same as the encoder."""
     positions: int = 1024
     activation: str = "gelu"
     norm_first: bool = False
@@ -57,7 +57,7 @@ class Config(ModelConfig):
     decoder_start: int | None = 2
     """Id of the token that targets begin after: EOS. mBART: None, it depends on the language."""
     dropout: float = 0.1
-    """On embeddings, attention outputs and ffn outputs."""
+    """Share of embeddings, attention outputs and ffn outputs that is dropped."""
     model_type: Literal["bart", "mbart"] = "bart"
     """What published files of this model call its architecture."""
 

@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2019) and its kin: bidirectional, LayerNorm after each half, pooler, masked-LM head.
+"""BERT (Devlin et al. 2019) and its kin are bidirectional, with LayerNorm after each half.
 
 RoBERTa (also XLM-RoBERTa) counts positions from its padding id, DistilBERT has neither token types nor a pooler, MPNet
 adds a bias by distance to the scores.

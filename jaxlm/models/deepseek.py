@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3 (DeepSeek-AI 2024): multi-head latent attention and many small experts.
+"""DeepSeek V2 and V3 (DeepSeek-AI 2024) have multi-head latent attention and many small experts.
 
 Keys and values are made from one narrow latent per token, which is all that a cache keeps, beside one rotated key that
 all heads share. B batch, T query position, S key position, D model width, H heads, N head width without rotation,
@@ -41,7 +41,7 @@ class Config(ModelConfig):
     plain_width: int = 64
     """Part of each head's queries and keys that is not rotated."""
     rotated_width: int = 32
-    """Part that is."""
+    """Part of each head's queries and keys that is rotated."""
     value_width: int = 64
     query_rank: int | None = None
     """Width of the latent that queries are made from; None: made from the input."""
@@ -80,8 +80,8 @@ def attention_specs(c: Config) -> dict[str, Spec]:
         kv_a=Spec((D, L), ("embed", None), fan_in(0)),
         k_rotated=Spec((D, c.rotated_width), ("embed", None), fan_in(0)),
         kv_norm=norm(L),
-        k_b=Spec((L, H, c.plain_width), ("embed", "heads", None), fan_in(0)),
-        v_b=Spec((L, H, c.value_width), ("embed", "heads", None), fan_in(0)),
+        k_b=Spec((L, H, c.plain_width), ("embed", "heads", None), fan_in(0), role="absorbed"),
+        v_b=Spec((L, H, c.value_width), ("embed", "heads", None), fan_in(0), role="absorbed"),
         o=Spec((H, c.value_width, D), ("heads", None, "embed"), fan_in(0, 1, scale=decoder.deep(c))),
         norm2=norm(D),
     )

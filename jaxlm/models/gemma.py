@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3 (Gemma Team 2024, 2024b, 2025): norms as 1 + w, scaled embeddings, GELU gates, wide heads.
+"""Gemma 1, 2 and 3 (Gemma Team 2024, 2024b, 2025) have norms as 1 + w, scaled embeddings, GELU gates, wide heads.
 
 Gemma 2 adds norms after each half, soft caps and alternating local layers; Gemma 3 norms queries and keys instead of
 capping scores, and rotates local layers by frequencies of their own.
@@ -35,14 +35,14 @@ class Config(decoder.WindowedConfig):
     head_width: int = 256
     ffn: int = 3072
     rope_local: Rope = field(default_factory=Rope)
-    """Gemma 3: of the layers that the window holds for."""
+    """Gemma 3: the rotation of the layers that the window holds for."""
     windowed: tuple[bool, ...] = (True, False)
     score_width: float = 256
     """Scores are divided by the square root of this."""
     softcap_scores: float | None = None
     softcap_logits: float | None = None
     bias: bool = False
-    """On q, k, v and o."""
+    """Biases are added to q, k, v and o."""
     tied: bool = True
     activation: str = "gelu_pytorch_tanh"
     eps: float = 1e-6

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019): learned positions, LayerNorm before each half, GELU, biases everywhere, tied head.
+"""GPT-2 (Radford et al. 2019) has learned positions, LayerNorm before each half, GELU, biases, and a tied head.
 
 B batch, T position, D model width, H heads, C head width, F ffn width, V vocabulary.
 """
@@ -37,8 +37,9 @@ class Config(ModelConfig):
     """The head is the embedding."""
     activation: str = "gelu_new"
     dropout: float = 0.0
-    """On embeddings, attention outputs and ffn outputs."""
+    """Share of embeddings, attention outputs and ffn outputs that is dropped."""
     eps: float = 1e-5
+    model_type = "gpt2"
 
 
 def attention_width(c: Config) -> int:

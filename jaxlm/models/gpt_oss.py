@@ -1,4 +1,4 @@
-"""GPT-OSS (OpenAI 2025): experts with biases, attention sinks, every other layer with a sliding window.
+"""GPT-OSS (OpenAI 2025) has experts with biases, attention sinks, and a sliding window in every other layer.
 
 B batch, T position, D model width, H heads.
 """

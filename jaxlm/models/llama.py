@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023) and its kin: RoPE, RMSNorm before each half, gated ffn, grouped-query attention.
+"""Llama (Touvron et al. 2023) and its kin have RoPE, RMSNorm before each half, a gated ffn, grouped heads.
 
 Mistral adds sliding windows, Qwen 2 biases on q, k and v, Qwen 3 norms on queries and keys, SmolLM 3 layers without
 rotation; Phi-3 keeps the same weights in fewer tensors.

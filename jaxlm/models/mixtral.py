@@ -1,4 +1,4 @@
-"""Mixtral (Jiang et al. 2024) and Qwen 3 MoE: Llama's block with a mixture of experts for its feed-forward half.
+"""Mixtral (Jiang et al. 2024) and Qwen 3 MoE have Llama's block with experts for its feed-forward half.
 
 Qwen 3 MoE adds norms on queries and keys and may begin with dense layers.
 B batch, T position, D model width.

@@ -1,4 +1,4 @@
-"""A model family bound to its configuration, specs and layout."""
+"""`Model` binds a family to its configuration, specs and layout."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ class Model:
     specs: Any
     shard: Layout
     adapter: Any = None
-    """A `peft.Adapted`: weights then become the leaves that do its work, whatever is called."""
+    """An `Adapted`: weights then become the leaves that do its work, whatever is called."""
 
     def bound(self, params: Any, key: jax.Array | None = None) -> Any:
         """Returns the weights as the family multiplies with them: with the adapter on them."""

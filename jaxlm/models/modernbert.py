@@ -1,4 +1,4 @@
-"""ModernBERT (Warner et al. 2024): RoPE, local and global layers, norm before each half, gated ffn, no biases.
+"""ModernBERT (Warner et al. 2024) has RoPE, local and global layers, a norm before each half, and a gated ffn.
 
 The first layer has no norm before its attention, since the embeddings' own norm comes right before; it stands alone
 under `first`, so that the others are one stack. B batch, T position, D model width, H heads, C head width, F ffn width.
@@ -37,7 +37,7 @@ class Config(ModelConfig):
     positions: int = 8192
     rope: Rope = field(default_factory=lambda: Rope(theta=160_000.0))
     rope_local: Rope = field(default_factory=Rope)
-    """Of the layers that the window holds for."""
+    """The rotation of the layers that the window holds for."""
     window: int = 65
     """A token sees this many to either side, itself included, in the layers that `windowed` names."""
     windowed: tuple[bool, ...] = (False, True, True)
@@ -52,9 +52,9 @@ class Config(ModelConfig):
     attention_bias: bool = False
     mlp_bias: bool = False
     transform_bias: bool = False
-    """Of the head's dense layer."""
+    """The head's dense layer has a bias."""
     head_bias: bool = True
-    """Of the logits."""
+    """The logits have a bias."""
     dropout: float = 0.0
     eps: float = 1e-5
     model_type: Literal["modernbert"] = "modernbert"

@@ -1,4 +1,4 @@
-"""OLMo 2 (OLMo Team 2024): as Llama, but norms come after each half, and on all queries and keys together.
+"""OLMo 2 (OLMo Team 2024) is Llama with norms after each half, and on all queries and keys together.
 
 B batch, T position, D model width, H heads, K key/value heads, C head width.
 """
@@ -33,7 +33,7 @@ class Config(decoder.DecoderConfig):
     ffn: int = 8192
     rope: Rope = field(default_factory=lambda: Rope(theta=5e5))
     bias: bool = False
-    """On q, k, v and o."""
+    """Biases are added to q, k, v and o."""
     eps: float = 1e-6
     model_type: Literal["olmo2"] = "olmo2"
 

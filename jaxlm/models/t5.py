@@ -1,4 +1,4 @@
-"""T5 (Raffel et al. 2020), T5 v1.1 and FLAN, mT5 (Xue et al. 2021): an encoder and a decoder with RMSNorm before each
+"""T5 (Raffel et al. 2020), T5 v1.1 and FLAN, mT5 (Xue et al. 2021) have an encoder and a decoder, RMSNorm before each
 part, no biases, unscaled attention, and positions as a bias by distance that all layers of a stack share.
 
 B batch, T target position, S source position, N bucket of distances, D model width, H heads, C head width, F ffn width,
@@ -31,7 +31,7 @@ generates = True
 class Config(ModelConfig):
     vocab: int = 32128
     layers: int = 12
-    """Of the encoder."""
+    """Layers of the encoder."""
     decoder_layers: int | None = None
     """None: as many as the encoder has."""
     width: int = 768
@@ -42,7 +42,7 @@ class Config(ModelConfig):
     gated: bool = True
     """The ffn has a gate: T5 v1.1, FLAN and mT5."""
     buckets: int = 32
-    """Of distances, each with a bias of its own in every head."""
+    """Distances fall into this many buckets, each with a bias of its own in every head."""
     longest: int = 128
     """Distance from which all share one bucket."""
     positions: int | None = None
@@ -60,7 +60,7 @@ class Config(ModelConfig):
 
     @property
     def depth(self) -> int:
-        """Layers of the decoder."""
+        """The decoder has this many layers."""
         return self.layers if self.decoder_layers is None else self.decoder_layers
 
 

@@ -41,6 +41,8 @@ def role_by_name(path: str) -> str:
         return last
     if last.endswith("bias"):
         return "norm_bias" if "norm" in last else "bias"
+    if last in ("k_b", "v_b"):
+        return "absorbed"
     if last in ("embed", "position", "type"):
         return "table"
     return "norm" if "norm" in last else "matrix"
@@ -72,6 +74,9 @@ def test_what_is_decided_by_roles_is_what_names_would_decide(name):
     names = family.names(c)
     layered = {p for p, s in flat.items() if s.axes[0] == "layers" and names[p].ins is not None}
     assert set(sites.matrices(family, c)) == {p for p in layered if "router" not in flat[p].axes}
+    targets = {p for p in layered if "experts" not in flat[p].axes and "router" not in flat[p].axes}
+    found = sites.chosen(sites.matrices(family, c), ("all",))
+    assert set(found) == {p for p in targets if not p.endswith(("/k_b", "/v_b"))}
     for method, part in {"bitfit": "bias", "norms": "norm"}.items():
         adapter = adapted.Adapted(config.Adapter(method), family, c)
         assert {p for p in flat if adapter.trainable(p)} == {p for p in flat if part in p.rpartition("/")[2]}
