@@ -8,7 +8,7 @@ import jax
 
 from jaxlm.nn import layers
 from jaxlm.nn.cache import Cache
-from jaxlm.nn.family import Family
+from jaxlm.nn.family import Family, ModelConfig
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.losses import Readout
@@ -19,7 +19,7 @@ class Model:
     """Holds a family with its configuration, specs and layout: what objectives call with `params` and a batch."""
 
     family: Family
-    config: Any
+    config: ModelConfig
     specs: Any
     shard: Layout
     adapter: Any = None

@@ -52,6 +52,13 @@ class ModelConfig:
     model_type: str = ""
     """What published files of this model call its architecture."""
 
+    @property
+    def target_start(self) -> int:
+        """The token that an encoder-decoder's targets begin after. ValueError: the model has none of its own."""
+        if self.decoder_start is None:
+            raise ValueError("model.decoder_start: this model has none; set the id that its targets begin after")
+        return self.decoder_start
+
 
 def _unchanged(c: Any, tensors: Collection[str]) -> Any:
     return c
