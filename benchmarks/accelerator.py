@@ -184,8 +184,7 @@ def rows(result: dict[str, Any]) -> list[list[Any]]:
         for side, r in part.get("rows", {}).items():
             label, seconds = f"{part['shape']}, {side}", parts.samples(r)
             if not seconds:
-                why = r.get("skipped") or r.get("error") or "cut"
-                out.append([label, why[:60], *["-"] * (len(HEADER) - 2)])
+                out.append([label, how(r), *["-"] * (len(HEADER) - 2)])
                 continue
             s, memory, kernels = statistics.median(seconds), r["memory"], r.get("kernels", {})
             rate = work(others, r["batch"]) / s
@@ -198,6 +197,13 @@ def rows(result: dict[str, Any]) -> list[list[Any]]:
                 row += [percent(x) for x in shares]
             out.append(row + ["-"] * (len(HEADER) - len(row)))
     return out
+
+
+def how(row: dict[str, Any]) -> str:
+    """What became of a side: measured, skipped, failed, or cut with the run."""
+    return (
+        "skipped" if "skipped" in row else "failed" if "error" in row else "measured" if parts.samples(row) else "cut"
+    )
 
 
 HEADER = ["", "rows × positions", "ms/step", "min–max", "tokens/s", "TFLOP/s", "of ceiling", "of published",
@@ -252,6 +258,9 @@ def show(result: dict[str, Any]) -> None:
         if part["status"] != "done":
             print(f"{'cut' if part['status'] == 'running' else part['status']}: {name}: "
                   f"{part.get('why') or part.get('error') or 'the run ended here'}")  # fmt: skip
+        for side, row in part.get("rows", {}).items():
+            if why := row.get("skipped") or row.get("error"):
+                print(f"{how(row)}: {name}, {side}: {why}")
     if found := rows(result):
         print("\n" + table(found, HEADER))
 

@@ -197,15 +197,18 @@ class Race:
         if first:
             peer = estimated_bytes(self.s, self.batch, logits=True)
             self.together = 1.25 * row["memory"]["compiled"] + 1.15 * peer <= FILLED * self.bench.memory
+            if self.bench.rehearse:  # both ways are rehearsed
+                self.together = self.s["family"] == "gpt2"
         waits = self.together and (first or name == TORCH)
         self.alive[label] = worker
         if name == TORCH and row["batch"] < self.batch:
             self.batch = row["batch"]
-            for other in self.alive.keys() - {TORCH}:
+            for other in self.alive.keys() & OURS.keys():
                 smaller = self.bench.ask(self.alive[other], "resize", batch=self.batch)
-                self.rows[other] |= smaller | {"batch": self.batch}
-        if len(self.alive) > 1 or not waits:
-            self.measure()
+                before = self.rows[other]
+                work = before["flops_per_step"] * self.batch // before["batch"]
+                before |= smaller | {"batch": self.batch, "flops_per_step": work, "resized": True, "seconds": {}}
+        self.measure()  # the first at once and alone, so that a run which is cut has it; then in turns with its peer
         if not waits:
             self.finish(label)
 
@@ -271,11 +274,13 @@ class Race:
             return
         row = self.rows[name]
         try:
-            if "seconds" not in row:
+            if not row.get("seconds"):
                 others, self.alive = self.alive, {name: worker}
                 self.measure()
                 self.alive = others
             row["memory"] = self.bench.ask(worker, "memory")
+            if row.get("resized"):
+                row["memory"]["peak"] = None  # the most so far was that of more rows
             row["kernels"] = self.bench.ask(worker, "kernels", n=3)
         except Exception as error:
             row["kernels"] = failure(error)

@@ -164,5 +164,104 @@ def test_the_table_compares_rows_of_one_batch(bench, capsys):
     assert first["time / PyTorch's"] == pytest.approx(0.5)
     assert (first["compiled GB"], first["peak GB"]) == (2, 3)
     assert second["TFLOP/s"] == pytest.approx(200) and second["matmul"] == "-"
-    assert third["rows × positions"] == "late" and third["ms/step"] == "-"
+    assert third["rows × positions"] == "skipped" and third["ms/step"] == "-"
     assert fourth["time / PyTorch's"] == "-" and fourth["TFLOP/s"] == pytest.approx(400)
+
+
+class Bench:
+    """Stands in for the processes: `answers[side]` says what its commands give, an exception is raised."""
+
+    def __init__(self, bench, common, folder, together):
+        self.parts, self.clock, self.folder, self.rehearse = bench.parts, common.Clock(9, lambda: 0.0), folder, False
+        self.settings, self.memory, self.dropped = SimpleNamespace(threads=1), 80e9 if together else 50e9, []
+        self.said, self.answers, self.started = [], {}, []
+
+    def start(self, torch=False):
+        return SimpleNamespace(torch=torch, process=SimpleNamespace(poll=lambda: None), name=None)
+
+    def drop(self, worker):
+        self.dropped.append(worker)
+
+    def say(self, text):
+        self.said.append(text)
+
+    def ask(self, worker, do, **given):
+        if do == "prepare":
+            way = str((given.get("overrides"), given.get("segments")))
+            worker.name = "torch.compile" if worker.torch else "unrolled" if "'False'" in way else "scanned"
+            self.started.append(worker.name)
+        answer = self.answers.get((worker.name, do), {})
+        answer = answer.pop(0) if isinstance(answer, list) else answer
+        if isinstance(answer, Exception):
+            raise answer
+        memory = {"batch": given.get("batch", 4), "compiled": 20e9, "state": 2e9, "peak": 20e9, "reserved": 25e9}
+        usual = {
+            "prepare": {
+                "memory": memory,
+                "tried": {"4": 1},
+                "notes": {"attention": "x"},
+                "config": {},
+                "flops_per_step": memory["batch"] * 10,
+            }
+            | ({"losses": [9.0, 8.0]} if worker.torch else {}),
+            "steps": {"seconds": 0.5, "losses": [9.0, 8.0]},
+            "memory": memory,
+            "resize": {"memory": memory},
+        }
+        return usual.get(do, {}) | answer
+
+
+@pytest.fixture
+def race(bench, common, tmp_path):
+    def go(answers, together=True):
+        fake = Bench(bench, common, tmp_path, together)
+        fake.answers = answers
+        race = bench.parts.Race(fake, "gpt2-124m", lambda value: None)
+        race.run(["jaxlm, scanned", "jaxlm, unrolled"])
+        assert not race.alive and len(fake.dropped) >= len(fake.started)
+        return race.rows, fake
+
+    return go
+
+
+def beside_whom(rows):
+    return {name: sorted(row.get("seconds", {})) for name, row in rows.items()}
+
+
+def test_each_of_our_ways_takes_turns_with_the_peer_where_both_fit(race):
+    rows, _ = race({})
+    ours = ["jaxlm, scanned", "jaxlm, unrolled"]
+    peer = ["torch.compile"]
+    assert beside_whom(rows) == {"torch.compile": ours, ours[0]: ["alone", *peer], ours[1]: peer}
+
+
+def test_where_they_do_not_fit_each_has_the_device_alone(race):
+    rows, fake = race({}, together=False)
+    assert set(map(tuple, beside_whom(rows).values())) == {("alone",)}
+    assert fake.started == ["scanned", "torch.compile", "unrolled"]
+
+
+def test_memory_that_runs_out_beside_the_peer_is_tried_again_alone(race, bench):
+    rows, fake = race({("unrolled", "prepare"): [bench.parts.MemoryIsOut("no"), {}]})
+    assert beside_whom(rows)["jaxlm, unrolled"] == ["alone"] and "error" not in rows["jaxlm, unrolled"]
+    assert beside_whom(rows)["torch.compile"] == ["jaxlm, scanned"]
+    assert any("again, alone" in line for line in fake.said)
+
+
+def test_a_peer_that_fails_or_computes_something_else_leaves_ours_measured(race):
+    for answer in (RuntimeError("the process has died:\nno torch"), {"losses": [9.0, 3.0]}):
+        rows, _ = race({("torch.compile", "prepare"): answer})
+        assert beside_whom(rows)["jaxlm, scanned"] == beside_whom(rows)["jaxlm, unrolled"] == ["alone"]
+        assert rows["torch.compile"]["error"].startswith(
+            ("RuntimeError: no torch", "Different: torch.compile does not")
+        )
+
+
+def test_a_peer_that_holds_fewer_rows_sets_the_batch(race):
+    memory = {"batch": 16, "state": 1, "peak": 2, "reserved": 3}
+    rows, _ = race({("torch.compile", "prepare"): {"memory": memory}})
+    assert {row["batch"] for row in rows.values()} == {16}
+    assert rows["jaxlm, scanned"]["memory"]["peak"] is None  # that of more rows
+    assert rows["jaxlm, scanned"]["flops_per_step"] == 160
+    rows, _ = race({("torch.compile", "prepare"): {"memory": memory}}, together=False)
+    assert rows["jaxlm, scanned"]["batch"] > 16 == rows["jaxlm, scanned, fewer rows"]["batch"]
