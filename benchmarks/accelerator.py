@@ -110,7 +110,7 @@ def run(record: Record, bench: parts.Bench, name: str, needs: float, f: Callable
         bench.clock.need(needs, name)
         put(f(put))
         put({"status": "done"})
-    except TooLittleTime as why:
+    except (TooLittleTime, TimeoutError) as why:
         put({"status": "skipped", "why": str(why)})
         bench.say(f"SKIPPED {name}: {why}")
     except NotEqual as why:

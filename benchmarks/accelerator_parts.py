@@ -62,7 +62,7 @@ class Bench:
         else:
             path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
             env |= {"PYTHONPATH": path, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-            env |= {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(FILLED)}
+            env |= {"XLA_CLIENT_MEM_FRACTION": str(FILLED), "XLA_PYTHON_CLIENT_MEM_FRACTION": None}  # its old name
             env |= {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "jax")}  # what was tuned is tuned once
             worker = Worker(sys.executable, "accelerator_jaxlm.py", {}, env, threads)
         self.live.append(worker)
@@ -177,8 +177,8 @@ class Race:
                     self.finish(other)
                 worker = self.start(name)
                 self.one(name, label, worker)
-        except TooLittleTime as why:
-            self.rows[label] = {"skipped": str(why)}
+        except (TooLittleTime, TimeoutError) as why:
+            self.rows[label] = self.rows.get(label, {}) | {"skipped": str(why)}
             self.bench.say(f"SKIPPED {label}: {why}")
         except Exception as error:
             self.rows[label] = self.rows.get(label, {}) | failure(error)
@@ -282,6 +282,9 @@ class Race:
             if row.get("resized"):
                 row["memory"]["peak"] = None  # the most so far was that of more rows
             row["kernels"] = self.bench.ask(worker, "kernels", n=3)
+        except TimeoutError as why:
+            row["kernels"] = {"skipped": str(why)}
+            self.bench.say(f"SKIPPED kernels of {name}: {why}")
         except Exception as error:
             row["kernels"] = failure(error)
             self.bench.say(f"FAILED kernels of {name}: {row['kernels']['error']}")

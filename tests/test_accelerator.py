@@ -120,10 +120,14 @@ def test_a_part_is_done_skipped_or_failed_and_the_file_says_which(run, bench):
         put({"half": 1})
         raise RuntimeError("the process has died:\nTraceback\nKeyError: 'x'")
 
+    def late(put):
+        raise TimeoutError("tests took more than the 9 s that were left")
+
     assert run(lambda put: {"x": 1}) | {"seconds": 0} == {"status": "done", "x": 1, "seconds": 0}
     assert run(lambda put: {}, left=9)["why"] == "gpt2 needs about 10 s, and 9 s are left"
     failed = run(breaks)
     assert (failed["status"], failed["half"], failed["error"]) == ("failed", 1, "RuntimeError: KeyError: 'x'")
+    assert run(late)["status"] == "skipped"
     assert run(lambda put: {"rows": {"a": {"error": "no"}}})["status"] == "failed"
     assert run.saved["machine"]["published_flops_per_s"] == 989.4e12
 
