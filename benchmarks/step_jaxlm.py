@@ -1,5 +1,6 @@
 """Our side of `step_time.py`: the train step and the training loop as `jaxlm train` has them, on synthetic tokens."""
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -55,18 +56,38 @@ def synthetic(vocab: int) -> tuple[Any, Corpus]:
 
 
 class Ours:
-    def __init__(self, shape: str, overrides: list[str] = ()) -> None:  # type: ignore[assignment]
+    """`segments` False leaves the documents of a window out of the batch, so that attention has no mask but the causal
+    one: with our one document a window that is the same function, and what peers without documents compute."""
+
+    def __init__(self, shape: str, overrides: list[str] = (), segments: bool = True) -> None:  # type: ignore[assignment]
         self.run = make_run(shape, list(overrides))
+        self.segments = segments
+        self._assemble()
+        self.state = self.program.init()
+        self._compile()
+
+    def _assemble(self) -> None:
         tokens, corpus = synthetic(self.run.model.vocab)
         self.program = program.program(self.run, tokens)
         self.loader = training_loader(self.run, self.program.objective, corpus, None)
-        self.state = self.program.init()
         self.host_batch = self.loader.batch(0)
+        if not self.segments:
+            del self.host_batch["segments"]
         self.batch = self.program.to_device(self.host_batch, None)
+        self.tokens = self.run.train.batch_size * self.run.train.seq_len
+
+    def _compile(self) -> None:
         started = time.perf_counter()
         self.step = self.program.train_step().lower(self.state, self.batch).compile()
         self.compile_s = time.perf_counter() - started
-        self.tokens = self.run.train.batch_size * self.run.train.seq_len
+
+    def resize(self, batch: int) -> None:
+        """The same run with another number of rows; its state stays."""
+        train = dataclasses.replace(self.run.train, batch_size=batch)
+        self.run = dataclasses.replace(self.run, train=train)
+        del self.step
+        self._assemble()
+        self._compile()
 
     def describe(self) -> dict:
         flops = self.program.flops_per_token()

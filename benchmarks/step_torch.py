@@ -14,11 +14,18 @@ import torch
 import transformers
 from shapes import ADAMW, SHAPES
 from torch.nn import functional
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from worker import serve
+
+# Under torch.compile transformers gives its own "sdpa" a causal mask as an array, with which SDPA can't take its flash
+# kernel. Under a name that it has no mask for, the same function gets none and says `is_causal=True`.
+CAUSAL = "sdpa_without_mask"
+transformers.AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 
 def make_model(s: dict[str, Any]) -> torch.nn.Module:
-    plain = {"vocab_size": s["vocab"], "attn_implementation": "sdpa", "use_cache": False}
+    attention = "sdpa" if s["family"] == "bert" else CAUSAL
+    plain = {"vocab_size": s["vocab"], "attn_implementation": attention, "use_cache": False}
     if s["family"] == "gpt2":
         sizes = {"n_layer": s["layers"], "n_embd": s["width"], "n_head": s["heads"], "n_positions": s["seq"]}
         # The same function as gpt2's own gelu_new, in one fused operation.
@@ -88,15 +95,15 @@ class Peer:
         self.shape, self.variant = SHAPES[shape], variant
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(0)
-        self.model = make_model(self.shape).train()
+        with self.device:
+            self.model = make_model(self.shape).train()
         with np.load(file) as held:
             weights = {k[2:]: held[k] for k in held.files if k.startswith("w/")}
             batch = {k[2:]: torch.from_numpy(held[k]) for k in held.files if k.startswith("b/")}
-        values = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in named(self.shape, weights).items()}
+        values = {k: torch.from_numpy(v) for k, v in named(self.shape, weights).items()}
         missing, unknown = self.model.load_state_dict(values, strict=False)
         tied = {"lm_head.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
         assert not unknown and set(missing) <= tied, (missing, unknown)
-        self.model.to(self.device)
         self.batch = self.inputs(batch)
         decayed = [p for p in self.model.parameters() if p.ndim >= 2]
         rest = [p for p in self.model.parameters() if p.ndim < 2]

@@ -5,9 +5,11 @@ no CPU, so several of them can take turns in one run. Only the standard library:
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,11 @@ class Worker:
         full = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | env
         command = [python, str(HERE / script), json.dumps(arguments)]
         cpus = sorted(os.sched_getaffinity(0))[:threads]
+        pin = ["taskset", "-c", ",".join(map(str, cpus))] if shutil.which("taskset") else []
+        self.late = False
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  open as long as the process
         self.process = subprocess.Popen(
-            ["taskset", "-c", ",".join(map(str, cpus)), *command],
+            [*pin, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -42,22 +46,38 @@ class Worker:
             env={k: v for k, v in full.items() if v is not None},
         )
 
-    def ask(self, do: str, **arguments: Any) -> Any:
+    def ask(self, do: str, *, within: float | None = None, **arguments: Any) -> Any:
+        """The answer to one command. A process that takes more than `within` seconds is killed: a TimeoutError."""
         assert self.process.stdin and self.process.stdout
+        timer = threading.Timer(within, self._too_late) if within is not None else None
+        if timer:
+            timer.start()
         try:
             self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # it has died; its last words follow
         answer = self.process.stdout.readline()
+        if timer:
+            timer.cancel()
+        if not answer and self.late:
+            raise TimeoutError(f"{do} took more than the {within:.0f} s that were left")
         if not answer:
             self.errors.seek(0)
             raise RuntimeError("the process has died:\n" + "".join(self.errors.readlines()[-15:]))
         return json.loads(answer)
 
+    def _too_late(self) -> None:
+        self.late = True
+        self.process.kill()
+
     def close(self) -> None:
         assert self.process.stdin
         self.process.stdin.close()
+        self.process.wait()
+
+    def kill(self) -> None:
+        self.process.kill()
         self.process.wait()
 
 

@@ -1,0 +1,118 @@
+"""What only a GPU can show: its fused attention is attention, whatever the mask, and a step in bfloat16 learns.
+
+JAX_PLATFORMS=cuda,cpu python -m pytest -m gpu tests/test_gpu.py
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.core import config, spec
+from jaxlm.models import MODELS
+from jaxlm.models.model import Model
+from jaxlm.nn import attention, losses
+from jaxlm.nn.layout import Layout
+from jaxlm.nn.mask import Mask
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU, and jax runs on the CPU here"),
+]
+
+
+@pytest.fixture(autouse=True)
+def as_in_training():
+    """The kernels and precisions that training gets, not those of conftest.py's quick and strict tests."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    with jax.default_matmul_precision("default"), jax.numpy_rank_promotion("allow"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def layout(which: str, **more) -> Layout:
+    return Layout(execution=config.Execution(attention=which, **more))
+
+
+def distance(x, y) -> float:
+    x, y = (np.asarray(a, np.float64) for a in (x, y))
+    return float(np.linalg.norm(x - y) / np.linalg.norm(y))
+
+
+MASKS = {
+    "causal": (True, None, False),
+    "all": (False, None, False),
+    "causal window": (True, 70, False),
+    "causal documents": (True, None, True),
+    "documents": (False, None, True),
+    "causal window documents": (True, 70, True),
+}
+
+
+# rows of 256 positions, grouped queries; and rows that no tile divides, each head with its own keys
+SHAPES = [(name, 256, 8, 2, 128) for name in MASKS] + [(name, 200, 4, 4, 64) for name in ("causal", "causal documents")]
+
+
+@pytest.mark.parametrize(("name", "T", "H", "K", "C"), SHAPES)
+def test_fused_attention_and_its_gradients_equal_plain_attention_in_float32(name, T, H, K, C):
+    causal, window, documents = MASKS[name]
+    rng = np.random.default_rng(T)
+    segments = None
+    if documents:  # three in each row, then padding
+        segments = np.sort(rng.integers(1, 4, (2, T)), -1).astype(np.int32)
+        segments[:, -T // 10 :] = 0
+    mask = Mask(causal, window, segments, segments)
+    assert attention.choose("auto", mask, False, None, "bfloat16", widths=(C, C), lengths=(T, T))[0] == "cudnn"
+    x = [jnp.asarray(rng.standard_normal((2, T, n, C)), jnp.bfloat16) for n in (H, K, K, H)]
+
+    def both(x, which):
+        shard = layout(which, dtype=str(x[0].dtype))
+        out, back = jax.vjp(lambda *qkv: attention.attend(*qkv, mask, shard=shard), *x[:3])
+        return out, *back(x[3])
+
+    @jax.jit
+    def run(x):
+        with jax.default_matmul_precision("highest"):
+            plain = both([a.astype(jnp.float32) for a in x], "xla")
+        return both(x, "cudnn"), plain
+
+    fused, plain = run(x)
+    for what, a, b in zip(("values", "d q", "d k", "d v"), fused, plain, strict=True):
+        assert distance(a, b) < 0.02, what
+
+
+@pytest.mark.parametrize(("family", "scan"), [("gpt2", True), ("llama", False)])
+def test_a_model_in_bfloat16_learns_a_packed_batch(family, scan):
+    """Loss and gradients near float32's, all finite, and gradient descent brings the loss down."""
+    module, T = MODELS[family], 128
+    more = dict(positions=T) if family == "gpt2" else dict(kv_heads=2, head_width=64, ffn=512)
+    c = module.Config(vocab=512, layers=2, width=256, heads=4, **more)
+    rng = np.random.default_rng(0)
+    segments = np.sort(rng.integers(1, 4, (4, T)), -1).astype(np.int32)
+    batch = dict(tokens=rng.integers(0, 512, (4, T)).astype(np.int32), segments=segments)
+    batch["positions"] = np.arange(T, dtype=np.int32)[None] - np.stack(
+        [np.searchsorted(row, row) for row in segments]
+    ).astype(np.int32)
+    targets, counted = np.roll(batch["tokens"], -1, 1), np.ones((4, T), np.float32)
+
+    def grade(weights, shard):
+        model = Model(module, c, module.specs(c), shard)
+
+        def loss(weights):
+            readout = model.readout(weights, model.forward(weights, batch).x_BTD)
+            return losses.cross_entropy(readout, targets, counted, shard=shard).loss / targets.size
+
+        return jax.value_and_grad(loss)(weights)
+
+    weights = spec.init(module.specs(c), jax.random.key(0))
+    quick = jax.jit(lambda w: grade(w, layout("cudnn", scan=scan)))
+    with jax.default_matmul_precision("highest"):
+        exact = jax.jit(lambda w: grade(w, layout("xla", scan=scan, dtype="float32")))(weights)
+    first, gradients = quick(weights)
+    assert abs(first - exact[0]) < 0.01
+    flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in (gradients, exact[1])]
+    assert distance(*flat) < 0.03
+    for _ in range(5):
+        weights = jax.tree.map(lambda w, g: w - 0.5 * g, weights, gradients)
+        last, gradients = quick(weights)
+    assert np.isfinite(last) and last < first - 0.05
