@@ -22,7 +22,7 @@ PAIRS = (("prompt", "completion"), ("question", "answer"))
 
 
 class Conversation(NamedTuple):
-    """The messages of one conversation, and where they stand in which file."""
+    """A conversation has messages, and knows where it stands in which file."""
 
     where: str
     """File and line, for error messages."""
