@@ -9,15 +9,15 @@ from jaxlm.data.chat_template import render, render_all
 from jaxlm.data.conversations import Conversation
 
 
-def _boundary_pieces(tokens: Any) -> dict[str, str]:
-    return {
-        name: "" if id is None else tokens.piece(id) for name, id in (("bos", tokens.bos_id), ("eos", tokens.eos_id))
-    }
+def _boundary_pieces(tokens: Any) -> tuple[str, str]:
+    bos, eos = ("" if id is None else tokens.piece(id) for id in (tokens.bos_id, tokens.eos_id))
+    return bos, eos
 
 
 def render_text(tokens: Any, template: str, messages: list[dict[str, Any]], answer: bool = True) -> str:
     """Returns the text of a conversation; with `answer` it ends where the model's answer begins."""
-    return render(template, messages, **_boundary_pieces(tokens), answer=answer)
+    bos, eos = _boundary_pieces(tokens)
+    return render(template, messages, bos=bos, eos=eos, answer=answer)
 
 
 def encode(tokens: Any, template: str, messages: list[dict[str, Any]], answer: bool = True) -> list[int]:
@@ -34,7 +34,8 @@ def encode_for_training(
     """Encodes whole conversations, by a template or plainly without one, and marks what the assistant says."""
     if not template:
         return [conversations.encode_plainly(c, tokens) for c in dialogues]
-    return conversations.encode(dialogues, partial(render_all, template, **_boundary_pieces(tokens)), tokens)
+    bos, eos = _boundary_pieces(tokens)
+    return conversations.encode(dialogues, partial(render_all, template, bos=bos, eos=eos), tokens)
 
 
 def prompts_and_answers(
@@ -49,5 +50,6 @@ def prompts_and_answers(
     answers = [c.messages[last]["content"] for c, last in zip(dialogues, last_turns, strict=True)]
     if not template:
         return [[id for ids, _ in conversations.plain_parts(m, tokens) for id in ids] for m in before], answers
-    texts = render_all(template, [(messages, True) for messages in before], **_boundary_pieces(tokens))
+    bos, eos = _boundary_pieces(tokens)
+    texts = render_all(template, [(messages, True) for messages in before], bos=bos, eos=eos)
     return [tokens.encode_special(text) for text in texts], answers
