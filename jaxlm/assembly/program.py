@@ -140,9 +140,9 @@ class Program:
         """Places a batch on the devices, with less padding where the objective allows that and one process has all."""
         padding = self.objective.padding if rows is None else "keep"
         if padding == "pack":
-            batch = packing.together(batch, self._multiple)
+            batch = packing.pack_batch(batch, self._multiple)
         elif padding == "trim" and self.layout.ways("stream", self.mesh) == 1:
-            batch = packing.trimmed(batch)
+            batch = packing.trim_padding(batch)
         return cast(DeviceBatch, loader.to_device(batch, self.batch_shardings(batch), rows))
 
     def train_step(self) -> Any:

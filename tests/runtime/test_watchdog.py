@@ -21,7 +21,8 @@ def waiting_for_a_batch(watch):
 
 def test_stacks_are_written_once_a_time_stuck(tmp_path, capfd):
     told = []
-    with Watchdog(tmp_path, 3, seconds=0.05, describe_stragglers=lambda: "process 1 (b) is at step 4", on_stuck=told.append) as watch:
+    late = "process 1 (b) is at step 4"
+    with Watchdog(tmp_path, 3, seconds=0.05, describe_stragglers=lambda: late, on_stuck=told.append) as watch:
         waiting_for_a_batch(watch)
         assert len(told) == 1
         watch.beat(0.01)
