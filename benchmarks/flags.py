@@ -38,14 +38,12 @@ def main(targets: list[str]) -> int:
                 continue
             for option, value in preset.options.items():
                 try:
-                    compiler_options._accepted({option: value}, device)
+                    compiler_options.check_accepted({option: value}, device)
                     answer = "accepted"
                 except ValueError as error:
                     answer, refused = str(error), refused + 1
-                print(
-                    f"{device.device_kind:24} {name:24} {compiler_options.told({option: value}):72} {answer}",
-                    flush=True,
-                )
+                shown = compiler_options.format_options({option: value})
+                print(f"{device.device_kind:24} {name:24} {shown:72} {answer}", flush=True)
     return bool(refused)
 
 

@@ -11,7 +11,7 @@ import jax
 
 from jaxlm.runtime import processes
 
-processes.enough_threads()
+processes.reserve_threads()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "float32")
 jax.config.update("jax_disable_most_optimizations", True)  # most of the tests' time is compilation

@@ -142,7 +142,7 @@ def predictions(p: Program, weights: Any, part: Sequence[Any]) -> list[np.ndarra
     ordered: list[np.ndarray] = []
     records = [part[i] for i in order]
     for batch in loader.evaluation_batches(records, p.objective.example, batch_size=size, rows=rows):
-        batch = packing.trimmed(batch) if trims else batch
+        batch = packing.trim_padding(batch) if trims else batch
         placed = loader.to_device(batch, p.batch_shardings(batch), rows)
         ordered += list(jax.device_get(p.predict(weights, jax.tree.map(lambda x: x[0], placed))))
     by_index = dict(zip(order, ordered, strict=False))

@@ -140,9 +140,9 @@ class Program:
         """Places a batch on the devices, with less padding where the objective allows that and one process has all."""
         padding = self.objective.padding if rows is None else "keep"
         if padding == "pack":
-            batch = packing.together(batch, self._multiple)
+            batch = packing.pack_batch(batch, self._multiple)
         elif padding == "trim" and self.layout.ways("stream", self.mesh) == 1:
-            batch = packing.trimmed(batch)
+            batch = packing.trim_padding(batch)
         return cast(DeviceBatch, loader.to_device(batch, self.batch_shardings(batch), rows))
 
     def train_step(self) -> Any:
@@ -240,7 +240,7 @@ def program(run: config.Run, tokens: Any, template: str | None = None) -> Progra
             sent, why = expert_parallel.way()
             travels = "expert" in layout.over("batch")
             notes["experts"] += f"; tokens travel ({sent}: {why})" if travels else "; every device has all tokens"
-    if mesh is not None and (told := device_order.told(mesh)):
+    if mesh is not None and (told := device_order.describe_crossing(mesh)):
         notes["slices"] = told
     if mesh is not None and mesh.shape["fsdp"] > 1:
         kept = ("the optimizer's state", "gradients", "weights")[: run.mesh.zero]
@@ -249,17 +249,17 @@ def program(run: config.Run, tokens: Any, template: str | None = None) -> Progra
         notes["context"] = context_parallel.told(layout, parts)
     if (piped := pipeline.checked(layout, mesh, adapter.base, run.train)) is not None:
         notes["pipeline"] = piped
-    if processes.told():
-        notes["processes"] = processes.told()
+    if launcher := processes.describe_launcher():
+        notes["processes"] = launcher
     model = Model(family, run.model, adapter.base | heads, layout, adapter if adapter.changes else None)
     own = optimizer(run, specs, adapter)
     if adapter.changes:
         notes["adapter"] = adapter.told(specs, own.trainable)
     for group in sorted(set(own.groups.values())):
         notes[f"optimizer: {group}"] = "on " + " ".join(p for p, g in own.groups.items() if g == group)
-    asked = compiler.options(run.execution.flags, meshes.own_device())
+    asked = compiler.options(run.execution.flags, meshes.local_device())
     if asked:
-        notes["flags"] = compiler.told(asked)
+        notes["flags"] = compiler.format_options(asked)
     return Program(run, mesh, layout, specs, model, adapter, objective, own, notes, asked)
 
 

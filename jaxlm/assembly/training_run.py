@@ -39,7 +39,7 @@ HOURS = 3600.0  # of barriers: who has died is found at once, so only who hangs 
 def train(run: config.Run) -> int:
     """Train, or continue, `run` in its directory. 0: finished; 1: stopped by a signal or a number that isn't finite."""
     main = jax.process_index() == 0
-    processes.last_words(f"go on with: jaxlm train {run.folder}")
+    processes.set_exit_hint(f"go on with: jaxlm train {run.folder}")
     continues = claim(run) if main else (run.folder / "config.json").exists()
     processes.barrier("the run directory", HOURS)  # nothing is written there before all have looked
     if continues and has_ended(run.folder):
@@ -153,8 +153,9 @@ def _run(
             processes.exit_with(line, 1)
 
     watch = Watchdog(
-        run.folder, jax.process_index(), seconds=c.watchdog, first=compiling, behind=processes.behind, stuck=stuck
-    )
+        run.folder, jax.process_index(), seconds=c.watchdog, compile_seconds=compiling,
+        describe_stragglers=processes.describe_stragglers, on_stuck=stuck,
+    )  # fmt: skip
     with Progress(c.steps, enabled=main) as progress, watch:
         sent = itertools.count(start + 1)
 

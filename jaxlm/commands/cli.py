@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(arguments)
     if rest and not args.overrides:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    processes.enough_threads()
+    processes.reserve_threads()
     try:
         return args.run(args, rest)
     except KeyboardInterrupt:
@@ -42,10 +42,10 @@ def _failed(line: str, status: int, error: BaseException | None = None) -> int:
     """Says why a command failed, by a traceback where `error` is given; in a run of several processes it tells all of
     them and leaves."""
     status = 1 if error else status
-    if processes.joined():
+    if processes.is_distributed():
         if error:
             traceback.print_exception(error)
-        processes.failed(line.removeprefix("jaxlm: "), status)
+        processes.fail(line.removeprefix("jaxlm: "), status)
     if error:
         raise error
     print(line, file=sys.stderr)

@@ -1,7 +1,8 @@
-"""The run: frozen, typed, nested. A config file is a Python function `config() -> Run`; nothing here imports jax.
+"""A run is described by frozen, typed, nested dataclasses; a config file defines a function `config() -> Run`.
 
-`Run` is generic in the two parts that belong to a family: `Run[llama.Config, causal.Config]`. Those dataclasses live
-beside the code that reads them (`models/llama.py`, `objectives/causal.py`); everything else is here.
+`Run` is generic in the two parts that belong to a family: `Run[llama.Config, causal.Config]`. Those dataclasses are
+defined beside the code that reads them (`models/llama.py`, `objectives/causal.py`), all others here. Nothing here
+imports jax.
 """
 
 from dataclasses import dataclass, field
@@ -14,12 +15,12 @@ O = TypeVar("O")  # an objective's Config  # noqa: E741
 
 @dataclass(frozen=True)
 class Data:
-    """Where text comes from and how it becomes tokens."""
+    """Names the sources of text and how it becomes tokens."""
 
     train: tuple[str, ...] = ("stdlib",)
     """Sources: stdlib, a file, folder or glob of text, JSONL (.gz, .zst), Parquet, tfds:NAME/CONFIG[:split]."""
     weights: tuple[float, ...] = ()
-    """Mixture weight of each training source; empty: by their size."""
+    """Mixture weight of each training source; empty: its size."""
     valid: tuple[str, ...] = ()
     """Validation sources; empty: `holdout` of the whole documents of every training source."""
     holdout: float = 0.02
@@ -31,22 +32,25 @@ class Data:
     cache: str = "~/.cache/jaxlm"
     """Folder for tokenizers and token caches; safe to delete."""
     document_mask: bool = True
-    """No token attends to another document of its packed window."""
+    """Keep each token from attending to other documents of its packed window."""
     compare_compression: bool = False
-    """At the end, compress the validation text with gzip -9 and xz -9 for comparison."""
+    """Compress the validation text with gzip -9 and xz -9 at the end, for comparison."""
     tokenize_workers: int = 2
     """Processes that tokenise."""
     workers: int = 0
-    """Processes that make training batches; 0: threads of this one."""
+    """Processes that make training batches; 0: a thread of this one."""
 
 
 @dataclass(frozen=True)
 class Optim:
-    """Optimizer, schedule and the parameters they touch. Patterns are regular expressions searched in `a/b/c` paths."""
+    """Chooses the optimizer, its schedule and the parameters they change.
+
+    Patterns are regular expressions that are searched in paths such as `a/b/c`.
+    """
 
     name: Literal["adamw", "sgd", "lion", "adafactor", "muon"] = "adamw"
     lr: float = 1e-3
-    """Peak learning rate (muon: of its AdamW groups)."""
+    """Peak learning rate; with muon that of its AdamW groups."""
     schedule: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = "cosine"
     warmup: int = 100
     """Steps of linear warm-up from zero."""
@@ -71,10 +75,10 @@ class Optim:
     freeze: tuple[str, ...] = ()
     """Paths that are not trained: no gradient, no optimizer state, no decay."""
     layer_decay: float = 1.0
-    """Learning rate of each layer as a share of that of the layer above it; embeddings come below the first layer,
-    heads above the last (0.65–0.95 in fine-tuning, as ULMFiT and ELECTRA do)."""
+    """Learning rate of each layer as a share of that of the layer above it; embeddings count as the layer below the
+    first, heads as that above the last (0.65–0.95 in fine-tuning, as in ULMFiT and ELECTRA)."""
     top_layers: int | None = None
-    """Train only so many of the last layers, and the heads; None: all. `freeze` leaves out whole kinds of weights."""
+    """Number of last layers that are trained, with the heads; None: all. `freeze` leaves out whole kinds of weights."""
     clip: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0: off."""
     ema: float = 0.0
@@ -137,7 +141,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Train:
-    """What one run does."""
+    """Says what one run does: its steps, batches, validations and checkpoints."""
 
     steps: int = 1000
     batch_size: int = 32
@@ -156,9 +160,9 @@ class Train:
     patience: int = 0
     """Early stopping: validations without improvement of `metric`; 0: off."""
     metric: str = "loss"
-    """What of a validation tells which checkpoint is best. Of losses and perplexities lower is better, else higher."""
+    """Validation metric that tells which checkpoint is best: the lowest of a loss or perplexity, else the highest."""
     use: Literal["last", "best"] = "last"
-    """Checkpoint that eval, generate, embed and export take if none is named."""
+    """Checkpoint that eval, generate, embed and export use if none is named."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is NaN or Inf: stop naming the examples, or skip the update and count it."""
     log_every: int = 10
@@ -166,77 +170,78 @@ class Train:
     """Seconds without a finished step until the stacks of all threads are written to the run directory; 0: ten times
     the slowest step, at least five minutes; inf: never."""
     stuck: Literal["tell", "exit"] = "tell"
-    """What else to do then: nothing, or end with status 1, for a launcher that starts the run again."""
+    """Action when the watchdog has written: tell does nothing more; exit ends with status 1, for a launcher that
+    starts the run again."""
     save_every: int = 200
     keep: int = 3
-    """Checkpoints kept, besides the best one."""
+    """Checkpoints that are retained, besides the best one."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Mesh axis sizes, outer to inner, and the tables from logical axes to them."""
+    """Sets the sizes of mesh axes, outer to inner, and changes the tables that map logical axes to them."""
 
     replica: int = 1
     stage: int = 1
     """Pipeline stages: each holds and computes its part of the layers."""
     rounds: int = 1
-    """Times that activations go round the stages, with a part of each stage's layers at a time: stages then wait for
-    less, weights travel once a pass, and there must be as many micro-batches as stages."""
+    """Times that activations go round the stages, each stage computing a part of its layers at a time. More rounds mean
+    less waiting, but weights travel once a pass, and there must be at least as many micro-batches as stages."""
     pipeline_micro: int | None = None
-    """Parts that the rows of a pass go through the stages in; default: up to twice as many as stages."""
+    """Parts into which the rows of a pass are split for the stages; default: up to twice as many as stages."""
     data: int | None = None
-    """Default: whatever devices the other axes leave."""
+    """Default: all devices that the other axes leave."""
     fsdp: int = 1
     context: int = 1
     """Devices that share the positions of a row."""
     context_by: Literal["gather", "ring", "heads"] = "gather"
-    """How their attention meets: every device gathers the keys and values; or they travel in a ring, which never holds
-    them all; or positions are exchanged for heads before attention and back after it."""
+    """How attention works across them. gather: every device gathers all keys and values; ring: these travel in a ring,
+    so that no device holds all; heads: positions are exchanged for heads before attention and back after it."""
     expert: int = 1
     tensor: int = 1
     axis_type: Literal["auto", "explicit"] = "auto"
     """explicit: sharding in types, where a missing annotation is an error (used in tests)."""
     zero: Literal[1, 2, 3] = 3
-    """What the fsdp axis shards: 1 the optimizer's state, 2 gradients too, 3 the weights too (ZeRO's stages)."""
+    """ZeRO's stage: the fsdp axis shards the optimizer's state (1), gradients too (2), the weights too (3)."""
     expert_dispatch: Literal["all_to_all", "replicate"] = "all_to_all"
-    """all_to_all: the expert axis shares the batch too, and tokens travel to their experts and back. replicate: its
-    devices have the same tokens, and results are added up."""
+    """all_to_all: the expert axis splits the batch too, and tokens travel to their experts and back. replicate: its
+    devices have the same tokens, and their results are summed."""
     store: tuple[str, ...] = ()
-    """Changes to how weights rest: `embed=fsdp+data`, `vocab=` (none)."""
+    """Changes to the mesh axes that weights are stored over: `embed=fsdp+data`, `vocab=` (none)."""
     compute: tuple[str, ...] = ()
-    """Changes to how a block uses weights and activations. `stream=context+tensor`: norms and residuals are cut over
-    the tensor axis (sequence-parallel norms)."""
+    """Changes to the mesh axes over which a block uses weights and activations. `stream=context+tensor` splits norms
+    and residuals over the tensor axis too (sequence-parallel norms)."""
     replicated: tuple[str, ...] = ()
-    """Large weights that may rest unsharded on a mesh that could shard them, by path pattern."""
+    """Path patterns of large weights that may be stored unsharded on a mesh that could shard them."""
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How the mathematics is run; never what it computes, up to rounding."""
+    """Says how a run's mathematics is executed; this changes results by no more than rounding."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of matrix products and activations. Weights, norms, softmax and losses stay in float32."""
+    """Type of matrix products and activations. Weights, norms, softmax and losses stay in float32."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """auto: the fused kernel where it can (cudnn on GPUs, splash on TPUs), else xla."""
+    """auto: the fused kernel if it supports the run (cudnn on GPUs, splash on TPUs), else xla."""
     remat: Literal["none", "dots", "attention", "qkv", "full"] = "none"
-    """Activations recomputed in the backward pass: none, all but matrix products, all but attention's (its result and
-    the products around it, not the mlp's wide ones), all but queries, keys and values, or all of each block. Weights
-    that FSDP cuts are gathered again in any case."""
+    """Activations that the backward pass recomputes. dots: all but matrix products; attention: all but attention's
+    result and the products around it (the mlp's wide ones are recomputed); qkv: all but queries, keys and values;
+    full: all of each block. Weights that FSDP shards are gathered again in any case."""
     offload: tuple[Literal["optimizer", "input", "q", "k", "v", "attended", "o"], ...] = ()
-    """What waits in the host's memory until it is needed: the optimizer's state, and of each block's activations its
-    input, queries, keys, values, what attention gives, and the product after it (with remat attention, qkv or full)."""
+    """Arrays that stay in the host's memory until they are needed: the optimizer's state, and each block's input,
+    queries, keys, values, attention result, and the product after it (with remat attention, qkv or full)."""
     scan: bool | None = None
-    """Loop over layers (compiles once) or unroll them; default: unroll on a CPU, whose loops are slower, else loop.
-    Checkpoints are the same."""
+    """Loop over layers, which compiles one layer, or unroll them; default: unroll on a CPU, whose loops are slower,
+    else loop. Checkpoints are the same."""
     loss_chunk: int = 0
-    """Tokens whose logits exist at one time; 0: chosen so that they take a few MiB."""
+    """Tokens whose logits exist at one time; 0: as many as take a few MiB."""
     flags: tuple[str, ...] = ()
-    """Options of the compiler for the train step: NAME=VALUE, or a preset such as gpu_overlap."""
+    """Compiler options for the train step: NAME=VALUE, or a preset such as gpu_overlap."""
 
 
 @dataclass(frozen=True)
 class Run(Generic[M, O]):
-    """Everything that determines a run. Written to `config.json` in the run directory."""
+    """Holds everything that determines a run; it is written to `config.json` in the run directory."""
 
     name: str
     model: M
@@ -248,12 +253,13 @@ class Run(Generic[M, O]):
     mesh: Mesh = field(default_factory=Mesh)
     execution: Execution = field(default_factory=Execution)
     start: str = ""
-    """Model to start from, its weights, architecture and tokenizer: a run directory, a Hugging Face directory,
-    hf:OWNER/NAME or a .gguf file; empty: from fresh weights."""
+    """Model whose weights, architecture and tokenizer the run starts from: a run directory, a Hugging Face directory,
+    hf:OWNER/NAME or a .gguf file; empty: fresh weights."""
     seed: int = 0
     out: str = "runs"
     """Folder that run directories are made in."""
 
     @property
     def folder(self) -> Path:
+        """Returns the run directory."""
         return Path(self.out).expanduser() / self.name

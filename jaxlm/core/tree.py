@@ -1,4 +1,4 @@
-"""Trees by path: names such as `blocks/q`, selection by regular expression, partition and merge with None holes."""
+"""Trees are nested dicts whose leaves have paths such as `blocks/q`; they can be selected, partitioned and merged."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -8,7 +8,7 @@ Tree = Any
 
 
 def flatten(tree: Tree, is_leaf: Callable[[Any], bool] = lambda x: False, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts to {"blocks/q": leaf}. None holes are kept out."""
+    """Returns {"blocks/q": leaf} of nested dicts. None holes are left out."""
     if isinstance(tree, dict) and not is_leaf(tree):
         out: dict[str, Any] = {}
         for key in sorted(tree):
@@ -18,27 +18,27 @@ def flatten(tree: Tree, is_leaf: Callable[[Any], bool] = lambda x: False, prefix
 
 
 def at(tree: Tree, path: str) -> Any:
-    """What stands at `blocks/q` of nested dicts; None: nothing."""
+    """Returns the leaf or subtree at a path such as `blocks/q`, or None if there is nothing."""
     for name in path.split("/"):
         tree = tree.get(name) if isinstance(tree, dict) else None
     return tree
 
 
 def put(tree: dict, path: str, value: Any) -> dict:
-    """A copy of nested dicts in which `value` stands at `path`."""
+    """Returns a copy of nested dicts in which `value` stands at `path`."""
     name, _, rest = path.partition("/")
     return tree | {name: put(tree.get(name, {}), rest, value) if rest else value}
 
 
 def map_named(f: Callable[[str, Any], Any], tree: Tree, prefix: str = "") -> Tree:
-    """Map a function of (path, leaf) over nested dicts; None stays None."""
+    """Maps a function of (path, leaf) over nested dicts; None stays None."""
     if isinstance(tree, dict):
         return {k: map_named(f, v, f"{prefix}{k}/") for k, v in tree.items()}
     return None if tree is None else f(prefix[:-1], tree)
 
 
 def partition(tree: Tree, keep: Callable[[str], bool]) -> tuple[Tree, Tree]:
-    """Two trees of the same shape; each has None where the other has the leaf. `keep(path)` goes to the first."""
+    """Splits a tree into two of the same shape, the leaves with `keep(path)` and the others; gaps are None."""
     return (
         map_named(lambda path, x: x if keep(path) else None, tree),
         map_named(lambda path, x: None if keep(path) else x, tree),
@@ -46,14 +46,17 @@ def partition(tree: Tree, keep: Callable[[str], bool]) -> tuple[Tree, Tree]:
 
 
 def merge(a: Tree, b: Tree) -> Tree:
-    """The inverse of `partition`: leaves of `a`, holes filled from `b`."""
+    """Returns the leaves of `a`, with None holes filled from `b`: the inverse of `partition`."""
     if isinstance(a, dict):
         return {k: merge(a[k], b[k]) for k in a}
     return b if a is None else a
 
 
 def matcher(patterns: Iterable[str], paths: Iterable[str], field: str) -> Callable[[str], bool]:
-    """Whether any pattern is found in a path. A pattern that fits no path at all is an error naming `field`."""
+    """Returns a function that says whether a path contains a match of any pattern.
+
+    Raises ValueError, which names `field`, for a pattern that is no regular expression or matches none of `paths`.
+    """
     paths, compiled = list(paths), []
     for p in patterns:
         try:

@@ -1,1 +1,4 @@
-"""Text → tokens → records → batches. Nothing here needs jax but the loader's last function."""
+"""The data pipeline turns text into tokens, tokens into records, and records into batches.
+
+Nothing here needs jax but the loader's functions that put a batch onto devices.
+"""

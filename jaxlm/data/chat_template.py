@@ -1,6 +1,6 @@
-"""Chat templates: Jinja that came with somebody's model, so it runs in a sandbox in a process of its own with limits.
+"""Chat templates are Jinja programs that come with a model, so they run sandboxed, in another process with limits.
 
-This file is that process too, and then imports nothing of jaxlm.
+This file is also the program of that process, which imports nothing of jaxlm.
 """
 
 import json
@@ -9,13 +9,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SECONDS = 10
-MEMORY = 1 << 30
-LONGEST = 1 << 20  # characters a template may write
+SECONDS = 10  # time limit of the process, besides a little for each conversation
+MEMORY = 1 << 30  # bytes of address space
+MAX_CHARACTERS = 1 << 20  # that a template may write
 
 
 Conversation = tuple[Sequence[Mapping[str, Any]], bool]
-"""(messages, whether the text ends where the model's answer begins)."""
+"""A conversation is (messages, whether the text ends where the model's answer begins)."""
 
 
 def render(
@@ -27,7 +27,10 @@ def render(
     answer: bool = True,
     variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """The conversation as the model was trained to read it. `answer`: it ends where the model's answer begins."""
+    """Returns one conversation as the model was trained to read it; see `render_all`.
+
+    With `answer` the text ends where the model's answer begins.
+    """
     return render_all(template, [(messages, answer)], bos=bos, eos=eos, variables=variables)[0]
 
 
@@ -39,28 +42,32 @@ def render_all(
     eos: str = "",
     variables: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Many of them in one process, which has `SECONDS` and a little for each."""
-    fixed = dict(bos_token=bos, eos_token=eos) | dict(variables or {})
+    """Returns the text of each conversation, all rendered by one process.
+
+    The template reads `bos` and `eos` as `bos_token` and `eos_token`, and `variables` by their own names. Raises
+    ValueError if it fails, writes too much, or exceeds the limits on time and memory.
+    """
+    shared = dict(bos_token=bos, eos_token=eos) | dict(variables or {})
     each = [dict(messages=list(messages), add_generation_prompt=answer) for messages, answer in conversations]
     seconds = SECONDS + len(each) // 100
-    request = json.dumps(dict(template=template, fixed=fixed, each=each, seconds=seconds))
+    request = json.dumps(dict(template=template, shared=shared, each=each, seconds=seconds))
     try:
         # Isolated: neither the current folder nor the environment adds modules to what it imports.
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-I", __file__], input=request, capture_output=True, text=True, encoding="utf-8",
             timeout=seconds,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise ValueError(f"chat template: took more than {seconds} s; use another template") from None
-    if done.returncode or not done.stdout:
+    if completed.returncode or not completed.stdout:
         raise ValueError(f"chat template: took more than {seconds} s or {MEMORY >> 20} MiB; use another template")
-    result = json.loads(done.stdout)
+    result = json.loads(completed.stdout)
     if "error" in result:
         raise ValueError(f"chat template: {result['error']}")
     return result["texts"]
 
 
-def _limit(seconds: int) -> None:
+def _limit_resources(seconds: int) -> None:
     try:
         import resource
     except ImportError:  # not a POSIX system: the parent's time limit remains
@@ -77,7 +84,7 @@ def _environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %} … {% endgeneration %}` marks what the model wrote; it shows as it is."""
+        """Renders what stands between `{% generation %}` and `{% endgeneration %}`, the marks of the model's text."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -91,39 +98,39 @@ def _environment() -> Any:
 
     def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
                 sort_keys: bool = False) -> str:  # fmt: skip
-        # Jinja's own escapes < and > for HTML, which models have not seen.
+        # Jinja's own filter escapes < and > for HTML, which models have not seen.
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    made = ImmutableSandboxedEnvironment(
+    environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    made.filters["tojson"] = to_json
-    made.globals |= dict(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
-    return made
+    environment.filters["tojson"] = to_json
+    environment.globals |= dict(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
+    return environment
 
 
-def _written(template: Any, variables: dict[str, Any]) -> str:
+def _render(template: Any, variables: dict[str, Any]) -> str:
     parts, size = [], 0
     for part in template.generate(**variables):
         parts.append(part)
         size += len(part)
-        if size > LONGEST:
-            raise ValueError(f"writes more than {LONGEST:,} characters")
+        if size > MAX_CHARACTERS:
+            raise ValueError(f"writes more than {MAX_CHARACTERS:,} characters")
     return "".join(parts)
 
 
 def _serve() -> None:
-    """One request from standard input, its answer to standard output."""
+    """Reads one request from standard input and writes its answer to standard output."""
     request = json.load(sys.stdin)
     try:
         import jinja2  # noqa: F401
     except ImportError:
         print(json.dumps({"error": "needs jinja2, which is not installed; pip install 'jaxlm[generate]'"}))
         return
-    _limit(request["seconds"])
+    _limit_resources(request["seconds"])
     try:
         template = _environment().from_string(request["template"])
-        answer: dict[str, Any] = {"texts": [_written(template, request["fixed"] | each) for each in request["each"]]}
+        answer: dict[str, Any] = {"texts": [_render(template, request["shared"] | each) for each in request["each"]]}
     except Exception as error:  # whatever a hostile template can provoke becomes one line
         answer = {"error": " ".join(str(error).split())[:300] or type(error).__name__}
     print(json.dumps(answer))

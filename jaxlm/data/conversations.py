@@ -1,7 +1,7 @@
-"""Conversations from files, whatever their makers call the parts, and as tokens of which some are learned.
+"""Reads conversations from files in any of the usual formats, and encodes them as tokens of which some are learned.
 
-Read: OpenAI's `messages`, ShareGPT's `conversations`, Alpaca's `instruction`, `input`, `output`, and pairs of `prompt`
-and `completion` or `question` and `answer`; as JSON lines or a JSON list.
+The formats are OpenAI's `messages`, ShareGPT's `conversations`, Alpaca's `instruction`, `input`, `output`, and pairs of
+`prompt` and `completion` or `question` and `answer`; as JSON lines or a JSON list.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 Messages = list[dict[str, str]]
 Render = Callable[[Sequence[tuple[Messages, bool]]], list[str]]
-"""(messages, whether the assistant's turn begins at the end) of many → their texts by a chat template."""
+"""A chat template: it maps many (messages, whether the assistant's turn begins at the end) to their texts."""
 
 ROLES = {
     "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant",
@@ -22,90 +22,108 @@ PAIRS = (("prompt", "completion"), ("question", "answer"))
 
 
 class Conversation(NamedTuple):
+    """A conversation has messages, and knows where it stands in which file."""
+
     where: str
-    """File and line."""
+    """File and line, for error messages."""
     messages: Messages
 
 
 class Tokens(NamedTuple):
+    """A conversation is encoded as token ids, each with whether it is learned."""
+
     ids: list[int]
     learned: list[bool]
-    """Of each token, whether the assistant said it."""
+    """Whether the assistant said each token."""
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and line, record) of JSON lines or of a JSON list."""
+def read_records(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (file and line, record) of a file of JSON lines or of a JSON list.
+
+    Raises ValueError if the file is missing, empty or not JSON, or a record is no object.
+    """
     path = Path(source).expanduser()
     if not path.is_file():
         raise ValueError(f"data source {str(source)!r} does not exist: give a .jsonl or .json file of conversations")
     text = path.read_text("utf-8")
     try:
         if text.lstrip().startswith("["):
-            found = [(f"{path}[{i}]", value) for i, value in enumerate(json.loads(text))]
+            records = [(f"{path}[{i}]", value) for i, value in enumerate(json.loads(text))]
         else:
             lines = enumerate(text.split("\n"), 1)
-            found = [(f"{path}:{n}", json.loads(line)) for n, line in lines if line.strip()]
+            records = [(f"{path}:{n}", json.loads(line)) for n, line in lines if line.strip()]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON lines ({error.msg} near line {error.lineno})") from error
-    if not found:
+    if not records:
         raise ValueError(f"data source {str(source)!r} is empty: it holds no conversation")
-    for where, value in found:
+    for where, value in records:
         if not isinstance(value, dict):
             raise ValueError(f"{where}: a {type(value).__name__}, where an object is due")
         yield where, value
 
 
 def read(source: str | Path) -> list[Conversation]:
-    return [Conversation(where, messages_of(where, row)) for where, row in rows(source)]
+    """Reads all conversations of a file; see `read_records` and `parse_record`."""
+    return [Conversation(where, parse_record(where, record)) for where, record in read_records(source)]
 
 
-def messages_of(where: str, row: dict[str, Any]) -> Messages:
-    """A record in any of the known forms; it must hold an answer."""
+def parse_record(where: str, record: dict[str, Any]) -> Messages:
+    """Returns the messages of a record in any of the known forms.
+
+    Raises ValueError, which names `where`, if the form is unknown or the assistant says nothing.
+    """
     for name in ("messages", "conversations", "conversation"):
-        if name in row:
-            found = listed(where, row[name])
+        if name in record:
+            messages = parse_messages(where, record[name])
             break
     else:
-        if "instruction" in row and "output" in row:
-            task = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
-            found = [_said("user", task), _said("assistant", row["output"])]
-        elif pair := next((pair for pair in PAIRS if row.keys() >= set(pair)), None):
-            found = [*listed(where, row[pair[0]], "user"), *listed(where, row[pair[1]], "assistant")]
+        if "instruction" in record and "output" in record:
+            task = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
+            messages = [_message("user", task), _message("assistant", record["output"])]
+        elif pair := next((pair for pair in PAIRS if record.keys() >= set(pair)), None):
+            user, assistant = pair
+            messages = [
+                *parse_messages(where, record[user], "user"),
+                *parse_messages(where, record[assistant], "assistant"),
+            ]
         else:
-            there = ", ".join(row) or "none"
+            fields = ", ".join(record) or "none"
             raise ValueError(
-                f"{where}: no conversation; fields there: {there}; known are messages, conversations, "
+                f"{where}: no conversation; fields there: {fields}; known are messages, conversations, "
                 "instruction with output, prompt with completion, and question with answer"
             )
-        if row.get("system"):
-            found = [_said("system", row["system"]), *found]
-    if not any(m["role"] == "assistant" for m in found):
+        if record.get("system"):
+            messages = [_message("system", record["system"]), *messages]
+    if not any(m["role"] == "assistant" for m in messages):
         raise ValueError(f"{where}: the assistant says nothing in this conversation; remove it")
-    return found
+    return messages
 
 
-def listed(where: str, value: Any, role: str = "") -> Messages:
-    """Messages from a list of them, or from a text that `role` says."""
+def parse_messages(where: str, value: Any, role: str = "") -> Messages:
+    """Returns the messages of a list, or of a single text that `role` says.
+
+    Raises ValueError, which names `where`, if a message has no known role or no text.
+    """
     if isinstance(value, str) and role:
-        return [_said(role, value)]
+        return [_message(role, value)]
     if not isinstance(value, list) or not value:
         raise ValueError(f"{where}: a {type(value).__name__}, where a list of messages is due")
-    found = []
+    messages = []
     for i, m in enumerate(value):
-        told, said = (next((m[k] for k in names if k in m), None) if isinstance(m, dict) else None
-                      for names in (("role", "from"), ("content", "value", "text")))  # fmt: skip
-        if not isinstance(told, str) or not isinstance(said, str):
+        speaker, content = (next((m[k] for k in names if k in m), None) if isinstance(m, dict) else None
+                            for names in (("role", "from"), ("content", "value", "text")))  # fmt: skip
+        if not isinstance(speaker, str) or not isinstance(content, str):
             raise ValueError(f"{where}: message {i} has no role (role, from) or no text (content, value)")
-        if told.lower() not in ROLES:
-            raise ValueError(f"{where}: message {i} is of unknown role {told!r}; known: {', '.join(ROLES)}")
-        found.append(_said(ROLES[told.lower()], said))
-    return found
+        if speaker.lower() not in ROLES:
+            raise ValueError(f"{where}: message {i} is of unknown role {speaker!r}; known: {', '.join(ROLES)}")
+        messages.append(_message(ROLES[speaker.lower()], content))
+    return messages
 
 
-def _said(role: str, content: str) -> dict[str, str]:
+def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
@@ -113,22 +131,23 @@ def _said(role: str, content: str) -> dict[str, str]:
 
 
 def encode(conversations: Sequence[Conversation], render: Render, tokens: Any) -> list[Tokens]:
-    """By a chat template; learned is what follows each point where the assistant's turn begins.
+    """Encodes conversations by a chat template; only what the assistant says is learned.
 
-    Such a point is where the template ends when it is asked to let the assistant begin: no template needs marks for it.
+    Its turns begin where the template's text ends when it is asked to let the assistant begin, so no template needs
+    marks for them. Raises ValueError if a template changes what it wrote of earlier messages.
     """
-    asked = [request for c in conversations for request in _points(c.messages)]
-    texts = iter(render(asked))
-    return [_tokens(c, [next(texts) for _ in _points(c.messages)], tokens) for c in conversations]
+    requests = [request for c in conversations for request in _prefixes(c.messages)]
+    texts = iter(render(requests))
+    return [_encode_turns(c, [next(texts) for _ in _prefixes(c.messages)], tokens) for c in conversations]
 
 
-def _points(messages: Messages) -> list[tuple[Messages, bool]]:
-    """The whole, and up to the beginning and the end of each of the assistant's turns."""
+def _prefixes(messages: Messages) -> list[tuple[Messages, bool]]:
+    """Returns the whole conversation, and its prefixes up to the beginning and the end of each assistant turn."""
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     return [(messages, False), *((messages[: i + end], not end) for i in turns for end in (0, 1))]
 
 
-def _tokens(c: Conversation, texts: list[str], tokens: Any) -> Tokens:
+def _encode_turns(c: Conversation, texts: list[str], tokens: Any) -> Tokens:
     whole, at = texts[0], 0
     pieces: list[tuple[str, bool]] = []
     for begin, end in zip(texts[1::2], texts[2::2], strict=True):
@@ -141,10 +160,10 @@ def _tokens(c: Conversation, texts: list[str], tokens: Any) -> Tokens:
         at = len(end)
     pieces.append((whole[at:], False))
     parts = [(tokens.encode_special(text), said) for text, said in pieces if text]
-    return _joined(c, parts)
+    return _concatenate(c, parts)
 
 
-def _joined(c: Conversation, parts: Iterable[tuple[Sequence[int], bool]]) -> Tokens:
+def _concatenate(c: Conversation, parts: Iterable[tuple[Sequence[int], bool]]) -> Tokens:
     ids: list[int] = []
     learned: list[bool] = []
     for new, said in parts:
@@ -156,12 +175,12 @@ def _joined(c: Conversation, parts: Iterable[tuple[Sequence[int], bool]]) -> Tok
 
 
 def encode_plainly(c: Conversation, tokens: Any) -> Tokens:
-    """Without a template: BOS, the texts one after another, EOS after each of the assistant's."""
-    return _joined(c, plain_parts(c.messages, tokens))
+    """Encodes a conversation with no template: BOS, then the texts, with EOS after each of the assistant's."""
+    return _concatenate(c, plain_parts(c.messages, tokens))
 
 
 def plain_parts(messages: Messages, tokens: Any) -> list[tuple[list[int], bool]]:
-    """(ids, whether the assistant said it) of BOS and each message."""
+    """Returns (ids, whether the assistant said it) for BOS and each message, EOS included after each assistant text."""
     parts: list[tuple[list[int], bool]] = [([tokens.bos_id], False)]
     for m in messages:
         said = m["role"] == "assistant"

@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step): hosts and workers change who computes a row, never what it holds."""
+"""A batch is a pure function of (seed, step): hosts and workers change who computes a row, never what it holds."""
 
 import dataclasses
 import multiprocessing
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxlm.data.mixture import Mixture, mixture, shuffled
-from jaxlm.data.packing import Records
+from jaxlm.data.packing import DrawnRecords, Records
 
 if TYPE_CHECKING:
     import jax
@@ -22,21 +22,22 @@ Arrays = dict[str, np.ndarray]
 ToExample = Callable[[Any, np.random.Generator], Mapping[str, Any]]
 
 
-def _random(seed: int, i: int) -> np.random.Generator:
-    """A stream of its own for each (seed, example)."""
+def _generator(seed: int, i: int) -> np.random.Generator:
+    """Returns a random generator of its own for each (seed, example)."""
     return np.random.Generator(np.random.Philox(key=(seed << 64) | i))
 
 
 def _record(records: Records, i: int, rng: np.random.Generator) -> Any:
-    draw = getattr(records, "draw", None)
-    return draw(i, rng) if draw else records[i]
+    return records.draw(i, rng) if isinstance(records, DrawnRecords) else records[i]
 
 
 class Loader:
-    """Training batches; leaves are [micro, rows, …], `rows` being those this process needs of each micro batch.
+    """A loader makes training batches, whose leaves are [micro, rows, …].
 
-    Example `step * batch_size + micro * (batch_size // micro_batches) + row` is the one at [micro, row] of a step.
-    `to_example` must be picklable when workers > 0, and give arrays of the same shapes for every record.
+    `rows` are those of each micro batch that this process needs. Example `step * batch_size + micro * (batch_size //
+    micro_batches) + row` is the one at [micro, row] of a step. `to_example` must be picklable if workers > 0, and
+    return arrays of the same shapes for every record. Raises ValueError, which names the argument, if one is out of its
+    range.
     """
 
     def __init__(
@@ -77,45 +78,45 @@ class Loader:
 
     @property
     def examples_per_epoch(self) -> int:
-        """Records of all parts that have a weight; in a mixture, small parts come round more often than that."""
+        """Returns the number of records of all parts that have a weight. Small parts of a mixture repeat more often."""
         used = zip(self.mixture.parts, self.mixture.shares, strict=True)
         return sum(len(part) for part, share in used if share > 0)
 
     @property
     def steps(self) -> int | None:
-        """Whole batches in `epochs`; None without that limit."""
+        """Returns the number of whole batches in `epochs`, or None without that limit."""
         return None if self.epochs is None else int(self.epochs * self.examples_per_epoch) // self.batch_size
 
     def state(self, step: int) -> dict[str, int]:
-        """All there is to know to go on at `step`."""
+        """Returns all that is needed to go on at `step`."""
         return {"seed": self.seed, "index": step * self.batch_size}
 
     def indices(self, step: int) -> np.ndarray:
-        """Global example indices of this process's rows: int64 [micro, rows]."""
+        """Returns the global indices of the examples in this process's rows: int64 [micro, rows]."""
         per_micro = self.batch_size // self.micro_batches
         starts = step * self.batch_size + per_micro * np.arange(self.micro_batches)
         return starts[:, None] + np.array(self.rows)
 
     def example(self, i: int) -> Mapping[str, Any]:
-        """The i-th example since the start of training."""
+        """Returns the i-th example since the start of training. ValueErrors name the example, part and record."""
         part, counter = self.mixture.locate(i)
         records = self.mixture.parts[part]
-        epoch, place = divmod(counter, len(records))
+        epoch, index = divmod(counter, len(records))
         if self.shuffle:
-            place = shuffled(place, len(records), self.seed << 16 | part, epoch)  # parts are shuffled apart
-        rng = _random(self.seed, i)
+            index = shuffled(index, len(records), self.seed << 16 | part, epoch)  # parts are shuffled independently
+        rng = _generator(self.seed, i)
         try:
-            return self.to_example(_record(records, place, rng), rng)
+            return self.to_example(_record(records, index, rng), rng)
         except ValueError as error:
-            raise ValueError(f"example {i} (part {part}, record {place}): {error}") from error
+            raise ValueError(f"example {i} (part {part}, record {index}): {error}") from error
 
     def batch(self, step: int) -> Arrays:
-        """Leaves [micro, rows, …]."""
+        """Returns the batch of a step, with leaves [micro, rows, …]."""
         indices = self.indices(step)
         return _stack([self.example(int(i)) for i in indices.flat], indices.shape)
 
     def iterate(self, start_step: int = 0) -> Iterator[Arrays]:
-        """Batches from `start_step` on, made ahead by a thread or by worker processes; close it to stop them."""
+        """Yields batches from `start_step` on, made ahead by a thread or by worker processes; close it to stop them."""
         import grain
 
         stop = sys.maxsize if self.steps is None else self.steps
@@ -126,13 +127,12 @@ class Loader:
         if self.workers:
             from absl import flags
 
-            if (
-                not flags.FLAGS.is_parsed()
-            ):  # Grain reads a flag of its own, which raises unless absl parsed the command line
+            # Grain reads a flag of its own, which raises unless absl has parsed the command line.
+            if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=self.prefetch)
             data = data.mp_prefetch(options, worker_init_fn=_start_worker)
-            # Through pipes: shared memory runs out in containers, and stays behind when a run is killed.
+            # Batches travel through pipes: shared memory runs out in containers, and stays behind when a run is killed.
             data = grain.experimental.WithOptionsIterDataset(
                 data, grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
             )
@@ -147,7 +147,7 @@ class Loader:
 
 @dataclasses.dataclass(frozen=True)
 class _Steps:
-    """Steps as the random-access source that Grain reads."""
+    """Presents steps as the random-access source that Grain reads."""
 
     loader: Loader
     start: int
@@ -161,14 +161,14 @@ class _Steps:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Ctrl-C is the main process's to handle, and a worker doesn't outlive it."""
+    """Leaves Ctrl-C to the main process, and ends the worker with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(parent.sentinel,), daemon=True).start()
 
 
-def _die_with(sentinel: int) -> None:
+def _exit_with_parent(sentinel: int) -> None:
     multiprocessing.connection.wait([sentinel])
     os._exit(1)
 
@@ -199,9 +199,10 @@ def evaluation_batches(
     rows: Sequence[int] | None = None,
     limit: int | None = None,
 ) -> Iterator[Arrays]:
-    """Every record once, in order, leaves [1, rows, …]; rows past the end are zeros, so they weigh nothing.
+    """Yields every record once, in order, in batches with leaves [1, rows, …].
 
-    `limit` caps the number of records. What is random depends on the record alone: each evaluation sees the same.
+    Rows past the end are zeros, so they weigh nothing. `limit` caps the number of records. Randomness depends on the
+    record alone, so that each evaluation sees the same examples. Raises ValueError if there is nothing to evaluate.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
@@ -212,33 +213,37 @@ def evaluation_batches(
     blank: Arrays | None = None
 
     def example(i: int) -> Mapping[str, Any]:
-        rng = _random(0, i)
+        rng = _generator(0, i)
         return to_example(_record(records, i, rng), rng)
 
     for start in range(0, total, batch_size):
-        held = [start + row for row in rows]
-        if blank is None and any(i >= total for i in held):
+        indices = [start + row for row in rows]
+        if blank is None and any(i >= total for i in indices):
             blank = {name: np.zeros_like(value) for name, value in example(0).items()}
-        yield _stack([example(i) if i < total else blank for i in held], (1, len(held)))  # type: ignore[misc]
+        yield _stack([example(i) if i < total else blank for i in indices], (1, len(indices)))  # type: ignore[misc]
 
 
 # -------------------------------------------------------------------------------------------------------- onto devices
 
 
 def rows_of(sharding: "jax.sharding.Sharding", batch: int) -> list[int]:
-    """Rows of axis 1 (the batch) that this process's devices hold, sorted."""
-    shape = _shape(sharding, batch)
+    """Returns the sorted rows of axis 1 (the batch) that this process's devices hold.
+
+    Raises ValueError if the batch doesn't divide over the mesh.
+    """
+    shape = _divisible_shape(sharding, batch)
     try:
-        held = sharding.addressable_devices_indices_map(shape)
+        slices = sharding.addressable_devices_indices_map(shape)
     except ValueError as error:
         raise ValueError(
             f"a batch of {batch} rows does not divide over the mesh axes of its sharding {sharding}"
         ) from error
-    return sorted({row for index in held.values() if index is not None for row in range(batch)[index[1]]})
+    return sorted({row for index in slices.values() if index is not None for row in range(batch)[index[1]]})
 
 
-def _shape(sharding: "jax.sharding.Sharding", batch: int) -> tuple[int, ...]:
-    """A shape that fits the sharding, with `batch` as axis 1 and any other axis divisible."""
+def _divisible_shape(sharding: "jax.sharding.Sharding", batch: int) -> tuple[int, ...]:
+    """Returns a shape with `batch` as axis 1, whose other axes divide over any mesh."""
+    # Only a NamedSharding has a spec.
     rank = max(2, len(getattr(sharding, "spec", ())))
     return tuple(batch if axis == 1 else sharding.num_devices for axis in range(rank))
 
@@ -248,33 +253,34 @@ def to_device(
     shardings: "Mapping[str, jax.sharding.Sharding] | jax.sharding.Sharding | None",
     rows: Sequence[int] | None = None,
 ) -> "dict[str, jax.Array]":
-    """Global arrays [micro, batch, …] from this process's rows; one sharding serves leaves of lower rank too.
+    """Returns global arrays [micro, batch, …] that are made of this process's rows.
 
-    `rows` says which rows of the global batch these are, as `rows_of` gave them (None: all of them).
+    A single sharding serves leaves of lower rank too. `rows` says which rows of the global batch these are, as
+    `rows_of` returned them (None: all of them).
     """
     import jax
 
     if shardings is None:
         return jax.device_put(dict(batch))
     return {
-        name: _place(jax, leaf, shardings[name] if isinstance(shardings, Mapping) else shardings, rows)
+        name: _to_global(jax, leaf, shardings[name] if isinstance(shardings, Mapping) else shardings, rows)
         for name, leaf in batch.items()
     }
 
 
-def _place(jax: Any, leaf: np.ndarray, sharding: Any, rows: Sequence[int] | None) -> "jax.Array":
+def _to_global(jax: Any, leaf: np.ndarray, sharding: Any, rows: Sequence[int] | None) -> "jax.Array":
     spec = getattr(sharding, "spec", None)
     if spec is not None and len(spec) > leaf.ndim:
         sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec[: leaf.ndim]))
     if rows is None or sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
-    # How many rows there are in all follows from how many of the shards are here.
-    probe = sharding.num_devices
-    size = len(rows) * probe // len(rows_of(sharding, probe))
-    local = {row: k for k, row in enumerate(rows)}
+    # The size of the global batch follows from the share of a batch of `num_devices` rows that lies on this process.
+    devices = sharding.num_devices
+    size = len(rows) * devices // len(rows_of(sharding, devices))
+    position = {row: k for k, row in enumerate(rows)}
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
-        here = [local[row] for row in range(size)[index[1]]]
-        return leaf[index[0]][:, here][(slice(None), slice(None), *index[2:])]
+        mine = [position[row] for row in range(size)[index[1]]]
+        return leaf[index[0]][:, mine][(slice(None), slice(None), *index[2:])]
 
     return jax.make_array_from_callback((leaf.shape[0], size, *leaf.shape[2:]), sharding, shard)

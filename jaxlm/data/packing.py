@@ -1,8 +1,8 @@
-"""Records cut from a token cache by arithmetic alone: any record can be read at any time, in any order."""
+"""Records are cut from a token cache by arithmetic alone: any record can be read at any time, in any order."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 
@@ -10,15 +10,14 @@ from jaxlm.data.token_cache import Cache
 
 
 class Records(Protocol):
-    """Anything with a length whose items an objective makes examples of; with a `draw(i, rng)` too, items change each
-    epoch."""
+    """Records have a length, and items that an objective makes examples of."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, i: int, /) -> Any: ...
 
 
 class Window(TypedDict):
-    """A stretch of a corpus, T + 1 tokens."""
+    """A window is a run of T + 1 tokens of a corpus."""
 
     tokens: np.ndarray
     """int32 [T + 1]."""
@@ -29,18 +28,18 @@ class Window(TypedDict):
 
 
 class Pair(TypedDict):
-    """Two stretches of text for next-sentence prediction."""
+    """A pair is two runs of tokens for next-sentence prediction."""
 
     first: np.ndarray
     """int32 [a]."""
     second: np.ndarray
     """int32 [b]."""
     is_next: np.integer
-    """1 where `second` follows `first` in its document."""
+    """1 if `second` follows `first` in its document, else 0."""
 
 
 class TextRow(TypedDict):
-    """Pairs of texts that share a row."""
+    """A text row holds pairs of texts."""
 
     tokens: np.ndarray
     """int32: the pairs as the cache has them, `[bos] first [eos] second [eos]` each."""
@@ -48,12 +47,20 @@ class TextRow(TypedDict):
     """int32 [pairs, 2]: tokens of each pair's two texts."""
 
 
+@runtime_checkable
+class DrawnRecords(Records, Protocol):
+    """Drawn records have a random part: each epoch draws them differently."""
+
+    def draw(self, i: int, rng: np.random.Generator) -> Any:
+        """Returns record i as drawn by `rng`."""
+
+
 # -------------------------------------------------------------------------------------------------------------- packed
 
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Window i covers stream positions i*T to i*T + T inclusive; see `packed`."""
+    """Windows of a token stream: window i covers positions i*T to i*T + T inclusive; see `packed`."""
 
     cache: Cache
     seq_len: int
@@ -67,16 +74,17 @@ class Packed:
             raise IndexError(f"window {i} of {len(self)}")
         length = self.seq_len + 1
         start = i * self.seq_len
-        found = self.cache.tokens[start : start + length]
-        count = len(found)
+        window = self.cache.tokens[start : start + length]
+        count = len(window)
         tokens = np.full(length, self.cache.pad_id, np.int32)
-        tokens[:count] = found
+        tokens[:count] = window
         segments = np.zeros(length, np.int32)
         positions = np.zeros(length, np.int32)
         if self.document_mask:
             offsets = self.cache.offsets
             first, last = np.searchsorted(offsets, (start, start + count - 1), side="right") - 1
-            begins = np.maximum(offsets[first : last + 1] - start, 0)  # a document that continues begins anew here
+            # A document that goes on from the window before counts as one that begins here.
+            begins = np.maximum(offsets[first : last + 1] - start, 0)
             lengths = np.diff(begins, append=count)
             segments[:count] = np.repeat(np.arange(1, len(begins) + 1, dtype=np.int32), lengths)
             positions[:count] = np.arange(count, dtype=np.int32) - np.repeat(begins, lengths)
@@ -87,7 +95,9 @@ class Packed:
 
 
 def packed(cache: Cache, seq_len: int, *, document_mask: bool = True) -> Packed:
-    """Concatenate and split: windows of seq_len + 1 tokens overlap by one: all but the first token are a target once.
+    """Concatenates the documents and splits them into windows of seq_len + 1 tokens.
+
+    Windows overlap by one token, so that every token but the first is a target once.
 
     Without `document_mask` a window is one segment.
     """
@@ -101,7 +111,7 @@ def packed(cache: Cache, seq_len: int, *, document_mask: bool = True) -> Packed:
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Stretch i of the corpus, split in two; see `pairs`."""
+    """Pairs split each stretch of a corpus in two; see `pairs`."""
 
     cache: Cache
     length: int
@@ -113,11 +123,11 @@ class Pairs:
         return int(self.ends[-1])
 
     def __getitem__(self, i: int) -> Pair:
-        """The pair that never changes, for validation."""
+        """Returns the pair that never changes, for validation."""
         return self.draw(i, np.random.Generator(np.random.Philox(key=(self.seed << 64) | i)))
 
     def draw(self, i: int, rng: np.random.Generator) -> Pair:
-        """A pair drawn anew: where it is split, and what comes second."""
+        """Draws where a pair is split, and what comes second."""
         if not 0 <= i < len(self):
             raise IndexError(f"pair {i} of {len(self)}")
         which = int(np.searchsorted(self.ends, i, side="right"))
@@ -133,21 +143,23 @@ class Pairs:
             other = int(rng.integers(len(self.documents) - 1))
             begin, end = self._body(other + (other >= which))
             size = min(stop - split, end - begin)  # as long as the true one, or length would tell the answer
-            place = int(rng.integers(begin, end - size + 1))
-            second = self.cache.tokens[place : place + size]
+            offset = int(rng.integers(begin, end - size + 1))
+            second = self.cache.tokens[offset : offset + size]
         first = self.cache.tokens[start:split]
         return Pair(first=first.astype(np.int32), second=second.astype(np.int32), is_next=np.int32(is_next))
 
     def _body(self, which: int) -> tuple[int, int]:
-        """Stream positions of a usable document without its bos and eos."""
+        """Returns the stream positions (begin, end) of a usable document without its bos and eos."""
         document = self.documents[which]
         return int(self.cache.offsets[document]) + 1, int(self.cache.offsets[document + 1]) - 1
 
 
 def pairs(cache: Cache, length: int, seed: int = 0) -> Pairs:
-    """Pairs for next-sentence prediction, of at most `length` tokens together.
+    """Cuts documents into pairs for next-sentence prediction, of at most `length` tokens together.
 
+    Each record holds `first` int32 [a], `second` int32 [b], a + b <= length, `is_next` int32.
     Half of the time `second` follows `first` in its document, else it comes from a random place in another document.
+    Raises ValueError if there are fewer than two documents that can be split.
     """
     if length < 4:
         raise ValueError(f"length={length} must be at least 4, so that every stretch splits in two")
@@ -165,7 +177,7 @@ def pairs(cache: Cache, length: int, seed: int = 0) -> Pairs:
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """Row i holds pairs `firsts[i]` to `firsts[i + 1]` of the cache; see `texts`."""
+    """Texts share rows: row i holds pairs `firsts[i]` to `firsts[i + 1]` of the cache; see `texts`."""
 
     cache: Cache
     lengths: np.ndarray  # int32 [pairs, 2], tokens of each pair's two texts
@@ -184,7 +196,10 @@ class Texts:
 
 
 def text_lengths(cache: Cache, eos_id: int) -> np.ndarray:
-    """int32 [pairs, 2] of a cache of pairs, `[bos] first [eos] second [eos]` each."""
+    """Returns int32 [pairs, 2]: the lengths of the two texts of each `[bos] first [eos] second [eos]` of a cache.
+
+    Raises ValueError if the cache holds other documents.
+    """
     begins, ends = cache.offsets[:-1], cache.offsets[1:] - 1
     is_eos = np.asarray(cache.tokens) == eos_id
     is_eos[begins] = is_eos[ends] = False  # bos may be eos
@@ -195,7 +210,7 @@ def text_lengths(cache: Cache, eos_id: int) -> np.ndarray:
 
 
 def texts(cache: Cache, lengths: np.ndarray, takes: np.ndarray, rooms: tuple[int, int], *, pack: bool = True) -> Texts:
-    """Neighbouring pairs, as many to a row as fit: pair i takes `takes[i]` [2] of a row's two `rooms`."""
+    """Puts as many neighbouring pairs into a row as fit: pair i takes `takes[i]` [2] of a row's two `rooms`."""
     assert (takes <= np.array(rooms)).all()
     if not pack:
         return Texts(cache, lengths, np.arange(len(lengths) + 1))
@@ -212,8 +227,8 @@ def texts(cache: Cache, lengths: np.ndarray, takes: np.ndarray, rooms: tuple[int
 
 
 def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Which texts share a row of `room` tokens, the longest first; the same for the same lengths."""
-    free: list[int] = []
+    """Assigns texts to rows of `room` tokens, the longest first; returns the indices of the texts in each row."""
+    free: list[int] = []  # tokens left in each row
     out: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         n = min(lengths[i], room)
@@ -227,21 +242,22 @@ def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     return out
 
 
-def together(batch: dict[str, np.ndarray], ways: int = 1) -> dict[str, np.ndarray]:
-    """A batch `[micro, rows, T]` of one text a row, laid out in as few rows as hold them, each text a segment.
+def pack_batch(batch: dict[str, np.ndarray], ways: int = 1) -> dict[str, np.ndarray]:
+    """Packs a batch `[micro, rows, T]` of one text a row into as few rows as hold them, each text a segment.
 
-    The count of rows is rounded up to four sizes an octave and to a multiple of `ways`. Rows beyond are padding.
+    The number of rows is rounded up, to one of four sizes between two powers of 2 (so that few shapes are compiled)
+    and to a multiple of `ways`; the rows added are padding.
     """
     segments = batch["segments"]
     T, lengths = segments.shape[2], (segments > 0).sum(-1)
     rows = [first_fit(row.tolist(), T) for row in lengths]
-    need = max(map(len, rows))
-    step = max(1, (1 << max(need - 1, 1).bit_length()) // 8)
-    need = -(-need // step) * step
-    need = -(-need // ways) * ways
-    out = {name: np.zeros((len(segments), need, T), leaf.dtype) for name, leaf in batch.items()}
-    for m, several in enumerate(rows):
-        for r, members in enumerate(several):
+    count = max(map(len, rows))
+    step = max(1, (1 << max(count - 1, 1).bit_length()) // 8)
+    count = -(-count // step) * step
+    count = -(-count // ways) * ways
+    out = {name: np.zeros((len(segments), count, T), leaf.dtype) for name, leaf in batch.items()}
+    for m, micro_rows in enumerate(rows):
+        for r, members in enumerate(micro_rows):
             at = 0
             for number, i in enumerate(members, 1):
                 n = lengths[m, i]
@@ -252,8 +268,8 @@ def together(batch: dict[str, np.ndarray], ways: int = 1) -> dict[str, np.ndarra
     return out
 
 
-def trimmed(batch: dict[str, np.ndarray], least: int = 32) -> dict[str, np.ndarray]:
-    """A batch `[micro, rows, …, T]` without the columns that are padding in every row, up to a multiple of `least`."""
+def trim_padding(batch: dict[str, np.ndarray], multiple: int = 32) -> dict[str, np.ndarray]:
+    """Cuts off the columns of a batch `[micro, rows, …, T]` that are padding in every row, down to a `multiple`."""
     segments = batch["segments"]
-    n = -(-max(1, int(np.max((segments > 0).sum(-1)))) // least) * least
+    n = -(-max(1, int(np.max((segments > 0).sum(-1)))) // multiple) * multiple
     return {name: leaf[..., :n] if leaf.shape == segments.shape else leaf for name, leaf in batch.items()}

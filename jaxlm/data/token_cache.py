@@ -1,7 +1,8 @@
-"""Tokenise a source once, keep it on disk, open it by memory map.
+"""Tokenises a source once, stores it on disk, and opens it by memory map.
 
 A cache folder `NAME-FINGERPRINT/` holds `train/` and perhaps `valid/`, each with `tokens.bin`, `offsets.bin`,
-`raw_bytes.bin` and `index.json`. Finished shards rest in `parts/` until all are there, so an interrupted run goes on.
+`raw_bytes.bin` and `index.json`. Finished shards wait in `parts/` until all are
+finished, so that an interrupted run goes on.
 """
 
 import concurrent.futures
@@ -36,9 +37,9 @@ BLOCK = 16 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """An opened cache: every document is `[bos] + ids + [eos]` at `tokens[offsets[i]:offsets[i + 1]]`.
+    """An opened cache has every document as `[bos] + ids + [eos]` at `tokens[offsets[i]:offsets[i + 1]]`.
 
-    Where documents are pairs of texts, `[bos] + ids + [eos] + ids of the second + [eos]`.
+    A pair of texts is `[bos] + ids + [eos] + ids of the second + [eos]`.
     """
 
     path: Path
@@ -53,16 +54,19 @@ class Cache:
         return len(self.raw_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """To another process goes the path: a pickled memory map would carry the whole corpus."""
+        """Pickles the path alone: a pickled memory map would carry the whole corpus to another process."""
         return open_cache, (self.path, False)
 
     def document(self, i: int) -> np.ndarray:
-        """Tokens of document i, its bos and eos included."""
+        """Returns the tokens of document i, its bos and eos included."""
         return np.asarray(self.tokens[self.offsets[i] : self.offsets[i + 1]])
 
 
 def open_cache(path: str | Path, verify: bool = True) -> Cache:
-    """Open one part of a prepared cache; `verify` reads all of it once and compares checksums."""
+    """Opens one part of a prepared cache; `verify` reads all of it once and compares checksums.
+
+    Raises ValueError, which names the file, if it is missing, damaged or of another version.
+    """
     path = Path(path)
     remedy = f"delete {path.parent} and prepare the data again"
     try:
@@ -73,12 +77,12 @@ def open_cache(path: str | Path, verify: bool = True) -> Cache:
         raise ValueError(f"{path / 'index.json'} is damaged ({error}): {remedy}") from error
     if index.get("version") != VERSION:
         raise ValueError(f"{path} has cache format {index.get('version')}, this version reads {VERSION}: {remedy}")
-    for name, want in index["files"].items():
+    for name, expected in index["files"].items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
-        if size != want["bytes"]:
-            raise ValueError(f"{file} is damaged: {size} bytes instead of {want['bytes']}; {remedy}")
-        if verify and _crc(file) != want["crc32"]:
+        if size != expected["bytes"]:
+            raise ValueError(f"{file} is damaged: {size} bytes instead of {expected['bytes']}; {remedy}")
+        if verify and _crc(file) != expected["crc32"]:
             raise ValueError(f"{file} is damaged: its checksum is wrong; {remedy}")
     return Cache(
         path,
@@ -92,7 +96,7 @@ def open_cache(path: str | Path, verify: bool = True) -> Cache:
 
 
 def texts(source: str, *, field: sources.Field = "text", holdout: float = 0.0, part: str = "valid") -> Iterator[str]:
-    """The very texts behind a cache's part, in the cache's order: what gzip or xz is compared on."""
+    """Yields the texts that a part of a cache was made of, in the cache's order: gzip and xz are compared on them."""
     if part not in ("train", "valid"):
         raise ValueError(f"part={part!r}: choose 'train' or 'valid'")
     for document in sources.documents(source, field=field):
@@ -110,9 +114,10 @@ def prepare(
     workers: int = 2,
     progress: bool = True,
 ) -> dict[str, Path]:
-    """Tokenise `source` under `root` unless it's there; gives the folders of "train" and, with holdout, "valid".
+    """Tokenises `source` under `root` unless that is done; returns the folders of "train" and, with holdout, "valid".
 
-    `workers` processes share the shards (0 or 1: this process does it all). Others that want the same cache wait.
+    `workers` processes share the shards (0 or 1: this process does it all). Other runs that want the same cache wait.
+    Raises ValueError if the tokenizer has no boundary tokens, a part is empty, or the folder can't be written.
     """
     if not 0 <= holdout < 1:
         raise ValueError(f"holdout={holdout} must be at least 0 and below 1")
@@ -120,21 +125,21 @@ def prepare(
         raise ValueError(
             "the tokenizer has no token for document boundaries (bos, eos, cls or sep): choose another one"
         )
-    cuts = sources.shards(source, field=field)
-    defines = [VERSION, source, field, holdout, tokenizer.fingerprint, [(s.stamp, s.start, s.stop) for s in cuts]]
-    fingerprint = hashlib.sha256(json.dumps(defines).encode()).hexdigest()[:16]
+    shards = sources.shards(source, field=field)
+    identity = [VERSION, source, field, holdout, tokenizer.fingerprint, [(s.stamp, s.start, s.stop) for s in shards]]
+    fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     name = re.sub(r"[^A-Za-z0-9]+", "-", source).strip("-")[-40:]
     folder = Path(root).expanduser() / f"{name}-{fingerprint}"
-    done = {part: folder / part for part in ("train", "valid") if part == "train" or holdout > 0}
-    if all((path / "index.json").is_file() for path in done.values()):
-        return done
+    folders = {part: folder / part for part in ("train", "valid") if part == "train" or holdout > 0}
+    if all((path / "index.json").is_file() for path in folders.values()):
+        return folders
     with _clear_errors(folder), _locked(folder):
-        if not all((path / "index.json").is_file() for path in done.values()):
-            _tokenise(cuts, tokenizer, folder / "parts", holdout, workers, progress)
-            for part in done:
-                _merge(folder, part, cuts, tokenizer, source)
+        if not all((path / "index.json").is_file() for path in folders.values()):
+            _tokenise(shards, tokenizer, folder / "parts", holdout, workers, progress)
+            for part in folders:
+                _merge(folder, part, shards, tokenizer, source)
             shutil.rmtree(folder / "parts")
-    return done
+    return folders
 
 
 @contextlib.contextmanager
@@ -151,7 +156,7 @@ def _clear_errors(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One writer at a time; the system lets go of the lock when the process dies."""
+    """Lets one writer in at a time; the system releases the lock when the process dies."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -159,7 +164,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _write(path: Path, fill: Callable[[IO[bytes]], None]) -> None:
-    """Under a temporary name until it's whole and on disk."""
+    """Writes a file under a temporary name until it's whole and on disk."""
     partial = path.with_name(path.name + ".tmp")
     with open(partial, "wb") as file:
         fill(file)
@@ -178,47 +183,47 @@ def _crc(path: Path) -> int:
 
 # ---------------------------------------------------------------------------------------------- shard → part (workers)
 
-_work: dict[str, Any] = {}  # what every shard of this worker process needs, sent once
+_worker_settings: dict[str, Any] = {}  # what every shard of this worker process needs, sent once
 
 
 def _start_worker(tokenizer: Tokenizer, folder: Path, holdout: float) -> None:
-    _work.update(tokenizer=tokenizer, folder=folder, holdout=holdout)
+    _worker_settings.update(tokenizer=tokenizer, folder=folder, holdout=holdout)
     parent = multiprocessing.parent_process()
     if parent is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-        threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
+        threading.Thread(target=_exit_with_parent, args=(parent.sentinel,), daemon=True).start()
 
 
-def _die_with(sentinel: int) -> None:
-    """A killed parent can't stop its workers; without this they would wait for work for ever."""
+def _exit_with_parent(sentinel: int) -> None:
+    """Ends this worker when its parent ends: a killed parent can't stop it, and it would wait for work for ever."""
     multiprocessing.connection.wait([sentinel])
     os._exit(1)
 
 
 def _tokenise_shard(shard: sources.Shard) -> tuple[int, int, int]:
-    """Write one part; gives its documents, bytes and tokens."""
-    tokenizer, path = _work["tokenizer"], _part(_work["folder"], shard)
+    """Writes the tokens of one shard; returns its counts of documents, bytes and tokens."""
+    tokenizer, path = _worker_settings["tokenizer"], _part_file(_worker_settings["folder"], shard)
     ids: dict[bool, list[np.ndarray]] = {False: [], True: []}
     sizes: dict[bool, list[int]] = {False: [], True: []}
     for document in sources.read(shard):
-        side = sources.held_out(document.key, _work["holdout"])
-        whole = [tokenizer.bos_id]
+        is_valid = sources.held_out(document.key, _worker_settings["holdout"])
+        tokens = [tokenizer.bos_id]
         for text in document.texts:
-            whole += [*tokenizer.encode(text), tokenizer.eos_id]
-        ids[side].append(np.array(whole, _dtype(tokenizer)))
-        sizes[side].append(sum(len(text.encode("utf-8")) for text in document.texts))
+            tokens += [*tokenizer.encode(text), tokenizer.eos_id]
+        ids[is_valid].append(np.array(tokens, _dtype(tokenizer)))
+        sizes[is_valid].append(sum(len(text.encode("utf-8")) for text in document.texts))
     arrays: dict[str, np.ndarray] = {}
-    for side, part in ((False, "train"), (True, "valid")):
-        arrays[f"{part}_tokens"] = np.concatenate([np.zeros(0, _dtype(tokenizer)), *ids[side]])
-        arrays[f"{part}_lengths"] = np.array([len(x) for x in ids[side]], np.int64)
-        arrays[f"{part}_bytes"] = np.array(sizes[side], np.int64)
+    for is_valid, part in ((False, "train"), (True, "valid")):
+        arrays[f"{part}_tokens"] = np.concatenate([np.zeros(0, _dtype(tokenizer)), *ids[is_valid]])
+        arrays[f"{part}_lengths"] = np.array([len(x) for x in ids[is_valid]], np.int64)
+        arrays[f"{part}_bytes"] = np.array(sizes[is_valid], np.int64)
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    _write(path, lambda file: _all_of(file, buffer.getbuffer()))
+    _write(path, lambda file: _write_all(file, buffer.getbuffer()))
     return len(sizes[False]) + len(sizes[True]), sum(sizes[False] + sizes[True]), sum(map(len, ids[False] + ids[True]))
 
 
-def _all_of(file: IO[bytes], data: memoryview) -> None:
+def _write_all(file: IO[bytes], data: memoryview) -> None:
     file.write(data)
 
 
@@ -226,17 +231,17 @@ def _dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger]:
     return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
 
-def _part(folder: Path, shard: sources.Shard) -> Path:
+def _part_file(folder: Path, shard: sources.Shard) -> Path:
     return folder / f"{shard.name}.npz"
 
 
 def _tokenise(
-    cuts: tuple[sources.Shard, ...], tokenizer: Tokenizer, folder: Path, holdout: float, workers: int, progress: bool
+    shards: tuple[sources.Shard, ...], tokenizer: Tokenizer, folder: Path, holdout: float, workers: int, progress: bool
 ) -> None:
-    """Bring every missing part into `folder`."""
+    """Tokenises every shard whose part isn't in `folder` yet."""
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [shard for shard in cuts if not _part(folder, shard).is_file()]
-    with _bar(len(missing), progress) as advance, contextlib.ExitStack() as stack:
+    missing = [shard for shard in shards if not _part_file(folder, shard).is_file()]
+    with _progress_bar(len(missing), progress) as advance, contextlib.ExitStack() as stack:
         if workers <= 1:
             _start_worker(tokenizer, folder, holdout)
             results: Iterator[tuple[int, int, int]] = map(_tokenise_shard, missing)
@@ -251,13 +256,13 @@ def _tokenise(
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
             futures = [pool.submit(_tokenise_shard, shard) for shard in missing]
             results = (future.result() for future in concurrent.futures.as_completed(futures))
-        for done in results:
-            advance(*done)
+        for counts in results:
+            advance(*counts)
 
 
 @contextlib.contextmanager
-def _bar(total: int, progress: bool) -> Iterator[Callable[[int, int, int], None]]:
-    """A progress bar on standard error, where a person watches."""
+def _progress_bar(total: int, progress: bool) -> Iterator[Callable[[int, int, int], None]]:
+    """Shows a progress bar on standard error if a person watches."""
     if not (progress and sys.stderr.isatty() and total):
         yield lambda documents, size, tokens: None
         return
@@ -266,14 +271,14 @@ def _bar(total: int, progress: bool) -> Iterator[Callable[[int, int, int], None]
 
     text = "{task.fields[documents]:,} documents  {task.fields[mb]:,.0f} MB  {task.fields[rate]:,.0f} tokens/s"
     columns = bars.TextColumn("tokenising"), bars.BarColumn(), bars.TextColumn(text), bars.TimeRemainingColumn()
-    seen = [0, 0, 0]
+    totals = [0, 0, 0]
     with bars.Progress(*columns, console=console.Console(stderr=True)) as bar:
         task = bar.add_task("", total=total, documents=0, mb=0.0, rate=0.0)
 
         def advance(*counts: int) -> None:
-            seen[:] = [a + b for a, b in zip(seen, counts, strict=True)]
-            rate = seen[2] / max(bar.tasks[0].elapsed or 0.0, 1e-9)
-            bar.update(task, advance=1, documents=seen[0], mb=seen[1] / 1e6, rate=rate)
+            totals[:] = [a + b for a, b in zip(totals, counts, strict=True)]
+            rate = totals[2] / max(bar.tasks[0].elapsed or 0.0, 1e-9)
+            bar.update(task, advance=1, documents=totals[0], mb=totals[1] / 1e6, rate=rate)
 
         yield advance
 
@@ -281,8 +286,8 @@ def _bar(total: int, progress: bool) -> Iterator[Callable[[int, int, int], None]
 # ----------------------------------------------------------------------------------------------------- parts → a cache
 
 
-def _merge(folder: Path, part: str, cuts: tuple[sources.Shard, ...], tokenizer: Tokenizer, source: str) -> None:
-    """Join the parts of a source in shard order into `folder/part`, which appears all at once."""
+def _merge(folder: Path, part: str, shards: tuple[sources.Shard, ...], tokenizer: Tokenizer, source: str) -> None:
+    """Joins the parts of a source in shard order into `folder/part`, which appears all at once."""
     if (folder / part / "index.json").is_file():
         return
     building = folder / f"{part}.tmp"
@@ -290,28 +295,28 @@ def _merge(folder: Path, part: str, cuts: tuple[sources.Shard, ...], tokenizer: 
     building.mkdir()
     lengths, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
 
-    def tokens(file: IO[bytes]) -> None:
-        for shard in cuts:
-            with np.load(_part(folder / "parts", shard), allow_pickle=False) as held:
-                file.write(held[f"{part}_tokens"].data)
-                lengths.append(held[f"{part}_lengths"])
-                sizes.append(held[f"{part}_bytes"])
+    def write_tokens(file: IO[bytes]) -> None:
+        for shard in shards:
+            with np.load(_part_file(folder / "parts", shard), allow_pickle=False) as arrays:
+                file.write(arrays[f"{part}_tokens"].data)
+                lengths.append(arrays[f"{part}_lengths"])
+                sizes.append(arrays[f"{part}_bytes"])
 
-    _write(building / "tokens.bin", tokens)
+    _write(building / "tokens.bin", write_tokens)
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
     raw = np.concatenate(sizes)
     if not len(raw):
         shutil.rmtree(building)
         remedy = "give more text or change holdout" if part == "valid" else "name one with text, or lower holdout"
         raise ValueError(f"{source}: the corpus is empty: not one document fell to {part!r}; {remedy}")
-    _write(building / "offsets.bin", lambda file: _all_of(file, offsets.data))
-    _write(building / "raw_bytes.bin", lambda file: _all_of(file, raw.data))
+    _write(building / "offsets.bin", lambda file: _write_all(file, offsets.data))
+    _write(building / "raw_bytes.bin", lambda file: _write_all(file, raw.data))
     index = {
         "version": VERSION,
         "documents": len(raw),
         "tokens": int(offsets[-1]),
         "raw_bytes": int(raw.sum()),
-        "skipped_files": sum(shard.skipped for shard in cuts),
+        "skipped_files": sum(shard.skipped for shard in shards),
         "dtype": np.dtype(_dtype(tokenizer)).name,
         "vocab_size": tokenizer.vocab_size,
         "pad_id": tokenizer.pad_id or 0,
@@ -320,5 +325,5 @@ def _merge(folder: Path, part: str, cuts: tuple[sources.Shard, ...], tokenizer: 
             file.name: {"bytes": file.stat().st_size, "crc32": _crc(file)} for file in sorted(building.glob("*.bin"))
         },
     }
-    _write(building / "index.json", lambda file: _all_of(file, memoryview(json.dumps(index, indent=2).encode())))
+    _write(building / "index.json", lambda file: _write_all(file, memoryview(json.dumps(index, indent=2).encode())))
     building.rename(folder / part)

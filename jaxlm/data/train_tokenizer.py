@@ -1,4 +1,4 @@
-"""Learning a SentencePiece vocabulary from text."""
+"""Learns a SentencePiece vocabulary from text."""
 
 import hashlib
 import heapq
@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxlm.data.tokenizer import SentencePiece, write
+from jaxlm.data.tokenizer import SentencePiece, write_atomically
 
-CHUNK = 4000  # characters of text handed to the trainer at a time, line breaks and all
+CHUNK = 4000  # characters of text that the trainer gets at a time, line breaks included
 
 # Bytes per token on held-out Python source, vocabulary 8192: line by line with "\n" as a symbol of its own 3.26
 # (unigram) and 3.37 (BPE); whole chunks, so that line breaks join pieces, 3.48 and 3.62; BPE that may also cross
@@ -40,7 +40,10 @@ TRAINER: dict[str, Any] = {
 def train_sentencepiece(
     texts: Iterable[str], path: str | Path, *, vocab_size: int = 8192, seed: int = 0, max_bytes: int = 8 << 20
 ) -> SentencePiece:
-    """Learn a lossless vocabulary from a sample of at most `max_bytes` of the texts and write it to `path` (.model)."""
+    """Learns a lossless vocabulary from a sample of at most `max_bytes` of the texts and writes it to `path` (.model).
+
+    Raises ValueError if the texts are empty or too short for `vocab_size` pieces.
+    """
     import sentencepiece
 
     path = Path(path)
@@ -56,16 +59,16 @@ def train_sentencepiece(
         )
     except (RuntimeError, ValueError, OSError) as error:
         size = sum(len(chunk.encode()) for chunk in sample)
-        why = str(error).rpartition("] ")[2].strip()  # without the library's own file and line
-        raise ValueError(f"vocab_size={vocab_size} does not fit {size} bytes of text: {why}") from error
-    write(path, model.getvalue())
+        reason = str(error).rpartition("] ")[2].strip()  # without the library's own file and line
+        raise ValueError(f"vocab_size={vocab_size} does not fit {size} bytes of text: {reason}") from error
+    write_atomically(path, model.getvalue())
     return SentencePiece(model.getvalue())
 
 
 def _sample(texts: Iterable[str], seed: int, max_bytes: int) -> list[str]:
-    """Chunks with the smallest hashes: the same whatever the order of the texts, in one pass and bounded memory."""
+    """Returns the chunks with the smallest hashes, which don't depend on the order of texts; memory is bounded."""
     heap: list[tuple[int, bytes]] = []
-    kept, limit = 0, -1 << 64  # chunks ranked at or below `limit` never come back, or the order of texts would count
+    size, limit = 0, -1 << 64  # chunks ranked at or below `limit` never come back, or the order of texts would count
     seen: set[int] = set()
     for chunk in _chunks(texts):
         data = chunk.encode("utf-8")
@@ -74,11 +77,11 @@ def _sample(texts: Iterable[str], seed: int, max_bytes: int) -> list[str]:
             continue
         heapq.heappush(heap, (rank, data))
         seen.add(rank)
-        kept += len(data)
-        while kept > max_bytes and len(heap) > 1:
+        size += len(data)
+        while size > max_bytes and len(heap) > 1:
             limit, data = heapq.heappop(heap)
             seen.discard(limit)
-            kept -= len(data)
+            size -= len(data)
     return [data.decode("utf-8") for _, data in sorted(heap, reverse=True)]
 
 

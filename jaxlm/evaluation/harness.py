@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.core.errors import nearest
-from jaxlm.data.render_chat import rendered
+from jaxlm.data.render_chat import render_text
 from jaxlm.evaluation.likelihood import Request, Scorer, split, windows
 from jaxlm.inference import stream
 from jaxlm.inference.generate import Generator
@@ -110,7 +110,7 @@ class Harness:
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if self.template is None:
             raise ValueError("eval: the model has no chat template; leave out --chat")
-        return rendered(self.tokens, self.template, chat_history, add_generation_prompt)
+        return render_text(self.tokens, self.template, chat_history, add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return self.template if chat_template else None

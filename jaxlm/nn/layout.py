@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.core import config, errors, tree
 from jaxlm.core.spec import Spec, is_spec
-from jaxlm.runtime.mesh import AXES, BATCH_AXES, on_one_device, replicated
+from jaxlm.runtime.mesh import AXES, BATCH_AXES, replicated, single_device_sharding
 
 Axes = tuple[str, ...]
 
@@ -201,7 +201,7 @@ class Layout:
         that names the weight."""
         table = self.store if table is None else table
         if mesh is None:
-            one = on_one_device()
+            one = single_device_sharding()
             return jax.tree.map(lambda s: one, specs, is_leaf=is_spec)
 
         def place(path: str, s: Spec) -> NamedSharding:

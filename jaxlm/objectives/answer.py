@@ -143,7 +143,7 @@ def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[l
         f"{long:,} answers are longer than objective.max_answer, so they can't be found; raise it": long,
         f"{several:,} of {len(questions):,} texts are read in several windows, {len(records):,} in all": several,
     }
-    return records, [*labelled.told(split), *(f"{source}: {note}" for note, n in counts.items() if n)]
+    return records, [*labelled.summarize_problems(split), *(f"{source}: {note}" for note, n in counts.items() if n)]
 
 
 def _answer_tokens(q: Question, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core.spec import Spec, bias, normal
-from jaxlm.data.labelled import check_labels, split, tables
+from jaxlm.data.labelled import check_labels, make_split, tables
 from jaxlm.models.model import Model
 from jaxlm.nn.layers import Output, dropout
 from jaxlm.objectives.objective import (
@@ -97,7 +97,7 @@ def check(c: Config, tokenizer: Tokenizer) -> None:
 
 def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[list[Text], list[str]]:
     """Returns texts as tokens with their targets, and what a user should know of them."""
-    lines = split(source, tables.read(source, c.columns)).examples
+    lines = make_split(source, tables.read(source, c.columns)).examples
     texts = [[line.text(name, f"objective.{field}") for line in lines]
              for name, field in ((c.text, "text"), (c.text2, "text2")) if name]  # fmt: skip
     encoded = [tokenizer.encode_batch(several) for several in texts]

@@ -75,16 +75,16 @@ def needs_reference(c: Config) -> bool:
 def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[list[Answers], list[str]]:
     """Returns pairs of answers, and what a user should know of them."""
     every = []
-    for where, values in conversations.rows(source):
+    for where, values in conversations.read_records(source):
         sides: list[Any] = [values.get(name) for name in (c.preferred, c.other)]
         if not all(sides):
             names = ", ".join(values) or "none"
             raise ValueError(f"{where}: no {c.preferred!r} and {c.other!r}; fields: {names}; name them in objective")
-        prompt = conversations.listed(where, values[c.prompt], "user") if values.get(c.prompt) else []
+        prompt = conversations.parse_messages(where, values[c.prompt], "user") if values.get(c.prompt) else []
         for side in sides:
-            answer = conversations.listed(where, side, "assistant")  # some files repeat the prompt in it
+            answer = conversations.parse_messages(where, side, "assistant")  # some files repeat the prompt in it
             every.append(conversations.Conversation(where, [*([] if len(answer) > 1 else prompt), *answer]))
-    texts = render_chat.learnable(every, tokenizer, c.template or row.template)
+    texts = render_chat.encode_for_training(every, tokenizer, c.template or row.template)
     answers = [(t.ids, len(t.ids) - t.learned[::-1].index(False) if False in t.learned else 1) for t in _trimmed(texts)]
     pairs = list(zip(answers[::2], answers[1::2], strict=True))
     records: list[Answers] = []

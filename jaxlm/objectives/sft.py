@@ -42,7 +42,7 @@ class Conversations(Record):
 def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[list[Conversations], list[str]]:
     """Returns rows of conversations, and what a user should know of them."""
     every = conversations.read(source)
-    texts = render_chat.learnable(every, tokenizer, c.template or row.template)
+    texts = render_chat.encode_for_training(every, tokenizer, c.template or row.template)
     room = row.seq_len + 1
     notes = []
     if long := [t for t in texts if len(t.ids) > room]:
@@ -73,7 +73,7 @@ def read_prompts(
 ) -> PromptSet:  # fmt: skip
     """Returns conversations up to their last answer, and these answers. What does not fit a row together with
     `new_tokens` of answer is cut off at the beginning."""
-    ids, true = render_chat.asked(conversations.read(source), tokenizer, c.template or row.template)
+    ids, true = render_chat.prompts_and_answers(conversations.read(source), tokenizer, c.template or row.template)
     room = row.seq_len - new_tokens
     if room < 1:
         raise ValueError(f"--tokens: {new_tokens} leave nothing of train.seq_len {row.seq_len} to read; ask for fewer")

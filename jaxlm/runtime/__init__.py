@@ -1,1 +1,1 @@
-"""Processes, devices, the mesh, launchers, chips and compiler options."""
+"""The runtime is what a program runs on: processes, devices, the mesh, launchers, chips and compiler options."""

@@ -1,4 +1,4 @@
-"""Accelerators as numbers: what a chip computes, holds and moves, and how its hosts and networks are built. Data only.
+"""Accelerators are described by numbers: what a chip computes, stores and moves, and how its networks are built.
 
 Sources. NVIDIA: the data sheet of each card and of the DGX or HGX system it comes in, dense, without the factor 2 of
 sparsity; `xla` is how XLA describes the card in `xla/backends/gpu/target_config/specs`. TPU: cloud.google.com/tpu/docs,
@@ -44,43 +44,46 @@ PEAK_FLOPS = {
 
 
 def peak_flops(kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device kind; None where it isn't known (every CPU): then there is no MFU."""
+    """Returns the dense bfloat16 FLOP/s of a device kind; None if it isn't known (every CPU): then there is no MFU."""
     return PEAK_FLOPS.get(kind)
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One device as JAX counts it. Bandwidths in bytes a second, networks one way."""
+    """A chip is one device as JAX counts it. Bandwidths are bytes a second, those of networks one way."""
 
     name: str
     kind: str
-    """What JAX calls it: `device.device_kind`."""
+    """JAX's name of it: `device.device_kind`."""
     platform: str
     hbm: float
-    """Bytes of memory that a program can have."""
+    """Bytes of memory that a program can use."""
     hbm_bandwidth: float
     host: int
-    """Devices a host."""
+    """Devices of one host."""
     link: float
-    """TPU: of one ICI link; GPU: of a device into its NVLink domain."""
+    """Bandwidth of one ICI link (TPU), or of a device into its NVLink domain (GPU)."""
     network: float
-    """Of one device's share of what leaves its slice (TPU: data centre network) or its node (GPU: one NIC each)."""
+    """Bandwidth that one device has out of its slice (TPU: data centre network) or its node (GPU: one NIC each)."""
     dims: int = 0
-    """TPU: dimensions of the torus, each with two links a chip; 0: every device of a host reaches every other."""
+    """Dimensions of a TPU's torus, each with two links a chip; 0: every device of a host reaches every other."""
     low: float | None = None
     """int8 (TPU) or fp8 (GPU) operations a second; None: no faster than bfloat16."""
     cores: int = 1
-    """TPU: what a slice's short name, such as v5p-128, counts for each chip."""
+    """Number that each TPU chip counts for in a slice's short name, such as v5p-128."""
     devices: int = 1
-    """TPU: devices a chip."""
+    """Devices of one TPU chip."""
     efficiency: float = 0.6
-    """Share of the peak that large bfloat16 products reach in a training step. v4, v5e, v5p, v6e and H100: the median
-    over published runs in `benchmarks/plan_accuracy.py`; H200 as H100; the others have no such run: 0.6."""
+    """Share of the peak that large bfloat16 products reach in a training step.
+
+    v4, v5e, v5p, v6e and H100 have the median over published runs in `benchmarks/plan_accuracy.py`, and H200 that of
+    H100; the others have no such run: 0.6."""
     xla: Mapping[str, float] = field(default_factory=dict)
-    """GPU: what XLA_TARGET wants."""
+    """Values that `XLA_TARGET` needs (GPU)."""
 
     @property
     def flops(self) -> float:
+        """Returns the dense bfloat16 FLOP/s, or 0 if they aren't known."""
         return PEAK_FLOPS.get(self.kind, 0.0)
 
 
@@ -164,11 +167,11 @@ platform_name: "CUDA"  dnn_version_info {{ major: 9 minor: 8 patch: 0 }}  device
 
 
 def xla_target(c: Chip) -> str:
-    """The GPU as XLA's compiler is told of it (`GpuTargetConfigProto` as text)."""
+    """Returns a GPU's description for XLA's compiler: `GpuTargetConfigProto` as text."""
     return XLA_TARGET.format(**c.xla, kind=c.kind, memory=int(c.hbm), bandwidth=int(c.hbm_bandwidth))
 
 
 def of_kind(kind: str) -> Chip | None:
-    """The chip that JAX calls so; None: not in the table."""
-    other = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}.get(kind, kind)
-    return next((c for c in CHIPS.values() if c.kind == other), None)
+    """Returns the chip of a device kind, as JAX calls it; None if it isn't in the table."""
+    canonical = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}.get(kind, kind)
+    return next((c for c in CHIPS.values() if c.kind == canonical), None)

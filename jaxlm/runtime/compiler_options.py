@@ -1,8 +1,8 @@
-"""Compiler options as data: what a run asks of XLA beyond its defaults, checked before anything is compiled.
+"""A run may ask options of XLA beyond its defaults; they are data, and are checked before anything is compiled.
 
-`XLA_FLAGS` and `LIBTPU_INIT_ARGS` hold for a whole process, and a name that the compiler doesn't know aborts it. These
-are given to the train step alone, and an unknown one is a ValueError that names the nearest. Nothing here sets a
-variable: those of NCCL and of memory belong to launch scripts, and are recorded with the run.
+`XLA_FLAGS` and `LIBTPU_INIT_ARGS` hold for a whole process, and a name that the compiler doesn't know aborts it. The
+options here are given to the train step alone, and an unknown one is a ValueError that names the nearest. Nothing here
+sets a variable: those of NCCL and of memory belong to launch scripts, and are recorded with the run.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ Option = bool | int | float | str
 
 @dataclass(frozen=True)
 class Preset:
-    """Options that go together."""
+    """A preset is a set of options that go together."""
 
     platform: str
-    """As JAX calls the devices: gpu, tpu, cpu."""
+    """JAX's name of the devices: gpu, tpu or cpu."""
     kinds: tuple[str, ...]
-    """Beginnings of the names of devices that have what these options are about; empty: all of the platform."""
+    """Beginnings of `device_kind` that these options apply to; empty: all devices of the platform."""
     options: dict[str, Option]
     why: str
 
@@ -32,8 +32,8 @@ TPU = partial(Preset, "tpu")
 NEW_TPUS = ("TPU v5p", "TPU v5", "TPU v6 lite", "TPU v6e", "TPU7x")
 SPARSE_CORE = ("TPU v6 lite", "TPU v6e", "TPU7x")
 
-# Every name here was accepted by the compilers of jax 0.10.2 and its libtpu, for an H100 and for a TPU v6e that weren't
-# there (`benchmarks/flags.py`): that they parse, not that they pay. Measure before you keep one.
+# The compilers of jax 0.10.2 and its libtpu accept every name here, for an H100 and a TPU v6e (`benchmarks/flags.py`
+# asks them without such a device). That says that they parse, not that they make a step faster: measure each one.
 PRESETS: dict[str, Preset] = {
     "gpu_overlap": GPU(
         {
@@ -127,31 +127,32 @@ PRESETS: dict[str, Preset] = {
 
 
 def options(flags: Sequence[str], device: Any) -> dict[str, Option]:
-    """Of presets and NAME=VALUE, the later winning; for `device`, whose compiler has accepted each. (Of a device that
-    is but described, by arithmetic, there is none to ask.)
+    """Returns the options of presets and NAME=VALUE flags, of which the later wins.
 
-    Raises ValueError for what is neither, for a preset of other devices, for an unknown name and for a wrong value.
+    The compiler for `device` is asked whether it accepts each; a `mesh.Described` device has none to ask. Raises
+    ValueError for a flag that is neither, a preset for other devices, an unknown name, and a wrong value.
     """
-    found: dict[str, Option] = {}
+    result: dict[str, Option] = {}
     for flag in flags:
-        name, given, value = flag.removeprefix("--").partition("=")
-        if given:
-            found[name] = _typed(value)
+        name, equals, value = flag.removeprefix("--").partition("=")
+        if equals:
+            result[name] = _parse(value)
         elif name not in PRESETS:
             raise ValueError(f"execution.flags: {flag!r} is neither NAME=VALUE nor a preset{nearest(name, PRESETS)}")
         else:
-            found |= _fitting(name, device).options
-    if found and hasattr(device, "client"):
-        _accepted(found, device)
-    return found
+            result |= _preset_for(name, device).options
+    if result and hasattr(device, "client"):  # jax's own devices have a client, and with it a compiler
+        check_accepted(result, device)
+    return result
 
 
-def told(found: dict[str, Option]) -> str:
-    return " ".join(f"{name}={_shown(value)}" for name, value in found.items())
+def format_options(options: dict[str, Option]) -> str:
+    """Returns options as NAME=VALUE, separated by spaces."""
+    return " ".join(f"{name}={_format(value)}" for name, value in options.items())
 
 
-def _typed(value: str) -> Option:
-    """XLA takes a truth value and a number as such, not as their words."""
+def _parse(value: str) -> Option:
+    """Returns a truth value or a number as such, for XLA doesn't take them as text."""
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
     for kind in (int, float):
@@ -162,33 +163,36 @@ def _typed(value: str) -> Option:
     return value
 
 
-def _shown(value: Option) -> str:
+def _format(value: Option) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _fitting(name: str, device: Any) -> Preset:
+def _preset_for(name: str, device: Any) -> Preset:
     preset = PRESETS[name]
     if device.platform != preset.platform or (preset.kinds and not device.device_kind.startswith(preset.kinds)):
-        meant = ", ".join(preset.kinds) or f"every {preset.platform}"
+        devices = ", ".join(preset.kinds) or f"every {preset.platform}"
         raise ValueError(
-            f"execution.flags: {name} is for {meant}, and this run is on {device.platform} {device.device_kind}; "
+            f"execution.flags: {name} is for {devices}, and this run is on {device.platform} {device.device_kind}; "
             "leave it out"
         )
     return preset
 
 
-def _accepted(found: dict[str, Option], device: Any) -> None:
-    """Ask the compiler, with a program of one addition."""
+def check_accepted(options: dict[str, Option], device: Any) -> None:
+    """Asks the compiler for a device, with a program of one addition, whether it accepts options.
+
+    Raises ValueError for an unknown name, with the nearest known one, and for a wrong value.
+    """
     import jax
 
-    home = jax.sharding.SingleDeviceSharding(device)
-    number = jax.ShapeDtypeStruct((8, 128), "float32", sharding=home)
-    program = jax.jit(lambda x: x + 1, out_shardings=home).lower(number)
-    options: Any = found  # numbers are taken too, whatever its annotation says
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    number = jax.ShapeDtypeStruct((8, 128), "float32", sharding=sharding)
+    program = jax.jit(lambda x: x + 1, out_shardings=sharding).lower(number)
+    untyped: Any = options  # jax takes numbers too, whatever its annotation says
     try:
-        program.compile(compiler_options=options)
+        program.compile(compiler_options=untyped)
     except jax.errors.JaxRuntimeError as error:
-        for name, value in found.items():
+        for name, value in options.items():
             if f"No such compile option: '{name}'" in str(error):
                 close = nearest(name, {n for p in PRESETS.values() for n in p.options})
                 hint = close if "did you mean" in close else "; see the compiler's own list of flags"
@@ -196,5 +200,5 @@ def _accepted(found: dict[str, Option], device: Any) -> None:
                     f"execution.flags: the compiler for {device.device_kind} knows no {name!r}{hint}"
                 ) from None
             if f"option {name}," in str(error):
-                raise ValueError(f"execution.flags: {_shown(value)!r} is no value for {name}") from None
+                raise ValueError(f"execution.flags: {_format(value)!r} is no value for {name}") from None
         raise

@@ -1,4 +1,4 @@
-"""The mesh, and the tables from logical axes to mesh axes."""
+"""Makes the device mesh, and says which devices programs are made for."""
 
 import contextlib
 import contextvars
@@ -23,7 +23,7 @@ _target: contextvars.ContextVar[tuple[Any, ...] | None] = contextvars.ContextVar
 
 @dataclass(frozen=True)
 class Described:
-    """A device of which only this is known: enough to lay a program out, not to compile it."""
+    """A device that is only described: enough is known to lay a program out for it, not to compile it."""
 
     platform: str
     device_kind: str
@@ -31,7 +31,7 @@ class Described:
 
 @contextlib.contextmanager
 def on_devices(devices: Sequence[Any]) -> Iterator[None]:
-    """Within it programs are made for these devices, which may be a compiler's description of ones that aren't here."""
+    """Makes `devices` return these within its context; they may be descriptions of devices that aren't here."""
     token = _target.set(tuple(devices))
     try:
         yield
@@ -40,28 +40,32 @@ def on_devices(devices: Sequence[Any]) -> Iterator[None]:
 
 
 def devices() -> list[Any]:
-    """Those that programs are made for: this run's own, unless `on_devices` says otherwise."""
+    """Returns the devices that programs are made for: this run's own, unless `on_devices` says otherwise."""
     target = _target.get()
     return jax.devices() if target is None else list(target)
 
 
-def own_device() -> Any:
-    """One of them that this process may compile for."""
+def local_device() -> Any:
+    """Returns one of `devices` that this process may compile for."""
     return jax.local_devices()[0] if _target.get() is None else devices()[0]
 
 
 def platform() -> str:
-    """Of those devices: cpu, gpu or tpu."""
+    """Returns the platform of `devices`: cpu, gpu or tpu."""
     return jax.default_backend() if _target.get() is None else devices()[0].platform
 
 
-def on_one_device() -> Any:
+def single_device_sharding() -> Any:
+    """Returns the sharding of programs without a mesh: all on the first device."""
     one = devices()[0]
     return jax.sharding.SingleDeviceSharding(jax.devices()[0] if isinstance(one, Described) else one)
 
 
 def sizes(c: config.Mesh, count: int) -> dict[str, int]:
-    """Of every mesh axis on so many devices."""
+    """Returns the size of every mesh axis for `count` devices; an axis of -1, or `data` by default, takes what is left.
+
+    Raises ValueError, which names the axis, if sizes are wrong or don't fit.
+    """
     out = {a: getattr(c, a) for a in AXES}
     if out["data"] is None:
         out["data"] = 1 if -1 in out.values() else -1
@@ -81,37 +85,43 @@ def sizes(c: config.Mesh, count: int) -> dict[str, int]:
 
 
 def make_mesh(c: config.Mesh, on: list[Any] | None = None) -> Any:
-    """The mesh of all devices, or None for a single one: then nothing is annotated at all. Abstract for `Described`."""
+    """Returns the mesh of all devices, or None for a single one: then nothing is annotated at all.
+
+    It is abstract for `Described` devices. Raises ValueError if sizes don't fit.
+    """
     on = devices() if on is None else on
-    found = sizes(c, len(on))
+    shape = sizes(c, len(on))
     if len(on) == 1:
         return None
     kinds = (AxisType.Explicit if c.axis_type == "explicit" else AxisType.Auto,) * len(AXES)
     if isinstance(on[0], Described):
-        return jax.sharding.AbstractMesh(tuple(found.values()), AXES, axis_types=kinds)
-    return jax.sharding.Mesh(device_order.arranged(on, found), AXES, axis_types=kinds)
+        return jax.sharding.AbstractMesh(tuple(shape.values()), AXES, axis_types=kinds)
+    return jax.sharding.Mesh(device_order.arrange(on, shape), AXES, axis_types=kinds)
 
 
-def pinned(tree: Any, homes: Any) -> Any:
-    """A tree of arrays, each where `homes` says."""
+def pinned(tree: Any, shardings: Any) -> Any:
+    """Returns a tree of arrays, each constrained to its sharding."""
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.tree.map(jax.reshard if mesh.are_all_axes_explicit else jax.lax.with_sharding_constraint, tree, homes)
+    return jax.tree.map(
+        jax.reshard if mesh.are_all_axes_explicit else jax.lax.with_sharding_constraint, tree, shardings
+    )
 
 
 def on_mesh(mesh: jax.sharding.Mesh | None) -> Any:
-    """Context in which programs are traced: the mesh, or nothing for a single device."""
-    import contextlib
-
+    """Returns the context in which programs are traced: it sets the mesh, or nothing for a single device."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def replicated(mesh: jax.sharding.Mesh | None) -> Any:
-    return on_one_device() if mesh is None else NamedSharding(mesh, P())
+    """Returns the sharding of an array that every device has whole."""
+    return single_device_sharding() if mesh is None else NamedSharding(mesh, P())
 
 
 def check_host_memory(device: Any) -> None:
-    """Refuse a backend whose devices don't reach the host's memory. Devices that programs are only compiled for, and
-    don't say, may."""
+    """Raises ValueError if a device can't reach the host's memory.
+
+    Devices that programs are only compiled for, and don't say, are taken to reach it.
+    """
     try:
         kinds = [m.kind for m in device.addressable_memories()]
     except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):

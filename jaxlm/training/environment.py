@@ -40,7 +40,7 @@ def environment() -> dict[str, Any]:
             "count": len(devices),
             "local_count": jax.local_device_count(),
             "processes": jax.process_count(),
-            "launcher": processes.told(),
+            "launcher": processes.describe_launcher(),
         },
         "platform": platform.platform(),
         "cpu": {"model": _cpu_model(), "count": os.cpu_count()},

@@ -94,4 +94,4 @@ def test_without_a_template():
     found = encode_plainly(Conversation("a:1", [USER, BOT]), TOKENS)
     assert found.ids == [TOKENS.bos_id, *b"hihello", TOKENS.eos_id] and learned(found) == "hello</s>"
     with pytest.raises(ValueError, match="nothing to learn"):
-        conversations._joined(Conversation("a:1", []), [([1], False)])
+        conversations._concatenate(Conversation("a:1", []), [([1], False)])

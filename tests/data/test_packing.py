@@ -201,13 +201,13 @@ def test_texts_of_a_batch_are_laid_out_in_fewer_rows():
     lengths = np.array([[3, 8, 2, 5, 1, 0], [8, 8, 4, 4, 2, 6]])
     segments = (np.arange(8)[None, None] < lengths[..., None]).astype(np.int32)
     batch = dict(tokens=rng.integers(1, 99, (2, 6, 8)) * segments, segments=segments, weights=1.0 * segments)
-    got = packing.together(batch)
+    got = packing.pack_batch(batch)
     assert got["tokens"].shape == (2, 4, 8)
     for m in range(2):
         whole = [batch["tokens"][m, i, :n].tolist() for i, n in enumerate(lengths[m]) if n]
         found = [got["tokens"][m, r][got["segments"][m, r] == s].tolist() for r in range(4) for s in range(1, 9)]
         assert sorted(whole) == sorted(x for x in found if x)
     assert got["weights"].sum() == batch["weights"].sum()
-    assert packing.together(batch, ways=8)["tokens"].shape == (2, 8, 8)
-    short = packing.trimmed({k: v[:, 2:3] for k, v in batch.items()} | {"labels": np.zeros((2, 1))}, least=4)
+    assert packing.pack_batch(batch, ways=8)["tokens"].shape == (2, 8, 8)
+    short = packing.trim_padding({k: v[:, 2:3] for k, v in batch.items()} | {"labels": np.zeros((2, 1))}, multiple=4)
     assert short["tokens"].shape == (2, 1, 4) and short["labels"].shape == (2, 1)

@@ -15,6 +15,7 @@ import pytest
 import zstandard
 
 from jaxlm.data import sources
+from jaxlm.data.sources import shard, text_files
 
 RECORDS = [{"text": f"text {i} é 中文\nsecond line", "title": f"title {i}", "n": i} for i in range(25)]
 TEXTS = [record["text"] for record in RECORDS]
@@ -66,7 +67,7 @@ def test_small_files_share_shards_and_shards_are_stable(tmp_path):
         (tmp_path / f"{i:03}.txt").write_text("x" * (50 + i))
     cut = sources.shards(str(tmp_path))
     assert cut == sources.shards(str(tmp_path)) == pickle.loads(pickle.dumps(cut))
-    assert 50 <= len(cut) <= sources.GROUPS and len({shard.name for shard in cut}) == len(cut)
+    assert 50 <= len(cut) <= text_files.GROUPS and len({shard.name for shard in cut}) == len(cut)
     assert max(s.size for s in cut) < 3 * sum(s.size for s in cut) / len(cut)
     assert [d.key for s in cut for d in sources.read(s)] == [f"{i:03}.txt" for i in range(200)]
 
@@ -91,7 +92,7 @@ def test_a_big_jsonl_file_is_cut_between_lines(tmp_path, monkeypatch):
     path.write_bytes(_lines(RECORDS).rstrip(b"\n"))
     whole = list(sources.documents(str(path)))
     for size in (1, 37, 200):
-        monkeypatch.setattr(sources, "JSONL_BYTES", size)
+        monkeypatch.setattr(shard, "PIECE_BYTES", size)
         assert len(sources.shards(str(path))) > 1
         assert list(sources.documents(str(path))) == whole
 
@@ -190,7 +191,7 @@ def test_pairs_come_from_two_files_with_a_text_a_line(tmp_path, monkeypatch):
     assert _pairs(tmp_path / "x", ("en", "de")) == expected
     assert _pairs(tmp_path / "x", ("de", "en")) == [(b, a) for a, b in expected]
     whole = list(sources.documents(str(tmp_path / "x"), field=("en", "de")))
-    monkeypatch.setattr(sources, "JSONL_BYTES", 20)
+    monkeypatch.setattr(shard, "PIECE_BYTES", 20)
     assert len(sources.shards(str(tmp_path / "x"), field=("en", "de"))) > 2
     assert list(sources.documents(str(tmp_path / "x"), field=("en", "de"))) == whole
 

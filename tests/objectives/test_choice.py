@@ -99,7 +99,7 @@ def test_the_loss_by_hand_and_padding_does_not_count(file, family, pooler):
     got = choice.loss(c, model, weights, batch, None)["questions"]
     np.testing.assert_allclose(got["loss"], expected, rtol=1e-5)
     assert float(got["accuracy"]) == right
-    short = {k: v[0] for k, v in packing.trimmed({k: v[None] for k, v in batch.items()}, 4).items()}
+    short = {k: v[0] for k, v in packing.trim_padding({k: v[None] for k, v in batch.items()}, 4).items()}
     assert short["tokens"].shape == (8, 3, 12)
     np.testing.assert_allclose(choice.loss(c, model, weights, short, None)["questions"]["loss"], expected, rtol=1e-5)
     more = {k: np.concatenate([v, np.zeros_like(v)]) for k, v in batch.items()}

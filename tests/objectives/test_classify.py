@@ -108,7 +108,7 @@ def test_the_loss_by_hand_and_padding_does_not_count(file, family, pooler):
     expected = -(0.8 * (batch["target"] * log_BL).sum(-1) + 0.2 * log_BL.mean(-1)).sum()
     got = classify.loss(c, model, weights, batch, None)["texts"]
     np.testing.assert_allclose(got["loss"], expected, rtol=1e-5)
-    short = {k: v[0] for k, v in packing.trimmed({k: v[None] for k, v in batch.items()}, 4).items()}
+    short = {k: v[0] for k, v in packing.trim_padding({k: v[None] for k, v in batch.items()}, 4).items()}
     assert short["tokens"].shape[1] == 12
     np.testing.assert_allclose(classify.loss(c, model, weights, short, None)["texts"]["loss"], expected, rtol=1e-5)
     more = {k: np.concatenate([v, np.zeros_like(v)]) for k, v in batch.items()}

@@ -76,7 +76,7 @@ def test_packed_sentences_and_meshes_give_the_same(file):
         return tag.loss(c, model, weights, jax.tree.map(lambda x: x[0], batch), None)["tags"]["loss"]
 
     expected = jax.jit(jax.value_and_grad(functools.partial(value, model)))(weights, batch)
-    together = packing.together(batch, ways=8)
+    together = packing.pack_batch(batch, ways=8)
     assert together["tokens"].shape[1] == 8 and (together["segments"] > 0).sum() == (batch["segments"] > 0).sum()
     got = jax.jit(jax.value_and_grad(functools.partial(value, model)))(weights, together)
     mesh = config.Mesh(data=4, tensor=2, axis_type="explicit")

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 def test_options_reach_the_compiler_and_the_later_wins():
     found = options(["xla_cpu_enable_fast_math=true", "--xla_cpu_enable_fast_math=false"], CPU)
     assert found == {"xla_cpu_enable_fast_math": False}
-    assert compiler_options.told(found) == "xla_cpu_enable_fast_math=false"
+    assert compiler_options.format_options(found) == "xla_cpu_enable_fast_math=false"
     assert options([], CPU) == {}
 
 
@@ -44,7 +44,7 @@ def test_what_the_compiler_refuses_is_one_line(flag, words):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_fit_their_devices_and_no_others(name, monkeypatch):
-    monkeypatch.setattr(compiler_options, "_accepted", lambda found, device: None)  # those compilers aren't here
+    monkeypatch.setattr(compiler_options, "check_accepted", lambda options, device: None)  # those compilers aren't here
     preset = PRESETS[name]
     kind = preset.kinds[0] if preset.kinds else "any"
     assert options([name], SimpleNamespace(platform=preset.platform, device_kind=kind)) == preset.options
@@ -87,7 +87,7 @@ def test_a_run_records_them(tmp_path):
 
 def test_a_machine_that_is_not_here_takes_its_own_options():
     with mesh.on_devices([mesh.Described("tpu", "TPU v6e")]):
-        assert options(["tpu_vmem"], mesh.own_device()) == PRESETS["tpu_vmem"].options
+        assert options(["tpu_vmem"], mesh.local_device()) == PRESETS["tpu_vmem"].options
         with pytest.raises(ValueError, match="gpu_overlap is for every gpu, and this run is on tpu TPU v6e"):
-            options(["gpu_overlap"], mesh.own_device())
-    assert mesh.own_device() == CPU
+            options(["gpu_overlap"], mesh.local_device())
+    assert mesh.local_device() == CPU

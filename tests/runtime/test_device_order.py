@@ -35,14 +35,14 @@ def sizes(**of: int) -> dict[str, int]:
     ],
 )
 def test_outer_axes_cross_first(of, n, crossing):
-    assert device_order.across(sizes(**of), n) == sizes(**crossing)
+    assert device_order.ways_across_slices(sizes(**of), n) == sizes(**crossing)
 
 
 def test_what_would_put_tensor_parallelism_across_is_refused():
     with pytest.raises(ValueError, match=r"mesh: 4 slices .* of mesh\.data 2, mesh\.tensor 4; make .* multiple of 4"):
-        device_order.across(sizes(data=2, tensor=4), 4)
+        device_order.ways_across_slices(sizes(data=2, tensor=4), 4)
     with pytest.raises(ValueError, match=r"mesh: 3 slices"):
-        device_order.arranged(devices(0, 0, 1, 1, 2, 2), sizes(data=2, tensor=3))
+        device_order.arrange(devices(0, 0, 1, 1, 2, 2), sizes(data=2, tensor=3))
 
 
 @pytest.mark.parametrize(("platform", "name"), [("gpu", "partition_index"), ("tpu", "slice_index"), ("gpu", "")])
@@ -52,7 +52,7 @@ def test_inner_axes_stay_within_a_slice(platform, name):
         of = devices(0, 0, 1, 1, 2, 2, 3, 3, platform="other", name=name)
     else:
         of = devices(0, 0, 1, 1, 2, 2, 3, 3, platform=platform, name=name)
-    mesh = device_order.arranged(of, sizes(replica=2, fsdp=2, tensor=2))
+    mesh = device_order.arrange(of, sizes(replica=2, fsdp=2, tensor=2))
     assert mesh.shape == (2, 1, 1, 2, 1, 1, 2)
     at = np.vectorize(device_order.slice_of)(mesh).reshape(2, 2, 2)
     np.testing.assert_array_equal(at, np.arange(4).reshape(2, 2)[..., None].repeat(2, -1))
@@ -60,15 +60,15 @@ def test_inner_axes_stay_within_a_slice(platform, name):
 
 
 def test_an_axis_may_lie_within_slices_and_across_them():
-    mesh = device_order.arranged(devices(0, 0, 0, 0, 1, 1, 1, 1), sizes(fsdp=8))
+    mesh = device_order.arrange(devices(0, 0, 0, 0, 1, 1, 1, 1), sizes(fsdp=8))
     assert [device_order.slice_of(d) for d in mesh.flat] == [0] * 4 + [1] * 4
 
 
 def test_one_slice_and_unequal_ones():
-    assert device_order.arranged(devices(3, 3), sizes(data=2)).size == 2
-    assert device_order.arranged(devices(0, 1, 2, 3, platform="cpu", name=""), sizes(data=4)).size == 4
+    assert device_order.arrange(devices(3, 3), sizes(data=2)).size == 2
+    assert device_order.arrange(devices(0, 1, 2, 3, platform="cpu", name=""), sizes(data=4)).size == 4
     with pytest.raises(ValueError, match=r"mesh: slices must be equal, and there are 1 in slice 0, 3 in slice 1"):
-        device_order.arranged(devices(0, 1, 1, 1), sizes(data=4))
+        device_order.arrange(devices(0, 1, 1, 1), sizes(data=4))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_one_slice_and_unequal_ones():
 def test_dimensions_of_a_tpu_slice_are_split_among_axes_where_they_must(of):
     cube = [SimpleNamespace(id=i, platform="tpu", device_kind="TPU v5", process_index=i // 4, slice_index=0,
                             coords=[i % 4, i // 4 % 4, i // 16], core_on_chip=0) for i in range(64)]  # fmt: skip
-    mesh = device_order.arranged(cube, sizes(**of))
+    mesh = device_order.arrange(cube, sizes(**of))
     assert mesh.shape == tuple(sizes(**of).values()) and {d.id for d in mesh.flat} == set(range(64))
 
 

@@ -32,7 +32,7 @@ def test_nothing_is_one_process():
 def test_by_hand():
     env = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
     assert find(env) == Place("JAX_NUM_PROCESSES", 4, 3, "a:1")
-    assert find(env | {"JAXLM_LAUNCHER": "Ray"}).found == "Ray"
+    assert find(env | {"JAXLM_LAUNCHER": "Ray"}).launcher == "Ray"
     assert find(env | SLURM).index == 3  # said by hand counts for more
     assert find(env | {"JAXLM_DISTRIBUTED": "0"}).count == 1
     assert find({"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}).count == 1
@@ -57,7 +57,7 @@ def test_half_a_description_is_refused(env, words):
 
 def test_slurm_tasks():
     place = find(SLURM)
-    assert (place.found, place.count, place.index, place.devices) == ("SLURM", 8, 5, (1,))
+    assert (place.launcher, place.count, place.index, place.devices) == ("SLURM", 8, 5, (1,))
     host, _, port = place.address.partition(":")
     assert host == "node07" and int(port) in launchers.PORTS
     assert find(SLURM | {"SLURM_STEP_ID": "1"}).address != place.address  # two steps of a job may share a node
@@ -80,7 +80,7 @@ def test_slurm_waits_for_nobody_where_srun_started_no_others():
 
 def test_mpi_on_one_host_needs_no_address():
     place = find(MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
-    assert (place.found, place.count, place.index, place.devices) == ("Open MPI", 2, 1, (1,))
+    assert (place.launcher, place.count, place.index, place.devices) == ("Open MPI", 2, 1, (1,))
     assert place.address.startswith("127.0.0.1:")
     place = find(MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "JAX_COORDINATOR_ADDRESS": "a:1"})
     assert (place.address, place.devices) == ("a:1", None)

@@ -134,5 +134,5 @@ def test_devices_of_one_cpu_get_threads_to_wait_on(monkeypatch, flags, several, 
     monkeypatch.delenv("NPROC", raising=False)
     if given:
         monkeypatch.setenv("NPROC", given)
-    processes.enough_threads(several)
+    processes.reserve_threads(several)
     assert os.environ.get("NPROC") == then

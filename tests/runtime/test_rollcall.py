@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from jaxlm.runtime import rollcall
+from jaxlm.runtime import rollcall_server
 from jaxlm.runtime.launchers import Place
-from jaxlm.runtime.rollcall import ProcessError, Roll
+from jaxlm.runtime.rollcall import Member, ProcessError
 
 
 def free_port() -> int:
@@ -41,7 +41,7 @@ class Crew:
     def join(self, at: int, index: int, seconds: float, agreed: dict) -> None:
         place = Place("hand", self.count, index, f"127.0.0.1:{self.port}")
         try:
-            self.rolls[at] = Roll(place, agreed, seconds, lambda *end: self.ends[index].append(end))
+            self.rolls[at] = Member(place, agreed, seconds, lambda *end: self.ends[index].append(end))
         except (ValueError, ProcessError) as error:
             self.errors[at] = error
 
@@ -123,13 +123,13 @@ def test_strangers_at_the_port_are_no_processes(crew):
     port = free_port()
     place = lambda i: Place("hand", 2, i, f"127.0.0.1:{port}")  # noqa: E731
     made: dict = {}
-    first = threading.Thread(target=lambda: made.update({0: Roll(place(0), {}, 20, print)}))
+    first = threading.Thread(target=lambda: made.update({0: Member(place(0), {}, 20, print)}))
     first.start()
     for words in (b"GET / HTTP/1.1\r\n\r\n", json.dumps({"say": "step", "step": 1}).encode() + b"\n", b"[]\n"):
         with contextlib.suppress(ConnectionError), _to(port) as stranger:
             stranger.sendall(words)
             assert stranger.recv(100) == b""  # hung up on
-    made[1] = Roll(place(1), {}, 20, print)
+    made[1] = Member(place(1), {}, 20, print)
     first.join(20)
     for roll in made.values():
         roll.leave()
@@ -154,7 +154,7 @@ def test_the_dead_are_named_to_the_living(crew):
 def test_the_death_of_process_0_is_named(crew):
     two = crew(2)
     two.rolls[0].left = True
-    two.rolls[0].desk.shut()
+    two.rolls[0].server.close_sockets()
     assert two.wait_for(1) == (f"process 0 ({socket.gethostname()}) has died", 1)
 
 
@@ -204,7 +204,7 @@ def test_process_0_knows_where_each_is(crew, monkeypatch):
     two = crew(2)
     two.rolls[1].step(7)
     until = time.monotonic() + 10
-    while two.rolls[0].desk.steps.get(1) != 7:
+    while two.rolls[0].server.steps.get(1) != 7:
         assert time.monotonic() < until
         time.sleep(0.05)
 
@@ -213,15 +213,15 @@ def test_a_port_that_is_taken_is_a_fault_of_the_user():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(ValueError, match=rf"can't listen at 127.0.0.1 port {port} .*JAX_COORDINATOR_PORT"):
-            rollcall._listen(f"127.0.0.1:{port}")
+            rollcall_server.listen(f"127.0.0.1:{port}")
 
 
 def test_process_0_hears_of_the_end_last(crew, monkeypatch):
     """It ends at once, and would take the thread that tells the others with it."""
-    told, tell = [], rollcall._Line.tell
+    sent, send = [], rollcall_server.Connection.send
     monkeypatch.setattr(
-        rollcall._Line, "tell", lambda line, **m: (told.append((m["say"], line.index)), tell(line, **m))
+        rollcall_server.Connection, "send", lambda c, **m: (sent.append((m["say"], c.index)), send(c, **m))
     )
     crew(3, agreed={1: {"lr": "1"}, 2: {"lr": "1"}})
-    ends = [index for say, index in told if say == "end"]
+    ends = [index for say, index in sent if say == "end"]
     assert sorted(ends) == [0, 1, 2] and ends[-1] == 0

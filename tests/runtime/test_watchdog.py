@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from jaxlm.runtime.watchdog import LEAST, Watchdog
+from jaxlm.runtime.watchdog import MIN_LIMIT, Watchdog
 
 
 def until(true, seconds=10.0):
@@ -21,7 +21,8 @@ def waiting_for_a_batch(watch):
 
 def test_stacks_are_written_once_a_time_stuck(tmp_path, capfd):
     told = []
-    with Watchdog(tmp_path, 3, seconds=0.05, behind=lambda: "process 1 (b) is at step 4", stuck=told.append) as watch:
+    late = "process 1 (b) is at step 4"
+    with Watchdog(tmp_path, 3, seconds=0.05, describe_stragglers=lambda: late, on_stuck=told.append) as watch:
         waiting_for_a_batch(watch)
         assert len(told) == 1
         watch.beat(0.01)
@@ -35,14 +36,14 @@ def test_stacks_are_written_once_a_time_stuck(tmp_path, capfd):
 
 def test_the_limit_follows_the_steps_and_what_lies_between():
     watch = Watchdog("unused")
-    assert watch.limit == LEAST
-    assert Watchdog("unused", first=100.0).limit == 1000.0  # another shape may have to be compiled
+    assert watch.limit == MIN_LIMIT
+    assert Watchdog("unused", compile_seconds=100.0).limit == 1000.0  # another shape may have to be compiled
     watch.beat(40.0)
     assert watch.limit == 400.0
     watch._last -= 200.0  # a validation
     watch.beat(1.0)
     assert 600.0 <= watch.limit < 601.0
-    assert Watchdog("unused", first=100.0, seconds=7.0).limit == 7.0
+    assert Watchdog("unused", compile_seconds=100.0, seconds=7.0).limit == 7.0
     with pytest.raises(ValueError, match=r"train\.watchdog: -1"):
         Watchdog("unused", seconds=-1)
 

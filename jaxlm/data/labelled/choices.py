@@ -1,13 +1,13 @@
-"""Multiple choice from tables: a context, its choices in one list or in columns of their own, and which is right."""
+"""Reads multiple choice from tables: a context, its choices in one list or in columns, and which choice is right."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jaxlm.data.labelled import Choice, Split, split, tables
+from jaxlm.data.labelled import Choice, Split, make_split, tables
 
 
 class Names(NamedTuple):
-    """Columns of tables."""
+    """Names of the columns that are read; several `choices` are one choice each."""
 
     context: tuple[str, ...] = ("context",)
     choices: tuple[str, ...] = ("choices",)
@@ -15,33 +15,37 @@ class Names(NamedTuple):
 
 
 def read(source: str, names: Names | None = None, columns: Sequence[str] = (), first: int = 0) -> Split:
-    """`first`: number of the first choice. `columns`: of a CSV or TSV file whose first line is no header."""
-    return split(source, (_choice(row, names or Names(), first) for row in tables.read(source, columns)))
+    """Reads the choices of a table.
+
+    Answers are numbers counted from `first`, letters, or names of choices. `columns` names the cells of a CSV or TSV
+    file whose first line is no header. Raises ValueError if an answer names no choice.
+    """
+    return make_split(source, (_choice(row, names or Names(), first) for row in tables.read(source, columns)))
 
 
 def _choice(row: tables.Row, names: Names, first: int) -> Choice:
     context = " ".join(row.text(name, "objective.context") for name in names.context)
-    labels, texts = _choices(row, names.choices)
+    labels, texts = _labels_and_texts(row, names.choices)
     if len(texts) < 2:
         raise ValueError(f"{row.where}: {len(texts)} choices leave nothing to choose; correct or remove it")
-    told = row.text(names.answer, "objective.answer")
-    if told in labels:
-        at = labels.index(told)
-    elif len(told) == 1 and told.isalpha():
-        at = ord(told.upper()) - ord("A")
+    answer = row.text(names.answer, "objective.answer")
+    if answer in labels:
+        number = labels.index(answer)
+    elif len(answer) == 1 and answer.isalpha():
+        number = ord(answer.upper()) - ord("A")
     else:
-        at = int(told) - first if told.removeprefix("-").isdecimal() else -1
-    if not 0 <= at < len(texts):
+        number = int(answer) - first if answer.removeprefix("-").isdecimal() else -1
+    if not 0 <= number < len(texts):
         known = ", ".join(labels) or f"{first} to {first + len(texts) - 1}, or A to {chr(ord('A') + len(texts) - 1)}"
         raise ValueError(
-            f"{row.where}: {names.answer} {told!r} is none of the {len(texts)} choices ({known}); correct it, or set "
+            f"{row.where}: {names.answer} {answer!r} is none of the {len(texts)} choices ({known}); correct it, or set "
             f"objective.first to the number of the first choice"
         )
-    return Choice(row.where, context, tuple(texts), at)
+    return Choice(row.where, context, tuple(texts), number)
 
 
-def _choices(row: tables.Row, names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(what the choices are called where they have names, their texts)."""
+def _labels_and_texts(row: tables.Row, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns (the names of the choices, empty if they have none, their texts)."""
     if len(names) > 1:
         return [], [row.text(name, "objective.choices") for name in names]
     value: Any = row.cells.get(names[0])

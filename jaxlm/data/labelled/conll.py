@@ -1,33 +1,38 @@
-"""CoNLL columns: a word and its tags a line, a blank line after each sentence, `-DOCSTART-` between documents."""
+"""Reads CoNLL columns: a line is a word and its tags, sentences end with a blank line, documents with `-DOCSTART-`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from jaxlm.data.labelled import Split, Tagged, split
+from jaxlm.data.labelled import Split, Tagged, make_split
 
 DOCUMENT = "-DOCSTART-"
 
 
 def read(source: str, word: int = 0, tag: int = -1) -> Split:
-    """`word`, `tag`: numbers of their columns. Tags that mark spans (IOB1, IOB2, BIOES) become IOB2."""
+    """Reads the sentences of a file; `word` and `tag` are the numbers of their columns.
+
+    Tags that mark spans (IOB1, IOB2, BIOES) become IOB2. Raises ValueError, which names file and line, if lines differ
+    in their count of columns or tags mix spans with others.
+    """
     path = Path(source).expanduser()
     if not path.is_file():
         raise ValueError(f"data source {source!r} does not exist: give a file of CoNLL columns")
-    found: list[Tagged] = []
+    sentences: list[Tagged] = []
     words: list[str] = []
     tags: list[str] = []
     document, first, width = 0, 1, 0
 
-    def end() -> None:
+    def end_sentence() -> None:
         if words:
-            found.append(Tagged(f"{path}:{first}", tuple(words), tuple(tags), document))
+            sentences.append(Tagged(f"{path}:{first}", tuple(words), tuple(tags), document))
             words.clear()
             tags.clear()
 
     for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
         cells = line.split()
         if not cells or cells[0].startswith(DOCUMENT):
-            end()
+            end_sentence()
             document += bool(cells)
             continue
         width = width or len(cells)
@@ -39,15 +44,16 @@ def read(source: str, word: int = 0, tag: int = -1) -> Split:
             first = number
         words.append(cells[word])
         tags.append(cells[tag])
-    end()
-    schemes = [to_iob2(example.tags, example.where) for example in found]
-    return split(source, [Tagged(e.where, e.words, t, e.document) for e, t in zip(found, schemes, strict=True)])
+    end_sentence()
+    converted = [replace(s, tags=to_iob2(s.tags, s.where)) for s in sentences]
+    return make_split(source, converted)
 
 
 def to_iob2(tags: Sequence[str], where: str = "") -> tuple[str, ...]:
-    """Spans begin with B- and go on with I-. IOB1 has B- only where spans of one kind touch; BIOES also S- and E-.
+    """Returns tags in IOB2, where each span begins with B- and goes on with I-.
 
-    Tags without such marks (parts of speech) stay as they are.
+    IOB1 has B- only where spans of one kind touch; BIOES also has S- and E-, BILOU L- and U-. Tags without such marks
+    (parts of speech) stay as they are.
     """
     marks = {tag[:2] for tag in tags if tag != "O"}
     if not marks <= {"B-", "I-", "E-", "S-", "L-", "U-"}:
@@ -55,13 +61,13 @@ def to_iob2(tags: Sequence[str], where: str = "") -> tuple[str, ...]:
             odd = next(t for t in tags if t != "O" and t[:2] not in ("B-", "I-", "E-", "S-", "L-", "U-"))
             raise ValueError(f"{where}: tag {odd!r} among tags of spans; correct the file")
         return tuple(tags)
-    out, before = [], "O"
+    out, previous = [], "O"
     for tag in tags:
         mark, kind = tag[:2], tag[2:]
         if tag != "O":
-            begins = mark in ("B-", "S-", "U-") or before[2:] != kind or before[:2] in ("E-", "S-", "L-", "U-")
+            begins = mark in ("B-", "S-", "U-") or previous[2:] != kind or previous[:2] in ("E-", "S-", "L-", "U-")
             out.append(f"{'B' if begins else 'I'}-{kind}")
         else:
             out.append("O")
-        before = tag
+        previous = tag
     return tuple(out)

@@ -1,4 +1,4 @@
-"""Two entities in a text and how they are related: SemEval 2010 task 8 as published, tables, TACRED's JSON.
+"""Reads two entities of a text and their relation, from SemEval 2010 task 8 as published, tables, or TACRED's JSON.
 
 Tables hold texts with `<e1>`, `</e1>`, `<e2>`, `</e2>` around the entities, or texts and the characters of each entity
 ([first, after the last]), or lists of words and the words of each.
@@ -9,15 +9,16 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from jaxlm.data.labelled import Related, Split, split, tables
+from jaxlm.data.labelled import Related, Split, make_split, tables
 
 MARK = re.compile(r"(</?e[12]>)")
 SENTENCE = re.compile(r'\d+\t"?(.*?)"?')
 Span = tuple[int, int]
+"""A span is (first character, the one after the last)."""
 
 
 class Names(NamedTuple):
-    """Columns of tables."""
+    """Names of the columns that are read."""
 
     text: str = "text"
     head: str = "head"
@@ -26,40 +27,44 @@ class Names(NamedTuple):
 
 
 def read(source: str, names: Names | None = None, columns: Sequence[str] = ()) -> Split:
-    """`columns` names the cells of a CSV or TSV file whose first line is no header."""
+    """Reads the relations of a source; a .txt file is in SemEval's format, every other one a table.
+
+    `columns` names the cells of a CSV or TSV file whose first line is no header. Raises ValueError, which names file
+    and line, if an entity isn't marked or lies outside its text.
+    """
     if source.lower().endswith(".txt"):
-        return split(source, _semeval(source))
-    return split(source, (_related(row, names or Names()) for row in tables.read(source, columns)))
+        return make_split(source, _semeval(source))
+    return make_split(source, (_related(row, names or Names()) for row in tables.read(source, columns)))
 
 
 def _semeval(source: str) -> Iterator[Related]:
-    """A numbered sentence in quotes, below it its label and a comment."""
-    path = tables.existing(source)
+    """Reads numbered sentences in quotes; the line below each is its label, followed by a comment."""
+    path = tables.existing_file(source)
     lines = path.read_text("utf-8-sig").split("\n")
     for number, (line, label) in enumerate(itertools.zip_longest(lines, lines[1:], fillvalue=""), 1):
-        if not (found := SENTENCE.fullmatch(line.strip())):
+        if not (match := SENTENCE.fullmatch(line.strip())):
             continue
         where = f"{path}:{number}"
         if not label.strip() or SENTENCE.fullmatch(label.strip()):
             raise ValueError(f"{where}: no label below the sentence; give the file that has them")
-        yield Related(where, *unmarked(where, found[1]), label.strip())
+        yield Related(where, *remove_marks(where, match[1]), label.strip())
 
 
 def _related(row: tables.Row, names: Names) -> Related:
     cells, where = row.cells, row.where
     if "subj_start" in cells and "token" in cells:  # TACRED's own names; its last words are part of the entities
-        text, head, tail = _of_words(where, row.words("token", "objective.text"), *(
+        text, head, tail = _join_words(where, row.words("token", "objective.text"), *(
             (cells[f"{side}_start"], cells[f"{side}_end"] + 1) for side in ("subj", "obj")))  # fmt: skip
         return Related(where, text, head, tail, row.text("relation", "objective.label"))
-    label, there = row.text(names.label, "objective.label"), cells.get(names.text)
+    label, cell = row.text(names.label, "objective.label"), cells.get(names.text)
     if not isinstance(cells.get(names.head), list):
-        text, head, tail = unmarked(where, row.text(names.text, "objective.text"))
-    elif isinstance(there, list):
-        given = _span(row, names.head, "head"), _span(row, names.tail, "tail")
-        text, head, tail = _of_words(where, row.words(names.text, "objective.text"), *given)
+        text, head, tail = remove_marks(where, row.text(names.text, "objective.text"))
+    elif isinstance(cell, list):
+        spans = _span(row, names.head, "head"), _span(row, names.tail, "tail")
+        text, head, tail = _join_words(where, row.words(names.text, "objective.text"), *spans)
     else:
         row.text(names.text, "objective.text")
-        text, head, tail = str(there), _span(row, names.head, "head"), _span(row, names.tail, "tail")
+        text, head, tail = str(cell), _span(row, names.head, "head"), _span(row, names.tail, "tail")
     for a, z in (head, tail):
         if not 0 <= a < z <= len(text) or not text[a:z].strip():
             raise ValueError(f"{where}: entity [{a}, {z}] is not within the text's {len(text)} characters; correct it")
@@ -75,8 +80,8 @@ def _span(row: tables.Row, name: str, field: str) -> Span:
     return value[0], value[1]
 
 
-def _of_words(where: str, words: Sequence[str], *spans: Span) -> tuple[str, Span, Span]:
-    """The text of words, and the characters of stretches of them."""
+def _join_words(where: str, words: Sequence[str], *spans: Span) -> tuple[str, Span, Span]:
+    """Returns the text of words, and the characters of two spans of words."""
     begins = list(itertools.accumulate((len(word) + 1 for word in words), initial=0))
     for a, z in spans:
         if not 0 <= a < z <= len(words):
@@ -85,22 +90,27 @@ def _of_words(where: str, words: Sequence[str], *spans: Span) -> tuple[str, Span
     return " ".join(words), head, tail
 
 
-def unmarked(where: str, text: str) -> tuple[str, Span, Span]:
-    """(text without marks, head, tail). Marks may have white space around them that isn't the text's: one is kept."""
-    plain, at = "", {}
+def remove_marks(where: str, text: str) -> tuple[str, Span, Span]:
+    """Returns (text without `<e1>`, `</e1>`, `<e2>`, `</e2>`, head, tail).
+
+    White space on both sides of a mark isn't all the text's: that before it is kept.
+    """
+    plain, positions = "", {}
     for part in MARK.split(text):
         if not MARK.fullmatch(part):
             plain += part.lstrip() if not plain or plain[-1].isspace() else part
-        elif part in at:
+        elif part in positions:
             raise ValueError(f"{where}: {part} stands there twice; mark each entity once")
         else:
-            at[part] = len(plain)
-    if len(at) < 4:
-        gone = next(mark for mark in ("<e1>", "</e1>", "<e2>", "</e2>") if mark not in at)
-        raise ValueError(f"{where}: no {gone}; mark both entities in the text, or give their places as head and tail")
+            positions[part] = len(plain)
+    if len(positions) < 4:
+        missing = next(mark for mark in ("<e1>", "</e1>", "<e2>", "</e2>") if mark not in positions)
+        raise ValueError(
+            f"{where}: no {missing}; mark both entities in the text, or give their places as head and tail"
+        )
     spans = []
     for i in "12":
-        a, z = at[f"<e{i}>"], at[f"</e{i}>"]
+        a, z = positions[f"<e{i}>"], positions[f"</e{i}>"]
         inner = plain[a:z]
         if not inner.strip():
             raise ValueError(f"{where}: nothing stands between <e{i}> and </e{i}>; correct it")

@@ -1,18 +1,18 @@
-"""Questions on texts whose answers stand in them: SQuAD 1.1 and 2.0, and what is written as they are (XQuAD, CMRC).
+"""Reads questions whose answers are spans of a text: SQuAD 1.1 and 2.0, and files in their format (XQuAD, CMRC).
 
-Read: their nested JSON; or one question a record of JSON lines, a JSON list or TFDS, with `answers` as these have them
-(`{"text": […], "answer_start": […]}`) or as a list of `{"text": …, "answer_start": …}`.
+The format is their nested JSON, or one question a record of JSON lines, a JSON list or TFDS, with `answers` as these
+have them (`{"text": […], "answer_start": […]}`) or as a list of `{"text": …, "answer_start": …}`.
 """
 
 import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from jaxlm.data.labelled import Question, Split, split, tables
+from jaxlm.data.labelled import Question, Split, make_split, tables
 
 
 class Names(NamedTuple):
-    """Columns of flat records."""
+    """Names of the fields of flat records."""
 
     question: str = "question"
     context: str = "context"
@@ -20,34 +20,37 @@ class Names(NamedTuple):
 
 
 def read(source: str, names: Names | None = None) -> Split:
-    """Answers that don't stand where they are said to are left out, and questions that keep none of theirs."""
-    found: list[Question] = []
+    """Reads the questions of a source.
+
+    Answers that don't stand at the character they name are left out, and so are questions that lose all their answers.
+    """
+    questions: list[Question] = []
     problems: list[str] = []
-    for where, id, question, context, given in _records(source, names or Names()):
+    for where, id, question, context, answers in _records(source, names or Names()):
         if not question or not context.strip():
             raise ValueError(f"{where}: an empty {'context' if question else 'question'}; remove it")
-        held = []
-        for start, text in given:
-            there = context[max(0, start) : start + len(text)]
-            if text.strip() and there == text:
-                held.append((start + len(text) - len(text.lstrip()), text.strip()))
+        matching = []
+        for start, text in answers:
+            actual = context[max(0, start) : start + len(text)]
+            if text.strip() and actual == text:
+                matching.append((start + len(text) - len(text.lstrip()), text.strip()))
             else:
-                problems.append(f"{where}: the answer {text!r} is not at character {start}, where {there!r} stands")
-        if held or not given:
-            found.append(Question(where, id, question, context, tuple(held)))
-    return split(source, found, problems)
+                problems.append(f"{where}: the answer {text!r} is not at character {start}, where {actual!r} stands")
+        if matching or not answers:
+            questions.append(Question(where, id, question, context, tuple(matching)))
+    return make_split(source, questions, problems)
 
 
 Record = tuple[str, str, str, str, list[tuple[int, str]]]
+"""A record is (where, id, question, context, answers)."""
 
 
 def _records(source: str, names: Names) -> Iterator[Record]:
-    """(where, id, question, context, answers)."""
     if (nested := _nested(source)) is not None:
         yield from nested
         return
     for row in tables.read(source):
-        # Not stripped, unlike other cells: characters are counted from its beginning.
+        # The context isn't stripped, unlike other cells: answers count characters from its beginning.
         context, question = row.cells.get(names.context), row.text(names.question, "objective.question")
         row.text(names.context, "objective.context")
         id = str(row.cells.get("id", row.where))
@@ -55,10 +58,10 @@ def _records(source: str, names: Names) -> Iterator[Record]:
 
 
 def _nested(source: str) -> Iterator[Record] | None:
-    """None: the source is no nested file."""
+    """Returns the records of a nested file, or None if the source isn't one."""
     if not source.endswith(".json"):
         return None
-    path = tables.existing(source)
+    path = tables.existing_file(source)
     try:
         value = json.loads(path.read_text("utf-8"))
     except json.JSONDecodeError as error:
@@ -88,7 +91,7 @@ def _paragraphs(path: str, articles: list) -> Iterator[Record]:
 
 
 def _answers(where: str, cells: dict[str, Any], name: str) -> list[tuple[int, str]]:
-    """(first character, text) of each."""
+    """Returns (first character, text) of each answer of a record."""
     value = cells.get(name)
     if isinstance(value, dict) and isinstance(value.get("text"), list):
         value = [
@@ -96,7 +99,7 @@ def _answers(where: str, cells: dict[str, Any], name: str) -> list[tuple[int, st
         ]
     if isinstance(value, list) and all(isinstance(a, dict) and {"text", "answer_start"} <= a.keys() for a in value):
         return [(int(a["answer_start"]), str(a["text"])) for a in value]
-    there = ", ".join(cells) or "none"
+    fields = ", ".join(cells) or "none"
     raise ValueError(
-        f"{where}: no answers {name!r} with text and answer_start; columns there: {there}. Set objective.answers"
+        f"{where}: no answers {name!r} with text and answer_start; columns there: {fields}. Set objective.answers"
     )

@@ -1,4 +1,4 @@
-"""Rows with named cells: CSV, TSV, JSON lines, a JSON list, or a TFDS name."""
+"""Reads tables as rows with named cells: CSV, TSV, JSON lines, a JSON list, or a TFDS name."""
 
 import csv
 import json
@@ -6,37 +6,43 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm.data import sources
+from jaxlm.data.sources import tfds
 
 
 class Row(NamedTuple):
+    """A row maps the names of columns to cells."""
+
     where: str
-    """File and line."""
+    """File and line, for error messages."""
     cells: dict[str, Any]
 
     def text(self, name: str, field: str) -> str:
-        """A cell that must be there; `field` is the setting that names it."""
+        """Returns a cell as text. Raises ValueError if it is missing; `field` is the setting that names the column."""
         value = self.cells.get(name)
         if value is None or isinstance(value, list | dict):
-            there = ", ".join(self.cells) or "none"
-            raise ValueError(f"{self.where}: no text {name!r}; columns there: {there}. Set {field} to one of them")
+            columns = ", ".join(self.cells) or "none"
+            raise ValueError(f"{self.where}: no text {name!r}; columns there: {columns}. Set {field} to one of them")
         return value.strip() if isinstance(value, str) else str(value)
 
     def words(self, name: str, field: str) -> tuple[str, ...]:
-        """A list of texts that must be there."""
+        """Returns a cell that is a list of texts. Raises ValueError if it is missing; `field` names its setting."""
         value = self.cells.get(name)
         if not isinstance(value, list) or not all(isinstance(v, str | int) for v in value):
-            there = ", ".join(k for k, v in self.cells.items() if isinstance(v, list)) or "none"
-            raise ValueError(f"{self.where}: no list {name!r}; lists there: {there}. Set {field} to one of them")
+            lists = ", ".join(k for k, v in self.cells.items() if isinstance(v, list)) or "none"
+            raise ValueError(f"{self.where}: no list {name!r}; lists there: {lists}. Set {field} to one of them")
         return tuple(map(str, value))
 
 
 def read(source: str, columns: Sequence[str] = ()) -> Iterator[Row]:
-    """Rows of a table in order. `columns` names the cells of a CSV or TSV file whose first line is no header."""
+    """Yields the rows of a table in order.
+
+    `columns` names the cells of a CSV or TSV file whose first line is no header. Raises ValueError, which names file
+    and line, for what isn't a table.
+    """
     if source.startswith("tfds:"):
         yield from _tfds(source)
         return
-    path = existing(source)
+    path = existing_file(source)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"data source {source} is no table: known are {', '.join(READERS)} and tfds:NAME")
@@ -47,7 +53,8 @@ def read(source: str, columns: Sequence[str] = ()) -> Iterator[Row]:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}: convert it (iconv -t utf-8)") from error
 
 
-def existing(source: str) -> Path:
+def existing_file(source: str) -> Path:
+    """Returns the path of a source that must be a file. Raises ValueError if it doesn't exist."""
     path = Path(source).expanduser()
     if not path.is_file():
         raise ValueError(f"data source {source!r} does not exist: give a file, or tfds:NAME/CONFIG[:split] for a table")
@@ -56,22 +63,22 @@ def existing(source: str) -> Path:
 
 def _csv(path: str, file: Any, columns: list[str]) -> Iterator[Row]:
     lines = csv.reader(file)
-    # A quoted cell may hold line breaks: a row is named by its last line.
-    yield from _named(path, ((lines.line_num, cells) for cells in lines), columns)
+    # A quoted cell may hold line breaks, so the line that names a row is its last.
+    yield from _rows(path, ((lines.line_num, cells) for cells in lines), columns)
 
 
 def _tsv(path: str, file: Any, columns: list[str]) -> Iterator[Row]:
-    """Cells can hold neither tabs nor line breaks, and quotes are text, as GLUE's files have it."""
-    yield from _named(path, ((n, line.rstrip("\r\n").split("\t")) for n, line in _lines(file)), columns)
+    """Reads cells that hold neither tabs nor line breaks; quotes are part of the text, as in GLUE's files."""
+    yield from _rows(path, ((n, line.rstrip("\r\n").split("\t")) for n, line in _lines(file)), columns)
 
 
 def _lines(file: Any) -> Iterator[tuple[int, str]]:
-    """Lines that end in "\\n" alone: other separators are part of a text."""
+    """Yields numbered lines that aren't blank. They end in "\\n" alone: other separators are part of a text."""
     return ((n, line) for n, line in enumerate(file, 1) if line.strip())
 
 
-def _named(path: str, rows: Iterator[tuple[int, list[str]]], columns: list[str]) -> Iterator[Row]:
-    for number, cells in rows:
+def _rows(path: str, numbered: Iterator[tuple[int, list[str]]], columns: list[str]) -> Iterator[Row]:
+    for number, cells in numbered:
         if not cells:
             continue
         if not columns:
@@ -91,7 +98,7 @@ def _jsonl(path: str, file: Any, columns: list[str]) -> Iterator[Row]:
             value = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}:{number}: not a JSON record: {error}") from error
-        yield _object(f"{path}:{number}", value)
+        yield _record(f"{path}:{number}", value)
 
 
 def _json(path: str, file: Any, columns: list[str]) -> Iterator[Row]:
@@ -102,38 +109,37 @@ def _json(path: str, file: Any, columns: list[str]) -> Iterator[Row]:
     if not isinstance(values, list):
         raise ValueError(f"{path}: a {type(values).__name__}, where a list of records is due")
     for number, value in enumerate(values):
-        yield _object(f"{path}[{number}]", value)
+        yield _record(f"{path}[{number}]", value)
 
 
-def _object(where: str, value: Any) -> Row:
+def _record(where: str, value: Any) -> Row:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: a {type(value).__name__}, where an object is due")
     return Row(where, value)
 
 
 def _tfds(source: str) -> Iterator[Row]:
-    """Numbers of classes become their names."""
+    """Yields the rows of a TFDS split; numbers of classes become their names."""
     name, _, part = source.removeprefix("tfds:").partition(":")
-    part = part or "train"
-    features = sources._tfds_builder(name).info.features
-    for number, row in enumerate(sources._tfds_rows(name, part)):
+    features = tfds.builder(name).info.features
+    for number, row in enumerate(tfds.rows(name, part or "train")):
         yield Row(f"{source}[{number}]", {key: _plain(value, features[key]) for key, value in row.items()})
 
 
 def _plain(value: Any, feature: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.decode("utf-8")
+    # Values and features are NumPy's and TFDS's: only some have `tolist`, `feature` (of a sequence) and `int2str`.
     if hasattr(value, "tolist"):
         value = value.tolist()
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
     if isinstance(value, list | tuple):
         return [_plain(v, getattr(feature, "feature", feature)) for v in value]
     if isinstance(value, dict):
         inner = getattr(feature, "feature", feature)
         return {key: _plain(v, inner[key]) for key, v in value.items()}
-    if isinstance(value, bytes):
-        return value.decode("utf-8")
-    named = hasattr(feature, "int2str") and isinstance(value, int)
-    return (feature.int2str(value) if value >= 0 else None) if named else value
+    if hasattr(feature, "int2str") and isinstance(value, int):
+        return feature.int2str(value) if value >= 0 else None  # TFDS marks a missing label by -1
+    return value
 
 
 READERS = {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl, ".json": _json}

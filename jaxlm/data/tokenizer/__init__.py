@@ -1,0 +1,59 @@
+"""Tokenizers of several kinds behind one interface: SentencePiece, Hugging Face's `tokenizer.json`, or plain bytes.
+
+`encode` never adds special tokens and never reads one out of the user's text: "</s>" in a document is four characters.
+"""
+
+from pathlib import Path
+
+from jaxlm.data.tokenizer.hugging_face import HuggingFace, post_processor, read_tokenizer_json
+from jaxlm.data.tokenizer.interface import KINDS, SpecialIds, Tokenizer, write_atomically
+from jaxlm.data.tokenizer.raw_bytes import Bytes
+from jaxlm.data.tokenizer.sentence_piece import SPACE, SentencePiece
+
+__all__ = [
+    "KINDS",
+    "SPACE",
+    "Bytes",
+    "HuggingFace",
+    "SentencePiece",
+    "SpecialIds",
+    "Tokenizer",
+    "load",
+    "post_processor",
+    "write_atomically",
+]
+
+
+def load(spec: str | Path) -> Tokenizer:
+    """Reads a tokenizer: `bytes`, `x.model`, `x/tokenizer.json`, or a folder that holds one of these or `save` wrote.
+
+    Raises ValueError, which names the path and the remedy, if there is none or it is damaged.
+    """
+    path = Path(spec).expanduser()
+    if str(spec) == "bytes":
+        return Bytes()
+    if path.is_dir():
+        candidates = [
+            path / "tokenizer.json",
+            path / "tokenizer.model",
+            path / "tokenizer.bytes",
+            *sorted(path.glob("*.model")),
+        ]
+        path = next((file for file in candidates if file.is_file()), path)
+        if path.is_dir():
+            raise ValueError(f"tokenizer {spec}: the folder holds neither tokenizer.json nor a .model file")
+    if not path.is_file():
+        remedy = (
+            "give 'bytes', a .model file, a tokenizer.json or a folder with one, or make one: jaxlm tokenizer train"
+        )
+        raise ValueError(f"tokenizer {str(spec)!r} does not exist: {remedy}")
+    if path.name == "tokenizer.bytes":
+        return Bytes()
+    try:
+        if path.suffix == ".model":
+            return SentencePiece(path.read_bytes())
+        if path.suffix == ".json":
+            return read_tokenizer_json(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"tokenizer {path}: {error}") from error
+    raise ValueError(f"tokenizer {path} is of an unknown kind: give 'bytes', a .model file or a tokenizer.json")
