@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.assembly import generate_text, generate_text, model_source, open_model
+from jaxlm.assembly import generate_text, model_source, open_model
 from jaxlm.commands import cli
 from jaxlm.core import config, spec
 from jaxlm.data.tokenizer import Bytes
