@@ -1,1 +1,1 @@
-"""Evaluation, separate from training: reads a configuration and weights, never the loop or the step."""
+"""Evaluation is separate from training: it reads a configuration and weights, never the loop or the step."""

@@ -1,5 +1,7 @@
-"""How far figures would move on other examples of the same kind, and whether two models differ by more than that: the
-bootstrap over examples (Efron & Tibshirani 1993), paired where there are two models (Koehn 2004).
+"""The bootstrap over examples gives each figure an interval (Efron & Tibshirani 1993).
+
+It says how far a figure would move on other examples of the same kind and, paired, whether two models differ by more
+than that (Koehn 2004).
 
 N examples, M counts of each, R resamples.
 """
@@ -11,61 +13,69 @@ import numpy as np
 
 RESAMPLES, SEED = 10_000, 0
 LEVEL = 0.95
-AT_ONCE = 1 << 22  # draws, which bound the memory
+DRAWS_AT_ONCE = 1 << 22  # bounds the memory
 Figures = dict[str, np.ndarray]
 
 
 class Sample(NamedTuple):
-    """What one model did on each example: counts whose sums give its figures, so a resample is a matrix product."""
+    """A sample holds counts of what one model did on each example, whose sums give its figures.
+
+    A resample is a matrix product, therefore. `figures` makes each figure `[R]` of sums `[R, M]` over some examples.
+    `keys` are equal where two models had the same examples; `unit` names these.
+    """
 
     counts_NM: np.ndarray
     figures: Callable[[np.ndarray], Figures]
-    """Sums `[R, M]` over some examples → each figure `[R]`."""
     keys: Sequence[Any] = ()
-    """Equal where two models had the same examples."""
     unit: str = "examples"
 
 
 def intervals(sample: Sample, resamples: int = RESAMPLES, seed: int = SEED) -> dict[str, list[float]]:
-    """Of each figure the lower and the upper end of its 95 % interval (percentiles); nothing of a single example."""
+    """Returns the ends of each figure's 95 % interval (percentiles), [lower, upper]; empty for a single example."""
     if len(sample.counts_NM) < 2:
         return {}
     return {name: _ends(values_R) for name, values_R in _resampled([sample], resamples, seed)[0].items()}
 
 
 def paired(a: Sample, b: Sample, resamples: int = RESAMPLES, seed: int = SEED) -> dict[str, dict[str, Any]]:
-    """Of each figure both values, a - b with its interval, and p: twice the share of resamples in which the difference
-    is zero or has the other sign (one resample added to both counts), so p < 0.05 says what the interval says."""
+    """Compares each figure of two models: both values, the difference a - b, an interval of each, and p.
+
+    p is twice the share of resamples in which the difference is zero or has the other sign (one resample added to both
+    counts), so p < 0.05 says what the interval says. Raises a ValueError where the examples differ.
+    """
     check_same(a, b)
     whole = [{name: float(v[0]) for name, v in _figures(s, s.counts_NM.sum(0)[None]).items()} for s in (a, b)]
     drawn = _resampled([a, b], resamples, seed)
     out = {}
     for name in (n for n in drawn[0] if n in drawn[1]):
-        apart_R = drawn[0][name] - drawn[1][name]
-        apart_R = apart_R[~np.isnan(apart_R)]
-        beyond = min((apart_R <= 0).sum(), (apart_R >= 0).sum())
+        difference_R = drawn[0][name] - drawn[1][name]
+        difference_R = difference_R[~np.isnan(difference_R)]
+        beyond = min((difference_R <= 0).sum(), (difference_R >= 0).sum())
         one, other = whole[0][name], whole[1][name]
         out[name] = dict(
             value=one, interval=_ends(drawn[0][name]), against=other, against_interval=_ends(drawn[1][name]),
-            difference=one - other, difference_interval=_ends(apart_R),
-            p=min(1.0, 2 * float(beyond + 1) / (len(apart_R) + 1)),
+            difference=one - other, difference_interval=_ends(difference_R),
+            p=min(1.0, 2 * float(beyond + 1) / (len(difference_R) + 1)),
         )  # fmt: skip
     return out
 
 
 def gains(now: Mapping[str, Sample], before: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """`paired` of each figure with the same model `before` (counts by the samples' names); `over` says over what."""
+    """Compares each figure of a model with the same model's `before` (counts by the samples' names), as `paired` does.
+
+    `over` in the result says over how many examples.
+    """
     out: dict[str, dict[str, Any]] = {}
     for name, sample in now.items():
         if name in before and before[name].shape == sample.counts_NM.shape and len(sample.counts_NM) > 1:
-            found = paired(sample, sample._replace(counts_NM=before[name]))
+            compared = paired(sample, sample._replace(counts_NM=before[name]))
             over = f"{len(sample.counts_NM)} {sample.unit}"
-            out |= {figure: {**values, "over": over} for figure, values in found.items()}
+            out |= {figure: {**values, "over": over} for figure, values in compared.items()}
     return out
 
 
 def check_same(a: Sample, b: Sample) -> None:
-    """Refuses models that were not asked the same."""
+    """Raises a ValueError where two models were not asked the same examples."""
     if len(a.counts_NM) != len(b.counts_NM):
         raise ValueError(
             f"--against: the two models have {len(a.counts_NM)} and {len(b.counts_NM)} {a.unit}; compare them on the "
@@ -82,17 +92,17 @@ def check_same(a: Sample, b: Sample) -> None:
 
 
 def _resampled(samples: Sequence[Sample], resamples: int, seed: int) -> list[Figures]:
-    """Figures of the same resamples of each."""
+    """Returns the figures of each sample over the same resamples."""
     N, rng = len(samples[0].counts_NM), np.random.default_rng(seed)
     sums: list[list[np.ndarray]] = [[] for _ in samples]
-    step = max(1, AT_ONCE // N)
+    step = max(1, DRAWS_AT_ONCE // N)
     for at in range(0, resamples, step):
-        rows = min(step, resamples - at)
-        drawn = rng.integers(0, N, (rows, N)) + N * np.arange(rows)[:, None]
-        times_RN = np.bincount(drawn.ravel(), minlength=rows * N).reshape(rows, N).astype(np.float64)
-        for kept, s in zip(sums, samples, strict=True):
-            kept.append(times_RN @ s.counts_NM)
-    return [_figures(s, np.concatenate(kept)) for kept, s in zip(sums, samples, strict=True)]
+        R = min(step, resamples - at)
+        drawn = rng.integers(0, N, (R, N)) + N * np.arange(R)[:, None]
+        times_RN = np.bincount(drawn.ravel(), minlength=R * N).reshape(R, N).astype(np.float64)
+        for parts, s in zip(sums, samples, strict=True):
+            parts.append(times_RN @ s.counts_NM)
+    return [_figures(s, np.concatenate(parts)) for parts, s in zip(sums, samples, strict=True)]
 
 
 def _figures(s: Sample, sums_RM: np.ndarray) -> Figures:
@@ -101,22 +111,22 @@ def _figures(s: Sample, sums_RM: np.ndarray) -> Figures:
 
 
 def _ends(values_R: np.ndarray) -> list[float]:
-    """NaN, what a resample without a single target has, is left out."""
+    """Returns the ends of the interval. NaN, the figure of a resample without a single target, is left out."""
     rest = 100 * (1 - LEVEL) / 2
     values_R = values_R[~np.isnan(values_R)]
     return [float(x) for x in np.percentile(values_R, [rest, 100 - rest])] if len(values_R) else [np.nan, np.nan]
 
 
 def table(
-    found: Mapping[str, Mapping[str, Any]], about: str = "", heads: tuple[str, str] = ("value", "against")
+    compared: Mapping[str, Mapping[str, Any]], about: str = "", heads: tuple[str, str] = ("value", "against")
 ) -> str:
-    """Of what `paired` gives."""
+    """Returns the result of `paired` as text in columns, with `about` as the last line."""
     rows = [("", *heads, "difference", "95 % of it", "p")]
-    for name, f in found.items():
+    for name, f in compared.items():
         low, high = f["difference_interval"]
         rows.append((name, f"{f['value']:.5g}", f"{f['against']:.5g}", f"{f['difference']:+.4g}",
                      f"{low:+.4g} … {high:+.4g}", f"{f['p']:.4f}"))  # fmt: skip
-    wide = [max(len(row[i]) for row in rows) for i in range(6)]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide, strict=True)))
+    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
              for row in rows]  # fmt: skip
     return "\n".join([*lines, about] if about else lines)

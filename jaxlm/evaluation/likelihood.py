@@ -1,6 +1,6 @@
-"""How likely a model finds texts, for many requests at once: sorted by length, padded to few sizes, over the mesh.
+"""A scorer says how likely a model finds texts: many requests at once, sorted by length, padded to few sizes.
 
-B rows, P places of a row, N scored places at its end, V vocabulary, S source places.
+B rows, P positions of a row, N scored positions at its end, V vocabulary, S source positions.
 """
 
 import math
@@ -20,23 +20,23 @@ LOGITS = 1 << 28  # elements of a batch's logits, which bound its rows
 
 
 class Request(NamedTuple):
-    """Score `continuation` after `context`; both are token ids, neither is empty."""
+    """A request asks for the likelihood of `continuation` after `context`; both are token ids, neither is empty."""
 
     context: Sequence[int]
     continuation: Sequence[int]
 
 
 class Score(NamedTuple):
+    """A score is the log likelihood of a continuation, in nats, and whether each of its tokens was the likeliest."""
+
     log_likelihood: float
-    """Sum over the continuation's tokens, in nats."""
     greedy: bool
-    """Whether each token was the likeliest one."""
 
 
 class Scorer:
-    """Of one model; a program for each pair of padded lengths.
+    """A scorer holds the programs of one model, one for each pair of padded lengths.
 
-    `rows`: at most so many requests at a time. `longest`: places that a row may have; contexts lose their beginning
+    It takes at most `rows` requests at a time. Rows have at most `longest` positions: contexts lose their beginning
     where they don't fit, which `truncated` counts.
     """
 
@@ -49,27 +49,27 @@ class Scorer:
         self._run = jax.jit(partial(_score, model))
 
     def __call__(self, requests: Sequence[Request]) -> list[Score]:
-        """In the order given."""
-        rows = [self._fitting(r) for r in requests]
-        out: list[Score | None] = [None] * len(rows)
-        late: list[tuple[list[int], Any]] = []  # the device has its next batch before we wait for the last one
+        """Returns the scores in the order of the requests; a continuation that is empty or too long is a ValueError."""
+        requests = [self._truncated(r) for r in requests]
+        out: list[Score | None] = [None] * len(requests)
+        pending: list[tuple[list[int], Any]] = []  # the device gets its next batch before we wait for the last one
 
         def collect() -> None:
-            for members, found in late:
-                for i, total, greedy in zip(members, *jax.device_get(found), strict=False):
+            for members, scores in pending:
+                for i, total, greedy in zip(members, *jax.device_get(scores), strict=False):
                     out[i] = Score(float(total), bool(greedy))
-            late.clear()
+            pending.clear()
 
-        for members, B, P, N in self._batches(rows):
-            batch = self._padded([rows[i] for i in members], B, P, N)
-            found = self._run(self.params, batch)
+        for members, B, P, N in self._batches(requests):
+            batch = self._padded([requests[i] for i in members], B, P, N)
+            scores = self._run(self.params, batch)
             collect()
-            late.append((members, found))
+            pending.append((members, scores))
         collect()
         assert all(out), "a request was left out"
         return out  # type: ignore[return-value]
 
-    def _fitting(self, r: Request) -> Request:
+    def _truncated(self, r: Request) -> Request:
         if not r.context or not r.continuation:
             raise ValueError("eval: a request without context or continuation can't be scored")
         if self.model.family.kind == "encoder_decoder":
@@ -81,41 +81,41 @@ class Scorer:
         self.truncated += len(r.context) > room
         return Request(r.context[-room:], r.continuation)
 
-    def _batches(self, rows: Sequence[Request]) -> Iterator[tuple[list[int], int, int, int]]:
-        """(members, B, P, N), the longest first: an error for want of memory then comes at once."""
+    def _batches(self, requests: Sequence[Request]) -> Iterator[tuple[list[int], int, int, int]]:
+        """Yields (members, B, P, N), the longest first: where memory is too small, the error then comes at once."""
         seq2seq = self.model.family.kind == "encoder_decoder"
-        ways = _ways(self.model)
+        devices = _batch_devices(self.model)
         sizes = [
             (
                 size(len(r.continuation), 4),
                 size(len(r.context) if seq2seq else len(r.context) + len(r.continuation) - 1, 32),
             )
-            for r in rows
+            for r in requests
         ]
-        order = sorted(range(len(rows)), key=lambda i: (sizes[i][1], sizes[i][0]), reverse=True)
+        order = sorted(range(len(requests)), key=lambda i: (sizes[i][1], sizes[i][0]), reverse=True)
         while order:
             N, P = sizes[order[0]]
-            most = max(1, min(self.rows, LOGITS // (N * self.model.config.vocab)))
-            same = [i for i in order if sizes[i] == (N, P)][:most]
+            limit = max(1, min(self.rows, LOGITS // (N * self.model.config.vocab)))
+            same = [i for i in order if sizes[i] == (N, P)][:limit]
             taken = set(same)
             order = [i for i in order if i not in taken]
-            B = min(most, 1 << (len(same) - 1).bit_length())
-            yield same, -(-B // ways) * ways, min(P, self.longest), min(N, self.longest)
+            B = min(limit, 1 << (len(same) - 1).bit_length())
+            yield same, -(-B // devices) * devices, min(P, self.longest), min(N, self.longest)
 
-    def _padded(self, rows: Sequence[Request], B: int, P: int, N: int) -> dict[str, np.ndarray]:
-        """Continuations end at the end of their rows. Rows that only fill the batch up repeat the first."""
-        rows = [*rows, *[rows[0]] * (B - len(rows))]
+    def _padded(self, requests: Sequence[Request], B: int, P: int, N: int) -> dict[str, np.ndarray]:
+        """Returns a batch whose rows end with the continuations; the first request fills it up to B rows."""
+        requests = [*requests, *[requests[0]] * (B - len(requests))]
         out = {name: np.zeros((B, N), np.int32) for name in ("targets", "weights")}
-        for i, r in enumerate(rows):
+        for i, r in enumerate(requests):
             out["targets"][i, N - len(r.continuation) :] = r.continuation
             out["weights"][i, N - len(r.continuation) :] = 1
         if self.model.family.kind == "encoder_decoder":
             start = self.model.config.target_start
-            texts: list[Sequence[int]] = [[start, *r.continuation[:-1]] for r in rows]
-            out |= sources([r.context for r in rows])
+            texts: list[Sequence[int]] = [[start, *r.continuation[:-1]] for r in requests]
+            out |= sources([r.context for r in requests])
             P = N
         else:
-            texts = [[*r.context, *r.continuation[:-1]] for r in rows]
+            texts = [[*r.context, *r.continuation[:-1]] for r in requests]
         out |= {name: np.zeros((B, P), np.int32) for name in ("tokens", "positions", "segments")}
         for i, text in enumerate(texts):
             out["tokens"][i, P - len(text) :] = text
@@ -125,20 +125,20 @@ class Scorer:
 
 
 def size(n: int, least: int) -> int:
-    """`n` rounded up to one of few sizes: `least`, twice that …, from the fourth on with one in between."""
+    """Rounds `n` up to one of few sizes: `least`, twice that …, from the fourth on with one in between."""
     power = max(least, 1 << (n - 1).bit_length())
     between = power * 3 // 4
     return between if power >= 8 * least and n <= between else power
 
 
-def _ways(model: Model) -> int:
-    """Devices that share the rows."""
+def _batch_devices(model: Model) -> int:
+    """Counts the devices that share the rows of a batch."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[a] for a in model.shard.compute["batch"])
 
 
 def _score(model: Model, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """(log likelihood, whether greedy) `[B]`."""
+    """Returns (log likelihood, whether greedy), each `[B]`."""
     batch = {name: model.shard(x, "batch", None) for name, x in batch.items()}
     targets_BN, real_BN = batch.pop("targets"), batch.pop("weights") > 0
     x_BND = model.forward(params, batch).x_BTD[:, -targets_BN.shape[1] :]
@@ -151,7 +151,7 @@ def _score(model: Model, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.
 
 
 def windows(tokens: Sequence[int], prefix: int, longest: int) -> list[Request]:
-    """A text of any length as requests whose likelihoods add up to its own: each token is scored once.
+    """Cuts a text of any length into requests whose log likelihoods add up to its own: each token is scored once.
 
     The first window begins with `prefix`; a later one is filled up on its left with what came before.
     """
@@ -164,13 +164,13 @@ def windows(tokens: Sequence[int], prefix: int, longest: int) -> list[Request]:
 
 
 def split(encode: Callable[[str], list[int]], context: str, continuation: str) -> Request:
-    """Tokens of both as they stand in the joined text; spaces that end the context belong to the continuation.
+    """Encodes both as they stand in the joined text; spaces that end the context belong to the continuation.
 
     Where a token spans the two, the continuation is encoded on its own.
     """
-    kept = context.rstrip()
-    continuation = context[len(kept) :] + continuation
-    before, whole = encode(kept), encode(kept + continuation)
+    stripped = context.rstrip()
+    continuation = context[len(stripped) :] + continuation
+    before, whole = encode(stripped), encode(stripped + continuation)
     if whole[: len(before)] == before and len(whole) > len(before):
         return Request(before, whole[len(before) :])
     return Request(before, encode(continuation))

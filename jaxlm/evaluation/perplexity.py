@@ -1,4 +1,4 @@
-"""Loss, perplexity, bits per byte and accuracy over a validation set: sums with weights, divided once at the end."""
+"""Loss, perplexity, bits per byte and accuracy over a validation set are sums with weights, divided once at the end."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,9 +13,10 @@ Part = tuple[Sums, dict[str, float]]
 
 
 def make_eval_step(loss: Any, totals_of: Any, bytes_per_token: np.ndarray) -> Callable[[Any, Any], Any]:
-    """jitted `(params, batch) → (sums, totals)`; batch leaves `[1, batch, …]`, padding rows weigh nothing.
+    """Returns a jitted `(params, batch) → (sums, totals)`.
 
-    `bytes` among the totals counts the raw text bytes of the target tokens, special tokens none.
+    Batch leaves are `[1, batch, …]`; padding rows weigh nothing. `bytes` among the totals counts the raw text bytes of
+    the target tokens, special tokens none.
     """
     table_V = np.asarray(bytes_per_token, np.float32)
 
@@ -31,19 +32,22 @@ def make_eval_step(loss: Any, totals_of: Any, bytes_per_token: np.ndarray) -> Ca
 
 
 def parts(step: Callable[[Any, Any], Any], params: Any, batches: Iterable[Mapping[str, Any]]) -> list[Part]:
-    """Of each batch."""
+    """Returns (sums, totals) of each batch, on the host."""
     return [jax.device_get(step(params, batch)) for batch in batches]
 
 
-def total(found: Sequence[Part]) -> dict[str, float]:
-    """Means over all parts, added up in float64."""
+def total(parts: Sequence[Part]) -> dict[str, float]:
+    """Returns the means over all parts, added up in float64.
+
+    Raises a ValueError where there is no batch, or not a single target.
+    """
     sums: Sums = {}
     totals: dict[str, float] = {}
-    for part, weight in found:
+    for part, weight in parts:
         for name, values in part.items():
             for metric, value in values.items():
-                done = sums.setdefault(name, {})
-                done[metric] = done.get(metric, 0.0) + float(value)
+                added = sums.setdefault(name, {})
+                added[metric] = added.get(metric, 0.0) + float(value)
         for name, value in weight.items():
             totals[name] = totals.get(name, 0.0) + float(value)
     if not sums:
@@ -55,7 +59,7 @@ def total(found: Sequence[Part]) -> dict[str, float]:
 
 
 def means(sums: dict[str, dict[str, Any]], totals: dict[str, Any]) -> dict[str, Any]:
-    """Of sums and total weights, numbers or arrays of them. With one loss the metrics carry no prefix.
+    """Divides sums by total weights, numbers or arrays of them. With one loss the metrics carry no prefix.
 
     `perplexity` is exp(nll per target); `bits_per_byte` counts every target's nats, end-of-document tokens included,
     over the text's bytes, so it compares with a compressor's size of the same text.

@@ -1,7 +1,7 @@
-"""The inside of the sandbox: a script that gives up what it can, then runs a program that nobody has read.
+"""This script is the inside of the sandbox: it gives up what it can, then runs a program that nobody has read.
 
-`sandbox` starts it as `python -I guard.py`; it needs the standard library alone. In: a JSON object on stdin. Out: one
-on what was stdout, with the token that it was given, once the program came to its end.
+`sandbox` starts it as `python -I sandbox_child.py`; it needs the standard library alone. It reads a JSON object from
+stdin and writes one to what was stdout, with the token that it was given, once the program came to its end.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import sys
 from typing import Any
 
 LIBC = ctypes.CDLL(None, use_errno=True)
-# Of linux/landlock.h. What may be done with files, by the kernel's version of it; a rule's rights to read and list.
+# From linux/landlock.h: numbers of its calls, all rights over files by the version of it, a rule's rights to read.
 CREATE, ADD, RESTRICT = 444, 445, 446
 RIGHTS = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF, 5: 0xFFFF}
 READ, READ_FILE, READ_WRITE = 0x4 | 0x8, 0x4, 0x4 | 0x2
@@ -34,24 +34,28 @@ EVENTS = ("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "o
 
 
 def bounds(memory: int, seconds: int, file_bytes: int, processes: int) -> None:
-    for what, most in (
+    """Sets the kernel's limits of this process's resources."""
+    for name, limit in (
         ("AS", memory), ("CPU", seconds), ("FSIZE", file_bytes), ("NPROC", processes), ("NOFILE", 64), ("CORE", 0),
     ):  # fmt: skip
-        number = getattr(resource, f"RLIMIT_{what}")
+        number = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(number)[1]
         with contextlib.suppress(ValueError, OSError):  # macOS has some of these by name alone
-            resource.setrlimit(number, (most if hard < 0 else min(most, hard),) * 2)
+            resource.setrlimit(number, (limit if hard < 0 else min(limit, hard),) * 2)
 
 
 def files(folder: str, readable: list[str]) -> str | None:
-    """Nothing but `folder` may be written, nothing but that and `readable` read, nothing executed. Why not, if not."""
+    """Allows writing in `folder` alone, reading there and in `readable`, and executing nothing.
+
+    Returns None, or why the kernel can't do so.
+    """
     version = LIBC.syscall(CREATE, None, ctypes.c_size_t(0), 1) if sys.platform == "linux" else -1
     if version < 1:
         return "this kernel has no Landlock"
     every = RIGHTS[min(version, 5)]
     net, scope = 3 if version >= 4 else 0, 3 if version >= 6 else 0
-    asked = struct.pack("QQQ", every, net, scope)
-    rules = LIBC.syscall(CREATE, asked, ctypes.c_size_t(len(asked)), 0)
+    attributes = struct.pack("QQQ", every, net, scope)
+    rules = LIBC.syscall(CREATE, attributes, ctypes.c_size_t(len(attributes)), 0)
     devices = [("/dev/null", READ_WRITE), ("/dev/zero", READ_FILE), ("/dev/urandom", READ_FILE)]
     for path, rights in [(folder, every & ~1), *((path, READ) for path in readable), *devices]:
         if os.path.exists(path):
@@ -63,7 +67,10 @@ def files(folder: str, readable: list[str]) -> str | None:
 
 
 def calls() -> str | None:
-    """No new process, no socket, no change of modes or owners, by a filter of system calls. Why not, if not."""
+    """Refuses new processes, sockets and changes of modes or owners, by a filter of system calls.
+
+    Returns None, or why the kernel can't do so.
+    """
     if sys.platform != "linux" or platform.machine() not in CALLS:
         return f"no filter of system calls is known for {sys.platform} on {platform.machine()}"
     machine, clone, refused = CALLS[platform.machine()]
@@ -76,22 +83,22 @@ def calls() -> str | None:
     code += [(equal, 0, 1, CLONE3), (answer, 0, 0, absent)]  # its flags can't be seen; libraries go on with clone
     code += [(equal, 0, 3, clone), (load, 0, 0, 16), (has, 1, 0, THREAD), (answer, 0, 0, no), (answer, 0, 0, yes)]
     packed = b"".join(struct.pack("HBBI", *line) for line in code)
-    held = ctypes.create_string_buffer(packed, len(packed))
-    program = struct.pack("HxxxxxxP", len(code), ctypes.addressof(held))
+    buffer = ctypes.create_string_buffer(packed, len(packed))
+    program = struct.pack("HxxxxxxP", len(code), ctypes.addressof(buffer))
     if LIBC.prctl(22, 2, program, 0, 0) != 0:
         return f"the filter of system calls was refused: {os.strerror(ctypes.get_errno())}"
     return None
 
 
 def powers() -> None:
-    """No capabilities, and none to be had."""
+    """Gives up all capabilities, so that none can be had again."""
     if sys.platform == "linux":
         LIBC.prctl(38, 1, 0, 0, 0)
         LIBC.capset(struct.pack("Ii", 0x20080522, 0), struct.pack("6I", *[0] * 6))
 
 
 def watch() -> None:
-    """A second lock for what Python itself is asked to do; all there is where the kernel has none of the others."""
+    """Refuses the same once more where Python is asked for it: all there is where the kernel has no such filters."""
 
     def refuse(event: str, args: Any) -> None:
         if event.startswith(EVENTS):
@@ -101,21 +108,22 @@ def watch() -> None:
 
 
 def main() -> None:
-    told = json.loads(sys.stdin.read())
+    """Runs the program of the request on stdin and writes how it ended."""
+    request = json.loads(sys.stdin.read())
     out = os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDWR)
+    null = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
-        os.dup2(nothing, number)
+        os.dup2(null, number)
     powers()
-    bounds(*told["bounds"])
-    missing = [why for why in (files(told["folder"], told["readable"]), calls()) if why]
+    bounds(*request["bounds"])
+    missing = [why for why in (files(request["folder"], request["readable"]), calls()) if why]
     watch()
     error = None
     try:
-        exec(compile(told["program"], "program", "exec"), {"__name__": "program"})
+        exec(compile(request["program"], "program", "exec"), {"__name__": "program"})
     except BaseException as raised:
         error = f"{type(raised).__name__}: {raised}"[:300]
-    os.write(out, json.dumps(dict(token=told["token"], error=error, missing=missing)).encode())
+    os.write(out, json.dumps(dict(token=request["token"], error=error, missing=missing)).encode())
     os._exit(0)
 
 

@@ -1,1 +1,4 @@
-"""Other people's files, in and out: each driven by the families' name tables (`jaxlm/core/weight_names.py`)."""
+"""Weights and states on disk are read and written here, our own and other people's formats.
+
+Published formats follow from the families' name tables (`jaxlm/core/weight_names.py`).
+"""

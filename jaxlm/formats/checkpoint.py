@@ -1,8 +1,8 @@
-"""Checkpoints: the whole state and its meta data in one atomic step, written while training goes on.
+"""A checkpoint is the whole state and its meta data in one atomic step, written while training goes on.
 
 `checkpoint-<step>/` holds one Orbax item for each part of the state (`params/`, `opt/`, …; single arrays such as the
 step and the key lie together in `rest/`), `meta/` and `metrics/` as JSON, and `manifest.json` with size and CRC-32 of
-every file. All is plain nested dicts: `orbax.checkpoint.StandardCheckpointer().restore(".../params")` opens it.
+every file. The trees are plain nested dicts: `orbax.checkpoint.StandardCheckpointer().restore(".../params")` opens it.
 A step appears under its name by one rename, manifest included; a killed process leaves only a `*-tmp` folder behind.
 """
 
@@ -25,13 +25,12 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint._src.metadata.array_metadata_store import Store  # without it random keys come back as numbers
 
 from jaxlm.core.errors import one_line
+from jaxlm.formats.checkpoint_tree import MismatchError, check_same, nested, structured_like, with_sharding
 from jaxlm.formats.manifest import MANIFEST, damage, write_manifest
 
-REST = "rest"  # the item that holds the parts of a state which are one array each
-OWN_ITEMS = ("meta", "metrics", REST)
 NAME = re.compile(r"checkpoint-(\d+)")
 TEMPORARY = re.compile(r"checkpoint-\d+\.(orbax-checkpoint-tmp|deleted)")
-SPLIT = 1 << 20  # bytes from which the copies of an array share its writing: each cut is a program to compile
+SPLIT = 1 << 20  # bytes from which the replicas of an array share its writing: each cut is a program to compile
 FAULTS = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "the disk quota is used up: free some space",
@@ -44,10 +43,12 @@ FAULTS = {
 
 
 class Checkpoints:
-    """The checkpoints of one run. In a run of several processes every process makes the same calls in the same order.
+    """This object saves and restores the checkpoints of one run.
 
-    keep: how many of the newest to keep. keep_best: and the one with the lowest `best_metric`.
-    every: cadence that `due(step)` answers for. timeout_s: bound on a save in the background and on every barrier.
+    In a run of several processes every process makes the same calls in the same order.
+
+    keep: how many of the newest to keep. keep_best: whether to keep the one with the lowest `best_metric` too.
+    every: the cadence that `due(step)` answers for. timeout_s: bound on a save in the background and on every barrier.
     """
 
     def __init__(
@@ -79,29 +80,30 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # ---- what is there
+    # ---- which steps exist
 
     def steps(self) -> list[int]:
-        """Committed steps, ascending (damaged ones too: only a restore looks inside)."""
+        """Returns the committed steps, ascending, damaged ones included: only a restore reads the files."""
         if not self.folder.is_dir():
             return []
-        found = (NAME.fullmatch(p.name) for p in self.folder.iterdir())
-        return sorted(int(m[1]) for m in found if m)
+        matches = (NAME.fullmatch(p.name) for p in self.folder.iterdir())
+        return sorted(int(m[1]) for m in matches if m)
 
     def latest(self) -> int | None:
-        """The newest committed step."""
+        """Returns the newest committed step, None if there is none."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The step with the lowest `best_metric`; the newer one on a tie; None if no step has that metric."""
+        """Returns the step with the lowest `best_metric`, the newer one on a tie, None if no step has that metric."""
         scored = [(score, -step) for step in self.steps() if (score := self._score(step)) is not None]
         return -min(scored)[1] if scored else None
 
     def due(self, step: int) -> bool:
-        """Whether `step` is one of the `every`-th."""
+        """Says whether a checkpoint is due at `step`: at each `every`-th one."""
         return step % self._every == 0
 
     def path(self, step: int) -> Path:
+        """Returns the folder of a step."""
         return self.folder / f"checkpoint-{step}"
 
     # ---- save
@@ -109,14 +111,14 @@ class Checkpoints:
     def save(
         self, step: int, state: Any, meta: dict, *, metrics: Mapping[str, float] | None = None, wait: bool = False
     ) -> bool:
-        """Copy `state` to host memory, return, and write it in the background; False if this step is already there.
+        """Copies `state` to host memory, returns, and writes it in the background; False if this step exists already.
 
         Raises what went wrong with the save before this one (or this one if `wait`) as ValueError in one line.
         """
         self.wait()
         if step == self.step:
             return False
-        items = _nested(state)
+        items = nested(state)
         json_items = {"meta": _json(meta, "meta"), "metrics": _json(dict(metrics or {}), "metrics")}
         self._make_room(step)
         saver = self._saver_for((*items, *json_items))
@@ -132,7 +134,7 @@ class Checkpoints:
         return True
 
     def wait(self) -> None:
-        """Until the save in the background has been committed; raises its error. Then delete what is not to be kept."""
+        """Waits until the save in the background is committed and deletes old steps; raises the save's error."""
         if self._saver is None or self._saving is None:
             return
         try:
@@ -144,7 +146,7 @@ class Checkpoints:
             self._delete_old()
 
     def close(self) -> None:
-        """Finish and free the threads."""
+        """Waits for the last save and frees the threads."""
         try:
             self.wait()
         finally:
@@ -153,12 +155,12 @@ class Checkpoints:
     # ---- restore
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
-        """(state, meta) of `step`, or of the newest step that is sound, straight to the shards of `abstract_state`.
+        """Restores (state, meta) of `step`, or of the newest sound step, straight to the shards of `abstract_state`.
 
         abstract_state: leaves are `jax.ShapeDtypeStruct(shape, dtype, sharding=…)` on whatever mesh there is now.
         Raises ValueError if `step` is damaged or missing, if none is left, or if a name, shape or dtype differs.
         """
-        wanted = _nested(abstract_state)
+        wanted = nested(abstract_state)
 
         def read(at: int) -> tuple[dict, dict]:
             self._check_items(at, wanted)
@@ -166,30 +168,30 @@ class Checkpoints:
             return trees, self._read_json(at, "meta")
 
         trees, meta = self._first_sound(step, (*wanted, "meta", "metrics"), read, remember=True)
-        return _like(abstract_state, trees), meta
+        return structured_like(abstract_state, trees), meta
 
     def restore_params(self, abstract_params: Any, step: int | None = None, *, item: str = "params") -> Any:
-        """The weights alone: no other file is read. Cast to the dtypes of `abstract_params`.
+        """Restores the weights alone, cast to the dtypes of `abstract_params`; no other file is read.
 
         item: the part of the state that holds them, or a path into it such as `opt/ema`.
         """
         name, *inner = item.split("/")
-        wanted = _nested(abstract_params, whole=True)
+        wanted = nested(abstract_params, whole=True)
         for key in reversed(inner):
             wanted = {key: wanted}
         tree = self._first_sound(step, (name,), lambda at: self._read(at, name, wanted, cast=True, partial=bool(inner)))
         for key in inner:
             tree = tree[key]
-        return _like(abstract_params, tree, whole=True)
+        return structured_like(abstract_params, tree, whole=True)
 
     def read_meta(self, step: int | None = None) -> dict:
-        """The meta data of `step`, or of the newest step whose meta data is sound."""
+        """Reads the meta data of `step`, or of the newest step whose meta data is sound."""
         return self._first_sound(step, ("meta",), lambda at: self._read_json(at, "meta"))
 
     def damage(self, step: int, items: tuple[str, ...] | None = None) -> str | None:
-        """What is wrong with the files of a step (or of some items of it) by its manifest, in words; None if sound.
+        """Says what is wrong with the files of a step, or of some items of it, by its manifest; None if nothing is.
 
-        Reads every byte of them. A step without a manifest (another program wrote it) counts as sound here.
+        It reads every byte of them. A step without a manifest (another program wrote it) counts as sound here.
         """
         return damage(self.path(step), items)
 
@@ -226,24 +228,24 @@ class Checkpoints:
                 multiprocessing_options=processes,
             )
             self._items = items
-            logging.getLogger("absl").addFilter(_told_by_us)
+            logging.getLogger("absl").addFilter(_not_raised_by_wait)
         return self._saver
 
     def _close_saver(self) -> None:
         if self._saver is not None:
             self._saver.close()
             self._saver = None
-            logging.getLogger("absl").removeFilter(_told_by_us)
+            logging.getLogger("absl").removeFilter(_not_raised_by_wait)
 
     def _write_manifest(self) -> None:
-        """Runs on process 0 in Orbax's thread: every process has written its files, the step isn't renamed yet."""
+        """Runs on process 0 in Orbax's thread, after all processes wrote their files, before the step is renamed."""
         step = self._saving
         assert step is not None
         final = self.path(step)
         write_manifest(next(p for p in (final.with_name(final.name + ".orbax-checkpoint-tmp"), final) if p.is_dir()))
 
     def _make_room(self, step: int) -> None:
-        """Process 0 tidies the folder for all; if it can't, no process goes on to wait for the others."""
+        """Tidies the folder on process 0; if that fails, it raises on every process: none waits for the others."""
         fault: ValueError | None = None
         if jax.process_index() == 0:
             try:
@@ -260,14 +262,14 @@ class Checkpoints:
             raise fault or ValueError(f"checkpoint at step {step} was not saved: process 0 says why")
 
     def _sweep(self) -> None:
-        """Remove what killed processes left."""
+        """Removes what killed processes left."""
         for path in self.folder.iterdir():
             if TEMPORARY.fullmatch(path.name):
                 shutil.rmtree(path)
         self._swept = True
 
     def _set_aside(self, step: int) -> None:
-        """Rename what this run has gone back behind; refuse to write among the steps of another run."""
+        """Renames steps that this run went back to before; refuses to write among the steps of another run."""
         for other in self.steps():
             if other < step and other not in self._faults:
                 continue
@@ -282,7 +284,7 @@ class Checkpoints:
             _say(f"checkpoint-{other} is set aside as {aside.name}: {why}")
 
     def _give_up(self, error: Exception) -> None:
-        """Free the space of a save that failed and say why in one line; an unknown error stays what it is."""
+        """Frees the space of a failed save and raises why in one line; an unknown error is raised as it is."""
         step, self._saving = self._saving, None
         assert step is not None
         if jax.process_index() == 0:
@@ -290,16 +292,16 @@ class Checkpoints:
             shutil.rmtree(f"{self.path(step)}.orbax-checkpoint-tmp", ignore_errors=True)
         if isinstance(error, TimeoutError):
             reason = f"not done in {self._timeout_s} s: the disk is too slow or another process has failed"
-            raise ValueError(f"checkpoint at step {step} was not saved: {reason}; {self._left()}") from error
-        if _fault_of(error) is None:
+            raise ValueError(f"checkpoint at step {step} was not saved: {reason}; {self._remaining()}") from error
+        if _errno_of(error) is None:
             raise error
         raise ValueError(self._explain(error, step)) from error
 
     def _explain(self, error: Exception, step: int) -> str:
-        reason = FAULTS.get(_fault_of(error) or 0, str(error))
-        return f"checkpoint at step {step} was not saved to {self.folder}: {reason}; {self._left()}"
+        reason = FAULTS.get(_errno_of(error) or 0, str(error))
+        return f"checkpoint at step {step} was not saved to {self.folder}: {reason}; {self._remaining()}"
 
-    def _left(self) -> str:
+    def _remaining(self) -> str:
         try:
             newest = self.latest()
         except OSError:  # the folder itself can't be listed; the reason is already in the message
@@ -308,9 +310,9 @@ class Checkpoints:
 
     def _delete_old(self) -> None:
         steps = self.steps()
-        kept = {*steps[-self._keep :], *([self.best()] if self._keep_best else [])}
+        retained = {*steps[-self._keep :], *([self.best()] if self._keep_best else [])}
         for step in steps:
-            if step not in kept:
+            if step not in retained:
                 # Renamed first: a half-deleted folder must never look like a checkpoint.
                 doomed = self.path(step).with_name(f"checkpoint-{step}.deleted")
                 self.path(step).rename(doomed)
@@ -320,14 +322,14 @@ class Checkpoints:
         path = self.path(step) / "metrics" / "metadata"
         try:
             value = json.loads(path.read_text())[self._best_metric]
-        except (OSError, ValueError, KeyError):  # saved without this metric, or damaged: no candidate for the best
+        except (OSError, ValueError, KeyError):  # saved without this metric, or damaged: it can't be the best
             return None
         return value if isinstance(value, int | float) and not math.isnan(value) else None
 
     # ---- inside: restoring
 
     def _first_sound(self, step: int | None, items: tuple[str, ...], read: Any, *, remember: bool = False) -> Any:
-        """`read(step)` of the step asked for, or of the newest one that passes its checksums and can be read."""
+        """Returns `read(step)` of the step asked for, or of the newest one that passes its checksums and is read."""
         self.wait()
         while True:
             at = self._choose(step, items)
@@ -335,7 +337,7 @@ class Checkpoints:
             result, error = None, None
             try:
                 result = read(at)
-            except _MismatchError:
+            except MismatchError:
                 raise
             except Exception as failure:
                 error = failure
@@ -350,55 +352,56 @@ class Checkpoints:
                 raise ValueError(f"{self.path(at)} is damaged: {self._faults[at]}") from error
 
     def _choose(self, step: int | None, items: tuple[str, ...]) -> int:
-        """Process 0 looks at the files and decides for all; process 0 prints why a newer step is passed over."""
+        """Returns the step that process 0 decides on for all; it prints why a newer step is passed over."""
         chosen, message = -1, "process 0 found no sound checkpoint and says why"
         if jax.process_index() == 0:
-            chosen, message = self._look(step, items)
+            chosen, message = self._newest_sound(step, items)
         if jax.process_count() > 1:
             chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
         if chosen < 0:
             raise ValueError(message)
         return chosen
 
-    def _look(self, step: int | None, items: tuple[str, ...]) -> tuple[int, str]:
-        found = self.steps()
-        if step is not None and step not in found:
-            have = ", ".join(map(str, found)) or "none"
+    def _newest_sound(self, step: int | None, items: tuple[str, ...]) -> tuple[int, str]:
+        """Returns (step, ""), or (-1, why there is none)."""
+        existing = self.steps()
+        if step is not None and step not in existing:
+            have = ", ".join(map(str, existing)) or "none"
             return -1, f"{self.folder} has no checkpoint at step {step} (there: {have})"
-        passed: list[int] = []
-        for at in [step] if step is not None else reversed(found):
+        skipped: list[int] = []
+        for at in [step] if step is not None else reversed(existing):
             fault = self._faults.get(at) or damage(self.path(at), items)
             if fault is None:
-                for bad in passed:
+                for bad in skipped:
                     _say(f"WARNING: checkpoint-{bad} is damaged: {self._faults[bad]}; checkpoint-{at} is used instead")
                 if not (self.path(at) / MANIFEST).is_file():
                     _say(f"checkpoint-{at} has no {MANIFEST}: it is used without a check of its files")
                 return at, ""
             self._faults[at] = fault
-            passed.append(at)
+            skipped.append(at)
         if step is not None:
             return -1, f"{self.path(step)} is damaged: {self._faults[step]}"
-        if not found:
+        if not existing:
             return -1, f"{self.folder} has no checkpoint"
-        faults = "; ".join(f"checkpoint-{bad}: {self._faults[bad]}" for bad in passed)
+        faults = "; ".join(f"checkpoint-{bad}: {self._faults[bad]}" for bad in skipped)
         return -1, f"{self.folder} has no checkpoint that is sound ({faults})"
 
     def _check_items(self, step: int, wanted: dict) -> None:
         stored = {p.name for p in self.path(step).iterdir() if p.is_dir()} - {"meta", "metrics"}
         if stored != set(wanted):
-            raise _MismatchError(
+            raise MismatchError(
                 f"{self.path(step)} holds the parts {sorted(stored)} but the run needs {sorted(wanted)}: its"
                 " config differs from the one that the checkpoint was saved with"
             )
 
     def _read(self, step: int, item: str, wanted: dict, *, cast: bool, partial: bool = False) -> dict:
-        """One item, each leaf to its sharding. Names, shapes and (unless `cast`) dtypes are compared first."""
+        """Reads one item, each leaf to its sharding. Names, shapes and (unless `cast`) dtypes are compared first."""
         path = self.path(step) / item
         if not path.is_dir():
-            raise _MismatchError(f"{self.path(step)} has no part named {item!r}")
+            raise MismatchError(f"{self.path(step)} has no part named {item!r}")
         handler = ocp.PyTreeCheckpointHandler()
-        _compare(path, handler.metadata(path).tree, wanted, cast=cast, partial=partial)
-        wanted = jax.tree.map(_placed, wanted)
+        check_same(path, handler.metadata(path).tree, wanted, cast=cast, partial=partial)
+        wanted = jax.tree.map(with_sharding, wanted)
         arguments = ocp.args.PyTreeRestore(
             item=wanted,
             restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
@@ -410,81 +413,11 @@ class Checkpoints:
         return json.loads((self.path(step) / item / "metadata").read_text())
 
 
-class _MismatchError(ValueError):
-    """The checkpoint is fine but isn't what was asked for; an older one would not help."""
-
-
 def abstract(state: Any, shardings: Any = None) -> Any:
-    """`jax.ShapeDtypeStruct` leaves for `restore`: of arrays (their own shardings) or of shapes with `shardings`."""
+    """Returns `jax.ShapeDtypeStruct` leaves for `restore`, with the arrays' own shardings or with `shardings`."""
     if shardings is None:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
-
-
-def _nested(tree: Any, *, whole: bool = False) -> dict:
-    """Any pytree as nested dicts by key name: no None, no empty containers, no classes of ours.
-
-    The top level is the items of a step, with lone arrays under `rest`; `whole` is for the inside of one item.
-    """
-    result: dict = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        keys = _keys(path, whole)
-        if not whole and keys[0] in OWN_ITEMS and len(path) > 1:
-            raise ValueError(f"a part of the state may not be called {keys[0]!r}: rename it")
-        node = result
-        for key in keys[:-1]:
-            node = node.setdefault(key, {})
-        node[keys[-1]] = leaf
-    return result
-
-
-def _like(tree: Any, nested: dict, *, whole: bool = False) -> Any:
-    """The leaves of `nested` in the structure of `tree`; the inverse of `_nested`."""
-    paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    leaves = []
-    for path, _ in paths:
-        node = nested
-        for key in _keys(path, whole):
-            node = node[key]
-        leaves.append(node)
-    return jax.tree_util.tree_unflatten(treedef, leaves)
-
-
-def _keys(path: tuple, whole: bool) -> list[str]:
-    keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    return keys if whole or len(keys) > 1 else [REST, *keys]
-
-
-def _compare(path: Path, stored: Any, wanted: dict, *, cast: bool, partial: bool) -> None:
-    """Refuse what Orbax would leave out, pad, cut or cast in silence."""
-
-    def flat(tree: Any) -> dict[str, Any]:
-        leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
-        return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
-
-    there, asked = flat(stored), flat(wanted)
-    missing = sorted(asked.keys() - there.keys())
-    extra = [] if partial else sorted(there.keys() - asked.keys())
-    if missing or extra:
-        parts = [f"lacks {_few(missing)}"] * bool(missing) + [f"has {_few(extra)} besides"] * bool(extra)
-        raise _MismatchError(f"{path} {' and '.join(parts)}: the model's config differs from the checkpoint's")
-    for name, leaf in asked.items():
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            continue  # stored as its words; Orbax compares the implementation
-        if there[name].shape != leaf.shape:
-            raise _MismatchError(f"{path}: {name} has shape {there[name].shape} but the run needs {leaf.shape}")
-        if not cast and there[name].dtype != leaf.dtype:
-            raise _MismatchError(f"{path}: {name} has dtype {there[name].dtype} but the run needs {leaf.dtype}")
-
-
-def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """A leaf without a sharding goes to the first device; Orbax would ask for the mesh that it was saved on."""
-    if getattr(leaf, "sharding", None) is not None:
-        return leaf
-    if jax.process_count() > 1:
-        raise _MismatchError("abstract leaves need a sharding when several processes restore")
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _all_agree(fine: bool) -> bool:
@@ -494,15 +427,15 @@ def _all_agree(fine: bool) -> bool:
 
 
 def _json(value: dict, name: str) -> dict:
-    """Checked before anything is written: Orbax would fail in its thread, after training has moved on."""
+    """Converts a value before anything is written: Orbax would fail in its thread, after training has moved on."""
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:
         raise ValueError(f"checkpoint {name} is not JSON: {error}") from error
 
 
-def _fault_of(error: BaseException | None) -> int | None:
-    """The errno behind an exception. Tensorstore puts it into the text of a ValueError."""
+def _errno_of(error: BaseException | None) -> int | None:
+    """Returns the errno behind an exception. Tensorstore puts it into the text of a ValueError."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in FAULTS:
             return error.errno
@@ -513,8 +446,8 @@ def _fault_of(error: BaseException | None) -> int | None:
     return None
 
 
-def _told_by_us(record: logging.LogRecord) -> bool:
-    """Drops the tracebacks that Orbax logs from its threads when a save fails: `wait` raises the same error."""
+def _not_raised_by_wait(record: logging.LogRecord) -> bool:
+    """Drops from the log the tracebacks of Orbax's threads when a save fails: `wait` raises the same error."""
     return not (record.exc_info and "orbax" in record.pathname)
 
 
@@ -523,10 +456,6 @@ def _free_name(path: Path) -> Path:
         if not (candidate := path.with_name(path.name + suffix)).exists():
             return candidate
     raise ValueError(f"too many folders named {path.name}* in {path.parent}: delete some")
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _say(line: str) -> None:

@@ -1,6 +1,6 @@
-"""GGUF files, llama.cpp's format: read with their quantizations undone, written as F16 or Q8_0, tokenizer and all.
+"""GGUF files (llama.cpp's format) are read dequantized, and written as F16 or Q8_0, the tokenizer included.
 
-The `gguf` library parses and packs; `gguf_names.py` says what stands where, `gguf_tokenizer.py` does the tokenizer.
+The `gguf` library parses and packs; `gguf_names.py` has the names, `gguf_tokenizer.py` the tokenizer.
 """
 
 import itertools
@@ -42,10 +42,10 @@ QUANTIZED = (
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
 )
 WRITTEN = {"f16": ("F16", "MOSTLY_F16"), "q8_0": ("Q8_0", "MOSTLY_Q8_0")}
-IN_F32 = ("position_embd", "ffn_gate_inp")  # matrices that llama.cpp wants in full
+IN_F32 = ("position_embd", "ffn_gate_inp")  # matrices that llama.cpp wants in float32
 FACTORS = "rope_freqs.weight"  # divisors of the rotation's frequencies, which become part of the configuration
 # Values of config.json that a GGUF file doesn't hold: dropout, and names that share an architecture.
-SILENT = {"model_type", "architectures", "resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout"}
+NOT_STORED = {"model_type", "architectures", "resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout"}
 
 
 def _gguf() -> Any:
@@ -60,40 +60,43 @@ def _gguf() -> Any:
 
 
 class Entry(NamedTuple):
-    """A tensor as Hugging Face names and shapes it."""
+    """An entry describes a tensor as Hugging Face names and shapes it.
+
+    `dtype` is that of what is read: float32 where the file has quantized numbers. `data` is a view of the mapped file:
+    rows of bytes where quantized.
+    """
 
     dtype: np.dtype
-    """Of what is read: float32 where the file has quantized numbers."""
     shape: tuple[int, ...]
     place: Place
     kind: str
     data: np.ndarray
-    """As stored: rows of bytes where quantized; a view of the mapped file."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """A GGUF file, its tensors by the names and in the shapes they have in Hugging Face's files."""
+    """This object reads a GGUF file's tensors by the names and in the shapes they have in Hugging Face's files.
+
+    `values` are the content of a config.json, made from the file's metadata, `fields`.
+    """
 
     path: Path
     entries: Mapping[str, Entry]
     values: Values
-    """What config.json would say."""
     fields: Mapping[str, Any] = field(repr=False)
-    """The metadata."""
 
     def read(self, name: str, index: Sequence[slice] | None = None, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """A tensor in its `dtype`, or the part at `index`, seen as of another `shape` where one is given.
+        """Reads a tensor in its `dtype`, or its part at `index` after a reshape to `shape` if given.
 
-        Needs memory for the rows that hold the part.
+        It needs memory for the rows that hold the part.
         """
         e = self.entries[name]
         shape = e.shape if shape is None else shape
         index = [slice(0, size) for size in shape] if index is None else list(index)
         assert math.prod(shape) == math.prod(e.shape) and len(index) == len(shape), f"{name}: {e.shape} is not {shape}"
-        whole = e.place.stem in e.place.a.turned or e.data.ndim < 2
+        whole = e.place.stem in e.place.architecture.transposed or e.data.ndim < 2
         first, last = (0, len(e.data)) if whole else self._rows(e, index, shape)
-        part = e.place.read(_plain(e.kind, np.asarray(e.data[first:last])))
+        part = e.place.read(_dequantized(e.kind, np.asarray(e.data[first:last])))
         if not whole:  # rows of all but the leading dimension are complete
             inner = math.prod(shape[1:])
             row = math.prod(e.shape[1:])
@@ -105,7 +108,7 @@ class Files:
 
     @staticmethod
     def _rows(e: Entry, index: Sequence[slice], shape: tuple[int, ...]) -> tuple[int, int]:
-        """Rows of the stored tensor that hold a leading stretch of the view; whole heads where rows stand in pairs."""
+        """Returns (first, last) of the stored rows that hold the part at `index`, whole heads where rows are paired."""
         inner, row = math.prod(shape[1:]), math.prod(e.shape[1:])
         group = e.place.group
         first = index[0].start * inner // (row * group) * group
@@ -113,8 +116,8 @@ class Files:
         return first, last
 
 
-def _plain(kind: str, data: np.ndarray) -> np.ndarray:
-    """Stored numbers as numbers, float32 where they were quantized."""
+def _dequantized(kind: str, data: np.ndarray) -> np.ndarray:
+    """Returns numbers, as float32 where they were quantized."""
     if kind in PLAIN:
         return data
     quants = _gguf().quants
@@ -122,13 +125,16 @@ def _plain(kind: str, data: np.ndarray) -> np.ndarray:
 
 
 def open_file(path: str | Path) -> Files:
-    """Read the metadata and see what tensors there are; their numbers stay in the file."""
+    """Reads the metadata and the list of tensors; their numbers stay in the file.
+
+    Raises a ValueError that names the file where it is damaged or holds what is not read.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
         reader = _reader()(path)
-        fields = {name: found.contents() for name, found in reader.fields.items()}
+        fields = {name: stored.contents() for name, stored in reader.fields.items()}
         tensors = {t.name: t for t in reader.tensors}
         shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}
         if fields.get("split.count", 1) > 1:
@@ -143,7 +149,7 @@ def open_file(path: str | Path) -> Files:
 
 
 def _entries(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], values: Values) -> dict:
-    a = gguf_names.ARCHITECTURES[gguf_names.of_model_type(values["model_type"])]
+    a = gguf_names.ARCHITECTURES[gguf_names.architecture_of_model_type(values["model_type"])]
     out = {}
     for name, t in tensors.items():
         if name == FACTORS:
@@ -153,24 +159,24 @@ def _entries(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
             raise ValueError(
                 f"{name} is stored as {kind}, which is not read; known are {', '.join((*PLAIN, *QUANTIZED))}"
             )
-        theirs, shape, dtype = gguf_names.theirs(a, name), shapes[name], PLAIN.get(kind, np.dtype(np.float32))
-        if not theirs:
+        template, shape, dtype = gguf_names.hf_name(a, name), shapes[name], PLAIN.get(kind, np.dtype(np.float32))
+        if not template:
             raise ValueError(f"{name} is not a tensor of this architecture as known here")
-        several = "{expert}" in theirs
-        for i in range(shape[0]) if several else [0]:
-            file = theirs.format(expert=i)
-            place = gguf_names.place(a, file, values)
-            assert place, file
-            own, data = (shape[1:], t.data[i]) if several else (shape, t.data)
-            if (place.group > 1 and place.group % 2) or own[0] % place.group:
-                raise ValueError(f"{name} has {own[0]} rows, which heads of {place.group} don't share in pairs")
-            own = own[::-1] if place.stem in a.turned and len(own) == 2 else own
-            out[file] = Entry(dtype, own, place, kind, data)
+        per_expert = "{expert}" in template
+        for i in range(shape[0]) if per_expert else [0]:
+            hf_name = template.format(expert=i)
+            place = gguf_names.place_of(a, hf_name, values)
+            assert place, hf_name
+            part, data = (shape[1:], t.data[i]) if per_expert else (shape, t.data)
+            if (place.group > 1 and place.group % 2) or part[0] % place.group:
+                raise ValueError(f"{name} has {part[0]} rows, which heads of {place.group} don't share in pairs")
+            part = part[::-1] if place.stem in a.transposed and len(part) == 2 else part
+            out[hf_name] = Entry(dtype, part, place, kind, data)
     return out
 
 
 def _reader() -> type:
-    """The library's reader, which takes a short slice for a whole one, made to notice where a file ends too early."""
+    """Returns the library's reader, which takes a short slice for a whole one, made to notice a truncated file."""
     gguf = _gguf()
 
     class Reader(gguf.GGUFReader):  # type: ignore[name-defined]
@@ -183,8 +189,8 @@ def _reader() -> type:
         def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
             if self.byte_order != "I":
                 raise ValueError("numbers of the other byte order are not read")
-            for found in fields:
-                name, kind = bytes(found.parts[1]).decode(), int(found.parts[4][0])
+            for info in fields:
+                name, kind = bytes(info.parts[1]).decode(), int(info.parts[4][0])
                 if kind not in {int(k) for k in gguf.GGMLQuantizationType}:
                     raise ValueError(
                         f"{name} is stored as type {kind}, which the gguf package doesn't know; update it?"
@@ -198,7 +204,7 @@ def _reader() -> type:
 
 
 def describe(files: Files, models: Mapping[str, Family]) -> tuple[Family, Any]:
-    """The family and its Config."""
+    """Returns the family and its Config."""
     family = huggingface.family_of(files.values, models)
     return family, family.from_hf(files.values)
 
@@ -207,13 +213,16 @@ def load(
     files: Files, family: Family, c: Any, specs: Any, shardings: Any, *, dtype: Any = np.float32,
     each: Callable[[str, jax.Array], Any] | None = None,
 ) -> Any:  # fmt: skip
-    """The weights, each device's share straight onto it, in pieces: the host holds a few at a time. `each`: (path,
-    weight) → what takes its place before the next one is read."""
+    """Loads the weights, each device's share straight onto it, in pieces: the host holds a few at a time.
+
+    `each` takes (path, weight) and returns what takes its place before the next one is read. Raises a ValueError that
+    names the tensor where one is missing, left over or misshapen.
+    """
     table = weight_names.tensors(family.names(c), specs)
     missing, extra = (sorted(a - b) for a, b in itertools.permutations((table.keys(), files.entries.keys())))
-    for found, what in ((missing, "is missing"), (extra, "is not this model's")):
-        if found:
-            raise ValueError(f"{files.path}: {found[0]} {what}" + f" (and {len(found) - 1} more)" * (len(found) > 1))
+    for names, what in ((missing, "is missing"), (extra, "is not this model's")):
+        if names:
+            raise ValueError(f"{files.path}: {names[0]} {what}" + f" (and {len(names) - 1} more)" * (len(names) > 1))
     sources: dict[str, list[shards.Source]] = {}
     for name, entry in files.entries.items():
         if entry.shape != table[name].shape:
@@ -226,18 +235,18 @@ def load(
 
 
 class Text(NamedTuple):
-    """What a file says of text."""
+    """A file holds these about text: the tokenizer, whether texts begin with the bos token, the chat template."""
 
     tokenizer: Tokenizer
     add_bos: bool
-    """Whether texts begin with the bos token."""
     chat_template: str | None
 
 
 def text(files: Files) -> Text:
+    """Reads the tokenizer and the chat template; raises a ValueError that names the file where it can't."""
     try:
-        found = gguf_tokenizer.read(files.fields)
-        return Text(found, gguf_tokenizer.adds_bos(files.fields), files.fields.get("tokenizer.chat_template"))
+        tokenizer = gguf_tokenizer.read(files.fields)
+        return Text(tokenizer, gguf_tokenizer.adds_bos(files.fields), files.fields.get("tokenizer.chat_template"))
     except ValueError as error:
         raise ValueError(f"{files.path}: {error}") from error
 
@@ -256,9 +265,9 @@ def save(
     text: Text | None = None,
     name: str = "",
 ) -> Path:
-    """Write a model as llama.cpp loads it: matrices in `kind` (f16 or q8_0), norms and biases in F32.
+    """Writes a model as llama.cpp loads it: matrices in `kind` (f16 or q8_0), norms and biases in F32.
 
-    A model that the format or llama.cpp can't express exactly is refused.
+    Raises a ValueError where the format or llama.cpp can't express the model exactly.
     """
     gguf, path = _gguf(), Path(path)
     if kind not in WRITTEN:
@@ -283,14 +292,16 @@ def save(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add(writer, fields)
     if text is not None:
-        found = gguf_tokenizer.write(text.tokenizer, values["vocab_size"], text.add_bos)
-        _add(writer, {f"tokenizer.ggml.{key}": value for key, value in found.items()})
+        tokenizer_fields = gguf_tokenizer.write(text.tokenizer, values["vocab_size"], text.add_bos)
+        _add(writer, {f"tokenizer.ggml.{key}": value for key, value in tokenizer_fields.items()})
         writer.add_string("tokenizer.chat_template", text.chat_template or "")
     for tensor, s in stored.items():
-        byte = gguf.quant_shape_to_byte_shape(s.shape, gguf.GGMLQuantizationType.Q8_0) if s.kind == "Q8_0" else s.shape
+        shape = s.shape
+        if s.kind == "Q8_0":
+            shape = gguf.quant_shape_to_byte_shape(s.shape, gguf.GGMLQuantizationType.Q8_0)
         dtype = PLAIN.get(s.kind, np.dtype(np.uint8))
-        size = math.prod(byte) * dtype.itemsize
-        writer.add_tensor_info(tensor, byte, dtype, size, gguf.GGMLQuantizationType[s.kind])
+        size = math.prod(shape) * dtype.itemsize
+        writer.add_tensor_info(tensor, shape, dtype, size, gguf.GGMLQuantizationType[s.kind])
     if factors is not None:
         writer.add_tensor_info(FACTORS, factors.shape, factors.dtype, factors.nbytes)
     try:
@@ -298,7 +309,7 @@ def save(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for s in stored.values():
-            parts = [_packed(s, shards.collect(table[file], flat, np.dtype(np.float32))) for file in s.files]
+            parts = [_packed(s, shards.collect(table[name], flat, np.dtype(np.float32))) for name in s.hf_names]
             writer.write_tensor_data(parts[0] if s.place.expert is None else np.stack(parts))
         if factors is not None:
             writer.write_tensor_data(factors)
@@ -312,48 +323,49 @@ def save(
 
 
 class Stored(NamedTuple):
-    """How a tensor is written."""
+    """This says how a tensor is written: its kind of numbers, and its shape, outermost first.
+
+    `hf_names` are the Hugging Face tensors in it: one, or those of all experts.
+    """
 
     place: Place
     kind: str
     shape: tuple[int, ...]
-    """As stored, outermost first."""
-    files: tuple[str, ...]
-    """The Hugging Face tensors in it: one, or those of all experts."""
+    hf_names: tuple[str, ...]
 
 
 def _plan(kind: str, values: Values, table: Mapping[str, weight_names.Tensor]) -> dict[str, Stored]:
-    """By GGUF's names."""
-    arch = gguf_names.of_model_type(values["model_type"])
+    """Returns how each tensor is written, by GGUF's names."""
+    arch = gguf_names.architecture_of_model_type(values["model_type"])
     out: dict[str, Stored] = {}
     a = gguf_names.ARCHITECTURES[arch]
-    for file, tensor in table.items():
-        place = gguf_names.place(a, file, values)
+    for hf_name, tensor in table.items():
+        place = gguf_names.place_of(a, hf_name, values)
         if place is None:
-            raise ValueError(f"gguf: {file} has no place in files of architecture {arch}")
-        shape = tensor.shape[::-1] if place.stem in a.turned else tensor.shape
+            raise ValueError(f"gguf: {hf_name} has no place in files of architecture {arch}")
+        shape = tensor.shape[::-1] if place.stem in a.transposed else tensor.shape
         flat = len(shape) == 1 or place.stem.endswith(IN_F32)
         if not flat and kind == "q8_0" and shape[-1] % 32:
             raise ValueError(f"gguf: q8_0 needs rows of a multiple of 32; {place.name} has {shape[-1]}: choose f16")
-        files = (*(out[place.name].files if place.name in out else ()), file)
-        whole = shape if place.expert is None else (len(files), *shape)
-        out[place.name] = Stored(place, "F32" if flat else WRITTEN[kind][0], whole, files)
+        hf_names = (*(out[place.name].hf_names if place.name in out else ()), hf_name)
+        stored_shape = shape if place.expert is None else (len(hf_names), *shape)
+        out[place.name] = Stored(place, "F32" if flat else WRITTEN[kind][0], stored_shape, hf_names)
     return out
 
 
 def _check(
     family: Family, values: Values, fields: Fields, stored: Mapping[str, Stored], factors: np.ndarray | None
 ) -> None:
-    """Whether the metadata say all that config.json would, by reading them as `open_file` does."""
+    """Raises where the metadata don't say all that config.json would, by reading them as `open_file` does."""
     shapes = {name: s.shape for name, s in stored.items()}
     back = gguf_names.complete(family.to_hf(family.from_hf(gguf_names.config(fields, shapes, factors))))
     for name, ours in values.items():
-        if name not in SILENT and not _same(ours, back.get(name)):
+        if name not in NOT_STORED and not _same(ours, back.get(name)):
             raise ValueError(f"gguf: {name} {ours} can't be told in a GGUF file, which would mean {back.get(name)}")
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equal, floats to float32's precision."""
+    """Compares two values, floats to float32's precision."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
     if isinstance(a, float) and isinstance(b, float | int):

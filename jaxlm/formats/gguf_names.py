@@ -1,4 +1,4 @@
-"""GGUF's architectures beside Hugging Face's: keys of the metadata, names of tensors, and how their numbers differ.
+"""These tables translate between GGUF and Hugging Face: keys of metadata, names of tensors, and how numbers differ.
 
 Facts about the format are llama.cpp's: what its converter writes and its loaders expect.
 """
@@ -17,24 +17,28 @@ from jaxlm.formats.gguf_rope import Fields, Values
 
 @dataclass(frozen=True)
 class Architecture:
+    """An architecture of GGUF says how its files correspond to Hugging Face's.
+
+    model_types: the `model_type`s of config.json that it serves; the first is assumed of a file.
+    stems: GGUF's name of a tensor, without `.weight` or `.bias`, → Hugging Face's.
+    keys: GGUF's key, after the architecture's name → config.json's.
+    interleaved: stems whose rows stand in pairs for rotation: first, middle, second, middle + 1 … of each head.
+    transposed: stems whose weights Hugging Face stores [in, out].
+    norms_plus_one: whether norm scales are stored plus one.
+    name: the name in files, where another row of the table has that name too.
+    read_extra: returns further values of config.json, which the architecture implies or states in its own way.
+    write_extra: returns further fields by the values: the inverse of `read_extra`.
+    """
+
     model_types: tuple[str, ...]
-    """Those of config.json that this architecture holds; the first is assumed of a file."""
     stems: Mapping[str, str]
-    """GGUF's name of a tensor, without `.weight` or `.bias`, → Hugging Face's."""
     keys: Mapping[str, str]
-    """GGUF's key, after the architecture's name → config.json's."""
-    pairs: tuple[str, ...] = ()
-    """Stems whose rows stand in pairs for interleaved rotation: first, middle, second, middle + 1 … of each head."""
-    turned: tuple[str, ...] = ()
-    """Stems whose weights Hugging Face stores [in, out]."""
-    one: bool = False
-    """Norm scales are stored plus one."""
+    interleaved: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
+    norms_plus_one: bool = False
     name: str = ""
-    """What files call it, where another row of the table has that name too."""
-    more: Callable[[Fields, Values], Values] = lambda fields, values: {}
-    """Further values of config.json: what the architecture implies, or says in its own way."""
-    extra: Callable[[Values], dict[str, Any]] = lambda values: {}
-    """The inverse of `more`: further fields, from values."""
+    read_extra: Callable[[Fields, Values], Values] = lambda fields, values: {}
+    write_extra: Callable[[Values], dict[str, Any]] = lambda values: {}
 
 
 KEYS = {
@@ -127,12 +131,12 @@ PAIRS = ("blk.{layer}.attn_q", "blk.{layer}.attn_k")
 
 
 def _llama(fields: Fields, values: Values) -> Values:
-    held = values["tensors"]
-    return dict(attention_bias="blk.0.attn_q.bias" in held, mlp_bias="blk.0.ffn_up.bias" in held)
+    names = values["tensors"]
+    return dict(attention_bias="blk.0.attn_q.bias" in names, mlp_bias="blk.0.ffn_up.bias" in names)
 
 
-def _square(values: Values) -> dict[str, Any]:
-    """llama.cpp's loaders of some architectures want queries as wide as the model."""
+def _check_square(values: Values) -> dict[str, Any]:
+    """Raises where queries aren't as wide as the model, which llama.cpp's loaders of some architectures want."""
     if values["head_dim"] * values["num_attention_heads"] != values["hidden_size"]:
         heads = f"{values['num_attention_heads']} heads of {values['head_dim']}"
         raise ValueError(
@@ -150,14 +154,14 @@ def _gemma(fields: Fields, values: Values) -> Values:
 
 
 def _score_width(values: Values, large: int) -> float:
-    """Scores are divided by the root of this: the head width, but the largest model of a series has width / heads."""
+    """Returns the number whose root divides scores: the head width, but width / heads in a series' largest model."""
     if values["num_hidden_layers"] == large:
         return values["hidden_size"] // values["num_attention_heads"]
     return values["head_dim"]
 
 
-def _local(values: Values, period: int) -> list[str]:
-    """Kinds of layers of which each `period`-th sees everything."""
+def _layer_types(values: Values, period: int) -> list[str]:
+    """Returns the kinds of layers, of which each `period`-th sees everything."""
     count = values["num_hidden_layers"]
     return ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(count)]
 
@@ -165,7 +169,7 @@ def _local(values: Values, period: int) -> list[str]:
 def _gemma2(fields: Fields, values: Values) -> Values:
     return _gemma(fields, values) | dict(
         query_pre_attn_scalar=_score_width(values, 46),
-        layer_types=_local(values, 2),
+        layer_types=_layer_types(values, 2),
         sliding_window=fields.get("gemma2.attention.sliding_window", 4096),
         attn_logit_softcapping=fields.get("gemma2.attn_logit_softcapping", 50.0),
         final_logit_softcapping=fields.get("gemma2.final_logit_softcapping", 30.0),
@@ -178,13 +182,13 @@ def _gemma2_extra(values: Values) -> dict[str, Any]:
 
 
 def _gemma3(fields: Fields, values: Values) -> Values:
-    everywhere = values.pop("rope_parameters")
+    full = values.pop("rope_parameters")
     local = {"rope_type": "default", "rope_theta": fields.get("gemma3.rope.freq_base_swa", 10000.0)}
     return _gemma(fields, values) | dict(
         query_pre_attn_scalar=_score_width(values, 62),
-        layer_types=_local(values, 6),
+        layer_types=_layer_types(values, 6),
         sliding_window=fields.get("gemma3.attention.sliding_window"),
-        rope_parameters={"full_attention": everywhere, "sliding_attention": local},
+        rope_parameters={"full_attention": full, "sliding_attention": local},
     )
 
 
@@ -201,28 +205,32 @@ def _gpt2(fields: Fields, values: Values) -> Values:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(("llama", "mistral"), STEMS, KEYS, PAIRS, more=_llama),
+    "llama": Architecture(("llama", "mistral"), STEMS, KEYS, PAIRS, read_extra=_llama),
     "mixtral": Architecture(("mixtral",), MIXTRAL_STEMS, MIXTRAL_KEYS, PAIRS, name="llama"),
-    "smollm3": Architecture(("smollm3",), STEMS, KEYS, PAIRS, more=_llama),
-    "qwen2": Architecture(("qwen2",), STEMS, KEYS, extra=_square),
+    "smollm3": Architecture(("smollm3",), STEMS, KEYS, PAIRS, read_extra=_llama),
+    "qwen2": Architecture(("qwen2",), STEMS, KEYS, write_extra=_check_square),
     "qwen3": Architecture(("qwen3",), STEMS, KEYS),
-    "qwen3moe": Architecture(("qwen3_moe",), QWEN3MOE_STEMS, QWEN3MOE_KEYS, more=_qwen3moe),
-    "olmo2": Architecture(("olmo2",), OLMO2_STEMS, KEYS, extra=_square),
-    "gemma": Architecture(("gemma",), GEMMA_STEMS, KEYS, one=True, more=_gemma),
-    "gemma2": Architecture(("gemma2",), GEMMA2_STEMS, KEYS, one=True, more=_gemma2, extra=_gemma2_extra),
-    "gemma3": Architecture(("gemma3_text",), GEMMA2_STEMS, KEYS, one=True, more=_gemma3, extra=_gemma3_extra),
+    "qwen3moe": Architecture(("qwen3_moe",), QWEN3MOE_STEMS, QWEN3MOE_KEYS, read_extra=_qwen3moe),
+    "olmo2": Architecture(("olmo2",), OLMO2_STEMS, KEYS, write_extra=_check_square),
+    "gemma": Architecture(("gemma",), GEMMA_STEMS, KEYS, norms_plus_one=True, read_extra=_gemma),
+    "gemma2": Architecture(
+        ("gemma2",), GEMMA2_STEMS, KEYS, norms_plus_one=True, read_extra=_gemma2, write_extra=_gemma2_extra
+    ),
+    "gemma3": Architecture(
+        ("gemma3_text",), GEMMA2_STEMS, KEYS, norms_plus_one=True, read_extra=_gemma3, write_extra=_gemma3_extra
+    ),
     "gpt2": Architecture(
         ("gpt2",),
         GPT2_STEMS,
         GPT2_KEYS,
-        turned=tuple("blk.{layer}." + n for n in ("attn_qkv", "attn_output", "ffn_up", "ffn_down")),
-        more=_gpt2,
+        transposed=tuple("blk.{layer}." + n for n in ("attn_qkv", "attn_output", "ffn_up", "ffn_down")),
+        read_extra=_gpt2,
     ),
 }
 
 
-def of_fields(fields: Fields) -> str:
-    """Row of the table for a file's metadata."""
+def architecture_of_fields(fields: Fields) -> str:
+    """Returns the key in `ARCHITECTURES` for a file's metadata; raises a ValueError where there is none."""
     name = fields.get("general.architecture")
     if name == "llama" and fields.get("llama.expert_count"):
         return "mixtral"
@@ -233,7 +241,8 @@ def of_fields(fields: Fields) -> str:
     return str(name)
 
 
-def of_model_type(model_type: str) -> str:
+def architecture_of_model_type(model_type: str) -> str:
+    """Returns the key in `ARCHITECTURES` for a `model_type`; raises a ValueError where there is none."""
     for name, a in ARCHITECTURES.items():
         if model_type in a.model_types:
             return name
@@ -246,55 +255,59 @@ def of_model_type(model_type: str) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of the Hugging Face form stands in a GGUF file, and how its numbers are brought over."""
+    """A place says where a Hugging Face tensor stands in a GGUF file, and converts its numbers.
+
+    `group` is the number of rows that stay together: those of a head where rows stand in pairs. `expert` is the part of
+    the tensor, where all experts are in one.
+    """
 
     name: str
     stem: str
-    a: Architecture
+    architecture: Architecture
     group: int = 1
-    """Rows that stay together: those of a head where they stand in pairs."""
     expert: int | None = None
-    """Which part of the tensor, where all experts are in one."""
 
     def read(self, w: np.ndarray) -> np.ndarray:
-        if self.stem in self.a.pairs:
+        """Converts GGUF's numbers to Hugging Face's."""
+        if self.stem in self.architecture.interleaved:
             w = w.reshape(-1, self.group // 2, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
-        if self.stem in self.a.turned and w.ndim == 2:
+        if self.stem in self.architecture.transposed and w.ndim == 2:
             w = w.T
         return w - w.dtype.type(1) if self._plus_one else w
 
     def write(self, w: np.ndarray) -> np.ndarray:
-        if self.stem in self.a.pairs:
+        """Converts Hugging Face's numbers to GGUF's."""
+        if self.stem in self.architecture.interleaved:
             w = w.reshape(-1, 2, self.group // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
-        if self.stem in self.a.turned and w.ndim == 2:
+        if self.stem in self.architecture.transposed and w.ndim == 2:
             w = w.T
         return w + w.dtype.type(1) if self._plus_one else w
 
     @property
     def _plus_one(self) -> bool:
-        return self.a.one and self.stem.endswith("_norm")
+        return self.architecture.norms_plus_one and self.stem.endswith("_norm")
 
 
-def theirs(a: Architecture, name: str) -> str | None:
-    """The Hugging Face name of a GGUF file's tensor, `{expert}` standing for the number of each."""
+def hf_name(a: Architecture, name: str) -> str | None:
+    """Returns the Hugging Face name of a GGUF tensor, None if unknown; `{expert}` stands for the number of each."""
     body, _, suffix = name.rpartition(".")
     number = re.match(r"blk\.(\d+)\.", body)
     stem = a.stems.get(re.sub(r"^blk\.\d+\.", "blk.{layer}.", body))
     return stem and f"{stem.format(layer=number and number[1], expert='{expert}')}.{suffix}"
 
 
-def place(a: Architecture, file: str, values: Values) -> Place | None:
-    """Where the Hugging Face tensor `file` stands; None if the architecture has no such tensor."""
-    body, _, suffix = file.rpartition(".")
+def place_of(a: Architecture, name: str, values: Values) -> Place | None:
+    """Returns where the Hugging Face tensor `name` stands; None if the architecture has no such tensor."""
+    body, _, suffix = name.rpartition(".")
     number = re.search(r"\.(\d+)\.", body)
     layer = number[1] if number else ""
     template = re.sub(r"\.\d+\.", ".{layer}.", body, count=1)
     expert = re.search(r"\.experts\.(\d+)\.", template)
     template = re.sub(r"\.experts\.\d+\.", ".experts.{expert}.", template)
-    stem = next((ours for ours, theirs in a.stems.items() if theirs == template), None)
+    stem = next((stem for stem, theirs in a.stems.items() if theirs == template), None)
     if stem is None:
         return None
-    group = values["head_dim"] if stem in a.pairs else 1
+    group = values["head_dim"] if stem in a.interleaved else 1
     return Place(f"{stem.format(layer=layer)}.{suffix}", stem, a, group, int(expert[1]) if expert else None)
 
 
@@ -302,20 +315,24 @@ def place(a: Architecture, file: str, values: Values) -> Place | None:
 
 
 def config(fields: Fields, shapes: Mapping[str, tuple[int, ...]], factors: np.ndarray | None) -> Values:
-    """What config.json would say. `shapes` of the file's tensors; `factors`: its `rope_freqs.weight`, if any."""
-    a = ARCHITECTURES[of_fields(fields)]
+    """Returns the content of a config.json for a file's metadata.
+
+    `shapes` are those of the file's tensors, `factors` its `rope_freqs.weight`, if any. Raises a ValueError that names
+    the key where one is missing or says what no family here does.
+    """
+    a = ARCHITECTURES[architecture_of_fields(fields)]
     name = fields["general.architecture"]
     values: Values = {"model_type": a.model_types[0]}
     for key, theirs in a.keys.items():
-        found = fields.get(f"{name}.{key}")
-        if found is None and key not in OPTIONAL:
+        value = fields.get(f"{name}.{key}")
+        if value is None and key not in OPTIONAL:
             raise ValueError(f"{name}.{key} is missing from the metadata")
-        if isinstance(found, list):
-            if len(set(found)) > 1:
+        if isinstance(value, list):
+            if len(set(value)) > 1:
                 raise ValueError(f"{name}.{key} differs between layers, which no family here has")
-            found = found[0]
-        if found is not None:
-            values[theirs] = gguf_rope.shortest(found)
+            value = value[0]
+        if value is not None:
+            values[theirs] = gguf_rope.shortest(value)
     if fields.get(f"{name}.expert_count") and "expert_count" not in a.keys:
         raise ValueError(f"{name}.expert_count: a mixture of experts in a GGUF file is not read")
     if "token_embd.weight" not in shapes:
@@ -326,33 +343,33 @@ def config(fields: Fields, shapes: Mapping[str, tuple[int, ...]], factors: np.nd
         values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
         values["rope_parameters"] = gguf_rope.read(fields, name, factors)
         width = fields.get(f"{name}.attention.value_length", values["head_dim"])
-        turned = fields.get(f"{name}.rope.dimension_count", values["head_dim"])
-        if width != values["head_dim"] or turned != values["head_dim"]:
+        rotated = fields.get(f"{name}.rope.dimension_count", values["head_dim"])
+        if width != values["head_dim"] or rotated != values["head_dim"]:
             raise ValueError(f"{name}: heads whose keys, values and rotated parts differ in width are not read")
     values["tensors"] = shapes.keys()
-    values |= a.more({k: gguf_rope.shortest(v) for k, v in fields.items()}, values)
+    values |= a.read_extra({k: gguf_rope.shortest(v) for k, v in fields.items()}, values)
     del values["tensors"]
     return values
 
 
 def complete(values: Values) -> Values:
-    """With what config.json may leave open."""
+    """Returns values with the defaults of those that a config.json may leave out."""
     if "n_embd" in values:
         return values | {"n_inner": values.get("n_inner") or 4 * values["n_embd"]}
     return {"head_dim": values["hidden_size"] // values["num_attention_heads"]} | values
 
 
 def metadata(values: Values) -> tuple[dict[str, Any], np.ndarray | None]:
-    """The inverse of `config`: fields, and the divisors of frequencies (`rope_freqs.weight`) where there are some."""
-    name = of_model_type(values["model_type"])
+    """Returns (fields, divisors of frequencies for `rope_freqs.weight` or None): the inverse of `config`."""
+    name = architecture_of_model_type(values["model_type"])
     a = ARCHITECTURES[name]
     fields: dict[str, Any] = {key: values[theirs] for key, theirs in a.keys.items() if values.get(theirs) is not None}
     factors = None
     if a.keys is not GPT2_KEYS:
         fields |= {"rope.dimension_count": values["head_dim"], "attention.value_length": values["head_dim"]}
         rope = values["rope_parameters"]
-        more, factors = gguf_rope.write(rope.get("full_attention", rope), values["head_dim"])
-        fields |= more
-    fields |= {"vocab_size": values["vocab_size"]} | a.extra(values)
+        rope_fields, factors = gguf_rope.write(rope.get("full_attention", rope), values["head_dim"])
+        fields |= rope_fields
+    fields |= {"vocab_size": values["vocab_size"]} | a.write_extra(values)
     prefix = a.name or name
     return {"general.architecture": prefix} | {f"{prefix}.{key}": value for key, value in fields.items()}, factors

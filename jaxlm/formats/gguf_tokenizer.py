@@ -1,4 +1,4 @@
-"""Tokenizers in the metadata of GGUF files: byte-level BPE (`gpt2`) and SentencePiece (`llama`: BPE, `t5`: unigram)."""
+"""GGUF metadata hold tokenizers: byte-level BPE (`gpt2`) and SentencePiece (`llama`: BPE, `t5`: unigram)."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -37,7 +37,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "tekken": (_WORDS % ("", "") + r"\p{N}" + _REST,),
     "gpt-4o": (_WORDS % (_ENDING, _ENDING) + r"\p{N}{1,3}" + _REST,),
 }
-# Other names of the same.
+# Other names of the same ways to cut.
 ALIASES = {
     **dict.fromkeys(("phi-2", "mpt", "olmo", "jais", "jina-es", "jina-de", "roberta-bpe", "granite-docling"), "gpt-2"),
     **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell", "exaone"), "smollm"),
@@ -47,11 +47,14 @@ ALIASES = {
 }
 ADDS_BOS = {"llama-bpe", "tekken"}  # where the file doesn't say
 WHOLE_WORDS = {"llama-bpe", "tekken"}  # a word of the vocabulary is taken without merging
-COMPOSED = {"qwen2"}  # published with Unicode normal form C, which the file doesn't state
+NFC = {"qwen2"}  # published with Unicode normal form C, which the file doesn't state
 
 
 def read(fields: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that the metadata (`tokenizer.ggml.*`) describe."""
+    """Reads the tokenizer that the metadata (`tokenizer.ggml.*`) describe.
+
+    Raises a ValueError that names the key where one is missing, damaged or not known.
+    """
     kind = str(fields.get("tokenizer.ggml.model"))
     readers: dict[str, Callable[..., Tokenizer]] = {"gpt2": _read_bytes, "llama": _read_pieces, "t5": _read_pieces}
     if kind not in readers:
@@ -60,27 +63,27 @@ def read(fields: Mapping[str, Any]) -> Tokenizer:
     if not isinstance(tokens, list) or not tokens:
         raise ValueError("tokenizer.ggml.tokens is missing or empty")
     for name in ("scores", "token_type"):
-        found = fields.get(f"tokenizer.ggml.{name}")
-        if found is not None and len(found) != len(tokens):
-            raise ValueError(f"tokenizer.ggml.{name} has {len(found)} entries for {len(tokens)} tokens")
+        entries = fields.get(f"tokenizer.ggml.{name}")
+        if entries is not None and len(entries) != len(tokens):
+            raise ValueError(f"tokenizer.ggml.{name} has {len(entries)} entries for {len(tokens)} tokens")
     return readers[kind](fields, tokens)
 
 
 def adds_bos(fields: Mapping[str, Any]) -> bool:
-    """Whether texts begin with the bos token."""
-    told = fields.get("tokenizer.ggml.add_bos_token")
-    if told is not None:
-        return bool(told)
-    return fields["tokenizer.ggml.model"] == "llama" or _words(fields) in ADDS_BOS
+    """Says whether texts begin with the bos token."""
+    stated = fields.get("tokenizer.ggml.add_bos_token")
+    if stated is not None:
+        return bool(stated)
+    return fields["tokenizer.ggml.model"] == "llama" or _cutting(fields) in ADDS_BOS
 
 
-def _words(fields: Mapping[str, Any]) -> str | None:
+def _cutting(fields: Mapping[str, Any]) -> str | None:
     name = fields.get("tokenizer.ggml.pre")
     return ALIASES.get(name, name) if isinstance(name, str) else None
 
 
 def special_pieces(fields: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
-    """Which piece plays which part."""
+    """Returns the special pieces by what they are for: `bos`, `eos`, …"""
     out = {}
     for kind, name in SPECIAL.items():
         id = fields.get(f"tokenizer.ggml.{name}")
@@ -96,7 +99,7 @@ def special_pieces(fields: Mapping[str, Any], tokens: list[str]) -> dict[str, st
 
 
 def _read_bytes(fields: Mapping[str, Any], tokens: list[str]) -> HuggingFace:
-    pre = _words(fields)
+    pre = _cutting(fields)
     if pre not in WORDS:
         named = fields.get("tokenizer.ggml.pre")
         known = [*WORDS, *ALIASES]
@@ -120,9 +123,9 @@ def _read_bytes(fields: Mapping[str, Any], tokens: list[str]) -> HuggingFace:
         truncation=None,
         padding=None,
         added_tokens=added,
-        normalizer={"type": "NFC"} if pre in COMPOSED else None,
-        pre_tokenizer=_cutter(WORDS[pre]),
-        post_processor=_begins(bos, tokens.index(bos)) if bos is not None else None,
+        normalizer={"type": "NFC"} if pre in NFC else None,
+        pre_tokenizer=_pre_tokenizer(WORDS[pre]),
+        post_processor=_post_processor(bos, tokens.index(bos)) if bos is not None else None,
         decoder=dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False),
         model=dict(
             type="BPE",
@@ -140,37 +143,37 @@ def _read_bytes(fields: Mapping[str, Any], tokens: list[str]) -> HuggingFace:
     return HuggingFace(json.dumps(source, ensure_ascii=False), special)
 
 
-def _cutter(patterns: tuple[str, ...]) -> dict[str, Any]:
-    """The `pre_tokenizer` of a tokenizer.json."""
+def _pre_tokenizer(patterns: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the `pre_tokenizer` of a tokenizer.json."""
     cuts = [dict(type="Split", pattern={"Regex": p}, behavior="Isolated", invert=False) for p in patterns]
     letters = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
     return dict(type="Sequence", pretokenizers=[*cuts, letters])
 
 
-def _begins(bos: str, id: int) -> dict[str, Any]:
-    """The `post_processor` that puts bos before a text. We add no tokens, but other readers of the file expect it."""
+def _post_processor(bos: str, id: int) -> dict[str, Any]:
+    """Returns the `post_processor` that puts bos before a text: unused here, but expected by other readers."""
     first, a, b = {"SpecialToken": dict(id=bos, type_id=0)}, *({"Sequence": dict(id=s, type_id=0)} for s in "AB")
     tokens = {bos: dict(id=bos, ids=[id], tokens=[bos])}
     return dict(type="TemplateProcessing", single=[first, a], pair=[first, a, first, b], special_tokens=tokens)
 
 
 def _patterns(pre: Any) -> tuple[str, ...] | None:
-    """The expressions of a `pre_tokenizer`, or None where it does anything else."""
+    """Returns the expressions of a `pre_tokenizer`, or None where it does anything else."""
     out: list[str] = []
     for part in pre["pretokenizers"] if (pre or {}).get("type") == "Sequence" else [pre]:
         match part:
-            case {"type": "ByteLevel", "add_prefix_space": False, **more}:
-                out += [GPT2] if more.get("use_regex", True) else []
+            case {"type": "ByteLevel", "add_prefix_space": False, **rest}:
+                out += [GPT2] if rest.get("use_regex", True) else []
             case {"type": "Digits", "individual_digits": True}:
                 out.append(r"\p{N}")
             case {
                 "type": "Split",
                 "pattern": {"Regex": p},
-                "behavior": "Isolated" | "Removed" as how,
-                "invert": turned,
+                "behavior": "Isolated" | "Removed" as behavior,
+                "invert": invert,
             }:
-                # Two ways to write the same: what matches is a word, or what doesn't match is thrown away.
-                if (how == "Removed") != turned:
+                # The same is written in two ways: what matches is a word, or what doesn't match is thrown away.
+                if (behavior == "Removed") != invert:
                     return None
                 out.append(p)
             case _:
@@ -186,11 +189,11 @@ def _write_bytes(tokenizer: HuggingFace) -> dict[str, Any]:
             f"gguf: a tokenizer.json with a {model.get('type')} model that isn't byte-level has no GGUF form here; "
             "byte-level BPE and SentencePiece .model files have"
         )
-    flavour = (bool(model.get("ignore_merges")), (source.get("normalizer") or {}).get("type"))
+    settings = (bool(model.get("ignore_merges")), (source.get("normalizer") or {}).get("type"))
     names = [
         name
         for name, known in WORDS.items()
-        if known == patterns and flavour == (name in WHOLE_WORDS, "NFC" if name in COMPOSED else None)
+        if known == patterns and settings == (name in WHOLE_WORDS, "NFC" if name in NFC else None)
     ]
     if not names:
         known_names = ", ".join(WORDS)
@@ -263,20 +266,23 @@ def _write_pieces(tokenizer: SentencePiece) -> dict[str, Any]:
 
 
 def write(tokenizer: Tokenizer, rows: int, add_bos: bool) -> dict[str, Any]:
-    """What follows `tokenizer.ggml.` in the metadata, for a model whose embedding has `rows` rows."""
+    """Returns the fields after `tokenizer.ggml.`, for a model whose embedding has `rows` rows.
+
+    Raises a ValueError where the tokenizer has no GGUF form, or more tokens than the embedding has rows.
+    """
     if isinstance(tokenizer, HuggingFace):
         out = _write_bytes(tokenizer)
     elif isinstance(tokenizer, SentencePiece):
         out = _write_pieces(tokenizer)
     else:
         raise ValueError(f"gguf: a tokenizer of kind {type(tokenizer).__name__} has no GGUF form")
-    short = rows - len(out["tokens"])
-    if short < 0:
+    missing = rows - len(out["tokens"])
+    if missing < 0:
         raise ValueError(f"gguf: the tokenizer has {len(out['tokens'])} tokens, the model's embedding {rows} rows")
-    out["tokens"] += [f"[PAD{rows - short + i}]" for i in range(short)]
-    out["token_type"] += [UNUSED] * short
+    out["tokens"] += [f"[PAD{rows - missing + i}]" for i in range(missing)]
+    out["token_type"] += [UNUSED] * missing
     if "scores" in out:
-        out["scores"] += [-1000.0] * short
+        out["scores"] += [-1000.0] * missing
     for kind, name in SPECIAL.items():
         if (id := getattr(tokenizer, f"{kind}_id")) is not None:
             out[name] = id

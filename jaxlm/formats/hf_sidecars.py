@@ -1,4 +1,4 @@
-"""What lies beside the weights in a Hugging Face directory: generation settings, chat template, tokenizer, card."""
+"""A Hugging Face directory has sidecars of the weights: generation settings, chat template, tokenizer, card."""
 
 import json
 import shutil
@@ -29,14 +29,14 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Generation:
-    """What `generation_config.json` says; None: it says nothing."""
+    """These are the settings of a `generation_config.json`; None where it says nothing."""
 
     eos: tuple[int, ...] = ()
-    """Any of these ends a text."""
+    """Any of these tokens ends a text."""
     bos: int | None = None
     pad: int | None = None
     start: int | None = None
-    """First token of an encoder-decoder's answer."""
+    """It is the first token of an encoder-decoder's answer."""
     sample: bool | None = None
     temperature: float | None = None
     top_k: int | None = None
@@ -48,10 +48,10 @@ class Generation:
     length_penalty: float | None = None
     new_tokens: int | None = None
     others: tuple[str, ...] = ()
-    """Settings of the file that are set to something and that have no field here: whoever generates must say so."""
+    """These settings of the file are set to something and have no field here: whoever generates must say so."""
 
 
-# Their name: (our field, type)
+# Hugging Face's name of a setting → (our field, type).
 SETTINGS: dict[str, tuple[str, type]] = {
     "eos_token_id": ("eos", int),
     "bos_token_id": ("bos", int),
@@ -69,40 +69,43 @@ SETTINGS: dict[str, tuple[str, type]] = {
     "max_new_tokens": ("new_tokens", int),
 }
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")  # config.json has these too
-SILENT = ("transformers_version", "_from_model_config", "use_cache", "cache_implementation")
+IGNORED = ("transformers_version", "_from_model_config", "use_cache", "cache_implementation")
 
 
 def read_generation(directory: str | Path) -> Generation:
-    """From `generation_config.json`; token ids that it lacks come from `config.json`."""
+    """Reads `generation_config.json`; token ids that it lacks come from `config.json`.
+
+    Raises a ValueError that names the setting where a value is of another type.
+    """
     path, main = Path(directory) / "generation_config.json", Path(directory) / "config.json"
     values = {k: v for k, v in (read_json(main) if main.is_file() else {}).items() if k in IDS}
     values |= {k: v for k, v in (read_json(path) if path.is_file() else {}).items() if v is not None}
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name, (field, kind) in SETTINGS.items():
         if (value := values.get(name)) is not None:
-            several = value if field == "eos" and isinstance(value, list) else [value]
-            if not all(_is(v, kind) for v in several):
+            entries = value if field == "eos" and isinstance(value, list) else [value]
+            if not all(_has_type(v, kind) for v in entries):
                 raise ValueError(f"{path}: {name} is {value!r}, which is not of type {kind.__name__}")
-            found[field] = tuple(several) if field == "eos" else kind(value)
-    others = sorted(k for k, v in values.items() if k not in SETTINGS and k not in SILENT and v not in (False, [], {}))
-    return Generation(**found, others=tuple(others))
+            settings[field] = tuple(entries) if field == "eos" else kind(value)
+    others = sorted(k for k, v in values.items() if k not in SETTINGS and k not in IGNORED and v not in (False, [], {}))
+    return Generation(**settings, others=tuple(others))
 
 
-def _is(value: Any, kind: type) -> bool:
+def _has_type(value: Any, kind: type) -> bool:
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, int | float if kind is float else kind)
 
 
 def token_ids(g: Generation) -> dict[str, Any]:
-    """What `config.json` says of the settings too."""
+    """Returns the token ids that stand in `config.json` too, by their names there."""
     eos = g.eos[0] if len(g.eos) == 1 else list(g.eos) or None
-    found = dict(bos_token_id=g.bos, eos_token_id=eos, pad_token_id=g.pad, decoder_start_token_id=g.start)
-    return {name: id for name, id in found.items() if id is not None}
+    ids = dict(bos_token_id=g.bos, eos_token_id=eos, pad_token_id=g.pad, decoder_start_token_id=g.start)
+    return {name: id for name, id in ids.items() if id is not None}
 
 
 def known_settings(source: str | Path | None) -> Generation | None:
-    """Those of a Hugging Face directory, or the ids of a run's tokenizer."""
+    """Reads the settings of a Hugging Face directory, or the ids of a run's tokenizer; None without a source."""
     if source is None:
         return None
     if (Path(source) / "config.json").is_file():
@@ -112,7 +115,7 @@ def known_settings(source: str | Path | None) -> Generation | None:
 
 
 def write_generation(folder: Path, g: Generation, source: str | Path | None) -> list[str]:
-    """`generation_config.json`: the source's byte for byte where it has one."""
+    """Writes `generation_config.json`, the source's byte for byte where it has one; returns a line on that."""
     path = folder / "generation_config.json"
     if source is not None and (Path(source) / path.name).is_file():
         shutil.copyfile(Path(source) / path.name, path)
@@ -127,29 +130,29 @@ def write_generation(folder: Path, g: Generation, source: str | Path | None) -> 
 
 
 def chat_templates(directory: str | Path) -> dict[str, str]:
-    """Jinja texts by name, the usual one as `default`; empty where there is none. Nothing is rendered here."""
+    """Reads Jinja texts by name, the usual one as `default`; empty where there is none. Nothing is rendered here."""
     folder = Path(directory)
-    found: dict[str, str] = {}
-    for file in ("chat_template.json", "tokenizer_config.json"):  # the former: processors of older releases
-        given = read_json(folder / file).get("chat_template") if (folder / file).is_file() else None
-        if isinstance(given, str):
-            found["default"] = given
-        elif isinstance(given, list):
-            if not all(isinstance(t, dict) and {"name", "template"} <= t.keys() for t in given):
+    templates: dict[str, str] = {}
+    for file in ("chat_template.json", "tokenizer_config.json"):  # the former is of processors of older releases
+        value = read_json(folder / file).get("chat_template") if (folder / file).is_file() else None
+        if isinstance(value, str):
+            templates["default"] = value
+        elif isinstance(value, list):
+            if not all(isinstance(t, dict) and {"name", "template"} <= t.keys() for t in value):
                 raise ValueError(f"{folder / file}: chat_template is neither a text nor a list of name and template")
-            found |= {str(t["name"]): str(t["template"]) for t in given}
-        elif given is not None:
-            raise ValueError(f"{folder / file}: chat_template is {type(given).__name__}, not a text or a list")
+            templates |= {str(t["name"]): str(t["template"]) for t in value}
+        elif value is not None:
+            raise ValueError(f"{folder / file}: chat_template is {type(value).__name__}, not a text or a list")
     files = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
     files |= {"default": folder / "chat_template.jinja"} if (folder / "chat_template.jinja").is_file() else {}
-    return found | {name: path.read_text("utf-8") for name, path in files.items()}
+    return templates | {name: path.read_text("utf-8") for name, path in files.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def carry(folder: Path, source: str | Path | None, kind: str = "decoder") -> list[str]:
-    """Bring the tokenizer along for a model of a `kind`; a line on what came.
+def copy_tokenizer(folder: Path, source: str | Path | None, kind: str = "decoder") -> list[str]:
+    """Copies the tokenizer for a model of a `kind` into `folder`; returns lines on what was copied.
 
     `source` is a Hugging Face directory, whose files come byte for byte, or a tokenizer folder of a run.
     """
@@ -164,28 +167,32 @@ def carry(folder: Path, source: str | Path | None, kind: str = "decoder") -> lis
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(origin / name, folder / name)
     notes = [f"{', '.join(files)}: carried along"] if files else []
-    return notes if (origin / "config.json").is_file() else notes + _own(folder, tokenizers.load(origin), kind)
+    return (
+        notes
+        if (origin / "config.json").is_file()
+        else notes + _write_run_tokenizer(folder, tokenizers.load(origin), kind)
+    )
 
 
-def _own(folder: Path, tokens: tokenizers.Tokenizer, kind: str) -> list[str]:
-    """Make a run's tokenizer one that transformers opens as it is."""
+def _write_run_tokenizer(folder: Path, tokens: tokenizers.Tokenizer, kind: str) -> list[str]:
+    """Writes what transformers needs to open a run's tokenizer as it is."""
     path = folder / "tokenizer_config.json"
     if isinstance(tokens, tokenizers.HuggingFace):
         # Without a class transformers takes the architecture's own, which may put its own rules over the file's.
         values = {"tokenizer_class": "PreTrainedTokenizerFast"} | (read_json(path) if path.is_file() else {})
         path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
         return []
-    made, why = tokenizer_json.convert(tokens, kind)
-    if made is None:
+    source, why = tokenizer_json.convert(tokens, kind)
+    if source is None:
         return [f"tokenizer.json: not written, it would not be exact ({why}); use tokenizer.model with sentencepiece"]
-    (folder / "tokenizer.json").write_text(made, "utf-8")
+    (folder / "tokenizer.json").write_text(source, "utf-8")
     text = json.dumps(tokenizer_json.settings(tokens), indent=2, ensure_ascii=False)
     path.write_text(text + "\n", "utf-8")
     return ["tokenizer.json, tokenizer_config.json: made from the run's tokenizer, checked to read text the same"]
 
 
 def write_card(folder: Path, values: Mapping[str, Any], count: int, origin: str) -> None:
-    """`README.md`: what this is, where it came from, how it is loaded."""
+    """Writes `README.md`: what this is, where it came from, how it is loaded."""
     architecture = (values.get("architectures") or ["AutoModel"])[0]
     text = f"""---
 library_name: transformers

@@ -1,4 +1,4 @@
-"""A Hugging Face directory in and out: `config.json`, safetensors, and (`beside.py`) what lies beside them.
+"""A Hugging Face directory is read and written here: `config.json`, safetensors, and (by `hf_sidecars`) their sidecars.
 
 Weights go from the file to their shards, and back, in pieces of a few megabytes: neither a whole layer stack nor a
 whole tensor is ever assembled for all devices. Nothing in such a directory is run: `auto_map` and pickles are refused.
@@ -23,14 +23,14 @@ from jaxlm.formats import hf_sidecars, safetensors, shards
 from jaxlm.formats.safetensors import Files, read_json
 from jaxlm.nn.family import Family
 
-SHOWN = 4  # names in an error
+MAX_NAMES = 4  # tensors that an error names
 EXPORTED = ("float32", "bfloat16", "float16")
 
 # ------------------------------------------------------------------------------------------------------------- opening
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """`config.json` as it is."""
+    """Reads `config.json`; raises a ValueError where there is none."""
     folder = Path(directory)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: has no config.json, so it is no Hugging Face model directory")
@@ -38,13 +38,13 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 
 def family_of(values: Mapping[str, Any], models: Mapping[str, Family]) -> Family:
-    """The family that reads files of this `model_type`."""
+    """Returns the family that reads files of this `model_type`; raises a ValueError where there is none."""
     kind, known = values.get("model_type"), {t: f for f in models.values() for t in f.MODEL_TYPES}
     if not isinstance(kind, str) or kind not in known:
         near = errors.nearest(str(kind), known)
         near = near if "known" in near else f"{near[:-1]}, known: {', '.join(sorted(known))}"
-        own = "; its own code (auto_map) is never run" if "auto_map" in values else ""
-        raise ValueError(f"config.json: model_type {kind!r} is not read here{near}{own}")
+        note = "; its own code (auto_map) is never run" if "auto_map" in values else ""
+        raise ValueError(f"config.json: model_type {kind!r} is not read here{near}{note}")
     if values.get("quantization_config"):
         method = dict(values["quantization_config"]).get("quant_method", "unknown")
         raise ValueError(
@@ -54,7 +54,10 @@ def family_of(values: Mapping[str, Any], models: Mapping[str, Family]) -> Family
 
 
 def describe(directory: str | Path, models: Mapping[str, Family]) -> tuple[Family, Any]:
-    """The family and its Config. Where its files may have more or less than config.json says, they decide."""
+    """Returns the family and its Config. Where its files may have more or less than config.json says, they decide.
+
+    Raises a ValueError that names the key where one is missing or unusable.
+    """
     values = read_config(directory)
     family = family_of(values, models)
     try:
@@ -84,19 +87,20 @@ def load(
     ignore: Iterable[str] = (),
     each: Callable[[str, jax.Array], Any] | None = None,
 ) -> Any:
-    """Weights of a directory, each device's share straight onto it. `ignore`: patterns of tensors to leave behind;
-    `each`: (path, weight) → what takes its place before the next one is read.
+    """Loads the weights of a directory, each device's share straight onto it.
 
-    The host holds a piece or two; every process reads what its own devices need.
+    Tensors that match a pattern of `ignore` are left out. `each` takes (path, weight) and returns what takes its place
+    before the next one is read. The host holds a piece or two; every process reads what its own devices need. Raises a
+    ValueError that names the tensors where they don't fit the model.
     """
     files = safetensors.open_files(directory)
     table = weight_names.tensors(family.names(c), specs)
-    found = _find(files, table, family, c, specs, ignore)
+    names = _match_names(files, table, family, c, specs, ignore)
     sources: dict[str, list[shards.Source]] = {}
     for name, tensor in table.items():
         for part, view in zip(tensor.parts, tensor.views, strict=True):
-            read = partial(files.read, found[name], shape=view.shape)
-            source = shards.Source(part, view, read, files.entries[found[name]].dtype)
+            read = partial(files.read, names[name], shape=view.shape)
+            source = shards.Source(part, view, read, files.entries[names[name]].dtype)
             sources.setdefault(part.path, []).append(source)
     return shards.fill(specs, shardings, sources, dtype, each)
 
@@ -104,7 +108,7 @@ def load(
 # ------------------------------------------------------------------------------------------- do the files fit the model
 
 
-def _find(
+def _match_names(
     files: Files,
     table: Mapping[str, weight_names.Tensor],
     family: Family,
@@ -112,17 +116,20 @@ def _find(
     specs: Any,
     ignore: Iterable[str],
 ) -> dict[str, str]:
-    """Name of each of the table's tensors in these files; what is missing, left over or misshapen is an error."""
-    here = _spelling(files, family.FILES.prefixes)
-    found = {name: here(name) for name in table}
-    copies = {here(name): here(of) for name, of in _copies(family, c, specs).items()}
-    kept = {of: name for name, of in copies.items() if name in files.entries and of not in files.entries}
-    found = {name: kept.get(theirs, theirs) for name, theirs in found.items()}  # early files keep any of the copies
+    """Returns the name in these files of each of the table's tensors.
+
+    Raises a ValueError for tensors that are missing, left over or misshapen.
+    """
+    spell = _spelling(files, family.FILES.prefixes)
+    copies = {spell(name): spell(original) for name, original in _copies(family, c, specs).items()}
+    # Early files may hold any one of the copies, which then stands for the original.
+    stand_in = {of: name for name, of in copies.items() if name in files.entries and of not in files.entries}
+    names = {name: stand_in.get(spell(name), spell(name)) for name in table}
     patterns = [re.compile(p) for p in (*family.FILES.ignored, *ignore)]
-    missing = [name for name in found.values() if name not in files.entries]
+    missing = [name for name in names.values() if name not in files.entries]
     extra = [
         name
-        for name in sorted(files.entries.keys() - found.values() - copies.keys())
+        for name in sorted(files.entries.keys() - names.values() - copies.keys())
         if not any(p.fullmatch(name) for p in patterns)
     ]
     if missing or extra:
@@ -130,46 +137,49 @@ def _find(
         what += [_listed(extra, "not this model's")] if extra else []
         raise ValueError(f"{files.directory}: {' and '.join(what)}; check that config.json belongs to these weights")
     for name, tensor in table.items():
-        entry = files.entries[found[name]]
+        entry = files.entries[names[name]]
         if entry.shape != tensor.shape:
             due = f"{list(entry.shape)}, but config.json makes it {list(tensor.shape)}"
-            raise ValueError(f"{entry.file}: {found[name]} is {due}")
+            raise ValueError(f"{entry.file}: {names[name]} is {due}")
         if not jnp.issubdtype(entry.dtype, jnp.floating):
             due = f"{entry.dtype} numbers where floats are due; bring the unquantised weights"
-            raise ValueError(f"{entry.file}: {found[name]} holds {due}")
-    for name, of in ((name, kept.get(of, of)) for name, of in copies.items()):
+            raise ValueError(f"{entry.file}: {names[name]} holds {due}")
+    for name, of in ((name, stand_in.get(of, of)) for name, of in copies.items()):
         if name in files.entries and not _equal(files, name, of):
             raise ValueError(
                 f"{files.entries[name].file}: {name} differs from {of}, though config.json ties them; "
                 "set tie_word_embeddings to false there"
             )
-    return found
+    return names
 
 
 def _spelling(files: Files, prefixes: tuple[str, ...]) -> Callable[[str], str]:
-    """From a name in the table to the one in these files, which may be of a bare model or of a larger one, or old."""
-    here = next((p for p in prefixes if any(name.startswith(p) for name in files.entries)), "")
-    old = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}  # from TensorFlow's days
+    """Returns a function from a name in the table to the one in these files: of a bare, a larger or an older model."""
+    prefix = next((p for p in prefixes if any(name.startswith(p) for name in files.entries)), "")
+    old = {
+        ".LayerNorm.weight": ".LayerNorm.gamma",
+        ".LayerNorm.bias": ".LayerNorm.beta",
+    }  # names of files that were converted from TensorFlow
     if not any(name.endswith(tuple(old.values())) for name in files.entries):
         old = {}
 
     def spell(name: str) -> str:
-        was = next((p for p in prefixes if p and name.startswith(p)), "")
-        if not here:
-            name = name.removeprefix(was)
+        own_prefix = next((p for p in prefixes if p and name.startswith(p)), "")
+        if not prefix:
+            name = name.removeprefix(own_prefix)
         name = next((name.removesuffix(new) + early for new, early in old.items() if name.endswith(new)), name)
-        return here + name if here and not was and here + name in files.entries else name
+        return prefix + name if prefix and not own_prefix and prefix + name in files.entries else name
 
     return spell
 
 
-def _listed(found: list[str], what: str) -> str:
-    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return f"{len(found)} tensor{'s are' * (len(found) > 1) or ' is'} {what} ({', '.join(found[:SHOWN])}{more})"
+def _listed(names: list[str], what: str) -> str:
+    rest = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return f"{len(names)} tensor{'s are' * (len(names) > 1) or ' is'} {what} ({', '.join(names[:MAX_NAMES])}{rest})"
 
 
 def _copies(family: Family, c: Any, specs: Any) -> dict[str, str]:
-    """Tensors that a file may hold though the model has them once, and which one each must equal.
+    """Returns the tensors that a file may hold though the model has them once, and which one each must equal.
 
     A head that the specs lack is the embedding; a family states others in its `FILES.tied`.
     """
@@ -181,10 +191,10 @@ def _copies(family: Family, c: Any, specs: Any) -> dict[str, str]:
 
 
 def _equal(files: Files, a: str, b: str) -> bool:
-    one, two = files.entries[a], files.entries[b]
-    if (one.shape, one.dtype) != (two.shape, two.dtype):
+    entry, other = files.entries[a], files.entries[b]
+    if (entry.shape, entry.dtype) != (other.shape, other.dtype):
         return False
-    pieces = shards.cut([slice(0, size) for size in one.shape], shards.PIECE // one.dtype.itemsize)
+    pieces = shards.cut([slice(0, size) for size in entry.shape], shards.PIECE // entry.dtype.itemsize)
     return all(files.read(a, piece).tobytes() == files.read(b, piece).tobytes() for piece in pieces)
 
 
@@ -205,7 +215,7 @@ def save(
     origin: str = "",
     max_bytes: int = 5_000_000_000,
 ) -> list[str]:
-    """Write a directory that transformers and `load` read; returns a line on each thing that was written.
+    """Writes a directory that transformers and `load` read; returns a line on each thing that was written.
 
     `dtype`: float32, bfloat16 or float16, or a dict that says it for each tensor of the file (see `dtypes`).
     `extra_files_from`: a directory or a run's tokenizer folder whose tokenizer and settings come along.
@@ -216,7 +226,7 @@ def save(
         raise ValueError(f"{folder}: holds a config.json already; choose another directory or remove it")
     flat = _weights(specs, params)
     table = weight_names.tensors(family.names(c), specs)
-    told = generation or hf_sidecars.known_settings(extra_files_from)
+    settings = generation or hf_sidecars.known_settings(extra_files_from)
     kinds = {name: _export_dtype(dtype, name) for name in table}
     common = max(sorted(set(kinds.values()), key=str), key=list(kinds.values()).count)
     written = safetensors.write(
@@ -228,13 +238,12 @@ def save(
     count = sum(math.prod(tensor.shape) for tensor in table.values())
     files = written[0].name if len(written) == 1 else f"{len(written) - 1} shards"
     notes = [f"{files}: {len(table)} tensors, {count:,} parameters as {common}"]
-    notes += hf_sidecars.carry(folder, extra_files_from, family.kind)
-    if told is not None and family.generates:
-        given = None if generation else extra_files_from
-        notes += hf_sidecars.write_generation(folder, told, given)
-    ids = (
-        {"pad_token_id": None} if told is None else hf_sidecars.token_ids(told)
-    )  # unsaid, it may lie beyond the vocabulary
+    notes += hf_sidecars.copy_tokenizer(folder, extra_files_from, family.kind)
+    if settings is not None and family.generates:
+        source = None if generation else extra_files_from
+        notes += hf_sidecars.write_generation(folder, settings, source)
+    # transformers' own default of pad_token_id may lie beyond the vocabulary.
+    ids = {"pad_token_id": None} if settings is None else hf_sidecars.token_ids(settings)
     values = {**ids, **values, "dtype": str(common)}
     if card:
         hf_sidecars.write_card(folder, values, count, origin)
@@ -253,12 +262,12 @@ def _tensor(name: str, tensor: weight_names.Tensor, flat: Mapping[str, jax.Array
 
 
 def dtypes(directory: str | Path) -> dict[str, str]:
-    """Dtype of each tensor of a directory, for `save` to write the same."""
+    """Returns the dtype of each tensor of a directory, for `save` to write the same."""
     return {name: str(entry.dtype) for name, entry in safetensors.open_files(directory).entries.items()}
 
 
 def _export_dtype(dtype: Any, name: str) -> np.dtype:
-    if isinstance(dtype, Mapping):  # a name that it lacks was spelled otherwise there: then what most have
+    if isinstance(dtype, Mapping):  # a name that it lacks was spelled otherwise there: take the commonest dtype
         dtype = dtype.get(name) or max(dtype.values(), key=list(dtype.values()).count)
     if (dtype if isinstance(dtype, str) else str(np.dtype(dtype))) not in EXPORTED:
         raise ValueError(f"dtype {dtype!r} is not written; choose one of {', '.join(EXPORTED)}")

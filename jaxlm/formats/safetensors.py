@@ -1,4 +1,4 @@
-"""Safetensors files: read tensor by tensor and slice by slice, written tensor by tensor into shards.
+"""Safetensors files are read tensor by tensor and slice by slice, and written tensor by tensor into shards.
 
 A file is eight bytes with the length of a JSON header `{name: {dtype, shape, data_offsets}}`, the header, the numbers.
 The `safetensors` library checks the header (its size, offsets, overlaps, holes, truncation). The numbers are read by
@@ -41,37 +41,39 @@ DTYPES: dict[str, np.dtype] = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 BLOCK = 4 << 20  # bytes read at a time where only a part of each row is wanted
-JSON_LIMIT = 100_000_000  # bytes of a JSON file; the library's own limit of a header
+JSON_LIMIT = 100_000_000  # bytes of a JSON file; the safetensors library limits headers so too
 PICKLED = ("pytorch_model*.bin*", "*.pt", "*.pth", "*.pkl", "*.ckpt", "consolidated*.pth")
 
 
 class Entry(NamedTuple):
-    """A tensor in a file."""
+    """An entry says which file holds a tensor, and at which byte it starts."""
 
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int
-    """Its first byte."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """All tensors of a directory; nothing but the headers has been read."""
+    """This object knows all tensors of a directory by its files' headers; the numbers are read when asked for.
+
+    `entries` are in the order of the bytes, file after file.
+    """
 
     directory: Path
     entries: Mapping[str, Entry]
-    """In the order of the bytes, file after file."""
 
     def read(self, name: str, index: Sequence[slice] | None = None, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """A tensor, or the part at `index` (slices with start and stop), seen as of another `shape` where one is given.
+        """Reads a tensor, or its part at `index` (slices with start and stop) after a reshape to `shape` if given.
 
-        Needs memory for the result and, where rows are wanted in part, one block of them.
+        It needs memory for the result and, where rows are wanted in part, one block of them.
         """
-        file, dtype, own, start = self.entries[name]
-        shape = own if shape is None else shape
+        file, dtype, stored_shape, start = self.entries[name]
+        shape = stored_shape if shape is None else shape
         index = [slice(0, size) for size in shape] if index is None else list(index)
-        assert math.prod(shape) == math.prod(own) and len(index) == len(shape), f"{name}: {own} is not {shape}"
+        assert math.prod(shape) == math.prod(stored_shape), f"{name}: {stored_shape} is not {shape}"
+        assert len(index) == len(shape), f"{name}: {index} is not of {shape}"
         out = np.empty([s.stop - s.start for s in index], dtype)
         with file.open("rb", buffering=0) as source:
             _fill(source, start, shape, index, out)
@@ -79,7 +81,7 @@ class Files:
 
 
 def _fill(source: BinaryIO, start: int, shape: tuple[int, ...], index: Sequence[slice], out: np.ndarray) -> None:
-    """Fill `out` with the part at `index` of the array of `shape` that begins at byte `start`."""
+    """Fills `out` with the part at `index` of the array of `shape` that begins at byte `start`."""
     if not out.size:
         return
     row = math.prod(shape[1:]) * out.itemsize
@@ -99,11 +101,11 @@ def _fill(source: BinaryIO, start: int, shape: tuple[int, ...], index: Sequence[
 
 
 def _read(source: BinaryIO, start: int, out: np.ndarray) -> None:
-    to = out.reshape(-1).view(np.uint8).data
+    buffer = out.reshape(-1).view(np.uint8).data
     source.seek(start)
     done = 0
-    while done < len(to):
-        n = source.readinto(to[done:])  # type: ignore[attr-defined]
+    while done < len(buffer):
+        n = source.readinto(buffer[done:])  # type: ignore[attr-defined]
         if not n:
             raise ValueError(f"{source.name}: ended while it was being read; is another process writing it?")
         done += n
@@ -113,7 +115,10 @@ def _read(source: BinaryIO, start: int, out: np.ndarray) -> None:
 
 
 def open_files(directory: str | Path, stem: str = "model") -> Files:
-    """The tensors of `stem`.safetensors, or of the shards that `stem`.safetensors.index.json lists."""
+    """Opens `stem`.safetensors, or the shards that `stem`.safetensors.index.json lists; reads their headers alone.
+
+    Raises a ValueError that names the file where one is missing, damaged or unsafe.
+    """
     folder = Path(directory)
     if not folder.is_dir():
         raise ValueError(f"{folder}: {'is a file, not a directory' if folder.exists() else 'does not exist'}")
@@ -121,17 +126,18 @@ def open_files(directory: str | Path, stem: str = "model") -> Files:
     if single.is_file():
         return Files(folder, _entries(single))
     if not index.is_file():
-        raise ValueError(_nothing(folder, stem))
-    where = _weight_map(index)
-    shards = {shard: _entries(_inside(index, shard)) for shard in sorted(set(where.values()))}
-    for name, shard in where.items():
+        raise ValueError(_why_unopened(folder, stem))
+    weight_map = _weight_map(index)
+    shards = {shard: _entries(_shard_path(index, shard)) for shard in sorted(set(weight_map.values()))}
+    for name, shard in weight_map.items():
         if name not in shards[shard]:
             raise ValueError(f"{folder / shard}: lacks {name}, which {index.name} says it holds; fetch both again")
-    return Files(folder, {n: e for shard, held in shards.items() for n, e in held.items() if where.get(n) == shard})
+    listed = {n: e for shard, entries in shards.items() for n, e in entries.items() if weight_map.get(n) == shard}
+    return Files(folder, listed)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; anything else is an error that names the file."""
+    """Reads a JSON object; raises a ValueError that names the file for anything else."""
     try:
         if path.stat().st_size > JSON_LIMIT:
             raise ValueError(f"more than {JSON_LIMIT:,} bytes")
@@ -165,20 +171,20 @@ def _entries(path: Path) -> dict[str, Entry]:
 def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) < len(pairs):
-        twice = next(name for name in out if sum(name == other for other, _ in pairs) > 1)
-        raise ValueError(f"{path}: its header names {twice} twice; fetch or export it again")
+        repeated = next(name for name in out if sum(name == other for other, _ in pairs) > 1)
+        raise ValueError(f"{path}: its header names {repeated} twice; fetch or export it again")
     return out
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not where or not all(isinstance(shard, str) for shard in where.values()):
+    weights = read_json(index).get("weight_map")
+    if not isinstance(weights, dict) or not weights or not all(isinstance(shard, str) for shard in weights.values()):
         raise ValueError(f"{index}: has no weight_map of tensor names to files; fetch it again")
-    return where
+    return weights
 
 
-def _inside(index: Path, shard: str) -> Path:
-    """The shard's path. An index is untrusted: it may name files beside it and no others."""
+def _shard_path(index: Path, shard: str) -> Path:
+    """Returns the shard's path. An index is untrusted: it may name files beside it and no others."""
     path = index.parent / shard
     if shard != os.path.basename(shard) or "\\" in shard or "\0" in shard or not shard.endswith(".safetensors"):
         raise ValueError(f"{index}: names {shard!r}, which is not a .safetensors file beside it; refused")
@@ -193,8 +199,8 @@ def _inside(index: Path, shard: str) -> Path:
     return path
 
 
-def _nothing(folder: Path, stem: str) -> str:
-    """Why a directory can't be opened, and what to do."""
+def _why_unopened(folder: Path, stem: str) -> str:
+    """Says why a directory can't be opened, and what to do."""
     pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
     shards = sorted(path.name for path in folder.glob(f"{stem}-*.safetensors"))
     other = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -219,15 +225,15 @@ def write(
     stem: str = "model",
     max_bytes: int = 5_000_000_000,
 ) -> list[Path]:
-    """Write tensors of the given dtypes and shapes, each asked for by name when its turn comes; returns the files.
+    """Writes tensors of these dtypes and shapes, each asked for by name when its turn comes; returns the files.
 
     Files get their names when all are complete, the index last: after a kill nothing looks like a model.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    held = sorted(path.name for path in folder.glob(f"{stem}*.safetensors*"))
-    if held:
-        raise ValueError(f"{folder}: holds {held[0]} already; choose another directory or remove it")
+    existing = sorted(path.name for path in folder.glob(f"{stem}*.safetensors*"))
+    if existing:
+        raise ValueError(f"{folder}: holds {existing[0]} already; choose another directory or remove it")
     sizes = {name: np.dtype(dtype).itemsize * math.prod(shape) for name, (dtype, shape) in tensors.items()}
     shards = _shards(sizes, max_bytes)
     count = len(shards)
@@ -243,9 +249,9 @@ def write(
             _write_file(path, {name: tensors[name] for name in names}, read)
         if count > 1:
             partial[index] = folder / f".{index.name}.{os.getpid()}.partial"
-            where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+            weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
             meta = {"total_size": sum(sizes.values())}
-            partial[index].write_text(json.dumps({"metadata": meta, "weight_map": where}, indent=2) + "\n")
+            partial[index].write_text(json.dumps({"metadata": meta, "weight_map": weight_map}, indent=2) + "\n")
         for path, written in partial.items():
             written.replace(path)
     finally:
@@ -255,7 +261,7 @@ def write(
 
 
 def _shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Names in order, as many a file as fit; a tensor above the limit has a file of its own."""
+    """Distributes names in order, as many a file as fit; a tensor above the limit has a file of its own."""
     shards: list[list[str]] = [[]]
     room = max_bytes
     for name, size in sizes.items():
@@ -290,6 +296,6 @@ def _write_file(
 
 
 def _bytes(name: str, array: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> memoryview:
-    """Of one tensor, which lives no longer than this value: the next must not be made beside it."""
+    """Returns a tensor's bytes. The array lives no longer than they do: the next must not be made while it exists."""
     assert (array.dtype, array.shape) == (dtype, shape), f"{name}: {array.dtype} {array.shape} is not {dtype} {shape}"
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -1,6 +1,6 @@
-"""A model as StableHLO programs with its weights beside them: runs wherever jax does, without this package.
+"""A model is exported as StableHLO programs and weights, which run wherever jax does, without this package.
 
-B rows (any number), T places of a program, L cache slots, V vocabulary, D width.
+B rows (any number), T positions of a program, L cache slots, V vocabulary, D width.
 
 The folder holds `model.safetensors`, one program (`jax.export`) for each function and length, `model.json` that lists
 them, and `run.py`, which shows how to call them. Weights are arguments of every program, so they exist once.
@@ -40,10 +40,10 @@ def save(
     cache: int | None = None,
     platforms: Sequence[str] = PLATFORMS,
 ) -> list[str]:
-    """Write the folder; returns a line on each thing written. The compute dtype is the model's `execution.dtype`.
+    """Writes the folder; returns a line on each thing written. The compute dtype is the model's `execution.dtype`.
 
-    `lengths`: T of the programs; a caller pads its rows to one of them. `cache`: L of the generating programs
-    (default: twice the longest of `lengths`, or the longest the model has; 0: no such programs).
+    `lengths` are T of the programs; a caller pads its rows to one of them. `cache` is L of the generating programs
+    (default: twice the longest of `lengths`, or the longest the model has; 0 makes no such programs).
     """
     folder = Path(folder)
     model, lengths, slots = _checked(folder, model, lengths, cache)
@@ -57,10 +57,10 @@ def save(
     about |= {"cache": slots, "positions": model.config.positions, "platforms": list(platforms), "programs": {}}
     notes = []
     for name, (f, inputs) in programs.items():
-        made = exporting.export(jax.jit(f), platforms=platforms)(_shapes(weights), *inputs)
-        data = made.serialize()
+        exported = exporting.export(jax.jit(f), platforms=platforms)(_shapes(weights), *inputs)
+        data = exported.serialize()
         (folder / f"{name}.stablehlo").write_bytes(data)
-        about["programs"][name] = _signature(made)
+        about["programs"][name] = _signature(exported)
         notes.append(f"{name}.stablehlo: {len(data):,} bytes")
     tensors = {name: (w.dtype, w.shape) for name, w in weights.items()}
     safetensors.write(folder, tensors, lambda name: np.asarray(weights[name]), max_bytes=1 << 62)
@@ -79,14 +79,14 @@ def _checked(
         raise ValueError(f"{folder}: holds a model.json already; choose another folder or remove it")
     if model.family.kind == "encoder_decoder":
         raise ValueError("stablehlo: encoder-decoders are not exported; decoders and encoders are")
-    most = model.config.positions or max(2 * max(lengths), 1)
-    lengths = tuple(sorted({min(n, most) for n in lengths}))
+    limit = model.config.positions or max(2 * max(lengths), 1)
+    lengths = tuple(sorted({min(n, limit) for n in lengths}))
     if lengths[0] < 1:
         raise ValueError(f"stablehlo: lengths {lengths} must be positive")
-    slots = min(2 * lengths[-1], most) if cache is None else cache
+    slots = min(2 * lengths[-1], limit) if cache is None else cache
     slots = slots if model.family.generates else 0
-    if slots and not lengths[-1] <= slots <= most:
-        raise ValueError(f"stablehlo: cache {slots} must hold the longest of lengths {lengths[-1]} and at most {most}")
+    if slots and not lengths[-1] <= slots <= limit:
+        raise ValueError(f"stablehlo: cache {slots} must hold the longest of lengths {lengths[-1]} and at most {limit}")
     dtype = model.shard.execution.dtype
     if dtype not in DTYPES:
         raise ValueError(f"stablehlo: execution.dtype {dtype!r} is not exported, only {', '.join(DTYPES)}")
@@ -99,7 +99,7 @@ def _checked(
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """Every weight by its path: `blocks/0/q`."""
+    """Returns every weight by its path: `blocks/0/q`."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): w for path, w in leaves}
 
@@ -111,26 +111,27 @@ def _shapes(weights: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 def _programs(
     model: Model, params: Any, lengths: tuple[int, ...], slots: int
 ) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """{name: (function of (weights, …), shapes of the rest)}."""
-    empty = jax.tree.structure(jax.eval_shape(lambda p: decode.prepare(model, p), params))
+    """Returns {name: (function of (weights, …), shapes of its other arguments)}."""
+    structure = jax.tree.structure(jax.eval_shape(lambda p: decode.prepare(model, p), params))
     (B,) = exporting.symbolic_shape("b")
 
     def ints(*shape: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     def forward(weights: dict, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-        p = _tree(empty, weights)
+        p = _tree(structure, weights)
         out = model.forward(p, dict(tokens=tokens_BT, positions=positions_BT, segments=segments_BT))
         return logits(model.readout(p, out.x_BTD), model.shard) if model.family.kind == "decoder" else out.x_BTD
 
     def prefill(weights: dict, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> Any:
         batch = dict(tokens=tokens_BT, positions=positions_BT, segments=segments_BT)
-        z_BV, cache = decode.prefill(model, _tree(empty, weights), batch, slots)
+        z_BV, cache = decode.prefill(model, _tree(structure, weights), batch, slots)
         return z_BV, _plain(cache)
 
     def step(weights: dict, cache: dict, tokens_B: jax.Array, positions_B: jax.Array) -> Any:
-        held = Cache(cache["layers"], cache["end"], cache["real"], fresh=False)
-        z_BTV, new = decode.extend(model, _tree(empty, weights), held, tokens_B[:, None], positions_B[:, None])
+        earlier = Cache(cache["layers"], cache["end"], cache["real"], fresh=False)
+        params = _tree(structure, weights)
+        z_BTV, new = decode.extend(model, params, earlier, tokens_B[:, None], positions_B[:, None])
         return z_BTV[:, 0], _plain(new)
 
     out: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
@@ -146,21 +147,24 @@ def _programs(
 
 
 def _tree(structure: Any, weights: Mapping[str, Any]) -> Any:
-    """The inverse of `_named`: dicts come back sorted by name, which is the structure's order only by path."""
+    """Rebuilds the tree: the inverse of `_named`. Dicts come back sorted by name, the structure's order is by path."""
     paths = _named(jax.tree.unflatten(structure, range(structure.num_leaves)))
     return jax.tree.unflatten(structure, [weights[name] for name in paths])
 
 
 def _plain(cache: Cache) -> dict[str, Any]:
-    """Without classes, which a program's caller would need to know."""
+    """Returns a cache as plain dicts: a program's caller doesn't know our classes."""
     return dict(layers=cache.layers, end=cache.end, real=cache.real_BS)
 
 
-def _signature(made: exporting.Exported) -> dict[str, Any]:
-    """What goes in and out, weights left out."""
-    args, _ = jax.tree.unflatten(made.in_tree, made.in_avals)
-    told = lambda t: jax.tree.map(lambda a: a.str_short(), t)  # noqa: E731
-    return {"inputs": told(args[1:]), "outputs": told(jax.tree.unflatten(made.out_tree, made.out_avals))}
+def _signature(exported: exporting.Exported) -> dict[str, Any]:
+    """Describes a program's inputs, weights left out, and its outputs."""
+
+    def types(tree: Any) -> Any:
+        return jax.tree.map(lambda a: a.str_short(), tree)
+
+    args, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+    return {"inputs": types(args[1:]), "outputs": types(jax.tree.unflatten(exported.out_tree, exported.out_avals))}
 
 
 RUN = '''"""Runs the model in this folder with jax, numpy, safetensors and flatbuffers; nothing else is needed.

@@ -1,4 +1,4 @@
-"""Our own tokenizers as a Hugging Face `tokenizer.json`, where that reads every text the same."""
+"""Our own tokenizers are written as a Hugging Face `tokenizer.json` where that reads every text the same."""
 
 import json
 from collections.abc import Iterator
@@ -9,36 +9,34 @@ import numpy as np
 from jaxlm.data.tokenizer import KINDS, SPACE, Bytes, SentencePiece, Tokenizer, post_processor
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = range(1, 5)  # SentencePiece's kinds of pieces
-BPE = 2  # among its kinds of models; the library's unigram breaks ties otherwise than SentencePiece
-
-
-# What stands before and after a text on its own, by kind of model: as they are trained here.
+BPE = 2  # SentencePiece's kind of model; the library's unigram breaks ties otherwise than SentencePiece
+# The special tokens before and after a text on its own, by kind of model: as they are trained here.
 AROUND = {"decoder": ("bos", None), "encoder": ("cls", "sep"), "encoder_decoder": (None, "eos")}
 
 
 def convert(tokenizer: Tokenizer, kind: str = "decoder") -> tuple[str | None, str]:
-    """(tokenizer.json, "") or (None, why it can't be made exactly). `kind` of the model that reads by it.
+    """Returns (tokenizer.json, "") or (None, why it can't be made exactly), for a model of a `kind`.
 
     Two differences are the format's own: "</s>" in a text becomes the control token there, and "▁" a space.
     """
     if isinstance(tokenizer, Bytes):
-        made = _bytes(tokenizer)
+        content = _bytes(tokenizer)
     elif isinstance(tokenizer, SentencePiece):
-        found = _pieces(tokenizer)
-        if isinstance(found, str):
-            return None, found
-        made = found
+        result = _pieces(tokenizer)
+        if isinstance(result, str):
+            return None, result
+        content = result
     else:
         return None, f"a tokenizer of kind {type(tokenizer).__name__} has a file of its own"
     ids = [None if part is None else getattr(tokenizer, f"{part}_id") for part in AROUND[kind]]
-    made["post_processor"] = post_processor(*({} if id is None else {tokenizer.piece(id): id} for id in ids))
-    text = json.dumps(made, ensure_ascii=False)
+    content["post_processor"] = post_processor(*({} if id is None else {tokenizer.piece(id): id} for id in ids))
+    text = json.dumps(content, ensure_ascii=False)
     differs = _difference(tokenizer, text)
     return (None, f"{differs!r} would be cut otherwise") if differs else (text, "")
 
 
 def settings(tokenizer: Tokenizer) -> dict[str, Any]:
-    """`tokenizer_config.json`: which token plays which part."""
+    """Returns the content of `tokenizer_config.json`: which token is for what."""
     ids = {kind: getattr(tokenizer, f"{kind}_id") for kind in KINDS}
     parts = {f"{kind}_token": tokenizer.piece(id) for kind, id in ids.items() if id is not None}
     return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **parts}
@@ -63,14 +61,19 @@ def _added(id: int, content: str, special: bool) -> dict[str, Any]:
     return {"id": id, "content": content, **plain, "special": special}
 
 
-def _bpe(vocab: dict[str, int], merges: list[list[str]], **more: Any) -> dict[str, Any]:
-    usual = {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
-    more = {**usual, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, **more}
-    return {"type": "BPE", **more, "vocab": vocab, "merges": merges}
+def _bpe(vocab: dict[str, int], merges: list[list[str]], **settings: Any) -> dict[str, Any]:
+    defaults: dict[str, Any] = {
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+    }
+    defaults |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    return {"type": "BPE", **defaults, **settings, "vocab": vocab, "merges": merges}
 
 
 def _bytes(tokenizer: Bytes) -> dict[str, Any]:
-    # The byte-level alphabet: printable Latin-1 stands for itself, the others follow from U+0100 on.
+    # In the byte-level alphabet printable Latin-1 stands for itself; the others follow from U+0100 on.
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     vocab = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
@@ -80,7 +83,7 @@ def _bytes(tokenizer: Bytes) -> dict[str, Any]:
 
 
 def _pieces(tokenizer: SentencePiece) -> dict[str, Any] | str:
-    """The file's content, or what of the model it can't say."""
+    """Returns the file's content, or what of the model it can't say."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
@@ -95,7 +98,7 @@ def _pieces(tokenizer: SentencePiece) -> dict[str, Any] | str:
         "unknown characters have no bytes": not trainer.byte_fallback,
         "it is not BPE": trainer.model_type != BPE,
     }
-    if why := [what for what, here in refused.items() if here]:
+    if why := [reason for reason, applies in refused.items() if applies]:
         return why[0]
     pieces = {p.piece: i for i, p in enumerate(proto.pieces)}
     unknown = next((p.piece for p in proto.pieces if p.type == UNKNOWN), None)
@@ -113,7 +116,7 @@ def _pieces(tokenizer: SentencePiece) -> dict[str, Any] | str:
 
 
 def _merges(scores: dict[str, float]) -> Iterator[list[str]]:
-    """SentencePiece joins any two neighbours that make a piece, best score first; the file lists all such pairs."""
+    """Yields all pairs that make a piece, best score first: SentencePiece joins any two such neighbours."""
     for piece in sorted(scores, key=lambda p: -scores[p]):
         for i in range(1, len(piece)):
             if piece[:i] in scores and piece[i:] in scores:
@@ -121,7 +124,7 @@ def _merges(scores: dict[str, float]) -> Iterator[list[str]]:
 
 
 def _difference(tokenizer: Tokenizer, source: str) -> str | None:
-    """A text that the file reads otherwise than the tokenizer, of many made from its pieces and from any characters."""
+    """Returns a text that the file reads otherwise than the tokenizer, of many made from pieces and any characters."""
     from tokenizers import Tokenizer as Library
 
     theirs = Library.from_str(source)

@@ -1,6 +1,6 @@
-"""Beam search as Hugging Face defines it, so that the same settings give the same text.
+"""Beam search is defined here as in Hugging Face's library, so that the same settings give the same text.
 
-B prompts, K beams, C candidates, N new tokens, V vocabulary.
+B prompts, K beams, C candidates, N new tokens, V vocabulary, R = B × K hypotheses.
 """
 
 from typing import Any, NamedTuple
@@ -16,43 +16,56 @@ from jaxlm.inference.sampling import Sampling
 from jaxlm.models.model import Model
 from jaxlm.nn.cache import Cache
 
-NEVER = -1e9  # the score of what isn't there
+IMPOSSIBLE = -1e9  # the score of a hypothesis that doesn't exist
+PENALTIES = {"repetition_penalty", "presence_penalty", "frequency_penalty"}
 
 
-class How(NamedTuple):
-    """What shapes the program."""
+class BeamPlan(NamedTuple):
+    """A beam plan holds the settings that shape the program; another value compiles it again."""
 
     beams: int
-    ends: tuple[int, ...]
+    end_ids: tuple[int, ...]
     length: int
-    """Slots of the cache."""
+    """This is the number of the cache's slots."""
 
 
-def rules_of(s: Sampling) -> dict[str, Any]:
-    """The numbers that don't shape the program."""
+def beam_rules(s: Sampling) -> dict[str, Any]:
+    """Returns the settings that don't shape the program, as arrays that the program takes as arguments."""
     return dict(
-        most=np.int32(s.tokens),
+        max_tokens=np.int32(s.tokens),
         length_penalty=np.float32(s.length_penalty),
-        at_once=np.bool_(s.early_stopping == "yes"),
+        stop_when_full=np.bool_(s.early_stopping == "yes"),
         any_length=np.bool_(s.early_stopping == "never"),
     )
 
 
 class Beams(struct.PyTreeNode):
-    """Open hypotheses, and whole ones (`best_`), best first."""
+    """The state of a search holds K open hypotheses and the K best finished ones (`best_`) of each prompt, best first.
+
+    `scores_BK` are log probabilities, `best_scores_BK` log probabilities over length^length_penalty. `exists_BK` says
+    which places of the finished hypotheses are taken, `open_B` whether an open one may yet beat the finished ones.
+    """
 
     cache: Cache
-    made: jax.Array
+    num_generated: jax.Array
     tokens_BKN: jax.Array
     scores_BK: jax.Array
-    """Log probabilities."""
     best_tokens_BKN: jax.Array
     best_lengths_BK: jax.Array
     best_scores_BK: jax.Array
-    """Log probabilities over length^length_penalty."""
-    found_BK: jax.Array
+    exists_BK: jax.Array
     open_B: jax.Array
-    """Whether an open hypothesis may yet beat the whole ones."""
+
+
+class _Settings(NamedTuple):
+    """All that the choice of the next tokens depends on besides the state and the logits."""
+
+    plan: BeamPlan
+    knobs: dict[str, Any]
+    allowed_1V: jax.Array | None
+    rules: dict[str, jax.Array]
+    prompt_BV: jax.Array
+    """It says which tokens each prompt has."""
 
 
 def search(
@@ -60,107 +73,120 @@ def search(
     params: Any,
     batch: dict[str, jax.Array],
     knobs: dict[str, Any],
-    allow_1V: jax.Array | None,
+    allowed_1V: jax.Array | None,
     rules: dict[str, jax.Array],
     *,
-    how: How,
+    plan: BeamPlan,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Best first, (tokens `[B, K, N]`, lengths `[B, K]` with the token that ended them, scores `[B, K]`).
+    """Returns the best finished hypotheses of each prompt, best first: (tokens, lengths, scores).
 
-    `rules` as `rules_of` makes them. Penalties work on log probabilities here, as in Hugging Face's beam search.
+    Tokens are `[B, K, N]`, lengths `[B, K]` with the token that ended each, scores `[B, K]`. `rules` are made by
+    `beam_rules`. Penalties work on log probabilities here, as in Hugging Face's beam search.
     """
     params = prepare(model, params)
-    most, length_penalty = rules["most"], rules["length_penalty"]
-    (B, P), K = batch["tokens"].shape, how.beams
-    z_BV, cache = prefill(model, params, batch, how.length)
-    V, N = z_BV.shape[1], how.length - P
-    cache = cache.replace(layers=_rows(cache.layers, K), real_BS=jnp.repeat(cache.real_BS, K, axis=0))
-    lengths_R = jnp.repeat((batch["segments"] > 0).sum(-1), K)
+    (B, P), K = batch["tokens"].shape, plan.beams
+    z_BV, cache = prefill(model, params, batch, plan.length)
+    V, N = z_BV.shape[1], plan.length - P
+    cache = cache.replace(layers=_repeat(cache.layers, K), real_BS=jnp.repeat(cache.real_BS, K, axis=0))
+    prompt_lengths_R = jnp.repeat((batch["segments"] > 0).sum(-1), K)
     prompt_BV = jnp.zeros((B, V), jnp.int32).at[jnp.arange(B)[:, None], batch["tokens"]].max(batch["segments"])
+    settings = _Settings(plan, knobs, allowed_1V, rules, prompt_BV)
 
-    def more(b: Beams) -> jax.Array:
-        full = b.found_BK.all() & rules["at_once"]
-        return (b.made < most) & b.open_B.any() & ~full
+    def unfinished(b: Beams) -> jax.Array:
+        full = b.exists_BK.all() & rules["stop_when_full"]
+        return (b.num_generated < rules["max_tokens"]) & b.open_B.any() & ~full
 
-    def one(b: Beams) -> Beams:
-        last_R1 = jax.lax.dynamic_slice_in_dim(b.tokens_BKN.reshape(B * K, N), b.made - 1, 1, axis=1)
-        z_R1V, cache = extend(model, params, b.cache, last_R1, (lengths_R + b.made - 1)[:, None])
-        return choose(b.replace(cache=cache), z_R1V.reshape(B, K, V))
+    def step(b: Beams) -> Beams:
+        last_R1 = jax.lax.dynamic_slice_in_dim(b.tokens_BKN.reshape(B * K, N), b.num_generated - 1, 1, axis=1)
+        positions_R1 = (prompt_lengths_R + b.num_generated - 1)[:, None]
+        z_R1V, cache = extend(model, params, b.cache, last_R1, positions_R1)
+        return _choose(b.replace(cache=cache), z_R1V.reshape(B, K, V), settings)
 
-    def choose(b: Beams, z_BKV: jax.Array) -> Beams:
-        p_BKV = jax.nn.log_softmax(z_BKV, -1)
-        counts_BKV = _counts(b.tokens_BKN, b.made, V) if knobs.keys() & PENALTIES else None
-        seen_BKV = None if counts_BKV is None else (prompt_BV[:, None] + counts_BKV) > 0
-        p_BKV = sampling.penalise(p_BKV, knobs, seen_BKV, counts_BKV)
-        p_BKV = sampling.restrict(p_BKV.reshape(B * K, V), knobs, allow_1V, how.ends, b.made).reshape(B, K, V)
-        total_BW = (p_BKV + b.scores_BK[..., None]).reshape(B, K * V)
-        # Enough that K are left to go on from, if every hypothesis' likeliest tokens are all the ends.
-        scores_BC, at_BC = jax.lax.top_k(total_BW, min(max(2, 1 + len(how.ends)) * K, K * V))
-        from_BC, token_BC = at_BC // V, (at_BC % V).astype(jnp.int32)
-        made = b.made + 1
-        tokens_BCN = jnp.take_along_axis(b.tokens_BKN, from_BC[..., None], 1)
-        tokens_BCN = jax.lax.dynamic_update_slice_in_dim(tokens_BCN, token_BC[..., None], b.made, axis=2)
-        ended_BC = sampling.among(token_BC, how.ends) | (made >= most)
-
-        # Of those that end, only the best K of all candidates count; the rest is there to go on from.
-        whole_BC = ended_BC & (jnp.arange(ended_BC.shape[1])[None] < K)
-        wanted_B = b.open_B & ~(b.found_BK.all(-1) & rules["at_once"])
-        scaled_BC = jnp.where(whole_BC & wanted_B[:, None], scores_BC / made**length_penalty, NEVER)
-        best_scores_BK, i = jax.lax.top_k(jnp.concatenate([b.best_scores_BK, scaled_BC], 1), K)
-        found = best_scores_BK > NEVER
-        best_tokens = jnp.take_along_axis(jnp.concatenate([b.best_tokens_BKN, tokens_BCN], 1), i[..., None], 1)
-        lengths = jnp.concatenate([b.best_lengths_BK, jnp.full_like(token_BC, made)], 1)
-
-        open_scores_BK, j = jax.lax.top_k(jnp.where(ended_BC, scores_BC + NEVER, scores_BC), K)
-        rows_R = (jnp.arange(B)[:, None] * K + jnp.take_along_axis(from_BC, j, 1)).reshape(-1)
-        longest = jnp.where(rules["any_length"] & (length_penalty > 0), most, made).astype(jnp.float32)
-        least_B = jnp.where(found, best_scores_BK.min(-1, keepdims=True), NEVER).min(-1)
-        return Beams(
-            cache=b.cache.replace(layers=jax.tree.map(lambda x: _take(x, rows_R), b.cache.layers)),
-            made=made,
-            tokens_BKN=jnp.take_along_axis(tokens_BCN, j[..., None], 1),
-            scores_BK=open_scores_BK,
-            best_tokens_BKN=best_tokens,
-            best_lengths_BK=jnp.take_along_axis(lengths, i, 1),
-            best_scores_BK=best_scores_BK,
-            found_BK=found,
-            open_B=b.open_B & (open_scores_BK[:, 0] / longest**length_penalty > least_B),
-        )
-
-    none_BKN = jnp.zeros((B, K, N), jnp.int32)
-    start = Beams(
-        cache=cache,
-        made=jnp.zeros((), jnp.int32),
-        tokens_BKN=none_BKN,
-        scores_BK=jnp.broadcast_to(jnp.where(jnp.arange(K) == 0, 0.0, NEVER), (B, K)),  # all are the prompt as yet
-        best_tokens_BKN=none_BKN,
-        best_lengths_BK=jnp.zeros((B, K), jnp.int32),
-        best_scores_BK=jnp.full((B, K), NEVER),
-        found_BK=jnp.zeros((B, K), bool),
-        open_B=jnp.ones(B, bool),
-    )
-    first = choose(start, jnp.broadcast_to(z_BV[:, None], (B, K, V)))
-    end = jax.lax.while_loop(more, one, first)
+    first = _choose(_start(cache, B, K, N), jnp.broadcast_to(z_BV[:, None], (B, K, V)), settings)
+    end = jax.lax.while_loop(unfinished, step, first)
     return end.best_tokens_BKN, end.best_lengths_BK, end.best_scores_BK
 
 
-PENALTIES = {"repetition_penalty", "presence_penalty", "frequency_penalty"}
+def _start(cache: Cache, B: int, K: int, N: int) -> Beams:
+    tokens_BKN = jnp.zeros((B, K, N), jnp.int32)
+    return Beams(
+        cache=cache,
+        num_generated=jnp.zeros((), jnp.int32),
+        tokens_BKN=tokens_BKN,
+        # All K hypotheses are still the bare prompt, so only the first of them counts.
+        scores_BK=jnp.broadcast_to(jnp.where(jnp.arange(K) == 0, 0.0, IMPOSSIBLE), (B, K)),
+        best_tokens_BKN=tokens_BKN,
+        best_lengths_BK=jnp.zeros((B, K), jnp.int32),
+        best_scores_BK=jnp.full((B, K), IMPOSSIBLE),
+        exists_BK=jnp.zeros((B, K), bool),
+        open_B=jnp.ones(B, bool),
+    )
 
 
-def _counts(tokens_BKN: jax.Array, made: jax.Array, vocab: int) -> jax.Array:
-    """How often each hypothesis has each token, `[B, K, V]`."""
+def _choose(b: Beams, z_BKV: jax.Array, settings: _Settings) -> Beams:
+    """Extends every hypothesis by its likeliest next tokens and keeps the best K open and the best K finished ones."""
+    plan, rules, length_penalty = settings.plan, settings.rules, settings.rules["length_penalty"]
+    B, K, V = z_BKV.shape
+    total_BW = (_log_probabilities(b, z_BKV, settings) + b.scores_BK[..., None]).reshape(B, K * V)
+    # So many candidates leave K to go on from even if every hypothesis' likeliest tokens are all the end tokens.
+    scores_BC, flat_BC = jax.lax.top_k(total_BW, min(max(2, 1 + len(plan.end_ids)) * K, K * V))
+    parent_BC, token_BC = flat_BC // V, (flat_BC % V).astype(jnp.int32)
+    num_generated = b.num_generated + 1
+    tokens_BCN = jnp.take_along_axis(b.tokens_BKN, parent_BC[..., None], 1)
+    tokens_BCN = jax.lax.dynamic_update_slice_in_dim(tokens_BCN, token_BC[..., None], b.num_generated, axis=2)
+    ended_BC = sampling.is_any_of(token_BC, plan.end_ids) | (num_generated >= rules["max_tokens"])
+
+    # An ended candidate counts only among the best K of all; the others are there to go on from.
+    finished_BC = ended_BC & (jnp.arange(ended_BC.shape[1])[None] < K)
+    wanted_B = b.open_B & ~(b.exists_BK.all(-1) & rules["stop_when_full"])
+    scaled_BC = jnp.where(finished_BC & wanted_B[:, None], scores_BC / num_generated**length_penalty, IMPOSSIBLE)
+    best_scores_BK, i = jax.lax.top_k(jnp.concatenate([b.best_scores_BK, scaled_BC], 1), K)
+    exists_BK = best_scores_BK > IMPOSSIBLE
+    best_tokens = jnp.take_along_axis(jnp.concatenate([b.best_tokens_BKN, tokens_BCN], 1), i[..., None], 1)
+    lengths = jnp.concatenate([b.best_lengths_BK, jnp.full_like(token_BC, num_generated)], 1)
+
+    open_scores_BK, j = jax.lax.top_k(jnp.where(ended_BC, scores_BC + IMPOSSIBLE, scores_BC), K)
+    parent_R = (jnp.arange(B)[:, None] * K + jnp.take_along_axis(parent_BC, j, 1)).reshape(-1)
+    max_length = jnp.where(rules["any_length"] & (length_penalty > 0), rules["max_tokens"], num_generated)
+    worst_B = jnp.where(exists_BK, best_scores_BK.min(-1, keepdims=True), IMPOSSIBLE).min(-1)
+    return Beams(
+        cache=b.cache.replace(layers=jax.tree.map(lambda x: _take(x, parent_R), b.cache.layers)),
+        num_generated=num_generated,
+        tokens_BKN=jnp.take_along_axis(tokens_BCN, j[..., None], 1),
+        scores_BK=open_scores_BK,
+        best_tokens_BKN=best_tokens,
+        best_lengths_BK=jnp.take_along_axis(lengths, i, 1),
+        best_scores_BK=best_scores_BK,
+        exists_BK=exists_BK,
+        open_B=b.open_B & (open_scores_BK[:, 0] / max_length.astype(jnp.float32) ** length_penalty > worst_B),
+    )
+
+
+def _log_probabilities(b: Beams, z_BKV: jax.Array, settings: _Settings) -> jax.Array:
+    """Returns `[B, K, V]`, with penalties subtracted and -inf where a token is not allowed."""
+    (B, K, V), knobs = z_BKV.shape, settings.knobs
+    p_BKV = jax.nn.log_softmax(z_BKV, -1)
+    counts_BKV = _counts(b.tokens_BKN, b.num_generated, V) if knobs.keys() & PENALTIES else None
+    seen_BKV = None if counts_BKV is None else (settings.prompt_BV[:, None] + counts_BKV) > 0
+    p_RV = sampling.penalise(p_BKV, knobs, seen_BKV, counts_BKV).reshape(B * K, V)
+    p_RV = sampling.restrict(p_RV, knobs, settings.allowed_1V, settings.plan.end_ids, b.num_generated)
+    return p_RV.reshape(B, K, V)
+
+
+def _counts(tokens_BKN: jax.Array, num_generated: jax.Array, vocab: int) -> jax.Array:
+    """Counts how often each hypothesis has each token, `[B, K, V]`."""
     B, K, N = tokens_BKN.shape
     b, k = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
-    ones = jnp.broadcast_to(jnp.arange(N) < made, tokens_BKN.shape).astype(jnp.int32)
+    ones = jnp.broadcast_to(jnp.arange(N) < num_generated, tokens_BKN.shape).astype(jnp.int32)
     return jnp.zeros((B, K, vocab), jnp.int32).at[b, k, tokens_BKN].add(ones)
 
 
-def _rows(layers: Any, k: int) -> Any:
-    return jax.tree.map(lambda x: jnp.repeat(x, k, axis=0, total_repeat_length=k * x.shape[0]), layers)
+def _repeat(layers: Any, times: int) -> Any:
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0, total_repeat_length=times * x.shape[0]), layers)
 
 
-def _take(x: jax.Array, rows: jax.Array) -> jax.Array:
+def _take(x: jax.Array, indices: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.are_all_axes_explicit:
-        return x.at[rows].get(out_sharding=jax.typeof(x).sharding)
-    return jnp.take(x, rows, axis=0)
+    if not mesh.empty and mesh.are_all_axes_explicit:  # a plain gather raises on explicit axes
+        return x.at[indices].get(out_sharding=jax.typeof(x).sharding)
+    return jnp.take(x, indices, axis=0)

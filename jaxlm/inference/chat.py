@@ -1,4 +1,4 @@
-"""A conversation with a model: its own template, answers as they come, history that fits its window."""
+"""A conversation with a model keeps to its chat template, streams answers and drops history that no longer fits."""
 
 import contextlib
 from collections.abc import Generator as Pieces
@@ -14,7 +14,10 @@ from jaxlm.inference.sampling import Sampling
 
 @dataclass
 class Chat:
-    """One conversation. `params` had best be prepared."""
+    """A chat is one conversation; `dropped` counts messages that no longer fit the model's window.
+
+    `params` had best be prepared by `generate.prepare`.
+    """
 
     generate: Generator
     tokens: Any
@@ -24,47 +27,50 @@ class Chat:
     system: str | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
     dropped: int = 0
-    """Messages that no longer fit."""
 
     def reset(self) -> None:
+        """Forgets all messages."""
         self.messages, self.dropped = [], 0
 
     def say(self, text: str) -> Pieces[str, None, None]:
-        """The answer, piece by piece. What was said of it is remembered, even if it is cut short."""
+        """Yields the answer piece by piece. It joins the history as far as it came, even if it is cut short.
+
+        Raises a ValueError where `text` and an answer don't fit the model's positions.
+        """
         self.messages.append(dict(role="user", content=text))
         try:
-            prompt = self._fitting()
+            prompt = self._encode_prompt()
         except ValueError:
             self.messages.pop()
             raise
-        said = ""
+        answer = ""
         try:
             for _, piece in stream.stream(self.generate, self.tokens, self.params, [prompt], self.sampling, every=4):
-                said += piece
+                answer += piece
                 yield piece
         finally:
-            self.messages.append(dict(role="assistant", content=said))
+            self.messages.append(dict(role="assistant", content=answer))
 
-    def _fitting(self) -> list[int]:
-        """The prompt, without the oldest turns where all don't fit the model's window."""
-        most, kept = self.generate.model.config.positions, self.messages
-        first = [dict(role="system", content=self.system)] if self.system else []
+    def _encode_prompt(self) -> list[int]:
+        """Returns the prompt's tokens, without the oldest turns where all don't fit the model's positions."""
+        limit, messages = self.generate.model.config.positions, self.messages
+        system = [dict(role="system", content=self.system)] if self.system else []
         while True:
-            ids = encode(self.tokens, self.template, first + kept)
-            if most is None or len(ids) + self.sampling.tokens <= most:
-                self.dropped, self.messages = self.dropped + len(self.messages) - len(kept), kept
+            ids = encode(self.tokens, self.template, system + messages)
+            if limit is None or len(ids) + self.sampling.tokens <= limit:
+                self.dropped, self.messages = self.dropped + len(self.messages) - len(messages), messages
                 return ids
-            later = [i for i, m in enumerate(kept) if m["role"] == "user" and i]
-            if not later:
+            turns = [i for i, m in enumerate(messages) if m["role"] == "user" and i]
+            if not turns:
                 raise ValueError(
                     f"chat: this message takes {len(ids)} tokens, an answer up to {self.sampling.tokens}, and the "
-                    f"model has {most} positions; shorten it, or set --tokens lower"
+                    f"model has {limit} positions; shorten it, or set --tokens lower"
                 )
-            kept = kept[later[0] :]
+            messages = messages[turns[0] :]
 
 
 def converse(chat: Chat, lines: Iterator[str], say: Any, prompt: str = "") -> None:
-    """Answer each line until there is none or /exit. /reset forgets; Ctrl-C ends an answer.
+    """Answers each line until there is none or /exit; /reset forgets the history, Ctrl-C ends an answer.
 
     `say(text)` shows text as it comes; `prompt` is shown before each turn.
     """

@@ -1,4 +1,4 @@
-"""Answers that match a regular expression or are JSON of a schema, by llguidance: which tokens may come next."""
+"""The llguidance library says which tokens may come next where answers match a regular expression or a JSON schema."""
 
 from dataclasses import dataclass
 from types import ModuleType
@@ -23,35 +23,37 @@ def _library() -> ModuleType:
 
 @dataclass(frozen=True)
 class Grammar:
-    """What every answer must match, over one vocabulary."""
+    """A grammar says what every answer must match, over one vocabulary. `end_ids` are the tokens that end an answer."""
 
     tokenizer: Any
     grammar: str
     vocab: int
-    ends: tuple[int, ...]
+    end_ids: tuple[int, ...]
 
     def start(self) -> "Matcher":
+        """Returns a matcher for a new answer."""
         return Matcher(self)
 
 
 class Matcher:
-    """One answer, as far as it has come."""
+    """A matcher follows one answer and says which tokens may come next."""
 
     def __init__(self, grammar: Grammar) -> None:
-        self.ends, self.vocab = list(grammar.ends), grammar.vocab
+        self.end_ids, self.vocab = list(grammar.end_ids), grammar.vocab
         self._matcher = _library().LLMatcher(grammar.tokenizer, grammar.grammar, log_level=0)
 
     @property
     def ended(self) -> bool:
-        """Nothing but an end may follow."""
+        """Says whether nothing but an end token may follow."""
         return self._matcher.is_stopped()
 
     def take(self, id: int) -> None:
+        """Adds a token to the answer; raises a ValueError where the grammar doesn't allow it."""
         if not self._matcher.consume_token(id):
             raise ValueError(f"the grammar does not go on with token {id}: {self._matcher.get_error()}")
 
     def allowed(self) -> np.ndarray:
-        """bool `[vocab]`. All, once nothing may follow: the answer has ended."""
+        """Returns which tokens may come next, bool `[vocab]`: all of them once the answer has ended."""
         out = np.zeros(self.vocab, bool)
         if self.ended:
             return ~out
@@ -60,17 +62,20 @@ class Matcher:
             raise ValueError(f"the grammar can't go on: {self._matcher.get_error()}")
         n = min(self.vocab, 8 * len(bits))
         out[:n] = np.unpackbits(bits, bitorder="little")[:n]
-        out[self.ends] = self._matcher.is_accepting()
+        out[self.end_ids] = self._matcher.is_accepting()
         return out
 
 
-def open_grammar(tokens: Any, s: Sampling, vocab: int, ends: tuple[int, ...]) -> Grammar | None:
-    """None where `s` asks for none. `ends`: the tokens that end an answer."""
+def open_grammar(tokens: Any, s: Sampling, vocab: int, end_ids: tuple[int, ...]) -> Grammar | None:
+    """Returns the grammar of `s.regex` or `s.json_schema`, None where `s` has neither.
+
+    Raises a ValueError that names the setting where it can't be parsed, or where no token ends an answer.
+    """
     if s.regex is None and s.json_schema is None:
         return None
     if s.regex is not None and s.json_schema is not None:
         raise ValueError("sampling.regex, sampling.json_schema: give one of them")
-    if not ends:
+    if not end_ids:
         raise ValueError("sampling.regex, sampling.json_schema: need a token that ends an answer; set stop_ids")
     llguidance = _library()
     name = "regex" if s.regex is not None else "json_schema"
@@ -81,15 +86,15 @@ def open_grammar(tokens: Any, s: Sampling, vocab: int, ends: tuple[int, ...]) ->
             grammar = llguidance.LLMatcher.grammar_from_json_schema(s.json_schema)
     except ValueError as error:
         raise ValueError(f"sampling.{name}: {one_line(error)}") from None
-    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary(tokens, ends[0])), n_vocab=None)
+    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary(tokens, end_ids[0])), n_vocab=None)
     failed, notes = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
     if failed:
         raise ValueError(f"sampling.{name}: {one_line(notes[0])}")
-    return Grammar(tokenizer, grammar, vocab, ends)
+    return Grammar(tokenizer, grammar, vocab, end_ids)
 
 
 class _Vocabulary:
-    """What llguidance asks of a tokenizer."""
+    """A vocabulary answers what llguidance asks of a tokenizer."""
 
     def __init__(self, tokens: Any, end: int) -> None:
         silent = np.flatnonzero(np.asarray(tokens.bytes_per_token) == 0).tolist()

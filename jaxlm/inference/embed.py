@@ -1,4 +1,4 @@
-"""Texts to vectors with an encoder: pooled over tokens, as sentence-transformers does and by what its files say.
+"""An encoder turns texts into vectors here: pooled over tokens, as sentence-transformers does and as its files say.
 
 N texts, B texts at a time, T tokens, D model width.
 """
@@ -22,21 +22,24 @@ POOLING = ("mean", "cls")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How texts become tokens, and tokens one vector."""
+    """A recipe says how a text becomes tokens, and how these become one vector."""
 
     pooling: str = "mean"
-    """mean: over all real tokens, special ones too; cls: the first token."""
+    """The vector is the mean over all real tokens, special ones too (mean), or the first token's (cls)."""
     normalize: bool = True
-    """Scale each vector to length one, so that a dot product is the cosine."""
+    """Each vector is scaled to length one, so that a dot product is the cosine."""
     longest: int | None = None
-    """Tokens a text may have, special ones included; what is beyond is cut off. None: as many as the model can."""
+    """A text is cut off after so many tokens, special ones included; None allows as many as the model can."""
     prompt: str = ""
-    """Stands before each text."""
+    """It is put before each text."""
     lower: bool = False
 
 
 def read_recipe(folder: str | Path) -> Recipe | None:
-    """What sentence-transformers left in a model's folder; None if it left nothing."""
+    """Reads the recipe from the files of sentence-transformers in a model's folder; None if there are none.
+
+    Raises a ValueError that names the file where a module or a pooling is not known.
+    """
     folder = Path(folder)
     modules = _read(folder / "modules.json")
     if modules is None:
@@ -64,10 +67,10 @@ def _pooling(file: Path) -> str:
         raise ValueError(f"{file} is missing, though modules.json names it")
     on = [name.removeprefix("pooling_mode_") for name, v in values.items() if name.startswith("pooling_mode_") and v]
     on += [values["pooling_mode"]] if isinstance(values.get("pooling_mode"), str) else []
-    found = {"cls_token": "cls", "mean_tokens": "mean"}.get(on[0], on[0]) if len(on) == 1 else " and ".join(on)
-    if found not in POOLING:
-        raise ValueError(f"{file}: pooling by {found or 'nothing'} is not known; choose one of {', '.join(POOLING)}")
-    return found
+    name = {"cls_token": "cls", "mean_tokens": "mean"}.get(on[0], on[0]) if len(on) == 1 else " and ".join(on)
+    if name not in POOLING:
+        raise ValueError(f"{file}: pooling by {name or 'nothing'} is not known; choose one of {', '.join(POOLING)}")
+    return name
 
 
 def _read(file: Path) -> Any:
@@ -80,9 +83,9 @@ def _read(file: Path) -> Any:
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], recipe: Recipe, positions: int | None = None) -> list[list[int]]:
-    """`[CLS] text [SEP]` of each text, cut to the recipe's length and to the model's `positions`.
+    """Returns the tokens `[CLS] text [SEP]` of each text, cut to the recipe's length and to the model's `positions`.
 
-    White space around a text doesn't count.
+    White space around a text is dropped.
     """
     first = tokenizer.bos_id if tokenizer.cls_id is None else tokenizer.cls_id
     last = tokenizer.eos_id if tokenizer.sep_id is None else tokenizer.sep_id
@@ -92,16 +95,16 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], recipe: Recipe, positions
     if room < 1:
         raise ValueError(f"embed: {room + 2} tokens leave no room for text between {first} and {last}")
     texts = [recipe.prompt + text.strip() for text in texts]
-    found = tokenizer.encode_batch([text.lower() for text in texts] if recipe.lower else texts)
-    return [[first, *ids[:room], last] for ids in found]
+    encoded = tokenizer.encode_batch([text.lower() for text in texts] if recipe.lower else texts)
+    return [[first, *ids[:room], last] for ids in encoded]
 
 
 def make_embed(
     model: Model, *, pooling: str = "mean", normalize: bool = True, batch: int = 32
 ) -> Callable[[Any, Sequence[Sequence[int]]], np.ndarray]:
-    """`embed(params, token lists) -> float32 [N, D]`, in the order given.
+    """Returns a function `embed(params, token lists) -> float32 [N, D]` that keeps the order of the texts.
 
-    Texts of like length go together, the longest first. Lengths are rounded up, so new ones seldom compile anew.
+    Texts of similar length go together, the longest first. Lengths are rounded up, so new ones seldom compile anew.
     """
     if model.family.kind != "encoder":
         raise ValueError("embed: this model reads from left to right; texts are embedded with an encoder such as bert")
@@ -109,14 +112,14 @@ def make_embed(
         raise ValueError(f"embed: pooling {pooling!r} is not known; choose one of {', '.join(POOLING)}")
 
     @jax.jit
-    def run(params: Any, given: dict[str, jax.Array]) -> jax.Array:
-        given = {name: model.shard(x_BT, "batch", "seq") for name, x_BT in given.items()}
-        x_BTD = model.forward(params, given).x_BTD.astype(jnp.float32)
+    def run(params: Any, inputs: dict[str, jax.Array]) -> jax.Array:
+        inputs = {name: model.shard(x_BT, "batch", "seq") for name, x_BT in inputs.items()}
+        x_BTD = model.forward(params, inputs).x_BTD.astype(jnp.float32)
         x_BTD = model.shard(x_BTD, "batch", None, None)
         if pooling == "cls":
             out_BD = x_BTD[:, 0]
         else:
-            real_BT = model.shard(given["segments"], "batch", None).astype(jnp.float32)
+            real_BT = model.shard(inputs["segments"], "batch", None).astype(jnp.float32)
             out_BD = (x_BTD * real_BT[..., None]).sum(1) / jnp.maximum(real_BT.sum(1), 1.0)[:, None]
         if normalize:
             out_BD /= jnp.maximum(jnp.linalg.norm(out_BD, axis=-1, keepdims=True), 1e-12)
@@ -124,17 +127,17 @@ def make_embed(
 
     def embed(params: Any, tokens: Sequence[Sequence[int]]) -> np.ndarray:
         out = np.empty((len(tokens), model.config.width), np.float32)
-        late: list[tuple[list[int], jax.Array]] = []  # the device has its next batch before we wait for the last one
+        pending: list[tuple[list[int], jax.Array]] = []  # the device gets its next batch before we wait for the last
 
         def collect() -> None:
-            for members, rows in late:
-                out[members] = np.asarray(rows)[: len(members)]
-            late.clear()
+            for members, vectors_BD in pending:
+                out[members] = np.asarray(vectors_BD)[: len(members)]
+            pending.clear()
 
         for members in _groups([len(ids) for ids in tokens], batch):
-            rows = run(params, _padded([tokens[i] for i in members], batch, _ways(model)))
+            vectors_BD = run(params, _padded([tokens[i] for i in members], batch, _batch_devices(model)))
             collect()
-            late.append((members, rows))
+            pending.append((members, vectors_BD))
         collect()
         return out
 
@@ -142,7 +145,7 @@ def make_embed(
 
 
 def _groups(lengths: Sequence[int], batch: int) -> list[list[int]]:
-    """Which texts go together: at most `batch`, the longest first, none less than half as long as another."""
+    """Groups indices of texts: at most `batch` together, the longest first, none less than half as long as another."""
     out: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not out or len(out[-1]) == batch or 2 * length_bucket(lengths[i]) <= length_bucket(lengths[out[-1][0]]):
@@ -152,22 +155,22 @@ def _groups(lengths: Sequence[int], batch: int) -> list[list[int]]:
 
 
 def length_bucket(n: int) -> int:
-    """`n` rounded up to 16, 32, 48, 64, 96, 128, 192, 256 …"""
+    """Rounds `n` up to 16, 32, 48, 64, 96, 128, 192, 256 …"""
     power = max(16, 1 << (n - 1).bit_length())
-    less = power * 3 // 4
-    return less if power >= 64 and n <= less else power
+    between = power * 3 // 4
+    return between if power >= 64 and n <= between else power
 
 
-def _ways(model: Model) -> int:
-    """Devices that share the rows."""
+def _batch_devices(model: Model) -> int:
+    """Counts the devices that share the rows of a batch."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[a] for a in model.shard.compute["batch"])
 
 
-def _padded(texts: list[Sequence[int]], batch: int, ways: int) -> dict[str, np.ndarray]:
-    """Rows up to a power of two (at most `batch`) that the devices share evenly; lengths up to their bucket."""
+def _padded(texts: list[Sequence[int]], batch: int, devices: int) -> dict[str, np.ndarray]:
+    """Pads rows to a power of two (at most `batch`) that the devices share evenly, and lengths to their bucket."""
     B, T = min(batch, 1 << (len(texts) - 1).bit_length()), length_bucket(max(map(len, texts)))
-    out = {name: np.zeros((-(-B // ways) * ways, T), np.int32) for name in ("tokens", "positions", "segments")}
+    out = {name: np.zeros((-(-B // devices) * devices, T), np.int32) for name in ("tokens", "positions", "segments")}
     for row, ids in enumerate(texts):
         out["tokens"][row, : len(ids)] = ids
         out["positions"][row, : len(ids)] = np.arange(len(ids))
@@ -176,6 +179,6 @@ def _padded(texts: list[Sequence[int]], batch: int, ways: int) -> dict[str, np.n
 
 
 def embed_texts(model: Model, params: Any, tokenizer: Tokenizer, texts: Sequence[str], recipe: Recipe) -> np.ndarray:
-    """`[N, D]`: one vector a text."""
+    """Returns one vector for each text, `[N, D]`."""
     run = make_embed(model, pooling=recipe.pooling, normalize=recipe.normalize)
     return run(params, encode(tokenizer, texts, recipe, model.config.positions))

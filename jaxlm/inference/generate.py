@@ -1,6 +1,6 @@
-"""Text from a model: ragged prompts read at once into a cache of fixed size, then one token a row and step.
+"""A generator makes text: it reads ragged prompts at once into a cache of fixed size, then adds a token a row and step.
 
-B rows (prompts times samples), P prompt places, L cache slots, N new tokens, V vocabulary, S source places.
+B rows (prompts times samples), P prompt positions, L cache slots, N new tokens, V vocabulary, S source positions.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,57 +23,58 @@ from jaxlm.nn.cache import Cache
 
 
 class State(struct.PyTreeNode):
-    """Answers in the making."""
+    """The state holds answers that are being generated, one a row.
+
+    `num_generated` counts the tokens chosen for each row so far, `answer_lengths_B` the tokens of each answer with the
+    one that ended it. `top` are the (log probabilities, tokens) `[B, N, n]` of the likeliest tokens at each position.
+    """
 
     cache: Cache
     key: jax.Array
-    made: jax.Array
-    """Tokens chosen for each row so far."""
-    lengths_B: jax.Array
-    """Of the prompts."""
+    num_generated: jax.Array
+    prompt_lengths_B: jax.Array
     done_B: jax.Array
-    ends_B: jax.Array
-    """Tokens of each answer, with the one that ended it."""
+    answer_lengths_B: jax.Array
     tokens_BN: jax.Array
     logprobs_BN: jax.Array | None
     top: tuple[jax.Array, jax.Array] | None
-    """(log probabilities, tokens) `[B, N, n]` of the likeliest at each place."""
     seen_BV: jax.Array | None
     counts_BV: jax.Array | None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What of a `Sampling` shapes the program."""
+    """A plan holds what of a `Sampling` shapes the program; another value compiles it again."""
 
     top_k: int
-    ends: tuple[int, ...]
+    end_ids: tuple[int, ...]
     logprobs: int | None
-    seen: bool
-    counts: bool
+    needs_seen: bool
+    needs_counts: bool
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer. Log probabilities are the model's own, before temperature and filters."""
+    """A completion is one answer. Its log probabilities are the model's own, before temperature and filters.
+
+    `tokens` don't include the one that ended it. `reason` is "stop" after an end token or a stop text, "length" after
+    as many tokens as were asked for. `top` has the likeliest tokens at each position. `score` is beam search's log
+    probability over length^length_penalty.
+    """
 
     tokens: list[int]
-    """Up to and without the token that ended it."""
     reason: str
-    """stop: an end or a stop text; length: `tokens` were made."""
     logprobs: list[float] | None = None
     top: list[dict[int, float]] | None = None
-    """The likeliest tokens at each place."""
     score: float | None = None
-    """Beam search: log probability over length^length_penalty."""
 
 
 class Generator:
-    """The compiled programs of one model. They serve every `Sampling` that uses the same features.
+    """A generator holds the compiled programs of one model; they serve every `Sampling` that uses the same features.
 
-    `eos`: tokens that end an answer. `used`: tokens of the vocabulary that mean something; those beyond, which fill it
-    up to a round number, are never chosen. `both_ways`: prompts are read so, as a prefix language model learned it. On
-    a mesh weights stay sharded and every device sees all rows.
+    `eos` are the tokens that end an answer. `used` is how many tokens of the vocabulary mean something: those beyond,
+    which fill it up to a round number, are never chosen. `both_ways` says that attention over a prompt goes both ways,
+    as a prefix language model learned it. On a mesh weights stay sharded and every device sees all rows.
     """
 
     def __init__(self, model: Model, eos: Sequence[int] = (), used: int | None = None, both_ways: bool = False) -> None:
@@ -81,28 +82,30 @@ class Generator:
             raise ValueError("generate: this model is an encoder; it does not predict the next token")
         self.model, self.eos, self.both_ways = whole_rows(model), tuple(eos), both_ways
         self.used = min(used or model.config.vocab, model.config.vocab)
-        self._prepare = jax.jit(partial(prepare, self.model))
-        self._start = jax.jit(self._start_, static_argnames=("plan", "length", "rows"))
-        self._search = jax.jit(partial(beam.search, self.model), static_argnames=("how",))
-        self._advance = jax.jit(self._advance_, static_argnames=("plan",), donate_argnums=1)
+        self._jit_prepare = jax.jit(partial(prepare, self.model))
+        self._jit_start = jax.jit(self._start, static_argnames=("plan", "length", "rows"))
+        self._jit_search = jax.jit(partial(beam.search, self.model), static_argnames=("plan",))
+        self._jit_advance = jax.jit(self._advance, static_argnames=("plan",), donate_argnums=1)
 
     def prepare(self, params: Any) -> Any:
-        """Once before many calls; a call prepares by itself what isn't, each time."""
-        return self._prepare(params)
+        """Returns weights as decoding reads them. Each call does this by itself with weights that aren't prepared."""
+        return self._jit_prepare(params)
 
     def plan(self, s: Sampling) -> Plan:
+        """Returns what of `s` shapes the program; raises a ValueError where a setting is out of range."""
         sampling.check(s, self.model.config.vocab)
-        used = sampling.knobs(s)
-        counts = "presence_penalty" in used or "frequency_penalty" in used
-        ends = tuple(sorted({*self.eos, *s.stop_ids}))
-        return Plan(s.top_k if s.temperature else 0, ends, s.logprobs, "repetition_penalty" in used, counts)
+        knobs = sampling.knobs(s)
+        needs_counts = "presence_penalty" in knobs or "frequency_penalty" in knobs
+        end_ids = tuple(sorted({*self.eos, *s.stop_ids}))
+        top_k = s.top_k if s.temperature else 0
+        return Plan(top_k, end_ids, s.logprobs, "repetition_penalty" in knobs, needs_counts)
 
     def __call__(
         self, params: Any, prompts: Sequence[Sequence[int]], s: Sampling, source: Sequence[Sequence[int]] | None = None
     ) -> list[list[Completion]]:
-        """The answers to each prompt, `s.samples` of them. `source`: what an encoder reads for each prompt."""
+        """Returns `s.samples` answers to each prompt. `source` is what an encoder reads for each prompt."""
         if s.beams > 1:
-            return self._best(params, prompts, s, source)
+            return self._beam_search(params, prompts, s, source)
         state = self.start(params, prompts, s, source)
         return self.completions(self.advance(params, state, s, s.tokens), s)
 
@@ -112,20 +115,24 @@ class Generator:
         prompts: Sequence[Sequence[int]],
         s: Sampling,
         source: Sequence[Sequence[int]] | None = None,
-        allow_BV: np.ndarray | None = None,
+        allowed_BV: np.ndarray | None = None,
     ) -> State:
-        """Read the prompts and choose the first token of each answer. Rows: the samples of a prompt side by side."""
+        """Reads the prompts and chooses each answer's first token. The samples of a prompt are neighbouring rows."""
         plan = self.plan(s)
         batch = self.batch(prompts, s.tokens, source)
         length = bucket(batch["tokens"].shape[1] + s.tokens)
-        key, allow_BV = jax.random.key(s.seed), self.allowed(s, allow_BV)
-        return self._start(
-            params, batch, key, sampling.knobs(s), allow_BV, plan=plan, length=length, rows=len(prompts) * s.samples
+        key, allowed_BV = jax.random.key(s.seed), self.allowed(s, allowed_BV)
+        return self._jit_start(
+            params, batch, key, sampling.knobs(s), allowed_BV, plan=plan, length=length, rows=len(prompts) * s.samples
         )
 
     def batch(
         self, prompts: Sequence[Sequence[int]], tokens: int, source: Sequence[Sequence[int]] | None = None
     ) -> dict[str, np.ndarray]:
+        """Returns the arrays that a prefill reads, with the prompts padded on the left.
+
+        Raises a ValueError where a prompt is empty or prompt and `tokens` new ones don't fit the model's positions.
+        """
         if not prompts or not all(len(p) for p in prompts):
             raise ValueError("generate: an empty prompt; give at least one token")
         need, most = max(map(len, prompts)) + tokens, self.model.config.positions
@@ -145,140 +152,147 @@ class Generator:
         batch = left_padded(prompts) | (sources(source) if source is not None else {})
         return batch | ({"prefix": batch["segments"] > 0} if self.both_ways else {})
 
-    def advance(self, params: Any, state: State, s: Sampling, until: int, allow_BV: np.ndarray | None = None) -> State:
-        """Go on until each answer has `until` tokens or has ended. `state` must not be used again."""
+    def advance(
+        self, params: Any, state: State, s: Sampling, until: int, allowed_BV: np.ndarray | None = None
+    ) -> State:
+        """Generates until each answer has `until` tokens or has ended. `state` is donated: don't use it again."""
         plan = self.plan(s)
-        allow_BV = self.allowed(s, allow_BV)
-        return self._advance(params, state, sampling.knobs(s), allow_BV, np.int32(min(until, s.tokens)), plan=plan)
+        allowed_BV = self.allowed(s, allowed_BV)
+        return self._jit_advance(
+            params, state, sampling.knobs(s), allowed_BV, np.int32(min(until, s.tokens)), plan=plan
+        )
 
-    def allowed(self, s: Sampling, allow_BV: np.ndarray | None = None) -> np.ndarray | None:
-        """Which tokens may be chosen, `[B or 1, V]`; None: all."""
-        own, V = None, self.model.config.vocab
+    def allowed(self, s: Sampling, allowed_BV: np.ndarray | None = None) -> np.ndarray | None:
+        """Returns which tokens may be chosen, bool `[B or 1, V]`: by `s` and by `allowed_BV`; None allows all."""
+        ours, V = None, self.model.config.vocab
         if s.allowed_ids or s.banned_ids or self.used < V:
-            own = np.full((1, V), not s.allowed_ids)
-            own[0, list(s.allowed_ids + (self.plan(s).ends if s.allowed_ids else ()))] = True
-            own[0, list(s.banned_ids)] = False
-            own[0, self.used :] = False
-            if not own.any():
+            ours = np.full((1, V), not s.allowed_ids)
+            ours[0, list(s.allowed_ids + (self.plan(s).end_ids if s.allowed_ids else ()))] = True
+            ours[0, list(s.banned_ids)] = False
+            ours[0, self.used :] = False
+            if not ours.any():
                 raise ValueError("sampling.banned_ids: no token is left; ban fewer")
-        if own is None or allow_BV is None:
-            return allow_BV if own is None else own
-        return own & allow_BV
+        if ours is None or allowed_BV is None:
+            return allowed_BV if ours is None else ours
+        return ours & allowed_BV
 
     def completions(self, state: State, s: Sampling) -> list[list[Completion]]:
-        held = jax.device_get((state.tokens_BN, state.ends_B, state.logprobs_BN, state.top))
-        rows = [completion_of(i, self.plan(s).ends, *held) for i in range(len(held[0]))]
-        return [rows[i : i + s.samples] for i in range(0, len(rows), s.samples)]
+        """Returns the answers so far, `s.samples` for each prompt."""
+        arrays = jax.device_get((state.tokens_BN, state.answer_lengths_B, state.logprobs_BN, state.top))
+        flat = [completion_of(i, self.plan(s).end_ids, *arrays) for i in range(len(arrays[0]))]
+        return [flat[i : i + s.samples] for i in range(0, len(flat), s.samples)]
 
-    def _best(self, params: Any, prompts: Sequence[Sequence[int]], s: Sampling, source: Any) -> list[list[Completion]]:
+    def _beam_search(
+        self, params: Any, prompts: Sequence[Sequence[int]], s: Sampling, source: Any
+    ) -> list[list[Completion]]:
         plan, batch = self.plan(s), self.batch(prompts, s.tokens, source)
         length = bucket(batch["tokens"].shape[1] + s.tokens)
-        allow_BV = self.allowed(s)
-        how = beam.How(s.beams, plan.ends, length)
-        found = jax.device_get(self._search(params, batch, sampling.knobs(s), allow_BV, beam.rules_of(s), how=how))
+        allowed_BV = self.allowed(s)
+        shape = beam.BeamPlan(s.beams, plan.end_ids, length)
+        result = self._jit_search(params, batch, sampling.knobs(s), allowed_BV, beam.beam_rules(s), plan=shape)
         out = []
-        for tokens_KN, lengths_K, scores_K in zip(*found, strict=True):
-            rows = [completion_of(i, plan.ends, tokens_KN, lengths_K) for i in range(s.samples)]
-            out.append([replace(row, score=float(scores_K[i])) for i, row in enumerate(rows)])
+        for tokens_KN, lengths_K, scores_K in zip(*jax.device_get(result), strict=True):
+            answers = [completion_of(i, plan.end_ids, tokens_KN, lengths_K) for i in range(s.samples)]
+            out.append([replace(answer, score=float(scores_K[i])) for i, answer in enumerate(answers)])
         return out
 
-    def _start_(
-        self, params: Any, batch: dict, key: Any, knobs: dict, allow_BV: Any, *, plan: Plan, length: int, rows: int
+    def _start(
+        self, params: Any, batch: dict, key: Any, knobs: dict, allowed_BV: Any, *, plan: Plan, length: int, rows: int
     ) -> State:
         params = prepare(self.model, params)
         z_BV, cache = prefill(self.model, params, batch, length)
         (B, V), N = z_BV.shape, length - batch["tokens"].shape[1]
         seen_BV = None
-        if plan.seen:
+        if plan.needs_seen:
             seen_BV = (
                 jnp.zeros((B, V), jnp.int32).at[jnp.arange(B)[:, None], batch["tokens"]].max(batch["segments"]) > 0
             )
-        lengths_B = (batch["segments"] > 0).sum(-1)
-        again = partial(jnp.repeat, repeats=rows // B, axis=0, total_repeat_length=rows)
-        z_BV, lengths_B, seen_BV = jax.tree.map(again, (z_BV, lengths_B, seen_BV))
+        prompt_lengths_B = (batch["segments"] > 0).sum(-1)
+        repeat = partial(jnp.repeat, repeats=rows // B, axis=0, total_repeat_length=rows)
+        z_BV, prompt_lengths_B, seen_BV = jax.tree.map(repeat, (z_BV, prompt_lengths_B, seen_BV))
         if rows != B:
-            cache = cache.replace(layers=jax.tree.map(again, cache.layers), real_BS=again(cache.real_BS))
+            cache = cache.replace(layers=jax.tree.map(repeat, cache.layers), real_BS=repeat(cache.real_BS))
         n = plan.logprobs
         state = State(
             cache=cache,
             key=key,
-            made=jnp.zeros((), jnp.int32),
-            lengths_B=lengths_B,
+            num_generated=jnp.zeros((), jnp.int32),
+            prompt_lengths_B=prompt_lengths_B,
             done_B=jnp.zeros(rows, bool),
-            ends_B=jnp.zeros(rows, jnp.int32),
+            answer_lengths_B=jnp.zeros(rows, jnp.int32),
             tokens_BN=jnp.zeros((rows, N), jnp.int32),
             logprobs_BN=None if n is None else jnp.zeros((rows, N), jnp.float32),
             top=(jnp.zeros((rows, N, n), jnp.float32), jnp.zeros((rows, N, n), jnp.int32)) if n else None,
             seen_BV=seen_BV,
-            counts_BV=jnp.zeros((rows, V), jnp.int32) if plan.counts else None,
+            counts_BV=jnp.zeros((rows, V), jnp.int32) if plan.needs_counts else None,
         )
-        return choose(state, z_BV, knobs, allow_BV, plan)
+        return choose(state, z_BV, knobs, allowed_BV, plan)
 
-    def _advance_(self, params: Any, state: State, knobs: dict, allow_BV: Any, until: Any, *, plan: Plan) -> State:
+    def _advance(self, params: Any, state: State, knobs: dict, allowed_BV: Any, until: Any, *, plan: Plan) -> State:
         params = prepare(self.model, params)
 
         # XLA copies a cache whose leading dimension is 1 four times a step, and one without it once.
-        thin = len(state.done_B) == 1 and jax.sharding.get_abstract_mesh().empty
+        drop_rows = len(state.done_B) == 1 and jax.sharding.get_abstract_mesh().empty
 
-        def carried(state: State, change: Callable[[jax.Array], jax.Array]) -> State:
-            kept = jax.tree.map(change, state.cache.layers) if thin else state.cache.layers
-            return state.replace(cache=state.cache.replace(layers=kept))
+        def reshape_cache(state: State, change: Callable[[jax.Array], jax.Array]) -> State:
+            layers = jax.tree.map(change, state.cache.layers) if drop_rows else state.cache.layers
+            return state.replace(cache=state.cache.replace(layers=layers))
 
-        def more(state: State) -> jax.Array:
-            return (state.made < until) & ~state.done_B.all()
+        def unfinished(state: State) -> jax.Array:
+            return (state.num_generated < until) & ~state.done_B.all()
 
-        def one(state: State) -> State:
-            state = carried(state, lambda x: x[None])
-            last_B1 = jax.lax.dynamic_slice_in_dim(state.tokens_BN, state.made - 1, 1, axis=1)
-            positions_B1 = (state.lengths_B + state.made - 1)[:, None]
+        def step(state: State) -> State:
+            state = reshape_cache(state, lambda x: x[None])
+            last_B1 = jax.lax.dynamic_slice_in_dim(state.tokens_BN, state.num_generated - 1, 1, axis=1)
+            positions_B1 = (state.prompt_lengths_B + state.num_generated - 1)[:, None]
             z_B1V, cache = extend(self.model, params, state.cache, last_B1, positions_B1)
-            state = choose(state.replace(cache=cache), z_B1V[:, 0], knobs, allow_BV, plan)
-            return carried(state, lambda x: x[0])
+            state = choose(state.replace(cache=cache), z_B1V[:, 0], knobs, allowed_BV, plan)
+            return reshape_cache(state, lambda x: x[0])
 
-        state = jax.lax.while_loop(more, one, carried(state, lambda x: x[0]))
-        return carried(state, lambda x: x[None])
+        state = jax.lax.while_loop(unfinished, step, reshape_cache(state, lambda x: x[0]))
+        return reshape_cache(state, lambda x: x[None])
 
 
-def choose(state: State, z_BV: jax.Array, knobs: dict, allow_BV: jax.Array | None, plan: Plan) -> State:
-    """The next token of each row, from its logits."""
-    B, at = len(z_BV), state.made
-    own_BV = z_BV
+def choose(state: State, z_BV: jax.Array, knobs: dict, allowed_BV: jax.Array | None, plan: Plan) -> State:
+    """Returns the state with the next token of each row, chosen by its logits."""
+    B, at = len(z_BV), state.num_generated
+    model_BV = z_BV  # log probabilities are of the model's logits, before penalties and filters
     z_BV = sampling.penalise(z_BV, knobs, state.seen_BV, state.counts_BV)
-    z_BV = sampling.restrict(z_BV, knobs, allow_BV, plan.ends, at)
+    z_BV = sampling.restrict(z_BV, knobs, allowed_BV, plan.end_ids, at)
     keys_B = None
     if "temperature" in knobs:
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(state.key, at), jnp.arange(B))
     next_B = jnp.where(state.done_B, 0, sampling.pick(z_BV, keys_B, knobs, plan.top_k))
     new: dict[str, Any] = dict(tokens_BN=_put(state.tokens_BN, next_B, at))
     if plan.logprobs is not None:
-        p_BV = jax.nn.log_softmax(own_BV, -1)
+        p_BV = jax.nn.log_softmax(model_BV, -1)
         new["logprobs_BN"] = _put(state.logprobs_BN, jnp.take_along_axis(p_BV, next_B[:, None], -1)[:, 0], at)
         if state.top is not None:
             top = jax.lax.top_k(p_BV, plan.logprobs)
-            new["top"] = tuple(_put(kept, x, at) for kept, x in zip(state.top, top, strict=True))
-    one_hot = (jnp.arange(B), next_B)
+            new["top"] = tuple(_put(earlier, x, at) for earlier, x in zip(state.top, top, strict=True))
+    chosen = (jnp.arange(B), next_B)
     if state.seen_BV is not None:
-        new["seen_BV"] = state.seen_BV.at[one_hot].set(True)
+        new["seen_BV"] = state.seen_BV.at[chosen].set(True)
     if state.counts_BV is not None:
-        new["counts_BV"] = state.counts_BV.at[one_hot].add(1)
+        new["counts_BV"] = state.counts_BV.at[chosen].add(1)
     return state.replace(
-        made=at + 1,
-        ends_B=jnp.where(state.done_B, state.ends_B, at + 1),
-        done_B=state.done_B | sampling.among(next_B, plan.ends),
+        num_generated=at + 1,
+        answer_lengths_B=jnp.where(state.done_B, state.answer_lengths_B, at + 1),
+        done_B=state.done_B | sampling.is_any_of(next_B, plan.end_ids),
         **new,
     )
 
 
-def _put(kept_BN: Any, new_B: jax.Array, at: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(kept_BN, new_B[:, None], at, axis=1)
+def _put(x_BN: Any, new_B: jax.Array, at: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x_BN, new_B[:, None], at, axis=1)
 
 
 def completion_of(
-    i: int, ends: tuple[int, ...], tokens_BN: Any, ends_B: Any, logprobs_BN: Any = None, top: Any = None
+    i: int, end_ids: tuple[int, ...], tokens_BN: Any, lengths_B: Any, logprobs_BN: Any = None, top: Any = None
 ) -> Completion:
-    """Of row `i`."""
-    n = int(ends_B[i])
-    stopped = bool(n) and int(tokens_BN[i, n - 1]) in ends
+    """Returns the answer of row `i`, given the arrays of a finished `State` on the host."""
+    n = int(lengths_B[i])
+    stopped = bool(n) and int(tokens_BN[i, n - 1]) in end_ids
     n -= stopped
     likeliest: list[dict[int, float]] | None = None
     if top is not None:
@@ -295,6 +309,6 @@ def completion_of(
 
 
 def trimmed(c: Completion, n: int) -> Completion:
-    """Its first `n` tokens, which completed a stop text."""
+    """Returns the completion cut to its first `n` tokens, which completed a stop text."""
     logprobs, top = c.logprobs and c.logprobs[:n], c.top and c.top[:n]
     return replace(c, tokens=c.tokens[:n], reason="stop", logprobs=logprobs, top=top)

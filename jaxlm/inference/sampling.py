@@ -1,4 +1,4 @@
-"""Choosing the next token: penalties, temperature, top-k, top-p, min-p.
+"""The next token is chosen here from logits: penalties, temperature, top-k, top-p, min-p.
 
 B rows, V vocabulary, K candidates that are left.
 """
@@ -13,16 +13,16 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Sampling:
-    """How text is generated. Token ids are the tokenizer's."""
+    """These settings say how text is generated. Token ids are the tokenizer's."""
 
     tokens: int = 128
-    """At most so many new tokens."""
+    """The most new tokens of an answer."""
     min_tokens: int = 0
-    """No end before so many new tokens."""
+    """An answer has at least so many new tokens before it may end."""
     temperature: float = 0.0
-    """0: greedy, the likeliest token."""
+    """Logits are divided by it; 0 is greedy: always the likeliest token."""
     top_k: int = 0
-    """Draw from the k likeliest tokens; 0: from all."""
+    """Draw from the k likeliest tokens; 0 draws from all."""
     top_p: float = 1.0
     """Draw from the likeliest tokens that together have this probability."""
     min_p: float = 0.0
@@ -30,13 +30,13 @@ class Sampling:
     repetition_penalty: float = 1.0
     """Divides positive logits of tokens in the prompt and the answer, multiplies negative ones (Keskar et al. 2019)."""
     presence_penalty: float = 0.0
-    """Taken off the logit of each token that the answer has."""
+    """Subtracted from the logit of each token that the answer has."""
     frequency_penalty: float = 0.0
-    """Taken off the logit of a token for each time the answer has it."""
+    """Subtracted from the logit of a token for each time the answer has it."""
     beams: int = 1
-    """Beam search with so many hypotheses; 1: none."""
+    """Beam search keeps so many hypotheses; 1 is no beam search."""
     length_penalty: float = 1.0
-    """Beam search: a hypothesis' log probability is divided by its length to this power."""
+    """Beam search divides a hypothesis' log probability by its length to this power."""
     early_stopping: Literal["no", "yes", "never"] = "no"
     """Beam search ends a prompt with `beams` whole hypotheses if none can become better by the best score so far (no),
     at once (yes), or if none can become better at any length (never)."""
@@ -45,21 +45,21 @@ class Sampling:
     stop: tuple[str, ...] = ()
     """Text that ends an answer; it is cut off."""
     stop_ids: tuple[int, ...] = ()
-    """Tokens that end an answer, beside the model's own."""
+    """Tokens that end an answer, besides the model's own."""
     allowed_ids: tuple[int, ...] = ()
-    """Only these tokens and the ends; empty: all."""
+    """These tokens and those that end an answer are the only ones chosen; empty allows all."""
     banned_ids: tuple[int, ...] = ()
-    """Never these tokens."""
+    """These tokens are never chosen."""
     regex: str | None = None
     """The answer matches this regular expression as a whole."""
     json_schema: str | None = None
     """The answer is JSON of this schema."""
     logprobs: int | None = None
-    """Log probabilities of the chosen tokens, and of so many of the likeliest ones at each place."""
+    """Log probabilities of the chosen tokens, and of so many of the likeliest ones at each position."""
     seed: int = 0
 
 
-# What each field may be, for one line that names it.
+# Each field's (test, words for an error message).
 RANGES: dict[str, tuple[Any, str]] = {
     "tokens": (lambda x: x >= 1, "at least 1"),
     "min_tokens": (lambda x: x >= 0, "at least 0"),
@@ -78,7 +78,7 @@ RANGES: dict[str, tuple[Any, str]] = {
 
 
 def check(s: Sampling, vocab: int) -> None:
-    """Refuse what is out of range, by its name."""
+    """Raises a ValueError that names the first setting that is out of range or contradicts another."""
     for name, (ok, allowed) in RANGES.items():
         if not ok(getattr(s, name)):
             raise ValueError(f"sampling.{name}: {getattr(s, name)} is out of range; it must be {allowed}")
@@ -100,7 +100,10 @@ def check(s: Sampling, vocab: int) -> None:
 
 
 def knobs(s: Sampling) -> dict[str, float]:
-    """The numbers that are in use. As arguments of the program, so that another value doesn't compile it again."""
+    """Returns the numeric settings that differ from their neutral values, by name.
+
+    They are arguments of the program, so that another value doesn't compile it again.
+    """
     neutral = dict(temperature=0.0, top_p=1.0, min_p=0.0)
     neutral |= dict(repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, min_tokens=0)
     used = {name: getattr(s, name) for name, value in neutral.items() if getattr(s, name) != value}
@@ -110,7 +113,11 @@ def knobs(s: Sampling) -> dict[str, float]:
 def penalise(
     z_BV: jax.Array, knobs: dict[str, Any], seen_BV: jax.Array | None, counts_BV: jax.Array | None
 ) -> jax.Array:
-    """`seen_BV`: tokens of prompt and answer; `counts_BV`: how often the answer has each token."""
+    """Applies the penalties among `knobs` to logits `[…, V]`.
+
+    `seen_BV` says which tokens the prompt and the answer have (repetition penalty, Keskar et al. 2019), `counts_BV` how
+    often the answer has each token (presence and frequency penalty).
+    """
     if "repetition_penalty" in knobs:
         assert seen_BV is not None
         factor = knobs["repetition_penalty"]
@@ -125,39 +132,47 @@ def penalise(
 
 
 def restrict(
-    z_BV: jax.Array, knobs: dict[str, Any], allow_BV: jax.Array | None, ends: tuple[int, ...], made: Any
+    z_BV: jax.Array, knobs: dict[str, Any], allowed_BV: jax.Array | None, end_ids: tuple[int, ...], num_generated: Any
 ) -> jax.Array:
-    """Only tokens of `allow_BV` (`[B or 1, V]`, None: all), and no end where fewer than `min_tokens` were `made`."""
-    if allow_BV is not None:
-        z_BV = jnp.where(allow_BV, z_BV, -jnp.inf)
-    if "min_tokens" in knobs and ends:
-        early = (made < knobs["min_tokens"]) & among(jnp.arange(z_BV.shape[-1]), ends)
+    """Sets the logits of tokens that may not be chosen to -inf.
+
+    `allowed_BV` is bool `[B or 1, V]`; None allows all. Where fewer than `min_tokens` were generated, no token of
+    `end_ids` may be chosen.
+    """
+    if allowed_BV is not None:
+        z_BV = jnp.where(allowed_BV, z_BV, -jnp.inf)
+    if "min_tokens" in knobs and end_ids:
+        early = (num_generated < knobs["min_tokens"]) & is_any_of(jnp.arange(z_BV.shape[-1]), end_ids)
         z_BV = jnp.where(early[None], -jnp.inf, z_BV)
     return z_BV
 
 
-def among(ids: jax.Array, these: tuple[int, ...]) -> jax.Array:
+def is_any_of(ids: jax.Array, these: tuple[int, ...]) -> jax.Array:
+    """Returns, for each id, whether it is one of `these`."""
     return jnp.isin(ids, jnp.asarray(these, jnp.int32)) if these else jnp.zeros(ids.shape, bool)
 
 
 def candidates(z_BV: jax.Array, knobs: dict[str, Any], top_k: int) -> tuple[jax.Array, jax.Array | None]:
-    """(logits of what may be drawn, `[B, K]`, -inf: may not; their token ids, None: K is the vocabulary)."""
+    """Returns the logits of the tokens that may be drawn, `[B, K]`, and their ids; -inf marks those that may not.
+
+    The ids are None where K is the whole vocabulary.
+    """
     z, ids = z_BV / knobs["temperature"], None
     if top_k:
         z, ids = jax.lax.top_k(z, top_k)
     if "top_p" in knobs:
         p = jax.nn.softmax(z, -1)
-        z = jnp.where(p < _least(p, knobs["top_p"]), -jnp.inf, z)
+        z = jnp.where(p < _top_p_threshold(p, knobs["top_p"]), -jnp.inf, z)
     if "min_p" in knobs:
         z = jnp.where(z < z.max(-1, keepdims=True) + jnp.log(knobs["min_p"]), -jnp.inf, z)
     return z, ids
 
 
-def _least(p_BK: jax.Array, top_p: Any) -> jax.Array:
-    """The smallest probability that top-p keeps, `[B, 1]`: of the token that crosses the share.
+def _top_p_threshold(p_BK: jax.Array, top_p: Any) -> jax.Array:
+    """Returns the smallest probability that top-p keeps, `[B, 1]`: that of the token which crosses the share.
 
-    By halving: probabilities are ordered as their bits are, so 31 sums find it exactly, where a sort of a vocabulary
-    took 4 times as long.
+    It is found by bisection: probabilities are ordered as their bits are, so 31 sums find it exactly, where a sort of
+    a vocabulary took 4 times as long.
     """
     bits_BK = jax.lax.bitcast_convert_type(p_BK, jnp.int32)
 
@@ -173,7 +188,7 @@ def _least(p_BK: jax.Array, top_p: Any) -> jax.Array:
 
 
 def pick(z_BV: jax.Array, keys_B: jax.Array | None, knobs: dict[str, Any], top_k: int) -> jax.Array:
-    """One token a row, each drawn with its own key. Greedy without a temperature."""
+    """Returns one token for each row, `[B]`, drawn with the row's own key; the likeliest without a temperature."""
     if "temperature" not in knobs:
         return jnp.argmax(z_BV, -1).astype(jnp.int32)
     assert keys_B is not None
@@ -185,7 +200,7 @@ def pick(z_BV: jax.Array, keys_B: jax.Array | None, knobs: dict[str, Any], top_k
 
 
 def probabilities(z_BV: jax.Array, knobs: dict[str, Any], top_k: int) -> jax.Array:
-    """What `pick` draws from, `[B, V]`."""
+    """Returns the distribution that `pick` draws from, `[B, V]`."""
     if "temperature" not in knobs:
         return jax.nn.one_hot(jnp.argmax(z_BV, -1), z_BV.shape[-1], dtype=jnp.float32)
     z_BK, ids_BK = candidates(z_BV, knobs, top_k)

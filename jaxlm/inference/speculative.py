@@ -1,9 +1,9 @@
-"""Speculative decoding (Leviathan et al. 2023): a cheap draft proposes tokens, one call of the model judges them all.
+"""Speculative decoding lets a cheap draft propose tokens, which one call of the model judges (Leviathan et al. 2023).
 
-Exact: greedy answers are those of plain decoding, sampled ones follow the model's own distribution. Rows advance
-together, by the fewest tokens that any unfinished row got, so that all write to the same slots of the cache.
+The result is exact: greedy answers are those of plain decoding, sampled ones follow the model's own distribution. Rows
+advance together, by the fewest tokens that any unfinished row got, so that all write to the same slots of the cache.
 
-B rows, P prompt places, N new tokens, k proposals, T = k + 1, H = P + N + T, V vocabulary.
+B rows, P prompt positions, N new tokens, k proposals, T = k + 1, H = P + N + T, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ from jaxlm.inference.generate import Completion, Generator, Plan, completion_of
 from jaxlm.inference.sampling import Sampling
 from jaxlm.nn.cache import Cache
 
-# What changes the distribution with what was said, which a draft would have to follow.
-PLAIN = (
+# These settings change the distribution with what was generated before, which a draft would have to follow.
+UNSUPPORTED = (
     "min_tokens",
     "repetition_penalty",
     "presence_penalty",
@@ -33,30 +33,39 @@ PLAIN = (
 )
 
 
-class Draft(struct.PyTreeNode):
-    """Answers in the making."""
+class SpeculativeState(struct.PyTreeNode):
+    """The state holds answers that are being generated, one a row.
+
+    `draft_cache` is the draft model's, or None where proposals are looked up in the text so far. `rounds` counts calls
+    of the model. `history_BH` has each prompt and the answer to it.
+    """
 
     cache: Cache
-    drafts: Cache | None
-    """The draft model's; None: proposals are looked up in what was said."""
+    draft_cache: Cache | None
     key: jax.Array
-    made: jax.Array
+    num_generated: jax.Array
     rounds: jax.Array
-    """Calls of the model."""
-    lengths_B: jax.Array
+    prompt_lengths_B: jax.Array
     done_B: jax.Array
-    ends_B: jax.Array
+    answer_lengths_B: jax.Array
     history_BH: jax.Array
 
 
 class Answers(NamedTuple):
+    """These are the completions of each prompt, and how many calls of the model they took after reading it.
+
+    Plain decoding takes one call (`rounds`) for each token.
+    """
+
     completions: list[list[Completion]]
     rounds: int
-    """Calls of the model after the prompt; plain decoding takes one for each token."""
 
 
 class Speculative:
-    """`target` decodes with `draft`'s proposals; without a draft they are what followed the last two tokens before."""
+    """`target` decodes with the proposals of `draft`.
+
+    Without a draft the proposals are the tokens that followed the latest earlier occurrence of the last two tokens.
+    """
 
     def __init__(self, target: Generator, draft: Generator | None = None, proposals: int = 4) -> None:
         if proposals < 1:
@@ -67,126 +76,136 @@ class Speculative:
                 f"{target.model.config.vocab}; use a draft with the same tokenizer"
             )
         self.target, self.draft, self.k = target, draft, proposals
-        self._run = jax.jit(self._run_, static_argnames=("plan", "length"))
+        self._jit_run = jax.jit(self._run, static_argnames=("plan", "length"))
 
     def __call__(self, params: Any, draft_params: Any, prompts: Sequence[Sequence[int]], s: Sampling) -> Answers:
-        """One answer for each prompt. `draft_params`: None without a draft."""
-        if s.beams > 1 or s.samples > 1 or any(getattr(s, name) != getattr(Sampling(), name) for name in PLAIN):
-            raise ValueError(f"speculative: does not go with beams, samples, {', '.join(PLAIN)}; leave them out")
+        """Returns one answer for each prompt. `draft_params` is None without a draft."""
+        if s.beams > 1 or s.samples > 1 or any(getattr(s, name) != getattr(Sampling(), name) for name in UNSUPPORTED):
+            raise ValueError(f"speculative: does not go with beams, samples, {', '.join(UNSUPPORTED)}; leave them out")
         plan, batch = self.target.plan(s), self.target.batch(prompts, s.tokens)
         length = bucket(batch["tokens"].shape[1] + s.tokens + self.k + 1)
-        knobs, allow_1V = sampling.knobs(s), self.target.allowed(s)
-        state = self._run(
-            params, draft_params, batch, jax.random.key(s.seed), knobs, allow_1V, np.int32(s.tokens), plan=plan,
+        knobs, allowed_1V = sampling.knobs(s), self.target.allowed(s)
+        state = self._jit_run(
+            params, draft_params, batch, jax.random.key(s.seed), knobs, allowed_1V, np.int32(s.tokens), plan=plan,
             length=length,
         )  # fmt: skip
-        tokens, ends, rounds = jax.device_get((state.history_BH, state.ends_B, state.rounds))
-        tokens, ends = tokens[:, batch["tokens"].shape[1] :], np.minimum(ends, s.tokens)
-        return Answers([[completion_of(i, plan.ends, tokens, ends)] for i in range(len(prompts))], int(rounds))
+        tokens, lengths, rounds = jax.device_get((state.history_BH, state.answer_lengths_B, state.rounds))
+        tokens, lengths = tokens[:, batch["tokens"].shape[1] :], np.minimum(lengths, s.tokens)
+        return Answers([[completion_of(i, plan.end_ids, tokens, lengths)] for i in range(len(prompts))], int(rounds))
 
-    def _run_(
-        self, params: Any, draft_params: Any, batch: dict, key: Any, knobs: dict, allow_1V: Any, most: Any, *,
+    def _run(
+        self, params: Any, draft_params: Any, batch: dict, key: Any, knobs: dict, allowed_1V: Any, max_tokens: Any, *,
         plan: Plan, length: int,
-    ) -> Draft:  # fmt: skip
+    ) -> SpeculativeState:  # fmt: skip
         params = prepare(self.target.model, params)
         z_BV, cache = prefill(self.target.model, params, batch, length, self.k)
-        drafts = None
+        draft_cache = None
         if self.draft is not None:
             draft_params = prepare(self.draft.model, draft_params)
-            _, drafts = prefill(self.draft.model, draft_params, batch, length, self.k)
+            _, draft_cache = prefill(self.draft.model, draft_params, batch, length, self.k)
         (B, P), T = batch["tokens"].shape, self.k + 1
         keys_B = jax.random.split(jax.random.fold_in(key, 0), B)
-        first_B = sampling.pick(_restricted(z_BV, allow_1V), keys_B, knobs, plan.top_k)
+        first_B = sampling.pick(_restricted(z_BV, allowed_1V), keys_B, knobs, plan.top_k)
         history_BH = jnp.zeros((B, length + T), jnp.int32).at[:, :P].set(batch["tokens"]).at[:, P].set(first_B)
         one = jnp.ones((), jnp.int32)
-        state = Draft(
-            cache, drafts, key, one, one - 1, (batch["segments"] > 0).sum(-1),
-            sampling.among(first_B, plan.ends), jnp.ones(B, jnp.int32), history_BH,
+        state = SpeculativeState(
+            cache, draft_cache, key, one, one - 1, (batch["segments"] > 0).sum(-1),
+            sampling.is_any_of(first_B, plan.end_ids), jnp.ones(B, jnp.int32), history_BH,
         )  # fmt: skip
 
-        def more(state: Draft) -> jax.Array:
-            return (state.made < most) & ~state.done_B.all()
+        def unfinished(state: SpeculativeState) -> jax.Array:
+            return (state.num_generated < max_tokens) & ~state.done_B.all()
 
-        step = partial(self._round, params, draft_params, P, knobs, allow_1V, plan)
-        return jax.lax.while_loop(more, step, state)
+        step = partial(self._round, params, draft_params, P, knobs, allowed_1V, plan)
+        return jax.lax.while_loop(unfinished, step, state)
 
-    def _round(self, params: Any, draft_params: Any, P: int, knobs: dict, allow_1V: Any, plan: Plan, s: Draft) -> Draft:
-        B, T, at = len(s.done_B), self.k + 1, P + s.made - 1
-        draft_key, accept_key, last_key = jax.random.split(jax.random.fold_in(s.key, s.made), 3)
-        places_BT = (s.lengths_B + s.made - 1)[:, None] + jnp.arange(T)[None]
-        chances = partial(_chances, allow_1V=allow_1V, knobs=knobs, top_k=plan.top_k)
+    def _round(
+        self, params: Any, draft_params: Any, P: int, knobs: dict, allowed_1V: Any, plan: Plan, s: SpeculativeState
+    ) -> SpeculativeState:
+        B, T, at = len(s.done_B), self.k + 1, P + s.num_generated - 1
+        draft_key, accept_key, last_key = jax.random.split(jax.random.fold_in(s.key, s.num_generated), 3)
+        positions_BT = (s.prompt_lengths_B + s.num_generated - 1)[:, None] + jnp.arange(T)[None]
+        distribution = partial(_distribution, allowed_1V=allowed_1V, knobs=knobs, top_k=plan.top_k)
         if self.draft is None:
-            drafts, d_BT = None, self._looked_up(s.history_BH, at, P - s.lengths_B)
+            draft_cache, d_BT = None, self._looked_up(s.history_BH, at, P - s.prompt_lengths_B)
             q_BTV = jax.nn.one_hot(d_BT, self.target.model.config.vocab, dtype=jnp.float32)
         else:
-            drafts, d_BT, q_BTV = self._drafted(draft_params, s, at, places_BT, chances, draft_key)
+            draft_cache, d_BT, q_BTV = self._drafted(draft_params, s, at, positions_BT, distribution, draft_key)
         last_B1 = jax.lax.dynamic_slice_in_dim(s.history_BH, at, 1, axis=1)
         read_BT = jnp.concatenate([last_B1, d_BT[:, :-1]], 1)
-        z_BTV, cache = extend(self.target.model, params, s.cache, read_BT, places_BT)
-        p_BTV = chances(z_BTV.reshape(B * T, -1)).reshape(z_BTV.shape)
+        z_BTV, cache = extend(self.target.model, params, s.cache, read_BT, positions_BT)
+        p_BTV = distribution(z_BTV.reshape(B * T, -1)).reshape(z_BTV.shape)
 
-        # Proposal i is judged by what the model says after i of them; the last of the T has none.
+        # Proposal i is judged by the model's distribution after i of them; the last of the T is not judged.
         q_BTV = q_BTV * (jnp.arange(T) < self.k)[None, :, None]
         p_BT, q_BT = (jnp.take_along_axis(x, d_BT[..., None], -1)[..., 0] for x in (p_BTV, q_BTV))
-        kept_BT = (jax.random.uniform(accept_key, (B, T)) * q_BT < p_BT) & (jnp.arange(T) < self.k)[None]
-        accepted_B = jnp.cumprod(kept_BT.astype(jnp.int32), -1).sum(-1)
+        agreed_BT = (jax.random.uniform(accept_key, (B, T)) * q_BT < p_BT) & (jnp.arange(T) < self.k)[None]
+        accepted_B = jnp.cumprod(agreed_BT.astype(jnp.int32), -1).sum(-1)
         new = jnp.where(s.done_B, T, accepted_B + 1).min()
-        # A row that ends here with a refused proposal draws from what the proposal left of the distribution.
+        # A row that ends here with a refused proposal draws from what is left of the distribution without the proposal.
         left_BTV = jnp.maximum(p_BTV - q_BTV, 0)
         left_BV = jax.lax.dynamic_slice_in_dim(left_BTV, new - 1, 1, axis=1)[:, 0]
         drawn_B = jax.random.categorical(last_key, jnp.log(left_BV)).astype(jnp.int32)
         is_drawn_BT = (jnp.arange(T)[None] == new - 1) & (accepted_B < new)[:, None]
         new_BT = jnp.where(is_drawn_BT, drawn_B[:, None], d_BT)
 
-        ended_BT = sampling.among(new_BT, plan.ends) & (jnp.arange(T) < new)[None]
-        ends_B = s.made + jnp.where(ended_BT.any(-1), ended_BT.argmax(-1) + 1, new)
-        return Draft(
+        ended_BT = sampling.is_any_of(new_BT, plan.end_ids) & (jnp.arange(T) < new)[None]
+        answer_lengths_B = s.num_generated + jnp.where(ended_BT.any(-1), ended_BT.argmax(-1) + 1, new)
+        return SpeculativeState(
             cache=cache.replace(end=s.cache.end + new),
-            drafts=None if drafts is None else drafts.replace(end=s.drafts.end + new),  # type: ignore[union-attr]
+            draft_cache=None if draft_cache is None else draft_cache.replace(end=s.draft_cache.end + new),  # type: ignore[union-attr]
             key=s.key,
-            made=s.made + new,
+            num_generated=s.num_generated + new,
             rounds=s.rounds + 1,
-            lengths_B=s.lengths_B,
+            prompt_lengths_B=s.prompt_lengths_B,
             done_B=s.done_B | ended_BT.any(-1),
-            ends_B=jnp.where(s.done_B, s.ends_B, ends_B),
+            answer_lengths_B=jnp.where(s.done_B, s.answer_lengths_B, answer_lengths_B),
             history_BH=jax.lax.dynamic_update_slice_in_dim(s.history_BH, new_BT, at + 1, axis=1),
         )
 
     def _drafted(
-        self, params: Any, s: Draft, at: jax.Array, places_BT: jax.Array, chances: Any, key: jax.Array
+        self,
+        params: Any,
+        s: SpeculativeState,
+        at: jax.Array,
+        positions_BT: jax.Array,
+        distribution: Any,
+        key: jax.Array,
     ) -> tuple[Cache, jax.Array, jax.Array]:
-        """(the draft's cache, proposals `[B, T]`, their probabilities `[B, T, V]`). The last is only read, for the
-        cache to hold all that may be accepted."""
+        """Returns (the draft's cache, proposals `[B, T]`, their distributions `[B, T, V]`).
+
+        The last proposal is never judged: it is made so that the cache holds every token that may be accepted.
+        """
         assert self.draft is not None
         model = self.draft.model
 
-        def one(carry: Any, step: Any) -> Any:
+        def propose(carry: Any, step: Any) -> Any:
             cache, last_B = carry
-            place_B, key = step
-            z_B1V, cache = extend(model, params, cache, last_B[:, None], place_B[:, None])
-            q_BV = chances(z_B1V[:, 0])
+            position_B, key = step
+            z_B1V, cache = extend(model, params, cache, last_B[:, None], position_B[:, None])
+            q_BV = distribution(z_B1V[:, 0])
             next_B = jax.random.categorical(key, jnp.log(q_BV)).astype(jnp.int32)
             return (cache, next_B), (next_B, q_BV)
 
         last_B = jax.lax.dynamic_slice_in_dim(s.history_BH, at, 1, axis=1)[:, 0]
         keys_T = jax.random.split(key, self.k + 1)
-        (drafts, _), (d_TB, q_TBV) = jax.lax.scan(one, (s.drafts, last_B), (places_BT.T, keys_T))
-        return drafts, d_TB.T, q_TBV.swapaxes(0, 1)  # type: ignore[return-value]
+        (draft_cache, _), (d_TB, q_TBV) = jax.lax.scan(propose, (s.draft_cache, last_B), (positions_BT.T, keys_T))
+        return draft_cache, d_TB.T, q_TBV.swapaxes(0, 1)  # type: ignore[return-value]
 
     def _looked_up(self, history_BH: jax.Array, at: jax.Array, first_B: jax.Array) -> jax.Array:
-        """What followed the latest earlier place of the last two tokens, `[B, T]`; anything where there is none."""
+        """Returns the tokens after the last earlier occurrence of the last two, `[B, T]`; any where there is none."""
         j_H = jnp.arange(history_BH.shape[1])
         before_BH = jnp.roll(history_BH, 1, axis=1)
         last_B1 = jax.lax.dynamic_slice_in_dim(history_BH, at, 1, axis=1)
         last2_B1 = jax.lax.dynamic_slice_in_dim(history_BH, at - 1, 1, axis=1)
         met_BH = (history_BH == last_B1) & (before_BH == last2_B1) & (j_H < at)[None] & (j_H[None] > first_B[:, None])
-        found_B = jnp.where(met_BH, j_H[None], 0).max(-1)
-        return jnp.take_along_axis(history_BH, found_B[:, None] + 1 + jnp.arange(self.k + 1)[None], 1)
+        latest_B = jnp.where(met_BH, j_H[None], 0).max(-1)
+        return jnp.take_along_axis(history_BH, latest_B[:, None] + 1 + jnp.arange(self.k + 1)[None], 1)
 
 
-def _restricted(z_BV: jax.Array, allow_1V: Any) -> jax.Array:
-    return z_BV if allow_1V is None else jnp.where(allow_1V, z_BV, -jnp.inf)
+def _restricted(z_BV: jax.Array, allowed_1V: Any) -> jax.Array:
+    return z_BV if allowed_1V is None else jnp.where(allowed_1V, z_BV, -jnp.inf)
 
 
-def _chances(z_BV: jax.Array, *, allow_1V: Any, knobs: dict, top_k: int) -> jax.Array:
-    return sampling.probabilities(_restricted(z_BV, allow_1V), knobs, top_k)
+def _distribution(z_BV: jax.Array, *, allowed_1V: Any, knobs: dict, top_k: int) -> jax.Array:
+    return sampling.probabilities(_restricted(z_BV, allowed_1V), knobs, top_k)

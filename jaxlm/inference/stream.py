@@ -1,4 +1,4 @@
-"""Answers as text, while they are made: whole characters, stop texts cut exactly, constraints token by token.
+"""Answers come as text while they are generated: whole characters, stop texts cut exactly, constraints token by token.
 
 Asking for all at once runs the same code, so a stream's pieces always add up to the same text.
 """
@@ -15,50 +15,56 @@ from jaxlm.inference import constrain
 from jaxlm.inference.generate import Completion, Generator, trimmed
 from jaxlm.inference.sampling import Sampling
 
-UNFINISHED = "\ufffd"  # what decoders write for bytes that are no whole character (yet)
+UNFINISHED = "\ufffd"  # tokenizers decode to it bytes that are no whole character (yet)
 
 
 @dataclass(frozen=True)
 class Answer:
+    """An answer is a completion and its text. The tokens end with the one that completed a stop text, if one did."""
+
     text: str
     completion: Completion
-    """Its tokens end with the one that completed a stop text."""
 
 
 class Reader:
-    """Text of one answer as its tokens come."""
+    """A reader makes the text of one answer as its tokens come.
+
+    `num_used` counts the tokens up to the end of a stop text; it is None while there was none.
+    """
 
     def __init__(self, tokens: Any, stops: Sequence[str]) -> None:
         self.tokens, self.stops = tokens, tuple(stops)
         self.sent = ""
         self.text = ""
-        self.used: int | None = None
-        """Tokens up to the end of a stop text; None: none was met."""
+        self.num_used: int | None = None
 
     def read(self, ids: Sequence[int], last: bool) -> str:
-        """New text, given all tokens so far. What may yet change, or begin a stop text, waits unless it is the last."""
-        if self.used is not None:
+        """Returns the new text, given all tokens so far.
+
+        Text that may yet change, or begin a stop text, waits for more tokens unless these are the `last`.
+        """
+        if self.num_used is not None:
             return ""
         text = self.tokens.decode(ids)
         if self._stop(text if last else text.rstrip(UNFINISHED)) is not None:
-            # The fewest tokens that have a whole stop text decide, whatever the pace.
-            for self.used in range(1, len(ids) + 1):
-                text = self.tokens.decode(ids[: self.used])
-                text = text if last and self.used == len(ids) else text.rstrip(UNFINISHED)
+            # The fewest tokens that have a whole stop text decide, however many come at once.
+            for self.num_used in range(1, len(ids) + 1):
+                text = self.tokens.decode(ids[: self.num_used])
+                text = text if last and self.num_used == len(ids) else text.rstrip(UNFINISHED)
                 if (cut := self._stop(text)) is not None:
                     break
             text, last = text[:cut], True
-        keep = len(text) if last else self._settled(text)
-        new = text[len(self.sent) : keep]
+        end = len(text) if last else self._num_settled(text)
+        new = text[len(self.sent) : end]
         self.sent = self.text = self.sent + new
         return new
 
     def _stop(self, text: str) -> int | None:
-        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        return min(found, default=None)
+        """Returns where the first stop text begins, or None."""
+        return min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=None)
 
-    def _settled(self, text: str) -> int:
-        """Characters that further tokens can't change or turn into the beginning of a stop text."""
+    def _num_settled(self, text: str) -> int:
+        """Counts the characters that further tokens can't change or turn into the beginning of a stop text."""
         n = len(text.rstrip(UNFINISHED))
         for stop in self.stops:
             for size in range(min(len(stop) - 1, n), 0, -1):
@@ -71,7 +77,7 @@ class Reader:
 def answers(
     generate: Generator, tokens: Any, params: Any, prompts: Sequence[Sequence[int]], s: Sampling, source: Any = None
 ) -> list[list[Answer]]:
-    """`s.samples` answers for each prompt."""
+    """Returns `s.samples` answers for each prompt."""
     pieces = stream(generate, tokens, params, prompts, s, source, every=32 if s.stop else s.tokens)
     while True:
         try:
@@ -89,35 +95,41 @@ def stream(
     source: Any = None,
     every: int = 8,
 ) -> Pieces[tuple[int, str], None, list[list[Answer]]]:
-    """(row, text) as it comes, every so many tokens; returns the answers. `params` had best be prepared. Rows: the
-    samples of a prompt side by side. Beams come when they are whole."""
-    grammar = constrain.open_grammar(tokens, s, generate.model.config.vocab, generate.plan(s).ends)
+    """Yields (row, new text) after every `every` tokens, and returns the answers of each prompt.
+
+    The samples of a prompt are neighbouring rows. Beams come when they are whole. `params` had best be prepared by
+    `generate.prepare`. `source` is what an encoder reads for each prompt.
+    """
+    grammar = constrain.open_grammar(tokens, s, generate.model.config.vocab, generate.plan(s).end_ids)
     if s.beams > 1:
         return (yield from _beams(generate, tokens, params, prompts, s, source, grammar))
     rows = len(prompts) * s.samples
     readers = [Reader(tokens, s.stop) for _ in range(rows)]
     matchers = [grammar.start() for _ in range(rows)] if grammar else []
-    state = generate.start(params, prompts, s, source, _allow(matchers))
-    made, seen = 1, 0
+    state = generate.start(params, prompts, s, source, _allowed(matchers))
+    num_generated, num_read = 1, 0
     while True:
         done_B = np.array(jax.device_get(state.done_B))
-        flat = [completion for several in generate.completions(state, s) for completion in several]
-        last = bool(done_B.all()) or made >= s.tokens
+        flat = [completion for samples in generate.completions(state, s) for completion in samples]
+        last = bool(done_B.all()) or num_generated >= s.tokens
         for i, (reader, completion) in enumerate(zip(readers, flat, strict=True)):
-            for id in completion.tokens[seen:] if matchers else ():
+            for id in completion.tokens[num_read:] if matchers else ():
                 matchers[i].take(id)
             if new := reader.read(completion.tokens, last or bool(done_B[i])):
                 yield i, new
-        stopped_B = np.array([r.used is not None for r in readers]) | np.array([m.ended for m in matchers] or [False])
+        stopped_B = np.array([r.num_used is not None for r in readers]) | np.array(
+            [m.ended for m in matchers] or [False]
+        )
         done_B |= stopped_B
         if last or done_B.all():
             break
-        seen = made
-        made = min(made + (1 if matchers else every), s.tokens)
-        state = generate.advance(params, state.replace(done_B=jax.numpy.asarray(done_B)), s, made, _allow(matchers))
-    # A grammar that nothing can follow ends an answer without an end token.
-    used = [len(c.tokens) if matchers and matchers[i].ended else readers[i].used for i, c in enumerate(flat)]
-    out = [Answer(r.text, c if n is None else trimmed(c, n)) for r, c, n in zip(readers, flat, used, strict=True)]
+        num_read = num_generated
+        num_generated = min(num_generated + (1 if matchers else every), s.tokens)
+        state = state.replace(done_B=jax.numpy.asarray(done_B))
+        state = generate.advance(params, state, s, num_generated, _allowed(matchers))
+    # A grammar that can't go on ends an answer without an end token.
+    counts = [len(c.tokens) if matchers and matchers[i].ended else readers[i].num_used for i, c in enumerate(flat)]
+    out = [Answer(r.text, c if n is None else trimmed(c, n)) for r, c, n in zip(readers, flat, counts, strict=True)]
     return [out[i : i + s.samples] for i in range(0, rows, s.samples)]
 
 
@@ -132,10 +144,10 @@ def _beams(
         for j, completion in enumerate(completions):
             reader = Reader(tokens, s.stop)
             yield i * s.samples + j, reader.read(completion.tokens, True)
-            cut = completion if reader.used is None else trimmed(completion, reader.used)
+            cut = completion if reader.num_used is None else trimmed(completion, reader.num_used)
             out[-1].append(Answer(reader.text, cut))
     return out
 
 
-def _allow(matchers: Sequence[constrain.Matcher]) -> np.ndarray | None:
+def _allowed(matchers: Sequence[constrain.Matcher]) -> np.ndarray | None:
     return np.stack([m.allowed() for m in matchers]) if matchers else None

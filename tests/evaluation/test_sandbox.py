@@ -72,8 +72,8 @@ def test_network_and_processes_are_refused(box):
 
 
 def alone(code: str, apart: bool = False) -> subprocess.CompletedProcess:
-    """In a process that has only what `code` takes from `guard`."""
-    head = f"import sys, os\nsys.path.insert(0, {str(Path(sandbox_child.__file__).parent)!r})\nimport guard\n"
+    """In a process that has only what `code` takes from `sandbox_child`."""
+    head = f"import sys, os\nsys.path.insert(0, {str(Path(sandbox_child.__file__).parent)!r})\nimport sandbox_child\n"
     command = [sys.executable, "-I", "-c", head + code]
     return subprocess.run((["unshare", *sandbox.APART] if apart else []) + command, capture_output=True, text=True)
 
@@ -81,8 +81,8 @@ def alone(code: str, apart: bool = False) -> subprocess.CompletedProcess:
 def test_the_filter_of_system_calls_holds_without_pythons_hooks(box):
     found = alone("""
 import ctypes, socket, threading
-guard.powers()
-assert guard.calls() is None
+sandbox_child.powers()
+assert sandbox_child.calls() is None
 for attempt in (os.fork, socket.socket, lambda: os.posix_spawn('/bin/true', ['true'], {}), lambda: os.chmod('.', 0)):
     try:
         attempt()
@@ -105,7 +105,7 @@ try:
 except OSError as error:
     print(error.errno)
 assert [name for _, name in socket.if_nameindex()] == ['lo'] and os.getpid() == 1
-guard.powers()
+sandbox_child.powers()
 assert 'CapEff:\\t0000000000000000' in open('/proc/self/status').read()
 """, apart=True)  # fmt: skip
     assert found.stdout.strip() == "101" and found.returncode == 0, found.stderr

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.assembly import evaluate_model, model_source, open_model
+from jaxlm.assembly import generate_text, model_source, open_model
 from jaxlm.commands import cli
 from jaxlm.core import config, spec
 from jaxlm.data import chat_template
@@ -176,7 +176,7 @@ def test_piped_input_from_the_command_line(opened, monkeypatch, tmp_path, capsys
         return model_source.Source(place, "hf", llama, model.config, TOKENS, hf_sidecars.Generation(), found, ([], []))
 
     monkeypatch.setattr(model_source, "look", look)
-    monkeypatch.setattr(evaluate_model, "open_model", lambda p, _: open_model.Pretrained(look(p), model, weights, None))
+    monkeypatch.setattr(generate_text, "open_model", lambda p, _: open_model.Pretrained(look(p), model, weights, None))
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nhello\n/exit\n"))
     assert cli.main(["chat", str(tmp_path), "--tokens", "6"]) == 2
     assert "no chat template; give one with --template" in capsys.readouterr().err

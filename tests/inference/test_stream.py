@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.assembly import evaluate_model, generate_text, model_source, open_model
+from jaxlm.assembly import generate_text, model_source, open_model
 from jaxlm.commands import cli
 from jaxlm.core import config, spec
 from jaxlm.data.tokenizer import Bytes
@@ -67,16 +67,16 @@ def test_pieces_add_up_and_never_hold_half_a_character(pace, stops):
         assert "\ufffd" not in pieces[-1] or n == len(raw)
     assert "".join(pieces) == reader.text == text[:cut]
     if cut < len(text):
-        assert any(raw[: reader.used].decode("utf-8", "replace").endswith(s) for s in stops)
+        assert any(raw[: reader.num_used].decode("utf-8", "replace").endswith(s) for s in stops)
     else:
-        assert reader.used is None
+        assert reader.num_used is None
 
 
 @pytest.mark.parametrize("pace", [1, 2, 9])
 def test_the_stop_text_that_is_whole_first_counts(pace):
     raw, reader = b"xxabcdef", stream.Reader(TOKENS, ["abcde", "cd"])
     text = "".join(reader.read(list(raw[:n]), n >= len(raw)) for n in range(pace, len(raw) + pace, pace))
-    assert (text, reader.used) == ("xxab", 6)
+    assert (text, reader.num_used) == ("xxab", 6)
 
 
 def test_what_may_begin_a_stop_text_waits():
@@ -210,9 +210,7 @@ def test_the_command_line_reaches_every_way_to_choose(generate, weights, monkeyp
     source = model_source.Source(
         tmp_path, "hf", model.family, model.config, TOKENS, read_generation(tmp_path), {}, ([], [])
     )
-    monkeypatch.setattr(
-        evaluate_model, "open_model", lambda *place: open_model.Pretrained(source, model, weights, None)
-    )
+    monkeypatch.setattr(generate_text, "open_model", lambda *place: open_model.Pretrained(source, model, weights, None))
     monkeypatch.setattr(
         model_source, "look", lambda place: dataclasses.replace(source, advice=read_generation(tmp_path))
     )
