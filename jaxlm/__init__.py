@@ -1,4 +1,4 @@
-"""Language models on JAX: data, pretraining, fine-tuning, compression, evaluation, deployment.
+"""jaxlm trains language models on JAX: data, pretraining, fine-tuning, compression, evaluation, deployment.
 
 The parts of a run's configuration are here, for config files: `from jaxlm import Data, Optim, Run, Train`. Models and
 objectives have configurations of their own: `from jaxlm.models import llama`, `from jaxlm.objectives import causal`.

@@ -1,1 +1,1 @@
-"""Where names become objects: a `Run` becomes a program, a place a model, sources a corpus."""
+"""Names become objects here: a `Run` becomes a program, a place a model, sources a corpus."""

@@ -1,1 +1,1 @@
-"""The command line, one command a file."""
+"""The command line has one file a command; `cli.py` dispatches to them."""

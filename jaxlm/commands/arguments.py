@@ -1,4 +1,4 @@
-"""What several commands share: a parser for each command, the run that arguments name, and the last line of JSON."""
+"""Several commands share how they add a parser, load the run that arguments name, and print the last line of JSON."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""`jaxlm augment`: more labelled examples from a table or from tagged words."""
+"""`jaxlm augment` makes more labelled examples from a table or from tagged words."""
 
 import argparse
 from pathlib import Path

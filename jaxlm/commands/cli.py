@@ -1,4 +1,5 @@
-"""The command line. Importing this loads neither jax nor any other heavy package: `--help` answers at once."""
+"""The command line dispatches to the commands. Importing this loads neither jax nor any other heavy package: `--help`
+answers at once."""
 
 import argparse
 import sys

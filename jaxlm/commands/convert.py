@@ -1,4 +1,4 @@
-"""`jaxlm import` and `jaxlm export`: other people's files in, and out."""
+"""`jaxlm import` and `jaxlm export` read and write other people's files."""
 
 import argparse
 from typing import Any

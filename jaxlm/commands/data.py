@@ -1,4 +1,4 @@
-"""`jaxlm tokenizer train`, `jaxlm data prepare` and `jaxlm data inspect`."""
+"""`jaxlm tokenizer train`, `jaxlm data prepare` and `jaxlm data inspect` make tokens and show them."""
 
 import argparse
 from pathlib import Path
@@ -41,12 +41,15 @@ def _tokenizer_train(args: argparse.Namespace, rest: list[str]) -> int:
 def _data_prepare(args: argparse.Namespace, rest: list[str]) -> int:
     _, run = load_run(args, rest)
     from jaxlm.assembly import corpus, open_model
+    from jaxlm.data.token_cache import Cache
 
     data = corpus.corpus(run.data, open_model.bound_objective(run))
     for name, caches in (("train", data.train), ("valid", data.valid)):
         for c in caches:
-            more = f", {len(c.tokens):,} tokens, {c.raw_bytes.sum():,} bytes" if hasattr(c, "tokens") else ""
-            print(f"{name}: {len(c):,} {'documents' if more else 'records'}{more}")
+            if isinstance(c, Cache):
+                print(f"{name}: {len(c):,} documents, {len(c.tokens):,} tokens, {c.raw_bytes.sum():,} bytes")
+            else:
+                print(f"{name}: {len(c):,} records")
     return 0
 
 

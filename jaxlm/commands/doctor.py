@@ -188,7 +188,8 @@ def _memory(device: Any) -> str:
 
 
 def nvidia_gpus(root: Path = Path("/"), smi: str = "nvidia-smi") -> str | None:
-    """The NVIDIA GPUs of this machine, with or without JAX: by the driver's files, else by its tool; None if none."""
+    """Names the NVIDIA GPUs of this machine, with or without JAX: by the driver's files, else by its tool; None if
+    none."""
     folder = root / "proc/driver/nvidia/gpus"
     names = []
     for info in sorted(folder.glob("*/information")):
@@ -201,7 +202,7 @@ def nvidia_gpus(root: Path = Path("/"), smi: str = "nvidia-smi") -> str | None:
 
 
 def tpu_chips(root: Path = Path("/")) -> str | None:
-    """TPU chips by the device files of a TPU VM; None if none."""
+    """Counts TPU chips by the device files of a TPU VM; None if none."""
     chips = [*(root / "dev").glob("accel[0-9]*")]
     if not chips:  # newer ones are on the VFIO bus, told apart by Google's PCI vendor
         vendors = (root / "sys/bus/pci/devices").glob("*/vendor")

@@ -1,4 +1,5 @@
-"""`jaxlm train --dry-run`: the resolved run, its parameters, its memory and one decoded batch, without training."""
+"""`jaxlm train --dry-run` shows the resolved run, its parameters, its memory and one decoded batch, without
+training."""
 
 import math
 import sys
@@ -65,7 +66,7 @@ def show_parameters(p: program.Program) -> None:
 
 
 def show_memory(p: program.Program, loader: Any) -> None:
-    """What the compiler says of this very step: nothing is guessed, and nothing runs."""
+    """Prints what the compiler says of this very step: nothing is guessed, and nothing runs."""
     c = p.run.train
     rows = p.rows(c.batch_size // c.micro_batches)
     with mesh.on_mesh(p.mesh):
@@ -83,7 +84,7 @@ def show_memory(p: program.Program, loader: Any) -> None:
 
 
 def show_example(example: Mapping[str, np.ndarray], tokens: Any, title: str) -> None:
-    """Decoded, with the targets that count underlined and every document in its own colour."""
+    """Prints an example decoded, with the targets that count underlined and every document in its own colour."""
     if "source" in example:
         show_both_sides(example, tokens, title)
         return

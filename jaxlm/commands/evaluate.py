@@ -1,4 +1,4 @@
-"""`jaxlm eval`: losses, scores of tasks, written texts and programs, with their intervals."""
+"""`jaxlm eval` computes losses and scores of tasks, written texts and programs, with their intervals."""
 
 import argparse
 from pathlib import Path

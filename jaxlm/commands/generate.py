@@ -1,4 +1,4 @@
-"""`jaxlm generate`, `jaxlm chat` and `jaxlm embed`: text and vectors from a model."""
+"""`jaxlm generate`, `jaxlm chat` and `jaxlm embed` make text and vectors with a model."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""`jaxlm plan` and `jaxlm tune`: what a config needs on other machines, and what is fastest on this one."""
+"""`jaxlm plan` says what a config needs on other machines; `jaxlm tune` measures what is fastest on this one."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A plan for people to read, and for programs."""
+"""A plan is printed for people, and returned as JSON values for programs."""
 
 import sys
 from collections.abc import Mapping
@@ -22,7 +22,8 @@ OVERLAP = (
 
 
 def plan_one(run: config.Run, t: Target, compiling: bool) -> tuple[dict[str, Any], bool]:
-    """(figures, whether it fits). The change that helps most is found by arithmetic either way."""
+    """Plans a run on a target and prints it; returns (figures, whether it fits). The change that helps most is found by
+    arithmetic either way."""
     p, compiled = ahead_of_time.laid_out(run, t), None
     sizes = dict(p.mesh.shape) if p.mesh is not None else {}
     cost = roofline.cost(p, t)
@@ -47,7 +48,7 @@ def advise(run: config.Run, t: Target, cost: Cost) -> None:
 
 
 def search(run: config.Run, t: Target, compiling: int, out: Path | None) -> tuple[dict[str, Any], bool]:
-    """(figures of all that were ranked first, whether the best fits)."""
+    """Searches for a mesh and prints the ranking; returns (figures of those ranked first, whether the best fits)."""
     mesh_search.check_free(out)
     every = mesh_search.candidates(run, t)
     shown = every[: max(8, compiling)]
@@ -213,7 +214,7 @@ def show_buffers(compiled: Compiled) -> None:
 
 
 def bottleneck(c: Cost) -> str:
-    """What most of the step's time goes to."""
+    """Names what most of the step's time goes to."""
     waited = {"sums of activations that are waited for": c.times["waited"], "the pipeline's bubble": c.times["bubble"]}
     parts = {"compute": c.times["compute"], "memory between products": c.times["memory"]} | waited
     known = sum(parts.values())
@@ -224,7 +225,7 @@ def bottleneck(c: Cost) -> str:
 
 
 def record(c: Cost, t: Target, sizes: Mapping[str, int], compiled: Compiled | None) -> dict[str, Any]:
-    """The same as JSON's own types."""
+    """Returns a plan as JSON's own types."""
     out: dict[str, Any] = {
         "target": t.name, "devices": t.count, "device_kind": t.chip.kind, "mesh": dict(sizes),
         "memory_bytes": c.memory | {"total": c.peak}, "device_bytes": t.chip.hbm or None,

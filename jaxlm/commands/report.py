@@ -1,4 +1,4 @@
-"""`jaxlm report`: rebuild report.html and report.png from a run's logs."""
+"""`jaxlm report` rebuilds report.html and report.png from a run's logs."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`jaxlm train`: train a config, or continue a run directory."""
+"""`jaxlm train` trains a config, or continues a run directory."""
 
 import argparse
 from typing import Any

@@ -1,1 +1,1 @@
-"""The configuration of a run, weights before they exist, trees by path, and one-line errors."""
+"""Everything is built on these: the configuration of a run, specs of weights, trees by path, names and errors."""

@@ -1,4 +1,5 @@
-"""The keys of a batch: objectives make them of records, the loader stacks them, and losses and models read them.
+"""The keys of a batch are documented here: objectives make them of records, the loader stacks them, and losses and
+models read them.
 
 T positions of a row, S positions of an encoder's text, K predictions of a row, N choices of a question, L labels,
 A answers of a prompt. Shapes are those of one row; a batch has a dimension of rows before them, and what travels to the
@@ -12,7 +13,8 @@ Array = TypeVar("Array")
 
 
 class Batch(TypedDict, Generic[Array], total=False):
-    """A row, or a batch of rows. An objective sets the same keys in all of its rows; a model reads those that it knows.
+    """A batch is a row of arrays, or many rows. An objective sets the same keys in all of its rows; a model reads those
+    that it knows.
 
     A row of zeros is padding: its weights, segments and `rows` are zero, so that it adds nothing to any loss or total.
     """

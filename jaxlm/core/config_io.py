@@ -1,4 +1,4 @@
-"""Reading, writing and overriding a run: config files, `config.json`, and typed command-line overrides."""
+"""Runs are read, written and overridden here: config files, `config.json`, and typed command-line overrides."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ from jaxlm.core.errors import nearest
 
 
 def to_dict(run: Run) -> dict[str, Any]:
-    """Plain JSON values; the two family parts carry their family's name."""
+    """Returns plain JSON values; the two family parts carry their family's name."""
     out = dataclasses.asdict(run)
     for key in ("model", "objective"):
         out[key] = {"family": registry.name_of(getattr(run, key))} | out[key]
@@ -26,7 +26,8 @@ def to_dict(run: Run) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any], models: Mapping[str, Any], objectives: Mapping[str, Any]) -> Run:
-    """The inverse of `to_dict`. `models` and `objectives` map family names to modules with a `Config`."""
+    """Builds a run from the values that `to_dict` returns. `models` and `objectives` map family names to modules with a
+    `Config`."""
     values = dict(values)
     for key, table in (("model", models), ("objective", objectives)):
         part = values.get(key)
@@ -62,7 +63,7 @@ def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value has the type of a field; the types are those that this file and the families use."""
+    """Returns whether a value has the type of a field; the types are those that this file and the families use."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, TypeVar):  # a family part, built already
         return True
@@ -82,7 +83,7 @@ def _shown(kind: Any) -> str:
 
 
 def flatten(run: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted field names to values: {"optim.lr": 0.001, …}."""
+    """Returns a dict from dotted field names to values: {"optim.lr": 0.001, …}."""
     out: dict[str, Any] = {}
     for f in dataclasses.fields(run):
         value = getattr(run, f.name)
@@ -94,7 +95,7 @@ def flatten(run: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def load(path: str | Path) -> Run:
-    """Run the function `config()` of a config file, which may return any `Run`. Executes that file: it is code."""
+    """Runs the function `config()` of a config file, which may return any `Run`. Executes that file: it is code."""
     path = Path(path)
     spec = importlib.util.spec_from_file_location(f"jaxlm_config_{path.stem}", path)
     if spec is None or spec.loader is None:
@@ -110,7 +111,7 @@ def load(path: str | Path) -> Run:
 
 
 def override(run: Run, args: list[str]) -> Run:
-    """Apply typed overrides such as ["--optim.lr", "3e-4"]. Unknown keys and wrong types are one-line errors."""
+    """Applies typed overrides such as ["--optim.lr", "3e-4"]. Unknown keys and wrong types are one-line errors."""
     import tyro  # half a second that `--help` of the other commands need not wait for
 
     if not args:
@@ -135,7 +136,7 @@ def override(run: Run, args: list[str]) -> Run:
 
 
 def _wrong_type(run: Run, args: list[str], known: dict[str, Any]) -> str:
-    """Name the one override that the types refuse."""
+    """Returns an error that names the one override that the types refuse."""
     import tyro
 
     kind: Any = Run[type(run.model), type(run.objective)]  # type: ignore[misc]

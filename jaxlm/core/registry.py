@@ -1,4 +1,4 @@
-"""Tables that turn registered names into objects: the names that `config.json` and the command line use."""
+"""Tables turn registered names into objects: the names that `config.json` and the command line use."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TypeVar
@@ -7,7 +7,7 @@ from jaxlm.core.errors import nearest
 
 
 class HasConfig(Protocol):
-    """What a row of a table must have: the class of its settings, by which the row is found again."""
+    """A row of a table must have a class of settings, by which the row is found again."""
 
     @property
     def Config(self) -> Any: ...
@@ -18,7 +18,7 @@ _NAMES: dict[type, str] = {}
 
 
 class Table(Mapping[str, Row]):
-    """An immutable mapping from registered names to rows. Two rows may not share a `Config` class."""
+    """A table is an immutable mapping from registered names to rows. Two rows may not share a `Config` class."""
 
     def __init__(self, kind: str, rows: Mapping[str, Row]) -> None:
         self.kind, self._rows = kind, dict(rows)
@@ -36,7 +36,7 @@ class Table(Mapping[str, Row]):
         return len(self._rows)
 
     def of(self, settings: Any) -> Row:
-        """Return the row whose `Config` the settings are an instance of. ValueError: no row has that class."""
+        """Returns the row whose `Config` the settings are an instance of. ValueError: no row has that class."""
         name = _NAMES.get(type(settings), "")
         if name not in self._rows:
             raise ValueError(f"{self.kind}: {type(settings).__qualname__} is not registered{nearest(name, self._rows)}")

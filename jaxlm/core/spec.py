@@ -1,4 +1,4 @@
-"""A weight before it exists: one `Spec` states shape, logical axes, initializer and role; everything else derives."""
+"""A `Spec` describes a weight before it exists: shape, logical axes, initializer and role; everything else derives."""
 
 import math
 import zlib
@@ -41,12 +41,12 @@ class Spec(NamedTuple):
 
     @property
     def is_matrix(self) -> bool:
-        """Whether one layer's weight has two or more dimensions."""
+        """Says whether one layer's weight has two or more dimensions."""
         return len(self.shape) - ("layers" in self.axes) >= 2
 
     @property
     def is_bias(self) -> bool:
-        """Whether the weight is added. Biases of heads and of experts have two dimensions too."""
+        """Says whether the weight is added. Biases of heads and of experts have two dimensions too."""
         return self.role in ("bias", "norm_bias", "selection_bias")
 
 

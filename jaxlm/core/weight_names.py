@@ -1,4 +1,4 @@
-"""Where each of our weights stands in a published file: the language that every family's name table is written in.
+"""Every family's name table says where each of our weights stands in a published file; this is its language.
 
 A family's `names(c)` maps our paths to entries: `{"blocks/q": linear("model.layers.{layer}.self_attn.q_proj.weight")}`.
 `tensors` makes the list of a file's tensors of it and the specs, and both reading and writing follow that one list.

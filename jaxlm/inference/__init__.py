@@ -1,1 +1,1 @@
-"""Text and vectors from a model: decoding, sampling, beams, speculative decoding, chats and embeddings."""
+"""A model makes text and vectors here: decoding, sampling, beams, speculative decoding, chats and embeddings."""

@@ -1,1 +1,1 @@
-"""What models are made of: layers, attention, losses, layouts and the kinds of parallelism."""
+"""Models are made of these: layers, attention, losses, layouts and the kinds of parallelism."""

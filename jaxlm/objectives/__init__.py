@@ -1,4 +1,4 @@
-"""What a model is trained to do, one objective a file; `objective.py` says what an objective is."""
+"""An objective is what a model is trained to do, one a file; `objective.py` says what it consists of."""
 
 from jaxlm.core.registry import Table
 from jaxlm.objectives import (

@@ -65,7 +65,7 @@ class Answer(NamedTuple):
 
 
 class Window(Record):
-    """A question with a window of its text."""
+    """A window is a question with a part of its text."""
 
     ids: list[int]
     types: list[int]

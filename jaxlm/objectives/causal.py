@@ -1,4 +1,4 @@
-"""Causal language modelling: every token predicts the next one of its document."""
+"""Causal language modelling lets every token predict the next one of its document."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol

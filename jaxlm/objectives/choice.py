@@ -53,7 +53,7 @@ def _choices(c: Config, source: str) -> Split:
 
 
 class Text(TypedDict):
-    """A choice behind its context, as tokens."""
+    """A text is a choice behind its context, as tokens."""
 
     ids: list[int]
     types: list[int]

@@ -1,4 +1,4 @@
-"""Classification of texts and of pairs of texts: one label, several at once, or a number.
+"""Classification gives a text or a pair of texts one label, several at once, or a number.
 
 An encoder is read at its first token (through its pooler where it has one), a decoder at its last. B rows, T positions,
 D model width, L labels.
@@ -51,7 +51,7 @@ class Config:
 
 
 class Text(Record):
-    """A text, or a pair of texts, as tokens."""
+    """A record is a text, or a pair of texts, as tokens."""
 
     ids: list[int]
     types: list[int]

@@ -1,4 +1,4 @@
-"""What an objective is: one frozen record, which the last line of each file in this folder makes.
+"""An objective is one frozen record, which the last line of each file in this folder makes.
 
 `C` is the class of an objective's settings. Nobody probes for a member: what an objective leaves out has a neutral
 default, and what belongs together is one optional part.
@@ -40,7 +40,7 @@ class Tokenizer(tokenizers.Tokenizer, Protocol):
 
 @dataclass(frozen=True)
 class RowShape:
-    """What an example must fit: the length of a row, and what the model says of texts."""
+    """A row shape is what an example must fit: the length of a row, and what the model says of texts."""
 
     seq_len: int
     """Positions of a row; of an encoder-decoder those of its encoder."""
@@ -53,7 +53,8 @@ class RowShape:
 
 
 class Record(TypedDict):
-    """What an `ExampleReader` makes of one labelled example or conversation; each objective adds keys that it reads."""
+    """A record is what an `ExampleReader` makes of one labelled example or conversation; each objective adds keys that
+    it reads."""
 
     where: str
     """File and line; empty where several examples of a file share the record."""
@@ -133,7 +134,7 @@ class Prediction(Generic[C]):
 
 @dataclass(frozen=True)
 class Reference(Generic[C]):
-    """What the weights that training starts from give for each row; it is stored in the records as `reference`."""
+    """A reference is what the weights that training starts from give for each row; records store it as `reference`."""
 
     needed: Callable[[C], bool]
     compute: Callable[[C, Model, Any, DeviceBatch], jax.Array]
@@ -195,7 +196,8 @@ def text_after_bos(c: Any, text: str, row: RowShape, tokenizer: Tokenizer) -> tu
 
 @dataclass(frozen=True)
 class Objective(Generic[C]):
-    """What a model is trained to do. `assembly` binds it once to its settings, a tokenizer and the shape of a row."""
+    """An objective is what a model is trained to do. `assembly` binds it once to its settings, a tokenizer and the
+    shape of a row."""
 
     Config: type[C]
     """The class of its settings, a frozen dataclass."""

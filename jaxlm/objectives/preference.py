@@ -53,7 +53,7 @@ class Config:
 
 
 class Answers(Record):
-    """The answers to a prompt that share a row."""
+    """A record holds the answers to a prompt that share a row."""
 
     texts: list[tuple[list[int], int]]
     """Ids of each whole text, and where its answer begins."""

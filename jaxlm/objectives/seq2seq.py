@@ -1,4 +1,5 @@
-"""A target text from a source text: translation, summaries; for an encoder-decoder or, in one row, for a decoder."""
+"""An encoder-decoder, or a decoder in one row, learns to write a target text from a source text: translation,
+summaries; for an encoder-decoder or, in one row, for a decoder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

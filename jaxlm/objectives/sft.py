@@ -34,7 +34,7 @@ class Config:
 
 
 class Conversations(Record):
-    """The conversations that share a row."""
+    """A record holds the conversations that share a row."""
 
     texts: list[conversations.Tokens]
 

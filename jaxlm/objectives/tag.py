@@ -1,4 +1,4 @@
-"""Tagging of words: entities, parts of speech. A word's tag is learned, and read, at its first token.
+"""Tagging gives each word a tag: entities, parts of speech. A word's tag is learned, and read, at its first token.
 
 B rows, T positions, D model width, L labels.
 """

@@ -51,7 +51,7 @@ class _Failure:
 
 
 class Server(threading.Thread):
-    """A thread of process 0 that serves the connections of all processes.
+    """The server is a thread of process 0 that serves the connections of all processes.
 
     It has `seconds` to call the roll of `count` processes. `steps` are the last updates that processes have sent.
     """

@@ -1,1 +1,1 @@
-"""The pure update and its record: step, optimizers, loop, log and report."""
+"""Training is the pure update and its record: step, optimizers, loop, log and report."""

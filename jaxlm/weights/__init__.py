@@ -1,1 +1,1 @@
-"""What a weight may be besides an array: quantized, or with an adapter on it."""
+"""A weight may be more than an array: quantized, or with an adapter on it."""

@@ -1,1 +1,1 @@
-"""Fused kernels, each beside the plain function that it must equal."""
+"""Each fused kernel stands beside the plain function that it must equal."""
