@@ -17,7 +17,7 @@ from jaxlm.core.spec import Spec, bias, layer_norm, normal, stacked
 from jaxlm.core.weight_names import Name, linear, same, vector
 from jaxlm.nn import attention_layers, block_stack, decoder, layers
 from jaxlm.nn.cache import Cache, empty_cache
-from jaxlm.nn.family import Files, Key, Kind, ModelConfig
+from jaxlm.nn.family import Batch, Files, Key, Kind, ModelConfig
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.losses import Readout
@@ -114,7 +114,7 @@ def specs(c: Config) -> dict[str, Any]:
     return out
 
 
-def encode(c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: Key = None) -> jax.Array:
+def encode(c: Config, specs: Any, params: Any, batch: Batch, *, shard: Layout, key: Key = None) -> jax.Array:
     """Computes `[B, S, D]`, what the decoder looks at."""
     segments_BS, positions_BS = batch.get("source_segments"), batch["source_positions"]
     if segments_BS is not None:  # padding may go on behind the last position, where the table has nothing but NaN
@@ -124,7 +124,7 @@ def encode(c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, ke
 
 
 def forward(
-    c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: Key = None, cache: Cache | None = None
+    c: Config, specs: Any, params: Any, batch: Batch, *, shard: Layout, key: Key = None, cache: Cache | None = None
 ) -> Output:
     """Computes the decoder's states.
 

@@ -16,7 +16,7 @@ from jaxlm.core.spec import Spec, bias, layer_norm, normal, stacked, table
 from jaxlm.core.weight_names import Name, linear, same, vector
 from jaxlm.nn import attention_layers, block_stack, layers
 from jaxlm.nn.cache import Cache
-from jaxlm.nn.family import Files, Key, Kind, ModelConfig, no_cache
+from jaxlm.nn.family import Batch, Files, Key, Kind, ModelConfig, no_cache
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.losses import Readout
@@ -110,7 +110,7 @@ def specs(c: Config) -> dict[str, Any]:
 
 
 def forward(
-    c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: Key = None, cache: Cache | None = None
+    c: Config, specs: Any, params: Any, batch: Batch, *, shard: Layout, key: Key = None, cache: Cache | None = None
 ) -> Output:
     k1, k2 = layers.subkeys(key, 2)
     tokens_BT = batch["tokens"]

@@ -17,7 +17,7 @@ from jaxlm.core.weight_names import Name, fused, linear, vector
 from jaxlm.nn import block_stack, decoder, layers, moe, rope
 from jaxlm.nn.attention import attend
 from jaxlm.nn.cache import Cache, empty_cache, remember
-from jaxlm.nn.family import Files, Key, Kind, ModelConfig
+from jaxlm.nn.family import Batch, Files, Key, Kind, ModelConfig
 from jaxlm.nn.layers import Output, project, rms_norm
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.mask import Mask
@@ -145,7 +145,7 @@ def latent_attention(
 
 
 def forward(
-    c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: Key = None, cache: Cache | None = None
+    c: Config, specs: Any, params: Any, batch: Batch, *, shard: Layout, key: Key = None, cache: Cache | None = None
 ) -> Output:
     k1, k2 = layers.subkeys(key, 2)
     mask, cache = decoder.mask_and_cache(batch, cache)

@@ -14,7 +14,7 @@ from jaxlm.core.spec import Spec, norm, normal, stacked, zeros
 from jaxlm.core.weight_names import Name, fused, linear, vector
 from jaxlm.nn import attention_layers, block_stack, decoder, layers, moe, rope
 from jaxlm.nn.cache import Cache
-from jaxlm.nn.family import Files, Key, Kind
+from jaxlm.nn.family import Batch, Files, Key, Kind
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.moe import Moe
@@ -63,7 +63,7 @@ def gated(alpha: float, limit: float, gate: jax.Array, up: jax.Array) -> jax.Arr
 
 
 def forward(
-    c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: Key = None, cache: Cache | None = None
+    c: Config, specs: Any, params: Any, batch: Batch, *, shard: Layout, key: Key = None, cache: Cache | None = None
 ) -> Output:
     k1, k2 = layers.subkeys(key, 2)
     mask, cache = decoder.mask_and_cache(batch, cache)

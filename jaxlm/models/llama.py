@@ -15,7 +15,7 @@ from jaxlm.core.spec import Spec, norm, normal, stacked
 from jaxlm.core.weight_names import Name, fused, linear
 from jaxlm.nn import attention_layers, block_stack, decoder, layers, rope
 from jaxlm.nn.cache import Cache
-from jaxlm.nn.family import Key, Kind
+from jaxlm.nn.family import Batch, Key, Kind
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 
@@ -58,7 +58,7 @@ def kinds(c: Config) -> list[tuple[int | None, bool]]:
 
 
 def forward(
-    c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: Key = None, cache: Cache | None = None
+    c: Config, specs: Any, params: Any, batch: Batch, *, shard: Layout, key: Key = None, cache: Cache | None = None
 ) -> Output:
     k1, k2 = layers.subkeys(key, 2)
     mask, cache = decoder.mask_and_cache(batch, cache)

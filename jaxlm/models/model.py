@@ -37,7 +37,7 @@ class Model:
         shard = self.shard if self.adapter is None else self.adapter.layout(self.shard)
         call = partial(self.family.forward, self.config, self.specs, shard=shard, cache=cache)
         if self.adapter is None:
-            return call(params, dict(batch), key=key)
+            return call(params, batch, key=key)
         own, key = (None, None) if key is None else jax.random.split(key)
         out = call(self.bound(params, own), self.adapter.read(batch, cache, self.shard), key=key)
         return self.adapter.cut(out, cache, self.shard)

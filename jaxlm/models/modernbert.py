@@ -16,7 +16,7 @@ from jaxlm.core.spec import Spec, bias, normal, stacked
 from jaxlm.core.weight_names import Name, fused, linear, same, vector
 from jaxlm.nn import attention_layers, block_stack, layers, rope
 from jaxlm.nn.cache import Cache
-from jaxlm.nn.family import Files, Key, Kind, ModelConfig, no_cache
+from jaxlm.nn.family import Batch, Files, Key, Kind, ModelConfig, no_cache
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.losses import Readout
@@ -121,7 +121,7 @@ def norm(c: Config, p: dict, name: str, x_BTD: jax.Array) -> jax.Array:
 
 
 def forward(
-    c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: Key = None, cache: Cache | None = None
+    c: Config, specs: Any, params: Any, batch: Batch, *, shard: Layout, key: Key = None, cache: Cache | None = None
 ) -> Output:
     keys = layers.subkeys(key, 3)
     segments_BT, positions_BT, C = batch.get("segments"), batch["positions"], c.width // c.heads

@@ -15,7 +15,7 @@ from jaxlm.core.spec import Init, Spec, bias, fan_in, norm, ones, stacked
 from jaxlm.core.weight_names import Name, linear, same, vector
 from jaxlm.nn import attention_layers, block_stack, moe, rope
 from jaxlm.nn.cache import Cache, empty_cache, read_on
-from jaxlm.nn.family import Files, ModelConfig
+from jaxlm.nn.family import Batch, Files, ModelConfig
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.losses import Readout
 from jaxlm.nn.mask import Mask
@@ -119,7 +119,7 @@ def windows(c: ModelConfig) -> list[int | None]:
     return [c.window if windowed else None for windowed in block_stack.repeated(c.windowed, c.layers)]
 
 
-def mask_and_cache(batch: dict, cache: Cache | None, window: int | None = None) -> tuple[Mask, Cache | None]:
+def mask_and_cache(batch: Batch, cache: Cache | None, window: int | None = None) -> tuple[Mask, Cache | None]:
     """Returns the causal mask of a batch, and the cache as it stands once the batch's tokens are in it."""
     segments_BT = batch.get("segments")
     cache = read_on(cache, segments_BT, batch["tokens"].shape)

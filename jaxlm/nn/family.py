@@ -17,6 +17,8 @@ from jaxlm.nn.losses import Readout
 from jaxlm.nn.moe import Moe
 
 Kind = Literal["decoder", "encoder", "encoder_decoder"]
+Batch = Mapping[str, Any]
+"""Arrays `[B, T]` by name; see `Family.forward`."""
 Key = jax.Array | None
 """A key turns dropout on; None is evaluation."""
 
@@ -123,7 +125,7 @@ class Family(Published, Protocol):
         c: Any,
         specs: Any,
         params: Any,
-        batch: dict,
+        batch: Batch,
         *,
         shard: Layout,
         key: Key = None,
