@@ -167,7 +167,7 @@ def _masked(
     p: Pretrained, items: Sequence[Item], share: float, top_k: int, copies: int, seed: int
 ) -> tuple[list[Item], str]:
     model, tokens = p.model, p.tokens
-    if model.family.kind != "encoder" or not getattr(model.config, "head", True) or tokens.mask_id is None:
+    if model.family.kind != "encoder" or not model.config.head or tokens.mask_id is None:
         raise ValueError(
             f"--model: {p.source.path} fills no masks; --method mask needs an encoder with a language-model head and a "
             f"mask token, such as BERT"

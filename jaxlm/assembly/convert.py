@@ -119,7 +119,8 @@ def _remove(path: Path) -> None:
 
 def _published(p: Pretrained) -> Pretrained:
     """With the weights that published files have: of an objective's heads those that the family knows."""
-    c, family = p.model.config, p.model.family
+    c: Any = p.model.config
+    family = p.model.family
     heads = [f.name for f in dataclasses.fields(c) if getattr(c, f.name) is False and f.name in p.params]
     c = dataclasses.replace(c, **dict.fromkeys(heads, True))
     specs = family.specs(c)
@@ -153,7 +154,7 @@ def logits(p: Pretrained, vectors: bool = False) -> np.ndarray:
     execution = dataclasses.replace(p.model.shard.execution, dtype="float32", attention="xla")
     model = dataclasses.replace(p.model, shard=dataclasses.replace(p.model.shard, execution=execution))
 
-    vectors = vectors or not getattr(model.config, "head", True)
+    vectors = vectors or not model.config.head
 
     @jax.jit
     def run(params: Any, batch: dict) -> jax.Array:

@@ -4,7 +4,6 @@ import dataclasses
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from jaxlm.assembly import run_directory
@@ -14,6 +13,7 @@ from jaxlm.formats import gguf, hf_sidecars, huggingface
 from jaxlm.formats.hf_sidecars import Generation
 from jaxlm.formats.peft import Files, describe, is_adapter, open_files
 from jaxlm.models import MODELS
+from jaxlm.nn.family import Family
 from jaxlm.weights.adapters.adapted import Adapted
 
 HUB = "hf:"
@@ -30,7 +30,7 @@ class Source:
     path: Path
     format: str
     """run, hf or gguf."""
-    family: ModuleType
+    family: Family
     config: Any
     tokens: Any
     """None: the files hold no tokenizer."""

@@ -253,7 +253,7 @@ def program(p: Pretrained, data: Sequence[str] | None, objective: str | None = N
     if p.source.run is None and objective is not None:
         run = dataclasses.replace(run, objective=OBJECTIVES[objective].Config())
     own_head = OBJECTIVES.of(run.objective).specs(run.objective, p.model.config.width)
-    if not getattr(p.model.config, "head", True) and not own_head:
+    if not p.model.config.head and not own_head:
         raise ValueError(f"{p.source.path}: its files have no language-model head; use it with: jaxlm embed")
     rows = run.train.batch_size // run.train.micro_batches  # made to divide over the devices here
     train = dataclasses.replace(run.train, batch_size=-(-rows // n) * n, micro_batches=1)

@@ -174,7 +174,7 @@ class Program:
 
         def met(path: str, s: spec.Spec) -> float:
             name = path.rpartition("/")[2]
-            if not s.is_matrix or name.endswith("bias") or name in ("embed", "position", "type", "head"):
+            if not s.is_matrix or s.is_bias or s.role in ("table", "head"):
                 return 0.0
             part = c.moe.top_k / c.moe.experts if "experts" in s.axes else 1.0
             on_targets = path.startswith("decoder/") and name not in ("cross_k", "cross_v")
@@ -193,7 +193,7 @@ def program(run: config.Run, tokens: Any, template: str | None = None) -> Progra
     family, objective = MODELS.of(run.model), bind_run(run, tokens, template)
     _check_pair(objective.objective, run)
     objective.check()
-    positions = getattr(run.model, "positions", None)
+    positions = run.model.positions
     rows = {"train.seq_len": run.train.seq_len}
     if family.kind == "encoder_decoder":
         rows["objective.target_len"] = objective.target_positions
@@ -233,7 +233,7 @@ def program(run: config.Run, tokens: Any, template: str | None = None) -> Progra
     if run.execution.offload:
         meshes.check_host_memory(on[0])
         notes["offload"] = f"{', '.join(run.execution.offload)} to the host's memory"
-    if hasattr(run.model, "moe"):
+    if run.model.moe is not None:
         how = grouped_matmul.way()[1] if run.model.moe.capacity is None else f"capacity {run.model.moe.capacity:g}"
         notes["experts"] = how
         if mesh is not None and mesh.shape["expert"] > 1:

@@ -178,7 +178,7 @@ def bind_run(run: config.Run, tokenizer: Any, template: str | None = None) -> Bo
 
 def row_shape(seq_len: int, model: Any, template: str | None = None) -> RowShape:
     """Returns what examples for a model of these settings must fit."""
-    return RowShape(seq_len, MODELS.of(model).kind, getattr(model, "decoder_start", None), template)
+    return RowShape(seq_len, MODELS.of(model).kind, model.decoder_start, template)
 
 
 def infer_from_data(run: config.Run) -> config.Run:

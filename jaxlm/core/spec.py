@@ -1,9 +1,9 @@
-"""A weight before it exists: one `Spec` states shape, logical axes and initializer; everything else derives from it."""
+"""A weight before it exists: one `Spec` states shape, logical axes, initializer and role; everything else derives."""
 
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,60 +11,117 @@ import jax.numpy as jnp
 from jaxlm.core import tree
 
 Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+Axes = tuple[str | None, ...]
+
+Role = Literal["matrix", "absorbed", "table", "head", "router", "norm", "norm_bias", "bias", "selection_bias"]
+"""A role says what a weight does in its model:
+
+- `matrix`: activations are multiplied with it; also whatever has no role of its own below.
+- `absorbed`: a matrix that decoding multiplies in another order than training, so that no adapter may change it.
+- `table`: its rows are looked up by token, position or token type.
+- `head`: makes the vocabulary's logits; a tied head is the table.
+- `router`: scores experts.
+- `norm`, `norm_bias`: scale and bias of a normalisation.
+- `bias`: is added to a product, or to attention's scores by distance.
+- `selection_bias`: counts in the choice of experts alone, and moves against their load.
+"""
 
 
 class Spec(NamedTuple):
     """The one place where a weight is described."""
 
     shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
+    axes: Axes
     """A logical name of each dimension (`embed`, `heads`, `ffn`, `vocab`) or None; `Layout` maps them to the mesh."""
     init: Init
     dtype: Any = jnp.float32
+    role: Role = "matrix"
+    below_layers: bool = False
+    """Stands below the first layer, so learning rates that fall from layer to layer are lowest for it."""
 
     @property
     def is_matrix(self) -> bool:
-        """Whether one layer's weight has two or more dimensions: what is decayed, and what Muon may take."""
+        """Whether one layer's weight has two or more dimensions."""
         return len(self.shape) - ("layers" in self.axes) >= 2
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether the weight is added. Biases of heads and of experts have two dimensions too."""
+        return self.role in ("bias", "norm_bias", "selection_bias")
 
 
 def is_spec(x: Any) -> bool:
+    """Returns whether `x` is a `Spec`: where a tree of specs has its leaves."""
     return isinstance(x, Spec)
 
 
 def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Initializes to zero."""
     return jnp.zeros(shape, jnp.float32)
 
 
 def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Initializes to one."""
     return jnp.ones(shape, jnp.float32)
 
 
 def normal(std: float) -> Init:
+    """Returns an initializer that draws from a normal distribution around zero."""
     return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
 
 
 def fan_in(*axes: int, scale: float = 1.0) -> Init:
-    """Normal with variance scale² / (product of the input dimensions)."""
+    """Returns a normal initializer with variance scale² / (product of the input dimensions `axes`)."""
     return lambda key, shape: (
         jax.random.normal(key, shape, jnp.float32) * (scale / math.sqrt(math.prod(shape[a] for a in axes)))
     )
 
 
+def table(rows: int, width: int, init: Init, axis: str | None = None) -> Spec:
+    """Returns the spec of a table whose rows are looked up; `axis` is the logical axis of its rows."""
+    return Spec((rows, width), (axis, "embed"), init, role="table", below_layers=True)
+
+
+def head(vocab: int, width: int, init: Init) -> Spec:
+    """Returns the spec of a head of its own, `[vocab, width]`."""
+    return Spec((vocab, width), ("vocab", "embed"), init, role="head")
+
+
+def norm(*shape: int, axes: Axes | None = None, init: Init = ones) -> Spec:
+    """Returns the spec of a normalisation's scale; without `axes` every device has all of it."""
+    return Spec(shape, axes or (None,) * len(shape), init, role="norm")
+
+
+def norm_bias(width: int) -> Spec:
+    """Returns the spec of a LayerNorm's bias."""
+    return Spec((width,), (None,), zeros, role="norm_bias")
+
+
+def layer_norm(name: str, width: int) -> dict[str, Spec]:
+    """Returns the specs of a LayerNorm: its scale `name` and its bias `name_bias`."""
+    return {name: norm(width), f"{name}_bias": norm_bias(width)}
+
+
+def bias(shape: int | tuple[int, ...], *axes: str | None) -> Spec:
+    """Returns the spec of a bias; without `axes` every device has all of it."""
+    shape = (shape,) if isinstance(shape, int) else shape
+    return Spec(shape, axes or (None,) * len(shape), zeros, role="bias")
+
+
 def stacked(n: int, specs: Any) -> Any:
-    """`n` layers of the same specs as one tree with a leading `layers` axis."""
+    """Returns the specs of `n` equal layers as one tree whose weights have a leading `layers` axis."""
 
     def one(s: Spec) -> Spec:
         def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             return jax.vmap(lambda k: s.init(k, s.shape))(jax.random.split(key, n))
 
-        return Spec((n, *s.shape), ("layers", *s.axes), init, s.dtype)
+        return s._replace(shape=(n, *s.shape), axes=("layers", *s.axes), init=init)
 
     return jax.tree.map(one, specs, is_leaf=is_spec)
 
 
 def init(specs: Any, key: jax.Array) -> Any:
-    """Weights. Each leaf's key comes from its path, so other weights and the mesh don't change it."""
+    """Returns fresh weights. Each leaf's key comes from its path, so other weights and the mesh don't change it."""
 
     def one(path: tuple, s: Spec) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -74,7 +131,7 @@ def init(specs: Any, key: jax.Array) -> Any:
 
 
 def abstract(specs: Any, shardings: Any = None) -> Any:
-    """Shapes and dtypes, with shardings where given: what a checkpoint is restored to."""
+    """Returns shapes and dtypes, with shardings where given: what a checkpoint is restored to."""
     if shardings is None:
         return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs, is_leaf=is_spec)
     return jax.tree.map(
@@ -83,4 +140,5 @@ def abstract(specs: Any, shardings: Any = None) -> Any:
 
 
 def count(specs: Any) -> int:
+    """Returns how many numbers all weights have together."""
     return sum(math.prod(s.shape) for s in tree.flatten(specs, is_spec).values())

@@ -1,7 +1,7 @@
 """Where each of our weights stands in a published file: the language that every family's name table is written in.
 
 A family's `names(c)` maps our paths to entries: `{"blocks/q": linear("model.layers.{layer}.self_attn.q_proj.weight")}`.
-`tensors` turns it, with the specs, into the list of a file's tensors; both reading and writing follow that one list.
+`tensors` makes the list of a file's tensors of it and the specs, and both reading and writing follow that one list.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jaxlm.core.spec import Spec, is_spec
 
 @dataclass(frozen=True)
 class Name:
-    """One of our weights in a file. `{layer}` and `{expert}` in the name stand for their numbers."""
+    """States how one of our weights stands in a file. `{layer}` and `{expert}` in the name stand for their numbers."""
 
     file: str
     ins: int | None = None
@@ -35,42 +35,42 @@ class Name:
     """Number in the file of the first layer of our stack."""
 
 
-def same(file: str, **more: Any) -> Name:
-    """As it is: embeddings, and whatever has our own order of dimensions."""
-    return Name(file, **more)
+def same(file: str, **options: Any) -> Name:
+    """Returns the entry of an embedding, or whatever has our own order of dimensions in the file."""
+    return Name(file, **options)
 
 
-def vector(file: str, **more: Any) -> Name:
-    """Biases and norm scales: one dimension in the file."""
-    return Name(file, flat=True, **more)
+def vector(file: str, **options: Any) -> Name:
+    """Returns the entry of a bias or a norm's scale, which has one dimension in the file."""
+    return Name(file, flat=True, **options)
 
 
-def linear(file: str, ins: int = 1, **more: Any) -> Name:
-    """PyTorch's Linear, [out, in]; `ins` of our leading dimensions are its input."""
-    return Name(file, ins=ins, **more)
+def linear(file: str, ins: int = 1, **options: Any) -> Name:
+    """Returns the entry of PyTorch's Linear, [out, in]; `ins` of our leading dimensions are its input."""
+    return Name(file, ins=ins, **options)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One layer (and expert) of one of our weights."""
+    """Names one layer (and expert) of one of our weights."""
 
     path: str
     index: tuple[int, ...]
     """(), (layer,), (expert,) or (layer, expert): leading indices of our stacked weight."""
     shape: tuple[int, ...]
-    """Of `weight[index]`."""
+    """The shape of `weight[index]`."""
 
 
 @dataclass(frozen=True)
 class View:
-    """Where a part stands in its file tensor: `array.reshape(shape)[index].transpose(order)` is the part."""
+    """States where a part stands in its file tensor: `array.reshape(shape)[index].transpose(order)` is the part."""
 
     shape: tuple[int, ...]
     index: tuple[slice | int, ...]
     order: tuple[int, ...]
 
     def at(self, where: Sequence[slice]) -> tuple[slice, ...]:
-        """Index into `array.reshape(shape)` of a stretch of the part along each dimension, in the view's order."""
+        """Returns the index into `array.reshape(shape)` of a stretch of each dimension, in the view's order."""
         rest = iter(where)
         return tuple(
             slice(i, i + 1) if isinstance(i, int) else slice(i.start + w.start, i.start + w.stop)
@@ -81,7 +81,7 @@ class View:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a file and the parts of our weights it holds."""
+    """Describes a tensor of a file and the parts of our weights that it holds."""
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
@@ -91,7 +91,7 @@ class Tensor:
 
     @functools.cached_property
     def views(self) -> tuple[View, ...]:
-        """How each part is cut out of the file's tensor."""
+        """Returns how each part is cut out of the file's tensor."""
         n, ins, axis = self.lead, self.entry.ins or 0, self.entry.axis
         turned = self.entry.order == "out_in"  # inputs come first in our weights, last in the file
         views, start = [], 0
@@ -111,11 +111,11 @@ class Tensor:
         return tuple(views)
 
     def split(self, array: np.ndarray) -> list[np.ndarray]:
-        """The file's tensor in our layout, one array for each part. Views where possible."""
+        """Returns the file's tensor in our layout, one array for each part, as views where possible."""
         return [array.reshape(v.shape)[v.index].transpose(v.order) for v in self.views]
 
     def join(self, parts: list[np.ndarray]) -> np.ndarray:
-        """The inverse of `split`."""
+        """Returns the file's tensor that holds these parts: the inverse of `split`."""
         out = np.empty(self.shape, parts[0].dtype)
         for view, part in zip(self.views, parts, strict=True):
             out.reshape(view.shape)[view.index].transpose(view.order)[...] = part
@@ -123,7 +123,7 @@ class Tensor:
 
 
 def tensors(names: Mapping[str, Name], specs: Any) -> dict[str, Tensor]:
-    """Every tensor of a file, by its name there, in the order of the table.
+    """Returns every tensor of a file, by its name there, in the order of the table.
 
     A weight of `specs` without an entry is our slip; entries of weights that `specs` lacks are left out, so one table
     serves a family with and without its optional parts.
@@ -164,6 +164,9 @@ def _shape(entry: Name, parts: tuple[Part, ...], lead: int) -> tuple[int, ...]:
     return (*first[:lead], *((outs, inputs) if entry.order == "out_in" else (inputs, outs)))
 
 
-def fused(kind: Callable[..., Name], file: str, *members: str, **more: Any) -> dict[str, Name]:
-    """Entries of weights that the file keeps in one tensor: `fused(linear, "…qkv_proj.weight", "blocks/q", …)`."""
-    return dict.fromkeys(members, kind(file, group=members, **more))
+def fused(kind: Callable[..., Name], file: str, *members: str, **options: Any) -> dict[str, Name]:
+    """Returns the entries of weights that the file keeps in one tensor.
+
+    For example `fused(linear, "…qkv_proj.weight", "blocks/q", "blocks/k", "blocks/v")`.
+    """
+    return dict.fromkeys(members, kind(file, group=members, **options))

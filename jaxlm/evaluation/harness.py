@@ -104,7 +104,7 @@ class Harness:
     def _answers(self, prompts: list[list[int]], how: Sampling) -> list[list[stream.Answer]]:
         if not self.seq2seq:
             return stream.answers(self.generate, self.tokens, self.params, prompts, how)
-        start = [[self.generate.model.config.decoder_start]] * len(prompts)
+        start = [[self.generate.model.config.target_start]] * len(prompts)
         return stream.answers(self.generate, self.tokens, self.params, start, how, prompts)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

@@ -110,7 +110,7 @@ class Scorer:
             out["targets"][i, N - len(r.continuation) :] = r.continuation
             out["weights"][i, N - len(r.continuation) :] = 1
         if self.model.family.kind == "encoder_decoder":
-            start = self.model.config.decoder_start
+            start = self.model.config.target_start
             texts: list[Sequence[int]] = [[start, *r.continuation[:-1]] for r in rows]
             out |= sources([r.context for r in rows])
             P = N

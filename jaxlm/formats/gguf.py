@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from jaxlm.core import tree, weight_names
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.formats import gguf_names, gguf_tokenizer, huggingface, shards
 from jaxlm.formats.gguf_names import Fields, Place, Values
+from jaxlm.nn.family import Family
 
 PLAIN: dict[str, np.dtype] = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "F64": np.dtype(np.float64)}
 QUANTIZED = (
@@ -197,14 +197,14 @@ def _reader() -> type:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def describe(files: Files, models: Mapping[str, ModuleType]) -> tuple[ModuleType, Any]:
+def describe(files: Files, models: Mapping[str, Family]) -> tuple[Family, Any]:
     """The family and its Config."""
     family = huggingface.family_of(files.values, models)
     return family, family.from_hf(files.values)
 
 
 def load(
-    files: Files, family: ModuleType, c: Any, specs: Any, shardings: Any, *, dtype: Any = np.float32,
+    files: Files, family: Family, c: Any, specs: Any, shardings: Any, *, dtype: Any = np.float32,
     each: Callable[[str, jax.Array], Any] | None = None,
 ) -> Any:  # fmt: skip
     """The weights, each device's share straight onto it, in pieces: the host holds a few at a time. `each`: (path,
@@ -247,7 +247,7 @@ def text(files: Files) -> Text:
 
 def save(
     path: str | Path,
-    family: ModuleType,
+    family: Family,
     c: Any,
     specs: Any,
     params: Any,
@@ -342,7 +342,7 @@ def _plan(kind: str, values: Values, table: Mapping[str, weight_names.Tensor]) -
 
 
 def _check(
-    family: ModuleType, values: Values, fields: Fields, stored: Mapping[str, Stored], factors: np.ndarray | None
+    family: Family, values: Values, fields: Fields, stored: Mapping[str, Stored], factors: np.ndarray | None
 ) -> None:
     """Whether the metadata say all that config.json would, by reading them as `open_file` does."""
     shapes = {name: s.shape for name, s in stored.items()}

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from jaxlm.core import errors, tree, weight_names
 from jaxlm.core.spec import is_spec
 from jaxlm.formats import hf_sidecars, safetensors, shards
 from jaxlm.formats.safetensors import Files, read_json
+from jaxlm.nn.family import Family
 
 SHOWN = 4  # names in an error
 EXPORTED = ("float32", "bfloat16", "float16")
@@ -37,9 +37,9 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
-def family_of(values: Mapping[str, Any], models: Mapping[str, ModuleType]) -> ModuleType:
+def family_of(values: Mapping[str, Any], models: Mapping[str, Family]) -> Family:
     """The family that reads files of this `model_type`."""
-    kind, known = values.get("model_type"), {t: f for f in models.values() for t in getattr(f, "MODEL_TYPES", ())}
+    kind, known = values.get("model_type"), {t: f for f in models.values() for t in f.MODEL_TYPES}
     if not isinstance(kind, str) or kind not in known:
         near = errors.nearest(str(kind), known)
         near = near if "known" in near else f"{near[:-1]}, known: {', '.join(sorted(known))}"
@@ -53,7 +53,7 @@ def family_of(values: Mapping[str, Any], models: Mapping[str, ModuleType]) -> Mo
     return known[kind]
 
 
-def describe(directory: str | Path, models: Mapping[str, ModuleType]) -> tuple[ModuleType, Any]:
+def describe(directory: str | Path, models: Mapping[str, Family]) -> tuple[Family, Any]:
     """The family and its Config. Where its files may have more or less than config.json says, they decide."""
     values = read_config(directory)
     family = family_of(values, models)
@@ -65,8 +65,8 @@ def describe(directory: str | Path, models: Mapping[str, ModuleType]) -> tuple[M
         ) from error
     except (TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{directory}/config.json: a value is not what it should be ({error})") from error
-    if hasattr(family, "settle") and any(Path(directory).glob("*.safetensors")):
-        c = family.settle(c, safetensors.open_files(directory).entries)
+    if any(Path(directory).glob("*.safetensors")):
+        c = family.FILES.infer_from_files(c, safetensors.open_files(directory).entries)
     return family, c
 
 
@@ -75,7 +75,7 @@ def describe(directory: str | Path, models: Mapping[str, ModuleType]) -> tuple[M
 
 def load(
     directory: str | Path,
-    family: ModuleType,
+    family: Family,
     c: Any,
     specs: Any,
     shardings: Any,
@@ -107,18 +107,18 @@ def load(
 def _find(
     files: Files,
     table: Mapping[str, weight_names.Tensor],
-    family: ModuleType,
+    family: Family,
     c: Any,
     specs: Any,
     ignore: Iterable[str],
 ) -> dict[str, str]:
     """Name of each of the table's tensors in these files; what is missing, left over or misshapen is an error."""
-    here = _spelling(files, getattr(family, "PREFIX", ""))
+    here = _spelling(files, family.FILES.prefixes)
     found = {name: here(name) for name in table}
     copies = {here(name): here(of) for name, of in _copies(family, c, specs).items()}
     kept = {of: name for name, of in copies.items() if name in files.entries and of not in files.entries}
     found = {name: kept.get(theirs, theirs) for name, theirs in found.items()}  # early files keep any of the copies
-    patterns = [re.compile(p) for p in (*getattr(family, "IGNORED", ()), *ignore)]
+    patterns = [re.compile(p) for p in (*family.FILES.ignored, *ignore)]
     missing = [name for name in found.values() if name not in files.entries]
     extra = [
         name
@@ -146,9 +146,8 @@ def _find(
     return found
 
 
-def _spelling(files: Files, prefixes: str | tuple[str, ...]) -> Callable[[str], str]:
+def _spelling(files: Files, prefixes: tuple[str, ...]) -> Callable[[str], str]:
     """From a name in the table to the one in these files, which may be of a bare model or of a larger one, or old."""
-    prefixes = (prefixes,) if isinstance(prefixes, str) else prefixes
     here = next((p for p in prefixes if any(name.startswith(p) for name in files.entries)), "")
     old = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}  # from TensorFlow's days
     if not any(name.endswith(tuple(old.values())) for name in files.entries):
@@ -169,13 +168,13 @@ def _listed(found: list[str], what: str) -> str:
     return f"{len(found)} tensor{'s are' * (len(found) > 1) or ' is'} {what} ({', '.join(found[:SHOWN])}{more})"
 
 
-def _copies(family: ModuleType, c: Any, specs: Any) -> dict[str, str]:
+def _copies(family: Family, c: Any, specs: Any) -> dict[str, str]:
     """Tensors that a file may hold though the model has them once, and which one each must equal.
 
-    A head that the specs lack is the embedding; a family states others in `TIED`.
+    A head that the specs lack is the embedding; a family states others in its `FILES.tied`.
     """
     entries = family.names(c)
-    tied = dict(getattr(family, "TIED", {}))
+    tied = dict(family.FILES.tied)
     if "head" in entries and "head" not in specs and "embed" in specs:
         tied[entries["head"].file] = entries["embed"].file
     return tied
@@ -194,7 +193,7 @@ def _equal(files: Files, a: str, b: str) -> bool:
 
 def save(
     directory: str | Path,
-    family: ModuleType,
+    family: Family,
     c: Any,
     specs: Any,
     params: Any,

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +21,7 @@ from jaxlm.core import config, errors, spec, tree, weight_names
 from jaxlm.core.weight_names import Name, Part, Tensor
 from jaxlm.formats import safetensors
 from jaxlm.formats.safetensors import read_json
+from jaxlm.nn.family import Family
 from jaxlm.weights import sites
 from jaxlm.weights.adapters import ia3, low_rank, prompt
 from jaxlm.weights.adapters.adapted import Adapted
@@ -103,7 +103,7 @@ def open_files(folder: str | Path) -> Files:
     return Files(folder, values, safetensors.open_files(folder, STEM))
 
 
-def describe(files: Files, family: ModuleType, c: Any) -> config.Adapter:
+def describe(files: Files, family: Family, c: Any) -> config.Adapter:
     """The settings under which its tensors have a place; what has none, or another shape, is named."""
     v, method = files.values, files.method
     if method == "prompt":
@@ -153,15 +153,14 @@ def _modules(every: Mapping[str, Site]) -> Iterator[tuple[str, tuple[Part, ...],
         yield file.removesuffix(".weight"), t.parts, t.entry
 
 
-def _short(name: str, family: ModuleType) -> str:
+def _short(name: str, family: Family) -> str:
     """Without what names of a bare model lack."""
-    prefixes = getattr(family, "PREFIX", "")
-    for prefix in (prefixes,) if isinstance(prefixes, str) else prefixes:
+    for prefix in family.FILES.prefixes:
         name = name.removeprefix(prefix)
     return name
 
 
-def _found(files: Files, family: ModuleType, c: Any) -> dict[str, Found]:
+def _found(files: Files, family: Family, c: Any) -> dict[str, Found]:
     """Every tensor of the file with its place."""
     there = {_short(name.removeprefix(ROOT), family): name for name in files.tensors.entries}
     out: dict[str, Found] = {}

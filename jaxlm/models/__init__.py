@@ -1,26 +1,10 @@
-"""Architectures, one family a file. Each module has:
-
-- `Config`: a frozen dataclass of shapes, with `vocab` and `positions` (longest sequence, or None for no limit).
-- `specs(c)`: the weights as a tree of `Spec`; layers stacked under `blocks`.
-- `forward(c, specs, params, batch, *, shard, key=None, cache=None) -> layers.Output`: `batch` is a dict (`tokens`,
-  `segments`, `positions` …; an encoder-decoder's other side in `source`, `source_segments`, `source_positions`);
-  `key` turns dropout on; with a `cache` the tokens are read after those it remembers.
-- `readout(c, specs, params, hidden, *, shard) -> losses.Readout`: what the vocabulary's logits are made of.
-- `attention_width(c)`: layers × heads × head width, which attention's FLOPs grow with.
-- `kind`: `decoder`, `encoder` or `encoder_decoder`. `generates`: whether each position predicts the next; what
-  generates has `init_cache(c, rows, length, dtype, slack=0) -> attention.Cache`.
-- For published files: `MODEL_TYPES` (what their config.json calls it), `from_hf(values) -> Config`,
-  `to_hf(c) -> values`, `names(c) -> {our path: names.Name}`; where there are such, `IGNORED` (patterns of tensors that
-  say nothing), `PREFIX` (what files of the bare model leave out; several: any of them) and
-  `settle(c, tensor names) -> Config` (heads that files have or lack, whatever their config.json says).
-"""
-
-from typing import Any
+"""Architectures, one family a file: modules that satisfy `nn.family.Family`, by their registered names."""
 
 from jaxlm.core.registry import Table
 from jaxlm.models import bart, bert, deepseek, gemma, gpt2, gpt_oss, llama, mixtral, modernbert, olmo, t5
+from jaxlm.nn.family import Family
 
-MODELS: Table[Any] = Table(
+MODELS: Table[Family] = Table(
     "model",
     {
         "gpt2": gpt2,

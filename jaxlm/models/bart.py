@@ -1,4 +1,4 @@
-"""BART (Lewis et al. 2020) and mBART (Liu et al. 2020): an encoder and a decoder with learned positions, LayerNorm
+"""BART (Lewis et al. 2020) and mBART (Liu et al. 2020) have an encoder and a decoder with learned positions, LayerNorm
 after each part (mBART: before it, and one at the end), biases, GELU, one embedding for both sides and the head.
 
 B batch, T target position, S source position, D model width, H heads, C head width, F ffn width, V vocabulary.
@@ -12,16 +12,18 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core.spec import Spec, normal, ones, stacked, zeros
+from jaxlm.core import spec
+from jaxlm.core.spec import Spec, bias, layer_norm, normal, stacked
 from jaxlm.core.weight_names import Name, linear, same, vector
-from jaxlm.nn import attention_layers, block_stack, layers
-from jaxlm.nn.cache import Cache, empty_cache, read_on
+from jaxlm.nn import attention_layers, block_stack, decoder, layers
+from jaxlm.nn.cache import Cache, empty_cache
+from jaxlm.nn.family import Batch, Files, Key, Kind, ModelConfig
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.losses import Readout
 from jaxlm.nn.mask import Mask
 
-kind = "encoder_decoder"
+kind: Kind = "encoder_decoder"
 generates = True
 
 UNUSED = 2  # rows at the head of a position table: the first one counted positions from its padding id on
@@ -29,19 +31,19 @@ EPS = 1e-5
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ModelConfig):
     vocab: int = 50265
     layers: int = 6
-    """Of the encoder."""
+    """Layers of the encoder."""
     decoder_layers: int | None = None
     """None: as many as the encoder has."""
     width: int = 768
     heads: int = 12
     decoder_heads: int | None = None
-    """None: as the encoder."""
+    """None: the same as the encoder."""
     ffn: int = 3072
     decoder_ffn: int | None = None
-    """None: as the encoder."""
+    """None: the same as the encoder."""
     positions: int = 1024
     activation: str = "gelu"
     norm_first: bool = False
@@ -55,13 +57,13 @@ class Config:
     decoder_start: int | None = 2
     """Id of the token that targets begin after: EOS. mBART: None, it depends on the language."""
     dropout: float = 0.1
-    """On embeddings, attention outputs and ffn outputs."""
+    """Share of embeddings, attention outputs and ffn outputs that is dropped."""
     model_type: Literal["bart", "mbart"] = "bart"
     """What published files of this model call its architecture."""
 
 
 def sides(c: Config) -> dict[str, tuple[int, int, int]]:
-    """(layers, heads, ffn width) of both stacks."""
+    """Returns (layers, heads, ffn width) of both stacks."""
     of = lambda own, encoder: encoder if own is None else own  # noqa: E731
     decoder = of(c.decoder_layers, c.layers), of(c.decoder_heads, c.heads), of(c.decoder_ffn, c.ffn)
     return dict(encoder=(c.layers, c.heads, c.ffn), decoder=decoder)
@@ -78,48 +80,42 @@ def block_specs(D: int, H: int, F: int, cross: bool) -> dict[str, Spec]:
         for n in "qkv":
             axis = "heads" if n == "q" else "kv"
             out[f"{part}{n}"] = Spec((D, H, C), ("embed", axis, None), w)
-            out[f"{part}{n}_bias"] = Spec((H, C), (axis, None), zeros)
+            out[f"{part}{n}_bias"] = bias((H, C), axis, None)
         out[f"{part}o"] = Spec((H, C, D), ("heads", None, "embed"), w)
-        out[f"{part}o_bias"] = Spec((D,), (None,), zeros)
+        out[f"{part}o_bias"] = bias(D)
     out |= dict(
         up=Spec((D, F), ("embed", "ffn"), w),
-        up_bias=Spec((F,), ("ffn",), zeros),
+        up_bias=bias(F, "ffn"),
         down=Spec((F, D), ("ffn", "embed"), w),
-        down_bias=Spec((D,), (None,), zeros),
+        down_bias=bias(D),
     )
     for n in ("norm1", "norm_cross", "norm2") if cross else ("norm1", "norm2"):
-        out |= _norm(n, D)
+        out |= layer_norm(n, D)
     return out
-
-
-def _norm(name: str, D: int) -> dict[str, Spec]:
-    return {name: Spec((D,), (None,), ones), f"{name}_bias": Spec((D,), (None,), zeros)}
 
 
 def specs(c: Config) -> dict[str, Any]:
     D, V = c.width, c.vocab
-    out: dict[str, Any] = dict(embed=Spec((V, D), ("vocab", "embed"), normal(0.02)))
+    out: dict[str, Any] = dict(embed=spec.table(V, D, normal(0.02), "vocab"))
     for side, (n, heads, ffn) in sides(c).items():
         if D % heads:
             name = "heads" if side == "encoder" else "decoder_heads"
             raise ValueError(f"model.width: {D} is not a multiple of model.{name} {heads}")
         out[side] = dict(
-            position=Spec((UNUSED + c.positions, D), (None, "embed"), normal(0.02)),
+            position=spec.table(UNUSED + c.positions, D, normal(0.02)),
             blocks=stacked(n, block_specs(D, heads, ffn, side == "decoder")),
-            **_norm("norm_embed", D),
-            **(_norm("norm", D) if c.norm_first else {}),
+            **layer_norm("norm_embed", D),
+            **(layer_norm("norm", D) if c.norm_first else {}),
         )
     if not c.tied:
-        out["head"] = Spec((V, D), ("vocab", "embed"), normal(0.02))
+        out["head"] = spec.head(V, D, normal(0.02))
     if c.head_bias:
-        out["head_bias"] = Spec((V,), ("vocab",), zeros)
+        out["head_bias"] = bias(V, "vocab")
     return out
 
 
-def encode(
-    c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: jax.Array | None = None
-) -> jax.Array:
-    """`[B, S, D]`: what the decoder looks at."""
+def encode(c: Config, specs: Any, params: Any, batch: Batch, *, shard: Layout, key: Key = None) -> jax.Array:
+    """Computes `[B, S, D]`, what the decoder looks at."""
     segments_BS, positions_BS = batch.get("source_segments"), batch["source_positions"]
     if segments_BS is not None:  # padding may go on behind the last position, where the table has nothing but NaN
         positions_BS = jnp.where(segments_BS > 0, positions_BS, 0)
@@ -128,26 +124,17 @@ def encode(
 
 
 def forward(
-    c: Config,
-    specs: Any,
-    params: Any,
-    batch: dict,
-    *,
-    shard: Layout,
-    key: jax.Array | None = None,
-    cache: Cache | None = None,
+    c: Config, specs: Any, params: Any, batch: Batch, *, shard: Layout, key: Key = None, cache: Cache | None = None
 ) -> Output:
-    """With a cache the first call brings the source, and later ones look at what the layers kept of it."""
+    """Computes the decoder's states.
+
+    With a cache the first call brings the source, and later ones look at what the layers kept of it.
+    """
     k1, k2 = layers.subkeys(key, 2)
-    segments_BT = batch.get("segments")
     memory_BSD = encode(c, specs, params, batch, shard=shard, key=k1) if "source" in batch else None
     look = partial(attention_layers.cross_attention, shard=shard)
-    rows = dict(
-        mask=Mask(True, None, segments_BT, segments_BT, batch.get("prefix")),
-        memory=memory_BSD,
-        source_segments=batch.get("source_segments"),
-    )
-    cache = read_on(cache, segments_BT, batch["tokens"].shape)
+    mask, cache = decoder.mask_and_cache(batch, cache)
+    rows = dict(mask=mask, memory=memory_BSD, source_segments=batch.get("source_segments"))
     x_BTD, cache = _stack(
         c, "decoder", specs, params, batch["tokens"], batch["positions"], rows, look, shard=shard, key=k2, cache=cache
     )
@@ -165,16 +152,16 @@ def _stack(
     look: Callable[..., tuple[jax.Array, dict]] | None = None,
     *,
     shard: Layout,
-    key: jax.Array | None,
+    key: Key,
     cache: Cache | None = None,
 ) -> tuple[jax.Array, Cache | None]:
-    """The encoder, or the decoder, which looks at the encoder's output by `look`."""
+    """Runs the encoder, or the decoder, which looks at the encoder's output by `look`."""
     k1, k2 = layers.subkeys(key, 2)
 
     def norm(p: dict, name: str, x_BTD: jax.Array) -> jax.Array:
         return layers.layer_norm(x_BTD, p[name], p[f"{name}_bias"], EPS)
 
-    def block(p: dict, x_BTD: jax.Array, rows: dict, key: jax.Array | None, kind: Any, kept: Any) -> tuple[Any, Any]:
+    def block(p: dict, x_BTD: jax.Array, rows: dict, key: Key, kind: Any, kept: Any) -> tuple[Any, Any]:
         keys = iter(layers.subkeys(key, 3))
 
         def part(x_BTD: jax.Array, name: str, f: Callable[[jax.Array], tuple[jax.Array, Any]]) -> tuple[jax.Array, Any]:
@@ -201,13 +188,12 @@ def _stack(
 
 
 def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layout) -> Readout:
-    head = "embed" if c.tied else "head"
     bias_V = jax.lax.stop_gradient(params["head_bias"]) if c.head_bias else None
-    return Readout(x_BTD.astype(shard.dtype), shard.gather(params[head], specs[head]), bias_V)
+    return replace(decoder.readout(c, specs, params, x_BTD, shard=shard), bias_V=bias_V)
 
 
 def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
-    """Of the decoder. The first call adds each layer's keys and values of the source."""
+    """Returns an empty cache of the decoder. The first call adds each layer's keys and values of the source."""
     n, heads, _ = sides(c)["decoder"]
     return empty_cache(
         attention_layers.kv_cache([None] * n, rows, length, heads, c.width // heads, dtype), rows, length
@@ -218,9 +204,6 @@ def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) ->
 
 ARCHITECTURES = {"bart": "BartForConditionalGeneration", "mbart": "MBartForConditionalGeneration"}
 MODEL_TYPES = tuple(ARCHITECTURES)
-PREFIX = "model."
-TIED = {f"model.{side}.embed_tokens.weight": "model.shared.weight" for side in ("encoder", "decoder")}
-IGNORED = (r"(model\.)?(encoder|decoder)\.version",)
 
 
 def names(c: Config) -> dict[str, Name]:
@@ -281,13 +264,21 @@ def from_hf(values: dict[str, Any]) -> Config:
     )
 
 
-def settle(c: Config, tensors: Collection[str]) -> Config:
-    """What config.json leaves open and the names of a file's tensors tell: whether there is a bias of the logits."""
+def infer_from_files(c: Config, tensors: Collection[str]) -> Config:
+    """Returns the config with the bias of the logits that the files have, which config.json leaves open."""
     return c if "final_logits_bias" in tensors else replace(c, head_bias=False)
 
 
+FILES = Files(
+    prefixes=("model.",),
+    ignored=(r"(model\.)?(encoder|decoder)\.version",),
+    tied={f"model.{side}.embed_tokens.weight": "model.shared.weight" for side in ("encoder", "decoder")},
+    infer_from_files=infer_from_files,
+)
+
+
 def to_hf(c: Config) -> dict[str, Any]:
-    """What `config.json` says of the architecture; refuses a model that this `model_type` can't express."""
+    """Returns what config.json says of the architecture; refuses a model that its `model_type` can't express."""
     if c.norm_first != (c.model_type == "mbart"):
         fits = "mbart" if c.norm_first else "bart"
         raise ValueError(

@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2019) and its kin: bidirectional, LayerNorm after each half, pooler, masked-LM head.
+"""BERT (Devlin et al. 2019) and its kin are bidirectional, with LayerNorm after each half.
 
 RoBERTa (also XLM-RoBERTa) counts positions from its padding id, DistilBERT has neither token types nor a pooler, MPNet
 adds a bias by distance to the scores.
@@ -12,20 +12,22 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core.spec import Spec, normal, ones, stacked, zeros
+from jaxlm.core.spec import Spec, bias, layer_norm, normal, stacked, table
 from jaxlm.core.weight_names import Name, linear, same, vector
 from jaxlm.nn import attention_layers, block_stack, layers
+from jaxlm.nn.cache import Cache
+from jaxlm.nn.family import Batch, Files, Key, Kind, ModelConfig, no_cache
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.losses import Readout
 from jaxlm.nn.mask import Mask
 
-kind = "encoder"
+kind: Kind = "encoder"
 generates = False
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ModelConfig):
     vocab: int = 30522
     layers: int = 12
     width: int = 768
@@ -65,19 +67,17 @@ def block_specs(c: Config) -> dict[str, Spec]:
         q=Spec((D, H, C), ("embed", "heads", None), w),
         k=Spec((D, H, C), ("embed", "heads", None), w),
         v=Spec((D, H, C), ("embed", "heads", None), w),
-        q_bias=Spec((H, C), ("heads", None), zeros),
-        k_bias=Spec((H, C), ("heads", None), zeros),
-        v_bias=Spec((H, C), ("heads", None), zeros),
+        q_bias=bias((H, C), "heads", None),
+        k_bias=bias((H, C), "heads", None),
+        v_bias=bias((H, C), "heads", None),
         o=Spec((H, C, D), ("heads", None, "embed"), w),
-        o_bias=Spec((D,), (None,), zeros),
-        norm1=Spec((D,), (None,), ones),
-        norm1_bias=Spec((D,), (None,), zeros),
+        o_bias=bias(D),
+        **layer_norm("norm1", D),
         up=Spec((D, F), ("embed", "ffn"), w),
-        up_bias=Spec((F,), ("ffn",), zeros),
+        up_bias=bias(F, "ffn"),
         down=Spec((F, D), ("ffn", "embed"), w),
-        down_bias=Spec((D,), (None,), zeros),
-        norm2=Spec((D,), (None,), ones),
-        norm2_bias=Spec((D,), (None,), zeros),
+        down_bias=bias(D),
+        **layer_norm("norm2", D),
     )
 
 
@@ -86,33 +86,31 @@ def specs(c: Config) -> dict[str, Any]:
         raise ValueError(f"model.width: {c.width} is not a multiple of model.heads {c.heads}")
     D, w = c.width, normal(0.02)
     out: dict[str, Any] = dict(
-        embed=Spec((c.vocab, D), ("vocab", "embed"), w),
-        position=Spec((c.positions + c.offset, D), (None, "embed"), w),
-        norm=Spec((D,), (None,), ones),
-        norm_bias=Spec((D,), (None,), zeros),
+        embed=table(c.vocab, D, w, "vocab"),
+        position=table(c.positions + c.offset, D, w),
+        **layer_norm("norm", D),
         blocks=stacked(c.layers, block_specs(c)),
     )
     if c.types:
-        out["type"] = Spec((c.types, D), (None, "embed"), w)
+        out["type"] = table(c.types, D, w)
     if c.relative:
         out["relative"] = Spec((BUCKETS, c.heads), (None, "heads"), w)
     if c.pooler:
-        out |= dict(pooler=Spec((D, D), ("embed", None), w), pooler_bias=Spec((D,), (None,), zeros))
+        out |= dict(pooler=Spec((D, D), ("embed", None), w), pooler_bias=bias(D))
     if c.head:  # a dense layer before the tied embedding
         out |= dict(
             transform=Spec((D, D), ("embed", None), w),
-            transform_bias=Spec((D,), (None,), zeros),
-            transform_norm=Spec((D,), (None,), ones),
-            transform_norm_bias=Spec((D,), (None,), zeros),
-            head_bias=Spec((c.vocab,), ("vocab",), zeros),
+            transform_bias=bias(D),
+            **layer_norm("transform_norm", D),
+            head_bias=bias(c.vocab, "vocab"),
         )
     if c.next_sentence:
-        out |= dict(next_sentence=Spec((D, 2), ("embed", None), w), next_sentence_bias=Spec((2,), (None,), zeros))
+        out |= dict(next_sentence=Spec((D, 2), ("embed", None), w), next_sentence_bias=bias(2))
     return out
 
 
 def forward(
-    c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: jax.Array | None = None, cache: None = None
+    c: Config, specs: Any, params: Any, batch: Batch, *, shard: Layout, key: Key = None, cache: Cache | None = None
 ) -> Output:
     k1, k2 = layers.subkeys(key, 2)
     tokens_BT = batch["tokens"]
@@ -123,7 +121,7 @@ def forward(
             params["relative"], mask, T, T, longest=LONGEST, both_ways=True, shard=shard
         )
 
-    def block(p: dict, x_BTD: jax.Array, mask: Mask, key: jax.Array | None, kind: Any, kept: Any) -> tuple[Any, Any]:
+    def block(p: dict, x_BTD: jax.Array, mask: Mask, key: Key, kind: Any, kept: Any) -> tuple[Any, Any]:
         k1, k2 = layers.subkeys(key, 2)
         bias = None if bias_BHTS is None else lambda *_: bias_BHTS
         a_BTD, _ = attention_layers.self_attention(p, x_BTD, mask, shard=shard, bias=bias)
@@ -140,16 +138,6 @@ def forward(
     return Output(x_BTD)
 
 
-def pooled(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layout) -> jax.Array:
-    """`[B, D]`: tanh of a dense layer on the first token ([CLS])."""
-    if not c.pooler:
-        raise ValueError("model.pooler: this model has none; set it to true, or choose an objective without it")
-    w_DD = shard.gather(params["pooler"], specs["pooler"])
-    first_B1D = shard(x_BTD, "batch", None, None)[:, :1]
-    out_B1D = shard.einsum("btd,de->bte", first_B1D, w_DD, "batch", None, None)
-    return jnp.tanh(layers.add_bias(out_B1D, params["pooler_bias"]))[:, 0]
-
-
 def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layout) -> Readout:
     if not c.head:
         raise ValueError("model.head: this model has none, so it predicts no tokens; set it to true")
@@ -159,6 +147,9 @@ def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layo
     h_BTD = layers.ACTIVATIONS["gelu" if fixed else c.activation](h_BTD)
     h_BTD = layers.layer_norm(h_BTD, params["transform_norm"], params["transform_norm_bias"], c.eps)
     return Readout(h_BTD, shard.gather(params["embed"], specs["embed"]), params["head_bias"])
+
+
+init_cache = no_cache
 
 
 # Published files.
@@ -171,9 +162,6 @@ STEMS = {  # of the classes that transformers has for them
     "mpnet": "MPNet",
 }
 MODEL_TYPES = tuple(STEMS)
-PREFIX = ("bert.", "roberta.", "distilbert.", "mpnet.")
-IGNORED = (r"(.*\.)?embeddings\.position_ids",)
-TIED = {"cls.predictions.decoder.bias": "cls.predictions.bias", "lm_head.decoder.bias": "lm_head.bias"}
 
 BERT = dict(
     q="attention.self.query", k="attention.self.key", v="attention.self.value", o="attention.output.dense",
@@ -266,8 +254,8 @@ def from_hf(values: dict[str, Any]) -> Config:
     )
 
 
-def settle(c: Config, files: Collection[str]) -> Config:
-    """With the heads that the files have: config.json often names the class that a model was made from."""
+def infer_from_files(c: Config, files: Collection[str]) -> Config:
+    """Returns the config with the heads that the files have: config.json often names the class of another model."""
 
     def has(module: str) -> bool:
         return any(name.endswith(f"{module}.weight") for name in files)
@@ -276,8 +264,16 @@ def settle(c: Config, files: Collection[str]) -> Config:
     return replace(c, head=head, pooler=has("pooler.dense"), next_sentence=head and has("cls.seq_relationship"))
 
 
+FILES = Files(
+    prefixes=("bert.", "roberta.", "distilbert.", "mpnet."),
+    ignored=(r"(.*\.)?embeddings\.position_ids",),
+    tied={"cls.predictions.decoder.bias": "cls.predictions.bias", "lm_head.decoder.bias": "lm_head.bias"},
+    infer_from_files=infer_from_files,
+)
+
+
 def to_hf(c: Config) -> dict[str, Any]:
-    """What `config.json` says of the architecture; refuses a model that this `model_type` can't express."""
+    """Returns what config.json says of the architecture; refuses a model that its `model_type` can't express."""
     kind = c.model_type
     fits = dict(
         types=(c.types > 0) == (kind not in ("distilbert", "mpnet")),

@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3 (DeepSeek-AI 2024): multi-head latent attention and many small experts.
+"""DeepSeek V2 and V3 (DeepSeek-AI 2024) have multi-head latent attention and many small experts.
 
 Keys and values are made from one narrow latent per token, which is all that a cache keeps, beside one rotated key that
 all heads share. B batch, T query position, S key position, D model width, H heads, N head width without rotation,
@@ -12,19 +12,19 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core.spec import Spec, fan_in, normal, ones, stacked, zeros
-from jaxlm.core.weight_names import Name, fused, linear, same, vector
-from jaxlm.nn import block_stack, layers, moe, rope
+from jaxlm.core.spec import Spec, bias, fan_in, norm, normal
+from jaxlm.core.weight_names import Name, fused, linear, vector
+from jaxlm.nn import block_stack, decoder, layers, moe, rope
 from jaxlm.nn.attention import attend
-from jaxlm.nn.cache import Cache, empty_cache, read_on, remember
+from jaxlm.nn.cache import Cache, empty_cache, remember
+from jaxlm.nn.family import Batch, Files, Key, Kind, ModelConfig
 from jaxlm.nn.layers import Output, project, rms_norm
 from jaxlm.nn.layout import Layout
-from jaxlm.nn.losses import Readout
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.moe import Moe
 from jaxlm.nn.rope import Rope
 
-kind = "decoder"
+kind: Kind = "decoder"
 generates = True
 
 
@@ -33,7 +33,7 @@ def _moe() -> Moe:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ModelConfig):
     vocab: int = 32000
     layers: int = 12
     width: int = 768
@@ -41,7 +41,7 @@ class Config:
     plain_width: int = 64
     """Part of each head's queries and keys that is not rotated."""
     rotated_width: int = 32
-    """Part that is."""
+    """Part of each head's queries and keys that is rotated."""
     value_width: int = 64
     query_rank: int | None = None
     """Width of the latent that queries are made from; None: made from the input."""
@@ -72,50 +72,38 @@ def attention_width(c: Config) -> int:
     return c.layers * c.heads * (c.plain_width + c.rotated_width + c.value_width) // 2
 
 
-def attention_specs(c: Config, deep: float) -> dict[str, Spec]:
+def attention_specs(c: Config) -> dict[str, Spec]:
     D, H, L, Q = c.width, c.heads, c.latent, c.query_rank
-    head = (H, c.plain_width + c.rotated_width)
+    per_head = (H, c.plain_width + c.rotated_width)
     out = dict(
-        norm1=Spec((D,), (None,), ones),
+        norm1=norm(D),
         kv_a=Spec((D, L), ("embed", None), fan_in(0)),
         k_rotated=Spec((D, c.rotated_width), ("embed", None), fan_in(0)),
-        kv_norm=Spec((L,), (None,), ones),
-        k_b=Spec((L, H, c.plain_width), ("embed", "heads", None), fan_in(0)),
-        v_b=Spec((L, H, c.value_width), ("embed", "heads", None), fan_in(0)),
-        o=Spec((H, c.value_width, D), ("heads", None, "embed"), fan_in(0, 1, scale=deep)),
-        norm2=Spec((D,), (None,), ones),
+        kv_norm=norm(L),
+        k_b=Spec((L, H, c.plain_width), ("embed", "heads", None), fan_in(0), role="absorbed"),
+        v_b=Spec((L, H, c.value_width), ("embed", "heads", None), fan_in(0), role="absorbed"),
+        o=Spec((H, c.value_width, D), ("heads", None, "embed"), fan_in(0, 1, scale=decoder.deep(c))),
+        norm2=norm(D),
     )
     if Q is None:
-        out["q"] = Spec((D, *head), ("embed", "heads", None), fan_in(0))
+        out["q"] = Spec((D, *per_head), ("embed", "heads", None), fan_in(0))
     else:
         out["q_a"] = Spec((D, Q), ("embed", None), fan_in(0))
-        out["q_norm"] = Spec((Q,), (None,), ones)
-        out["q_b"] = Spec((Q, *head), ("embed", "heads", None), fan_in(0))
+        out["q_norm"] = norm(Q)
+        out["q_b"] = Spec((Q, *per_head), ("embed", "heads", None), fan_in(0))
     if c.attention_bias:
         widths = dict(kv_a_bias=L, k_rotated_bias=c.rotated_width, o_bias=D) | ({} if Q is None else {"q_a_bias": Q})
-        out |= {name: Spec((n,), (None,), zeros) for name, n in widths.items()}
+        out |= {name: bias(n) for name, n in widths.items()}
     return out
 
 
 def specs(c: Config) -> dict[str, Any]:
-    if not 0 <= c.dense < c.layers:
-        raise ValueError(f"model.dense: {c.dense} of {c.layers} layers would be dense; leave one with experts")
-    deep = (2 * c.layers) ** -0.5  # keeps the residual stream's variance near one at any depth
-    D, F = c.width, c.ffn
-    out: dict[str, Any] = dict(embed=Spec((c.vocab, D), ("vocab", "embed"), normal(0.02 if c.tied else 1.0)))
-    if c.dense:
-        wide = Spec((D, F), ("embed", "ffn"), fan_in(0))
-        plain = dict(gate=wide, up=wide, down=Spec((F, D), ("ffn", "embed"), fan_in(0, scale=deep)))
-        out["dense"] = stacked(c.dense, attention_specs(c, deep) | plain)
-    out["blocks"] = stacked(c.layers - c.dense, attention_specs(c, deep) | moe.specs(c.moe, D, deep=deep))
-    out["norm"] = Spec((D,), (None,), ones)
-    if not c.tied:
-        out["head"] = Spec((c.vocab, D), ("vocab", "embed"), fan_in(1))
-    return out
+    stacks = decoder.sparse_stacks(c, attention_specs(c))
+    return decoder.model_specs(c, normal(0.02 if c.tied else 1.0), stacks)
 
 
 def score_scale(c: Config) -> float:
-    """Attention's 1/√width, with YaRN's temperature where it is asked for."""
+    """Returns attention's 1/√width, with YaRN's temperature where it is asked for."""
     scale = (c.plain_width + c.rotated_width) ** -0.5
     if c.rope.scaling == "default" or not c.rope.mscale_all_dim:
         return scale
@@ -125,7 +113,7 @@ def score_scale(c: Config) -> float:
 def latent_attention(
     c: Config, p: dict, x_BTD: jax.Array, mask: Mask, sin_cos: Any, *, shard: Layout, cache: Cache | None, kept: Any
 ) -> tuple[jax.Array, Any]:
-    """`[B, T, D]` → `[B, T, D]` and what the layer's cache keeps: latents and rotated keys."""
+    """Computes `[B, T, D]` from `[B, T, D]`, and what the layer's cache keeps: latents and rotated keys."""
     if "q_a" in p:
         q_BTQ = rms_norm(project(p, "q_a", "btd,dq->btq", x_BTD, shard, "batch", "seq", None), p["q_norm"], NORM_EPS)
         q_BTHC = project(p, "q_b", "btq,qhc->bthc", q_BTQ, shard, "batch", "seq", "heads", None)
@@ -157,24 +145,13 @@ def latent_attention(
 
 
 def forward(
-    c: Config,
-    specs: Any,
-    params: Any,
-    batch: dict,
-    *,
-    shard: Layout,
-    key: jax.Array | None = None,
-    cache: Cache | None = None,
+    c: Config, specs: Any, params: Any, batch: Batch, *, shard: Layout, key: Key = None, cache: Cache | None = None
 ) -> Output:
     k1, k2 = layers.subkeys(key, 2)
-    segments_BT = batch.get("segments")
-    cache = read_on(cache, segments_BT, batch["tokens"].shape)
-    rows = dict(
-        mask=Mask(True, None, segments_BT, segments_BT, batch.get("prefix")),
-        sin_cos=rope.table(c.rope, c.rotated_width, batch["positions"]),
-    )
+    mask, cache = decoder.mask_and_cache(batch, cache)
+    rows = dict(mask=mask, sin_cos=rope.table(c.rope, c.rotated_width, batch["positions"]))
 
-    def block(p: dict, state: Any, rows: dict, key: jax.Array | None, _: Any, kept: Any) -> tuple[Any, Any]:
+    def block(p: dict, state: Any, rows: dict, key: Key, _: Any, kept: Any) -> tuple[Any, Any]:
         x_BTD, tally = state
         k1, k2 = layers.subkeys(key, 2)
         h_BTD = rms_norm(x_BTD, p["norm1"], c.eps)
@@ -198,15 +175,13 @@ def forward(
     return Output(x_BTD, tally.aux_B, cache, tally.shown(c.moe, sizes["blocks"]))
 
 
-def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layout) -> Readout:
-    head = "embed" if c.tied else "head"
-    return Readout(x_BTD.astype(shard.dtype), shard.gather(params[head], specs[head]))
-
-
 def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
     widths = dict(latent=c.latent, rotated=c.rotated_width)
     each = [{n: jnp.zeros((rows, length, width), dtype) for n, width in widths.items()} for _ in range(c.layers)]
     return empty_cache(each, rows, length)
+
+
+readout = decoder.readout
 
 
 # Published files.
@@ -214,25 +189,20 @@ def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) ->
 ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
 MODEL_TYPES = tuple(ARCHITECTURES)
 # The layer after the last one of V3's files predicts a second token, which nothing here uses.
-IGNORED = (r".*rotary_emb\.inv_freq", r"model\.layers\.61\..*")
+FILES = Files(ignored=(*decoder.FILES.ignored, r"model\.layers\.61\..*"))
 
 
 def names(c: Config) -> dict[str, Name]:
-    layer = "model.layers.{layer}."
-    attention, mlp = layer + "self_attn.", layer + "mlp."
-    table = {"embed": same("model.embed_tokens.weight")}
-    for s, first in (("dense", 0), ("blocks", c.dense)):
+    stacks = {"dense": 0, "blocks": c.dense}
+    attention, mlp = decoder.LAYER + "self_attn.", decoder.LAYER + "mlp."
+    table = decoder.names(stacks)
+    for s, first in stacks.items():
         table |= {
-            f"{s}/norm1": vector(layer + "input_layernorm.weight", first=first),
-            f"{s}/q": linear(attention + "q_proj.weight", first=first),
             f"{s}/q_a": linear(attention + "q_a_proj.weight", first=first),
             f"{s}/q_a_bias": vector(attention + "q_a_proj.bias", first=first),
             f"{s}/q_norm": vector(attention + "q_a_layernorm.weight", first=first),
             f"{s}/q_b": linear(attention + "q_b_proj.weight", first=first),
             f"{s}/kv_norm": vector(attention + "kv_a_layernorm.weight", first=first),
-            f"{s}/o": linear(attention + "o_proj.weight", ins=2, first=first),
-            f"{s}/o_bias": vector(attention + "o_proj.bias", first=first),
-            f"{s}/norm2": vector(layer + "post_attention_layernorm.weight", first=first),
         }
         a, b = attention + "kv_a_proj_with_mqa.", attention + "kv_b_proj.weight"
         table |= fused(linear, a + "weight", f"{s}/kv_a", f"{s}/k_rotated", first=first)
@@ -240,15 +210,12 @@ def names(c: Config) -> dict[str, Name]:
         table |= fused(linear, b, f"{s}/k_b", f"{s}/v_b", axis=1, first=first)
     for n in ("gate", "up", "down"):
         table |= {
-            f"dense/{n}": linear(mlp + f"{n}_proj.weight"),
             f"blocks/experts/{n}": linear(mlp + f"experts.{{expert}}.{n}_proj.weight", first=c.dense),
             f"blocks/shared/{n}": linear(mlp + f"shared_experts.{n}_proj.weight", first=c.dense),
         }
     return table | {
         "blocks/router": linear(mlp + "gate.weight", first=c.dense),
         "blocks/selection_bias": vector(mlp + "gate.e_score_correction_bias", first=c.dense),
-        "norm": vector("model.norm.weight"),
-        "head": same("lm_head.weight"),
     }
 
 
@@ -310,7 +277,7 @@ def from_hf(values: dict[str, Any]) -> Config:
 
 
 def to_hf(c: Config) -> dict[str, Any]:
-    """What `config.json` says of the architecture; refuses a model that this `model_type` can't express."""
+    """Returns what config.json says of the architecture; refuses a model that its `model_type` can't express."""
     kind, m, v3 = c.model_type, c.moe, c.model_type == "deepseek_v3"
     published = Moe(
         experts=m.experts, top_k=m.top_k, ffn=m.ffn, shared=max(1, m.shared // m.ffn) * m.ffn, scale=m.scale,

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019): learned positions, LayerNorm before each half, GELU, biases everywhere, tied head.
+"""GPT-2 (Radford et al. 2019) has learned positions, LayerNorm before each half, GELU, biases, and a tied head.
 
 B batch, T position, D model width, H heads, C head width, F ffn width, V vocabulary.
 """
@@ -10,21 +10,22 @@ from typing import Any
 
 import jax
 
-from jaxlm.core.spec import Spec, normal, ones, stacked, zeros
+from jaxlm.core import spec
+from jaxlm.core.spec import Spec, bias, layer_norm, normal, stacked
 from jaxlm.core.weight_names import Name, fused, linear, same, vector
-from jaxlm.nn import attention_layers, block_stack, layers
-from jaxlm.nn.cache import Cache, empty_cache, read_on
+from jaxlm.nn import attention_layers, block_stack, decoder, layers
+from jaxlm.nn.cache import Cache, empty_cache
+from jaxlm.nn.family import Batch, Files, Key, Kind, ModelConfig
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
-from jaxlm.nn.losses import Readout
 from jaxlm.nn.mask import Mask
 
-kind = "decoder"
+kind: Kind = "decoder"
 generates = True
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ModelConfig):
     vocab: int = 50257
     layers: int = 12
     width: int = 768
@@ -36,8 +37,9 @@ class Config:
     """The head is the embedding."""
     activation: str = "gelu_new"
     dropout: float = 0.0
-    """On embeddings, attention outputs and ffn outputs."""
+    """Share of embeddings, attention outputs and ffn outputs that is dropped."""
     eps: float = 1e-5
+    model_type = "gpt2"
 
 
 def attention_width(c: Config) -> int:
@@ -48,22 +50,20 @@ def block_specs(c: Config) -> dict[str, Spec]:
     D, H, C, F = c.width, c.heads, c.width // c.heads, c.ffn or 4 * c.width
     into, out = normal(0.02), normal(0.02 / math.sqrt(2 * c.layers))
     return dict(
-        norm1=Spec((D,), (None,), ones),
-        norm1_bias=Spec((D,), (None,), zeros),
+        **layer_norm("norm1", D),
         q=Spec((D, H, C), ("embed", "heads", None), into),
         k=Spec((D, H, C), ("embed", "heads", None), into),
         v=Spec((D, H, C), ("embed", "heads", None), into),
-        q_bias=Spec((H, C), ("heads", None), zeros),
-        k_bias=Spec((H, C), ("heads", None), zeros),
-        v_bias=Spec((H, C), ("heads", None), zeros),
+        q_bias=bias((H, C), "heads", None),
+        k_bias=bias((H, C), "heads", None),
+        v_bias=bias((H, C), "heads", None),
         o=Spec((H, C, D), ("heads", None, "embed"), out),
-        o_bias=Spec((D,), (None,), zeros),
-        norm2=Spec((D,), (None,), ones),
-        norm2_bias=Spec((D,), (None,), zeros),
+        o_bias=bias(D),
+        **layer_norm("norm2", D),
         up=Spec((D, F), ("embed", "ffn"), into),
-        up_bias=Spec((F,), ("ffn",), zeros),
+        up_bias=bias(F, "ffn"),
         down=Spec((F, D), ("ffn", "embed"), out),
-        down_bias=Spec((D,), (None,), zeros),
+        down_bias=bias(D),
     )
 
 
@@ -71,33 +71,23 @@ def specs(c: Config) -> dict[str, Any]:
     if c.width % c.heads:
         raise ValueError(f"model.width: {c.width} is not a multiple of model.heads {c.heads}")
     out = dict(
-        embed=Spec((c.vocab, c.width), ("vocab", "embed"), normal(0.02)),
-        position=Spec((c.positions, c.width), (None, "embed"), normal(0.02)),
+        embed=spec.table(c.vocab, c.width, normal(0.02), "vocab"),
+        position=spec.table(c.positions, c.width, normal(0.02)),
         blocks=stacked(c.layers, block_specs(c)),
-        norm=Spec((c.width,), (None,), ones),
-        norm_bias=Spec((c.width,), (None,), zeros),
+        **layer_norm("norm", c.width),
     )
     if not c.tied:
-        out["head"] = Spec((c.vocab, c.width), ("vocab", "embed"), normal(0.02))
+        out["head"] = spec.head(c.vocab, c.width, normal(0.02))
     return out
 
 
 def forward(
-    c: Config,
-    specs: Any,
-    params: Any,
-    batch: dict,
-    *,
-    shard: Layout,
-    key: jax.Array | None = None,
-    cache: Cache | None = None,
+    c: Config, specs: Any, params: Any, batch: Batch, *, shard: Layout, key: Key = None, cache: Cache | None = None
 ) -> Output:
     k1, k2 = layers.subkeys(key, 2)
-    segments_BT = batch.get("segments")
-    cache = read_on(cache, segments_BT, batch["tokens"].shape)
-    rows = Mask(True, None, segments_BT, segments_BT, batch.get("prefix"))
+    rows, cache = decoder.mask_and_cache(batch, cache)
 
-    def block(p: dict, x_BTD: jax.Array, mask: Mask, key: jax.Array | None, kind: Any, kept: Any) -> tuple[Any, Any]:
+    def block(p: dict, x_BTD: jax.Array, mask: Mask, key: Key, kind: Any, kept: Any) -> tuple[Any, Any]:
         k1, k2 = layers.subkeys(key, 2)
         h_BTD = layers.layer_norm(x_BTD, p["norm1"], p["norm1_bias"], c.eps)
         a_BTD, kept = attention_layers.self_attention(p, h_BTD, mask, shard=shard, cache=cache, kept=kept)
@@ -114,9 +104,7 @@ def forward(
     return Output(layers.layer_norm(x_BTD, params["norm"], params["norm_bias"], c.eps), cache=cache)
 
 
-def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layout) -> Readout:
-    head = "embed" if c.tied else "head"
-    return Readout(x_BTD.astype(shard.dtype), shard.gather(params[head], specs[head]))
+readout = decoder.readout
 
 
 def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
@@ -127,8 +115,7 @@ def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) ->
 # Published files.
 
 MODEL_TYPES = ("gpt2",)
-PREFIX = "transformer."
-IGNORED = (r".*\.attn\.(masked_)?bias",)  # causal masks as buffers
+FILES = Files(prefixes=("transformer.",), ignored=(r".*\.attn\.(masked_)?bias",))  # causal masks as buffers
 
 
 def names(c: Config) -> dict[str, Name]:

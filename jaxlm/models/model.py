@@ -1,14 +1,15 @@
-"""A model family bound to its configuration, specs and layout."""
+"""`Model` binds a family to its configuration, specs and layout."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import jax
 
+from jaxlm.nn import layers
 from jaxlm.nn.cache import Cache
+from jaxlm.nn.family import Family, ModelConfig
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.losses import Readout
@@ -16,25 +17,25 @@ from jaxlm.nn.losses import Readout
 
 @dataclass(frozen=True)
 class Model:
-    """A family with its configuration, specs and layout filled in: what objectives call with `params` and a batch."""
+    """Holds a family with its configuration, specs and layout: what objectives call with `params` and a batch."""
 
-    family: ModuleType
-    config: Any
+    family: Family
+    config: ModelConfig
     specs: Any
     shard: Layout
     adapter: Any = None
-    """A `peft.Adapted`: weights then become the leaves that do its work, whatever is called."""
+    """An `Adapted`: weights then become the leaves that do its work, whatever is called."""
 
     def bound(self, params: Any, key: jax.Array | None = None) -> Any:
+        """Returns the weights as the family multiplies with them: with the adapter on them."""
         return params if self.adapter is None else self.adapter.bind(params, key)
 
     def forward(
         self, params: Any, batch: Mapping[str, Any], *, key: jax.Array | None = None, cache: Cache | None = None
     ) -> Output:
+        """Computes the last layer's states of a batch, see `Family.forward`, with the adapter's part in them."""
         shard = self.shard if self.adapter is None else self.adapter.layout(self.shard)
         call = partial(self.family.forward, self.config, self.specs, shard=shard, cache=cache)
-        if cache is None:
-            call = partial(self.family.forward, self.config, self.specs, shard=shard)
         if self.adapter is None:
             return call(params, batch, key=key)
         own, key = (None, None) if key is None else jax.random.split(key)
@@ -42,11 +43,16 @@ class Model:
         return self.adapter.cut(out, cache, self.shard)
 
     def readout(self, params: Any, x_BTD: jax.Array) -> Readout:
+        """Returns what the logits of these states are made of."""
         return self.family.readout(self.config, self.specs, self.bound(params), x_BTD, shard=self.shard)
 
     def pooled(self, params: Any, x_BTD: jax.Array) -> jax.Array:
-        return self.family.pooled(self.config, self.specs, self.bound(params), x_BTD, shard=self.shard)
+        """Returns `[B, D]`, the pooler's summary of each row. ValueError: the model has no pooler."""
+        if not self.config.pooler:
+            raise ValueError("model.pooler: this model has none; set it to true, or choose an objective without it")
+        return layers.pooled(self.bound(params), self.specs, x_BTD, self.shard)
 
     def init_cache(self, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
+        """Returns an empty cache for rows of `length`, and for the adapter's virtual tokens."""
         places = 0 if self.adapter is None or self.family.kind != "decoder" else self.adapter.places
         return self.family.init_cache(self.config, rows, length + places, dtype, slack)

@@ -1,4 +1,4 @@
-"""ModernBERT (Warner et al. 2024): RoPE, local and global layers, norm before each half, gated ffn, no biases.
+"""ModernBERT (Warner et al. 2024) has RoPE, local and global layers, a norm before each half, and a gated ffn.
 
 The first layer has no norm before its attention, since the embeddings' own norm comes right before; it stands alone
 under `first`, so that the others are one stack. B batch, T position, D model width, H heads, C head width, F ffn width.
@@ -11,21 +11,24 @@ from typing import Any, Literal
 
 import jax
 
-from jaxlm.core.spec import Spec, normal, ones, stacked, zeros
+from jaxlm.core import spec
+from jaxlm.core.spec import Spec, bias, normal, stacked
 from jaxlm.core.weight_names import Name, fused, linear, same, vector
 from jaxlm.nn import attention_layers, block_stack, layers, rope
+from jaxlm.nn.cache import Cache
+from jaxlm.nn.family import Batch, Files, Key, Kind, ModelConfig, no_cache
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.losses import Readout
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.rope import Rope
 
-kind = "encoder"
+kind: Kind = "encoder"
 generates = False
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ModelConfig):
     vocab: int = 50368
     layers: int = 22
     width: int = 768
@@ -34,7 +37,7 @@ class Config:
     positions: int = 8192
     rope: Rope = field(default_factory=lambda: Rope(theta=160_000.0))
     rope_local: Rope = field(default_factory=Rope)
-    """Of the layers that the window holds for."""
+    """The rotation of the layers that the window holds for."""
     window: int = 65
     """A token sees this many to either side, itself included, in the layers that `windowed` names."""
     windowed: tuple[bool, ...] = (False, True, True)
@@ -49,9 +52,9 @@ class Config:
     attention_bias: bool = False
     mlp_bias: bool = False
     transform_bias: bool = False
-    """Of the head's dense layer."""
+    """The head's dense layer has a bias."""
     head_bias: bool = True
-    """Of the logits."""
+    """The logits have a bias."""
     dropout: float = 0.0
     eps: float = 1e-5
     model_type: Literal["modernbert"] = "modernbert"
@@ -62,8 +65,7 @@ def attention_width(c: Config) -> int:
 
 
 def norm_specs(c: Config, name: str) -> dict[str, Spec]:
-    out = {name: Spec((c.width,), (None,), ones)}
-    return out | ({f"{name}_bias": Spec((c.width,), (None,), zeros)} if c.norm_bias else {})
+    return spec.layer_norm(name, c.width) if c.norm_bias else {name: spec.norm(c.width)}
 
 
 def block_specs(c: Config, *, first: bool) -> dict[str, Spec]:
@@ -82,11 +84,11 @@ def block_specs(c: Config, *, first: bool) -> dict[str, Spec]:
     if not first:
         out |= norm_specs(c, "norm1")
     if c.attention_bias:
-        out |= {f"{n}_bias": Spec((H, C), ("heads", None), zeros) for n in "qkv"}
-        out["o_bias"] = Spec((D,), (None,), zeros)
+        out |= {f"{n}_bias": bias((H, C), "heads", None) for n in "qkv"}
+        out["o_bias"] = bias(D)
     if c.mlp_bias:
-        out |= {f"{n}_bias": Spec((F,), ("ffn",), zeros) for n in ("gate", "up")}
-        out["down_bias"] = Spec((D,), (None,), zeros)
+        out |= {f"{n}_bias": bias(F, "ffn") for n in ("gate", "up")}
+        out["down_bias"] = bias(D)
     return out
 
 
@@ -97,8 +99,8 @@ def specs(c: Config) -> dict[str, Any]:
         raise ValueError(f"model.layers: {c.layers} is too few; ModernBERT has a first layer and at least one more")
     D, back = c.width, normal(0.02 / math.sqrt(2 * c.layers))
     out: dict[str, Any] = dict(
-        embed=Spec((c.vocab, D), ("vocab", "embed"), normal(0.02)),
-        **norm_specs(c, "embed_norm"),
+        embed=spec.table(c.vocab, D, normal(0.02), "vocab"),
+        **{name: s._replace(below_layers=True) for name, s in norm_specs(c, "embed_norm").items()},
         first=stacked(1, block_specs(c, first=True)),
         blocks=stacked(c.layers - 1, block_specs(c, first=False)),
         **norm_specs(c, "norm"),
@@ -106,11 +108,11 @@ def specs(c: Config) -> dict[str, Any]:
     if c.head:  # a dense layer and a norm before the embedding, or a matrix of its own
         out |= dict(transform=Spec((D, D), ("embed", None), back), **norm_specs(c, "transform_norm"))
         if c.transform_bias:
-            out["transform_bias"] = Spec((D,), (None,), zeros)
+            out["transform_bias"] = bias(D)
         if c.head_bias:
-            out["head_bias"] = Spec((c.vocab,), ("vocab",), zeros)
+            out["head_bias"] = bias(c.vocab, "vocab")
         if not c.tied:
-            out["head"] = Spec((c.vocab, D), ("vocab", "embed"), back)
+            out["head"] = spec.head(c.vocab, D, back)
     return out
 
 
@@ -119,7 +121,7 @@ def norm(c: Config, p: dict, name: str, x_BTD: jax.Array) -> jax.Array:
 
 
 def forward(
-    c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: jax.Array | None = None, cache: None = None
+    c: Config, specs: Any, params: Any, batch: Batch, *, shard: Layout, key: Key = None, cache: Cache | None = None
 ) -> Output:
     keys = layers.subkeys(key, 3)
     segments_BT, positions_BT, C = batch.get("segments"), batch["positions"], c.width // c.heads
@@ -129,9 +131,7 @@ def forward(
         far=rope.table(c.rope, C, positions_BT),
     )
 
-    def block(
-        p: dict, x_BTD: jax.Array, rows: dict, key: jax.Array | None, windowed: Any, kept: Any
-    ) -> tuple[Any, Any]:
+    def block(p: dict, x_BTD: jax.Array, rows: dict, key: Key, windowed: Any, kept: Any) -> tuple[Any, Any]:
         k1, k2 = layers.subkeys(key, 2)
         mask = replace(rows["mask"], window=c.window if windowed else None)
         h_BTD = norm(c, p, "norm1", x_BTD) if "norm1" in p else x_BTD
@@ -144,7 +144,7 @@ def forward(
 
     x_BTD = norm(c, params, "embed_norm", layers.embed(params["embed"], batch["tokens"], shard))
     x_BTD = layers.dropout(x_BTD, c.dropout, keys[0])
-    windowed = [c.windowed[i % len(c.windowed)] for i in range(c.layers)]
+    windowed = block_stack.repeated(c.windowed, c.layers)
     for name, kinds, k in (("first", windowed[:1], keys[1]), ("blocks", windowed[1:], keys[2])):
         x_BTD, _ = block_stack.run_blocks(
             block, params[name], specs[name], x_BTD, rows, shard=shard, key=k, kinds=kinds
@@ -162,10 +162,12 @@ def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layo
     return Readout(h_BTD, shard.gather(params[last], specs[last]), params.get("head_bias"))
 
 
+init_cache = no_cache
+
+
 # Published files.
 
 MODEL_TYPES = ("modernbert",)
-PREFIX = "model."
 
 
 def names(c: Config) -> dict[str, Name]:
@@ -236,20 +238,23 @@ def from_hf(values: dict[str, Any]) -> Config:
     )
 
 
-def settle(c: Config, files: Collection[str]) -> Config:
-    """With the head if the files have it, whatever class config.json names."""
+def infer_from_files(c: Config, files: Collection[str]) -> Config:
+    """Returns the config with the head if the files have it, whatever class config.json names."""
     return replace(c, head="head.dense.weight" in files and ("decoder.bias" in files or not c.head_bias))
 
 
+FILES = Files(prefixes=("model.",), infer_from_files=infer_from_files)
+
+
 def _rope(values: dict[str, Any], kind: str, theta: float) -> Rope:
-    """Of one kind of layer. An early file's scaling holds for both."""
+    """Returns the rotation of one kind of layer. An early file's scaling holds for both."""
     nested = (values.get("rope_parameters") or {}).get(kind) or {}
     return rope.from_hf(values, theta, {"rope_theta": theta} | (values.get("rope_scaling") or {}) | nested)
 
 
 def to_hf(c: Config) -> dict[str, Any]:
-    """What `config.json` says of the architecture."""
-    windowed = [c.windowed[i % len(c.windowed)] for i in range(c.layers)]
+    """Returns what config.json says of the architecture."""
+    windowed = block_stack.repeated(c.windowed, c.layers)
     small = {} if c.vocab > 50283 else dict(pad_token_id=None)  # transformers refuses its default where it doesn't fit
     return small | dict(
         architectures=["ModernBertForMaskedLM" if c.head else "ModernBertModel"], model_type="modernbert",

@@ -1,4 +1,4 @@
-"""T5 (Raffel et al. 2020), T5 v1.1 and FLAN, mT5 (Xue et al. 2021): an encoder and a decoder with RMSNorm before each
+"""T5 (Raffel et al. 2020), T5 v1.1 and FLAN, mT5 (Xue et al. 2021) have an encoder and a decoder, RMSNorm before each
 part, no biases, unscaled attention, and positions as a bias by distance that all layers of a stack share.
 
 B batch, T target position, S source position, N bucket of distances, D model width, H heads, C head width, F ffn width,
@@ -12,24 +12,26 @@ from typing import Any, Literal
 
 import jax
 
-from jaxlm.core.spec import Spec, fan_in, normal, ones, stacked
+from jaxlm.core import spec
+from jaxlm.core.spec import Spec, fan_in, norm, normal, stacked
 from jaxlm.core.weight_names import Name, linear, same, vector
-from jaxlm.nn import attention_layers, block_stack, layers
-from jaxlm.nn.cache import Cache, empty_cache, read_on
+from jaxlm.nn import attention_layers, block_stack, decoder, layers
+from jaxlm.nn.cache import Cache, empty_cache
+from jaxlm.nn.family import Batch, Files, Key, Kind, ModelConfig
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.losses import Readout
 from jaxlm.nn.mask import Mask
 
-kind = "encoder_decoder"
+kind: Kind = "encoder_decoder"
 generates = True
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ModelConfig):
     vocab: int = 32128
     layers: int = 12
-    """Of the encoder."""
+    """Layers of the encoder."""
     decoder_layers: int | None = None
     """None: as many as the encoder has."""
     width: int = 768
@@ -40,7 +42,7 @@ class Config:
     gated: bool = True
     """The ffn has a gate: T5 v1.1, FLAN and mT5."""
     buckets: int = 32
-    """Of distances, each with a bias of its own in every head."""
+    """Distances fall into this many buckets, each with a bias of its own in every head."""
     longest: int = 128
     """Distance from which all share one bucket."""
     positions: int | None = None
@@ -58,7 +60,7 @@ class Config:
 
     @property
     def depth(self) -> int:
-        """Layers of the decoder."""
+        """The decoder has this many layers."""
         return self.layers if self.decoder_layers is None else self.decoder_layers
 
 
@@ -68,7 +70,7 @@ def attention_width(c: Config) -> int:
 
 def block_specs(c: Config, cross: bool) -> dict[str, Spec]:
     D, H, C, F = c.width, c.heads, c.head_width, c.ffn
-    out = dict(norm1=Spec((D,), (None,), ones), norm2=Spec((D,), (None,), ones))
+    out = dict(norm1=norm(D), norm2=norm(D))
     for part in ("", "cross_") if cross else ("",):
         # Scores are not scaled by C^-1/2, so queries begin that much smaller.
         out[f"{part}q"] = Spec((D, H, C), ("embed", "heads", None), fan_in(0, scale=C**-0.5))
@@ -76,7 +78,7 @@ def block_specs(c: Config, cross: bool) -> dict[str, Spec]:
         out[f"{part}v"] = Spec((D, H, C), ("embed", "kv", None), fan_in(0))
         out[f"{part}o"] = Spec((H, C, D), ("heads", None, "embed"), fan_in(0, 1))
     if cross:
-        out["norm_cross"] = Spec((D,), (None,), ones)
+        out["norm_cross"] = norm(D)
     out["up"] = Spec((D, F), ("embed", "ffn"), fan_in(0))
     if c.gated:
         out["gate"] = Spec((D, F), ("embed", "ffn"), fan_in(0))
@@ -90,50 +92,39 @@ def specs(c: Config) -> dict[str, Any]:
     def stack(n: int, cross: bool) -> dict[str, Any]:
         return dict(
             blocks=stacked(n, block_specs(c, cross)),
-            bias=Spec((c.buckets, c.heads), (None, "heads"), normal(c.width**-0.5)),
-            norm=Spec((c.width,), (None,), ones),
+            bias=Spec((c.buckets, c.heads), (None, "heads"), normal(c.width**-0.5), role="bias"),
+            norm=norm(c.width),
         )
 
     out = dict(
-        embed=Spec((c.vocab, c.width), ("vocab", "embed"), normal(1.0)),
+        embed=spec.table(c.vocab, c.width, normal(1.0), "vocab"),
         encoder=stack(c.layers, False),
         decoder=stack(c.depth, True),
     )
     if not c.tied:
-        out["head"] = Spec((c.vocab, c.width), ("vocab", "embed"), fan_in(1))
+        out["head"] = spec.head(c.vocab, c.width, fan_in(1))
     return out
 
 
-def encode(
-    c: Config, specs: Any, params: Any, batch: dict, *, shard: Layout, key: jax.Array | None = None
-) -> jax.Array:
-    """`[B, S, D]`: what the decoder looks at."""
+def encode(c: Config, specs: Any, params: Any, batch: Batch, *, shard: Layout, key: Key = None) -> jax.Array:
+    """Computes `[B, S, D]`, what the decoder looks at."""
     mask = Mask(False, None, batch.get("source_segments"), batch.get("source_segments"))
     x_BSD = layers.embed(params["embed"], batch["source"], shard)
     return _stack(c, specs["encoder"], params["encoder"], x_BSD, dict(mask=mask), shard=shard, key=key)[0]
 
 
 def forward(
-    c: Config,
-    specs: Any,
-    params: Any,
-    batch: dict,
-    *,
-    shard: Layout,
-    key: jax.Array | None = None,
-    cache: Cache | None = None,
+    c: Config, specs: Any, params: Any, batch: Batch, *, shard: Layout, key: Key = None, cache: Cache | None = None
 ) -> Output:
-    """With a cache the first call brings the source, and later ones look at what the layers kept of it."""
+    """Computes the decoder's states.
+
+    With a cache the first call brings the source, and later ones look at what the layers kept of it.
+    """
     k1, k2 = layers.subkeys(key, 2)
-    segments_BT = batch.get("segments")
     memory_BSD = encode(c, specs, params, batch, shard=shard, key=k1) if "source" in batch else None
     look = partial(attention_layers.cross_attention, shard=shard, scale=1.0)
-    rows = dict(
-        mask=Mask(True, None, segments_BT, segments_BT, batch.get("prefix")),
-        memory=memory_BSD,
-        source_segments=batch.get("source_segments"),
-    )
-    cache = read_on(cache, segments_BT, batch["tokens"].shape)
+    mask, cache = decoder.mask_and_cache(batch, cache)
+    rows = dict(mask=mask, memory=memory_BSD, source_segments=batch.get("source_segments"))
     x_BTD = layers.embed(params["embed"], batch["tokens"], shard)
     x_BTD, cache = _stack(c, specs["decoder"], params["decoder"], x_BTD, rows, look, shard=shard, key=k2, cache=cache)
     return Output(x_BTD, cache=cache)
@@ -148,10 +139,10 @@ def _stack(
     look: Callable[..., tuple[jax.Array, dict]] | None = None,
     *,
     shard: Layout,
-    key: jax.Array | None,
+    key: Key,
     cache: Cache | None = None,
 ) -> tuple[jax.Array, Cache | None]:
-    """The encoder, or the decoder, which looks at the encoder's output by `look`."""
+    """Runs the encoder, or the decoder, which looks at the encoder's output by `look`."""
     k1, k2, k3 = layers.subkeys(key, 3)
     T, mask = x_BTD.shape[1], rows["mask"]
     bias: Any = partial(
@@ -161,7 +152,7 @@ def _stack(
         bias_1HTT = bias(mask, T, T)
         bias = lambda *_: bias_1HTT  # noqa: E731
 
-    def block(p: dict, x_BTD: jax.Array, rows: dict, key: jax.Array | None, kind: Any, kept: Any) -> tuple[Any, Any]:
+    def block(p: dict, x_BTD: jax.Array, rows: dict, key: Key, kind: Any, kept: Any) -> tuple[Any, Any]:
         k1, k2, k3 = layers.subkeys(key, 3)
         h_BTD = layers.rms_norm(x_BTD, p["norm1"], c.eps)
         a_BTD, now = attention_layers.self_attention(
@@ -189,13 +180,11 @@ def _stack(
 
 
 def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layout) -> Readout:
-    head = "embed" if c.tied else "head"
-    x_BTD = x_BTD * c.width**-0.5 if c.scaled else x_BTD
-    return Readout(x_BTD.astype(shard.dtype), shard.gather(params[head], specs[head]))
+    return decoder.readout(c, specs, params, x_BTD * c.width**-0.5 if c.scaled else x_BTD, shard=shard)
 
 
 def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
-    """Of the decoder. The first call adds each layer's keys and values of the source."""
+    """Returns an empty cache of the decoder. The first call adds each layer's keys and values of the source."""
     return empty_cache(
         attention_layers.kv_cache([None] * c.depth, rows, length, c.heads, c.head_width, dtype), rows, length
     )
@@ -205,8 +194,6 @@ def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) ->
 
 ARCHITECTURES = {"t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration"}
 MODEL_TYPES = tuple(ARCHITECTURES)
-TIED = {f"{stack}.embed_tokens.weight": "shared.weight" for stack in ("encoder", "decoder")}
-IGNORED = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)  # of old files, unused
 
 
 def names(c: Config) -> dict[str, Name]:
@@ -217,8 +204,8 @@ def names(c: Config) -> dict[str, Name]:
         if stack == "decoder":
             attention.append(("cross_", "norm_cross", "1", "EncDecAttention"))
         out[f"{stack}/bias"] = same(f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
-        for part, norm, i, name in attention:
-            out[f"{stack}/blocks/{norm}"] = vector(f"{layer}{i}.layer_norm.weight")
+        for part, scale, i, name in attention:
+            out[f"{stack}/blocks/{scale}"] = vector(f"{layer}{i}.layer_norm.weight")
             out |= {f"{stack}/blocks/{part}{n}": linear(f"{layer}{i}.{name}.{n}.weight") for n in "qkv"}
             out[f"{stack}/blocks/{part}o"] = linear(f"{layer}{i}.{name}.o.weight", ins=2)
         dense = f"{layer}{ffn}.DenseReluDense."
@@ -261,13 +248,21 @@ def from_hf(values: dict[str, Any]) -> Config:
     )
 
 
-def settle(c: Config, tensors: Collection[str]) -> Config:
-    """What config.json leaves open and the names of a file's tensors tell: whether there is a head."""
+def infer_from_files(c: Config, tensors: Collection[str]) -> Config:
+    """Returns the config with the head that the files have, which config.json leaves open."""
     return c if "lm_head.weight" in tensors else replace(c, tied=True)
 
 
+FILES = Files(
+    # Of old files, unused.
+    ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
+    tied={f"{stack}.embed_tokens.weight": "shared.weight" for stack in ("encoder", "decoder")},
+    infer_from_files=infer_from_files,
+)
+
+
 def to_hf(c: Config) -> dict[str, Any]:
-    """What `config.json` says of the architecture; refuses a model that this `model_type` can't express."""
+    """Returns what config.json says of the architecture; refuses a model that its `model_type` can't express."""
     activation = {("gelu_new", True): "gelu"}.get((c.activation, c.gated), c.activation)
     if c.model_type == "mt5" and c.scaled:
         raise ValueError("model.scaled: mT5 does not scale its output; set model.model_type=t5")

@@ -148,6 +148,11 @@ def stretches(kinds: Sequence[Any]) -> list[tuple[int, int, int]]:
     return [(a, b, 1) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
 
+def repeated(pattern: Sequence[Any], n: int) -> list[Any]:
+    """Returns one value for each of `n` layers: the pattern over and over."""
+    return [pattern[i % len(pattern)] for i in range(n)]
+
+
 def pattern(values: Sequence[Any]) -> tuple[Any, ...]:
     """The shortest prefix that, repeated, gives all of them: (a, b, a, b, a) → (a, b)."""
     for n in range(1, len(values)):

@@ -117,6 +117,14 @@ def project(p: dict, name: str, eq: str, x: jax.Array, shard: Layout, *axes: str
     return p[name].after(y, shard) if hasattr(p[name], "after") else y
 
 
+def pooled(p: dict, specs: Any, x_BTD: jax.Array, shard: Layout) -> jax.Array:
+    """Returns `[B, D]`: tanh of the dense layer `pooler` on the first token ([CLS])."""
+    w_DD = shard.gather(p["pooler"], specs["pooler"])
+    first_B1D = shard(x_BTD, "batch", None, None)[:, :1]
+    out_B1D = shard.einsum("btd,de->bte", first_B1D, w_DD, "batch", None, None)
+    return jnp.tanh(add_bias(out_B1D, p["pooler_bias"]))[:, 0]
+
+
 def mlp(p: dict, x_BTD: jax.Array, activation: str, shard: Layout) -> jax.Array:
     """up (D F), activation, down (F D); with `gate` (D F) the activated gate times up (Shazeer 2020)."""
     act = ACTIVATIONS[activation]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxlm.core.spec import Spec, fan_in, zeros
+from jaxlm.core.spec import Spec, bias, fan_in, zeros
 from jaxlm.nn import expert_parallel, layers, pipeline
 from jaxlm.nn.kernels import grouped_matmul
 from jaxlm.nn.layout import Layout
@@ -81,13 +81,13 @@ def specs(c: Moe, width: int, *, deep: float = 1.0, biases: bool = False) -> dic
         )
     up = Spec((E, D, F), ("experts", "embed", "ffn"), fan_in(1))
     experts = dict(gate=up, up=up, down=Spec((E, F, D), ("experts", "ffn", "embed"), fan_in(1, scale=deep)))
-    out: dict[str, Any] = dict(router=Spec((D, E), ("embed", "router"), fan_in(0)), experts=experts)
+    out: dict[str, Any] = dict(router=Spec((D, E), ("embed", "router"), fan_in(0), role="router"), experts=experts)
     if biases:
-        out["router_bias"] = Spec((E,), ("router",), zeros)
-        experts |= {f"{n}_bias": Spec((E, F), ("experts", "ffn"), zeros) for n in ("gate", "up")}
-        experts["down_bias"] = Spec((E, D), ("experts", "embed"), zeros)
+        out["router_bias"] = bias(E, "router")
+        experts |= {f"{n}_bias": bias((E, F), "experts", "ffn") for n in ("gate", "up")}
+        experts["down_bias"] = bias((E, D), "experts", "embed")
     if c.selection_bias:
-        out["selection_bias"] = Spec((E,), ("router",), zeros)
+        out["selection_bias"] = Spec((E,), ("router",), zeros, role="selection_bias")
     if S:
         wide = Spec((D, S), ("embed", "ffn"), fan_in(0))
         out["shared"] = dict(gate=wide, up=wide, down=Spec((S, D), ("ffn", "embed"), fan_in(0, scale=deep)))

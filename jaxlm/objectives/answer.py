@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core.spec import Spec, normal, zeros
+from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data import labelled
 from jaxlm.data.labelled import Question, squad
 from jaxlm.models.model import Model
@@ -95,7 +95,7 @@ def _questions(c: Config, source: str) -> labelled.Split:
 
 
 def specs(c: Config, width: int) -> dict[str, Spec]:
-    return dict(answer=Spec((width, 2), ("embed", None), normal(0.02)), answer_bias=Spec((2,), (None,), zeros))
+    return dict(answer=Spec((width, 2), ("embed", None), normal(0.02)), answer_bias=bias(2))
 
 
 def check(c: Config, tokenizer: Tokenizer) -> None:

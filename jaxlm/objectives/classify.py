@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core.spec import Spec, normal, zeros
+from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data.labelled import check_labels, split, tables
 from jaxlm.models.model import Model
 from jaxlm.nn.layers import Output, dropout
@@ -83,7 +83,7 @@ def outputs(c: Config) -> int:
 
 def specs(c: Config, width: int) -> dict[str, Spec]:
     n = outputs(c)
-    return dict(classify=Spec((width, n), ("embed", None), normal(0.02)), classify_bias=Spec((n,), (None,), zeros))
+    return dict(classify=Spec((width, n), ("embed", None), normal(0.02)), classify_bias=bias(n))
 
 
 def check(c: Config, tokenizer: Tokenizer) -> None:
@@ -178,13 +178,13 @@ def logits(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Ar
 
 def states(model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> Output:
     """Runs the model, which reads the text a token belongs to if it has such types."""
-    inputs = batch if getattr(model.config, "types", 0) > 1 else {k: v for k, v in batch.items() if k != "types"}
+    inputs = batch if model.config.types > 1 else {k: v for k, v in batch.items() if k != "types"}
     return model.forward(params, inputs, key=key)
 
 
 def summary(model: Model, params: Any, batch: DeviceBatch, out: Output) -> jax.Array:
     """Returns `[B, D]`, the pooled state of each row, or the state at the position where it is read."""
-    if getattr(model.config, "pooler", False):
+    if model.config.pooler:
         return model.pooled(params, out.x_BTD)
     return states_at(model, out.x_BTD, batch["at"][:, None])[:, 0]
 

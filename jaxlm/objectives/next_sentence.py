@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core.spec import Spec, normal, zeros
+from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data.packing import Pair
 from jaxlm.models.model import Model
 from jaxlm.nn.layers import add_bias
@@ -23,9 +23,7 @@ class Config:
 
 
 def specs(c: Config, width: int) -> dict[str, Spec]:
-    return dict(
-        next_sentence=Spec((width, 2), ("embed", None), normal(0.02)), next_sentence_bias=Spec((2,), (None,), zeros)
-    )
+    return dict(next_sentence=Spec((width, 2), ("embed", None), normal(0.02)), next_sentence_bias=bias(2))
 
 
 def check(c: Config, tokenizer: Tokenizer) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.core.spec import Spec, normal, zeros
+from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data.labelled import Related, Split, check_labels, relations
 from jaxlm.models.model import Model
 from jaxlm.nn.layers import Output, dropout
@@ -74,7 +74,7 @@ def infer_from_data(c: Config, sources: Sequence[str]) -> Config:
 
 def specs(c: Config, width: int) -> dict[str, Spec]:
     n = len(c.labels)
-    return dict(relate=Spec((2 * width, n), ("embed", None), normal(0.02)), relate_bias=Spec((n,), (None,), zeros))
+    return dict(relate=Spec((2 * width, n), ("embed", None), normal(0.02)), relate_bias=bias(n))
 
 
 def check(c: Config, tokenizer: Tokenizer) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core.spec import Spec, normal, zeros
+from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data.labelled import check_labels, conll
 from jaxlm.models.model import Model
 from jaxlm.nn.layers import Output, dropout
@@ -63,7 +63,7 @@ def infer_from_data(c: Config, sources: Sequence[str]) -> Config:
 
 def specs(c: Config, width: int) -> dict[str, Spec]:
     n = len(c.labels)
-    return dict(tag=Spec((width, n), ("embed", None), normal(0.02)), tag_bias=Spec((n,), (None,), zeros))
+    return dict(tag=Spec((width, n), ("embed", None), normal(0.02)), tag_bias=bias(n))
 
 
 def check(c: Config, tokenizer: Tokenizer) -> None:

@@ -44,7 +44,7 @@ class Candidate:
 
 def meshes(run: config.Run, count: int) -> Iterator[config.Mesh]:
     """Every way to give devices to the axes that this model can use; a pipeline only where the run has one."""
-    experts = getattr(getattr(run.model, "moe", None), "experts", 1)
+    experts = 1 if run.model.moe is None else run.model.moe.experts
     limits = {"tensor": 16, "context": 16 if run.train.seq_len >= 8192 else 1, "expert": experts}
     divisors = [n for n in range(1, count + 1) if count % n == 0]
     choices = [[n for n in divisors if n <= limit] for limit in limits.values()]

@@ -23,8 +23,6 @@ from jaxlm.nn import pipeline
 from jaxlm.planning.targets import Target
 from jaxlm.training import optimizers
 
-LOOKED_UP = ("embed", "position", "type")
-
 
 @dataclass(frozen=True)
 class Flow:
@@ -147,7 +145,7 @@ class _Step:
             self.bubble = pipeline.bubble(self.stages, parts, run.mesh.rounds)
         self.matrices = {
             path: s for path, s in self.flat.items()
-            if s.is_matrix and not path.endswith("bias") and path.rpartition("/")[2] not in LOOKED_UP
+            if s.is_matrix and not s.is_bias and s.role != "table"
         }  # fmt: skip
         self.layered = {path: s for path, s in self.matrices.items() if "layers" in s.axes}
         c: Any = run.model
@@ -179,7 +177,7 @@ class _Step:
 
     def met(self, s: Spec) -> float:
         """Share of a weight that one token is multiplied with; tokens that travel here count as this device's."""
-        moe = getattr(self.p.run.model, "moe", None)
+        moe = self.p.run.model.moe
         if moe is None or "experts" not in s.axes:
             return 1.0
         return moe.top_k / moe.experts * ways(self.travel, self.sizes)
@@ -206,7 +204,7 @@ class _Step:
     @property
     def tied(self) -> bool:
         """Whether the embedding is the head too."""
-        return not any(path.rpartition("/")[2] == "head" for path in self.matrices)
+        return not any(s.role == "head" for s in self.matrices.values())
 
     def pairs(self) -> float:
         """Query–key pairs a head and token that are computed."""
@@ -313,10 +311,9 @@ class _Step:
         each = self.tokens * self.width * self.bytes * self.micro
         for path, s in self.flat.items():
             axes, n = self.gathered(s), ways(self.gathered(s), self.sizes)
-            name = path.rpartition("/")[2]
-            if name in LOOKED_UP:  # rows travel, not the table; but a tied head gathers it
+            if s.role == "table":  # rows travel, not the table; but a tied head gathers it
                 add("rows looked up", "all-to-all", axes, 2 * each, False)
-                if name != "embed" or not self.tied:
+                if "vocab" not in s.axes or not self.tied:
                     axes = ()
             held = self.used(s) / self._stages(s) * self.bytes
             twice = 2 if "layers" in s.axes else 1  # no block keeps whole weights for its backward pass

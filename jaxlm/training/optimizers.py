@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -97,14 +96,14 @@ def make(
     if all(frozen(p) for p in flat):
         raise ValueError("optim.freeze: every parameter is frozen; nothing would be trained")
 
-    def matrix(path: str) -> bool:  # biases of heads or experts have two dimensions too
-        return flat[path].is_matrix and not path.endswith("bias")
+    def matrix(path: str) -> bool:
+        return flat[path].is_matrix and not flat[path].is_bias
 
     def decays(path: str) -> bool:
         return matrix(path) and not spared(path)
 
     def group(path: str) -> str:
-        if path.endswith("selection_bias"):
+        if flat[path].role == "selection_bias":
             return "balance"
         hidden = "layers" in flat[path].axes and matrix(path)
         return "muon" if c.name == "muon" and hidden and not to_adamw(path) else "adamw" if c.name == "muon" else c.name
@@ -129,9 +128,6 @@ def make(
     return Optimizer(wrap(tx, steps), rate, lambda path: not frozen(path), groups)
 
 
-LOOKED_UP = re.compile(r"(.*/)?(embed|position|type)(_|$)")
-
-
 def depth_scales(c: config.Optim, specs: Any) -> Any:
     """What each weight's updates are multiplied by for its height: embeddings, the layers of a stack, heads.
 
@@ -143,7 +139,7 @@ def depth_scales(c: config.Optim, specs: Any) -> Any:
 
     def one(path: str, s: Spec) -> Any:
         if s.axes[:1] != ("layers",):
-            if not LOOKED_UP.match(path):
+            if not s.below_layers:
                 return 1.0
             return 0.0 if c.top_layers is not None else c.layer_decay ** (deepest + 1)
         n = s.shape[0]

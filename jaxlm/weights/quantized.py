@@ -178,7 +178,8 @@ def specs(s: Spec, ins: int, outs: int, kind: str) -> Any:
     made = jax.eval_shape(partial(KINDS[kind], ins=ins, outs=outs), jax.ShapeDtypeStruct(s.shape, jnp.float32))
     if not isinstance(made, dict):
         return s._replace(dtype=made.dtype)
-    return {name: Spec(x.shape, _axes(name, x.shape, s.axes, outs), zeros, x.dtype) for name, x in made.items()}
+    axes = {name: _axes(name, x.shape, s.axes, outs) for name, x in made.items()}
+    return {name: Spec(x.shape, axes[name], zeros, x.dtype, s.role) for name, x in made.items()}
 
 
 def bound(held: dict[str, Any], outs: int) -> Any:

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from jaxlm.core import tree
 from jaxlm.core.spec import Spec, is_spec
 from jaxlm.core.weight_names import Name
+from jaxlm.nn.family import Family
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,20 @@ class Site:
         return self.spec.axes[self.lead + self.ins :]
 
 
-def matrices(family: ModuleType, c: Any) -> dict[str, Site]:
-    """Every matrix of the layers but routers, which stay exact."""
+def matrices(family: Family, c: Any) -> dict[str, Site]:
+    """Returns every matrix of the layers but routers, which stay exact."""
     names = family.names(c)
     return {
-        path: Site(path, s, names[path].ins, names[path])
+        path: Site(path, s, ins, names[path])
         for path, s in tree.flatten(family.specs(c), is_spec).items()
-        if s.axes[:1] == ("layers",) and names[path].ins is not None and "router" not in s.axes
+        if s.axes[:1] == ("layers",) and (ins := names[path].ins) is not None and s.role in ("matrix", "absorbed")
     }
 
 
 def chosen(every: Mapping[str, Site], patterns: Sequence[str]) -> dict[str, Site]:
-    """Those that a pattern is found in (`all`: every one). Left out are experts, which go through no `einsum`, and what
-    makes keys and values of latents, which decoding multiplies in another order."""
-    may = {path: s for path, s in every.items() if not s.experts and not path.endswith(("/k_b", "/v_b"))}
+    """Returns those that a pattern is found in (`all`: every one). Left out are experts, which go through no `einsum`,
+    and absorbed matrices, which decoding multiplies in another order."""
+    may = {path: s for path, s in every.items() if not s.experts and s.spec.role != "absorbed"}
     if tuple(patterns) == ("all",):
         return may
     wanted = tree.matcher(patterns, may, "adapter.targets")

@@ -22,6 +22,7 @@ from jaxlm.core.spec import Spec, stacked, zeros
 from jaxlm.core.weight_names import fused, linear, same, vector
 from jaxlm.formats import hf_sidecars, huggingface, safetensors, shards
 from jaxlm.models import MODELS, bert, gpt2, llama
+from jaxlm.nn.family import Files
 from jaxlm.nn.layout import Layout
 from jaxlm.runtime.mesh import make_mesh
 
@@ -67,9 +68,7 @@ TOY = SimpleNamespace(
     to_hf=lambda c: {"model_type": "toy", "architectures": ["ToyForCausalLM"]},
     from_hf=lambda values: SimpleNamespace(tied=values["tie_word_embeddings"] + 0),
     MODEL_TYPES=("toy",),
-    PREFIX="model.",
-    TIED={"model.again.weight": "model.wte.weight"},
-    IGNORED=(r".*\.inv_freq",),
+    FILES=Files(prefixes=("model.",), ignored=(r".*\.inv_freq",), tied={"model.again.weight": "model.wte.weight"}),
     generates=True,
     kind="decoder",
 )
@@ -428,6 +427,7 @@ from pathlib import Path
 from jaxlm.core import config, weight_names
 from jaxlm.formats import huggingface, safetensors
 from jaxlm.models import llama
+from jaxlm.nn.family import Files
 from jaxlm.nn.layout import Layout
 from jaxlm.runtime.mesh import make_mesh
 folder, mesh = Path(sys.argv[1]), make_mesh(config.Mesh(fsdp=-1, tensor=2)) if jax.device_count() > 1 else None
@@ -479,6 +479,7 @@ from pathlib import Path
 from jaxlm.core import config, tree
 from jaxlm.formats import huggingface, shards
 from jaxlm.models import llama
+from jaxlm.nn.family import Files
 from jaxlm.nn.layout import Layout
 from jaxlm.runtime import processes
 from jaxlm.runtime.mesh import make_mesh

@@ -244,12 +244,12 @@ def test_a_head_is_there_if_its_tensor_is():
     for values in (FLAN_BASE, today, MT5_SMALL, MT5_SMALL | dict(tie_word_embeddings=True)):
         c = t5.from_hf(values)
         assert (c.tied, c.scaled) == (False, False)
-        assert t5.settle(c, {"lm_head.weight"}) == c
-        alone = t5.settle(c, {"shared.weight"})
+        assert t5.infer_from_files(c, {"lm_head.weight"}) == c
+        alone = t5.infer_from_files(c, {"shared.weight"})
         assert (alone.tied, alone.scaled) == (True, False)
-        assert t5.settle(t5.from_hf(t5.to_hf(alone)), {"shared.weight"}) == alone
-    assert "head_bias" in bart.specs(bart.settle(bart.from_hf(BART_LARGE), {"final_logits_bias"}))
-    assert "head_bias" not in bart.specs(bart.settle(bart.from_hf(BART_LARGE), {"model.shared.weight"}))
+        assert t5.infer_from_files(t5.from_hf(t5.to_hf(alone)), {"shared.weight"}) == alone
+    assert "head_bias" in bart.specs(bart.infer_from_files(bart.from_hf(BART_LARGE), {"final_logits_bias"}))
+    assert "head_bias" not in bart.specs(bart.infer_from_files(bart.from_hf(BART_LARGE), {"model.shared.weight"}))
 
 
 def test_old_files_that_hold_an_embedding_several_times_are_read(tmp_path):

@@ -10,14 +10,14 @@ import optax
 import pytest
 
 from jaxlm.core import config, spec, tree
-from jaxlm.core.spec import Spec, fan_in, normal, ones, stacked
+from jaxlm.core.spec import Spec, fan_in, normal, ones, stacked, table
 from jaxlm.models import llama
 from jaxlm.nn.layout import Layout
 from jaxlm.runtime.mesh import make_mesh, on_mesh, replicated
 from jaxlm.training import optimizers, step
 
 SPECS = {
-    "embed": Spec((24, 16), ("vocab", "embed"), normal(1)),
+    "embed": table(24, 16, normal(1), "vocab"),
     "blocks": stacked(
         3,
         {

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -14,7 +13,8 @@ import optax
 from jaxlm.core import spec as weights
 from jaxlm.core import tree
 from jaxlm.core.config import Adapter
-from jaxlm.core.spec import is_spec, stacked
+from jaxlm.core.spec import Role, is_spec, stacked
+from jaxlm.nn.family import Family
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 from jaxlm.runtime.mesh import platform
@@ -25,8 +25,11 @@ from jaxlm.weights.sites import Site, chosen, matrices
 PROMPTS = ("prompt", "p_tuning")
 
 
-# Methods that train weights of the model itself: what their paths' last parts hold.
-OWN = {"bitfit": "bias", "norms": "norm"}
+# Methods that train weights of the model itself: the roles of those.
+OWN: dict[str, tuple[Role, ...]] = {
+    "bitfit": ("bias", "norm_bias", "selection_bias"),
+    "norms": ("norm", "norm_bias"),
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Adapted:
     """A family's model with what a run adds to it."""
 
     c: Adapter
-    family: ModuleType
+    family: Family
     config: Any
 
     @cached_property
@@ -81,12 +84,15 @@ class Adapted:
             own |= {"shared": held} if (held := METHODS[c.method].shared(c, self.sites)) else {}
         if self.places:
             own["prompt"] = prompt.specs(c, self.config.width)
-        if c.method in OWN and not any(self._own(path) for path in tree.flatten(self.base, is_spec)):
-            raise ValueError(f"adapter.method: {c.method}: this model has no {OWN[c.method]}; choose another method")
+        if c.method in OWN and not self._own:
+            raise ValueError(f"adapter.method: {c.method}: this model has no {OWN[c.method][0]}; choose another method")
         return out | ({"adapter": own} if own else {})
 
-    def _own(self, path: str) -> bool:
-        return OWN[self.c.method] in path.rpartition("/")[2]
+    @cached_property
+    def _own(self) -> set[str]:
+        """Returns the paths of the model's own weights that the method trains."""
+        roles = OWN.get(self.c.method, ())
+        return {path for path, s in tree.flatten(self.base, is_spec).items() if s.role in roles}
 
     def trainable(self, path: str) -> bool:
         """Whether a weight is. What is neither the model's nor the adapter's, a task's head, always is."""
@@ -95,7 +101,7 @@ class Adapted:
         if path.startswith("adapter/"):
             frozen = getattr(METHODS.get(self.c.method), "FROZEN", ())
             return not path.startswith("adapter/shared/") and path.rpartition("/")[2] not in frozen
-        if self.c.method in OWN and self._own(path):
+        if path in self._own:
             return True
         return path.split("/")[0] not in self.base
 

@@ -7,7 +7,7 @@ import jax
 from flax import struct
 
 from jaxlm.core.config import Adapter
-from jaxlm.core.spec import Spec, fan_in, zeros
+from jaxlm.core.spec import Spec, bias, fan_in, zeros
 from jaxlm.nn.layers import ACTIVATIONS, add_bias
 from jaxlm.nn.layout import Layout
 from jaxlm.weights.sites import Site
@@ -60,9 +60,9 @@ def specs(c: Adapter, s: Site) -> dict[str, Spec]:
         raise ValueError(f"adapter.reduction: {c.reduction} leaves nothing of width {D}; choose at most {D}")
     return dict(
         down=Spec((D, N), ("embed", None), fan_in(0)),
-        down_bias=Spec((N,), (None,), zeros),
+        down_bias=bias(N),
         up=Spec((N, D), (None, "embed"), zeros),
-        up_bias=Spec((D,), (None,), zeros),
+        up_bias=bias(D),
     )
 
 

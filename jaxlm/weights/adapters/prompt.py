@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm.core.config import Adapter
-from jaxlm.core.spec import Spec, fan_in, normal, zeros
+from jaxlm.core.spec import Spec, bias, fan_in, normal
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.mask import EVERYONE
 
@@ -46,9 +46,9 @@ def specs(c: Adapter, width: int) -> dict[str, Spec]:
         return table
     n, w = c.hidden or width, fan_in(0)
     return table | dict(
-        w1=Spec((width, n), (None, None), w), b1=Spec((n,), (None,), zeros),
-        w2=Spec((n, n), (None, None), w), b2=Spec((n,), (None,), zeros),
-        w3=Spec((n, width), (None, None), w), b3=Spec((width,), (None,), zeros),
+        w1=Spec((width, n), (None, None), w), b1=bias(n),
+        w2=Spec((n, n), (None, None), w), b2=bias(n),
+        w3=Spec((n, width), (None, None), w), b3=bias(width),
     )  # fmt: skip
 
 

@@ -1,0 +1,152 @@
+"""What a family of architectures must have: Protocols that the modules in `models/` satisfy, and their configs' base.
+
+They stand below `models` because whatever takes a family is typed by them, adapters and file formats too.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import jax
+
+from jaxlm.core.weight_names import Name
+from jaxlm.nn.cache import Cache
+from jaxlm.nn.layers import Output
+from jaxlm.nn.layout import Layout
+from jaxlm.nn.losses import Readout
+from jaxlm.nn.moe import Moe
+
+Kind = Literal["decoder", "encoder", "encoder_decoder"]
+Batch = Mapping[str, Any]
+"""Arrays `[B, T]` by name; see `Family.forward`."""
+Key = jax.Array | None
+"""A key turns dropout on; None is evaluation."""
+
+
+class ModelConfig:
+    """The base of every family's `Config`, a frozen dataclass: what a family doesn't have reads as the neutral value.
+
+    These are no dataclass fields, so a config has just the fields that its family declares.
+    """
+
+    vocab: int
+    layers: int
+    width: int
+    heads: int
+    positions: int | None = None
+    """Longest sequence; None: no limit."""
+    tied: bool = True
+    """The head is the embedding."""
+    head: bool = True
+    """The model predicts tokens: it has a head, of its own or tied."""
+    types: int = 0
+    """Segment (token type) embeddings; 0: none."""
+    pooler: bool = False
+    """A dense layer on the first token: the weights `pooler` and `pooler_bias`."""
+    window: int | None = None
+    """Sliding-window attention over this many positions, in the layers that `windowed` names."""
+    windowed: tuple[bool, ...] = (True,)
+    """Which layers the window holds for, as a pattern that repeats."""
+    moe: Moe | None = None
+    """The layers' mixture of experts."""
+    decoder_start: int | None = None
+    """Id of the token that an encoder-decoder's targets begin after; None: it has none of its own."""
+    model_type: str = ""
+    """What published files of this model call its architecture."""
+
+    @property
+    def target_start(self) -> int:
+        """The token that an encoder-decoder's targets begin after. ValueError: the model has none of its own."""
+        if self.decoder_start is None:
+            raise ValueError("model.decoder_start: this model has none; set the id that its targets begin after")
+        return self.decoder_start
+
+
+def _unchanged(c: Any, tensors: Collection[str]) -> Any:
+    return c
+
+
+@dataclass(frozen=True)
+class Files:
+    """How published files of a family may differ from what its table of names and their config.json say."""
+
+    prefixes: tuple[str, ...] = ()
+    """What names of the bare model's files leave out; several: any of them."""
+    ignored: tuple[str, ...] = ()
+    """Patterns of tensors that say nothing."""
+    tied: Mapping[str, str] = field(default_factory=dict)
+    """Names of copies, and of the tensor that each must equal."""
+    infer_from_files: Callable[[Any, Collection[str]], Any] = _unchanged
+    """(config, names of the files' tensors) → config with the heads that the files have."""
+
+
+class Published(Protocol):
+    """What reading and writing published files asks of a family."""
+
+    @property
+    def MODEL_TYPES(self) -> tuple[str, ...]:
+        """What config.json calls the architectures; empty: there are no such files."""
+
+    @property
+    def FILES(self) -> Files: ...
+
+    def names(self, c: Any, /) -> Mapping[str, Name]:
+        """Returns where each of our weights stands in the files, by our paths."""
+
+    def from_hf(self, values: dict[str, Any], /) -> Any:
+        """Returns the `Config` that a config.json describes. ValueError: it can't be done exactly."""
+
+    def to_hf(self, c: Any, /) -> dict[str, Any]:
+        """Returns what config.json says of the architecture. ValueError: its `model_type` can't express this model."""
+
+
+class Family(Published, Protocol):
+    """An architecture family: a module of functions of its `Config`, `c`, and its weights' `specs`."""
+
+    @property
+    def Config(self) -> type[ModelConfig]:
+        """The frozen dataclass of shapes and switches; every field has a default."""
+
+    @property
+    def kind(self) -> Kind: ...
+
+    @property
+    def generates(self) -> bool:
+        """Whether each position predicts the next token."""
+
+    def attention_width(self, c: Any, /) -> int:
+        """Returns layers × heads × head width, which attention's FLOPs grow with."""
+
+    def specs(self, c: Any, /) -> dict[str, Any]:
+        """Returns the weights as a tree of `Spec`; layers are stacked. ValueError: sizes don't fit each other."""
+
+    def forward(
+        self,
+        c: Any,
+        specs: Any,
+        params: Any,
+        batch: Batch,
+        *,
+        shard: Layout,
+        key: Key = None,
+        cache: Cache | None = None,
+    ) -> Output:
+        """Computes the last layer's states of a batch.
+
+        `batch`: arrays `[B, T]` by name: `tokens`, `positions`, `segments` …; an encoder-decoder's other side in
+        `source`, `source_segments` and `source_positions`. With a `cache` the tokens are read after those it holds.
+        """
+
+    def readout(self, c: Any, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layout) -> Readout:
+        """Returns what the vocabulary's logits are made of. ValueError: the model has no head."""
+
+    def init_cache(self, c: Any, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
+        """Returns an empty cache for rows of `length`. `slack`: tokens that one call may add beyond the first.
+
+        ValueError: the family doesn't generate.
+        """
+
+
+def no_cache(c: Any, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
+    """Refuses a cache: the `init_cache` of families that don't generate."""
+    raise ValueError("model: an encoder has no cache, because it generates nothing; choose a model that does")

@@ -1,0 +1,87 @@
+"""The roles that weights state: they decide what decays, what Muon and adapters take, and what rests in few bits."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.hf_rows import ROWS
+
+from jaxlm.core import config, spec, tree
+from jaxlm.models import MODELS
+from jaxlm.training import optimizers
+from jaxlm.weights import sites
+from jaxlm.weights.adapters import adapted
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "hf"
+DEFAULTS = {f"{name} by default": name for name in MODELS}
+CASES = [*ROWS, *DEFAULTS]
+
+
+def specs_of(name: str):
+    """(family, config, flat specs) of a published row, or of a family's defaults with every bias it may have."""
+    if name in ROWS:
+        with np.load(GOLDEN / f"{name}.npz") as golden:
+            values = json.loads(str(golden["config"]))
+        family = next(f for f in MODELS.values() if values["model_type"] in f.MODEL_TYPES)
+        c = family.from_hf(values)
+    else:
+        family = MODELS[DEFAULTS[name]]
+        switches = [f.name for f in dataclasses.fields(family.Config) if f.name.endswith("bias")]
+        c = dataclasses.replace(family.Config(), **dict.fromkeys(switches, True))
+    return family, c, tree.flatten(family.specs(c), spec.is_spec)
+
+
+def role_by_name(path: str) -> str:
+    """The role that the last part of a weight's path tells."""
+    last = path.rpartition("/")[2]
+    if last in ("selection_bias", "router", "head"):
+        return last
+    if last.endswith("bias"):
+        return "norm_bias" if "norm" in last else "bias"
+    if last in ("k_b", "v_b"):
+        return "absorbed"
+    if last in ("embed", "position", "type"):
+        return "table"
+    return "norm" if "norm" in last else "matrix"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_roles_agree_with_names(name):
+    _, _, flat = specs_of(name)
+    assert {path: s.role for path, s in flat.items()} == {path: role_by_name(path) for path in flat}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_decided_by_roles_is_what_names_would_decide(name):
+    """By names as they were read before weights stated a role: runs of that time must go on as they began."""
+    family, c, flat = specs_of(name)
+    matrices = {p for p, s in flat.items() if len(s.shape) - ("layers" in s.axes) >= 2 and not p.endswith("bias")}
+    hidden = {p for p in matrices if "layers" in flat[p].axes}
+    balanced = {p for p in flat if p.endswith("selection_bias")}
+    groups = optimizers.make(config.Optim(name="muon", warmup=1), 10, family.specs(c)).groups
+    assert {p for p, g in groups.items() if not g.endswith("no decay")} == matrices
+    assert {p for p, g in groups.items() if g.startswith("muon")} == hidden
+    assert {p for p, g in groups.items() if g.startswith("balance")} == balanced
+
+    below = {p for p in flat if re.match(r"(.*/)?(embed|position|type)(_|$)", p) and "layers" not in flat[p].axes}
+    scales = tree.flatten(optimizers.depth_scales(config.Optim(layer_decay=0.5), family.specs(c)))
+    deepest = max(s.shape[0] for s in flat.values() if s.axes[0] == "layers")
+    assert {p for p, x in scales.items() if np.min(x) == 0.5 ** (deepest + 1)} == below
+
+    names = family.names(c)
+    layered = {p for p, s in flat.items() if s.axes[0] == "layers" and names[p].ins is not None}
+    assert set(sites.matrices(family, c)) == {p for p in layered if "router" not in flat[p].axes}
+    targets = {p for p in layered if "experts" not in flat[p].axes and "router" not in flat[p].axes}
+    found = sites.chosen(sites.matrices(family, c), ("all",))
+    assert set(found) == {p for p in targets if not p.endswith(("/k_b", "/v_b"))}
+    for method, part in {"bitfit": "bias", "norms": "norm"}.items():
+        adapter = adapted.Adapted(config.Adapter(method), family, c)
+        assert {p for p in flat if adapter.trainable(p)} == {p for p in flat if part in p.rpartition("/")[2]}
+
+
+def test_stacking_keeps_the_role():
+    layer = dict(norm=spec.norm(4), bias=spec.bias((2, 3), "heads", None), w=spec.Spec((4, 4), (None, None), spec.ones))
+    assert {n: s.role for n, s in spec.stacked(3, layer).items()} == dict(norm="norm", bias="bias", w="matrix")
