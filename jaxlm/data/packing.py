@@ -97,9 +97,8 @@ class Packed:
 def packed(cache: Cache, seq_len: int, *, document_mask: bool = True) -> Packed:
     """Concatenates the documents and splits them into windows of seq_len + 1 tokens.
 
-    Windows overlap by one token, so that every token but the first is a target once.
-
-    Without `document_mask` a window is one segment.
+    Windows overlap by one token, so that every token but the first is a target once. Without
+    `document_mask` a window is one segment.
     """
     if seq_len < 1:
         raise ValueError(f"seq_len={seq_len} must be at least 1")
@@ -157,7 +156,6 @@ class Pairs:
 def pairs(cache: Cache, length: int, seed: int = 0) -> Pairs:
     """Cuts documents into pairs for next-sentence prediction, of at most `length` tokens together.
 
-    Each record holds `first` int32 [a], `second` int32 [b], a + b <= length, `is_next` int32.
     Half of the time `second` follows `first` in its document, else it comes from a random place in another document.
     Raises ValueError if there are fewer than two documents that can be split.
     """
