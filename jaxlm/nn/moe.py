@@ -189,6 +189,36 @@ def start(x_BTD: jax.Array, shard: Layout) -> Tally:
     return Tally(zero_B, zero_B)
 
 
+@dataclass(frozen=True)
+class MoeChoice:
+    """A MoeChoice says how a mixture's experts are computed, and how tokens reach those of other devices."""
+
+    capacity: float | None
+    """The places of an expert as a multiple of an equal share; None: it computes on as many rows as it has."""
+    matmul: grouped_matmul.GroupedMatmulChoice
+    """How experts without a capacity multiply rows."""
+    devices: int
+    """How many devices share the experts."""
+    exchange: expert_parallel.ExchangeChoice | None
+    """How tokens travel to those devices; None: every device has all tokens."""
+
+    def describe(self) -> str:
+        """Returns the choice as people read it."""
+        how = self.matmul.description if self.capacity is None else f"capacity {self.capacity:g}"
+        if self.devices == 1:
+            return how
+        if self.exchange is None:
+            return f"{how}; every device has all tokens"
+        return f"{how}; tokens travel ({self.exchange.describe()})"
+
+
+def choose(c: Moe, layout: Layout, mesh: jax.sharding.Mesh | None) -> MoeChoice:
+    """Returns how a mixture is computed by this layout on this mesh."""
+    devices = 1 if mesh is None else mesh.shape["expert"]
+    travels = devices > 1 and "expert" in layout.over("batch")
+    return MoeChoice(c.capacity, grouped_matmul.choose(), devices, expert_parallel.choose() if travels else None)
+
+
 def _routed(
     c: Moe, p: dict, x_BTD: jax.Array, real_BT: jax.Array, shard: Layout, act: expert_ffn.Gated
 ) -> tuple[jax.Array, Tally]:

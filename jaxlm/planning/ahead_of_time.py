@@ -59,7 +59,6 @@ def batch_of(p: programs.Program) -> dict[str, Any]:
 class Compiled:
     run: config.Run
     target: Target
-    notes: dict[str, str]
     sizes: dict[str, int]
     cost: Cost
     module: hlo.Module
@@ -95,7 +94,7 @@ def compile_step(run: config.Run, t: Target) -> Compiled:
     between = min(found.hbm, roofline.cost(p, t).hbm)
     timed = roofline.combine(replace(found, hbm=between), t, sizes)
     warnings = tuple(x for x in said.splitlines() if "rematerialization" in x.lower())
-    return Compiled(run, t, p.notes, sizes, replace(timed, hbm=found.hbm), module, seconds, warnings, p, compiled)
+    return Compiled(run, t, sizes, replace(timed, hbm=found.hbm), module, seconds, warnings, p, compiled)
 
 
 def text_of(compiled: Any) -> str:

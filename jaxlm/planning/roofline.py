@@ -96,7 +96,7 @@ def hidden(axes: tuple[str, ...], t: Target) -> bool:
 def cost(p: program.Program, t: Target, attention: str | None = None) -> Cost:
     """`attention`: flash or splash (fused kernels that skip what causality hides), cudnn, xla; None: the program's."""
     sizes = dict(p.mesh.shape) if p.mesh is not None else {}
-    shape = _Step(p, sizes, attention or p.notes["attention"].split(" ", 1)[0], t)
+    shape = _Step(p, sizes, attention or p.choices.attention.implementation, t)
     found = Cost(
         memory=shape.memory(), flops=shape.flops(), hbm=shape.hbm(), flows=tuple(shape.flows()),
         tokens=p.run.train.batch_size * p.run.train.seq_len, model_flops=p.flops_per_token(), bubble=shape.bubble,
