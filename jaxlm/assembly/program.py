@@ -151,12 +151,12 @@ class Program:
 
     def train_step(self) -> Any:
         """The jitted `(state, batch) → (state, metrics)`, state donated; `.lower(…).compile()` it."""
-        c, places, host = self.run.optim, None, "optimizer" in self.run.execution.offload
+        c, shardings, host = self.run.optim, None, "optimizer" in self.run.execution.offload
         if self.mesh is not None:
-            places = step.Places.of(self.run.mesh.zero, *self._homes, self.optimizer)
+            shardings = step.UpdateShardings.of(self.run.mesh.zero, *self._homes, self.optimizer)
         f = step.make_train_step(
             self.loss, self.objective.totals, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema,
-            places=places, host=host,
+            shardings=shardings, host=host,
         )  # fmt: skip
         out = (self.state_shardings, None)
         return jax.jit(f, donate_argnums=0, out_shardings=out, compiler_options=self.compiler_options or None)
