@@ -72,7 +72,7 @@ def ours(name: str, remat: str, keep: Path) -> dict[str, Any]:
     m = made.executable.memory_analysis()
     return figures(made.module) | {
         "arguments": m.argument_size_in_bytes, "temporaries": m.temp_size_in_bytes, "seconds": made.seconds,
-        "accessed": made.executable.cost_analysis()["bytes accessed"], "attention": made.notes["attention"],
+        "accessed": made.executable.cost_analysis()["bytes accessed"], "attention": made.program.notes["attention"],
         "warnings": made.warnings, "jax": environment.environment()["versions"]["jax"],
     }  # fmt: skip
 

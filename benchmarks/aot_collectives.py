@@ -70,7 +70,7 @@ def compiled(devices: list[Any], way: str) -> dict[str, Any]:
         homes = step.shardings(specs, weights, optimizer, False, replicated(mesh), moments)
         train = step.make_train_step(
             lambda p, b, k: causal.loss(causal.Config(), model, p, b, k), causal.totals, optimizer, seed=0, clip=1.0,
-            ema=0.0, places=step.Places.of(mesh_config.zero, weights, moments, optimizer),
+            ema=0.0, shardings=step.UpdateShardings.of(mesh_config.zero, weights, moments, optimizer),
         )  # fmt: skip
         home = batch_sharding(layout, mesh, (micro, B // micro, T), T)
         kinds = dict(tokens=jnp.int32, positions=jnp.int32, segments=jnp.int32, targets=jnp.int32, weights=jnp.float32)

@@ -65,7 +65,7 @@ def main() -> int:
                 arrays += c.sent / (2 if c.kind == "all-reduce" else 1)
         theory = 3 * 2 * sum(map(math.prod, layers)) * (fsdp - 1) / fsdp
         whole = [b for b in made.module.buffers(50) if dimensions(b.shape) in layers]
-        rows.append([case, made.notes["attention"].split()[0], arrays / theory,
+        rows.append([case, made.program.choices.attention.implementation, arrays / theory,
                      sum(sent.values()) / theory, *(sent[k] / 1e9 for k in KINDS),
                      sum(made.cost.memory.values()) / 1e9,
                      made.module.estimated_cycles / 1e9, len(whole), len(made.warnings), made.seconds])  # fmt: skip

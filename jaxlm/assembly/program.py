@@ -9,19 +9,18 @@ from typing import Any, cast
 import jax
 import numpy as np
 
+from jaxlm.assembly import choices
+from jaxlm.assembly.choices import Choices
 from jaxlm.assembly.run_objective import BoundObjective, bind_run
 from jaxlm.core import config, registry, spec, tree
 from jaxlm.data import loader, packing
 from jaxlm.models import MODELS
 from jaxlm.models.model import Model
-from jaxlm.nn import attention, block_stack, context_parallel, expert_parallel, pipeline, remat
-from jaxlm.nn.kernels import grouped_matmul
+from jaxlm.nn import pipeline
 from jaxlm.nn.layout import Layout, batch_sharding, check_batch
-from jaxlm.nn.mask import Mask
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.objectives.objective import DeviceBatch, ExampleReader, Objective, Sums, TextPairs, Tokenizer
 from jaxlm.runtime import compiler_options as compiler
-from jaxlm.runtime import device_order, processes
 from jaxlm.runtime import mesh as meshes
 from jaxlm.training import optimizers, step
 from jaxlm.weights.adapters import adapted
@@ -41,10 +40,15 @@ class Program:
     adapter: adapted.Adapted
     objective: BoundObjective
     optimizer: optimizers.Optimizer
-    notes: dict[str, str]
-    """Choices that were made and why: printed once and stored in the run."""
+    choices: Choices
+    """The choices that were made, and why."""
     compiler_options: dict[str, compiler.Option] = dataclasses.field(default_factory=dict)
     """Of the train step."""
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Returns the choices as people read them: printed once and stored in the run."""
+        return self.choices.describe()
 
     @property
     def tokens(self) -> Tokenizer:
@@ -147,12 +151,12 @@ class Program:
 
     def train_step(self) -> Any:
         """The jitted `(state, batch) → (state, metrics)`, state donated; `.lower(…).compile()` it."""
-        c, places, host = self.run.optim, None, "optimizer" in self.run.execution.offload
+        c, shardings, host = self.run.optim, None, "optimizer" in self.run.execution.offload
         if self.mesh is not None:
-            places = step.Places.of(self.run.mesh.zero, *self._homes, self.optimizer)
+            shardings = step.UpdateShardings.of(self.run.mesh.zero, *self._homes, self.optimizer)
         f = step.make_train_step(
             self.loss, self.objective.totals, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema,
-            places=places, host=host,
+            shardings=shardings, host=host,
         )  # fmt: skip
         out = (self.state_shardings, None)
         return jax.jit(f, donate_argnums=0, out_shardings=out, compiler_options=self.compiler_options or None)
@@ -216,51 +220,11 @@ def program(run: config.Run, tokens: Any, template: str | None = None) -> Progra
     specs = adapter.specs() | heads
     layout.shardings(specs, mesh, layout.moments)  # refuses what doesn't divide, before any data is touched
     layout.check_sharded(specs, mesh, run.mesh.replicated, LARGE)
-    parts = layout.ways("seq", mesh)
-    implementation, why = attention.choose(
-        run.execution.attention, Mask(family.generates, common=adapter.common), False, None, run.execution.dtype,
-        split=run.mesh.context_by if parts > 1 else "", lengths=(run.train.seq_len, run.train.seq_len),
-    )  # fmt: skip
-    on = meshes.devices()
-    notes = {
-        "devices": f"{len(on)} × {on[0].device_kind}",
-        "mesh": "one device" if mesh is None else " × ".join(f"{a} {n}" for a, n in mesh.shape.items() if n > 1),
-        "attention": f"{implementation} ({why})",
-        "precision": f"float32 weights, {run.execution.dtype} compute",
-        "layers": ("scanned" if block_stack.scanned(layout) else "unrolled") + f", remat {run.execution.remat}",
-    }
-    remat.remat_policy(run.execution)  # refuses what can't be offloaded
-    if run.execution.offload:
-        meshes.check_host_memory(on[0])
-        notes["offload"] = f"{', '.join(run.execution.offload)} to the host's memory"
-    if run.model.moe is not None:
-        how = grouped_matmul.way()[1] if run.model.moe.capacity is None else f"capacity {run.model.moe.capacity:g}"
-        notes["experts"] = how
-        if mesh is not None and mesh.shape["expert"] > 1:
-            sent, why = expert_parallel.way()
-            travels = "expert" in layout.over("batch")
-            notes["experts"] += f"; tokens travel ({sent}: {why})" if travels else "; every device has all tokens"
-    if mesh is not None and (told := device_order.describe_crossing(mesh)):
-        notes["slices"] = told
-    if mesh is not None and mesh.shape["fsdp"] > 1:
-        kept = ("the optimizer's state", "gradients", "weights")[: run.mesh.zero]
-        notes["fsdp"] = f"shards {', '.join(kept)} (ZeRO {run.mesh.zero})"
-    if parts > 1:
-        notes["context"] = context_parallel.told(layout, parts)
-    if (piped := pipeline.checked(layout, mesh, adapter.base, run.train)) is not None:
-        notes["pipeline"] = piped
-    if launcher := processes.describe_launcher():
-        notes["processes"] = launcher
-    model = Model(family, run.model, adapter.base | heads, layout, adapter if adapter.changes else None)
     own = optimizer(run, specs, adapter)
-    if adapter.changes:
-        notes["adapter"] = adapter.told(specs, own.trainable)
-    for group in sorted(set(own.groups.values())):
-        notes[f"optimizer: {group}"] = "on " + " ".join(p for p, g in own.groups.items() if g == group)
-    asked = compiler.options(run.execution.flags, meshes.local_device())
-    if asked:
-        notes["flags"] = compiler.format_options(asked)
-    return Program(run, mesh, layout, specs, model, adapter, objective, own, notes, asked)
+    options = compiler.options(run.execution.flags, meshes.local_device())
+    made = choices.choose(run, family, layout, mesh, specs, adapter, own, options)
+    model = Model(family, run.model, adapter.base | heads, layout, adapter if adapter.changes else None)
+    return Program(run, mesh, layout, specs, model, adapter, objective, own, made, options)
 
 
 def optimizer(run: config.Run, specs: Any, adapter: adapted.Adapted) -> optimizers.Optimizer:

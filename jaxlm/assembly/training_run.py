@@ -28,7 +28,7 @@ from jaxlm.objectives.objective import DeviceBatch
 from jaxlm.runtime import mesh, processes
 from jaxlm.runtime.chips import peak_flops
 from jaxlm.runtime.watchdog import Watchdog
-from jaxlm.training import loop, report
+from jaxlm.training import loop, report, run_logs
 from jaxlm.training.environment import write_environment
 from jaxlm.training.log import RunLog, read_lines
 from jaxlm.training.progress import Meter, Progress
@@ -347,7 +347,7 @@ def _finish(p: programs.Program, end: loop.Outcome, sample: Callable[[int, Any],
     skipped = sum(line.get("finite") == 0 for line in read_lines(run.folder / "metrics.jsonl"))
     if skipped:
         print(f"{skipped} updates were left out because their loss or gradient was not finite")
-    if found := report.gain(report.read(run.folder)):
+    if found := run_logs.gain(run_logs.read(run.folder)):
         note = f"step {found['step']} beside the model it starts from, {found['resamples']:,} resamples"
         print(bootstrap.table(found["figures"], note, ("after", "before")))
     log.event(end.step, "end", reason=end.reason, best=end.best, skipped=skipped)

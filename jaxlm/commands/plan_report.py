@@ -24,7 +24,7 @@ OVERLAP = (
 def plan_one(run: config.Run, t: Target, compiling: bool) -> tuple[dict[str, Any], bool]:
     """Plans a run on a target and prints it; returns (figures, whether it fits). The change that helps most is found by
     arithmetic either way."""
-    p, compiled = ahead_of_time.laid_out(run, t), None
+    p, compiled = ahead_of_time.program_for(run, t), None
     sizes = dict(p.mesh.shape) if p.mesh is not None else {}
     cost = roofline.cost(p, t)
     if compiling:

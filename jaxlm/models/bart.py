@@ -170,7 +170,7 @@ def _stack(
             return x_BTD if c.norm_first else norm(p, name, x_BTD), found
 
         x_BTD, now = part(x_BTD, "norm1", lambda h: attention_layers.self_attention(
-            p, h, rows["mask"], shard=shard, cache=cache, kept=attention_layers.own(kept)))  # fmt: skip
+            p, h, rows["mask"], shard=shard, cache=cache, kept=attention_layers.without_source(kept)))  # fmt: skip
         if look is not None:
             x_BTD, seen = part(x_BTD, "norm_cross", lambda h: look(p, h, rows, kept=kept))
             now = now and now | seen

@@ -156,8 +156,9 @@ def _stack(
         k1, k2, k3 = layers.subkeys(key, 3)
         h_BTD = layers.rms_norm(x_BTD, p["norm1"], c.eps)
         a_BTD, now = attention_layers.self_attention(
-            p, h_BTD, rows["mask"], shard=shard, scale=1.0, bias=bias, cache=cache, kept=attention_layers.own(kept)
-        )
+            p, h_BTD, rows["mask"], shard=shard, scale=1.0, bias=bias, cache=cache,
+            kept=attention_layers.without_source(kept),
+        )  # fmt: skip
         x_BTD += layers.dropout(a_BTD, c.dropout, k1)
         if look is not None:
             a_BTD, seen = look(p, layers.rms_norm(x_BTD, p["norm_cross"], c.eps), rows, kept=kept)

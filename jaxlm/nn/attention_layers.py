@@ -1,4 +1,4 @@
-"""Self-attention and cross-attention with their projections, biases, caches and relative positions."""
+"""Provides self-attention and cross-attention with their projections, biases, caches and relative positions."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlm.nn import rope
 from jaxlm.nn.attention import attend
-from jaxlm.nn.cache import SLOTS, Cache, remember, ring
+from jaxlm.nn.cache import SLOTS, Cache, num_slots, remember
 from jaxlm.nn.layers import project
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.mask import Mask
@@ -32,10 +32,11 @@ def self_attention(
     cache: Cache | None = None,
     kept: Any = None,
 ) -> tuple[jax.Array, Any]:
-    """`[B, T, D]` → `[B, T, D]` and what the layer's cache keeps.
+    """Applies self-attention to `[B, T, D]`; returns `[B, T, D]` and what the layer's cache stores from now on.
 
-    Weights q (D H C), k and v (D K C), o (H C D) with their biases; q_norm and k_norm (over what their shape covers),
-    `sinks` (H). `sin_cos` from `rope.table`; `bias(mask, T, S)` gives `bias_BHTS` of positions.
+    `p` holds the weights q (D H C), k and v (D K C), o (H C D) with their biases; q_norm and k_norm (over the
+    dimensions of their shape), and `sinks` (H). `sin_cos` comes from `rope.table`; `bias(mask, T, S)` returns the
+    `bias_BHTS` of positions; `kept` is what the layer's cache stores so far.
     """
     q_BTHC = project(p, "q", "btd,dhc->bthc", x_BTD, shard, "batch", "seq", "heads", None)
     k_BTKC = project(p, "k", "btd,dkc->btkc", x_BTD, shard, "batch", "seq", "kv", None)
@@ -45,11 +46,11 @@ def self_attention(
         q_BTHC, k_BTKC = norm(q_BTHC, p["q_norm"]), norm(k_BTKC, p["k_norm"])
     if sin_cos is not None:
         q_BTHC, k_BTKC = rope.rotate(q_BTHC, sin_cos), rope.rotate(k_BTKC, sin_cos)
-    seen, mask, kept = remember(kept, dict(k=k_BTKC, v=v_BTKC), mask, cache)
-    k_BSKC, v_BSKC = seen["k"].astype(q_BTHC.dtype), seen["v"].astype(q_BTHC.dtype)
+    visible, mask, kept = remember(kept, dict(k=k_BTKC, v=v_BTKC), mask, cache)
+    k_BSKC, v_BSKC = visible["k"].astype(q_BTHC.dtype), visible["v"].astype(q_BTHC.dtype)
     bias_BHTS = None if bias is None else bias(mask, q_BTHC.shape[1], k_BSKC.shape[1])
     if hasattr(p["k"], "keys_PKC"):
-        k_BSKC, v_BSKC = _after(p["k"].keys_PKC, k_BSKC, shard), _after(p["k"].values_PKC, v_BSKC, shard)
+        k_BSKC, v_BSKC = _prepend(p["k"].keys_PKC, k_BSKC, shard), _prepend(p["k"].values_PKC, v_BSKC, shard)
         mask = dataclasses.replace(mask, common=p["k"].keys_PKC.shape[0])
         bias_BHTS = None if bias_BHTS is None else jnp.pad(bias_BHTS, ((0, 0), (0, 0), (0, 0), (mask.common, 0)))
     a_BTHC = attend(
@@ -60,15 +61,15 @@ def self_attention(
     return project(p, "o", "bthc,hcd->btd", a_BTHC, shard, "batch", "seq", None), kept
 
 
-def _after(first_PKC: jax.Array, x_BSKC: jax.Array, shard: Layout) -> jax.Array:
-    """`[B, P + S, K, C]`: what is the same for all rows, then the rows' own."""
-    home = ("batch", None, "kv", None)
-    front = jnp.broadcast_to(first_PKC[None].astype(x_BSKC.dtype), (x_BSKC.shape[0], *first_PKC.shape))
-    return jnp.concatenate([shard(front, *home), shard(x_BSKC, *home)], 1)
+def _prepend(first_PKC: jax.Array, x_BSKC: jax.Array, shard: Layout) -> jax.Array:
+    """Returns `[B, P + S, K, C]`: keys or values that all rows share, then each row's own."""
+    axes = ("batch", None, "kv", None)
+    shared_BPKC = jnp.broadcast_to(first_PKC[None].astype(x_BSKC.dtype), (x_BSKC.shape[0], *first_PKC.shape))
+    return jnp.concatenate([shard(shared_BPKC, *axes), shard(x_BSKC, *axes)], 1)
 
 
-def own(kept: dict[str, jax.Array] | None) -> dict[str, jax.Array] | None:
-    """What a decoder's layer keeps of its own tokens, without what it keeps of the source."""
+def without_source(kept: dict[str, jax.Array] | None) -> dict[str, jax.Array] | None:
+    """Returns what a decoder's layer stores of its own tokens, without what it stores of the source."""
     return kept and {name: x for name, x in kept.items() if not name.startswith("cross_")}
 
 
@@ -81,12 +82,11 @@ def cross_attention(
     scale: float | None = None,
     kept: dict[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`[B, T, D]` that looks at another sequence, `memory`, in segments of the same number → what it saw, and its keys,
-    values and segments to keep. Without a memory it looks at what an earlier call kept.
+    """Applies attention from `[B, T, D]` to another sequence, `memory`, in segments of the same number.
 
-    `rows`: `mask` of its own sequence, `memory` `[B, S, D]` or None, and `source_segments` of that.
-
-    Weights cross_q, cross_k, cross_v, cross_o with their biases.
+    Returns `[B, T, D]`, and the memory's keys, values and segments to store in a cache. Without a memory it attends to
+    what an earlier call stored. `rows` holds `mask` of the queries' own sequence, `memory` `[B, S, D]` or None, and
+    `source_segments` of the memory. `p` holds the weights cross_q, cross_k, cross_v, cross_o with their biases.
     """
     memory_BSD, segments_BT, segments_BS = rows["memory"], rows["mask"].segments_BT, rows["source_segments"]
     q_BTHC = project(p, "cross_q", "btd,dhc->bthc", x_BTD, shard, "batch", "seq", "heads", None)
@@ -104,29 +104,29 @@ def cross_attention(
         at_T, at_S = jnp.arange(q_BTHC.shape[1]), jnp.arange(k_BSKC.shape[1])
     if segments_BT is None:
         segments_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
-    # Padding has no source to look at; any key will do, and the first one is always there.
+    # Padding has no source to attend to, but a softmax needs a key: the first one always exists.
     first_B1 = shard(segments_BS, "batch", None)[:, :1]
     segments_BT = jnp.where(segments_BT > 0, segments_BT, first_B1)
     mask = Mask(False, None, segments_BT, segments_BS, at_T=at_T, at_S=at_S)
     dtype = q_BTHC.dtype
     a_BTHC = attend(q_BTHC, k_BSKC.astype(dtype), v_BSKC.astype(dtype), mask, shard=shard, scale=scale)
     a_BTHC = named(a_BTHC, "attended", shard)
-    keep = dict(cross_k=k_BSKC, cross_v=v_BSKC, cross_segments=segments_BS)
+    cross_cache = dict(cross_k=k_BSKC, cross_v=v_BSKC, cross_segments=segments_BS)
     if kept is not None:
-        keep = {n: jnp.moveaxis(x, 1, SLOTS.get(n, 1)) for n, x in keep.items()}
-        keep = {n: x if n == "cross_segments" else x.astype(kept["k"].dtype) for n, x in keep.items()}
-    return project(p, "cross_o", "bthc,hcd->btd", a_BTHC, shard, "batch", "seq", None), keep
+        cross_cache = {n: jnp.moveaxis(x, 1, SLOTS.get(n, 1)) for n, x in cross_cache.items()}
+        cross_cache = {n: x if n == "cross_segments" else x.astype(kept["k"].dtype) for n, x in cross_cache.items()}
+    return project(p, "cross_o", "bthc,hcd->btd", a_BTHC, shard, "batch", "seq", None), cross_cache
 
 
 def relative_buckets(distance: jax.Array, buckets: int, longest: int, both_ways: bool) -> jax.Array:
-    """Bucket of each distance, key's place minus query's (Raffel et al. 2020, section 2.1).
+    """Returns the bucket of each distance, the key's position minus the query's (Raffel et al. 2020, section 2.1).
 
     Near keys have a bucket each, farther ones share them on a logarithmic scale, and all from `longest` on the last.
     Keys ahead have half of the buckets for themselves if `both_ways`, else bucket 0.
     """
     side = buckets // 2 if both_ways else buckets
     near, d = side // 2, np.arange(longest + 1, dtype=np.int32)
-    # A table made by the host: a logarithm that is off by its last bit moves a distance into the next bucket.
+    # The host makes a table, as a logarithm that is off by its last bit moves a distance into the next bucket.
     share = np.log(np.maximum(d, 1).astype(np.float32) / np.float32(near)) / np.float32(math.log(longest / near))
     far = near + (share * np.float32(side - near)).astype(np.int32)
     table = jnp.asarray(np.where(d < near, d, np.minimum(far, side - 1)).astype(np.int32))
@@ -138,32 +138,36 @@ def relative_buckets(distance: jax.Array, buckets: int, longest: int, both_ways:
 def relative_bias(
     table_NH: jax.Array, mask: Mask, T: int, S: int, *, longest: int, both_ways: bool, shard: Layout
 ) -> jax.Array:
-    """`bias_BHTS` (B = 1) by how far a key is from its query, from T5's table of N buckets. Places have no gaps."""
-    t_T, s_S = mask.places(0, T, 0, S)
-    # All distances on a circle: 0, 1 … S - 1, then the negative ones up to -1. Row t of the bias is the circle turned
-    # by t, which the reshape does: its rows are one shorter than what is laid end to end.
+    """Returns `bias_BHTS` (B = 1) by a key's distance from its query, from T5's table of N buckets.
+
+    Positions must follow each other without gaps.
+    """
+    t_T, s_S = mask.positions(0, T, 0, S)
+    # All distances lie on a circle: 0, 1 … S - 1, then the negative ones up to -1. Row t of the bias is the circle
+    # turned by t. The reshape turns it, as its rows are one shorter than the circles that are laid end to end.
     n = jnp.arange(T + S, dtype=jnp.int32)
     distance = s_S[0] - t_T[0] + jnp.where(n < S, n, n - (T + S))
     buckets_N = relative_buckets(distance, table_NH.shape[0], longest, both_ways)
     table_HN = shard(jnp.asarray(table_NH, jnp.float32), None, "heads").T
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.are_all_axes_explicit:
-        line_HN = table_HN.at[:, buckets_N].get(out_sharding=shard.spec(("heads", None)))
+        circle_HN = table_HN.at[:, buckets_N].get(out_sharding=shard.spec(("heads", None)))
     else:
-        line_HN = table_HN[:, buckets_N]
-    H = line_HN.shape[0]
-    turned_HN = jnp.broadcast_to(line_HN[:, None], (H, T, T + S)).reshape(H, T * (T + S))[:, : T * (T + S - 1)]
+        circle_HN = table_HN[:, buckets_N]
+    H = circle_HN.shape[0]
+    turned_HN = jnp.broadcast_to(circle_HN[:, None], (H, T, T + S)).reshape(H, T * (T + S))[:, : T * (T + S - 1)]
     return shard(turned_HN.reshape(H, T, T + S - 1)[None, :, :, :S], None, "heads", "seq", None)
 
 
 def kv_cache(
-    kinds: Sequence[int | None], rows: int, length: int, heads: int, width: int, dtype: Any, slack: int = 0
+    windows: Sequence[int | None], batch_size: int, length: int, heads: int, width: int, dtype: Any, slack: int = 0
 ) -> list[dict]:
-    """Empty keys and values of layers with such windows (None: the whole row), for `attention.empty_cache`.
+    """Returns empty keys and values of layers with these windows (None: the whole row), for `cache.empty_cache`.
 
-    `slack`: tokens that one call may read on by, beyond the first, without losing what its window still needs.
+    `slack` says how many tokens beyond the first one call may read without losing what its window still needs.
     """
-    sizes = [ring(window, length, slack) for window in kinds]
+    sizes = [num_slots(window, length, slack) for window in windows]
     return [
-        dict(k=jnp.zeros((rows, heads, width, n), dtype), v=jnp.zeros((rows, heads, n, width), dtype)) for n in sizes
+        dict(k=jnp.zeros((batch_size, heads, width, n), dtype), v=jnp.zeros((batch_size, heads, n, width), dtype))
+        for n in sizes
     ]

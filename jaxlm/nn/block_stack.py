@@ -1,4 +1,4 @@
-"""Running a model's layers: scanned or unrolled, recomputed, cached, and over pipeline stages."""
+"""Runs a model's layers: scanned or unrolled, recomputed, cached, and over pipeline stages."""
 
 import dataclasses
 import itertools
@@ -16,12 +16,15 @@ from jaxlm.nn.layout import Layout, own_einsum
 from jaxlm.nn.remat import named, remat_policy
 from jaxlm.runtime.mesh import platform
 
-# (weights, x, what else belongs to its rows, dropout key, kind of layer, what its cache keeps) → (x, what it keeps)
+# (weights, x, what else belongs to its rows, dropout key, kind of layer, its cache) → (x, its new cache)
 Block = Callable[[Any, Any, Any, jax.Array | None, Any, Any], tuple[Any, Any]]
 
 
 def scanned(shard: Layout) -> bool:
-    """Whether layers are a loop. XLA runs a loop's body slower on a CPU: unrolled, a forward took 0.6 of the time."""
+    """Returns whether layers are a loop of the program; by default they are, but on a CPU.
+
+    XLA runs a loop's body slower on a CPU: unrolled, a forward pass took 0.6 of the time.
+    """
     choice = shard.execution.scan
     return platform() != "cpu" if choice is None else choice
 
@@ -38,51 +41,51 @@ def run_blocks(
     kinds: Sequence[Any] | None = None,
     cache: Cache | None = None,
 ) -> tuple[Any, Cache | None]:
-    """Apply layers in order, scanned or unrolled, with remat by name → (x, cache with what the layers keep).
+    """Applies layers in order, scanned or unrolled, with remat by name; returns (x, cache with what the layers store).
 
     `params` is one tree of weights stacked along their first axis, or a tuple of trees, one a layer. `rows` holds all
     arrays `[B, …]` that blocks need besides `x`: they may be handed a part of the rows, so no block may take such from
-    elsewhere. `kinds` says what differs between layers but their weights (a window, no rotation); it is static. A
-    scan's body holds one period of the kinds. With a cache layers are always unrolled: a scan would copy the whole
-    cache for each token. On a mesh with stages each has its part of the layers, but for a stack of fewer layers than
-    stages, and with a cache: then all stages compute the same.
+    elsewhere. `kinds` says how layers differ apart from their weights (a window, no rotation); it is static. A scan's
+    body holds one period of the kinds. With a cache layers are always unrolled: a scan would copy the whole cache for
+    each token. On a mesh with stages each stage runs its part of the layers. With a cache, and where a stack has fewer
+    layers than stages, all stages compute the same.
     """
-    split = isinstance(params, tuple)
-    n = len(params) if split else jax.tree.leaves(params)[0].shape[0]
+    separate = isinstance(params, tuple)
+    n = len(params) if separate else jax.tree.leaves(params)[0].shape[0]
     kinds = [None] * n if kinds is None else list(kinds)
     assert len(kinds) == n
     keys: Any = None if key is None else jax.random.split(key, n)
 
-    def layer(kind: Any, x: Any, rows: Any, p: Any, k: Any, kept: Any) -> tuple[Any, Any]:
+    def layer(kind: Any, x: Any, rows: Any, p: Any, k: Any, layer_cache: Any) -> tuple[Any, Any]:
         x = jax.tree.map(lambda a: named(a, "input", shard), x)
-        return block(_gathered(p, specs, shard), x, rows, k, kind, kept)
+        return block(_gathered(p, specs, shard), x, rows, k, kind, layer_cache)
 
-    again: Any = lambda f, **_: f  # noqa: E731
+    rematerialized: Any = lambda f, **_: f  # noqa: E731
     if cache is None and (shard.execution.remat != "none" or shard.gathers):
-        again = partial(jax.checkpoint, policy=remat_policy(shard.execution), prevent_cse=not scanned(shard))
-    if cache is None and not split and 1 < pipeline.stages() <= n:
-        each = pipeline.depth(pipeline.stages(), shard.mesh.rounds, kinds)
+        rematerialized = partial(jax.checkpoint, policy=remat_policy(shard.execution), prevent_cse=not scanned(shard))
+    if cache is None and not separate and 1 < pipeline.stages() <= n:
+        stage_depth = pipeline.depth(pipeline.stages(), shard.mesh.rounds, kinds)
 
         def stage(params: Any, x: Any, rows: Any, keys: Any) -> Any:
-            return _in_order(layer, kinds[:each], x, rows, params, keys, shard)
+            return _in_order(layer, kinds[:stage_depth], x, rows, params, keys, shard)
 
-        stage = again(stage)  # all of a stage's layers are computed again, from what the stage was handed
-        return pipeline.run(stage, each, params, x, rows, keys, shard=shard), None
-    layer = again(layer, static_argnums=0)
-    if cache is None and not split:
+        stage = rematerialized(stage)  # all of a stage's layers are computed again, from what the stage was handed
+        return pipeline.run(stage, stage_depth, params, x, rows, keys, shard=shard), None
+    layer = rematerialized(layer, static_argnums=0)
+    if cache is None and not separate:
         return _in_order(layer, kinds, x, rows, params, keys, shard), None
-    kept = []
+    stored = []
     for i in range(n):
-        p = params[i] if split else jax.tree.map(lambda w, i=i: w[i], params)
-        x, now = layer(
+        p = params[i] if separate else jax.tree.map(lambda w, i=i: w[i], params)
+        x, updated = layer(
             kinds[i], x, rows, p, None if keys is None else keys[i], None if cache is None else cache.layers[i]
         )
-        kept.append(now)
-    return x, None if cache is None else cache.replace(layers=tuple(kept), fresh=False)
+        stored.append(updated)
+    return x, None if cache is None else cache.replace(layers=tuple(stored), fresh=False)
 
 
 def _in_order(layer: Any, kinds: Sequence[Any], x: Any, rows: Any, params: Any, keys: Any, shard: Layout) -> Any:
-    """Stacked layers one after another, scanned or unrolled; `keys` is None or one a layer."""
+    """Applies stacked layers one after another, scanned or unrolled; `keys` is None or one a layer."""
     n = len(kinds)
     if not scanned(shard):
         for i in range(n):
@@ -115,35 +118,44 @@ def run_stacks(
     key: jax.Array | None,
     cache: Cache | None = None,
 ) -> tuple[Any, Cache | None]:
-    """`run_blocks` over (params, specs, kinds) one after another: layers whose weights differ in shape."""
-    kept: tuple = ()
+    """Applies stacks of layers one after another, each given as (params, specs, kinds).
+
+    Layers of different stacks have weights of different shapes. Arguments and results are those of `run_blocks`.
+    """
+    stored: tuple = ()
     for (params, specs, kinds), k in zip(stacks, subkeys(key, len(stacks)), strict=True):
-        part = None if cache is None else cache.replace(layers=cache.layers[len(kept) : len(kept) + len(kinds)])
+        part = None if cache is None else cache.replace(layers=cache.layers[len(stored) : len(stored) + len(kinds)])
         x, part = run_blocks(block, params, specs, x, rows, shard=shard, key=k, kinds=kinds, cache=part)
-        kept += () if part is None else part.layers
-    return x, None if cache is None else cache.replace(layers=kept, fresh=False)
+        stored += () if part is None else part.layers
+    return x, None if cache is None else cache.replace(layers=stored, fresh=False)
 
 
 def layout_of(s: Spec, shard: Layout) -> Layout:
-    """The layout that a layer's weight is used by. Routers stay float32: a rounded score sends tokens elsewhere."""
+    """Returns the layout by which a layer's weight is used.
+
+    Routers stay float32: rounding a score would send tokens to other experts.
+    """
     if "router" not in s.axes:
         return shard
     return dataclasses.replace(shard, execution=dataclasses.replace(shard.execution, dtype="float32"))
 
 
 def _gathered(params: Any, specs: Any, shard: Layout) -> Any:
-    """Weights as a block uses them."""
+    """Returns weights as a block uses them."""
     return jax.tree.map(lambda w, s: layout_of(s, shard).gather(w, s), params, specs, is_leaf=own_einsum)
 
 
 def stretches(kinds: Sequence[Any]) -> list[tuple[int, int, int]]:
-    """(first layer, end, period) of each loop over layers: one for a repeating pattern and one for what it leaves over;
-    where nothing repeats, one for each run of equal layers."""
+    """Returns (first layer, end, period) of each loop over layers.
+
+    A repeating pattern has one loop, and what it leaves over another; where nothing repeats, each run of equal layers
+    has one.
+    """
     n = len(kinds)
     for period in range(1, n // 2 + 1):
         if all(kinds[i] == kinds[i % period] for i in range(n)):
-            whole = n // period * period
-            return [(0, whole, period)] + ([(whole, n, n - whole)] if whole < n else [])
+            repeated = n // period * period
+            return [(0, repeated, period)] + ([(repeated, n, n - repeated)] if repeated < n else [])
     ends = list(itertools.accumulate(len(list(run)) for _, run in itertools.groupby(kinds)))
     return [(a, b, 1) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
@@ -154,7 +166,7 @@ def repeated(pattern: Sequence[Any], n: int) -> list[Any]:
 
 
 def pattern(values: Sequence[Any]) -> tuple[Any, ...]:
-    """The shortest prefix that, repeated, gives all of them: (a, b, a, b, a) → (a, b)."""
+    """Returns the shortest prefix that, repeated, gives all of the values: (a, b, a, b, a) → (a, b)."""
     for n in range(1, len(values)):
         if all(v == values[i % n] for i, v in enumerate(values)):
             return tuple(values[:n])

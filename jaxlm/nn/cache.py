@@ -1,4 +1,4 @@
-"""The keys and values of tokens that a model has read, so that decoding reads each token once."""
+"""Holds the keys and values of tokens that a model has read, so that decoding reads each token once."""
 
 import dataclasses
 
@@ -8,37 +8,45 @@ from flax import struct
 
 from jaxlm.nn.mask import Mask
 
-# Axis of the slots in kept arrays of these names: keys rest as [B, K, C, S] and values as [B, K, S, C], which the
-# products over slots read in place. As [B, S, K, C] they were transposed for each token: 7 times as long on a CPU at
-# 16 rows and 512 slots.
+# The axis of the slots in stored arrays of these names: keys rest as [B, K, C, S] and values as [B, K, S, C], which the
+# products over slots read in place. As [B, S, K, C] they were transposed for each token, which took 7 times as long on
+# a CPU at 16 rows and 512 slots.
 SLOTS = {"k": 3, "v": 2, "cross_k": 3, "cross_v": 2}
 
 
 class Cache(struct.PyTreeNode):
-    """What a model remembers of the tokens it has read. Rows are padded on the left, so all write to the same slot."""
+    """A Cache holds what a model remembers of the tokens it has read.
+
+    Rows are padded on the left, so all of them write to the same slot.
+    """
 
     layers: tuple[dict[str, jax.Array], ...]
-    """Of each layer, arrays `[B, slots, …]`, or with slots on the axis that `SLOTS` says. Fewer slots than the longest
-    row make a ring, for sliding windows."""
+    """The arrays of each layer: `[B, slots, …]`, or with slots on the axis that `SLOTS` names. Fewer slots than the
+    longest row make a ring, for sliding windows."""
     end: jax.Array
-    """Slots filled: where the next token goes."""
+    """The number of slots filled, which is where the next token goes."""
     real_BS: jax.Array
-    """Which places hold tokens; the others are padding."""
+    """Whether a position holds a token; the others are padding."""
     fresh: bool = struct.field(pytree_node=False, default=True)
-    """Nothing was read yet, so new tokens need to look at nothing but themselves."""
+    """Whether nothing was read yet, so that new tokens attend to nothing but themselves."""
 
 
-def empty_cache(layers: list[dict[str, jax.Array]], rows: int, length: int) -> Cache:
-    return Cache(tuple(layers), jnp.zeros((), jnp.int32), jnp.zeros((rows, length), bool))
+def empty_cache(layers: list[dict[str, jax.Array]], batch_size: int, length: int) -> Cache:
+    """Returns a cache that has read nothing, around the empty arrays of each layer, for rows of up to `length`
+    tokens."""
+    return Cache(tuple(layers), jnp.zeros((), jnp.int32), jnp.zeros((batch_size, length), bool))
 
 
-def ring(window: int | None, length: int, slack: int = 0) -> int:
-    """Slots a layer needs for rows of `length`: the window, and what one call may write before it looks (`slack`)."""
+def num_slots(window: int | None, length: int, slack: int = 0) -> int:
+    """Returns the slots a layer needs for rows of `length`: the window, and what one call may write ahead (`slack`)."""
     return length if window is None else min(length, window + slack)
 
 
 def read_on(cache: Cache | None, segments_BT: jax.Array | None, shape: tuple[int, ...]) -> Cache | None:
-    """The cache as it stands once `shape` = (B, T) new tokens are in it, all but its layers. Once a forward pass."""
+    """Returns the cache as it stands once `shape` = (B, T) new tokens are in it, all but its layers.
+
+    A forward pass calls it once. Without a cache it returns None.
+    """
     if cache is None:
         return None
     real_BT = jnp.ones(shape, bool) if segments_BT is None else segments_BT > 0
@@ -47,45 +55,47 @@ def read_on(cache: Cache | None, segments_BT: jax.Array | None, shape: tuple[int
 
 
 def remember(
-    kept: dict[str, jax.Array] | None, new: dict[str, jax.Array], mask: Mask, cache: Cache | None
+    stored: dict[str, jax.Array] | None, new: dict[str, jax.Array], mask: Mask, cache: Cache | None
 ) -> tuple[dict[str, jax.Array], Mask, dict[str, jax.Array] | None]:
-    """Write a layer's new keys and values (`[B, T, …]`) → (what queries look at, with which mask, what is kept).
+    """Writes a layer's new keys and values, `[B, T, …]`, to its cache.
 
-    `cache` comes from `read_on`. Without a cache: the new ones alone, and nothing is kept.
+    Returns what the queries attend to, with which mask, and what the layer stores from now on. `cache` comes from
+    `read_on`. Without a cache queries attend to the new keys alone, and nothing is stored. Raises ValueError where a
+    ring of slots is too small for the tokens of one call.
     """
-    if cache is None or kept is None:
+    if cache is None or stored is None:
         return new, mask, None
-    name, first = next(iter(kept.items()))
+    name, first = next(iter(stored.items()))
     T, size, length = new[name].shape[1], first.shape[SLOTS.get(name, 1)], cache.real_BS.shape[1]
     start = cache.end - T
     if not cache.fresh and size < length and mask.window is not None and size < mask.window + T - 1:
         raise ValueError(f"cache: {T} tokens at once overwrite a window of {mask.window} in a ring of {size} slots")
-    kept = {name: _write(kept[name], x, start, length, SLOTS.get(name, 1)) for name, x in new.items()}
+    stored = {name: _write(stored[name], x, start, length, SLOTS.get(name, 1)) for name, x in new.items()}
     if cache.fresh:
-        return new, mask, kept
+        return new, mask, stored
     slots = jnp.arange(size)
     at_S = slots if size == length else cache.end - 1 - (cache.end - 1 - slots) % size
     real_BS = cache.real_BS if size == length else jnp.take(cache.real_BS, jnp.maximum(at_S, 0), axis=1)
     ones_BT = jnp.ones((real_BS.shape[0], T), jnp.int32)
     at_T = start + jnp.arange(T)
-    seen = {name: jnp.moveaxis(x, SLOTS.get(name, 1), 1) for name, x in kept.items()}
+    visible = {name: jnp.moveaxis(x, SLOTS.get(name, 1), 1) for name, x in stored.items()}
     return (
-        seen,
+        visible,
         dataclasses.replace(
             mask, segments_BT=ones_BT, segments_BS=real_BS.astype(jnp.int32), prefix_BS=None, at_T=at_T, at_S=at_S
         ),
-        kept,
+        stored,
     )
 
 
-def _write(kept: jax.Array, new: jax.Array, start: jax.Array, length: int, axis: int) -> jax.Array:
-    new = jnp.moveaxis(new, 1, axis).astype(kept.dtype)
-    T, size = new.shape[axis], kept.shape[axis]
+def _write(stored: jax.Array, new: jax.Array, start: jax.Array, length: int, axis: int) -> jax.Array:
+    new = jnp.moveaxis(new, 1, axis).astype(stored.dtype)
+    T, size = new.shape[axis], stored.shape[axis]
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.are_all_axes_explicit:  # a cache is born whole; its first tokens say how it is sharded
-        kept = jax.reshard(kept, jax.typeof(new).sharding.spec)
+        stored = jax.reshard(stored, jax.typeof(new).sharding.spec)
     if size == length or T == 1:
-        return jax.lax.dynamic_update_slice_in_dim(kept, new, start % size, axis)
+        return jax.lax.dynamic_update_slice_in_dim(stored, new, start % size, axis)
     n = min(T, size)
-    places = (slice(None),) * axis + ((start + T - n + jnp.arange(n)) % size,)
-    return kept.at[places].set(jax.lax.slice_in_dim(new, T - n, T, axis=axis))
+    slots = (slice(None),) * axis + ((start + T - n + jnp.arange(n)) % size,)
+    return stored.at[slots].set(jax.lax.slice_in_dim(new, T - n, T, axis=axis))

@@ -1,4 +1,4 @@
-"""What decoders of Llama's kind share: specs, caches, the head, and how their published files spell all that.
+"""Holds what decoders of Llama's kind share: specs, caches, the head, and how their published files spell all that.
 
 Each family writes its blocks and its `forward` out in its own file.
 D model width, H heads, K key/value heads, C head width, F ffn width.

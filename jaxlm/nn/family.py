@@ -1,4 +1,4 @@
-"""What a family of architectures must have: Protocols that the modules in `models/` satisfy, and their configs' base.
+"""Declares what a family of architectures must have: Protocols of the modules in `models/`, and a base of configs.
 
 They stand below `models` because whatever takes a family is typed by them, adapters and file formats too.
 """
@@ -24,7 +24,7 @@ Key = jax.Array | None
 
 
 class ModelConfig:
-    """The base of every family's `Config`, a frozen dataclass: what a family doesn't have reads as the neutral value.
+    """A ModelConfig is the base of every family's `Config`: what a family doesn't have reads as the neutral value.
 
     These are no dataclass fields, so a config has just the fields that its family declares.
     """
@@ -68,7 +68,7 @@ def _unchanged(c: Any, tensors: Collection[str]) -> Any:
 
 @dataclass(frozen=True)
 class Files:
-    """How published files of a family may differ from what its table of names and their config.json say."""
+    """A Files says how published files of a family differ from what its table of names and their config.json say."""
 
     prefixes: tuple[str, ...] = ()
     """What names of the bare model's files leave out; several: any of them."""
@@ -81,14 +81,15 @@ class Files:
 
 
 class Published(Protocol):
-    """What reading and writing published files asks of a family."""
+    """A Published family can read and write published files."""
 
     @property
     def MODEL_TYPES(self) -> tuple[str, ...]:
-        """What config.json calls the architectures; empty: there are no such files."""
+        """Returns what config.json calls the architectures; empty where there are no such files."""
 
     @property
-    def FILES(self) -> Files: ...
+    def FILES(self) -> Files:
+        """Returns how the files differ from the table of names."""
 
     def names(self, c: Any, /) -> Mapping[str, Name]:
         """Returns where each of our weights stands in the files, by our paths."""
@@ -101,18 +102,19 @@ class Published(Protocol):
 
 
 class Family(Published, Protocol):
-    """An architecture family: a module of functions of its `Config`, `c`, and its weights' `specs`."""
+    """A Family is an architecture: a module of functions of its `Config`, `c`, and its weights' `specs`."""
 
     @property
     def Config(self) -> type[ModelConfig]:
-        """The frozen dataclass of shapes and switches; every field has a default."""
+        """Returns the frozen dataclass of shapes and switches; every field has a default."""
 
     @property
-    def kind(self) -> Kind: ...
+    def kind(self) -> Kind:
+        """Returns whether it is a decoder, an encoder or both."""
 
     @property
     def generates(self) -> bool:
-        """Whether each position predicts the next token."""
+        """Returns whether each position predicts the next token."""
 
     def attention_width(self, c: Any, /) -> int:
         """Returns layers × heads × head width, which attention's FLOPs grow with."""

@@ -1,4 +1,4 @@
-"""What Transformers are made of.
+"""Holds the layers that Transformers share: norms, embeddings, dropout, projections and feed-forward networks.
 
 B batch, T query position, S key position, D model width, H heads, K key/value heads, C head width, V vocabulary.
 """
@@ -19,18 +19,18 @@ from jaxlm.nn.remat import named
 
 
 class Output(struct.PyTreeNode):
-    """What a model's `forward` returns."""
+    """An Output is what a model's `forward` returns."""
 
     x_BTD: jax.Array
-    """The last layer's output, normalised: what `readout` and task heads take."""
+    """The last layer's output, normalised, which `readout` and task heads take."""
     aux_B: jax.Array | None = None
     """Auxiliary loss of each row, a mean over its tokens with its coefficients applied (a router's balance)."""
     cache: Cache | None = None
     shown_B: dict[str, jax.Array] | None = None
-    """Figures of each row to show by name, means over its tokens (the share that found no place at an expert)."""
+    """Figures of each row to show by name, as means over its tokens (the share of choices that an expert dropped)."""
 
 
-# By the names that published configurations use.
+# The keys are the names that published configurations use.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
@@ -42,52 +42,58 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def layer_norm(x_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, eps: float) -> jax.Array:
-    """In float32 whatever the compute dtype (Ba et al. 2016)."""
+    """Normalises to mean 0 and variance 1, in float32 whatever the compute dtype (Ba et al. 2016)."""
     x = x_BTD.astype(jnp.float32)
     mean = jnp.mean(x, -1, keepdims=True)
     x -= mean
     y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps)
-    wide = (1,) * (x.ndim - 1) + (-1,)
-    y *= scale_D.reshape(wide).astype(jnp.float32)
+    shape = (1,) * (x.ndim - 1) + (-1,)
+    y *= scale_D.reshape(shape).astype(jnp.float32)
     if bias_D is not None:
-        y += bias_D.reshape(wide).astype(jnp.float32)
+        y += bias_D.reshape(shape).astype(jnp.float32)
     return y.astype(x_BTD.dtype)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Over the dimensions of `scale`, in float32 whatever the compute dtype (Zhang & Sennrich 2019)."""
-    over = tuple(range(-scale.ndim, 0))
-    wide = x.astype(jnp.float32)
-    y = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), over, keepdims=True) + eps)
+    """Normalises to mean square 1 over the dimensions of `scale`, in float32 whatever the compute dtype (Zhang &
+    Sennrich 2019)."""
+    axes = tuple(range(-scale.ndim, 0))
+    x32 = x.astype(jnp.float32)
+    y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axes, keepdims=True) + eps)
     return (y * scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape).astype(jnp.float32)).astype(x.dtype)
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """Adds a bias to the last dimensions of `x`, in the dtype of `x`."""
     return x + bias.reshape((1,) * (x.ndim - bias.ndim) + bias.shape).astype(x.dtype)
 
 
 def embed(table_VD: Any, ids_BT: jax.Array, shard: Layout, rows: str | None = "vocab") -> jax.Array:
-    """Rows of a table, in the compute dtype. The table stays float32 so that repeated tokens' gradients add up exactly.
+    """Looks rows of a table up, in the compute dtype.
 
-    `rows` is the logical axis of the table's rows: None for positions and token types.
+    The table stays float32 so that repeated tokens' gradients add up exactly. `rows` is the logical axis of the table's
+    rows: None for positions and token types.
     """
     if hasattr(table_VD, "virtual"):
         x_BTD = embed(table_VD.base, jnp.minimum(ids_BT, table_VD.shape[0] - 1), shard, rows)
         return table_VD.virtual(x_BTD, ids_BT, shard)
-    cut = _by_width(shard, table_VD.shape[1])
-    table_VD, ids_BT = cut(table_VD, rows, "width"), cut(ids_BT, "batch", "seq")
+    by_width = _by_width(shard, table_VD.shape[1])
+    table_VD, ids_BT = by_width(table_VD, rows, "width"), by_width(ids_BT, "batch", "seq")
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.are_all_axes_explicit:
-        x_BTD = table_VD.at[ids_BT].get(out_sharding=cut.spec(("batch", "stream", "width")))
+        x_BTD = table_VD.at[ids_BT].get(out_sharding=by_width.spec(("batch", "stream", "width")))
     else:
-        x_BTD = cut(jnp.take(table_VD, ids_BT, axis=0), "batch", "stream", "width")
+        x_BTD = by_width(jnp.take(table_VD, ids_BT, axis=0), "batch", "stream", "width")
     return shard(x_BTD.astype(shard.dtype), "batch", "stream", None)
 
 
 def _by_width(shard: Layout, width: int) -> Layout:
-    """Where the devices that share a table cut it by its width, a layout in which each looks its part of the width up
-    for the batch rows of all of them: an all-to-all of the results then stands for gathering the table, and the table's
-    gradient is never whole on any device."""
+    """Returns a layout in which each device looks its part of the width up for the batch rows of all devices that share
+    the table.
+
+    That holds where these devices cut the table by its width, else it returns `shard`. An all-to-all of the results
+    then stands for gathering the table, and the table's gradient is never whole on any device.
+    """
     mesh, batch, stored = jax.sharding.get_abstract_mesh(), shard.over("batch"), shard.over("embed", shard.store)
     if mesh.empty or not set(stored) & set(batch):
         return shard
@@ -98,7 +104,7 @@ def _by_width(shard: Layout, width: int) -> Layout:
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zero a share `rate` and scale the rest; without a key (evaluation) the identity."""
+    """Zeroes a share `rate` of the elements and scales the rest; without a key (evaluation) it is the identity."""
     if key is None or rate == 0:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
@@ -106,12 +112,13 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def subkeys(key: jax.Array | None, n: int) -> list[jax.Array | None]:
-    """`n` dropout keys, or `n` times None in evaluation."""
+    """Returns `n` dropout keys, or `n` times None in evaluation."""
     return [None] * n if key is None else list(jax.random.split(key, n))
 
 
 def project(p: dict, name: str, eq: str, x: jax.Array, shard: Layout, *axes: str | None) -> jax.Array:
-    """`x` times the weight `name`, plus `name_bias` where the model has one, and what an adapter makes of it."""
+    """Multiplies `x` by the weight `name`, adds `name_bias` where the model has one, and lets an adapter change the
+    result."""
     y = shard.einsum(eq, x, p[name], *axes)
     y = named(add_bias(y, p[f"{name}_bias"]) if f"{name}_bias" in p else y, name, shard)
     return p[name].after(y, shard) if hasattr(p[name], "after") else y
@@ -126,13 +133,16 @@ def pooled(p: dict, specs: Any, x_BTD: jax.Array, shard: Layout) -> jax.Array:
 
 
 def mlp(p: dict, x_BTD: jax.Array, activation: str, shard: Layout) -> jax.Array:
-    """up (D F), activation, down (F D); with `gate` (D F) the activated gate times up (Shazeer 2020)."""
-    act = ACTIVATIONS[activation]
+    """Applies a feed-forward network: up (D F), activation, down (F D).
+
+    With `gate` (D F) the activated gate multiplies up (Shazeer 2020).
+    """
+    activate = ACTIVATIONS[activation]
     up_BTF = project(p, "up", "btd,df->btf", x_BTD, shard, "batch", "seq", "ffn")
     if "gate" in p:
-        h_BTF = act(project(p, "gate", "btd,df->btf", x_BTD, shard, "batch", "seq", "ffn")) * up_BTF
+        h_BTF = activate(project(p, "gate", "btd,df->btf", x_BTD, shard, "batch", "seq", "ffn")) * up_BTF
     else:
-        h_BTF = act(up_BTF)
+        h_BTF = activate(up_BTF)
     y_BTD = project(p, "down", "btf,fd->btd", h_BTF, shard, "batch", "seq", None)
-    more_BTD = p["up"].beside(x_BTD, shard) if hasattr(p["up"], "beside") else None
-    return y_BTD if more_BTD is None else y_BTD + more_BTD
+    adapted_BTD = p["up"].beside(x_BTD, shard) if hasattr(p["up"], "beside") else None
+    return y_BTD if adapted_BTD is None else y_BTD + adapted_BTD

@@ -1,4 +1,4 @@
-"""Parallelism as a table: logical axes of weights and activations to axes of the mesh."""
+"""Lays weights and activations out by tables: their logical axes over axes of the mesh."""
 
 import math
 from collections.abc import Mapping
@@ -44,9 +44,9 @@ def _amended(table: dict[str, Axes], changes: tuple[str, ...], name: str) -> dic
     table = dict(table)
     known = STORE.keys() | COMPUTE.keys() | {"stream"}
     for change in changes:
-        logical, eq, mesh = change.partition("=")
+        logical, separator, mesh = change.partition("=")
         axes = tuple(a for a in mesh.split("+") if a)
-        if not eq or logical not in known:
+        if not separator or logical not in known:
             raise ValueError(f"mesh.{name}: {change!r} is not LOGICAL=MESH+MESH{errors.nearest(logical, known)}")
         for a in axes:
             if a not in AXES:
@@ -65,9 +65,12 @@ def _manual() -> bool:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(w: jax.Array, used: P, rests: P) -> jax.Array:
-    """A weight as it is `used`. Its gradient is asked for as the weight `rests`: the constraint's own transpose would
-    ask for it whole, and compilers for TPUs then sum it whole on every device before each cuts its part."""
+def _gathered(w: jax.Array, used: P, stored: P) -> jax.Array:
+    """Returns a weight as it is `used`, and asks for its gradient as the weight is `stored`.
+
+    The transpose of a plain constraint would ask for the gradient whole, and compilers for TPUs then sum it whole on
+    every device before each cuts its part.
+    """
     return jax.lax.with_sharding_constraint(w, used)
 
 
@@ -78,8 +81,11 @@ _gathered.defvjp(
 
 
 def but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
-    """What `jax.checkpoint` may keep: all but weights gathered from where they rest, which are gathered again for the
-    backward pass, as those of all layers would otherwise lie whole on every device. (Explicit axes move by `reshard`.)
+    """Returns whether `jax.checkpoint` may keep a primitive's result: anything but weights gathered from where they
+    rest.
+
+    These are gathered again for the backward pass, as those of all layers would otherwise lie whole on every device.
+    (Explicit axes move by `reshard`.)
     """
     inner = params.get("call_jaxpr")
     gathers = inner is not None and [e.primitive.name for e in inner.eqns] == ["sharding_constraint"]
@@ -88,10 +94,11 @@ def but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """Logical axis → mesh axes. `store` is how weights rest, `compute` how a block uses them, `moments` how the
-    optimizer's state rests: moving between the first two is FSDP (ZeRO 3), between the first and the last ZeRO 1 and 2.
+    """A Layout maps logical axes to mesh axes: `store` where weights rest, `compute` where a block uses them, `moments`
+    where the optimizer's state rests.
 
-    Also carries `execution`, so that models take one argument for "where and how", and none of them knows a mesh.
+    Moving between the first two is FSDP (ZeRO 3), between the first and the last ZeRO 1 and 2. A Layout also carries
+    `execution`, so that models take one argument for "where and how", and none of them knows a mesh.
     """
 
     store: Mapping[str, Axes] = field(default_factory=lambda: dict(STORE))
@@ -99,10 +106,12 @@ class Layout:
     execution: config.Execution = field(default_factory=config.Execution)
     moments: Mapping[str, Axes] = field(default_factory=lambda: dict(STORE))
     mesh: config.Mesh = field(default_factory=config.Mesh)
-    """What was asked for; how large axes are is known where a program is traced."""
+    """The mesh that the run asks for; the sizes of its axes are known where a program is traced."""
 
     @classmethod
     def of(cls, mesh: config.Mesh, execution: config.Execution) -> "Layout":
+        """Returns the layout that a run's mesh and execution ask for. Raises ValueError for a change of its tables that
+        names no axis."""
         moments = _amended(STORE, mesh.store, "store")
         store = moments
         if mesh.zero < 3:
@@ -114,21 +123,30 @@ class Layout:
 
     @property
     def dtype(self) -> Any:
+        """Returns the compute dtype."""
         return jnp.dtype(self.execution.dtype)
 
     def over(self, axis: str | None, table: Mapping[str, Axes] | None = None) -> Axes:
-        """Mesh axes of a logical one. `stream`, positions of the residual stream between a block's products, is `seq`
-        unless `mesh.compute` says more: with `stream=context+tensor` norms and residuals are cut over `tensor` too, and
-        what were all-reduces of products become reduce-scatters and all-gathers (Korthikanti et al. 2022)."""
+        """Returns the mesh axes of a logical one.
+
+        `stream`, positions of the residual stream between a block's products, is `seq` unless `mesh.compute` says more:
+        with `stream=context+tensor` norms and residuals are cut over `tensor` too, and what were all-reduces of
+        products become reduce-scatters and all-gathers (Korthikanti et al. 2022).
+        """
         table = self.compute if table is None else table
         return table.get("seq" if axis == "stream" and "stream" not in table else axis or "", ())
 
     @property
     def streams(self) -> bool:
+        """Returns whether the residual stream is cut over other axes than positions within a block."""
         return self.over("stream") != self.over("seq")
 
     def spec(self, axes: tuple[str | None, ...], table: Mapping[str, Axes] | None = None) -> P:
-        """`("batch", "seq", None)` → `P(("replica", "data", "fsdp", "expert"), "context", None)`."""
+        """Returns the partition spec of an array with these logical axes.
+
+        `("batch", "seq", None)` gives `P(("replica", "data", "fsdp", "expert"), "context", None)`. Raises ValueError
+        where one mesh axis would cut two dimensions.
+        """
         parts = [self.over(a, table) for a in axes]
         used = [m for part in parts for m in part]
         if len(used) != len(set(used)):
@@ -136,11 +154,11 @@ class Layout:
         return P(*(None if not p else p[0] if len(p) == 1 else p for p in parts))
 
     def ways(self, axis: str, mesh: jax.sharding.Mesh | None) -> int:
-        """How many devices share a dimension of activations."""
+        """Returns how many devices share a dimension of activations."""
         return 1 if mesh is None else math.prod(mesh.shape[a] for a in self.over(axis))
 
     def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        """Pin where an array lives; on one device and inside shard_map nothing."""
+        """Pins an array to its devices; on one device and inside shard_map it does nothing."""
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or _manual():
             return x
@@ -148,7 +166,7 @@ class Layout:
         return pin(x, self.spec(axes))
 
     def einsum(self, eq: str, x: jax.Array, w: Any, *axes: str | None) -> jax.Array:
-        """Contract `x` with a weight and say where the result lives. A weight with its own `einsum` answers for itself.
+        """Contracts `x` with a weight and pins the result to `axes`. A weight with its own `einsum` answers for itself.
 
         The letters shared by `x` and `w` end `x` and begin `w`, so the product is one matrix multiplication. Where `x`
         or the result ends with `d`, it is the residual stream.
@@ -161,7 +179,7 @@ class Layout:
         if hasattr(w, "einsum"):
             return w.einsum(eq, x, self, *axes)
         mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty:  # two plain matrices: XLA then needs no transposing copies on any backend
+        if mesh.empty:  # with two plain matrices XLA needs no transposing copies on any backend
             n = sum(a in eq.partition(",")[0] for a in eq.partition("->")[0].partition(",")[2])
             inner = math.prod(w.shape[:n])
             return (x.reshape(-1, inner) @ w.reshape(inner, -1)).reshape(*x.shape[: x.ndim - n], *w.shape[n:])
@@ -170,24 +188,28 @@ class Layout:
         return self(jnp.einsum(eq, x, w), *axes)
 
     def whole(self, w: jax.Array, *axes: str | None) -> tuple[jax.Array, Axes]:
-        """A matrix gathered over the axes that only store it, and those of the last dimension over which its gradient
-        may come back cut. (With explicit axes none: a gradient then has the matrix's own sharding.)"""
+        """Returns a matrix gathered over the axes that only store it, and those of the last dimension over which its
+        gradient may come back cut.
+
+        With explicit axes there are none of the latter: a gradient then has the matrix's own sharding.
+        """
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or _manual() or mesh.are_all_axes_explicit:
             return self(w, *axes), ()
-        rests = self.over(axes[-1], self.store)
-        cut = tuple(a for a in rests if a in (*self.over("batch"), *self.over("seq")))
-        return _gathered(w, self.spec(axes), self.spec(axes, self.store)), cut if cut == rests else ()
+        stored = self.over(axes[-1], self.store)
+        cut = tuple(a for a in stored if a in (*self.over("batch"), *self.over("seq")))
+        return _gathered(w, self.spec(axes), self.spec(axes, self.store)), cut if cut == stored else ()
 
     @property
     def gathers(self) -> bool:
-        """Whether weights rest on this mesh cut over axes that only store them."""
+        """Returns whether weights rest on this mesh cut over axes that only store them."""
         mesh = jax.sharding.get_abstract_mesh()
         over = {a for axis, axes in self.store.items() if axis != "layers" for a in axes if a not in self.over(axis)}
         return not mesh.empty and any(mesh.shape[a] > 1 for a in over)
 
     def gather(self, params: Any, specs: Any) -> Any:
-        """Weights as a block uses them: cast to the compute dtype, then gathered over the axes that only store."""
+        """Returns weights as a block uses them: cast to the compute dtype, then gathered over the axes that only
+        store."""
 
         def one(w: Any, s: Spec) -> Any:
             if own_einsum(w):
@@ -197,12 +219,14 @@ class Layout:
         return jax.tree.map(one, params, specs, is_leaf=own_einsum)
 
     def shardings(self, specs: Any, mesh: jax.sharding.Mesh | None, table: Mapping[str, Axes] | None = None) -> Any:
-        """Where each weight rests, by `store` or another table. A dimension that its mesh axes don't divide is an error
-        that names the weight."""
+        """Returns where each weight rests, by `store` or another table.
+
+        Raises ValueError, which names the weight, where its mesh axes don't divide a dimension.
+        """
         table = self.store if table is None else table
         if mesh is None:
-            one = single_device_sharding()
-            return jax.tree.map(lambda s: one, specs, is_leaf=is_spec)
+            sharding = single_device_sharding()
+            return jax.tree.map(lambda s: sharding, specs, is_leaf=is_spec)
 
         def place(path: str, s: Spec) -> NamedSharding:
             axes = s.axes
@@ -220,14 +244,17 @@ class Layout:
         return tree.map_named(place, specs)
 
     def check_sharded(self, specs: Any, mesh: jax.sharding.Mesh | None, allowed: tuple[str, ...], limit: int) -> None:
-        """Refuse a weight of more than `limit` elements that rests whole on a mesh with a storing axis above 1."""
+        """Refuses a weight of more than `limit` elements that rests whole on a mesh with a storing axis above 1.
+
+        `allowed` are patterns of weights that may.
+        """
         if mesh is None or not any(mesh.shape[a] > 1 for axes in self.store.values() for a in axes):
             return
         flat = tree.flatten(specs, is_spec)
-        may = tree.matcher(allowed, flat, "mesh.replicated")
+        is_allowed = tree.matcher(allowed, flat, "mesh.replicated")
         for path, s in flat.items():
             ways = math.prod(mesh.shape[m] for a in s.axes for m in self.store.get(a or "", ()))
-            if ways == 1 and math.prod(s.shape) > limit and not may(path):
+            if ways == 1 and math.prod(s.shape) > limit and not is_allowed(path):
                 raise ValueError(
                     f"mesh: {path} ({math.prod(s.shape):,} elements) would rest unsharded on every device; "
                     f"give one of its axes {s.axes} a mesh axis in mesh.store, or allow it by name in mesh.replicated"
@@ -235,7 +262,8 @@ class Layout:
 
 
 def batch_sharding(layout: Layout, mesh: jax.sharding.Mesh | None, shape: tuple[int, ...], seq_len: int) -> Any:
-    """Where a batch leaf `[micro, batch, …]` lives: rows over the batch axes, positions (`seq_len`) over context."""
+    """Returns the sharding of a batch leaf `[micro, batch, …]`: rows over the batch axes, positions (`seq_len`) over
+    context."""
     if mesh is None:
         return replicated(mesh)
     inner = ("seq",) if shape[2:3] == (seq_len,) else ()
@@ -243,7 +271,7 @@ def batch_sharding(layout: Layout, mesh: jax.sharding.Mesh | None, shape: tuple[
 
 
 def check_batch(c: config.Train, layout: Layout, mesh: jax.sharding.Mesh | None) -> None:
-    """The batch must divide over micro-batches and devices, the sequence over context."""
+    """Refuses a batch that micro-batches and devices don't divide, and a sequence that the context axis doesn't."""
     if c.batch_size % c.micro_batches:
         raise ValueError(f"train.batch_size: {c.batch_size} is not a multiple of train.micro_batches {c.micro_batches}")
     if mesh is None:

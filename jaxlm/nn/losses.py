@@ -1,4 +1,4 @@
-"""Cross entropy that never holds the logits of a whole batch.
+"""Computes cross entropy without ever holding the logits of a whole batch.
 
 N tokens of one device, D model width, V vocabulary (of this device where the head is sharded).
 """
@@ -18,7 +18,7 @@ from jaxlm.runtime.mesh import platform
 
 @struct.dataclass
 class Readout:
-    """What a model's logits are made of, before anyone multiplies: logits = x · wᵀ + bias."""
+    """A Readout holds the factors of a model's logits before anyone multiplies them: logits = x · wᵀ + bias."""
 
     x_BTD: jax.Array
     w_VD: Any
@@ -29,17 +29,17 @@ class Readout:
 
 
 def logits(r: Readout, shard: Layout) -> jax.Array:
-    """All logits `[B, T, V]` in float32: for generation and tests."""
+    """Returns all logits, `[B, T, V]` in float32, for generation and tests."""
     out = jnp.einsum("btd,vd->btv", r.x_BTD, r.w_VD, preferred_element_type=jnp.float32)
     out = out if r.bias_V is None else out + r.bias_V[None, None].astype(jnp.float32)
     return out if r.softcap is None else r.softcap * jnp.tanh(out / r.softcap)
 
 
 class Sums(NamedTuple):
-    """Sums over tokens, each times its weight."""
+    """A Sums holds sums over tokens, each times its weight."""
 
     loss: Any
-    """What is minimised: smoothed cross entropy plus z-loss, in nats."""
+    """The quantity that is minimised: smoothed cross entropy plus z-loss, in nats."""
     nll: Any
     """Negative log likelihood, in nats."""
     correct: Any
@@ -55,11 +55,12 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Sums:
-    """Weighted sums over all tokens of all devices.
+    """Returns weighted sums over all tokens of all devices.
 
     Logits exist for `execution.loss_chunk` tokens at a time and in float32. Where gradients are asked for they are
-    formed in the same forward pass, so no logits are kept or computed twice. Right under a head sharded by vocabulary:
-    each device reduces its own columns. `z_loss` weighs log²Z (Chowdhery et al. 2022, section 5).
+    formed in the same forward pass, so no logits are kept or computed twice. A head may be sharded by vocabulary: each
+    device reduces its own columns. `z_loss` weighs log²Z (Chowdhery et al. 2022, section 5). Raises ValueError where
+    `mesh.context` doesn't divide the positions.
     """
     mesh = jax.sharding.get_abstract_mesh()
     bias_V = r.bias_V if r.bias_V is not None else jnp.zeros(r.w_VD.shape[:1], jnp.float32)
@@ -82,8 +83,11 @@ def cross_entropy(
 
 
 def log_likelihoods(r: Readout, targets_BT: jax.Array, *, shard: Layout) -> jax.Array:
-    """`[B, T]`: the log probability of each target, in nats. Without gradients: for those of a function of it, give its
-    derivatives to `cross_entropy` as weights. Logits exist for `execution.loss_chunk` tokens of all rows at a time."""
+    """Returns the log probability of each target, `[B, T]`, in nats and without gradients.
+
+    For gradients of a function of it, give its derivatives to `cross_entropy` as weights. Logits exist for
+    `execution.loss_chunk` tokens of all rows at a time.
+    """
     r = jax.lax.stop_gradient(r)
     (B, T), V = targets_BT.shape, r.w_VD.shape[0]
     n = max(1, -(-T // max(1, _chunk(B * T, V, shard.execution.loss_chunk) // B)))
@@ -100,11 +104,13 @@ def log_likelihoods(r: Readout, targets_BT: jax.Array, *, shard: Layout) -> jax.
         hit_BNV = jax.lax.broadcasted_iota(targets_BN.dtype, z_BNV.shape, 2) == targets_BN[..., None]
         return jnp.where(hit_BNV, z_BNV, 0.0).sum(-1) - jax.nn.logsumexp(z_BNV, -1)
 
-    found = jax.lax.map(one, (parts(x_BTD), parts(shard(targets_BT, "batch", None))))
-    return jnp.moveaxis(found, 0, 1).reshape(B, -1)[:, :T]
+    chunks = jax.lax.map(one, (parts(x_BTD), parts(shard(targets_BT, "batch", None))))
+    return jnp.moveaxis(chunks, 0, 1).reshape(B, -1)[:, :T]
 
 
 class _Plan(NamedTuple):
+    """A _Plan holds what is static of a loss: its coefficients, and how tokens, vocabulary and width are sharded."""
+
     label_smoothing: float
     z_loss: float
     softcap: float | None
@@ -127,18 +133,19 @@ def _names(spec: P) -> tuple[str, ...]:
     return tuple(a for part in spec if part for a in ((part,) if isinstance(part, str) else part))
 
 
-LOGIT_BYTES = 4 << 20  # of one chunk's float32 logits on a CPU: about what its last cache level holds beside the head
+LOGIT_BYTES = 4 << 20  # float32 logits of one chunk on a CPU: about what its last cache level holds beside the head
 
 
-def _chunk(n: int, vocab: int, asked: int) -> int:
-    """Tokens a chunk: few enough for the cache on a CPU, many enough to fill an accelerator's matrix units."""
-    size = asked or max(128, (LOGIT_BYTES if platform() == "cpu" else 256 << 20) // (4 * vocab))
+def _chunk(n: int, vocab: int, requested: int) -> int:
+    """Returns the tokens of a chunk: few enough for the cache on a CPU, many enough to fill an accelerator's matrix
+    units."""
+    size = requested or max(128, (LOGIT_BYTES if platform() == "cpu" else 256 << 20) // (4 * vocab))
     return min(n, size)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _sums(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan):
-    """Without gradients: evaluation, and whatever is not differentiated."""
+    """Returns the sums without gradients: for evaluation, and whatever is not differentiated."""
     return _everywhere(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan, False)
 
 
@@ -156,9 +163,10 @@ def _backward(plan, gradients, cotangent):
 _sums.defvjp(_forward, _backward)
 
 
-def _everywhere(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan, want):
-    """Every device scans its own tokens against its own part of the vocabulary; sums and gradients meet at the end."""
-    local = partial(_scan, plan=plan, want=want)
+def _everywhere(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan, want_gradients):
+    """Lets every device scan its own tokens against its own part of the vocabulary; sums and gradients meet at the
+    end."""
+    local = partial(_scan, plan=plan, want_gradients=want_gradients)
     if not plan.tokens and not plan.vocab:
         return local(x_BTD, w_VD, bias_V, targets_BT, weights_BT)
     x, w, t = P(*plan.tokens, None), P(*plan.vocab, None), plan.tokens
@@ -166,12 +174,12 @@ def _everywhere(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan, want):
     return jax.shard_map(
         local,
         in_specs=(x, w, plan.vocab, t, t),
-        out_specs=(sums, (x, P(*(plan.vocab or (None,)), plan.width or None), plan.vocab)) if want else sums,
+        out_specs=(sums, (x, P(*(plan.vocab or (None,)), plan.width or None), plan.vocab)) if want_gradients else sums,
         check_vma=False,  # each result is reduced by hand over exactly the axes its spec leaves out
     )(x_BTD, w_VD, bias_V, targets_BT, weights_BT)
 
 
-def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want):
+def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want_gradients):
     label_smoothing, z_loss, vocab_axes, token_axes = (
         plan.label_smoothing,
         plan.z_loss,
@@ -188,7 +196,7 @@ def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want):
     first = _vocab_start(vocab_axes) * V
     total_vocab = V * _ways(vocab_axes)
 
-    def one(carry, part):
+    def add_chunk(carry, part):
         sums, dw_VD, db_V = carry
         x_ND, targets_N, weights_N = part
         z_NV = jnp.dot(x_ND, w_VD.T, preferred_element_type=jnp.float32) + bias_V[None]
@@ -210,7 +218,7 @@ def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want):
             (loss_N * weights_N).sum(), (nll_N * weights_N).sum(), jnp.where(picked_N >= top_N, weights_N, 0.0).sum()
         )
         sums = jax.tree.map(jnp.add, sums, new)
-        if not want:
+        if not want_gradients:
             return (sums, dw_VD, db_V), None
         factor_N = weights_N * (1 + 2 * z_loss * log_z_N) / total_N
         d_NV = e_NV * factor_N[:, None] - jnp.where(hit_NV, ((1 - label_smoothing) * weights_N)[:, None], 0.0)
@@ -225,11 +233,11 @@ def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want):
         return (sums, dw_VD, db_V), dx_ND.astype(x_ND.dtype if not vocab_axes else jnp.float32)
 
     zero = jnp.zeros((), jnp.float32)
-    shape = (V, D) if want else (0, 0)
+    shape = (V, D) if want_gradients else (0, 0)
     start = (Sums(zero, zero, zero), jnp.zeros(shape, jnp.float32), jnp.zeros(V, jnp.float32))
-    (sums, dw_VD, db_V), dx = jax.lax.scan(one, start, tuple(parts))
+    (sums, dw_VD, db_V), dx = jax.lax.scan(add_chunk, start, tuple(parts))
     sums = jax.tree.map(lambda s: _reduce(jax.lax.psum, s, token_axes), sums)
-    if not want:
+    if not want_gradients:
         return sums
     db_V, dw_VD = _reduce(jax.lax.psum, db_V, token_axes), dw_VD.astype(w_VD.dtype)
     if plan.width:

@@ -1,4 +1,4 @@
-"""Which position may attend to which."""
+"""Says which position may attend to which."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-EVERYONE = 1 << 30  # a segment whose keys all other segments see too
+EVERYONE = 1 << 30  # the segment whose keys all other segments see too
 
 
 @partial(
@@ -17,7 +17,10 @@ EVERYONE = 1 << 30  # a segment whose keys all other segments see too
 )
 @dataclass(frozen=True)
 class Mask:
-    """Which keys a query may see. Segment 0 is padding; arrays are None where the question doesn't arise."""
+    """A Mask says which keys a query may see.
+
+    Segment 0 is padding. Arrays are None where nothing depends on them.
+    """
 
     causal: bool
     window: int | None = None
@@ -25,39 +28,44 @@ class Mask:
     segments_BT: jax.Array | None = None
     segments_BS: jax.Array | None = None
     prefix_BS: jax.Array | None = None
-    """Keys that every query of their segment may see, causal or not."""
+    """Whether every query of a key's segment may see it, causal or not."""
     at_T: jax.Array | None = None
-    """Places of the queries in their row; None: 0, 1, 2 …"""
+    """Positions of the queries in their row; None: 0, 1, 2 …"""
     at_S: jax.Array | None = None
-    """Places of the keys; negative: an empty slot of a cache."""
+    """Positions of the keys; a negative one is an empty slot of a cache."""
     common: int = 0
-    """So many first keys are no tokens of the row: every query sees them, and places are counted without them."""
+    """The number of first keys that are no tokens of the row: every query sees them, and positions don't count them."""
 
-    def places(self, start: int, stop: int, first: int, last: int) -> tuple[jax.Array, jax.Array]:
-        """Places in the row of a block of queries and of a span of keys."""
+    def positions(self, start: int, stop: int, first: int, last: int) -> tuple[jax.Array, jax.Array]:
+        """Returns the positions in the row of a block of queries and of a span of keys."""
         t = jnp.arange(start, stop) if self.at_T is None else self.at_T[start:stop]
         return t, jnp.arange(first, last) if self.at_S is None else self.at_S[first:last]
 
     def dense(self, start: int, stop: int, first: int, last: int) -> jax.Array | None:
-        """Boolean `[B or 1, stop - start, last - first]` for a block of queries and a span of keys; None: all seen."""
+        """Returns which of a span of keys a block of queries may see; None where it may see them all.
+
+        The result is boolean, `[B or 1, stop - start, last - first]`.
+        """
         if self.common:
             assert first == 0, "common keys are seen by every block"
-            seen = dataclasses.replace(self, common=0).dense(start, stop, 0, last - self.common)
-            return None if seen is None else jnp.pad(seen, ((0, 0), (0, 0), (self.common, 0)), constant_values=True)
-        t_T, s_S = self.places(start, stop, first, last)
+            visible = dataclasses.replace(self, common=0).dense(start, stop, 0, last - self.common)
+            return (
+                None if visible is None else jnp.pad(visible, ((0, 0), (0, 0), (self.common, 0)), constant_values=True)
+            )
+        t_T, s_S = self.positions(start, stop, first, last)
         t, s = t_T[:, None], s_S[None, :]
-        seen = None
+        visible = None
         if self.causal:
-            seen = (t >= s)[None]
-        if self.prefix_BS is not None and seen is not None:
-            seen = seen | self.prefix_BS[:, None, first:last]
+            visible = (t >= s)[None]
+        if self.prefix_BS is not None and visible is not None:
+            visible = visible | self.prefix_BS[:, None, first:last]
         if self.window is not None:
             near = (t - s < self.window) if self.causal else (abs(t - s) < self.window)
-            seen = near[None] if seen is None else seen & near[None]
+            visible = near[None] if visible is None else visible & near[None]
         if self.at_S is not None:
-            seen = (s >= 0)[None] if seen is None else seen & (s >= 0)[None]
+            visible = (s >= 0)[None] if visible is None else visible & (s >= 0)[None]
         if self.segments_BT is not None and self.segments_BS is not None:
             keys_BS = self.segments_BS[:, None, first:last]
             same = (self.segments_BT[:, start:stop, None] == keys_BS) | (keys_BS == EVERYONE)
-            seen = same if seen is None else seen & same
-        return seen
+            visible = same if visible is None else visible & same
+        return visible

@@ -1,4 +1,4 @@
-"""Which activations are kept for the backward pass, offloaded to the host, or computed again."""
+"""Decides which activations are kept for the backward pass, offloaded to the host, or computed again."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm.core import config
 from jaxlm.nn.layout import Layout, but_gathered
 
-# Activations by the name of the weight whose product they are, `attended` (attention's result) and `input` (a block's),
-# that each of these kinds of remat keeps for the backward pass; the rest is computed again.
+# The activations that each of these kinds of remat keeps for the backward pass; the rest is computed again. They are
+# named by the weight whose product they are, or `attended` (attention's result) and `input` (a block's).
 QKV = ("q", "k", "v", "cross_q", "cross_k", "cross_v", "q_b", "kv_a", "k_rotated")
 
 
@@ -17,7 +17,10 @@ KEPT: dict[str, tuple[str, ...]] = {"attention": (*QKV, "attended", "o", "cross_
 
 
 def remat_policy(e: config.Execution) -> Any:
-    """Which results of the forward pass a block keeps, and which of them in the host's memory."""
+    """Returns the policy of which results of the forward pass a block keeps, and which of them in the host's memory.
+
+    Raises ValueError where `execution.offload` names activations that `execution.remat` doesn't tell apart.
+    """
     policies, host = jax.checkpoint_policies, [name for name in e.offload if name != "optimizer"]
     if e.remat not in KEPT:
         if host:
@@ -36,5 +39,5 @@ def remat_policy(e: config.Execution) -> Any:
 
 
 def named(x: jax.Array, name: str, shard: Layout) -> jax.Array:
-    """For `remat_policy`; without a policy that asks for names programs stay as they are."""
+    """Names an activation for `remat_policy`; without a policy that asks for names programs stay as they are."""
     return checkpoint_name(x, name) if shard.execution.remat in KEPT else x

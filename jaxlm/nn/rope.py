@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021) with every published way to stretch it to longer sequences.
+"""Implements rotary position embedding (Su et al. 2021) with every published way to stretch it to longer sequences.
 
 B batch, T position, H heads, C head width, R = rotated width / 2.
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Rope:
-    """Frequencies of the rotation. What a scaling doesn't use stays at its default."""
+    """A Rope gives the frequencies of the rotation. Fields that its scaling doesn't use stay at their defaults."""
 
     theta: float = 1e4
     share: float = 1.0
@@ -47,12 +47,12 @@ class Rope:
 
 
 def temperature(factor: float, mscale: float = 1.0) -> float:
-    """YaRN's 0.1 · m · ln s + 1 (Peng et al. 2023, section 3.4)."""
+    """Returns YaRN's 0.1 · m · ln s + 1 (Peng et al. 2023, section 3.4)."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def table(rope: Rope, width: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(sine, cosine) `[B, T, R]` in float32, for heads of `width`."""
+    """Returns (sine, cosine), `[B, T, R]` in float32, for heads of `width`."""
     rotated = int(width * rope.share)
     length = positions_BT.max() + 1 if rope.scaling in ("dynamic", "longrope") else None
     angle_BTR = positions_BT[..., None].astype(jnp.float32) * _frequencies(rope, rotated, length)[None, None]
@@ -61,8 +61,11 @@ def table(rope: Rope, width: int, positions_BT: jax.Array) -> tuple[jax.Array, j
 
 
 def rotate(x_BTHC: jax.Array, sin_cos: tuple[jax.Array, jax.Array], interleaved: bool = False) -> jax.Array:
-    """Turn pairs of a head's first 2·R values; the rest passes. Pairs are (i, i + R), or (2i, 2i + 1) if `interleaved`
-    (DeepSeek), which come out as halves too: a permutation that queries and keys share changes no score."""
+    """Turns pairs of a head's first 2·R values, and passes the rest.
+
+    Pairs are (i, i + R), or (2i, 2i + 1) if `interleaved` (DeepSeek). The latter come out as halves too: a permutation
+    that queries and keys share changes no score.
+    """
     sin_BTR, cos_BTR = (a[:, :, None] for a in sin_cos)
     n = 2 * sin_BTR.shape[-1]
     x = x_BTHC[..., :n].astype(jnp.float32)
@@ -84,7 +87,7 @@ def _attention_factor(rope: Rope) -> float:
 
 
 def _frequencies(rope: Rope, rotated: int, length: jax.Array | None) -> Any:
-    """Radians a position, `[R]`. `length` of the longest sequence matters to dynamic and longrope alone."""
+    """Returns radians a position, `[R]`. The `length` of the longest sequence matters to dynamic and longrope alone."""
     exponent_R = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
     plain_R = (1.0 / np.float32(rope.theta) ** exponent_R).astype(np.float32)
     if rope.scaling == "linear":
@@ -112,7 +115,7 @@ def _frequencies(rope: Rope, rotated: int, length: jax.Array | None) -> Any:
 
 
 def _yarn(rope: Rope, rotated: int, plain_R: np.ndarray) -> np.ndarray:
-    """NTK-by-parts (Peng et al. 2023, section 3.2)."""
+    """Scales frequencies by NTK-by-parts (Peng et al. 2023, section 3.2)."""
 
     def dimension(rotations: float) -> float:
         return rotated * math.log(rope.trained / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -125,6 +128,7 @@ def _yarn(rope: Rope, rotated: int, plain_R: np.ndarray) -> np.ndarray:
     return (plain_R / rope.factor * ramp_R + plain_R * (1 - ramp_R)).astype(np.float32)
 
 
+# The fields that each scaling uses, by its name in published files.
 SCALED = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -135,9 +139,10 @@ SCALED = {
 
 
 def from_hf(values: dict[str, Any], theta: float, parameters: dict[str, Any] | None = None) -> Rope:
-    """From a `config.json`: `rope_parameters` of today, or `rope_theta` with `rope_scaling`. `theta`: by default.
+    """Reads a Rope from a `config.json`: today's `rope_parameters`, or `rope_theta` with `rope_scaling`.
 
-    `parameters` replaces the file's own where they are nested by layer type.
+    `theta` is the default. `parameters` replaces the file's own where they are nested by layer type. Raises ValueError
+    for a kind or parameter that it doesn't know.
     """
     p = dict(parameters or values.get("rope_parameters") or values.get("rope_scaling") or {})
     kind: Any = p.pop("rope_type", None) or p.pop("type", None) or "default"
@@ -146,7 +151,7 @@ def from_hf(values: dict[str, Any], theta: float, parameters: dict[str, Any] | N
     if kind != "default" and kind not in SCALED:
         raise ValueError(f"config.json: rope_type {kind!r} is unknown; known: default, {', '.join(SCALED)}")
     longest = values.get("max_position_embeddings") or 0
-    # Phi-3 keeps the trained length beside the scaling, others inside it; dynamic NTK counts from the longest.
+    # Phi-3 writes the trained length beside the scaling, others inside it; dynamic NTK counts from the longest.
     trained = p.pop("original_max_position_embeddings", None) or values.get("original_max_position_embeddings")
     if kind == "dynamic":
         trained = longest
@@ -155,18 +160,18 @@ def from_hf(values: dict[str, Any], theta: float, parameters: dict[str, Any] | N
     unknown = p.keys() - set(SCALED.get(kind, ())) - {"finetuned", "max_position_embeddings"}
     if unknown and kind != "default":
         raise ValueError(f"config.json: rope_parameters of {kind} have unknown {', '.join(sorted(unknown))}")
-    more: dict[str, Any] = {
+    fields: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in p.items() if k in SCALED.get(kind, ()) and v is not None
     }
     if kind not in ("default", "linear"):
-        more["trained"] = int(trained or longest)
-    if kind in ("yarn", "longrope") and "factor" not in more:
-        more["factor"] = longest / more["trained"]
-    return Rope(theta=float(theta), share=float(share), scaling=kind, **more)
+        fields["trained"] = int(trained or longest)
+    if kind in ("yarn", "longrope") and "factor" not in fields:
+        fields["factor"] = longest / fields["trained"]
+    return Rope(theta=float(theta), share=float(share), scaling=kind, **fields)
 
 
 def to_hf(rope: Rope) -> dict[str, Any]:
-    """`rope_parameters` as `config.json` has them today."""
+    """Returns `rope_parameters` as today's `config.json` has them."""
     out: dict[str, Any] = {"rope_type": rope.scaling, "rope_theta": rope.theta}
     if rope.share != 1:
         out["partial_rotary_factor"] = rope.share

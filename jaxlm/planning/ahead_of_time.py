@@ -1,4 +1,4 @@
-"""`jaxlm plan`: the very step that `jaxlm train` would run, compiled for machines that aren't here, and what it costs.
+"""Compiles the very step that `jaxlm train` would run for machines that aren't here, and tells its cost (`jaxlm plan`).
 
 No weight, no data and no tokenizer is needed: shapes come from the configuration. Bytes are the compiler's own; FLOPs
 are counted in the traced step; collectives and traffic are read from the compiled program; times follow from the chip's
@@ -27,78 +27,85 @@ from jaxlm.planning.roofline import Cost, Flow
 from jaxlm.planning.targets import Target
 from jaxlm.runtime import mesh
 
-BETWEEN = ("tensor", "expert", "context", "stage")  # what goes over these axes are activations, not weights
-RESERVE = 0.04  # of a device's memory, that the runtime and fragmentation take
+ACTIVATION_AXES = ("tensor", "expert", "context", "stage")  # activations travel over these axes, not weights
+RESERVE = 0.04  # the share of a device's memory that the runtime and fragmentation take
 
 
 class Refused(RuntimeError):
-    """A compiler that says no, most often because the step doesn't fit."""
+    """A compiler refuses a program, most often because the step doesn't fit."""
 
 
-def laid_out(run: config.Run, t: Target) -> programs.Program:
-    """The run's program on a target that needs no compiler and isn't looked at; refused as `jaxlm train` would."""
+def program_for(run: config.Run, t: Target) -> programs.Program:
+    """Returns the run's program on a target, for which it needs no compiler and looks at no device.
+
+    Raises ValueError where `jaxlm train` would.
+    """
     with mesh.on_devices([mesh.Described(t.chip.platform, t.chip.kind)] * t.count):
         return programs.program(run, placeholder_tokenizer(run))
 
 
 def estimate(run: config.Run, t: Target) -> Cost:
-    """By arithmetic alone."""
-    return roofline.cost(laid_out(run, t), t)
+    """Returns the cost of the run's step by arithmetic alone."""
+    return roofline.cost(program_for(run, t), t)
 
 
-def batch_of(p: programs.Program) -> dict[str, Any]:
-    """Shapes of a batch, each with its place on the mesh."""
+def abstract_batch(p: programs.Program) -> dict[str, Any]:
+    """Returns the shapes of a batch, each with its sharding."""
     c, row = p.run.train, p.objective.full_example()
     rows = c.micro_batches, c.batch_size // c.micro_batches
     leaves = {name: np.broadcast_to(x, (*rows, *np.shape(x))) for name, x in row.items()}
-    homes = p.batch_shardings(leaves)
-    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=homes[name]) for name, x in leaves.items()}
+    shardings = p.batch_shardings(leaves)
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name]) for name, x in leaves.items()}
 
 
 @dataclass(frozen=True)
 class Compiled:
+    """A Compiled is a run's step as compiled for a target, with what it costs."""
+
     run: config.Run
     target: Target
-    notes: dict[str, str]
     sizes: dict[str, int]
     cost: Cost
     module: hlo.Module
     seconds: float
+    """How long tracing and compiling took."""
     warnings: tuple[str, ...]
-    """What the partitioner says of arrays that it had to copy to every device."""
+    """The partitioner's warnings of arrays that it had to copy to every device."""
     program: programs.Program
     executable: Any
-    """Of `jax.stages`, for whoever wants more of it."""
+    """The `jax.stages.Compiled`, for those who want to know more."""
 
 
 def compile_step(run: config.Run, t: Target) -> Compiled:
+    """Compiles a run's step for a target. Raises Refused where the compiler does."""
     devices = t.devices()
     with mesh.on_devices(devices):
         p = programs.program(run, placeholder_tokenizer(run))
         sizes = dict(p.mesh.shape) if p.mesh is not None else {}
-        started, batch, state = time.perf_counter(), batch_of(p), p.abstract_state()
+        started, batch, state = time.perf_counter(), abstract_batch(p), p.abstract_state()
         with mesh.on_mesh(p.mesh):
             traced = p.train_step().trace(state, batch)
-            with stderr() as said:
+            with capture_stderr() as captured:
                 try:
                     compiled = traced.lower().compile()
                 except jax.errors.JaxRuntimeError as e:
                     raise Refused(f"{t.name}'s compiler refuses this step: {one_line(e, 300)}") from None
     seconds = time.perf_counter() - started
-    module = hlo.Module(text_of(compiled), sizes)
-    found = Cost(
+    module = hlo.Module(hlo_of(compiled), sizes)
+    cost = Cost(
         memory=memory(p, compiled.memory_analysis(), state), flops=count_flops.count(traced.jaxpr) / t.count,
         hbm=float(module.traffic), flows=flows(module, t), tokens=run.train.batch_size * run.train.seq_len,
         model_flops=p.flops_per_token(),
     )  # fmt: skip
-    # A kernel that multiplies reads its operands meanwhile; only the rest of the traffic takes time of its own.
-    between = min(found.hbm, roofline.cost(p, t).hbm)
-    timed = roofline.combine(replace(found, hbm=between), t, sizes)
-    warnings = tuple(x for x in said.splitlines() if "rematerialization" in x.lower())
-    return Compiled(run, t, p.notes, sizes, replace(timed, hbm=found.hbm), module, seconds, warnings, p, compiled)
+    # A kernel that multiplies reads its operands meanwhile: the rest of the traffic alone takes time of its own.
+    unhidden = min(cost.hbm, roofline.cost(p, t).hbm)
+    timed = roofline.combine(replace(cost, hbm=unhidden), t, sizes)
+    warnings = tuple(x for x in captured.splitlines() if "rematerialization" in x.lower())
+    return Compiled(run, t, sizes, replace(timed, hbm=cost.hbm), module, seconds, warnings, p, compiled)
 
 
-def text_of(compiled: Any) -> str:
+def hlo_of(compiled: Any) -> str:
+    """Returns the HLO text of a compiled program. Raises ValueError where jaxlib is too old to read it."""
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError as e:  # a compiler newer than jaxlib writes what that can't read
@@ -109,55 +116,58 @@ def text_of(compiled: Any) -> str:
 
 
 @contextlib.contextmanager
-def stderr() -> Iterator[Any]:
-    """What compilers write to standard error, which are no Python programs; passed on at the end."""
+def capture_stderr() -> Iterator[Any]:
+    """Captures what compilers, which are no Python programs, write to standard error; it is passed on at the end."""
 
-    class Said:
+    class Captured:
         text = ""
 
         def splitlines(self) -> list[str]:
             return self.text.splitlines()
 
-    said, old = Said(), os.dup(2)
+    captured, original = Captured(), os.dup(2)
     sys.stderr.flush()
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
         try:
-            yield said
+            yield captured
         finally:
-            os.dup2(old, 2)
-            os.close(old)
+            os.dup2(original, 2)
+            os.close(original)
             file.seek(0)
-            said.text = file.read().decode("utf-8", "replace")
+            captured.text = file.read().decode("utf-8", "replace")
 
 
-def memory(p: programs.Program, m: Any, state: Any) -> dict[str, float]:
-    """Bytes of one device by part. Arguments by what they are; of the compiler's temporaries at most the gradients'
-    size are gradients."""
+def memory(p: programs.Program, analysis: Any, state: Any) -> dict[str, float]:
+    """Returns the bytes of one device by part.
 
-    def held(part: Any) -> float:
+    Arguments are told apart by what they are; of the compiler's temporaries at most the gradients' size are gradients.
+    """
+
+    def bytes_of(part: Any) -> float:
         leaves = [x for x in jax.tree.leaves(part) if hasattr(x, "sharding")]
         return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
 
-    weights, moments = held(state.params) + held(state.frozen), held(state.opt) + held(state.ema)
+    weights, moments = bytes_of(state.params) + bytes_of(state.frozen), bytes_of(state.opt) + bytes_of(state.ema)
     flat = tree.flatten(p.specs, spec.is_spec)
-    homes = tree.flatten(p.layout.shardings(p.specs, p.mesh))
-    grads = sum(4.0 * math.prod(homes[path].shard_shape(s.shape)) for path, s in flat.items()
+    shardings = tree.flatten(p.layout.shardings(p.specs, p.mesh))
+    grads = sum(4.0 * math.prod(shardings[path].shard_shape(s.shape)) for path, s in flat.items()
                 if p.optimizer.trainable(path))  # fmt: skip
-    copied = max(0, m.output_size_in_bytes - m.alias_size_in_bytes)
-    grads = min(grads, m.temp_size_in_bytes)
+    copied = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+    grads = min(grads, analysis.temp_size_in_bytes)
     return {
         "parameters": weights, "optimizer state": moments, "gradients": grads,
-        "activations and other temporaries": m.temp_size_in_bytes - grads,
-        "batch and copies": max(0.0, m.argument_size_in_bytes - weights - moments) + copied,
+        "activations and other temporaries": analysis.temp_size_in_bytes - grads,
+        "batch and copies": max(0.0, analysis.argument_size_in_bytes - weights - moments) + copied,
     }  # fmt: skip
 
 
 def flows(module: hlo.Module, t: Target) -> tuple[Flow, ...]:
-    out: dict[tuple[str, tuple[str, ...]], float] = {}
+    """Returns the bytes that one device sends, by kind of collective and mesh axes."""
+    totals: dict[tuple[str, tuple[str, ...]], float] = {}
     for c in module.collectives:
-        out[c.kind, c.axes] = out.get((c.kind, c.axes), 0.0) + c.sent
+        totals[c.kind, c.axes] = totals.get((c.kind, c.axes), 0.0) + c.sent
     return tuple(
-        Flow("", kind, axes, sent, not any(a in BETWEEN for a in axes) or roofline.hidden(axes, t))
-        for (kind, axes), sent in sorted(out.items())
+        Flow("", kind, axes, sent, not any(a in ACTIVATION_AXES for a in axes) or roofline.hidden(axes, t))
+        for (kind, axes), sent in sorted(totals.items())
     )

@@ -1,4 +1,4 @@
-"""FLOPs of matrix products that a function runs, counted in its jaxpr: recomputation and loops included."""
+"""Counts the FLOPs of matrix products that a function runs in its jaxpr, recomputation and loops included."""
 
 import math
 from typing import Any
@@ -7,9 +7,12 @@ from jax.extend import core
 
 
 def count(jaxpr: Any) -> float:
-    """Of all devices together. Of branches the dearest; loops whose length is data as often as their condition allows
-    by a constant, or once."""
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    """Returns the FLOPs of all devices together.
+
+    A conditional counts as its dearest branch. A loop whose length is data counts as often as its condition allows by a
+    constant, or once.
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # a ClosedJaxpr of JAX has the Jaxpr inside
     return float(sum(_equation(e) for e in jaxpr.eqns))
 
 
@@ -23,14 +26,14 @@ def _equation(e: Any) -> float:
         rows, inner = e.invars[0].aval.shape[-2:]
         return 2 * rows * inner * e.outvars[0].aval.shape[-1]
     if "dot_product_attention" in name:
-        batch, queries, heads, width = e.invars[0].aval.shape  # layout BTNH: two products forward, five backward
+        batch, queries, heads, width = e.invars[0].aval.shape  # its layout is BTNH; two products forward, five backward
         keys = e.invars[1].aval.shape[1]
         return (10 if "bwd" in name or "backward" in name else 4) * batch * queries * heads * width * keys
     if name == "pallas_call":
         estimate = e.params.get("cost_estimate")
         if estimate is not None:
             return float(estimate.flops)
-        return math.prod(e.params["grid_mapping"].grid) * count(e.params["jaxpr"])  # blocks that it skips included
+        return math.prod(e.params["grid_mapping"].grid) * count(e.params["jaxpr"])  # blocks that it skips are included
     inner = [count(j) for value in e.params.values() for j in _jaxprs(value)]
     if name == "cond":
         return max(inner, default=0.0)
@@ -38,14 +41,14 @@ def _equation(e: Any) -> float:
     if name == "scan":
         times = e.params["length"]
     elif name == "while":
-        times = _most(e.params["cond_jaxpr"].jaxpr)
-    elif name == "shard_map":  # written for one device
+        times = _max_trips(e.params["cond_jaxpr"].jaxpr)
+    elif name == "shard_map":  # its body is written for one device
         mesh, manual = e.params["mesh"], e.params.get("manual_axes", e.params.get("axis_names"))
         times = math.prod(n for a, n in mesh.shape.items() if manual is None or a in manual)
     return times * sum(inner)
 
 
-def _most(condition: Any) -> int:
+def _max_trips(condition: Any) -> int:
     limits = [v.val for e in condition.eqns if e.primitive.name == "lt" for v in e.invars[1:]
               if isinstance(v, core.Literal)]  # fmt: skip
     return int(min(limits, default=1))

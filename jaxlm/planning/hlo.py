@@ -1,76 +1,49 @@
-"""What a compiled program does, read from its HLO text: loops, collectives, memory traffic, large arrays. No jax.
+"""Reads from its HLO text what a compiled program does: loops, collectives, memory traffic, large arrays.
 
-Counts are of one device and one call; what stands in a loop counts as often as the loop runs.
+Counts are of one device and one call; what stands in a loop counts as often as the loop runs. It needs no jax.
 """
 
-import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s16": 16, "u16": 16, "f32": 32,
-        "s32": 32, "u32": 32, "f64": 64, "s64": 64, "u64": 64, "c64": 64, "c128": 128}  # fmt: skip
-ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
+from jaxlm.planning.hlo_text import ARRAY, Frames, Instruction, arrays, first_group, instruction, size, unravel
+
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute",
                "collective-broadcast")  # fmt: skip
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "iota",
         "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency"}  # fmt: skip
 
 
-def arrays(shape: str, everywhere: bool = True) -> Iterator[int]:
-    """Bytes of each array of a shape; without `everywhere` those that lie in the main memory alone.
-
-    A TPU's layout ends in S(1) where the array lies in the memory beside the core.
-    """
-    for kind, sizes, layout in ARRAY.findall(shape):
-        if everywhere or "S(" not in layout:
-            bits = BITS.get(kind, 8 if kind.startswith("f8") else 0)
-            yield math.prod(int(n) for n in sizes.split(",") if n) * bits // 8
-
-
-def size(shape: str, everywhere: bool = True) -> int:
-    return sum(arrays(shape, everywhere))
-
-
-@dataclass(frozen=True)
-class Instruction:
-    name: str
-    shape: str
-    opcode: str
-    operands: tuple[str, ...]
-    attributes: str
-    literal: str
-    """What stands between the brackets: of a constant its value."""
-    root: bool
-
-    def attribute(self, name: str) -> str | None:
-        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
-        return found and found[1]
-
-
 @dataclass(frozen=True)
 class Collective:
+    """A Collective is an exchange of arrays between devices."""
+
     kind: str
     axes: tuple[str, ...]
     """Mesh axes that it goes over."""
     ways: int
     """Devices of a group."""
     bytes: int
-    """Of the whole array: gathered, before it is scattered, reduced."""
+    """Bytes of the whole array: once it is gathered, before it is scattered, or as it is reduced."""
     times: int
+    """How often it runs in a call of the program."""
     where: str
+    """The line of source that it comes from."""
 
     @property
     def sent(self) -> float:
-        """Bytes that one device sends in all, by rings."""
+        """Returns the bytes that one device sends in all, by rings."""
         rounds = {"all-reduce": 2, "collective-permute": self.ways / max(1, self.ways - 1)}.get(self.kind, 1)
         return self.times * self.bytes * rounds * (self.ways - 1) / self.ways
 
 
 @dataclass(frozen=True)
 class Buffer:
+    """A Buffer is an array that the program makes, and where."""
+
     bytes: int
     shape: str
     opcode: str
@@ -78,7 +51,10 @@ class Buffer:
 
 
 class Module:
-    """A compiled program. `mesh`: names and sizes of the mesh axes, outer to inner, in the order of its devices."""
+    """A Module is a compiled program.
+
+    `mesh` gives names and sizes of the mesh axes, outer to inner, in the order of its devices.
+    """
 
     def __init__(self, text: str, mesh: Mapping[str, int] | None = None):
         self.mesh = dict(mesh or {})
@@ -99,11 +75,12 @@ class Module:
 
     @cached_property
     def runs(self) -> dict[str, int]:
-        """How often each computation runs that isn't part of a fused kernel: the entry, loops' bodies, calls."""
-        out: dict[str, int] = {}
+        """Returns how often each computation runs that isn't part of a fused kernel: the entry, loops' bodies,
+        calls."""
+        counts: dict[str, int] = {}
 
         def visit(name: str, times: int) -> None:
-            out[name] = out.get(name, 0) + times
+            counts[name] = counts.get(name, 0) + times
             for i in self.computations.get(name, {}).values():
                 if i.opcode == "while":
                     body = i.attribute("body")
@@ -114,27 +91,28 @@ class Module:
                 elif i.opcode == "conditional":
                     for branch in re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", i.attributes):
                         visit(branch, times)
-                    if several := re.search(r"branch_computations=\{([^}]*)\}", i.attributes):
-                        for branch in re.findall(r"%?([\w.\-]+)", several[1]):
+                    if listed := re.search(r"branch_computations=\{([^}]*)\}", i.attributes):
+                        for branch in re.findall(r"%?([\w.\-]+)", listed[1]):
                             visit(branch, times)
 
         visit(self.entry, 1)
-        return out
+        return counts
 
     def trips(self, loop: Instruction) -> int:
-        """How often a loop runs: what the compiler notes, else the constant its counter is compared with."""
+        """Returns how often a loop runs: what the compiler notes, else the constant that its counter is compared
+        with."""
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
         condition = self.computations.get(loop.attribute("condition") or "", {})
-        inside = list(self._with_fused(condition))
-        limits = [int(c.literal) for c in inside if c.opcode == "constant" and c.literal.isdigit()]
-        if limits and any(i.opcode == "compare" and "direction=LT" in i.attributes for i in inside):
+        instructions = list(self._with_fused(condition))
+        limits = [int(c.literal) for c in instructions if c.opcode == "constant" and c.literal.isdigit()]
+        if limits and any(i.opcode == "compare" and "direction=LT" in i.attributes for i in instructions):
             return -(-max(limits) // self._stride(condition, self.computations.get(loop.attribute("body") or "", {})))
         return 1
 
     @staticmethod
     def _stride(condition: Mapping[str, Instruction], body: Mapping[str, Instruction]) -> int:
-        """What a round adds to the counter: more than 1 where the compiler unrolled the loop in part."""
+        """Returns what a round adds to the counter: more than 1 where the compiler unrolled the loop in part."""
         root = next((i for i in body.values() if i.root and i.opcode == "tuple"), None)
         counted = [i.attribute("index") for i in condition.values() if i.opcode == "get-tuple-element"]
         if root is None or len(counted) != 1 or counted[0] is None:
@@ -154,66 +132,70 @@ class Module:
 
     @cached_property
     def collectives(self) -> list[Collective]:
-        out = []
+        """Returns the collectives that go over more than one device."""
+        collectives = []
         for name, times in self.runs.items():
-            for i in self.computations.get(name, {}).values():
-                kernel = self.computations.get(i.attribute("calls") or "", {}) if i.opcode == "fusion" else {}
-                for j in (i, *kernel.values()):
-                    kind = j.opcode.removesuffix("-start")
-                    if kind in COLLECTIVES and not j.opcode.endswith("-done"):
-                        out.append(self._collective(kind, j, i, times, kernel or self.computations[name]))
-        return [c for c in out if c.ways > 1]
+            for outer in self.computations.get(name, {}).values():
+                kernel = self.computations.get(outer.attribute("calls") or "", {}) if outer.opcode == "fusion" else {}
+                for inner in (outer, *kernel.values()):
+                    kind = inner.opcode.removesuffix("-start")
+                    if kind in COLLECTIVES and not inner.opcode.endswith("-done"):
+                        collectives.append(
+                            self._collective(kind, inner, outer, times, kernel or self.computations[name])
+                        )
+        return [c for c in collectives if c.ways > 1]
 
     def _collective(
-        self, kind: str, j: Instruction, shown: Instruction, times: int, beside: Mapping[str, Instruction]
+        self, kind: str, inner: Instruction, outer: Instruction, times: int, computation: Mapping[str, Instruction]
     ) -> Collective:
-        # A TPU writes a reduction of which every device keeps a part as one kernel: all-reduce, then its own slice.
-        ops = {k.opcode for k in beside.values()} if shown.opcode == "fusion" else set()
+        # A TPU writes a reduce-scatter as one kernel: all-reduce, then each device's own slice.
+        ops = {k.opcode for k in computation.values()} if outer.opcode == "fusion" else set()
         if kind == "all-reduce" and {"partition-id", "dynamic-slice"} <= ops:
             kind = "reduce-scatter"
-        ways, axes = self.group(j.attributes)
-        found = list(arrays(j.shape))
-        if j.opcode.endswith("-start") and j.shape.startswith("(") and kind != "all-reduce":
-            found = found[: -2 if kind == "collective-permute" and len(found) > 2 else None]  # without its two contexts
-            first, last = sum(found[: len(found) // 2]), sum(found[len(found) // 2 :])
+        ways, axes = self.group(inner.attributes)
+        sizes = list(arrays(inner.shape))
+        if inner.opcode.endswith("-start") and inner.shape.startswith("(") and kind != "all-reduce":
+            if kind == "collective-permute" and len(sizes) > 2:
+                sizes = sizes[:-2]  # the last two are contexts
+            first, last = sum(sizes[: len(sizes) // 2]), sum(sizes[len(sizes) // 2 :])
         else:
-            first = last = sum(found)
-            if kind == "reduce-scatter" and "all-reduce" not in j.opcode:
+            first = last = sum(sizes)
+            if kind == "reduce-scatter" and "all-reduce" not in inner.opcode:
                 first = last * ways
         whole = max(first, last)
-        if kind == "ragged-all-to-all":  # one side has room for the worst case; no more than the other's rows travel
-            whole = min(size(beside[j.operands[0]].shape), found[-1])
-        return Collective(kind, axes, ways, whole, times, self.frames.where(shown if shown.attributes else j))
+        if kind == "ragged-all-to-all":  # one side has room for the worst case, and only the other's rows travel
+            whole = min(size(computation[inner.operands[0]].shape), sizes[-1])
+        return Collective(kind, axes, ways, whole, times, self.frames.where(outer if outer.attributes else inner))
 
     def group(self, attributes: str) -> tuple[int, tuple[str, ...]]:
-        """(devices of a group, mesh axes that its devices differ in)."""
+        """Returns how many devices a group has, and the mesh axes that its devices differ in."""
         members = first_group(attributes)
         if not self.mesh or math.prod(self.mesh.values()) <= max(members, default=0):
             return len(members), ()
-        places = [unravel(m, tuple(self.mesh.values())) for m in members]
-        axes = tuple(a for k, a in enumerate(self.mesh) if len({p[k] for p in places}) > 1)
+        coordinates = [unravel(m, tuple(self.mesh.values())) for m in members]
+        axes = tuple(a for k, a in enumerate(self.mesh) if len({p[k] for p in coordinates}) > 1)
         return len(members), axes
 
     @cached_property
     def traffic(self) -> int:
-        """Bytes to and from main memory, if every kernel reads its operands and writes its results once.
+        """Returns the bytes to and from main memory, if every kernel reads its operands and writes its results once.
 
-        Of arrays that a kernel only cuts a slice from, or writes one into, the slice counts.
+        Where a kernel only cuts a slice from an array, or writes one into it, the slice counts.
         """
         total = 0
         for name, times in self.runs.items():
-            inside = self.computations.get(name, {})
-            for i in inside.values():
+            computation = self.computations.get(name, {})
+            for i in computation.values():
                 if i.opcode not in FREE and not i.opcode.endswith("-done"):
-                    total += times * self._moved(i, inside)
+                    total += times * self._moved(i, computation)
         return total
 
-    def _moved(self, i: Instruction, inside: Mapping[str, Instruction]) -> int:
-        shapes = [inside[o].shape if o in inside else "" for o in i.operands]
+    def _moved(self, i: Instruction, computation: Mapping[str, Instruction]) -> int:
+        shapes = [computation[o].shape if o in computation else "" for o in i.operands]
         if i.opcode.endswith("-start") and i.opcode.removesuffix("-start") in COLLECTIVES:
             return size(i.shape, False)
         if i.opcode in ("copy-start", "slice-start", "async-start"):
-            moved = next(iter(arrays(i.shape)), 0)  # the result stands first
+            moved = next(iter(arrays(i.shape)), 0)  # the result comes first
             ends = [*ARRAY.finditer(i.shape)][:1] + [*ARRAY.finditer(" ".join(shapes))][:1]
             return moved * sum("S(" not in (e[3] or "") for e in ends)
         if i.opcode == "dynamic-slice":
@@ -227,22 +209,22 @@ class Module:
         return read + self._written(kernel, i.shape)
 
     def _read(self, kernel: Mapping[str, Instruction], n: int, shape: str) -> int:
-        """Of a kernel's operand `n`. Kernels stand in kernels."""
-        whole = size(shape, False)
-        mine = next((k.name for k in kernel.values() if k.opcode == "parameter" and k.literal == str(n)), None)
-        names = {mine} | {k.name for k in kernel.values() if k.opcode == "bitcast" and mine in k.operands}
+        """Returns the bytes that a kernel reads of its operand `n`. Kernels may hold kernels."""
+        full_size = size(shape, False)
+        parameter = next((k.name for k in kernel.values() if k.opcode == "parameter" and k.literal == str(n)), None)
+        names = {parameter} | {k.name for k in kernel.values() if k.opcode == "bitcast" and parameter in k.operands}
         users = [k for k in kernel.values() if names & {*k.operands} and k.name not in names]
         cut = 0
         for u in users:
-            first = u.operands[0] in names  # what is cut from or into, not where
+            first = u.operands[0] in names  # it is the array that is cut from or into, not the index
             if u.opcode == "fusion":
                 inner = self.computations.get(u.attribute("calls") or "", {})
                 cut += sum(self._read(inner, k, shape) for k, o in enumerate(u.operands) if o in names)
             elif first and u.opcode == "dynamic-slice":
                 cut += size(u.shape)
             elif not first or u.opcode != "dynamic-update-slice":
-                return whole
-        return min(cut, whole) if users else whole
+                return full_size
+        return min(cut, full_size) if users else full_size
 
     def _written(self, kernel: Mapping[str, Instruction], shape: str) -> int:
         root = next((k for k in kernel.values() if k.root), None)
@@ -253,29 +235,30 @@ class Module:
             return size(shape, False)
         return sum(self._put(kernel, kernel.get(o), part) for o, part in zip(root.operands, parts, strict=True))
 
-    def _put(self, kernel: Mapping[str, Instruction], one: Instruction | None, shape: str) -> int:
-        """Bytes that one of a kernel's results puts into an array of this shape."""
-        while one is not None and one.opcode in ("bitcast", "copy", "convert") and one.operands[0] in kernel:
-            one = kernel[one.operands[0]]
-        if one is not None and one.opcode == "fusion" and not one.shape.startswith("("):
-            return self._written(self.computations.get(one.attribute("calls") or "", {}), shape)
-        if one is not None and one.opcode == "dynamic-update-slice" and one.operands[1] in kernel:
-            return size(kernel[one.operands[1]].shape) if size(shape, False) else 0
+    def _put(self, kernel: Mapping[str, Instruction], result: Instruction | None, shape: str) -> int:
+        """Returns the bytes that one of a kernel's results puts into an array of this shape."""
+        while result is not None and result.opcode in ("bitcast", "copy", "convert") and result.operands[0] in kernel:
+            result = kernel[result.operands[0]]
+        if result is not None and result.opcode == "fusion" and not result.shape.startswith("("):
+            return self._written(self.computations.get(result.attribute("calls") or "", {}), shape)
+        if result is not None and result.opcode == "dynamic-update-slice" and result.operands[1] in kernel:
+            return size(kernel[result.operands[1]].shape) if size(shape, False) else 0
         return size(shape, False)
 
     @cached_property
     def estimated_cycles(self) -> int:
-        """The TPU compiler's own estimate of all kernels, without waiting for networks; 0 of other compilers."""
+        """Returns the TPU compiler's own estimate of all kernels, without waiting for networks; 0 of other
+        compilers."""
         total = 0
         for name, times in self.runs.items():
             for i in self.computations.get(name, {}).values():
-                if found := re.search(r'estimated_cycles":"(\d+)"', i.attributes):
-                    total += times * int(found[1])
+                if match := re.search(r'estimated_cycles":"(\d+)"', i.attributes):
+                    total += times * int(match[1])
         return total
 
     def buffers(self, n: int = 8) -> list[Buffer]:
-        """The largest arrays that the program makes, one of each source line and shape."""
-        found: dict[tuple[str, str], Buffer] = {}
+        """Returns the largest arrays that the program makes, one of each source line and shape."""
+        buffers: dict[tuple[str, str], Buffer] = {}
         for name in self.runs:
             for i in self.computations.get(name, {}).values():
                 if i.opcode in FREE or i.opcode.endswith("-done") or i.opcode in ("copy-start", "slice-start"):
@@ -283,112 +266,6 @@ class Module:
                 for kind, sizes, layout in ARRAY.findall(i.shape):
                     shape = f"{kind}[{sizes}]"
                     if "S(" not in layout:
-                        one = Buffer(size(shape), shape, i.opcode, self.frames.where(i))
-                        found.setdefault((one.where, shape), one)
-        return sorted(found.values(), key=lambda b: -b.bytes)[:n]
-
-
-class Frames:
-    """From an instruction's metadata to the line of source that it comes from."""
-
-    def __init__(self, text: str):
-        tables = {}
-        for title in ("FileNames", "FileLocations", "StackFrames"):
-            part = re.search(rf"^{title}\n((?:\d.*\n)+)", text, re.M)
-            lines = part[1].splitlines() if part else []
-            tables[title] = {int(x.split(" ", 1)[0]): x.split(" ", 1)[1] for x in lines}
-        self.files = {k: v.strip('"') for k, v in tables["FileNames"].items()}
-        number = lambda text, name: int((re.search(rf"{name}=(\d+)", text) or [0, 0])[1])  # noqa: E731
-        self.places = {k: (number(v, "file_name_id"), number(v, r"\bline")) for k, v in tables["FileLocations"].items()}
-        self.stack = {
-            k: (number(v, "file_location_id"), number(v, "parent_frame_id")) for k, v in tables["StackFrames"].items()
-        }
-
-    def where(self, i: Instruction) -> str:
-        """`models/llama.py:129 path/of/the/operation`: the innermost line of a model, a loss or the like."""
-        found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', i.attributes)
-        operation = "/".join(p for p in (found[1] if found else "").split("/")[1:] if p)[-60:]
-        frame = re.search(r"stack_frame_id=(\d+)", i.attributes)
-        at, seen = int(frame[1]) if frame else 0, 0
-        while at in self.stack and seen < 64:
-            location, parent = self.stack[at]
-            file, line = self.places.get(location, (0, 0))
-            path = self.files.get(file, "")
-            if "/jaxlm/" in path and not path.endswith(("/layout.py", "/mesh.py", "/step.py", "/program.py")):
-                return f"{path.rpartition('/jaxlm/')[2]}:{line} {operation}".strip()
-            at, seen = (parent if parent != at else 0), seen + 1
-        if plain := re.search(r'source_file="[^"]*?/jaxlm/([^"]*)" source_line=(\d+)', i.attributes):
-            return f"{plain[1]}:{plain[2]} {operation}".strip()
-        return operation or i.name
-
-
-def instruction(line: str) -> Instruction | None:
-    """`  ROOT %name = shape opcode(operands), attributes`, or None."""
-    found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
-    if not found:
-        return None
-    rest = line[found.end() :]
-    end = closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    shape, rest = rest[:end], rest[end:].lstrip()
-    start = rest.index("(")
-    stop = closing(rest, start)
-    inner = rest[start + 1 : stop]
-    return Instruction(found[2], shape, rest[:start], tuple(re.findall(r"%([\w.\-]+)", inner)), rest[stop + 1 :],
-                       inner, bool(found[1]))  # fmt: skip
-
-
-def closing(text: str, start: int) -> int:
-    """Place of the bracket that closes the one at `start`."""
-    depth = 0
-    for m in re.finditer(r"[()]", text[start:]):
-        depth += 1 if m[0] == "(" else -1
-        if not depth:
-            return start + m.start()
-    return len(text)
-
-
-def unravel(index: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    out = []
-    for n in reversed(sizes):
-        index, rest = divmod(index, n)
-        out.append(rest)
-    return tuple(reversed(out))
-
-
-def first_group(attributes: str) -> tuple[int, ...]:
-    """Devices of the first group of a collective, in each of the ways that HLO writes groups."""
-    if pairs := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", attributes):
-        return _cycle([tuple(map(int, p.split(","))) for p in re.findall(r"\{(\d+,\d+)\}", pairs[1])])
-    if plain := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-        return tuple(int(n) for n in plain[1].split(",") if n)
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        count, sizes = int(iota[2]), tuple(int(n) for n in iota[3].split(","))
-        order = tuple(int(n) for n in iota[4].split(",")) if iota[4] else tuple(range(len(sizes)))
-        turned = tuple(sizes[k] for k in order)
-        strides = [math.prod(sizes[k + 1 :]) for k in order]
-        places = (unravel(n, turned) for n in range(count))
-        return tuple(sum(p * s for p, s in zip(place, strides, strict=True)) for place in places)
-    if named := re.search(r"replica_groups=@?mesh\w*\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
-        return _named(named[1], named[2])
-    return ()
-
-
-def _named(mesh: str, over: str) -> tuple[int, ...]:
-    """`'a'=2,'b'=4` and `'b'`, or of an axis a part, `'b':(2)2`: before:(size before)size."""
-    sizes: dict[str, int] = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    strides = {name: math.prod(list(sizes.values())[k + 1 :]) for k, name in enumerate(sizes)}
-    steps = []
-    for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", over):
-        n = int(part) if part else sizes[name]
-        inner = sizes[name] // (int(before) * n) if part else 1
-        steps.append([k * inner * strides[name] for k in range(n)])
-    return tuple(sum(s) for s in itertools.product(*steps))
-
-
-def _cycle(pairs: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """Devices that a permutation's first pair is connected with."""
-    after: dict[int, int] = {a: b for a, b in pairs}  # noqa: C416  (a tuple of two, to mypy of any)
-    found = [pairs[0][0]] if pairs else []
-    while found and (n := after.get(found[-1])) is not None and n not in found:
-        found.append(n)
-    return tuple(found)
+                        buffer = Buffer(size(shape), shape, i.opcode, self.frames.where(i))
+                        buffers.setdefault((buffer.where, shape), buffer)
+        return sorted(buffers.values(), key=lambda b: -b.bytes)[:n]

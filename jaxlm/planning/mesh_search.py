@@ -1,4 +1,4 @@
-"""`jaxlm plan --search` and `jaxlm tune`: which mesh, micro-batches and recomputation are fastest.
+"""Searches which mesh, micro-batches and recomputation are fastest (`jaxlm plan --search` and `jaxlm tune`).
 
 Candidates are ranked by `roofline`; the first few are compiled, or run for some steps on the machine at hand.
 """
@@ -32,18 +32,21 @@ MICRO = (1, 2, 4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Candidate:
+    """A Candidate is a run with its estimated cost."""
+
     run: config.Run
     cost: Cost
 
     @property
     def changes(self) -> str:
+        """Returns the mesh, micro-batches and remat of the run, in words."""
         m, x = self.run.mesh, self.run.execution
         mesh = " × ".join(f"{a} {n}" for a in AXES if (n := getattr(m, a)) not in (1, None)) or "one device"
         return f"{mesh}, {self.run.train.micro_batches} micro-batches, remat {x.remat}"
 
 
 def meshes(run: config.Run, count: int) -> Iterator[config.Mesh]:
-    """Every way to give devices to the axes that this model can use; a pipeline only where the run has one."""
+    """Yields every way to give devices to the axes that this model can use; a pipeline only where the run has one."""
     experts = 1 if run.model.moe is None else run.model.moe.experts
     limits = {"tensor": 16, "context": 16 if run.train.seq_len >= 8192 else 1, "expert": experts}
     divisors = [n for n in range(1, count + 1) if count % n == 0]
@@ -60,89 +63,89 @@ def meshes(run: config.Run, count: int) -> Iterator[config.Mesh]:
 
 
 def candidates(run: config.Run, t: Target) -> list[Candidate]:
-    """All that the program accepts, fastest first; those that don't fit last, by how little they miss.
+    """Returns all that the program accepts, fastest first; those that don't fit come last, by how little they miss.
 
-    Without known numbers of the chip: by memory traffic and products on any one scale, which ranks nothing finely.
+    Where the chip's numbers are unknown memory traffic and products are weighed on any one scale, which ranks nothing
+    finely. Raises ValueError where no mesh will do.
     """
-    found = []
+    accepted = []
     for mesh, micro, remat in itertools.product(meshes(run, t.count), MICRO, REMAT):
-        one = dataclasses.replace(
+        variant = dataclasses.replace(
             run, mesh=mesh, train=dataclasses.replace(run.train, micro_batches=micro),
             execution=dataclasses.replace(run.execution, remat=remat),
         )  # fmt: skip
         try:
-            found.append(Candidate(one, ahead_of_time.estimate(one, t)))
-        except ValueError:  # what doesn't divide, or would rest unsharded
+            accepted.append(Candidate(variant, ahead_of_time.estimate(variant, t)))
+        except ValueError:  # it doesn't divide, or would rest unsharded
             continue
-    if not found:
-        ahead_of_time.estimate(run, t)  # says why
+    if not accepted:
+        ahead_of_time.estimate(run, t)  # its error says why
         raise ValueError(
             f"--search: no mesh of {t.count} devices divides this model and batch; change train.batch_size"
         )
-    return sorted(found, key=lambda c: rank(c, t))
+    return sorted(accepted, key=lambda c: rank(c, t))
 
 
 def rank(c: Candidate, t: Target) -> tuple[float, ...]:
-    over = max(0.0, c.cost.peak - t.chip.hbm * (1 - RESERVE)) if t.chip.hbm else 0.0
+    """Returns what candidates are sorted by: missing memory, time, then simplicity."""
+    excess = max(0.0, c.cost.peak - t.chip.hbm * (1 - RESERVE)) if t.chip.hbm else 0.0
     seconds = c.cost.times.get(
         "step", c.cost.flops / 1e11 + c.cost.hbm / 1e10 + sum(f.sent for f in c.cost.flows) / 1e10
     )
-    # Of equally fast ones the simpler: fewer axes, fewer micro-batches.
+    # The simpler of equally fast ones comes first: fewer axes, fewer micro-batches.
     axes = sum(getattr(c.run.mesh, a) not in (1, None) for a in AXES)
-    return over, round(seconds, 6), axes, c.run.train.micro_batches, c.cost.peak
+    return excess, round(seconds, 6), axes, c.run.train.micro_batches, c.cost.peak
 
 
-def best_change(run: config.Run, t: Target, now: Cost) -> str:
-    """The one change of one field that helps most, by arithmetic."""
+def best_change(run: config.Run, t: Target, current: Cost) -> str:
+    """Returns, in words, the one change of one field that helps most by arithmetic."""
     room = t.chip.hbm * (1 - RESERVE)
     swap = dataclasses.replace
-    ways = {f"execution.remat={r}": swap(run, execution=swap(run.execution, remat=r)) for r in REMAT}
-    ways |= {f"train.micro_batches={n}": swap(run, train=swap(run.train, micro_batches=n)) for n in MICRO}
+    variants = {f"execution.remat={r}": swap(run, execution=swap(run.execution, remat=r)) for r in REMAT}
+    variants |= {f"train.micro_batches={n}": swap(run, train=swap(run.train, micro_batches=n)) for n in MICRO}
     for mesh in meshes(run, t.count):
         axes = [f"mesh.{a}={n}" for a in AXES if (n := getattr(mesh, a)) != 1]
-        ways[" ".join(axes) or "one device"] = swap(run, mesh=mesh)
+        variants[" ".join(axes) or "one device"] = swap(run, mesh=mesh)
     tried = []
-    for name, one in ways.items():
+    for name, variant in variants.items():
         try:
-            tried.append((name, ahead_of_time.estimate(one, t)))
+            tried.append((name, ahead_of_time.estimate(variant, t)))
         except ValueError:
             continue
-    over = lambda c: max(0.0, c.peak - room)  # noqa: E731
-    if not tried or not now.times:
+    excess = lambda c: max(0.0, c.peak - room)  # noqa: E731
+    if not tried or not current.times:
         return ""
-    name, cost = min(tried, key=lambda x: (over(x[1]), x[1].times["step"]))
-    if (over(cost), cost.times["step"]) >= (over(now), now.times["step"] * 0.995):
+    name, cost = min(tried, key=lambda x: (excess(x[1]), x[1].times["step"]))
+    if (excess(cost), cost.times["step"]) >= (excess(current), current.times["step"] * 0.995):
         return "none of one field: by arithmetic this is the fastest of its kind"
-    fits = (
-        ", and now it fits"
-        if over(now) and not over(cost)
-        else ", which only comes nearer to fitting"
-        if over(cost)
-        else ""
-    )
-    return f"{name}: {cost.times['step'] / now.times['step'] - 1:+.0%} of the time{fits}"
+    fits = ""
+    if excess(cost):
+        fits = ", which only comes nearer to fitting"
+    elif excess(current):
+        fits = ", and now it fits"
+    return f"{name}: {cost.times['step'] / current.times['step'] - 1:+.0%} of the time{fits}"
 
 
 # ---- on the machine at hand
 
 
-def measure(run: config.Run, steps: int = 5, warm: int = 2) -> float:
-    """Seconds of a step, the median of some, with weights and tokens that are made up."""
+def measure(run: config.Run, steps: int = 5, warmup: int = 2) -> float:
+    """Returns the seconds of a step, the median of some, with weights and tokens that are made up."""
     p = program.program(run, placeholder_tokenizer(run))
     rng = np.random.default_rng(0)
     with on_mesh(p.mesh):
         batch = {
             name: jax.device_put(_filled(x, run.model.vocab, rng), x.sharding)
-            for name, x in ahead_of_time.batch_of(p).items()
+            for name, x in ahead_of_time.abstract_batch(p).items()
         }
-        f = p.train_step().lower(p.abstract_state(), batch).compile()
-        state, taken = p.init(), []
-        for _ in range(warm + steps):
+        train_step = p.train_step().lower(p.abstract_state(), batch).compile()
+        state, seconds = p.init(), []
+        for _ in range(warmup + steps):
             started = time.perf_counter()
-            state, metrics = f(state, batch)
+            state, metrics = train_step(state, batch)
             jax.block_until_ready((state, metrics))
-            taken.append(time.perf_counter() - started)
-    return float(np.median(taken[warm:]))
+            seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds[warmup:]))
 
 
 def _filled(x: Any, vocab: int, rng: np.random.Generator) -> np.ndarray:
@@ -156,12 +159,12 @@ def _filled(x: Any, vocab: int, rng: np.random.Generator) -> np.ndarray:
 def tune(
     run: config.Run, t: Target, limit: int, steps: int, say: Callable[[str], None]
 ) -> list[tuple[Candidate, float | None]]:
-    """The candidates that arithmetic puts first, and the run as it is, each measured; fastest first."""
-    every = candidates(run, t)
-    own = Candidate(run, ahead_of_time.estimate(run, t))
-    picked = [own, *[c for c in every if c.changes != own.changes][:limit]]
-    found: list[tuple[Candidate, float | None]] = []
-    for c in picked:
+    """Measures the candidates that arithmetic puts first, and the run as it is; returns them, fastest first."""
+    ranked = candidates(run, t)
+    unchanged = Candidate(run, ahead_of_time.estimate(run, t))
+    chosen = [unchanged, *[c for c in ranked if c.changes != unchanged.changes][:limit]]
+    measured: list[tuple[Candidate, float | None]] = []
+    for c in chosen:
         try:
             seconds: float | None = measure(c.run, steps)
         except jax.errors.JaxRuntimeError as e:  # out of memory
@@ -169,21 +172,21 @@ def tune(
             say(f"{c.changes}: {one_line(e, 300)}")
         else:
             say(f"{c.changes}: {seconds:.4g} s")
-        found.append((c, seconds))
-    return sorted(found, key=lambda x: math.inf if x[1] is None else x[1])
+        measured.append((c, seconds))
+    return sorted(measured, key=lambda x: math.inf if x[1] is None else x[1])
 
 
 # ---- a run as a config file
 
 
 def check_free(path: Path | None) -> None:
-    """Before minutes are spent on what is to be written there."""
+    """Refuses a file that exists, before minutes are spent on what is to be written there."""
     if path is not None and path.exists():
         raise ValueError(f"--out: {path} exists; name another file")
 
 
 def write(run: config.Run, path: Path, why: str) -> None:
-    """A file that `jaxlm train` takes, with every field that isn't its default."""
+    """Writes a file that `jaxlm train` takes, with every field that isn't its default."""
     check_free(path)
     modules: set[str] = set()
     body = _code(run, modules, 1)
@@ -198,13 +201,13 @@ def _code(value: Any, modules: set[str], depth: int) -> str:
     # Config files name what is public: parts of a run by the package, those of models and objectives by their module.
     module = "jaxlm" if kind.__name__ in jaxlm.__all__ else kind.__module__
     modules.add(module)
-    given = []
+    arguments = []
     for f in dataclasses.fields(value):
-        mine = getattr(value, f.name)
+        current = getattr(value, f.name)
         default = f.default if f.default is not dataclasses.MISSING else (
             f.default_factory() if f.default_factory is not dataclasses.MISSING else dataclasses.MISSING
         )  # fmt: skip
-        if default is dataclasses.MISSING or mine != default:
-            given.append(f"{'    ' * (depth + 1)}{f.name}={_code(mine, modules, depth + 1)},")
+        if default is dataclasses.MISSING or current != default:
+            arguments.append(f"{'    ' * (depth + 1)}{f.name}={_code(current, modules, depth + 1)},")
     name = f"{module}.{kind.__qualname__}"
-    return f"{name}(\n" + "\n".join(given) + f"\n{'    ' * depth})" if given else f"{name}()"
+    return f"{name}(\n" + "\n".join(arguments) + f"\n{'    ' * depth})" if arguments else f"{name}()"

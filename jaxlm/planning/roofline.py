@@ -1,12 +1,13 @@
-"""What a training step costs by arithmetic alone: memory, FLOPs, traffic and time of one device, in milliseconds.
+"""Estimates what a training step costs by arithmetic alone: memory, FLOPs, traffic and time of one device, in
+milliseconds.
 
 Everything follows from a `Program`'s specs and tables (`Layout`) and the chip's numbers; nothing is compiled. A
 dimension that a table cuts over mesh axes is cut here too, so new kinds of parallelism mostly follow by themselves.
 
-How parts add up (`combine`): products, and what kernels between them read and write, follow one another; moving weights
-and gradients goes on beside them, each network on its own; what waits for a result (sums of activations over tensor,
-experts or stages) is waited for, but that a TPU's compiler splits a product over `tensor` into steps that overlap with
-their sum (Wang et al. 2023, "Overlap communication with dependent computation"); a pipeline's bubble stretches it all.
+How parts add up (`combine`): products, and what kernels between them read and write, follow one another. Weights and
+gradients move meanwhile, each network on its own. Sums of activations (over tensor, experts or stages) are waited for,
+as their results are needed; but a TPU's compiler splits a product over `tensor` into steps that overlap with their sum
+(Wang et al. 2023, "Overlap communication with dependent computation"). A pipeline's bubble stretches it all.
 """
 
 import math
@@ -26,49 +27,54 @@ from jaxlm.training import optimizers
 
 @dataclass(frozen=True)
 class Flow:
-    """Bytes that one device sends in a step."""
+    """A Flow counts the bytes that one device sends in a step."""
 
     what: str
     kind: str
     axes: tuple[str, ...]
     sent: float
     hidden: bool
-    """Beside the products, not between them."""
+    """Whether they travel during the products, and not between them."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one device in one step, and of the whole: times in seconds."""
+    """A Cost is what one device spends in one step, and the step as a whole; times are in seconds."""
 
     memory: dict[str, float]
+    """Bytes by part."""
     flops: float
     hbm: float
+    """Bytes to and from the main memory."""
     flows: tuple[Flow, ...]
     tokens: int
-    """Of all devices in one step."""
+    """Tokens of all devices in one step."""
     model_flops: dict[str, float]
-    """Per token, by both conventions: see `log.flops_per_token`."""
+    """FLOPs a token by both conventions: see `progress.flops_per_token`."""
     bubble: float = 0.0
+    """The share of the time that a pipeline's stage is idle."""
     times: dict[str, float] = field(default_factory=dict)
-    """By resource; `step` is the step's. Empty where the chip's numbers aren't known."""
+    """Seconds by resource; `step` is the whole step's. Empty where the chip's numbers aren't known."""
 
     @property
     def peak(self) -> float:
+        """Returns the bytes of all parts together."""
         return sum(self.memory.values())
 
     def speed(self, count: int, flops: float) -> dict[str, float]:
-        """tokens/s of all and of one device, and MFU by both conventions."""
+        """Returns tokens/s of all devices and of one, and MFU by both conventions."""
         rate = self.tokens / self.times["step"]
         mfu = {f"mfu_{name}": rate * per / (count * flops) for name, per in self.model_flops.items()}
         return {"tokens_per_s": rate, "tokens_per_s_device": rate / count} | mfu
 
 
 def ways(axes: Any, sizes: Mapping[str, int]) -> int:
+    """Returns how many parts these mesh axes cut a dimension into."""
     return math.prod(sizes.get(a, 1) for a in axes)
 
 
 def bandwidth(t: Target, axes: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[str, float]:
-    """(network, bytes a second that one device can send in a collective over these axes).
+    """Returns the network, and the bytes a second that one device can send, in a collective over these axes.
 
     An axis whose devices don't all lie in one slice or node goes over the slower network too, where every device of the
     group's part inside carries its share. On a torus an axis has its share of the dimensions, and two links of each.
@@ -89,44 +95,48 @@ def bandwidth(t: Target, axes: tuple[str, ...], sizes: Mapping[str, int]) -> tup
 
 
 def hidden(axes: tuple[str, ...], t: Target) -> bool:
-    """Whether sums of activations over these axes go on beside products."""
+    """Returns whether sums of activations over these axes go on during products."""
     return bool(t.chip.dims) and set(axes) <= {"tensor"}
 
 
 def cost(p: program.Program, t: Target, attention: str | None = None) -> Cost:
-    """`attention`: flash or splash (fused kernels that skip what causality hides), cudnn, xla; None: the program's."""
+    """Returns the cost of a program's step on a target.
+
+    `attention` is flash or splash (fused kernels that skip what causality hides), cudnn or xla; None takes the
+    program's.
+    """
     sizes = dict(p.mesh.shape) if p.mesh is not None else {}
-    shape = _Step(p, sizes, attention or p.notes["attention"].split(" ", 1)[0], t)
-    found = Cost(
-        memory=shape.memory(), flops=shape.flops(), hbm=shape.hbm(), flows=tuple(shape.flows()),
-        tokens=p.run.train.batch_size * p.run.train.seq_len, model_flops=p.flops_per_token(), bubble=shape.bubble,
+    one_step = _Step(p, sizes, attention or p.choices.attention.implementation, t)
+    untimed = Cost(
+        memory=one_step.memory(), flops=one_step.flops(), hbm=one_step.hbm(), flows=tuple(one_step.flows()),
+        tokens=p.run.train.batch_size * p.run.train.seq_len, model_flops=p.flops_per_token(), bubble=one_step.bubble,
     )  # fmt: skip
-    return combine(found, t, sizes)
+    return combine(untimed, t, sizes)
 
 
 def combine(c: Cost, t: Target, sizes: Mapping[str, int]) -> Cost:
-    """With times, where the chip's numbers are known."""
+    """Returns the cost with times, where the chip's numbers are known."""
     if not t.chip.flops or not t.chip.hbm_bandwidth:
         return c
     times = {"compute": c.flops / (t.chip.flops * t.chip.efficiency), "memory": c.hbm / t.chip.hbm_bandwidth}
-    beside: dict[str, float] = {}
+    hidden_by_network: dict[str, float] = {}
     waited = 0.0
     for flow in c.flows:
         network, speed = bandwidth(t, flow.axes, sizes)
         seconds = flow.sent / speed
         times[network] = times.get(network, 0.0) + seconds
         if flow.hidden:
-            beside[network] = beside.get(network, 0.0) + seconds
+            hidden_by_network[network] = hidden_by_network.get(network, 0.0) + seconds
         else:
             waited += seconds
-    busy = max(times["compute"] + times["memory"] + waited, max(beside.values(), default=0.0) + waited)
+    busy = max(times["compute"] + times["memory"] + waited, max(hidden_by_network.values(), default=0.0) + waited)
     step = busy / (1 - c.bubble)
     return Cost(c.memory, c.flops, c.hbm, c.flows, c.tokens, c.model_flops, c.bubble,
                 times | {"waited": waited, "bubble": step - busy, "step": step})  # fmt: skip
 
 
 class _Step:
-    """One training step of a program, seen from one device."""
+    """A _Step is one training step of a program, seen from one device."""
 
     def __init__(self, p: program.Program, sizes: dict[str, int], attention: str, t: Target):
         self.p, self.sizes, self.attention, self.target = p, sizes, attention, t
@@ -136,13 +146,13 @@ class _Step:
         self.batch = ways(table.get("batch", ()), sizes)
         self.cuts = ways(table.get("seq", ()), sizes)
         self.rows = run.train.batch_size / self.micro / self.batch
-        self.tokens = self.rows * run.train.seq_len / self.cuts  # of one micro-batch
+        self.tokens = self.rows * run.train.seq_len / self.cuts  # those of one micro-batch
         self.flat: dict[str, Spec] = tree.flatten(p.specs, spec.is_spec)
         self.stages = sizes.get("stage", 1)
         self.bubble = 0.0
         if self.stages > 1:
-            parts = pipeline.micro_batches(p.layout, p.mesh, run.train.batch_size // self.micro)
-            self.bubble = pipeline.bubble(self.stages, parts, run.mesh.rounds)
+            micro_batches = pipeline.micro_batches(p.layout, p.mesh, run.train.batch_size // self.micro)
+            self.bubble = pipeline.bubble(self.stages, micro_batches, run.mesh.rounds)
         self.matrices = {
             path: s for path, s in self.flat.items()
             if s.is_matrix and not s.is_bias and s.role != "table"
@@ -151,22 +161,22 @@ class _Step:
         c: Any = run.model
         self.width, self.layers = c.width, c.layers
         self.heads = p.model.family.attention_width(c) / c.layers / ways(table.get("heads", ()), sizes)
-        self.again = 0 if run.execution.remat == "none" else 1  # passes of what isn't a product
+        self.recomputed = 0 if run.execution.remat == "none" else 1  # extra passes of what isn't a product
         shared = set(table.get("experts", ())) & set(table.get("batch", ()))
         self.travel = tuple(a for a in table.get("experts", ()) if a in shared and sizes.get(a, 1) > 1)
 
     def stored(self, s: Spec, moments: bool = False) -> float:
-        """Elements of a weight that rest on one device, or of what the optimizer keeps of it."""
+        """Returns the elements of a weight that rest on one device, or of what the optimizer keeps of it."""
         table = self.p.layout.moments if moments else self.p.layout.store
         return math.prod(s.shape) / ways([m for a in s.axes for m in table.get(a or "", ())], self.sizes)
 
     def used(self, s: Spec) -> float:
-        """Elements of a weight on one device while it is multiplied with."""
+        """Returns the elements of a weight on one device while it is multiplied with."""
         axes = [m for a in s.axes for m in self.p.layout.compute.get(a or "", ()) if a not in ("batch", "seq")]
         return math.prod(s.shape) / ways(axes, self.sizes)
 
     def gathered(self, s: Spec) -> tuple[str, ...]:
-        """Mesh axes that a weight rests over but isn't used over."""
+        """Returns the mesh axes that a weight rests over but isn't used over."""
         out: list[str] = []
         for a in s.axes:
             if a == "layers":  # each stage uses its own
@@ -176,25 +186,26 @@ class _Step:
         return tuple(out)
 
     def met(self, s: Spec) -> float:
-        """Share of a weight that one token is multiplied with; tokens that travel here count as this device's."""
+        """Returns the share of a weight that one token is multiplied with; tokens that travel here count as this
+        device's."""
         moe = self.p.run.model.moe
         if moe is None or "experts" not in s.axes:
             return 1.0
         return moe.top_k / moe.experts * ways(self.travel, self.sizes)
 
     def outputs(self, s: Spec) -> float:
-        """Elements that one token's products with the layers' matrix of a name have on this device."""
+        """Returns the elements of one token's products with a matrix of the layers, on this device."""
         numbers = optimizers.matrix_dimensions(s)
         parts = [ways(self.p.layout.compute.get(s.axes[i] or "", ()), self.sizes) for i in numbers.output_axis]
         count = self.p.run.model.moe.top_k if "experts" in s.axes else 1
         return count * self.depth(s) * math.prod(s.shape[i] for i in numbers.output_axis) / math.prod(parts)
 
     def depth(self, s: Spec) -> float:
-        """Layers on one device that have this weight."""
+        """Returns the layers on one device that have this weight."""
         return s.shape[s.axes.index("layers")] / self._stages(s) if "layers" in s.axes else 1.0
 
     def summed(self, s: Spec) -> tuple[str, ...]:
-        """Mesh axes that a product with this matrix is a sum over: its input dimensions are cut."""
+        """Returns the mesh axes that a product with this matrix is a sum over, as they cut its input dimensions."""
         numbers = optimizers.matrix_dimensions(s)
         cut = [m for i in numbers.reduction_axis for m in self.p.layout.compute.get(s.axes[i] or "", ())]
         if "experts" in s.axes and s.axes[-1] == "embed":
@@ -203,17 +214,18 @@ class _Step:
 
     @property
     def tied(self) -> bool:
-        """Whether the embedding is the head too."""
+        """Returns whether the embedding is the head too."""
         return not any(s.role == "head" for s in self.matrices.values())
 
     def pairs(self) -> float:
-        """Query–key pairs a head and token that are computed."""
+        """Returns the query–key pairs a head and token that are computed."""
         seq, causal = self.p.run.train.seq_len, self.p.model.family.kind == "decoder"
         if self.attention == "cudnn" or not causal:  # segments make cuDNN's mask a dense one: nothing is skipped
             return float(seq)
         return seq / 2 if self.attention in ("flash", "splash") else seq * (17 / 32 if self.cuts == 1 else 1.0)
 
     def flops(self) -> float:
+        """Returns the FLOPs of one device."""
         full = self.p.run.execution.remat == "full"
         total = 0.0
         for path, s in self.matrices.items():
@@ -222,7 +234,7 @@ class _Step:
         if self.tied:
             total += 6.0 * self.width * self.p.run.model.vocab / ways(self.p.layout.compute["vocab"], self.sizes)
         # Two products forward; five backward, as the scores are computed again; two more if the block is.
-        passes = 2 + 5 + (2 if self.again else 0)
+        passes = 2 + 5 + (2 if self.recomputed else 0)
         total += passes * 2 * self.pairs() * self.heads * self.layers / self.stages
         return total * self.tokens * self.micro
 
@@ -231,13 +243,14 @@ class _Step:
         return self.stages if "layers" in s.axes and "stage" not in layers else 1
 
     def hbm(self) -> float:
-        """Between the products: norms, residuals, gates, rotations; scores that no fused kernel keeps; the update."""
+        """Returns the bytes of traffic: between the products (norms, residuals, gates, rotations), scores that no fused
+        kernel keeps, the update."""
         outputs = sum(self.outputs(s) for s in self.layered.values())
         width = 10 * self.width * self.layers / self.stages
-        between = (width + 1.5 * outputs) * self.bytes * (3 + self.again)
+        between = (width + 1.5 * outputs) * self.bytes * (3 + self.recomputed)
         scores = 0.0
         if self.attention == "xla":
-            scores = 12.0 * self.pairs() * self._heads() * self.layers / self.stages * (4 + self.again)
+            scores = 12.0 * self.pairs() * self._heads() * self.layers / self.stages * (4 + self.recomputed)
         weights = sum(4 * self.stored(s) for path, s in self.flat.items() if self.p.optimizer.trainable(path))
         state = sum(self._moments().values())
         update = 5 * weights + 2 * state  # weights and state read and written, gradients written and read twice
@@ -248,41 +261,42 @@ class _Step:
         return c.heads / ways(self.p.layout.compute.get("heads", ()), self.sizes)
 
     def _moments(self) -> dict[str, float]:
-        """Bytes of the optimizer's state by weight."""
+        """Returns the bytes of the optimizer's state by weight."""
         shapes, _ = tree.partition(spec.abstract(self.p.specs), self.p.optimizer.trainable)
         parts = tree.map_named(
             lambda path, x: math.prod(x.shape) / max(1.0, self.stored(self.flat[path], moments=True)), shapes
         )
-        made = jax.eval_shape(self.p.optimizer.tx.init, shapes)
-        homes = optimizers.state_shardings(self.p.optimizer.tx, shapes, parts, 1.0)
-        out: dict[str, float] = {}
+        state = jax.eval_shape(self.p.optimizer.tx.init, shapes)
+        cuts = optimizers.state_shardings(self.p.optimizer.tx, shapes, parts, 1.0)
+        bytes_by_path: dict[str, float] = {}
         for (path, leaf), part in zip(
-            jax.tree_util.tree_flatten_with_path(made)[0], jax.tree.leaves(homes), strict=True
+            jax.tree_util.tree_flatten_with_path(state)[0], jax.tree.leaves(cuts), strict=True
         ):
             name = jax.tree_util.keystr(path)
-            out[name] = leaf.size * leaf.dtype.itemsize / part
-        return out
+            bytes_by_path[name] = leaf.size * leaf.dtype.itemsize / part
+        return bytes_by_path
 
     def memory(self) -> dict[str, float]:
-        """Bytes by part. What a block needs while it runs, and a loss, is counted once: they aren't there together."""
+        """Returns bytes by part. What a block needs while it runs, and a loss, is counted once: they don't exist at the
+        same time."""
         rest = sum(self.stored(s) * jax.numpy.dtype(s.dtype).itemsize for s in self.flat.values())
         grads = sum(4 * self.stored(s) for path, s in self.flat.items() if self.p.optimizer.trainable(path))
         remat = self.p.run.execution.remat
         outputs = sum(self.outputs(s) for s in self.layered.values())
-        deep = self.layers / self.stages
-        width = self.width * deep
-        attended = self.heads * deep
+        own_layers = self.layers / self.stages
+        width = self.width * own_layers
+        attended = self.heads * own_layers
         qkv = sum(
             self.outputs(s) for s in self.layered.values() if {"heads", "kv"} & {*s.axes} and s.axes[-1] != "embed"
         )
-        # Of what nothing says to compute again: products, and in float32 too what norms, rotations and gates make of
-        # them; the factors are those of a Llama compiled for an H100.
+        # Without remat these are cached: products, and in float32 too what norms, rotations and gates make of them. The
+        # factors are those of a Llama compiled for an H100.
         everything = 7 * width + 3 * outputs
         named = {"attention": 2 * width + qkv + attended, "qkv": width + qkv}
-        kept = self.bytes * ({"full": width, "dots": width + outputs, "none": everything} | named)[remat]
+        cached = self.bytes * ({"full": width, "dots": width + outputs, "none": everything} | named)[remat]
         # A layer's activations and their gradients, and the weights of two layers: one is gathered ahead.
-        block = self.tokens * 2 * self.bytes * (6 * width + 2 * outputs) / deep
-        block += 2 * self.bytes * sum(self.used(s) / self._stages(s) for s in self.layered.values()) / deep
+        block = self.tokens * 2 * self.bytes * (6 * width + 2 * outputs) / own_layers
+        block += 2 * self.bytes * sum(self.used(s) / self._stages(s) for s in self.layered.values()) / own_layers
         if self.attention == "xla":
             queries = self.p.run.train.seq_len / (16 if self.cuts == 1 else self.cuts)
             block += 10 * self.rows * self._heads() * queries * self.p.run.train.seq_len
@@ -294,18 +308,19 @@ class _Step:
         return {
             "parameters": rest, "optimizer state": sum(self._moments().values()) + ema,
             "gradients": grads * (2 if self.micro > 1 else 1),
-            "activations": self.tokens * kept, "working memory": max(block, loss),
+            "activations": self.tokens * cached, "working memory": max(block, loss),
         }  # fmt: skip
 
     def flows(self) -> list[Flow]:
-        out: dict[tuple[str, str, tuple[str, ...], bool], float] = {}
+        """Returns what one device sends."""
+        totals: dict[tuple[str, str, tuple[str, ...], bool], float] = {}
 
         def add(what: str, kind: str, axes: tuple[str, ...], whole: float, hidden: bool) -> None:
             n = ways(axes, self.sizes)
             if n > 1 and whole:
                 rounds = 2 if kind == "all-reduce" else 1
                 key = what, kind, axes, hidden
-                out[key] = out.get(key, 0.0) + rounds * whole * (n - 1) / n
+                totals[key] = totals.get(key, 0.0) + rounds * whole * (n - 1) / n
 
         dense = [*self.p.layout.compute.get("batch", ()), *self.p.layout.compute.get("seq", ())]
         each = self.tokens * self.width * self.bytes * self.micro
@@ -315,28 +330,29 @@ class _Step:
                 add("rows looked up", "all-to-all", axes, 2 * each, False)
                 if "vocab" not in s.axes or not self.tied:
                     axes = ()
-            held = self.used(s) / self._stages(s) * self.bytes
-            twice = 2 if "layers" in s.axes else 1  # no block keeps whole weights for its backward pass
-            add("weights", "all-gather", axes, held * twice * self.micro, True)
+            gathered_bytes = self.used(s) / self._stages(s) * self.bytes
+            gathers = 2 if "layers" in s.axes else 1  # no block keeps whole weights for its backward pass
+            add("weights", "all-gather", axes, gathered_bytes * gathers * self.micro, True)
             if not self.p.optimizer.trainable(path):
                 continue
-            add("gradients", "reduce-scatter", tuple(a for a in axes if a in dense), held * self.micro, True)
-            mine = [m for a in s.axes for m in self.p.layout.store.get(a or "", ())]
-            others = tuple(a for a in dense if a not in mine and self.sizes.get(a, 1) > 1)
-            add("gradients", "all-reduce", others, held / n * self.micro, True)
-        again = 1 if self.p.run.execution.remat == "full" else 0
+            add("gradients", "reduce-scatter", tuple(a for a in axes if a in dense), gathered_bytes * self.micro, True)
+            storing = [m for a in s.axes for m in self.p.layout.store.get(a or "", ())]
+            others = tuple(a for a in dense if a not in storing and self.sizes.get(a, 1) > 1)
+            add("gradients", "all-reduce", others, gathered_bytes / n * self.micro, True)
+        extra_passes = 1 if self.p.run.execution.remat == "full" else 0
         for s in self.layered.values():
             if axes := self.summed(s):  # forward, forward again, and backward what the block's first products give
-                add("activations", "all-reduce", axes, (2 + again) * self.depth(s) * each, hidden(axes, self.target))
+                whole = (2 + extra_passes) * self.depth(s) * each
+                add("activations", "all-reduce", axes, whole, hidden(axes, self.target))
             if "experts" in s.axes and s.axes[-1] == "embed":  # to the experts and back, forward and backward
                 pairs = self.p.run.model.moe.top_k * each
-                add("tokens", "all-to-all", self.travel, 2 * (2 + again) * self.depth(s) * pairs, False)
+                add("tokens", "all-to-all", self.travel, 2 * (2 + extra_passes) * self.depth(s) * pairs, False)
         seq = tuple(a for a in self.p.layout.compute.get("seq", ()) if self.sizes.get(a, 1) > 1)
         if seq:
             kv = sum(self.outputs(s) for s in self.layered.values() if "kv" in s.axes)
             whole = self.tokens * self.cuts * kv * self.bytes * self.micro
-            add("keys and values", "all-gather", seq, whole * (1 + self.again), False)
+            add("keys and values", "all-gather", seq, whole * (1 + self.recomputed), False)
             add("keys and values", "reduce-scatter", seq, whole, False)
         if self.stages > 1:
-            out["activations", "collective-permute", ("stage",), False] = 2 * each
-        return [Flow(what, kind, axes, sent, hidden) for (what, kind, axes, hidden), sent in out.items()]
+            totals["activations", "collective-permute", ("stage",), False] = 2 * each
+        return [Flow(what, kind, axes, sent, hidden) for (what, kind, axes, hidden), sent in totals.items()]

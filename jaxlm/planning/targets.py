@@ -1,4 +1,4 @@
-"""Machines by name, here or not: `v5p:4x4x4`, `v5p-128`, `2*v5e:16x16`, `h100:8x8` (nodes × GPUs), `cpu:8`, `here`.
+"""Names machines, here or not: `v5p:4x4x4`, `v5p-128`, `2*v5e:16x16`, `h100:8x8` (nodes × GPUs), `cpu:8`, `here`.
 
 A target that isn't here is described to its own compiler, which runs on any CPU: libtpu's for TPUs, XLA's for GPUs.
 """
@@ -19,8 +19,8 @@ from jaxlm.runtime import chips
 from jaxlm.runtime.chips import Chip
 
 EXAMPLES = "v5p:4x4x4, v5p-128, v6e:16x16, 2*v5e:16x16, h100:8, h100:8x8, cpu:8, here"
-# Slices that Google Cloud offers, in chips. Two dimensions: these alone. Three: up to 4x4x4 these, and beyond it
-# multiples of 4 in ascending order, up to so many chips.
+# Slices that Google Cloud offers, in chips. Chips with two dimensions come in FLAT ones alone. Chips with three come in
+# SMALL ones, and beyond 4x4x4 in multiples of 4 in ascending order, up to LARGEST chips.
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4")
 LARGEST = {"v4": 4096, "v5p": 6144, "tpu7x": 9216}
@@ -28,73 +28,85 @@ LARGEST = {"v4": 4096, "v5p": 6144, "tpu7x": 9216}
 
 @dataclass(frozen=True)
 class Target:
+    """A Target is a machine, or many, that a program may be compiled for."""
+
     name: str
     chip: Chip
     shape: tuple[int, ...]
-    """TPU: chips along each dimension of a slice; GPU: nodes, GPUs a node; CPU: devices."""
+    """Chips along each dimension of a TPU slice; (nodes, GPUs a node); or (CPU devices,)."""
     slices: int = 1
     here: bool = False
+    """Whether it is the machine that this runs on."""
 
     @property
     def count(self) -> int:
-        """Devices, all slices together."""
+        """Returns the devices of all slices together."""
         return math.prod(self.shape) * self.chip.devices * self.slices
 
     @property
     def near(self) -> int:
-        """Devices that reach each other over the fast network: of a slice, or of a node."""
+        """Returns the number of devices that reach each other over the fast network: of a slice, or of a node."""
         return self.shape[-1] if self.chip.platform == "gpu" else self.count // self.slices
 
     @property
     def wraps(self) -> tuple[bool, bool, bool]:
-        """Along which dimensions of a TPU slice the last chip reaches the first: all of those that are made of cubes of
-        4x4x4, and of flat ones those of a whole pod's 16 (Google Cloud's pages on TPU architecture)."""
+        """Returns along which dimensions of a TPU slice the last chip reaches the first.
+
+        All do in a slice that is made of cubes of 4x4x4, and in a flat one those of a whole pod's 16 (Google Cloud's
+        pages on TPU architecture).
+        """
         if self.chip.dims == 2:
             return self.shape[0] == 16, self.shape[1] == 16, False
         ring = self.chip.dims == 3 and all(n % 4 == 0 for n in self.shape)
         return ring, ring, ring
 
     def devices(self) -> list[Any]:
-        """As JAX describes them; outer ones of a mesh first, so that a slice's or a node's stay together."""
+        """Returns the devices as JAX describes them; outer ones of a mesh come first, so that those of a slice or node
+        stay together.
+
+        Raises ValueError where the compiler for them is missing.
+        """
         if self.here:
             return jax.devices()
         if self.chip.platform == "cpu":
             return _cpus(self.count)
-        jax.config.update("jax_platforms", "cpu")  # nothing of this runs; without it JAX would look for a TPU
+        jax.config.update("jax_platforms", "cpu")  # nothing runs here; without it JAX would look for a TPU
         if self.chip.platform == "tpu":
-            need("libtpu", "jax[tpu]", self)
-            os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no machine of Google's cloud tells libtpu where it is
-            # v4 and v5p: the two cores of a chip as one device
+            require("libtpu", "jax[tpu]", self)
+            os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu isn't told where it is by Google's cloud here
+            # the two cores of a v4 chip are one device
             options: dict[str, Any] = {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}
             options |= {"num_slices": self.slices} if self.slices > 1 else {}
             options |= {"wrap": self.wraps} if any(self.wraps) else {}
             name = f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
             return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
-        need("jax_cuda13_plugin", "jax[cuda13]", self)
+        require("jax_cuda13_plugin", "jax[cuda13]", self)
         nodes = f"1x{self.shape[0]}x{self.shape[1]}"
-        found = topologies.get_topology_desc(
+        topology = topologies.get_topology_desc(
             self.name, platform="cuda", target_config=chips.xla_target(self.chip), topology=nodes
         )
-        return list(found.devices)
+        return list(topology.devices)
 
 
-def need(module: str, package: str, target: Target) -> None:
+def require(module: str, package: str, target: Target) -> None:
+    """Refuses a target whose compiler is not installed."""
     if importlib.util.find_spec(module) is None:
         raise ValueError(f'--target: the compiler for {target.name} is missing: pip install "{package}"')
 
 
 def parse(name: str) -> Target:
-    """The machine that a name means; an unknown one is an error with the nearest that exist."""
+    """Returns the machine that a name means. Raises ValueError for an unknown one, which names the nearest that
+    exist."""
     if name == "here":
         return here()
-    found = re.fullmatch(r"(?:(\d+)\*)?([a-z0-9]+?)(?:([:-])(\d+(?:x\d+)*))?", name.lower())
-    if not found:
+    match = re.fullmatch(r"(?:(\d+)\*)?([a-z0-9]+?)(?:([:-])(\d+(?:x\d+)*))?", name.lower())
+    if not match:
         raise ValueError(f"--target: {name!r} is no machine; examples: {EXAMPLES}")
-    slices, short, mark, size = int(found[1] or 1), chips.ALIASES.get(found[2], found[2]), found[3], found[4]
+    slices, short, mark, size = int(match[1] or 1), chips.ALIASES.get(match[2], match[2]), match[3], match[4]
     if short == "cpu":
         return Target(name, CPU, (int(size or 1) if (size or "1").isdigit() else _refuse(name, ("cpu:8",)),))
     if short not in chips.CHIPS:
-        raise ValueError(f"--target: no chip {found[2]!r}{nearest(short, [*chips.CHIPS, 'cpu', 'here'])}")
+        raise ValueError(f"--target: no chip {match[2]!r}{nearest(short, [*chips.CHIPS, 'cpu', 'here'])}")
     chip = chips.CHIPS[short]
     if chip.platform == "gpu":
         numbers = tuple(int(n) for n in (size or "1").split("x"))
@@ -118,7 +130,7 @@ def parse(name: str) -> Target:
 
 
 def shapes(chip: Chip) -> list[tuple[int, ...]]:
-    """The slices of a TPU that exist; of those of one size the most compact comes last."""
+    """Returns the slices of a TPU that exist; of those of one size the most compact comes last."""
     if chip.dims == 2:
         return [tuple(int(n) for n in s.split("x")) for s in FLAT]
     top = LARGEST[chip.name]
@@ -140,7 +152,7 @@ CPU = Chip("cpu", "cpu", "cpu", 0.0, 0.0, 1, 0.0, 0.0)
 
 
 def here() -> Target:
-    """The machine that this runs on."""
+    """Returns the machine that this runs on."""
     devices = jax.devices()
     first, hosts = devices[0], jax.process_count()
     chip = chips.of_kind(first.device_kind) or (
@@ -149,14 +161,14 @@ def here() -> Target:
     if chip.dims:
         coords = [d.coords for d in devices]
         shape: tuple[int, ...] = tuple(len({c[i] for c in coords}) for i in range(chip.dims))
-        slices = len({getattr(d, "slice_index", 0) for d in devices})
+        slices = len({getattr(d, "slice_index", 0) for d in devices})  # JAX gives it to TPUs in slices alone
         return Target("here", chip, shape, slices, here=True)
     shape = (hosts, len(devices) // hosts) if chip.platform == "gpu" else (len(devices),)
     return Target("here", chip, shape, here=True)
 
 
 def _cpus(n: int) -> list[Any]:
-    """So many of this CPU, made before JAX has looked at it."""
+    """Returns so many devices of this CPU, which must be asked for before JAX has started."""
     jax.config.update("jax_platforms", "cpu")
     with_flag = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not with_flag:

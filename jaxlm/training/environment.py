@@ -1,4 +1,4 @@
-"""The versions, hardware and git state that a run was made with."""
+"""Records the versions, hardware and git state that a run was made with."""
 
 import importlib.metadata
 import json
@@ -16,15 +16,16 @@ from jaxlm.training.log import replace_file
 PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-# Variables that change how devices and their network are used; those that name a host or a place are left out.
+# Prefixes of variables that change how devices and their network are used.
 RECORDED = ("JAX_", "JAXLM_", "XLA_", "LIBTPU_INIT_ARGS", "NCCL_", "TPU_", "MEGASCALE_NUM_SLICES", "CUDA_", "TF_GPU_")
 
 
+# Parts of the names of variables that may hold a host, a path or a secret: these are left out.
 PRIVATE = ("ADDRESS", "HOSTNAME", "NCCL_SOCKET_IFNAME", "_KEY", "TOKEN", "_FILE")
 
 
 def environment() -> dict[str, Any]:
-    """What the run ran on, with nothing that names a person, a host or a home folder."""
+    """Returns what the run runs on, with nothing that names a person, a host or a home folder."""
     devices = jax.devices()
     home = str(Path.home())
     flags = {
@@ -50,10 +51,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_environment(folder: str | os.PathLike, **more: Any) -> None:
-    """`more`: what else is to stand there, such as the compiler's options."""
+def write_environment(folder: str | os.PathLike, **extra: Any) -> None:
+    """Writes `environment.json` into a run's folder; `extra` adds entries, such as the compiler's options."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    replace_file(Path(folder) / "environment.json", json.dumps(environment() | more, indent=2) + "\n")
+    replace_file(Path(folder) / "environment.json", json.dumps(environment() | extra, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:
@@ -70,7 +71,7 @@ def _cpu_model() -> str:
 
 
 def _git(root: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that this package is run from; None if it was installed or git isn't there."""
+    """Returns the commit of the checkout that this package runs from; None if it was installed, or git is missing."""
     if not (root / ".git").exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""What a run says: `metrics.jsonl`, samples, TensorBoard events, the environment, speed and the progress line.
+"""Writes what a run says into its folder: `metrics.jsonl`, samples and TensorBoard events.
 
 Everything that depends on the clock stands under the key `time` of a line, so two runs are compared bit for bit by
 dropping that one key.
@@ -16,10 +16,12 @@ RESERVED = ("kind", "step", "name", "time")
 
 
 class RunLog:
-    """Writes one JSON object a line, each with one system call, so that a killed process loses at most the last line.
+    """A RunLog writes one JSON object a line, each with one system call, so that a killed process loses at most the
+    last line.
 
-    resume_step: drop everything later than it first. None: append. ended: that step was the last one, so the samples
-    and events of the run's end, which follow its checkpoint, are dropped as well. enabled: only on process 0 of a run.
+    With `resume_step` it first drops everything later than that step; with None it appends. `ended` says that this step
+    was the last one, so that the samples and events of the run's end, which follow its checkpoint, are dropped as well.
+    It is `enabled` on process 0 of a run alone.
     """
 
     def __init__(
@@ -42,28 +44,30 @@ class RunLog:
             if resume_step is not None:
                 lines = [line for line in lines if line["step"] <= resume_step]
                 if ended:
-                    before = lambda x: x["kind"] in ("train", "valid") or x.get("name") == "gain"  # noqa: E731
-                    lines = [x for x in lines if x["step"] < resume_step or before(x)]
+                    precedes_end = lambda x: x["kind"] in ("train", "valid") or x.get("name") == "gain"  # noqa: E731
+                    lines = [x for x in lines if x["step"] < resume_step or precedes_end(x)]
             replace_file(path, "".join(map(_line, lines)))
             replace_file(samples, "".join(_sample(x) for x in lines if x["kind"] == "sample"))
         if tensorboard:
             purge = None if resume_step is None else resume_step + 1
             self._events = _tensorboard()(str(folder / "events"), purge_step=purge, flush_secs=10)
-        self._lines = open(path, "ab", buffering=0)  # noqa: SIM115  open as long as the run
+        self._lines = open(path, "ab", buffering=0)  # noqa: SIM115  it stays open as long as the run
         self._samples = open(samples, "ab", buffering=0)  # noqa: SIM115
 
     def train(self, step: int, metrics: Mapping[str, Any], time: Mapping[str, Any]) -> None:
+        """Logs a training step; `time` holds what depends on the clock."""
         self._numbers("train", step, metrics, time)
 
     def valid(self, step: int, metrics: Mapping[str, Any], time: Mapping[str, Any]) -> None:
+        """Logs a validation; `time` holds what depends on the clock."""
         self._numbers("valid", step, metrics, time)
 
     def event(self, step: int, name: str, **info: Any) -> None:
-        """Something that happened once; what in it depends on the clock goes into `time={…}`."""
+        """Logs what happened once; fields that depend on the clock go into `time={…}`."""
         self._write({"kind": "event", "step": step, "name": name, **info})
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """text: what the model wrote after `prompt`."""
+        """Logs the `text` that the model wrote after `prompt`."""
         line = {"kind": "sample", "step": step, "prompt": prompt, "text": text}
         self._write(line)
         if self._samples is not None:
@@ -72,6 +76,7 @@ class RunLog:
             self._events.add_text(f"sample/{prompt[:40]}", text, step)
 
     def close(self) -> None:
+        """Closes the files."""
         for file in (self._lines, self._samples, self._events):
             if file is not None:
                 file.close()
@@ -99,11 +104,14 @@ class RunLog:
 
 
 def read_lines(path: str | os.PathLike) -> list[dict]:
-    """The lines of a `metrics.jsonl`. A last line without its end was cut by a kill and is left out; any other fault is
-    a ValueError that names the line. Values that JSON has no number for come as "NaN", "Infinity", "-Infinity"."""
-    *whole, _ = Path(path).read_bytes().split(b"\n")
+    """Returns the lines of a `metrics.jsonl`.
+
+    A last line without its end was cut by a kill, and is left out. Values that JSON has no number for come as "NaN",
+    "Infinity", "-Infinity". Raises ValueError, which names the line, for any other fault.
+    """
+    *complete, _ = Path(path).read_bytes().split(b"\n")
     lines = []
-    for number, text in enumerate(whole, 1):
+    for number, text in enumerate(complete, 1):
         try:
             line = json.loads(text)
             line["step"], line["kind"]
@@ -118,13 +126,14 @@ def _line(line: dict) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON's own types. Python writes a float with as many digits as tell it apart from every other float."""
+    """Converts to JSON's own types. Python writes a float with as many digits as tell it apart from every other
+    float."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
-    if hasattr(value, "item"):
-        value = value.item()  # a scalar of numpy or JAX; anything larger raises
+    if hasattr(value, "item"):  # a scalar of numpy or JAX; anything larger raises
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
@@ -135,7 +144,7 @@ def _sample(line: dict) -> str:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """All of it or nothing, whenever the process is killed."""
+    """Writes all of the text or, whenever the process is killed, leaves the file as it was."""
     new = path.with_name(path.name + ".new")
     with open(new, "w", encoding="utf-8") as file:
         file.write(text)

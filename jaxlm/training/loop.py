@@ -1,4 +1,4 @@
-"""The loop: step, log, validate, save; nothing else. It reads in the order it runs."""
+"""Runs the training loop: step, log, validate, save, and nothing else. It reads in the order it runs."""
 
 import os
 import signal
@@ -18,57 +18,62 @@ Metrics = dict[str, float]
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient is NaN or Inf, or a batch has nothing to learn from; says at which step, on which examples."""
+    """A loss or gradient is NaN or Inf, or a batch has nothing to learn from; the message names the step and its
+    examples."""
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop calls, in words of the step just finished (1, 2, …)."""
+    """A Hooks holds the functions that the loop calls. Steps are counted 1, 2, … once they are finished."""
 
     batches: Callable[[int], Iterator[dict]]
-    """Host batches from an update (0, 1, …) on."""
+    """Yields host batches from an update (0, 1, …) on."""
     to_device: Callable[[dict], Batch[jax.Array]]
     step: Callable[[Any, Batch[jax.Array]], tuple[Any, dict]]
     indices: Callable[[int], Any]
-    """Example indices of an update's batch, for error messages."""
+    """Returns the example indices of an update's batch, for error messages."""
     log: Callable[[int, Metrics, float, float], None]
-    """(step, metrics, seconds waited for data, seconds in the step: sending it and waiting for it)."""
+    """Takes the step, its metrics, the seconds waited for data, and those spent to send the step and wait for it."""
     validate: Callable[[int, Any], Metrics]
     sample: Callable[[int, Any], None]
     save: Callable[[int, Any, Metrics | None, dict], None]
-    """(step, state, validation metrics of this very step or None, early stopping's memory)."""
+    """Takes the step, the state, the validation metrics of this very step or None, and early stopping's memory."""
 
 
 @dataclass(frozen=True)
 class Outcome:
+    """An Outcome says where and why the loop ended."""
+
     state: Any
     step: int
     reason: str
-    """finished, interrupted or stopped early."""
+    """One of finished, interrupted and stopped early."""
     best: float
+    """The lowest validation score."""
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C are noted in this list, for the loop to end in good order; a second one is not caught.
+    """Notes SIGTERM and Ctrl-C in the list that it yields, for the loop to end in good order; a second one is not
+    caught.
 
     Where there are several processes JAX waits for SIGTERM on each of them, and tells the others: that stays in place.
     """
-    got: list[int] = []
-    several = jax.process_count() > 1
+    noted: list[int] = []
+    several_processes = jax.process_count() > 1
 
     def note(number: int, frame: FrameType | None) -> None:
-        got.append(number)
-        signal.signal(number, old[signal.Signals(number)])
-        if several:
+        noted.append(number)
+        signal.signal(number, previous[signal.Signals(number)])
+        if several_processes:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    caught = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
-    old = {s: signal.signal(s, note) for s in caught}
+    caught = (signal.SIGINT,) if several_processes else (signal.SIGTERM, signal.SIGINT)
+    previous = {s: signal.signal(s, note) for s in caught}
     try:
-        yield got
+        yield noted
     finally:
-        for s, handler in old.items():
+        for s, handler in previous.items():
             signal.signal(s, handler)
 
 
@@ -87,32 +92,34 @@ def train(
     stop_on_nonfinite: bool = True,
     save_best: bool = False,
 ) -> Outcome:
-    """Updates `start` … `steps`. Metrics are read one step late, so the host never waits for the step it just sent.
+    """Runs the updates `start` … `steps`. Metrics are read one step late, so the host never waits for the step it just
+    sent.
 
     `best` and `bad` carry early stopping over a restart: the lowest validation score, and validations since then.
+    Raises NonFiniteError for what `_check` refuses.
     """
     batches = hooks.batches(start)
     pending: tuple[int, dict, float, float] | None = None
     done, reason = start, "finished"
 
     def read() -> None:
-        """Wait for the pending step's metrics, check and log them."""
+        """Waits for the pending step's metrics, checks and logs them."""
         nonlocal pending
         if pending is None:
             return
         number, metrics, waited, sending = pending
-        asked = time.perf_counter()
+        began = time.perf_counter()
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         pending = None
-        hooks.log(number, values, waited, sending + time.perf_counter() - asked)
+        hooks.log(number, values, waited, sending + time.perf_counter() - began)
         _check(number, values, hooks.indices, stop_on_nonfinite)
 
     with stop_signals() as signals:
         try:
             for update in range(start, steps):
-                asked = time.perf_counter()
+                began = time.perf_counter()
                 batch = next(batches)
-                waited = time.perf_counter() - asked
+                waited = time.perf_counter() - began
                 sent = time.perf_counter()
                 state, metrics = hooks.step(state, hooks.to_device(batch))
                 sending = time.perf_counter() - sent
@@ -140,15 +147,18 @@ def train(
                 if reason != "finished":
                     break
         finally:
-            close = getattr(batches, "close", None)
+            close = getattr(batches, "close", None)  # a loader has it, a plain iterator doesn't
             if close:
                 close()
     return Outcome(state, done, reason, best)
 
 
 def _asked_to_stop(signals: list[int], done: int) -> bool:
-    """Whether to stop now. Several processes must leave at the same step: when one of them gets SIGTERM, JAX agrees on
-    one that none has passed yet, in the background. Asking costs no message."""
+    """Returns whether to stop now.
+
+    Several processes must leave at the same step: when one of them gets SIGTERM, JAX agrees in the background on a step
+    that none has passed yet. Asking costs no message.
+    """
     if jax.process_count() == 1:
         return bool(signals)
     from jax.experimental import multihost_utils

@@ -1,4 +1,4 @@
-"""Optimizers and schedules: optax chains, and which parameters each of them gets."""
+"""Builds optimizers and schedules: optax chains, and which parameters each of them gets."""
 
 import dataclasses
 import math
@@ -18,11 +18,11 @@ Schedule = Callable[[Any], Any]
 
 
 def _after_warmup(c: config.Optim, steps: int, then: Schedule) -> Schedule:
-    """Linear warm-up whose first step already moves, then `then(steps since)`."""
+    """Warms up linearly, with a first step that moves already, and then follows `then(steps since)`."""
     if c.warmup >= steps:
         raise ValueError(f"optim.warmup: {c.warmup} steps do not fit into train.steps {steps}")
-    later = lambda t: jnp.maximum(then(jnp.maximum(t - c.warmup, 0)), 0.0)  # noqa: E731  # rounding may pass zero
-    return lambda t: jnp.where(t < c.warmup, c.lr * (t + 1) / max(1, c.warmup + 1), later(t))
+    after = lambda t: jnp.maximum(then(jnp.maximum(t - c.warmup, 0)), 0.0)  # noqa: E731  # rounding may go below zero
+    return lambda t: jnp.where(t < c.warmup, c.lr * (t + 1) / max(1, c.warmup + 1), after(t))
 
 
 def _constant(c: config.Optim, steps: int) -> Schedule:
@@ -38,13 +38,13 @@ def _cosine(c: config.Optim, steps: int) -> Schedule:
 
 
 def _inverse_sqrt(c: config.Optim, steps: int) -> Schedule:
-    """lr · sqrt(w / (w + t)): continuous with the warm-up of w steps (Vaswani et al. 2017)."""
+    """Decays as lr · sqrt(w / (w + t)), which continues a warm-up of w steps (Vaswani et al. 2017)."""
     w = max(1, c.warmup)
     return lambda t: c.lr * jnp.sqrt(w / (w + t))
 
 
 def _wsd(c: config.Optim, steps: int) -> Schedule:
-    """Warm-up, stable, then linear decay over the last share `decay` of all steps, or what of it the warm-up leaves
+    """Warms up, stays, and decays linearly over the last share `decay` of all steps, or what the warm-up leaves of it
     (Hu et al. 2024)."""
     decay = min(max(1, round(c.decay * steps)), steps - c.warmup)
     start = steps - decay - c.warmup
@@ -61,15 +61,18 @@ SCHEDULES: dict[str, Callable[[config.Optim, int], Schedule]] = {
 
 
 def schedule(c: config.Optim, steps: int) -> Schedule:
-    """Learning rate at update t = 0, 1, …, steps - 1."""
+    """Returns the function from the update t = 0, 1, …, steps - 1 to its learning rate."""
     return _after_warmup(c, steps, SCHEDULES[c.schedule](c, steps))
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
+    """An Optimizer holds a run's optax chain, and what happens to each parameter."""
+
     tx: optax.GradientTransformation
     schedule: Schedule
     trainable: Callable[[str], bool]
+    """Whether the parameter of a path is trained."""
     groups: dict[str, str]
     """Path of every parameter → what happens to it, such as `muon, decay 0.1` or `frozen`."""
 
@@ -83,37 +86,37 @@ def make(
     rate_of: Callable[[str], float] = lambda path: 1.0,
     wrap: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] = lambda tx, steps: tx,
 ) -> Optimizer:
-    """The optimizer of a run for a spec tree. Patterns that match no parameter are errors.
+    """Returns the optimizer of a run for a spec tree. Raises ValueError for a pattern that matches no parameter.
 
-    `trainable`: of what isn't frozen by name; `rate_of`: what a weight's learning rate is multiplied by; `wrap` gets
-    the whole of it and the number of steps.
+    `trainable` says which of the weights that aren't frozen by name are trained; `rate_of` returns what a weight's
+    learning rate is multiplied by; `wrap` gets the whole chain and the number of steps.
     """
     flat = tree.flatten(specs, is_spec)
     by_name = tree.matcher(c.freeze, flat, "optim.freeze")
     frozen = lambda path: by_name(path) or not trainable(path)  # noqa: E731
-    spared = tree.matcher(c.no_decay, flat, "optim.no_decay")
+    without_decay = tree.matcher(c.no_decay, flat, "optim.no_decay")
     to_adamw = tree.matcher(c.adamw_paths, flat, "optim.adamw_paths")
     if all(frozen(p) for p in flat):
         raise ValueError("optim.freeze: every parameter is frozen; nothing would be trained")
 
-    def matrix(path: str) -> bool:
+    def is_matrix(path: str) -> bool:
         return flat[path].is_matrix and not flat[path].is_bias
 
     def decays(path: str) -> bool:
-        return matrix(path) and not spared(path)
+        return is_matrix(path) and not without_decay(path)
 
     def group(path: str) -> str:
         if flat[path].role == "selection_bias":
             return "balance"
-        hidden = "layers" in flat[path].axes and matrix(path)
+        hidden = "layers" in flat[path].axes and is_matrix(path)
         return "muon" if c.name == "muon" and hidden and not to_adamw(path) else "adamw" if c.name == "muon" else c.name
 
     rate = schedule(c, steps)
     labels = tree.map_named(lambda path, s: None if frozen(path) else group(path), specs)
     mask = tree.map_named(lambda path, s: None if frozen(path) else decays(path), specs)
     used = set(tree.flatten(labels).values())
-    rows = {name: (OPTIMIZERS | OWN)[name](c, rate, mask, specs, labels) for name in sorted(used)}
-    tx = rows[next(iter(used))] if len(used) == 1 else optax.partition(rows, labels)
+    chains = {name: (OPTIMIZERS | BY_ROLE)[name](c, rate, mask, specs, labels) for name in sorted(used)}
+    tx = chains[next(iter(used))] if len(used) == 1 else optax.partition(chains, labels)
     rates = {path: rate_of(path) for path in flat}
     if c.layer_decay != 1 or c.top_layers is not None or set(rates.values()) != {1.0}:
         depths, _ = tree.partition(depth_scales(c, specs), lambda path: not frozen(path))
@@ -129,9 +132,10 @@ def make(
 
 
 def depth_scales(c: config.Optim, specs: Any) -> Any:
-    """What each weight's updates are multiplied by for its height: embeddings, the layers of a stack, heads.
+    """Returns what each weight's updates are multiplied by for its height: embeddings, the layers of a stack, heads.
 
-    Weight decay is part of an update, so what is multiplied by 0 stays as it was.
+    Weight decay is part of an update, so a weight that is multiplied by 0 stays as it was. Raises ValueError where
+    `optim.top_layers` is more than there are.
     """
     deepest = max((s.shape[0] for s in tree.flatten(specs, is_spec).values() if s.axes[:1] == ("layers",)), default=0)
     if c.top_layers is not None and not 0 <= c.top_layers <= deepest:
@@ -152,19 +156,19 @@ def depth_scales(c: config.Optim, specs: Any) -> Any:
 
 
 def _finish(c: config.Optim, rate: Schedule, mask: Any) -> optax.GradientTransformation:
-    """Decoupled weight decay (Loshchilov & Hutter 2019), then the learning rate."""
-    decay = optax.add_decayed_weights(c.weight_decay, mask=_only(mask)) if c.weight_decay else optax.identity()
+    """Applies decoupled weight decay (Loshchilov & Hutter 2019), then the learning rate."""
+    decay = optax.add_decayed_weights(c.weight_decay, mask=_mask_for(mask)) if c.weight_decay else optax.identity()
     return optax.chain(decay, optax.scale_by_learning_rate(rate))
 
 
-def _only(mask: Any) -> Callable[[Any], Any]:
-    """The mask for whichever part of the tree a partition hands over: holes there are `MaskedNode`s."""
+def _mask_for(mask: Any) -> Callable[[Any], Any]:
+    """Returns the mask for whichever part of the tree a partition hands over: holes there are `MaskedNode`s."""
 
-    def of(params: Any) -> Any:
+    def mask_of(params: Any) -> Any:
         hole = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
         return jax.tree.map(lambda p, m: p if hole(p) else m, params, mask, is_leaf=hole)
 
-    return of
+    return mask_of
 
 
 def _adamw(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any) -> optax.GradientTransformation:
@@ -177,12 +181,13 @@ def _sgd(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any) ->
 
 
 def _lion(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any) -> optax.GradientTransformation:
-    """Chen et al. 2023; wants a learning rate 3–10 × below AdamW's and a decay as much above."""
+    """Builds Lion (Chen et al. 2023), which wants a learning rate 3–10 × below AdamW's and a decay as much above."""
     return optax.chain(optax.scale_by_lion(c.beta1, c.beta2), _finish(c, rate, mask))
 
 
 def _adafactor(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any) -> optax.GradientTransformation:
-    """Shazeer & Stern 2018: factored second moments, updates clipped to RMS 1 and scaled by each weight's own RMS."""
+    """Builds Adafactor (Shazeer & Stern 2018): factored second moments, updates clipped to RMS 1 and scaled by each
+    weight's own RMS."""
     return optax.chain(
         optax.scale_by_factored_rms(),
         optax.clip_by_block_rms(1.0),
@@ -192,14 +197,15 @@ def _adafactor(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: A
 
 
 def matrix_dimensions(s: Spec) -> MuonDimensionNumbers:
-    """Which dimensions of a stacked weight are its matrix's input and output; layers and experts are a batch."""
-    own = [i for i, a in enumerate(s.axes) if a not in ("layers", "experts")]
-    inputs = own[:-1] if s.axes[own[-1]] == "embed" else own[:1]
-    return MuonDimensionNumbers(tuple(inputs), tuple(i for i in own if i not in inputs))
+    """Returns which dimensions of a stacked weight are its matrix's input and output; layers and experts are a
+    batch."""
+    dims = [i for i, a in enumerate(s.axes) if a not in ("layers", "experts")]
+    inputs = dims[:-1] if s.axes[dims[-1]] == "embed" else dims[:1]
+    return MuonDimensionNumbers(tuple(inputs), tuple(i for i in dims if i not in inputs))
 
 
 def _muon(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any) -> optax.GradientTransformation:
-    """Jordan 2024: momentum made orthogonal by Newton–Schulz, for hidden matrices only.
+    """Builds Muon (Jordan 2024): momentum made orthogonal by Newton–Schulz, for hidden matrices only.
 
     The iteration is written on whole matrices, so the partitioner keeps it exact however they are sharded.
     """
@@ -233,12 +239,14 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 
-BALANCE_RATE = 1e-3  # at the peak of the schedule, which it follows
+BALANCE_RATE = 1e-3  # the size of a step at the peak of the schedule, which it follows
 
 
 def _balance(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any) -> optax.GradientTransformation:
-    """Steps of one size against an expert's load, for the biases that `moe.route` chooses by (DeepSeek V3, section
-    2.1.2). Their gradient is no gradient of the loss, and only its sign is read: neither its scale nor clipping counts.
+    """Takes steps of one size against an expert's load, for the biases that `moe.route` chooses by (DeepSeek V3,
+    section 2.1.2).
+
+    Their gradient is no gradient of the loss, and only its sign is read: neither its scale nor clipping counts.
     """
     return optax.chain(
         optax.stateless(lambda g, _: jax.tree.map(jnp.sign, g)),
@@ -246,27 +254,29 @@ def _balance(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any
     )
 
 
-OWN = {"balance": _balance}  # of certain weights, whatever `optim.name` is
+BY_ROLE = {"balance": _balance}  # for weights of a certain role, whatever `optim.name` is
 
 
 def state_shardings(
     tx: optax.GradientTransformation, params: Any, shardings: Any, whole: Any, host: bool = False
 ) -> Any:
-    """Moments live where their weights live; counters and factored moments are whole on every device.
+    """Returns where the optimizer's state lives: moments with their weights; counters and factored moments whole on
+    every device.
 
-    `params`: abstract trainable weights; `shardings`: theirs; `whole`: the replicated sharding; `host`: in the hosts'
-    memory, but for counters.
+    `params` are the abstract trainable weights, `shardings` theirs, `whole` the replicated sharding. With `host` all
+    but the counters rest in the hosts' memory.
     """
-    homes = {
-        path: (leaf.shape, home)
-        for (path, leaf), home in zip(tree.flatten(params).items(), tree.flatten(shardings).values(), strict=True)
+    by_path = {
+        path: (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(tree.flatten(params).items(), tree.flatten(shardings).values(), strict=True)
     }
 
-    def place(path: tuple, leaf: Any) -> Any:
+    def place(key_path: tuple, leaf: Any) -> Any:
         # A moment sits in the optimizer's state under its weight's own path, whatever chains and groups surround it.
-        name = "/".join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
-        shape, home = homes.get(name, next((h for p, h in homes.items() if name.endswith("/" + p)), (None, whole)))
-        at = home if leaf.shape == shape else whole
-        return at.with_memory_kind("pinned_host") if host and leaf.ndim else at
+        name = "/".join(str(k.key) for k in key_path if isinstance(k, jax.tree_util.DictKey))
+        of_suffixes = (weight for path, weight in by_path.items() if name.endswith("/" + path))
+        shape, sharding = by_path.get(name) or next(of_suffixes, (None, whole))
+        placed = sharding if leaf.shape == shape else whole
+        return placed.with_memory_kind("pinned_host") if host and leaf.ndim else placed
 
     return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))

@@ -1,4 +1,4 @@
-"""Throughput, FLOPs and the progress line of a training run."""
+"""Measures a training run's throughput and FLOPs, and shows the progress line."""
 
 import collections
 import math
@@ -13,12 +13,13 @@ import rich.text
 
 
 def flops_per_token(matmul_params: int, layers: int, attention_width: int, seq_len: int) -> dict[str, float]:
-    """Training FLOPs (forward and backward, nothing recomputed) for one token, by the two conventions in use.
+    """Returns the training FLOPs (forward and backward, nothing recomputed) of one token, by the two conventions in
+    use.
 
-    matmul_params: weights that every token is multiplied with, the output head among them, an embedding that is only
-    looked up not; of a mixture of experts those that one token meets. attention_width: heads × size of a head.
-    The products of weights cost 6 per weight. Attention costs 12·L·S·d if every pair of positions counts ("full":
-    PaLM's appendix B, Levanter, torchtitan, nanoGPT) and half of it if only the pairs of a causal mask count ("causal":
+    `matmul_params` counts the weights that a token is multiplied with: the output head, but no embedding that is only
+    looked up, and of a mixture of experts those that one token meets. `attention_width` is heads × size of a head. The
+    products of weights cost 6 per weight. Attention costs 12·L·S·d if every pair of positions counts ("full": PaLM's
+    appendix B, Levanter, torchtitan, nanoGPT) and half of it if only the pairs of a causal mask count ("causal":
     Megatron, today's MaxText). The same run has a higher MFU by "full": never compare across conventions.
     """
     pairs = layers * seq_len * attention_width
@@ -26,9 +27,10 @@ def flops_per_token(matmul_params: int, layers: int, attention_width: int, seq_l
 
 
 class Meter:
-    """Speed and where the time goes, over a window of steps.
+    """A Meter measures speed, and where the time goes, over a window of steps.
 
-    flops: per token, as from `flops_per_token`. peak: FLOP/s of all devices together, None if unknown.
+    `flops` are those of a token, as from `flops_per_token`. `peak` is the FLOP/s of all devices together, None if
+    unknown.
     """
 
     def __init__(
@@ -46,18 +48,22 @@ class Meter:
         self._begin = self._last = now()
 
     def update(self, *, data_s: float, step_s: float, tokens: int) -> None:
-        """Once for each training step: seconds waited for data, seconds in the step, tokens of all devices in it."""
+        """Records a training step: seconds waited for data, seconds in the step, and tokens of all devices in it."""
         now = self._now()
         self._window.append((now - self._last, data_s, step_s, tokens))
         self._last = now
         self._done += 1
 
     def pause(self) -> None:
-        """What happened since the last step (validation, samples) is no loop overhead and no part of the speed."""
+        """Leaves out what happened since the last step (validation, samples): it is no loop overhead and no part of the
+        speed."""
         self._last = self._now()
 
     def read(self) -> dict[str, float | None]:
-        """tokens_per_s is the median over the window, so that one slow step (a compilation) doesn't hide the speed."""
+        """Returns the figures of the window by name.
+
+        `tokens_per_s` is the median over the window, so that one slow step (a compilation) doesn't hide the speed.
+        """
         elapsed = self._now() - self._begin
         if not self._window:
             return {"elapsed_s": elapsed}
@@ -78,12 +84,14 @@ class Meter:
 
 
 class Ema:
-    """Exponential moving average without the pull towards its start: m / (1 - βᵗ). A NaN or Inf passes by unmixed."""
+    """An Ema is an exponential moving average without the pull towards its start: m / (1 - βᵗ). A NaN or Inf passes by
+    unmixed."""
 
     def __init__(self, beta: float = 0.98):
         self._beta, self._mean, self._weight = beta, 0.0, 0.0
 
     def update(self, value: float) -> float:
+        """Adds a value and returns the average."""
         if not math.isfinite(value):
             return value
         self._mean += (1 - self._beta) * (value - self._mean)
@@ -92,7 +100,8 @@ class Ema:
 
 
 class Progress:
-    """One line that stays up to date on a terminal; elsewhere a line every `every_s` seconds and at the end."""
+    """A Progress is one line that stays up to date on a terminal; elsewhere it prints every `every_s` seconds and at
+    the end."""
 
     def __init__(
         self,
@@ -121,7 +130,8 @@ class Progress:
             self._live = None
 
     def update(self, step: int, metrics: Mapping[str, Any], reading: Mapping[str, Any]) -> None:
-        """metrics: loss, grad_norm, lr (any may be missing); reading: of `Meter.read`."""
+        """Shows a step: `metrics` has loss, grad_norm and lr (any may be missing); `reading` comes from
+        `Meter.read`."""
         if not self._enabled:
             return
         if "loss" in metrics:
@@ -134,7 +144,7 @@ class Progress:
             self.say(line)
 
     def say(self, line: str) -> None:
-        """A line that stays, above the live one."""
+        """Prints a line that stays, above the live one."""
         if self._enabled:
             self._console.print(rich.text.Text(line), soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""One update: (state, batch) → (state, metrics). Pure; jitted at the edge, with the state donated."""
+"""Makes one update: (state, batch) → (state, metrics). It is pure, and jitted at the edge, with the state donated."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,77 +19,84 @@ Totals = Callable[[Batch[jax.Array]], dict[str, jax.Array]]
 
 
 class State(struct.PyTreeNode):
-    """Everything a checkpoint holds. Trees of weights are nested dicts."""
+    """A State holds everything that a checkpoint saves. Trees of weights are nested dicts."""
 
     step: jax.Array
-    """Updates made, int32."""
+    """The number of updates made, int32."""
     params: Any
-    """What the optimizer moves; None where `frozen` has the weight."""
+    """The weights that the optimizer moves; None where `frozen` has the weight."""
     frozen: Any
     opt: Any
     ema: Any
-    """Moving average of `params`, or None."""
+    """The moving average of `params`, or None."""
 
     @property
     def all_params(self) -> Any:
+        """Returns trained and frozen weights as one tree."""
         return tree.merge(self.params, self.frozen)
 
     @property
     def eval_params(self) -> Any:
-        """The weights to validate and sample with: averaged where an average is kept."""
+        """Returns the weights to validate and sample with: averaged ones where an average is kept."""
         return self.all_params if self.ema is None else tree.merge(self.ema, self.frozen)
 
 
 def init_state(specs: Any, optimizer: Optimizer, key: jax.Array, ema: bool) -> State:
-    """A fresh state; jit it with `out_shardings` and every weight is born on its own device."""
+    """Returns a fresh state; jit it with `out_shardings` and every weight is born on its own device."""
     params, frozen = tree.partition(weights.init(specs, key), optimizer.trainable)
     return start(params, frozen, optimizer, ema)
 
 
 def start(params: Any, frozen: Any, optimizer: Optimizer, ema: bool) -> State:
-    copy = jax.tree.map(jnp.copy, params) if ema else None  # donated buffers may not be shared
-    return State(jnp.zeros((), jnp.int32), params, frozen, optimizer.tx.init(params), copy)
+    """Returns the state before the first update of these weights."""
+    average = jax.tree.map(jnp.copy, params) if ema else None  # donated buffers may not be shared
+    return State(jnp.zeros((), jnp.int32), params, frozen, optimizer.tx.init(params), average)
 
 
-class Places(NamedTuple):
-    """Shardings of the trainable weights, and of what has their shapes (ZeRO, Rajbhandari et al. 2020)."""
+class UpdateShardings(NamedTuple):
+    """An UpdateShardings says where trainable weights, and what has their shapes, are during an update (ZeRO,
+    Rajbhandari et al. 2020)."""
 
     weights: Any
     gradients: Any
-    """Of micro-batches, while they add up."""
+    """Gradients of micro-batches, while they add up."""
     moments: Any
 
     @classmethod
-    def of(cls, zero: int, homes: Any, moments: Any, optimizer: Optimizer) -> "Places":
-        """Given where all weights rest (`homes`), and where they would rest if moments were weights."""
-        whole, own = (tree.partition(t, optimizer.trainable)[0] for t in (homes, moments))
-        return cls(whole, whole if zero == 1 else own, own)
+    def of(cls, zero: int, homes: Any, moments: Any, optimizer: Optimizer) -> "UpdateShardings":
+        """Returns them for a ZeRO stage, from where all weights rest (`homes`), and where they would if they were
+        moments."""
+        whole, updated = (tree.partition(t, optimizer.trainable)[0] for t in (homes, moments))
+        return cls(whole, whole if zero == 1 else updated, updated)
 
 
 def shardings(
     specs: Any, homes: Any, optimizer: Optimizer, ema: bool, whole: Any, moments: Any = None, host: bool = False
 ) -> State:
-    """Where each leaf of a State lives: moments and averages where `moments` says, or else with their weights. `host`:
-    the optimizer's state waits in the host's memory."""
+    """Returns where each leaf of a State lives: moments and averages where `moments` says, or else with their weights.
+
+    `homes` are the shardings of all weights, `whole` is the replicated one. With `host` the optimizer's state waits in
+    the host's memory.
+    """
     params, frozen = tree.partition(homes, optimizer.trainable)
-    own = params if moments is None else tree.partition(moments, optimizer.trainable)[0]
+    updated = params if moments is None else tree.partition(moments, optimizer.trainable)[0]
     shapes, _ = tree.partition(weights.abstract(specs), optimizer.trainable)
     return State(
         step=whole,
         params=params,
         frozen=frozen,
-        opt=state_shardings(optimizer.tx, shapes, own, whole, host),
-        ema=own if ema else None,
+        opt=state_shardings(optimizer.tx, shapes, updated, whole, host),
+        ema=updated if ema else None,
     )
 
 
-def _moved(opt: Any, space: Any) -> Any:
-    """Counters stay where they are."""
+def _move(opt: Any, space: Any) -> Any:
+    """Moves the optimizer's state to a memory space, but for counters, which stay."""
     return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, opt)
 
 
 def flat_metrics(sums: dict[str, dict[str, jax.Array]], totals: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Means: `{"loss", "nll", "accuracy"}`, prefixed by the loss's name where an objective has several."""
+    """Returns means `{"loss", "nll", "accuracy"}`, prefixed by the loss's name where an objective has several."""
     single = len(sums) == 1
     means = {
         (metric if single else f"{name}/{metric}"): value / totals[name]
@@ -107,15 +114,16 @@ def make_train_step(
     seed: int,
     clip: float,
     ema: float,
-    places: Places | None = None,
+    shardings: UpdateShardings | None = None,
     host: bool = False,
 ) -> Callable[[State, Batch[jax.Array]], tuple[State, dict[str, jax.Array]]]:
-    """`batch` leaves are `[micro, batch, …]`; one update a call.
+    """Returns the function `(state, batch) → (state, metrics)` that makes one update; `batch` leaves are `[micro,
+    batch, …]`.
 
     Micro-batches add up sums, each divided by the weight of the whole batch, so 1, 2 or 4 of them are the same update.
     An update whose loss or gradient is not finite is left out: `finite` is 0 and the state but for `step` is unchanged.
-    `places` (on a mesh): each device reduces and updates the part of the weights that it keeps moments of.
-    `host`: the optimizer's state comes from the host's memory for the update, and goes back.
+    With `shardings` (on a mesh) each device reduces and updates the part of the weights that it keeps moments of. With
+    `host` the optimizer's state comes from the host's memory for the update, and goes back.
     """
 
     def train_step(state: State, batch: Batch[jax.Array]) -> tuple[State, dict[str, jax.Array]]:
@@ -129,25 +137,27 @@ def make_train_step(
         def micro(part: Batch[jax.Array], k: jax.Array) -> tuple[Any, Any]:
             return jax.grad(objective, has_aux=True)(state.params, part, k)
 
-        def held(found: tuple[Any, Any]) -> tuple[Any, Any]:
-            return found if places is None else (pinned(found[0], places.gradients), found[1])
+        def pin_gradients(grads_and_sums: tuple[Any, Any]) -> tuple[Any, Any]:
+            if shardings is None:
+                return grads_and_sums
+            return pinned(grads_and_sums[0], shardings.gradients), grads_and_sums[1]
 
         n = jax.tree.leaves(batch)[0].shape[0]
         keys = jax.random.split(key, n)
         first = jax.tree.map(lambda x: x[0], (batch, keys))
         if n == 1:
-            grads, sums = held(micro(*first))
-        else:  # all in the loop: of two side by side a compiler may keep the activations of both
-            none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, *first)[1])
-            add = lambda done, part: (jax.tree.map(jnp.add, done, held(micro(*part))), None)  # noqa: E731
-            start = held((jax.tree.map(jnp.zeros_like, state.params), none))
+            grads, sums = pin_gradients(micro(*first))
+        else:  # all run in the loop: outside it a compiler might keep the activations of two at a time
+            no_sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, *first)[1])
+            add = lambda total, part: (jax.tree.map(jnp.add, total, pin_gradients(micro(*part))), None)  # noqa: E731
+            start = pin_gradients((jax.tree.map(jnp.zeros_like, state.params), no_sums))
             (grads, sums), _ = jax.lax.scan(add, start, (batch, keys))
 
-        if places is not None:
-            grads = pinned(grads, places.moments)
-            state = state.replace(params=pinned(state.params, places.moments))
+        if shardings is not None:
+            grads = pinned(grads, shardings.moments)
+            state = state.replace(params=pinned(state.params, shardings.moments))
         if host:
-            state = state.replace(opt=_moved(state.opt, jax.memory.Space.Device))
+            state = state.replace(opt=_move(state.opt, jax.memory.Space.Device))
         metrics = flat_metrics(sums, totals) | {f"weight/{name}": total for name, total in totals.items()}
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
@@ -159,13 +169,13 @@ def make_train_step(
         if ema:
             decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))  # young averages forget faster
             new = new.replace(ema=jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, new.params))
-        # Without what is frozen: not every compiler sees that it would be chosen from itself, and some write it anew.
-        moved, before = new.replace(frozen=None), state.replace(frozen=None)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), moved, before).replace(frozen=state.frozen)
-        if places is not None:
-            new = new.replace(params=pinned(new.params, places.weights))
+        # Frozen weights are left out: not every compiler sees that both choices are the same, and some write them anew.
+        moved, unmoved = new.replace(frozen=None), state.replace(frozen=None)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), moved, unmoved).replace(frozen=state.frozen)
+        if shardings is not None:
+            new = new.replace(params=pinned(new.params, shardings.weights))
         if host:
-            new = new.replace(opt=_moved(new.opt, jax.memory.Space.Host))
+            new = new.replace(opt=_move(new.opt, jax.memory.Space.Host))
         metrics |= dict(grad_norm=norm, lr=optimizer.schedule(state.step), finite=finite.astype(jnp.float32))
         return new.replace(step=state.step + 1), metrics
 

@@ -241,10 +241,9 @@ def test_read_on_from_latents_on_a_mesh():
 def test_a_fused_kernel_is_not_chosen_for_keys_and_values_of_unlike_widths(monkeypatch):
     monkeypatch.setattr(attention.jax, "default_backend", lambda: "gpu")
     plain = dict(mask=Mask(True), bias=False, softcap=None, dtype="bfloat16")
-    assert attention.choose("auto", **plain, widths=(64, 64))[0] == "cudnn"
-    assert attention.choose("auto", **plain, widths=(24, 16)) == (
-        "xla",
-        "cudnn has one width for keys and values, not 24 and 16",
+    assert attention.choose("auto", **plain, widths=(64, 64)).implementation == "cudnn"
+    assert attention.choose("auto", **plain, widths=(24, 16)) == attention.AttentionChoice(
+        "xla", "cudnn has one width for keys and values, not 24 and 16"
     )
     with pytest.raises(ValueError, match=r"execution\.attention: cudnn has one width"):
         attention.choose("cudnn", **plain, widths=(24, 16))

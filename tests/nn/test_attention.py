@@ -10,7 +10,7 @@ import pytest
 from jaxlm.core import config
 from jaxlm.models import llama
 from jaxlm.nn import attention
-from jaxlm.nn.attention import KEEP_SCORES, attend, choose
+from jaxlm.nn.attention import KEEP_SCORES, AttentionChoice, attend, choose
 from jaxlm.nn.kernels import splash_attention
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.mask import Mask
@@ -172,11 +172,11 @@ def test_an_implementation_that_cannot_run_here_is_an_error_with_its_remedy():
 
 
 def test_auto_says_what_and_why():
-    assert choose("auto", Mask(True), False, None, "bfloat16") == (
-        "xla",
-        "cudnn needs an NVIDIA GPU, and this program runs on cpu",
-    )
-    assert choose("xla", Mask(True), False, None, "float32") == ("xla", "asked for by execution.attention")
+    choice = choose("auto", Mask(True), False, None, "bfloat16")
+    assert choice == AttentionChoice("xla", "cudnn needs an NVIDIA GPU, and this program runs on cpu")
+    assert choice.describe() == "xla (cudnn needs an NVIDIA GPU, and this program runs on cpu)"
+    named = choose("xla", Mask(True), False, None, "float32")
+    assert named == AttentionChoice("xla", "asked for by execution.attention")
 
 
 @pytest.mark.parametrize(
@@ -190,16 +190,16 @@ def test_what_cudnn_cannot_do_on_a_gpu(monkeypatch, softcap, dtype, message):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(ValueError, match=message):
         choose("cudnn", Mask(True), False, softcap, dtype)
-    name, why = choose("auto", Mask(True), False, softcap, dtype)
-    assert name == "xla" and "cudnn" in why
-    assert choose("auto", Mask(True), False, None, "bfloat16")[0] == "cudnn"
+    choice = choose("auto", Mask(True), False, softcap, dtype)
+    assert choice.implementation == "xla" and "cudnn" in choice.reason
+    assert choose("auto", Mask(True), False, None, "bfloat16").implementation == "cudnn"
 
 
 def test_a_kernel_that_takes_whole_rows_gets_them_by_heads_alone(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert choose("auto", Mask(True), False, None, "bfloat16", split="heads")[0] == "cudnn"
+    assert choose("auto", Mask(True), False, None, "bfloat16", split="heads").implementation == "cudnn"
     for by in ("gather", "ring"):
-        assert choose("auto", Mask(True), False, None, "bfloat16", split=by)[0] == "xla"
+        assert choose("auto", Mask(True), False, None, "bfloat16", split=by).implementation == "xla"
         with pytest.raises(ValueError, match=rf"cudnn takes whole rows, which mesh\.context_by={by} does not give it"):
             choose("cudnn", Mask(True), False, None, "bfloat16", split=by)
 
@@ -255,9 +255,11 @@ def test_splash_equals_plain_attention(on_a_tpu, name, sizes, softcap, sinks):
 )
 def test_what_splash_cannot_do(monkeypatch, mask, request_, message):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert choose("auto", Mask(True), False, 30.0, "float32", True) == ("splash", "fused kernel of this TPU")
+    assert choose("auto", Mask(True), False, 30.0, "float32", True) == AttentionChoice(
+        "splash", "fused kernel of this TPU"
+    )
     plain = dict(bias=False, softcap=None, dtype="bfloat16") | request_
-    assert choose("auto", mask, **plain) == ("xla", message)
+    assert choose("auto", mask, **plain) == AttentionChoice("xla", message)
     with pytest.raises(ValueError, match=f"execution.attention: {message}; use auto or xla"):
         choose("splash", mask, **plain)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm.core import config
-from jaxlm.nn import context_parallel
+from jaxlm.nn import ring_attention
 from jaxlm.nn.attention import attend
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.mask import Mask
@@ -141,7 +141,7 @@ def test_heads_for_positions_equal_one_device(mesh: config.Mesh, name: str) -> N
 
 
 def test_long_rows_are_worked_on_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(context_parallel, "MOST_SCORES", 8)
+    monkeypatch.setattr(ring_attention, "MAX_SCORES", 8)
     got = both(config.Mesh(data=2, context=4, context_by="ring"), "causal packed bias shared")
     close(got, expected("causal packed bias shared"))
 
@@ -149,10 +149,10 @@ def test_long_rows_are_worked_on_in_blocks(monkeypatch: pytest.MonkeyPatch) -> N
 # ------------------------------------------------------------------------------------------------------------ the plan
 
 
-def plan(n: int, mask: Mask, length: int = 64) -> context_parallel.Plan:
+def plan(n: int, mask: Mask, length: int = 64) -> ring_attention.Plan:
     shard = layout(config.Mesh(context=n, data=1, context_by="ring"))
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((n,), ("context",))):
-        return context_parallel.plan(mask, shard, length, length, 1.0, None)
+        return ring_attention.plan(mask, shard, length, length, 1.0, None)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 8])

@@ -107,7 +107,7 @@ def all_experts(c: Moe, p, x):
 @pytest.mark.parametrize(("name", "how"), [("mixtral", "blocks"), ("deepseek v3", "blocks"), ("mixtral", "kernel")])
 def test_gradients_equal_those_of_all_experts(name, how, monkeypatch):
     """Of experts, router and tokens, whichever way experts are multiplied."""
-    monkeypatch.setattr(grouped_matmul, "way", lambda: (how, ""))
+    monkeypatch.setattr(grouped_matmul, "choose", lambda: grouped_matmul.GroupedMatmulChoice(how, ""))
     monkeypatch.setattr(grouped_matmul, "INTERPRET", True)
     c = ROUTERS[name]
     _, p, x, segments = make(c)
@@ -120,7 +120,7 @@ def test_gradients_equal_those_of_all_experts(name, how, monkeypatch):
 
 @pytest.mark.parametrize(("tokens", "how"), [(1, "blocks"), (700, "blocks"), (700, "kernel")])
 def test_any_number_of_tokens(tokens, how, monkeypatch):
-    monkeypatch.setattr(grouped_matmul, "way", lambda: (how, ""))
+    monkeypatch.setattr(grouped_matmul, "choose", lambda: grouped_matmul.GroupedMatmulChoice(how, ""))
     monkeypatch.setattr(grouped_matmul, "INTERPRET", True)
     c = ROUTERS["mixtral"]
     _, p, _, _ = make(c)
@@ -263,7 +263,8 @@ def gradients(
 def test_a_mesh_gives_what_one_device_gives(mesh, axis_type, capacity, how, monkeypatch):
     """Outputs, losses, dropped shares and every gradient; and no device ever gets the weights of all experts."""
     expected, _ = gradients(capacity)
-    monkeypatch.setattr(grouped_matmul, "way", lambda: ("kernel" if how == "kernel" else "blocks", ""))
+    choice = grouped_matmul.GroupedMatmulChoice("kernel" if how == "kernel" else "blocks", "")
+    monkeypatch.setattr(grouped_matmul, "choose", lambda: choice)
     monkeypatch.setattr(grouped_matmul, "INTERPRET", True)
     got, program = gradients(capacity, mesh, axis_type, how)
     # Gradients reach 800: a few of the last digits of float32 at such a size are more than the least bound.
@@ -314,7 +315,7 @@ def test_tokens_that_travel_give_what_one_device_gives(mesh, axis_type, capacity
     """Outputs, losses, dropped shares and every gradient, where the expert axis shares the batch."""
     expected, _ = gradients(capacity, rows=8)
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
-    monkeypatch.setattr(expert_parallel, "way", lambda: (how, ""))
+    monkeypatch.setattr(expert_parallel, "choose", lambda: expert_parallel.ExchangeChoice(how, ""))
     got, program = gradients(capacity, mesh, axis_type, how, 8)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * abs(b).max() + 1e-7), got, expected)
     np.testing.assert_allclose(got[0][0], expected[0][0], rtol=1e-5)

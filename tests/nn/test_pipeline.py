@@ -146,11 +146,11 @@ def test_weights_rest_and_stay_with_their_stages(mesh: config.Mesh) -> None:
 
 @pytest.mark.parametrize(("S", "R"), [(2, 2), (2, 3), (4, 2), (4, 6), (3, 3)])
 def test_rounds_deal_chunks_by_as_few_permutations_as_there_are_rounds(S: int, R: int) -> None:
-    held = {}
-    for pairs, given, taken in pipeline.permutations(S, R):
+    dealt = {}
+    for pairs, sent, received in pipeline.permutations(S, R):
         assert sorted(a for a, _ in pairs) == sorted(b for _, b in pairs) == list(range(S))
-        held |= {(b, int(taken[b])): a * R + int(given[a]) for a, b in pairs}
-    assert held == {(s, r): r * S + s for s in range(S) for r in range(R)}
+        dealt |= {(b, int(received[b])): a * R + int(sent[a]) for a, b in pairs}
+    assert dealt == {(s, r): r * S + s for s in range(S) for r in range(R)}
 
 
 def test_dropout_of_each_micro_batch_is_its_own_and_the_same_every_time() -> None:
@@ -201,10 +201,11 @@ def test_a_cache_is_read_layer_by_layer() -> None:
 def note(train: config.Train, layers: int = 4, family: str = "llama", **mesh) -> str | None:
     c = config.Mesh(**mesh)
     layout = Layout.of(c, config.Execution())
-    return pipeline.checked(layout, make_mesh(c), MODELS[family].specs(model(family, layers=layers)), train)
+    choice = pipeline.choose(layout, make_mesh(c), MODELS[family].specs(model(family, layers=layers)), train)
+    return choice and choice.describe()
 
 
-def test_what_is_told_of_a_pipeline() -> None:
+def test_the_description_of_a_pipeline() -> None:
     train = config.Train(batch_size=32)
     assert note(train, stage=2, data=4) == "GPipe over 2 stages, 4 micro-batches a pass, idle 20.0% of the time"
     assert note(train, stage=2, data=4, rounds=2, pipeline_micro=2) == (

@@ -78,7 +78,7 @@ def test_arithmetic_agrees_with_the_compiler(fsdp) -> None:
 
 
 def test_what_compilers_say_is_caught_and_not_lost() -> None:
-    with ahead_of_time.stderr() as said:
+    with ahead_of_time.capture_stderr() as said:
         os.write(2, b"[SPMD] Involuntary full rematerialization. of %x\n")
     assert said.splitlines() == ["[SPMD] Involuntary full rematerialization. of %x"]
 

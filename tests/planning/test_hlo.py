@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxlm.planning import hlo
+from jaxlm.planning import hlo, hlo_text
 
 MESH = {"data": 2, "fsdp": 4}
 TEXT = """HloModule jit_f, is_scheduled=true
@@ -122,7 +122,7 @@ def test_cycles_and_source_lines(module) -> None:
     ("dimensions={0}", ()),
 ])  # fmt: skip
 def test_groups_in_every_notation(text: str, group: tuple) -> None:
-    assert hlo.first_group(text) == group
+    assert hlo_text.first_group(text) == group
 
 
 def test_a_real_program() -> None:

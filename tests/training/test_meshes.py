@@ -89,12 +89,12 @@ def run(family: str, row: Row | None, axis_type: str = "auto", first=None) -> tu
     # an update in proportion to the gradient: a wrong factor shows, which Adam would hide
     optimizer = optimizers.make(config.Optim(name="sgd", momentum=0.9, lr=0.3, warmup=0, weight_decay=0.0), 100, specs)
     homes, moments = layout.shardings(specs, mesh), layout.shardings(specs, mesh, layout.moments)
-    places = None if mesh is None else step.Places.of(mesh_config.zero, homes, moments, optimizer)
+    shardings = None if mesh is None else step.UpdateShardings.of(mesh_config.zero, homes, moments, optimizer)
     host = "optimizer" in execution.offload
     homes = step.shardings(specs, homes, optimizer, True, replicated(mesh), moments, host)
     train = step.make_train_step(
         lambda p, b, k: objective.loss(oc, model, p, b, k), objective.totals, optimizer, seed=0, clip=1.0, ema=0.9,
-        places=places, host=host,
+        shardings=shardings, host=host,
     )  # fmt: skip
     with on_mesh(mesh):
         if first is None:

@@ -296,9 +296,9 @@ def test_zero_says_what_the_fsdp_axis_shards(zero):
     def loss(p, batch, key):
         return {"rows": {"loss": jnp.sin(batch["x"] @ layout.gather(p, specs)["w"].astype(jnp.float32)).sum()}}
 
-    places = step.Places.of(zero, weights, moments, optimizer)
+    shardings = step.UpdateShardings.of(zero, weights, moments, optimizer)
     f = step.make_train_step(
-        loss, lambda b: {"rows": jnp.full((), 24.0)}, optimizer, seed=0, clip=1.0, ema=0.9, places=places
+        loss, lambda b: {"rows": jnp.full((), 24.0)}, optimizer, seed=0, clip=1.0, ema=0.9, shardings=shardings
     )
     state = jax.eval_shape(lambda: step.init_state(specs, optimizer, jax.random.key(0), True))
     x = jax.ShapeDtypeStruct((3, 8, 16), jnp.float32, sharding=batch_sharding(layout, mesh, (3, 8, 16), -1))

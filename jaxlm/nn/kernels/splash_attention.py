@@ -1,34 +1,33 @@
-"""Attention by the fused kernel that JAX has for TPUs: scores never reach memory, and blocks that a causal mask or a
-window hides are not computed.
+"""Computes attention by the fused kernel that JAX has for TPUs.
+
+Scores never reach memory, and blocks that a causal mask or a window hides are not computed.
 
 B batch, T query position, S key position, H heads, K key/value heads, C head width.
 """
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from jaxlm.nn.layout import Layout
+from jaxlm.nn.mask import Mask
 
-if TYPE_CHECKING:
-    from jaxlm.nn.mask import Mask
-
-LANES = 128  # of a TPU's vector unit: rows are cut into multiples of it
+LANES = 128  # the width of a TPU's vector unit: rows are cut into multiples of it
 INTERPRET = False  # for tests without a TPU
-BLOCK = 512  # positions of queries and of keys that meet in one step of the kernel, at most
+BLOCK = 512  # the most positions of queries and of keys that meet in one step of the kernel
 
 
-def lacks(mask: "Mask", bias: bool, lengths: tuple[int, int]) -> str | None:
-    """What of a request the kernel can't do, in words; None: it can. lengths: of queries and keys, where known."""
+def unavailable(mask: Mask, bias: bool, lengths: tuple[int, int]) -> str | None:
+    """Returns why the kernel can't answer a request, or None if it can; `lengths` are those of queries and keys, if
+    known."""
     if bias:
         return "has no bias on scores"
     if mask.prefix_BS is not None or mask.common:
         return "has no keys that all queries see"
-    if uneven := [n for n in lengths if n % LANES]:
-        return f"takes rows of multiples of {LANES} positions, not {uneven[0]}"
+    if odd_lengths := [n for n in lengths if n % LANES]:
+        return f"takes rows of multiples of {LANES} positions, not {odd_lengths[0]}"
     return None
 
 
@@ -36,26 +35,27 @@ def attend(
     q_BTHC: jax.Array,
     k_BSKC: jax.Array,
     v_BSKC: jax.Array,
-    mask: "Mask",
+    mask: Mask,
     *,
     shard: Layout,
     scale: float,
     softcap: float | None,
     sinks_H: jax.Array | None,
 ) -> jax.Array:
-    """`attention.attend` where rows are whole on each device; batch and heads are split by `shard`."""
+    """Computes `attention.attend` where rows are whole on each device; batch and heads are split by `shard`."""
     heads, kv = ("batch", None, "heads", None), ("batch", None, "kv", None)
-    given = dict(
+    inputs = dict(
         q=(q_BTHC * jnp.asarray(scale, q_BTHC.dtype), heads), k=(k_BSKC, kv), v=(v_BSKC, kv),
-        sinks=(sinks_H, ("heads",)), own=(mask.segments_BT, ("batch", None)), keys=(mask.segments_BS, ("batch", None)),
+        sinks=(sinks_H, ("heads",)), own_segments=(mask.segments_BT, ("batch", None)),
+        key_segments=(mask.segments_BS, ("batch", None)),
     )  # fmt: skip
-    here = {name: (x, axes) for name, (x, axes) in given.items() if x is not None}
+    present = {name: (x, axes) for name, (x, axes) in inputs.items() if x is not None}
     local = partial(_local, mask.causal, mask.window, softcap)
-    arrays = {name: shard(x, *axes) for name, (x, axes) in here.items()}
+    arrays = {name: shard(x, *axes) for name, (x, axes) in present.items()}
     if jax.sharding.get_abstract_mesh().empty:
         return local(arrays)
-    specs = {name: shard.spec(axes) for name, (_, axes) in here.items()}
-    # A kernel says nothing of what differs between devices, so that nothing of it can be checked.
+    specs = {name: shard.spec(axes) for name, (_, axes) in present.items()}
+    # A kernel doesn't say what differs between devices, so that it can't be checked.
     return jax.shard_map(local, in_specs=(specs,), out_specs=shard.spec(heads), check_vma=False)(arrays)
 
 
@@ -64,20 +64,20 @@ def _local(causal: bool, window: int | None, softcap: float | None, x: dict[str,
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     (_, T, H, _), S = x["q"].shape, x["k"].shape[1]
-    one: masks.Mask
+    mask: masks.Mask
     if window is not None:
-        one = masks.LocalMask((T, S), (window - 1, 0 if causal else window - 1), 0)
+        mask = masks.LocalMask((T, S), (window - 1, 0 if causal else window - 1), 0)
     else:
-        one = masks.CausalMask((T, S)) if causal else masks.FullMask((T, S))
+        mask = masks.CausalMask((T, S)) if causal else masks.FullMask((T, S))
     q, s = math.gcd(T, BLOCK), math.gcd(S, BLOCK)
     sizes = kernel.BlockSizes(
         q, s, s, block_q_dkv=q, block_kv_dkv=s, block_kv_dkv_compute=s, block_q_dq=q, block_kv_dq=s
     )
     run = kernel.make_splash_mha(
-        masks.MultiHeadMask([one] * H), block_sizes=sizes, head_shards=1, q_seq_shards=1, attn_logits_soft_cap=softcap,
+        masks.MultiHeadMask([mask] * H), block_sizes=sizes, head_shards=1, q_seq_shards=1, attn_logits_soft_cap=softcap,
         residual_checkpoint_name="attended", interpret=INTERPRET,
     )  # fmt: skip
-    segments = kernel.SegmentIds(x["own"], x["keys"]) if "own" in x else None
+    segments = kernel.SegmentIds(x["own_segments"], x["key_segments"]) if "own_segments" in x else None
     o_BHTC = jax.vmap(run, (0, 0, 0, 0, None))(
         *(x[name].swapaxes(1, 2) for name in ("q", "k", "v")), segments, x.get("sinks")
     )

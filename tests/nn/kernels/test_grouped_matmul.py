@@ -1,4 +1,4 @@
-"""Rows times the matrix of their group, by the kernel in interpretation and in blocks, beside a loop."""
+"""Multiplies rows by the matrix of their group, by the kernel in interpretation and in blocks, against a loop."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ SIZES = np.array([100, 0, 201, 7, 76], np.int32)  # 384 rows; the last 128 belon
 
 @pytest.fixture
 def on_a_tpu(monkeypatch):
-    monkeypatch.setattr(grouped_matmul, "way", lambda: ("kernel", ""))
+    monkeypatch.setattr(grouped_matmul, "choose", lambda: grouped_matmul.GroupedMatmulChoice("kernel", ""))
     monkeypatch.setattr(grouped_matmul, "INTERPRET", True)
     monkeypatch.setattr(grouped_matmul, "WIDTH", 128)  # which divides neither side of the matrices
 
@@ -44,8 +44,9 @@ def test_the_kernel_gives_products_and_both_gradients(on_a_tpu):
     (8192, 8, True, 512), (49152, 128, True, 256), (2, 8, True, 128), (8192, 8, False, 128), (2, 8, False, 8),
 ])  # fmt: skip
 def test_blocks_hold_no_more_than_a_groups_share(rows, groups, kernel, size, monkeypatch):
-    monkeypatch.setattr(grouped_matmul, "way", lambda: ("kernel" if kernel else "blocks", ""))
-    assert grouped_matmul.block(rows, groups) == size
+    choice = grouped_matmul.GroupedMatmulChoice("kernel" if kernel else "blocks", "")
+    monkeypatch.setattr(grouped_matmul, "choose", lambda: choice)
+    assert grouped_matmul.block_size(rows, groups) == size
 
 
 def test_planned_flops_are_of_the_blocks_and_not_of_all_groups():

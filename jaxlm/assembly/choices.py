@@ -1,0 +1,127 @@
+"""Records the choices that a run makes for its program, and describes them for people."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+
+from jaxlm.core import config
+from jaxlm.nn import attention, block_stack, context_parallel, moe, pipeline, remat
+from jaxlm.nn.family import Family
+from jaxlm.nn.layout import Layout
+from jaxlm.nn.mask import Mask
+from jaxlm.runtime import compiler_options as compiler
+from jaxlm.runtime import device_order, processes
+from jaxlm.runtime import mesh as meshes
+from jaxlm.training.optimizers import Optimizer
+from jaxlm.weights.adapters import adapted
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A Choices holds what a run has chosen; whoever asks reads these fields, and people read `describe`."""
+
+    devices: int
+    device_kind: str
+    mesh: Mapping[str, int] | None
+    """Sizes of the mesh axes, outer to inner; None: one device."""
+    attention: attention.AttentionChoice
+    dtype: str
+    """The compute dtype."""
+    scanned: bool
+    """Whether layers are a loop of the program."""
+    remat: str
+    offload: tuple[str, ...]
+    """What waits in the host's memory."""
+    experts: moe.MoeChoice | None
+    slices: str
+    """Which mesh axes cross slices, in words; empty: none does."""
+    zero: int | None
+    """The ZeRO stage of a mesh with an fsdp axis."""
+    context: context_parallel.ContextChoice | None
+    pipeline: pipeline.PipelineChoice | None
+    processes: str
+    """Who started how many processes, in words; empty: nobody."""
+    adapter: str
+    """What the adapter trains, in words; empty: there is none."""
+    optimizer_groups: Mapping[str, str]
+    """Path of every parameter → what happens to it."""
+    flags: Mapping[str, compiler.Option]
+    """Compiler options of the train step."""
+
+    def describe(self) -> dict[str, str]:
+        """Returns the choices as people read them, by topic: printed once and stored in the run's log."""
+        mesh = "one device"
+        if self.mesh is not None:
+            mesh = " × ".join(f"{axis} {n}" for axis, n in self.mesh.items() if n > 1)
+        notes = {
+            "devices": f"{self.devices} × {self.device_kind}",
+            "mesh": mesh,
+            "attention": self.attention.describe(),
+            "precision": f"float32 weights, {self.dtype} compute",
+            "layers": f"{'scanned' if self.scanned else 'unrolled'}, remat {self.remat}",
+        }
+        if self.offload:
+            notes["offload"] = f"{', '.join(self.offload)} to the host's memory"
+        if self.experts is not None:
+            notes["experts"] = self.experts.describe()
+        if self.slices:
+            notes["slices"] = self.slices
+        if self.zero is not None:
+            sharded = ("the optimizer's state", "gradients", "weights")[: self.zero]
+            notes["fsdp"] = f"shards {', '.join(sharded)} (ZeRO {self.zero})"
+        if self.context is not None:
+            notes["context"] = self.context.describe()
+        if self.pipeline is not None:
+            notes["pipeline"] = self.pipeline.describe()
+        if self.processes:
+            notes["processes"] = self.processes
+        if self.adapter:
+            notes["adapter"] = self.adapter
+        for group in sorted(set(self.optimizer_groups.values())):
+            paths = [path for path, other in self.optimizer_groups.items() if other == group]
+            notes[f"optimizer: {group}"] = "on " + " ".join(paths)
+        if self.flags:
+            notes["flags"] = compiler.format_options(dict(self.flags))
+        return notes
+
+
+def choose(
+    run: config.Run,
+    family: Family,
+    layout: Layout,
+    mesh: jax.sharding.Mesh | None,
+    specs: dict,
+    adapter: adapted.Adapted,
+    optimizer: Optimizer,
+    flags: Mapping[str, compiler.Option],
+) -> Choices:
+    """Makes a run's choices. Raises ValueError where the run asks for what can't be had on these devices."""
+    devices, seq_len = meshes.devices(), run.train.seq_len
+    context_devices = layout.ways("seq", mesh)
+    attention_choice = attention.choose(
+        run.execution.attention, Mask(family.generates, common=adapter.common), False, None, run.execution.dtype,
+        split=run.mesh.context_by if context_devices > 1 else "", lengths=(seq_len, seq_len),
+    )  # fmt: skip
+    remat.remat_policy(run.execution)  # refuses what can't be offloaded
+    if run.execution.offload:
+        meshes.check_host_memory(devices[0])
+    return Choices(
+        devices=len(devices),
+        device_kind=devices[0].device_kind,
+        mesh=None if mesh is None else dict(mesh.shape),
+        attention=attention_choice,
+        dtype=run.execution.dtype,
+        scanned=block_stack.scanned(layout),
+        remat=run.execution.remat,
+        offload=run.execution.offload,
+        experts=None if run.model.moe is None else moe.choose(run.model.moe, layout, mesh),
+        slices="" if mesh is None else device_order.describe_crossing(mesh),
+        zero=run.mesh.zero if mesh is not None and mesh.shape["fsdp"] > 1 else None,
+        context=context_parallel.ContextChoice(context_devices, run.mesh.context_by) if context_devices > 1 else None,
+        pipeline=pipeline.choose(layout, mesh, adapter.base, run.train),
+        processes=processes.describe_launcher(),
+        adapter=adapter.told(specs, optimizer.trainable) if adapter.changes else "",
+        optimizer_groups=optimizer.groups,
+        flags=flags,
+    )
