@@ -141,7 +141,7 @@ def corpus() -> list[str]:
     """Without control tokens, which a tokenizer.json reads out of any text."""
     return [
         Path(huggingface.__file__).with_name(name).read_text("utf-8")
-        for name in ("hf.py", "shards.py", "safetensors.py")
+        for name in ("huggingface.py", "shards.py", "safetensors.py")
     ]
 
 
