@@ -2,7 +2,10 @@
 # a stamp in .venv remembers what was installed, so a second run touches neither the environment nor the network.
 # Leaves the caller in the checkout's root with VENV set. Keeps to the bash 3.2 that macOS ships.
 #
-#   PYTHON=/path/to/python   the interpreter to build .venv from (default: the first fitting one on PATH)
+#   PYTHON=/path/to/python   the interpreter to build .venv from (default: the newest of 3.13, 3.12 and 3.11 that runs,
+#                            on PATH or among those of uv and pyenv)
+#
+# A .venv that fits the checkout is kept, though a newer Python may have come since: set PYTHON to change it.
 
 fail() { # fail STATUS MESSAGE...: one line, then out
   local status=$1
@@ -11,13 +14,30 @@ fail() { # fail STATUS MESSAGE...: one line, then out
   exit "$status"
 }
 
+candidates() { # prints the interpreters to try, one a line, the preferred first
+  local version folder pyenv="${PYENV_ROOT:-${HOME:-}/.pyenv}/versions"
+  if [ -n "${PYTHON:-}" ]; then
+    echo "$PYTHON"
+    return
+  fi
+  for version in 3.13 3.12 3.11; do
+    echo "python$version"
+    if command -v uv >/dev/null 2>&1; then uv python find --system --no-python-downloads "$version" 2>/dev/null || true; fi
+    for folder in "$pyenv/$version".*[0-9]; do
+      if [ -x "$folder/bin/python" ]; then echo "${folder##*/}"; fi
+    done | sort -t. -k3,3nr | while read -r folder; do echo "$pyenv/$folder/bin/python"; done
+  done
+  echo python3
+  echo python
+}
+
 find_python() { # sets PY and PY_VERSION
-  local candidate rejected="" candidates
-  candidates=(python3 python3.13 python3.12 python3.11 python)
-  if [ -n "${PYTHON:-}" ]; then candidates=("$PYTHON"); fi
-  for candidate in "${candidates[@]}"; do
+  local candidate rejected="" all
+  all=$(candidates)
+  while read -r candidate; do
     # A name on PATH may still not run (a version manager's shim, an uninstalled version): that is no candidate.
-    PY_VERSION=$("$candidate" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) || PY_VERSION=""
+    PY_VERSION=$("$candidate" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null </dev/null) ||
+      PY_VERSION=""
     case $PY_VERSION in
       3.11.* | 3.12.* | 3.13.*)
         PY=$(command -v "$candidate")
@@ -29,7 +49,7 @@ find_python() { # sets PY and PY_VERSION
     elif [ -n "${PYTHON:-}" ]; then
       rejected="$PYTHON does not run"
     fi
-  done
+  done <<<"$all"
   fail 2 "jaxlm needs Python 3.11, 3.12 or 3.13${rejected:+ ($rejected)}: install one or set PYTHON=/path/to/python"
 }
 
