@@ -5,6 +5,7 @@ and a test fails where the two differ. A new kind is a row in `ALONE` and some i
 is switched on by.
 """
 
+from itertools import combinations
 from typing import Any, NamedTuple
 
 FAMILIES = {"llama": "decoder", "mixtral": "mixture of experts", "bert": "encoder", "t5": "encoder-decoder"}
@@ -78,6 +79,49 @@ TOGETHER = {
     ),
 }
 ROWS = ALONE | TOGETHER
+Case = tuple[str, str, str]
+"""Family, name of a row, type of the mesh's axes."""
+CASES: list[Case] = [(family, name, kind) for name, row in ROWS.items() for family in row.families
+                     for kind in ("auto", "explicit")]  # fmt: skip
+COST = {"llama": 1.0, "bert": 1.2, "mixtral": 1.9, "t5": 1.9}
+"""Seconds that a family's program takes to compile, relative to Llama's."""
+
+
+def kinds(row: Row) -> list[str]:
+    """Returns the kinds of parallelism and of execution that a row switches on, by name."""
+    m, found = row.mesh, [axis for axis in ("data", "replica") if row.mesh.get(axis, 1) > 1]
+    if m.get("fsdp", 1) > 1:
+        found.append(f"ZeRO {m.get('zero', 3)}")
+    if m.get("tensor", 1) > 1:
+        found.append("tensor, cut" if m.get("compute") else "tensor")
+    if m.get("context", 1) > 1:
+        found.append("context " + m.get("context_by", "gather"))
+    if m.get("expert", 1) > 1:
+        found.append("expert " + m.get("expert_dispatch", "travel"))
+    if m.get("stage", 1) > 1:
+        found.append("rounds" if m.get("rounds", 1) > 1 else "stages")
+    found += [f"offload {what}" for what in row.execution.get("offload", ())]
+    return [*found, *(["accumulation"] if row.micro > 1 else [])]
+
+
+def covered(case: Case) -> set[tuple[str, ...]]:
+    """Returns what a case proves: its kinds, every two of them together, and its family on its type of axes."""
+    family, name, axis_type = case
+    found = kinds(ROWS[name])
+    return {(kind,) for kind in found} | set(combinations(found, 2)) | {(family, axis_type)}
+
+
+def covering() -> list[Case]:
+    """Returns few cases that together prove whatever any case of `CASES` proves, by `covered`: a covering array.
+
+    An error in how two kinds of parallelism work together shows in any row that has both, so each pair runs once by
+    default, and all rows in the slow tests. The choice is greedy: always the case that adds most for its `COST`.
+    """
+    left, chosen = set().union(*map(covered, CASES)), []
+    while left:
+        chosen.append(max(CASES, key=lambda case: len(covered(case) & left) / COST[case[0]]))
+        left -= covered(chosen[-1])
+    return chosen
 
 
 def table() -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from support.mesh_rows import ALONE, ROWS, Row, table
+from support.mesh_rows import ALONE, CASES, ROWS, Row, covering, table
 
 from jaxlm.core import config, spec
 from jaxlm.models import MODELS, bert, gpt2, llama, mixtral, t5
@@ -31,21 +31,9 @@ OBJECTIVE = {
     "bert": (next_sentence.objective, next_sentence.Config()),
     "t5": (seq2seq.objective, seq2seq.Config()),
 }
-TRIPLE, CUT = "ZeRO 3 × tensor × context", "ZeRO 1 × tensor, cut norms × context"
-QUICK = [
-    *[(row.families[0], name, "explicit") for name, row in ALONE.items()],
-    *[(family, TRIPLE, "explicit") for family in ("llama", "bert")],
-    ("llama", "replica × data × ZeRO 3", "auto"),
-    *[(family, CUT, "explicit") for family in ("mixtral", "t5")],
-    ("llama", "ZeRO 3 × tensor × optimizer offloaded", "explicit"),
-    ("llama", "replica × ZeRO 3 × context × activations offloaded", "auto"),
-    ("mixtral", "ZeRO 2 × expert × tensor, cut norms", "auto"),
-    ("mixtral", "ZeRO 3 × expert × tensor × accumulation", "explicit"),
-    ("llama", "ZeRO 2 × tensor × accumulation", "explicit"),
-]
-ALL = [(family, name, kind) for name, row in ROWS.items() for family in row.families for kind in ("auto", "explicit")]
-ALL.append(("gpt2", TRIPLE, "explicit"))
-CASES = QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in QUICK]
+TRIPLE = "ZeRO 3 × tensor × context"
+QUICK = covering()
+ALL = [*CASES, ("gpt2", TRIPLE, "explicit")]
 
 
 def make_batch(family: str, micro: int) -> dict:
@@ -125,7 +113,10 @@ def close(got, expected, atol: float) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=atol), got, expected)
 
 
-@pytest.mark.parametrize(("family", "name", "axis_type"), CASES)
+@pytest.mark.parametrize(
+    ("family", "name", "axis_type"),
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in QUICK)],
+)
 def test_mesh_equals_one_device(family: str, name: str, axis_type: str) -> None:
     """The same losses, gradients, updates, averages and (bert) dropout."""
     expected, first, whole = one_device(family)
