@@ -258,7 +258,7 @@ class _Axes(NamedTuple):
 
     @property
     def travels(self) -> bool:
-        """Whether a token's experts may be on devices that don't have the token."""
+        """Returns whether a token's experts may be on devices that don't have the token."""
         return bool(self.experts) and set(self.experts) <= set(self.batch)
 
 

@@ -142,7 +142,7 @@ class Reference(Generic[C]):
 
 
 class PromptSet(NamedTuple):
-    """Prompts with the texts that should follow them."""
+    """A prompt set holds prompts with the texts that should follow them."""
 
     prompts: list[list[int]]
     encoder_inputs: list[list[int]] | None

@@ -1,4 +1,4 @@
-"""Tokenizers of several kinds behind one interface: SentencePiece, Hugging Face's `tokenizer.json`, or plain bytes.
+"""Tokenizers of several kinds share one interface: SentencePiece, Hugging Face's `tokenizer.json`, or plain bytes.
 
 `encode` never adds special tokens and never reads one out of the user's text: "</s>" in a document is four characters.
 """
