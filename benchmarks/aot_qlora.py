@@ -17,12 +17,13 @@ from worker import save, table
 from jaxlm.core import config, config_io, spec, tree
 from jaxlm.planning import ahead_of_time, targets
 from jaxlm.training import environment
+from jaxlm.weights.adapters import Lora
 
-LORA = {"method": "lora", "rank": 16, "targets": ("all",)}
+LORA = Lora(rank=16, targets=("all",))
 WAYS = {
     "all weights": config.Adapter(),
-    "LoRA over bfloat16": config.Adapter(**LORA, base="bfloat16"),
-    "QLoRA over NF4": config.Adapter(**LORA, base="nf4"),
+    "LoRA over bfloat16": dataclasses.replace(LORA, base="bfloat16"),
+    "QLoRA over NF4": dataclasses.replace(LORA, base="nf4"),
 }
 
 
@@ -96,7 +97,7 @@ def main() -> int:
     if a.save != "-":
         save(a.save, {
             "what": "bytes of one device for a train step of an 8B Llama shape, from the compiler; nothing ran",
-            "settings": {"batch": a.batch, "seq": a.seq, "rank": LORA["rank"], "targets": "all", "dtype": "bfloat16",
+            "settings": {"batch": a.batch, "seq": a.seq, "rank": LORA.rank, "targets": "all", "dtype": "bfloat16",
                          "remat": "full", "optimizer": "adamw, float32"},
             "versions": environment.environment()["versions"] | compilers(), "found": found,
         })  # fmt: skip

@@ -100,8 +100,8 @@ def choose(
     devices, seq_len = meshes.devices(), run.train.seq_len
     context_devices = layout.ways("seq", mesh)
     attention_choice = attention.choose(
-        run.execution.attention, Mask(family.generates, common=adapter.common), False, None, run.execution.dtype,
-        split=run.mesh.context_by if context_devices > 1 else "", lengths=(seq_len, seq_len),
+        run.execution.attention, Mask(family.generates, common=adapter.num_common_keys), False, None,
+        run.execution.dtype, split=run.mesh.context_by if context_devices > 1 else "", lengths=(seq_len, seq_len),
     )  # fmt: skip
     remat.remat_policy(run.execution)  # refuses what can't be offloaded
     if run.execution.offload:
@@ -121,7 +121,7 @@ def choose(
         context=context_parallel.ContextChoice(context_devices, run.mesh.context_by) if context_devices > 1 else None,
         pipeline=pipeline.choose(layout, mesh, adapter.base, run.train),
         processes=processes.describe_launcher(),
-        adapter=adapter.told(specs, optimizer.trainable) if adapter.changes else "",
+        adapter=adapter.summary(specs, optimizer.trainable) if adapter.changes else "",
         optimizer_groups=optimizer.groups,
         flags=flags,
     )

@@ -222,7 +222,7 @@ def _to_stablehlo(p: Pretrained, folder: Path, dtype: Any) -> list[str]:
 
 
 def _to_peft(p: Pretrained, folder: Path, dtype: str) -> list[str]:
-    if p.model.adapter is None or not p.model.adapter.c.method:
+    if p.model.adapter is None:
         raise ValueError(f"--format peft: {p.source.path} has no adapter; choose another format")
     start = p.source.run.start if p.source.run else str(p.source.path)
     if not start:

@@ -24,7 +24,7 @@ from jaxlm.nn.layout import Layout
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.runtime.mesh import make_mesh, on_mesh
 from jaxlm.weights import quantized
-from jaxlm.weights.adapters import per_row as mixing
+from jaxlm.weights.adapters import per_row
 
 # What a published model of each kind is evaluated by.
 OBJECTIVE = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "seq2seq"}
@@ -125,8 +125,11 @@ def first_params(p: programs.Program) -> Any:
         where = f": {differing[0]} has another shape" if differing else ""
         raise ValueError(f"start: {source.path} does not fit this run's model{where}; leave the model to --start")
     theirs, ours = source.adapter, p.run.adapter
-    settled = ("method", "rank", "alpha", "rank_stabilized") if theirs.method else ()
-    if theirs.base not in ("float32", ours.base) or any(getattr(theirs, n) != getattr(ours, n) for n in settled):
+    other = theirs != config.Adapter() and (
+        type(theirs) is not type(ours)
+        or any(getattr(theirs, name) != getattr(ours, name) for name in source.adapted.method.defining)
+    )
+    if theirs.base not in ("float32", ours.base) or other:
         raise ValueError(
             f"start: {p.run.start} has an adapter of other settings than this run's; leave adapter.* out, or merge it "
             f"first: jaxlm export {p.run.start} MERGED --format hf"
@@ -139,12 +142,12 @@ def first_params(p: programs.Program) -> Any:
 
 def _quantizer(p: programs.Program) -> Callable[[str, jax.Array], Any] | None:
     """Weights take their few bits one by one, so that they never all lie there in float32."""
-    base, every = p.run.adapter.base, p.adapter.every
-    if p.run.adapter.method == "pissa":  # which begins from the whole numbers
+    base, matrices = p.run.adapter.base, p.adapter.matrices
+    if p.adapter.method.needs_whole_base:
         return None
 
     def each(path: str, w: jax.Array) -> Any:
-        if (s := every.get(path)) is None:
+        if (s := matrices.get(path)) is None:
             return w
         homes = p.layout.shardings(tree.at(p.specs, path), p.mesh)
         few = jax.jit(partial(quantized.KINDS[base], ins=s.ins, outs=s.outs), out_shardings=homes)(w)
@@ -186,7 +189,7 @@ def open_model(place: str | Path, step: int | None = None) -> Pretrained:
 
 def mixed(p: Pretrained, adapters: Sequence[str]) -> Pretrained:
     """The model with an adapter for each row of a batch in turn: directories of PEFT's, or `-` for none."""
-    if p.source.adapter.method:
+    if p.source.adapter != config.Adapter():
         raise ValueError(f"--adapter: {p.source.path} has an adapter of its own; merge it first with jaxlm export")
     folders = list(dict.fromkeys(name for name in adapters if name != "-"))
     if not folders:
@@ -200,7 +203,7 @@ def mixed(p: Pretrained, adapters: Sequence[str]) -> Pretrained:
         assert source.adapter_files is not None
         each.append((source.adapted, load(source.adapter_files, source.adapted, homes)))
     rows = [None if name == "-" else folders.index(name) for name in adapters]
-    adapter, own = mixing.together(each, rows, p.source.adapted)
+    adapter, own = per_row.mix(each, rows, p.source.adapted)
     model = dataclasses.replace(p.model, adapter=adapter)
     return dataclasses.replace(p, model=model, params=p.params | {"adapter": own})
 
@@ -228,7 +231,7 @@ def read(
             step = checkpoints.best()
         base = None
         if (source.path / run_directory.BASE).is_dir():
-            base, wanted = tree.partition(wanted, adapted.rests)
+            base, wanted = tree.partition(wanted, adapted.in_frozen_base)
             with Checkpoints(source.path / run_directory.BASE) as once:
                 base = once.restore_params(base)
         averaged = None

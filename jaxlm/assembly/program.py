@@ -106,11 +106,7 @@ class Program:
             return make(jax.random.key(self.run.seed), weights)
 
     def _fresh(self, key: jax.Array, given: Any) -> step.State:
-        ids = None
-        if self.run.adapter.text:
-            found = self.tokens.encode(self.run.adapter.text)
-            ids = (found * -(-self.run.adapter.tokens // max(1, len(found))))[: self.run.adapter.tokens]
-        made = self.adapter.init(self.specs, key, ids, given)
+        made = self.adapter.init(self.specs, key, self.adapter.prompt_ids(self.tokens), given)
         trainable, frozen = tree.partition(made, self.optimizer.trainable)
         return step.start(trainable, frozen, self.optimizer, self.run.optim.ema > 0)
 
@@ -230,7 +226,9 @@ def program(run: config.Run, tokens: Any, template: str | None = None) -> Progra
 def optimizer(run: config.Run, specs: Any, adapter: adapted.Adapted) -> optimizers.Optimizer:
     """Of a run's weights; it moves what its adapter leaves to it."""
     c, steps = run.optim, run.train.steps
-    return optimizers.make(c, steps, specs, trainable=adapter.trainable, rate_of=adapter.rate, wrap=adapter.allocator)
+    return optimizers.make(
+        c, steps, specs, trainable=adapter.trainable, rate_of=adapter.rate, wrap=adapter.wrap_optimizer
+    )
 
 
 def _check_pair(objective: Objective, run: config.Run) -> None:

@@ -20,7 +20,8 @@ from jaxlm.objectives import OBJECTIVES
 from jaxlm.runtime import processes
 from jaxlm.training import optimizers, step
 from jaxlm.training.log import read_lines
-from jaxlm.weights.adapters import adapted
+from jaxlm.weights.adapters import METHODS, adapted
+from jaxlm.weights.adapters.old_settings import upgraded
 
 BASE = "base"  # folder of a run: the weights that its adapter rests on
 
@@ -31,7 +32,7 @@ def read_config(folder: Path) -> config.Run:
     if not file.exists():
         raise ValueError(f"{folder}: not a run directory (it has no config.json)")
     try:
-        return config_io.from_dict(json.loads(file.read_text()), MODELS, OBJECTIVES)
+        return config_io.from_dict(upgraded(json.loads(file.read_text())), MODELS, OBJECTIVES, METHODS)
     except json.JSONDecodeError as e:
         raise ValueError(f"{file}: not JSON ({e}); restore it, or delete the run directory") from None
 
@@ -73,7 +74,7 @@ def load_tokenizer(run: config.Run, say: Callable[[str], None] = print) -> Any:
 def saved(state: step.State, adapter: adapted.Adapted) -> dict[str, Any]:
     """What a checkpoint holds: whole weights whatever is frozen, so that it opens without the run's configuration; but
     for a base that adapters rest on, which the run keeps once (`BASE`)."""
-    own, _ = tree.partition(state.all_params, lambda path: not adapter.rests(path))
+    own, _ = tree.partition(state.all_params, lambda path: not adapter.in_frozen_base(path))
     return dict(step=state.step, params=own, opt=state.opt, ema=state.ema)
 
 

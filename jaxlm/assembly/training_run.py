@@ -98,7 +98,7 @@ def _first_state(p: programs.Program, checkpoints: Checkpoints) -> tuple[Any, di
 
 def _base(p: programs.Program, weights: Any) -> Any:
     """Those that an adapter rests on; None: there are none."""
-    base, _ = tree.partition(weights, p.adapter.rests)
+    base, _ = tree.partition(weights, p.adapter.in_frozen_base)
     return base if jax.tree.leaves(base) else None
 
 

@@ -57,7 +57,10 @@ def load_run(args: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
             from jaxlm.assembly import open_model
 
             base = open_model.starting(base, start)
-    run = config_io.override(base, rest + (["--help"] if args.help else []))
+    from jaxlm.weights.adapters import METHODS
+
+    run, rest = config_io.choose_adapter(base, rest, METHODS)
+    run = config_io.override(run, rest + (["--help"] if args.help else []))
     from jaxlm.assembly import run_objective
 
     return base, run_objective.infer_from_data(run)

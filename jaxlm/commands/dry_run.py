@@ -12,7 +12,7 @@ import rich.table
 import rich.text
 
 from jaxlm.assembly import corpus, open_model, program
-from jaxlm.core import config, config_io, spec, tree
+from jaxlm.core import config, config_io, registry, spec, tree
 from jaxlm.runtime import mesh
 
 console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 160)
@@ -36,16 +36,22 @@ def show(base: config.Run, run: config.Run) -> int:
 
 
 def show_config(base: config.Run, run: config.Run) -> None:
-    plain: dict[str, Any] = {}
+    plain: dict[str, Any] = {"adapter": registry.name_of(config.Adapter())}
     for part, prefix in ((config.Data(), "data."), (config.Optim(), "optim."), (config.Train(), "train."),
-                         (config.Adapter(), "adapter."),
+                         (type(run.adapter)(), "adapter."),
                          (config.Mesh(), "mesh."), (config.Execution(), "execution."), (type(run.model)(), "model."),
                          (type(run.objective)(), "objective.")):  # fmt: skip
         plain |= config_io.flatten(part, prefix)
     table = rich.table.Table("field", "value", "from", title=f"run {run.name} → {run.folder}", title_justify="left")
     mine, file = config_io.flatten(run), config_io.flatten(base)
     for key, value in mine.items():
-        where = "command line" if value != file[key] else "default" if plain.get(key) == value else "config file"
+        where = (
+            "command line"
+            if key not in file or value != file[key]
+            else "default"
+            if plain.get(key) == value
+            else "config file"
+        )
         style = {"command line": "bold", "default": "dim", "config file": ""}[where]
         table.add_row(key, repr(value), where, style=style)
     console.print(table)

@@ -1,8 +1,9 @@
 """A run is described by frozen, typed, nested dataclasses; a config file defines a function `config() -> Run`.
 
 `Run` is generic in the two parts that belong to a family: `Run[llama.Config, causal.Config]`. Those dataclasses are
-defined beside the code that reads them (`models/llama.py`, `objectives/causal.py`), all others here. Nothing here
-imports jax.
+defined beside the code that reads them (`models/llama.py`, `objectives/causal.py`), and so are the settings of each
+method of fine-tuning (`weights/adapters/lora.py`), subclasses of `Adapter`; all others are here. Nothing here imports
+jax.
 """
 
 from dataclasses import dataclass, field
@@ -85,58 +86,16 @@ class Optim:
     """Decay of an exponential moving average of the weights, used for validation and samples; 0: off."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """Fine-tuning of few parameters. The base model's weights stay as they are; heads of the objective are trained."""
+    """No adapter: all weights are trained.
 
-    method: Literal[
-        "",
-        "lora",
-        "dora",
-        "pissa",
-        "adalora",
-        "vera",
-        "ia3",
-        "houlsby",
-        "pfeiffer",
-        "parallel",
-        "prefix",
-        "prompt",
-        "p_tuning",
-        "bitfit",
-        "norms",
-    ] = ""
-    """Empty: all weights are trained."""
+    Each method that trains few parameters has a subclass of its own with further fields, beside its code: `Lora`, `Ia3`
+    … of `jaxlm.weights.adapters`. The base model's weights then stay as they are; heads of the objective are trained.
+    """
+
     base: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
-    """How the layers' frozen matrices rest. nf4: 4.1 bits a weight (QLoRA)."""
-    targets: tuple[str, ...] = ()
-    """Patterns of the weights that get an adapter; `all`: every matrix of the layers; empty: those usual for it."""
-    rank: int = 8
-    """Of lora, dora, pissa, vera (256 is usual), and of adalora at its start (12 is usual)."""
-    alpha: float = 16.0
-    """lora, dora, pissa, adalora: the product is scaled by alpha / rank."""
-    rank_stabilized: bool = False
-    """Scale by alpha / √rank instead (rsLoRA)."""
-    dropout: float = 0.0
-    """lora, dora, pissa, adalora, vera: of what goes into the adapter."""
-    b_lr: float = 1.0
-    """lora: learning rate of b as a multiple of that of a (LoRA+; 16 is usual)."""
-    target_rank: int = 8
-    """adalora: mean rank at the end."""
-    warmup: float = 0.1
-    """adalora: share of all steps before ranks begin to fall."""
-    settle: float = 0.2
-    """adalora: share of all steps, the last ones, with the ranks that are left."""
-    orthogonal: float = 0.5
-    """adalora: weight of the loss that keeps a and b orthogonal."""
-    reduction: float = 16.0
-    """houlsby, pfeiffer, parallel: model width over the bottleneck's (parallel: 2 is usual)."""
-    tokens: int = 20
-    """prefix, prompt, p_tuning: virtual tokens."""
-    text: str = ""
-    """prompt: text whose embeddings the virtual tokens begin as; empty: those of tokens at random."""
-    hidden: int = 0
-    """p_tuning: width of the network that makes the virtual tokens; 0: the model's width."""
+    """How the layers' frozen matrices are stored. nf4: 4.1 bits a weight (QLoRA)."""
 
 
 @dataclass(frozen=True)

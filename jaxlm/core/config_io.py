@@ -13,23 +13,24 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from jaxlm.core import registry
-from jaxlm.core.config import Run
+from jaxlm.core.config import Adapter, Run
 from jaxlm.core.errors import nearest
 
 
 def to_dict(run: Run) -> dict[str, Any]:
-    """Returns plain JSON values; the two family parts carry their family's name."""
+    """Returns plain JSON values; parts whose class depends on the run carry their family's name."""
     out = dataclasses.asdict(run)
-    for key in ("model", "objective"):
+    for key in ("model", "objective", "adapter"):
         out[key] = {"family": registry.name_of(getattr(run, key))} | out[key]
     return out
 
 
-def from_dict(values: dict[str, Any], models: Mapping[str, Any], objectives: Mapping[str, Any]) -> Run:
-    """Builds a run from the values that `to_dict` returns. `models` and `objectives` map family names to modules with a
-    `Config`."""
-    values = dict(values)
-    for key, table in (("model", models), ("objective", objectives)):
+def from_dict(
+    values: dict[str, Any], models: Mapping[str, Any], objectives: Mapping[str, Any], adapters: Mapping[str, Any]
+) -> Run:
+    """Builds a run from the values that `to_dict` returns. The tables map family names to what has a `Config`."""
+    values = {"adapter": {"family": "none"}} | values
+    for key, table in (("model", models), ("objective", objectives), ("adapter", adapters)):
         part = values.get(key)
         if not isinstance(part, dict) or "family" not in part:
             raise ValueError(f"{key}.family: missing; known: {', '.join(sorted(table))}")
@@ -83,10 +84,12 @@ def _shown(kind: Any) -> str:
 
 
 def flatten(run: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns a dict from dotted field names to values: {"optim.lr": 0.001, …}."""
+    """Returns a dict from dotted field names to values, {"optim.lr": 0.001, …}, and from `adapter` to its method."""
     out: dict[str, Any] = {}
     for f in dataclasses.fields(run):
         value = getattr(run, f.name)
+        if isinstance(value, Adapter):
+            out[prefix + f.name] = registry.name_of(value)
         if dataclasses.is_dataclass(value):
             out |= flatten(value, f"{prefix}{f.name}.")
         else:
@@ -110,13 +113,32 @@ def load(path: str | Path) -> Run:
     return run
 
 
+def choose_adapter(run: Run, args: list[str], adapters: Mapping[str, Any]) -> tuple[Run, list[str]]:
+    """Returns the run with the adapter that `--adapter NAME` among the overrides names, and the overrides without it.
+
+    Fields that its method shares with the run's own keep their values. `adapters` maps names to what has a `Config`.
+    """
+    rest = list(args)
+    while "--adapter" in (flags := [a.partition("=")[0] for a in rest]):
+        i = flags.index("--adapter")
+        _, equals, name = rest[i].partition("=")
+        name = name if equals else "".join(rest[i + 1 : i + 2])
+        del rest[i : i + (1 if equals else 2)]
+        if name not in adapters:
+            raise ValueError(f"adapter: unknown {name!r}{nearest(name, adapters)}")
+        kind = adapters[name].Config
+        shared = {f.name for f in dataclasses.fields(kind)} & {f.name for f in dataclasses.fields(run.adapter)}
+        run = dataclasses.replace(run, adapter=kind(**{field: getattr(run.adapter, field) for field in shared}))
+    return run, rest
+
+
 def override(run: Run, args: list[str]) -> Run:
     """Applies typed overrides such as ["--optim.lr", "3e-4"]. Unknown keys and wrong types are one-line errors."""
     import tyro  # half a second that `--help` of the other commands need not wait for
 
     if not args:
         return run
-    known = flatten(run)
+    known = {key: value for key, value in flatten(run).items() if key != "adapter"}
     flags = {f"--{k}" for k in known} | {
         "--" + ".".join([*k.split(".")[:-1], "no-" + k.split(".")[-1]]) for k, v in known.items() if isinstance(v, bool)
     }
@@ -124,7 +146,7 @@ def override(run: Run, args: list[str]) -> Run:
     for flag in given:
         if flag not in {f.replace("_", "-") for f in flags}:
             name = flag.removeprefix("--").replace("-", "_")
-            raise ValueError(f"unknown config key {name}{nearest(name, known)}")
+            raise ValueError(f"unknown config key {name}{_remedy(run, name, known)}")
     kind: Any = Run[type(run.model), type(run.objective)]  # type: ignore[misc]
     if "--help" in args:
         return tyro.cli(kind, default=run, args=args, prog="jaxlm train CONFIG")
@@ -133,6 +155,14 @@ def override(run: Run, args: list[str]) -> Run:
             return tyro.cli(kind, default=run, args=args)
     except SystemExit:
         raise ValueError(_wrong_type(run, args, known)) from None
+
+
+def _remedy(run: Run, name: str, known: Mapping[str, Any]) -> str:
+    """Returns what follows the name of an unknown key: the nearest of its part of the run, or of the whole run."""
+    if name == "adapter.method" or (name.startswith("adapter.") and type(run.adapter) is Adapter):
+        return "; choose a method first, and then its own fields: --adapter lora --adapter.rank 16"
+    part = [key for key in known if key.startswith(f"{name.partition('.')[0]}.")]
+    return nearest(name, part or known)
 
 
 def _wrong_type(run: Run, args: list[str], known: dict[str, Any]) -> str:

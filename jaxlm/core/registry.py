@@ -50,5 +50,5 @@ def name_of(settings: Any) -> str:
     except KeyError:
         kind = type(settings)
         raise ValueError(
-            f"{kind.__module__}.{kind.__qualname__} is the Config of no registered model or objective"
+            f"{kind.__module__}.{kind.__qualname__} is the Config of no registered model, objective or adapter"
         ) from None

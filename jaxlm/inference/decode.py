@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core.spec import Spec, is_spec
 from jaxlm.models.model import Model
+from jaxlm.nn import leaf
 from jaxlm.nn.block_stack import layout_of
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.losses import logits
@@ -30,12 +30,7 @@ def prepare(model: Model, params: Any) -> Any:
     """
 
     def cast(s: Spec, p: Any) -> Any:
-        dtype = layout_of(s, model.shard).dtype
-
-        def one(w: Any) -> Any:  # quantized weights keep the digits of their scales
-            return w.astype(dtype) if not hasattr(w, "dense") and jnp.issubdtype(w.dtype, jnp.floating) else w
-
-        return jax.tree.map(one, p, is_leaf=lambda w: hasattr(w, "dense"))
+        return leaf.cast(p, layout_of(s, model.shard).dtype)
 
     def walk(p: Any, s: Any) -> Any:
         if isinstance(p, tuple):

@@ -59,7 +59,7 @@ def block_specs(c: Config) -> dict[str, Spec]:
         **decoder.gated_specs(D, c.ffn, scale),
     )
     if c.model_type != "gemma":
-        # Norms by what they do, but adapter.method=norms leaves them as they are, and its runs rely on that.
+        # Norms by what they do, but the adapter `norms` leaves them as they are, and its runs rely on that.
         out |= dict(after1=Spec((D,), (None,), zeros), after2=Spec((D,), (None,), zeros))
     if c.model_type == "gemma3_text":
         out |= dict(q_norm=norm(c.head_width), k_norm=norm(c.head_width))

@@ -39,8 +39,8 @@ class Model:
         if self.adapter is None:
             return call(params, batch, key=key)
         own, key = (None, None) if key is None else jax.random.split(key)
-        out = call(self.bound(params, own), self.adapter.read(batch, cache, self.shard), key=key)
-        return self.adapter.cut(out, cache, self.shard)
+        out = call(self.bound(params, own), self.adapter.with_virtual_tokens(batch, cache, self.shard), key=key)
+        return self.adapter.without_virtual_tokens(out, cache, self.shard)
 
     def readout(self, params: Any, x_BTD: jax.Array) -> Readout:
         """Returns what the logits of these states are made of."""
@@ -54,5 +54,5 @@ class Model:
 
     def init_cache(self, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
         """Returns an empty cache for rows of `length`, and for the adapter's virtual tokens."""
-        places = 0 if self.adapter is None or self.family.kind != "decoder" else self.adapter.places
-        return self.family.init_cache(self.config, rows, length + places, dtype, slack)
+        n = 0 if self.adapter is None or self.family.kind != "decoder" else self.adapter.num_virtual_tokens
+        return self.family.init_cache(self.config, rows, length + n, dtype, slack)

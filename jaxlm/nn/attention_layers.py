@@ -14,6 +14,7 @@ from jaxlm.nn.attention import attend
 from jaxlm.nn.cache import SLOTS, Cache, num_slots, remember
 from jaxlm.nn.layers import project
 from jaxlm.nn.layout import Layout
+from jaxlm.nn.leaf import leaf_of
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.remat import named
 
@@ -49,9 +50,9 @@ def self_attention(
     visible, mask, kept = remember(kept, dict(k=k_BTKC, v=v_BTKC), mask, cache)
     k_BSKC, v_BSKC = visible["k"].astype(q_BTHC.dtype), visible["v"].astype(q_BTHC.dtype)
     bias_BHTS = None if bias is None else bias(mask, q_BTHC.shape[1], k_BSKC.shape[1])
-    if hasattr(p["k"], "keys_PKC"):
-        k_BSKC, v_BSKC = _prepend(p["k"].keys_PKC, k_BSKC, shard), _prepend(p["k"].values_PKC, v_BSKC, shard)
-        mask = dataclasses.replace(mask, common=p["k"].keys_PKC.shape[0])
+    if (prefix := leaf_of(p["k"]).prefix_keys_values()) is not None:
+        k_BSKC, v_BSKC = _prepend(prefix[0], k_BSKC, shard), _prepend(prefix[1], v_BSKC, shard)
+        mask = dataclasses.replace(mask, common=prefix[0].shape[0])
         bias_BHTS = None if bias_BHTS is None else jnp.pad(bias_BHTS, ((0, 0), (0, 0), (0, 0), (mask.common, 0)))
     a_BTHC = attend(
         q_BTHC, k_BSKC, v_BSKC, mask, shard=shard, scale=scale, softcap=softcap, bias_BHTS=bias_BHTS,

@@ -12,7 +12,8 @@ from jaxlm.core.spec import Spec
 from jaxlm.nn import pipeline
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.layers import subkeys
-from jaxlm.nn.layout import Layout, own_einsum
+from jaxlm.nn.layout import Layout
+from jaxlm.nn.leaf import is_leaf
 from jaxlm.nn.remat import named, remat_policy
 from jaxlm.runtime.mesh import platform
 
@@ -142,7 +143,7 @@ def layout_of(s: Spec, shard: Layout) -> Layout:
 
 def _gathered(params: Any, specs: Any, shard: Layout) -> Any:
     """Returns weights as a block uses them."""
-    return jax.tree.map(lambda w, s: layout_of(s, shard).gather(w, s), params, specs, is_leaf=own_einsum)
+    return jax.tree.map(lambda w, s: layout_of(s, shard).gather(w, s), params, specs, is_leaf=is_leaf)
 
 
 def stretches(kinds: Sequence[Any]) -> list[tuple[int, int, int]]:

@@ -15,6 +15,7 @@ from flax import struct
 
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.layout import Layout
+from jaxlm.nn.leaf import is_leaf, leaf_of
 from jaxlm.nn.remat import named
 
 
@@ -74,9 +75,8 @@ def embed(table_VD: Any, ids_BT: jax.Array, shard: Layout, rows: str | None = "v
     The table stays float32 so that repeated tokens' gradients add up exactly. `rows` is the logical axis of the table's
     rows: None for positions and token types.
     """
-    if hasattr(table_VD, "virtual"):
-        x_BTD = embed(table_VD.base, jnp.minimum(ids_BT, table_VD.shape[0] - 1), shard, rows)
-        return table_VD.virtual(x_BTD, ids_BT, shard)
+    if is_leaf(table_VD):
+        return table_VD.embed(ids_BT, shard, rows)
     by_width = _by_width(shard, table_VD.shape[1])
     table_VD, ids_BT = by_width(table_VD, rows, "width"), by_width(ids_BT, "batch", "seq")
     mesh = jax.sharding.get_abstract_mesh()
@@ -121,7 +121,7 @@ def project(p: dict, name: str, eq: str, x: jax.Array, shard: Layout, *axes: str
     result."""
     y = shard.einsum(eq, x, p[name], *axes)
     y = named(add_bias(y, p[f"{name}_bias"]) if f"{name}_bias" in p else y, name, shard)
-    return p[name].after(y, shard) if hasattr(p[name], "after") else y
+    return leaf_of(p[name]).after(y, shard)
 
 
 def pooled(p: dict, specs: Any, x_BTD: jax.Array, shard: Layout) -> jax.Array:
@@ -144,5 +144,5 @@ def mlp(p: dict, x_BTD: jax.Array, activation: str, shard: Layout) -> jax.Array:
     else:
         h_BTF = activate(up_BTF)
     y_BTD = project(p, "down", "btf,fd->btd", h_BTF, shard, "batch", "seq", None)
-    adapted_BTD = p["up"].beside(x_BTD, shard) if hasattr(p["up"], "beside") else None
-    return y_BTD if adapted_BTD is None else y_BTD + adapted_BTD
+    branch_BTD = leaf_of(p["up"]).parallel_branch(x_BTD, shard)
+    return y_BTD if branch_BTD is None else y_BTD + branch_BTD

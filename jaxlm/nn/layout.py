@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.core import config, errors, tree
 from jaxlm.core.spec import Spec, is_spec
+from jaxlm.nn.leaf import is_leaf
 from jaxlm.runtime.mesh import AXES, BATCH_AXES, replicated, single_device_sharding
 
 Axes = tuple[str, ...]
@@ -53,11 +54,6 @@ def _amended(table: dict[str, Axes], changes: tuple[str, ...], name: str) -> dic
                 raise ValueError(f"mesh.{name}: {change!r}: no mesh axis {a!r}{errors.nearest(a, AXES)}")
         table[logical] = axes
     return table
-
-
-def own_einsum(w: Any) -> bool:
-    """Whether a weight is more than an array, and answers `gathered` and (but for tables) `einsum` itself."""
-    return hasattr(w, "gathered")
 
 
 def _manual() -> bool:
@@ -166,7 +162,7 @@ class Layout:
         return pin(x, self.spec(axes))
 
     def einsum(self, eq: str, x: jax.Array, w: Any, *axes: str | None) -> jax.Array:
-        """Contracts `x` with a weight and pins the result to `axes`. A weight with its own `einsum` answers for itself.
+        """Contracts `x` with a weight and pins the result to `axes`. A `Leaf` answers for itself.
 
         The letters shared by `x` and `w` end `x` and begin `w`, so the product is one matrix multiplication. Where `x`
         or the result ends with `d`, it is the residual stream.
@@ -176,7 +172,7 @@ class Layout:
                 x = self(x, "batch", "seq", None)
             if eq.endswith("d"):
                 axes = (axes[0], "stream", *axes[2:])
-        if hasattr(w, "einsum"):
+        if is_leaf(w):
             return w.einsum(eq, x, self, *axes)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:  # with two plain matrices XLA needs no transposing copies on any backend
@@ -212,11 +208,11 @@ class Layout:
         store."""
 
         def one(w: Any, s: Spec) -> Any:
-            if own_einsum(w):
+            if is_leaf(w):
                 return w.gathered(s, self)
             return self.whole(w.astype(self.dtype), *s.axes[-w.ndim :])[0]
 
-        return jax.tree.map(one, params, specs, is_leaf=own_einsum)
+        return jax.tree.map(one, params, specs, is_leaf=is_leaf)
 
     def shardings(self, specs: Any, mesh: jax.sharding.Mesh | None, table: Mapping[str, Axes] | None = None) -> Any:
         """Returns where each weight rests, by `store` or another table.

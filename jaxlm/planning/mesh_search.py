@@ -25,6 +25,7 @@ from jaxlm.planning.ahead_of_time import RESERVE
 from jaxlm.planning.roofline import Cost
 from jaxlm.planning.targets import Target
 from jaxlm.runtime.mesh import AXES, on_mesh
+from jaxlm.weights import adapters
 
 REMAT: tuple[Any, ...] = ("none", "dots", "full")
 MICRO = (1, 2, 4, 8, 16, 32)
@@ -199,7 +200,7 @@ def _code(value: Any, modules: set[str], depth: int) -> str:
         return repr(value)
     kind = type(value)
     # Config files name what is public: parts of a run by the package, those of models and objectives by their module.
-    module = "jaxlm" if kind.__name__ in jaxlm.__all__ else kind.__module__
+    module = next((m.__name__ for m in (jaxlm, adapters) if kind.__name__ in m.__all__), kind.__module__)
     modules.add(module)
     arguments = []
     for f in dataclasses.fields(value):

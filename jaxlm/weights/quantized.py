@@ -1,7 +1,7 @@
-"""Frozen weights that rest in few bits: NF4 with its scales quantized again (Dettmers et al. 2023), int8, bfloat16.
+"""Frozen weights are stored in few bits: NF4 with its scales quantized again (Dettmers et al. 2023), int8, bfloat16.
 
-At rest a quantized weight is a dict of arrays under its own path (`blocks/q/nf4`, `blocks/q/scale` …); `bound` makes of
-it a leaf that answers `shard.einsum`, so models know nothing of it. Numbers are made anew for each product, in the
+A quantized weight is stored as a dict of arrays under its own path (`blocks/q/nf4`, `blocks/q/scale` …); `bound` makes
+of it a leaf that answers `shard.einsum`, so models know nothing of it. Numbers are made anew for each product, in the
 backward pass too: a training step never keeps a dense copy.
 """
 
@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from jaxlm.core.spec import Spec, zeros
 from jaxlm.nn.block_stack import scanned
 from jaxlm.nn.layout import Layout
+from jaxlm.nn.leaf import Leaf
 
 BLOCK = 64
 # Quantiles of a normal distribution that hold equal shares of it, with an exact zero; the largest is 1.
@@ -30,30 +31,41 @@ NF4 = (
 
 
 def block_size(n: int) -> int:
-    """Numbers that share a scale, along a dimension of `n`: 64, or the largest power of two below that divides it."""
+    """Returns how many numbers of a dimension of `n` share a scale: 64, or the largest power of two below that divides
+    `n`."""
     size = math.gcd(n, BLOCK)
     if size < 2:
         raise ValueError(f"nf4: {n} inputs have no even number to share a byte; leave base=bfloat16")
     return size
 
 
-class Nf4(struct.PyTreeNode):
-    """Codes in blocks along the last input dimension, two in a byte, the first in its high half.
+class Quantized(Leaf):
+    """A frozen matrix of few bits. Its arrays are never cast: scales need all their digits."""
+
+    def cast(self, dtype: Any) -> "Quantized":
+        return self
+
+    def gathered(self, s: Spec, shard: Layout) -> Any:
+        return _gathered(self, s, shard)
+
+
+class Nf4(Quantized):
+    """NF4 codes lie in blocks along the last input dimension, two in a byte, the first in its high half.
 
     The scale of a block, its largest magnitude, is 8 bits between the least and the largest of its outputs' scales.
     """
 
     nf4: jax.Array
-    """uint8, of the weight's shape with half of its last input dimension."""
+    """The codes, uint8, of the weight's shape with half of its last input dimension."""
     scale: jax.Array
-    """uint8, with one for each block."""
+    """One number for each block, uint8."""
     low: jax.Array
-    """float32, with one for all outputs of a block."""
+    """One number for all outputs of a block, float32."""
     step: jax.Array
     outs: int = struct.field(pytree_node=False)
-    """Output dimensions: the input that blocks lie along stands before them."""
+    """How many output dimensions there are: the input that blocks lie along stands before them."""
     axes: tuple[Any, ...] = struct.field(pytree_node=False, default=())
-    """Mesh axes of the dense weight, once it is on its way into a layer."""
+    """Mesh axes of the dense weight, once it was gathered for a layer."""
     arrays = ("nf4", "scale", "low", "step")
 
     @property
@@ -64,24 +76,21 @@ class Nf4(struct.PyTreeNode):
         unpack = partial(_unpacked, self.outs, dtype)
         mesh = jax.sharding.get_abstract_mesh()
         if not mesh.empty and mesh.are_all_axes_explicit:
-            # The split into blocks is left to the partitioner, and only its result is said. Weights that are on their
-            # way into a layer know where they live; others are whole.
+            # The split into blocks is left to the partitioner, and only its result is said. Weights that were gathered
+            # for a layer know where they live; others are whole.
             unpack = jax.sharding.auto_axes(unpack, out_sharding=PartitionSpec(*self.axes))
         return unpack(self.nf4, self.scale, self.low, self.step)
 
     def einsum(self, eq: str, x: jax.Array, shard: Layout, *axes: str | None) -> jax.Array:
         return _product(lambda x, w: shard.einsum(eq, x, w.dense(x.dtype), *axes), shard)(x, self)
 
-    def gathered(self, s: Spec, shard: Layout) -> Any:
-        return _gathered(self, s, shard)
 
-
-class Int8(struct.PyTreeNode):
-    """One scale for each output, that of its largest magnitude."""
+class Int8(Quantized):
+    """Each output has one scale, that of its largest magnitude."""
 
     int8: jax.Array
     scale: jax.Array
-    """float32, of the weight's shape with inputs of size one."""
+    """One number for each output, float32, of the weight's shape with inputs of size one."""
     outs: int = struct.field(pytree_node=False)
     axes: tuple[Any, ...] = struct.field(pytree_node=False, default=())
     arrays = ("int8", "scale")
@@ -101,9 +110,6 @@ class Int8(struct.PyTreeNode):
 
         return _product(product, shard)(x, self)
 
-    def gathered(self, s: Spec, shard: Layout) -> Any:
-        return _gathered(self, s, shard)
-
 
 def _unpacked(outs: int, dtype: Any, nf4: jax.Array, scale: jax.Array, low: jax.Array, step: jax.Array) -> jax.Array:
     at = nf4.ndim - outs - 1
@@ -118,21 +124,24 @@ def _unpacked(outs: int, dtype: Any, nf4: jax.Array, scale: jax.Array, low: jax.
 
 
 def _product(f: Callable[[jax.Array, Any], jax.Array], shard: Layout) -> Callable[[jax.Array, Any], jax.Array]:
-    """A product with a frozen weight: the backward pass makes its numbers again instead of keeping them."""
+    """Returns the product `f` of `x` and a frozen weight, whose backward pass makes the weight's numbers again instead
+    of keeping them."""
     return jax.checkpoint(f, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=not scanned(shard))
 
 
 def _gathered(w: Any, s: Spec, shard: Layout) -> Any:
-    """The few bits, gathered over the axes that only store; dense numbers for experts, which go through no `einsum`."""
+    """Returns the few bits, gathered over the axes that only store; for experts, which go through no `einsum`, dense
+    numbers."""
     axes = s.axes[-w.ndim :]
     arrays = {name: getattr(w, name) for name in w.arrays}
-    held = {name: shard(x, *_axes(name, x.shape, axes, w.outs)) for name, x in arrays.items()}
-    w = w.replace(**held, axes=tuple(shard.spec(axes)))
+    arrays = {name: shard(x, *_axes(name, x.shape, axes, w.outs)) for name, x in arrays.items()}
+    w = w.replace(**arrays, axes=tuple(shard.spec(axes)))
     return w.dense(shard.dtype) if "experts" in s.axes else w
 
 
 def _axes(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], outs: int) -> tuple[str | None, ...]:
-    """Logical axes of one of a weight's arrays. Blocks of inputs are no dimension of the weight: they stay whole."""
+    """Returns logical axes of one of a weight's arrays. Blocks of inputs are no dimension of the weight: they stay
+    whole."""
     at = len(axes) - outs - 1
     if name not in ("nf4", "int8"):
         axes = (*axes[:at], None, *axes[at + 1 :])
@@ -140,7 +149,8 @@ def _axes(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], outs:
 
 
 def nf4(w: jax.Array, ins: int, outs: int) -> dict[str, jax.Array]:
-    """A weight whose last `outs` dimensions are outputs, and the `ins` before them inputs, as `Nf4` keeps it."""
+    """Quantizes a weight, whose last `outs` dimensions are outputs and the `ins` before them inputs, to the arrays of
+    `Nf4`."""
     at = w.ndim - outs - 1
     n, size = w.shape[at], block_size(w.shape[at])
     lead, rest = w.shape[:at], w.shape[at + 1 :]
@@ -161,12 +171,14 @@ def nf4(w: jax.Array, ins: int, outs: int) -> dict[str, jax.Array]:
 
 
 def int8(w: jax.Array, ins: int, outs: int) -> dict[str, jax.Array]:
+    """Quantizes a weight, whose dimensions are as for `nf4`, to the arrays of `Int8`."""
     over = tuple(range(w.ndim - outs - ins, w.ndim - outs))
     scale = jnp.maximum(jnp.abs(w.astype(jnp.float32)).max(over, keepdims=True), 1e-30) / 127
     return dict(int8=jnp.round(w / scale).astype(jnp.int8), scale=scale)
 
 
 def bfloat16(w: jax.Array, ins: int, outs: int) -> jax.Array:
+    """Rounds a weight to bfloat16."""
     return w.astype(jnp.bfloat16)
 
 
@@ -174,7 +186,8 @@ KINDS: dict[str, Callable[..., Any]] = {"nf4": nf4, "int8": int8, "bfloat16": bf
 
 
 def specs(s: Spec, ins: int, outs: int, kind: str) -> Any:
-    """Of what `KINDS[kind]` makes of a weight. Fresh weights are initialised before they are quantized."""
+    """Returns the specs of what `KINDS[kind]` makes of a weight. Fresh weights are initialised before they are
+    quantized."""
     made = jax.eval_shape(partial(KINDS[kind], ins=ins, outs=outs), jax.ShapeDtypeStruct(s.shape, jnp.float32))
     if not isinstance(made, dict):
         return s._replace(dtype=made.dtype)
@@ -182,11 +195,6 @@ def specs(s: Spec, ins: int, outs: int, kind: str) -> Any:
     return {name: Spec(x.shape, axes[name], zeros, x.dtype, s.role) for name, x in made.items()}
 
 
-def bound(held: dict[str, Any], outs: int) -> Any:
-    """The leaf that `held`, a dict of arrays, stands for."""
-    return (Nf4 if "nf4" in held else Int8)(**held, outs=outs)
-
-
-def dense(w: Any) -> jax.Array:
-    """Any leaf's numbers in float32."""
-    return w.dense() if hasattr(w, "dense") else w.astype(jnp.float32)
+def bound(arrays: dict[str, Any], outs: int) -> Quantized:
+    """Returns the leaf that a dict of stored arrays stands for."""
+    return (Nf4 if "nf4" in arrays else Int8)(**arrays, outs=outs)

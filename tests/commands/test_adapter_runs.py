@@ -1,5 +1,6 @@
 """Runs that train an adapter, from the command line: what is trained, continued, evaluated, exported, and refused."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,9 +14,10 @@ from jaxlm.assembly import model_source, open_model
 from jaxlm.commands import cli
 from jaxlm.core import config, tree
 from jaxlm.training.log import read_lines
+from jaxlm.weights import adapters
 
 CONFIG = """
-from jaxlm import Adapter, Data, Execution, Optim, Run, Train
+from jaxlm import Data, Execution, Optim, Run, Train
 from jaxlm.models import llama
 from jaxlm.objectives import causal
 
@@ -46,8 +48,10 @@ def train(home: Path, name: str, *flags: str, start: str | None = None) -> Path:
 
 
 def settings(method: str, base: str = "float32") -> list[str]:
-    return ["--adapter.method", method, "--adapter.base", base, "--adapter.rank", "2", "--adapter.tokens", "3",
-            "--adapter.reduction", "4", "--adapter.target-rank", "1"]  # fmt: skip
+    small = {"rank": "2", "tokens": "3", "reduction": "4", "target_rank": "1"}
+    has = [f.name for f in dataclasses.fields(adapters.METHODS[method].Config) if f.name in small]
+    fields = [text for name in has for text in (f"--adapter.{name.replace('_', '-')}", small[name])]
+    return ["--adapter", method, "--adapter.base", base, *fields]
 
 
 def losses(folder: Path) -> list[float]:
@@ -124,7 +128,7 @@ def test_from_a_run_to_pefts_files_and_back(home, tmp_path, capsys):
     assert "give one for each --prompt" in complaint(capsys, "generate", home / "llama", *prompts, *both[:2])
 
     again = train(home, "further", "--optim.lr", "1e-3", start=on)
-    assert model_source.look(again).adapter.method == "lora"
+    assert isinstance(model_source.look(again).adapter, adapters.Lora)
     assert losses(again)[0] < losses(run)[0] - 0.05, "it goes on from what was learned"
     other = complaint(
         capsys, "train", home / "c.py", "--name", "x", "--start", on, *settings("lora"), "--adapter.alpha", "4"
@@ -145,7 +149,9 @@ def test_what_can_not_be_is_refused(home, tmp_path, capsys):
     def refused(*flags: str) -> str:
         return complaint(capsys, "train", c, "--name", "bad", "--start", base, *flags)
 
-    assert "adapter.base: nf4 weights can't be trained; choose an adapter.method" in refused("--adapter.base", "nf4")
+    assert "adapter.base: nf4 weights can't be trained; choose a method, as --adapter lora" in refused(
+        "--adapter.base", "nf4"
+    )
     assert "adapter.targets: pattern 'wq' matches no parameter; there are: blocks/down" in refused(
         *settings("lora"), "--adapter.targets", "wq"
     )

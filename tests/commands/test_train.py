@@ -243,12 +243,13 @@ def test_every_shipped_config_loads_and_its_weights_are_declared() -> None:
     from jaxlm.core.spec import count
     from jaxlm.models import MODELS
     from jaxlm.objectives import OBJECTIVES
+    from jaxlm.weights.adapters import METHODS
 
     files = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
     sizes = {}
     for file in files:
         run = config_io.load(file)
-        assert config_io.from_dict(json.loads(json.dumps(config_io.to_dict(run))), MODELS, OBJECTIVES) == run
+        assert config_io.from_dict(json.loads(json.dumps(config_io.to_dict(run))), MODELS, OBJECTIVES, METHODS) == run
         assert run.name == file.stem
         sizes[run.name] = count(MODELS.of(run.model).specs(run.model)) / 1e6
     assert sizes["gpt2_124m"] == pytest.approx(124.5, abs=0.1)

@@ -8,6 +8,7 @@ import pytest
 from jaxlm.core import config, config_io, registry
 from jaxlm.models import MODELS
 from jaxlm.objectives import OBJECTIVES
+from jaxlm.weights.adapters import METHODS
 
 
 def make_run(model: str = "llama", objective: str = "causal", **changes) -> config.Run:
@@ -22,7 +23,7 @@ RUN = make_run(
 
 
 def from_json(text: str) -> config.Run:
-    return config_io.from_dict(json.loads(text), MODELS, OBJECTIVES)
+    return config_io.from_dict(json.loads(text), MODELS, OBJECTIVES, METHODS)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -49,6 +50,8 @@ def test_everything_is_frozen():
         (("trian",), {}, r"unknown config key trian; did you mean 'train'\?"),
         (("model", "widht"), 1, r"unknown config key model\.widht; did you mean 'width'\?"),
         (("model", "family"), "lama", r"model\.family: unknown 'lama'; did you mean 'llama'\?"),
+        (("adapter", "family"), "lorra", r"adapter\.family: unknown 'lorra'; did you mean 'lora'\?"),
+        (("adapter", "bass"), "nf4", r"unknown config key adapter\.bass; did you mean 'base'\?"),
         (
             ("objective", "family"),
             "zzz",
@@ -63,7 +66,7 @@ def test_unknown_names_in_json_name_the_nearest(path, value, message):
         place = place[key]
     place[path[-1]] = value
     with pytest.raises(ValueError, match=message):
-        config_io.from_dict(values, MODELS, OBJECTIVES)
+        config_io.from_dict(values, MODELS, OBJECTIVES, METHODS)
 
 
 @pytest.mark.parametrize("path", [("model",), ("objective",), ("model", "family"), ("name",)])
@@ -74,7 +77,7 @@ def test_a_missing_part_is_named(path):
         place = place[key]
     del place[path[-1]]
     with pytest.raises(ValueError, match=rf"^{path[0]}.*: missing"):
-        config_io.from_dict(values, MODELS, OBJECTIVES)
+        config_io.from_dict(values, MODELS, OBJECTIVES, METHODS)
 
 
 @pytest.mark.parametrize(
@@ -101,13 +104,13 @@ def test_a_wrong_type_in_json_is_named(key, value):
         place = place[parent]
     place[last] = value
     with pytest.raises(ValueError, match=r"model\.window" if key == "model" else key.replace(".", r"\.")):
-        config_io.from_dict(values, MODELS, OBJECTIVES)
+        config_io.from_dict(values, MODELS, OBJECTIVES, METHODS)
 
 
 def test_a_whole_number_may_stand_for_a_float():
     values = config_io.to_dict(RUN)
     values["optim"]["lr"] = 1
-    assert config_io.from_dict(values, MODELS, OBJECTIVES).optim.lr == 1
+    assert config_io.from_dict(values, MODELS, OBJECTIVES, METHODS).optim.lr == 1
 
 
 @pytest.mark.parametrize(

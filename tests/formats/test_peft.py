@@ -22,6 +22,7 @@ from jaxlm.models import MODELS
 from jaxlm.models.model import Model
 from jaxlm.nn import losses
 from jaxlm.nn.layout import Layout
+from jaxlm.weights import adapters
 from jaxlm.weights.adapters import per_row
 from jaxlm.weights.adapters.adapted import Adapted
 
@@ -157,10 +158,10 @@ def test_pissa_is_written_as_what_it_adds(tmp_path):
     """On the base as it was: an update of twice the rank."""
     directory("lora_llama", tmp_path)
     model, weights = opened(tmp_path, tmp_path / "theirs")
-    c = config.Adapter("pissa", rank=2, alpha=3.0)
+    c = adapters.Pissa(rank=2, alpha=3.0)
     adapted = Adapted(c, model.family, model.config)
     plain = {n: w for n, w in weights.items() if n != "adapter"}
-    fresh = adapted.init(adapted.specs(), jax.random.key(0), given=plain)
+    fresh = adapted.init(adapted.specs(), jax.random.key(0), existing=plain)
     moved = tree.map_named(lambda p, x: x + 0.2 if adapted.trainable(p) else x, fresh)
     pissa = dataclasses.replace(model, adapter=adapted)
     save(tmp_path / "ours", adapted, moved["adapter"], "base")
@@ -174,7 +175,7 @@ def test_pissa_is_written_as_what_it_adds(tmp_path):
 def test_methods_without_files_say_so(method, tmp_path):
     directory("lora_llama", tmp_path)
     model, _ = opened(tmp_path, tmp_path / "theirs")
-    adapted = Adapted(config.Adapter(method), model.family, model.config)
+    adapted = Adapted(adapters.METHODS[method].Config(), model.family, model.config)
     with pytest.raises(ValueError, match=f"PEFT has no files for {method}; export the merged model"):
         save(tmp_path / "ours", adapted, {}, "base")
 
@@ -189,7 +190,7 @@ def test_rows_of_a_batch_go_through_adapters_of_their_own(tmp_path):
     plain = {name: w for name, w in weights.items() if name != "adapter"}
     alone = model.adapter.disabled
     rows = [2, None, 0, 1]
-    adapter, own = per_row.together([(m.adapter, w["adapter"]) for m, w in each], rows, alone)
+    adapter, own = per_row.mix([(m.adapter, w["adapter"]) for m, w in each], rows, alone)
     batch = {k: np.repeat(v[:1], 4, 0) for k, v in hf_rows.batch_of("decoder").items()}
 
     def run(model, weights, batch):
@@ -208,4 +209,4 @@ def test_rows_of_a_batch_go_through_adapters_of_their_own(tmp_path):
     )
     np.testing.assert_allclose(twice[1::2], got, atol=TOLERANCE)
     with pytest.raises(ValueError, match="ia3 can't be mixed with others in a batch"):
-        per_row.together([(dataclasses.replace(alone, c=config.Adapter("ia3")), {})], [0], alone)
+        per_row.mix([(dataclasses.replace(alone, c=adapters.Ia3()), {})], [0], alone)

@@ -15,6 +15,7 @@ from jaxlm.nn.kernels import splash_attention
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.mask import Mask
 from jaxlm.runtime.mesh import make_mesh
+from jaxlm.weights import adapters
 from jaxlm.weights.adapters.adapted import Adapted
 
 LAYOUT = Layout(execution=config.Execution(dtype="float32"))
@@ -268,8 +269,8 @@ def test_virtual_tokens_that_every_segment_sees_are_not_for_splash(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     c = llama.Config(vocab=8, layers=1, width=8, heads=1, kv_heads=1, head_width=8, ffn=8)
     for method, then in (("prompt", "xla"), ("lora", "auto")):
-        adapted = Adapted(config.Adapter(method=method), llama, c)
+        adapted = Adapted(adapters.METHODS[method].Config(), llama, c)
         assert adapted.layout(LAYOUT).execution.attention == then
     asked = Layout(execution=config.Execution(attention="splash"))
-    with pytest.raises(ValueError, match=r"splash has no keys that all queries see \(adapter.method=prompt\)"):
-        Adapted(config.Adapter(method="prompt"), llama, c).layout(asked)
+    with pytest.raises(ValueError, match=r"splash has no keys that all queries see \(--adapter prompt\)"):
+        Adapted(adapters.Prompt(), llama, c).layout(asked)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.core import config, spec
 from jaxlm.core.spec import Spec, normal, stacked
 from jaxlm.nn.layout import COMPUTE, STORE, Layout, batch_sharding, check_batch
+from jaxlm.nn.leaf import Leaf
 from jaxlm.runtime.mesh import AXES, check_host_memory, make_mesh, on_mesh
 
 SPECS = {
@@ -239,7 +240,7 @@ def test_einsum_is_einsum_with_and_without_a_mesh(equation):
 
 
 def test_a_weight_with_its_own_einsum_answers_for_itself():
-    class Doubled:
+    class Doubled(Leaf):
         def einsum(self, equation, x, shard, *axes):
             return 2 * x
 

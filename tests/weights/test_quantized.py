@@ -7,6 +7,7 @@ import pytest
 
 from jaxlm.core import config, spec
 from jaxlm.core.spec import Spec, normal
+from jaxlm.nn import leaf
 from jaxlm.nn.layout import Layout
 from jaxlm.runtime.mesh import make_mesh
 from jaxlm.weights import quantized
@@ -54,7 +55,7 @@ def test_an_outlier_spoils_its_own_block_alone():
 @pytest.mark.parametrize(("kind", "error"), [("int8", 0.01), ("bfloat16", 0.002)])
 def test_other_kinds_are_nearer(kind, error):
     q = held(kind, weight())
-    w = quantized.dense(quantized.bound(q, OUTS) if isinstance(q, dict) else q)
+    w = leaf.dense(quantized.bound(q, OUTS) if isinstance(q, dict) else q)
     assert float(jnp.sqrt(jnp.mean((w - weight()) ** 2))) < error
 
 

@@ -1,24 +1,55 @@
-"""Fine-tuning of few parameters, one kind of method a file. A method for the matrices of layers has
+"""Fine-tuning of few parameters, one method or a few close kin a file. Each row of `METHODS` is a record (`method.py`)
+with a class of settings of its own, which config files import from here: `adapter=Lora(rank=16, base="nf4")`."""
 
-- `TARGETS`: patterns of the weights that get one where none are named (a dict of them by method, if it has several),
-- `specs(c, site) -> {name: Spec}`: weights that one layer of a site adds,
-- `bind(c, site, base, own, common, key) -> leaf`: what takes the weight's place while a model runs. A leaf has
-  `einsum(eq, x, shard, *axes)` and `gathered(spec, shard)`; where it needs to, `after(y, shard)` (on the output with
-  its bias), `beside(x, shard)` (besides an ffn), and `merged()` where one dense weight can do the same.
-- Optionally `start(c, site, base, own) -> own` (first values made from the base's), `shared(c, sites) -> {name: Spec}`,
-  and `FROZEN`, names of what is not trained.
+from typing import Any
 
-At rest an adapter is a tree of its own beside the model's weights, under `adapter/`, with the paths of its sites.
-Disabled is the base alone: nothing is ever subtracted.
-"""
+from jaxlm.core.registry import Table
+from jaxlm.weights.adapters import (
+    adalora,
+    base_weights,
+    bottleneck,
+    dora,
+    ia3,
+    lora,
+    pissa,
+    prefix,
+    prompt,
+    vera,
+)
+from jaxlm.weights.adapters.adalora import AdaLora
+from jaxlm.weights.adapters.base_weights import BitFit, Norms
+from jaxlm.weights.adapters.bottleneck import Houlsby, Parallel, Pfeiffer
+from jaxlm.weights.adapters.dora import Dora
+from jaxlm.weights.adapters.ia3 import Ia3
+from jaxlm.weights.adapters.lora import Lora
+from jaxlm.weights.adapters.method import Method
+from jaxlm.weights.adapters.pissa import Pissa
+from jaxlm.weights.adapters.prefix import Prefix
+from jaxlm.weights.adapters.prompt import Prompt, PTuning
+from jaxlm.weights.adapters.vera import Vera
 
-from types import ModuleType
+__all__ = [
+    "METHODS", "AdaLora", "BitFit", "Dora", "Houlsby", "Ia3", "Lora", "Norms", "PTuning", "Parallel", "Pfeiffer",
+    "Pissa", "Prefix", "Prompt", "Vera",
+]  # fmt: skip
 
-from jaxlm.weights.adapters import bottleneck, ia3, low_rank, prefix
-
-METHODS: dict[str, ModuleType] = {
-    **dict.fromkeys(("lora", "dora", "pissa", "adalora", "vera"), low_rank),
-    "ia3": ia3,
-    **dict.fromkeys(("houlsby", "pfeiffer", "parallel"), bottleneck),
-    "prefix": prefix,
-}
+METHODS: Table[Method[Any]] = Table(
+    "adapter",
+    {
+        "none": base_weights.none,
+        "lora": lora.method,
+        "dora": dora.method,
+        "pissa": pissa.method,
+        "adalora": adalora.method,
+        "vera": vera.method,
+        "ia3": ia3.method,
+        "houlsby": bottleneck.houlsby,
+        "pfeiffer": bottleneck.pfeiffer,
+        "parallel": bottleneck.parallel,
+        "prefix": prefix.method,
+        "prompt": prompt.prompt,
+        "p_tuning": prompt.p_tuning,
+        "bitfit": base_weights.bitfit,
+        "norms": base_weights.norms,
+    },
+)

@@ -10,236 +10,243 @@ from typing import Any
 import jax
 import optax
 
+from jaxlm.core import registry, tree
 from jaxlm.core import spec as weights
-from jaxlm.core import tree
 from jaxlm.core.config import Adapter
-from jaxlm.core.spec import Role, is_spec, stacked
+from jaxlm.core.spec import is_spec, stacked
+from jaxlm.nn import leaf
 from jaxlm.nn.family import Family
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 from jaxlm.runtime.mesh import platform
 from jaxlm.weights import quantized
-from jaxlm.weights.adapters import METHODS, adalora, prompt
-from jaxlm.weights.sites import Site, chosen, matrices
-
-PROMPTS = ("prompt", "p_tuning")
-
-
-# Methods that train weights of the model itself: the roles of those.
-OWN: dict[str, tuple[Role, ...]] = {
-    "bitfit": ("bias", "norm_bias", "selection_bias"),
-    "norms": ("norm", "norm_bias"),
-}
+from jaxlm.weights.adapters import METHODS, prompt
+from jaxlm.weights.adapters.method import Method, TargetedAdapter
+from jaxlm.weights.matrices import Matrix, matrices, select
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """A family's model with what a run adds to it."""
+    """A family's model with the adapter that a run's settings `c` put on it."""
 
     c: Adapter
     family: Family
     config: Any
 
+    @property
+    def method(self) -> Method[Any]:
+        return METHODS.of(self.c)
+
+    @property
+    def name(self) -> str:
+        """The method's registered name."""
+        return registry.name_of(self.c)
+
     @cached_property
     def base(self) -> Any:
-        """The model's own weights, as published files have them."""
+        """The specs of the model's own weights, as published files have them."""
         return self.family.specs(self.config)
 
     @cached_property
-    def every(self) -> dict[str, Site]:
+    def matrices(self) -> dict[str, Matrix]:
         return matrices(self.family, self.config)
 
     @cached_property
-    def sites(self) -> dict[str, Site]:
-        if (method := METHODS.get(self.c.method)) is None:
-            if self.c.targets:
-                raise ValueError(f"adapter.targets: {self.c.method or 'training all weights'} has none; leave it out")
+    def targets(self) -> dict[str, Matrix]:
+        """The matrices that get an adapter."""
+        if not isinstance(self.c, TargetedAdapter):
             return {}
-        usual = method.TARGETS[self.c.method] if isinstance(method.TARGETS, dict) else method.TARGETS
-        return chosen(self.every, self.c.targets or usual)
+        return select(self.matrices, self.c.targets or self.method.targets)
 
     @property
-    def places(self) -> int:
-        """Virtual tokens before each row."""
-        return self.c.tokens if self.c.method in PROMPTS else 0
+    def num_virtual_tokens(self) -> int:
+        """How many virtual tokens stand before each row."""
+        return 0 if (virtual := self.method.virtual_tokens) is None else virtual.count(self.c)
 
     @property
-    def common(self) -> int:
-        """Keys that every query of a row sees, whatever its segment."""
-        return self.c.tokens if self.c.method in (*PROMPTS, "prefix") else 0
+    def num_common_keys(self) -> int:
+        """How many keys every query of a row sees, whatever its segment."""
+        return self.method.num_common_keys(self.c)
 
     def specs(self) -> dict[str, Any]:
-        """All weights as they rest: the model's, and the adapter's."""
-        c = self.c
+        """Returns all weights as they are stored: the model's, and the adapter's."""
+        c, method = self.c, self.method
         out = dict(self.base)
         if c.base != "float32":
-            if not c.method:
-                raise ValueError(f"adapter.base: {c.base} weights can't be trained; choose an adapter.method")
-            for path, s in self.every.items():
-                out = tree.put(out, path, quantized.specs(s.spec, s.ins, s.outs, c.base))
-        own: dict[str, Any] = {}
-        for path, s in self.sites.items():
-            own = tree.put(own, path, stacked(s.layers, METHODS[c.method].specs(c, s)))
-        if self.sites and hasattr(METHODS[c.method], "shared"):
-            own |= {"shared": held} if (held := METHODS[c.method].shared(c, self.sites)) else {}
-        if self.places:
-            own["prompt"] = prompt.specs(c, self.config.width)
-        if c.method in OWN and not self._own:
-            raise ValueError(f"adapter.method: {c.method}: this model has no {OWN[c.method][0]}; choose another method")
-        return out | ({"adapter": own} if own else {})
+            if any(map(self.trainable, self.matrices)):
+                raise ValueError(f"adapter.base: {c.base} weights can't be trained; choose a method, as --adapter lora")
+            for path, m in self.matrices.items():
+                out = tree.put(out, path, quantized.specs(m.spec, m.ins, m.outs, c.base))
+        adapter: dict[str, Any] = {}
+        for path, target in self.targets.items():
+            adapter = tree.put(adapter, path, stacked(target.layers, method.specs(c, target)))
+        if self.targets and (shared := method.shared(c, self.targets)):
+            adapter["shared"] = shared
+        if method.virtual_tokens is not None and self.num_virtual_tokens:
+            adapter["prompt"] = method.virtual_tokens.specs(c, self.config.width)
+        if method.trained_roles and not self._trained_base:
+            raise ValueError(
+                f"adapter: {self.name}: this model has no {method.trained_roles[0]}; choose another method"
+            )
+        return out | ({"adapter": adapter} if adapter else {})
 
     @cached_property
-    def _own(self) -> set[str]:
-        """Returns the paths of the model's own weights that the method trains."""
-        roles = OWN.get(self.c.method, ())
+    def _trained_base(self) -> set[str]:
+        """The paths of the base's own weights that are trained."""
+        roles = self.method.trained_roles
         return {path for path, s in tree.flatten(self.base, is_spec).items() if s.role in roles}
 
     def trainable(self, path: str) -> bool:
-        """Whether a weight is. What is neither the model's nor the adapter's, a task's head, always is."""
-        if not self.c.method:
-            return True
+        """Returns whether a weight is trained. What is neither the model's nor the adapter's, a task's head, always
+        is."""
         if path.startswith("adapter/"):
-            frozen = getattr(METHODS.get(self.c.method), "FROZEN", ())
-            return not path.startswith("adapter/shared/") and path.rpartition("/")[2] not in frozen
-        if path in self._own:
-            return True
-        return path.split("/")[0] not in self.base
+            return not path.startswith("adapter/shared/") and path.rpartition("/")[2] not in self.method.frozen
+        return path in self._trained_base or path.split("/")[0] not in self.base
 
-    def rests(self, path: str) -> bool:
-        """Whether a weight is the base's and stays as it was: what a run keeps once, beside its checkpoints."""
-        return bool(self.c.method) and path.split("/")[0] in self.base and not self.trainable(path)
+    def in_frozen_base(self, path: str) -> bool:
+        """Returns whether a weight is the base's and stays as it was: a run stores it once, beside its checkpoints."""
+        return path.split("/")[0] in self.base and not self.trainable(path)
 
     def rate(self, path: str) -> float:
-        """What a weight's learning rate is multiplied by."""
-        return self.c.b_lr if path.startswith("adapter/") and path.endswith("/b") else 1.0
+        """Returns what a weight's learning rate is multiplied by."""
+        return self.method.rate(self.c, path.rpartition("/")[2]) if path.startswith("adapter/") else 1.0
 
-    def allocator(self, tx: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
-        """The optimizer with what the method does after each update."""
-        return adalora.allocating(tx, self.c, steps) if self.c.method == "adalora" else tx
+    def wrap_optimizer(self, tx: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+        """Returns the optimizer with what the method does after each update."""
+        return self.method.wrap_optimizer(self.c, tx, steps)
 
     @property
     def changes(self) -> bool:
-        """Whether the model's weights are anything but plain arrays."""
-        return bool(self.c.method) or self.c.base != "float32"
+        """Whether the model has an adapter, or weights that aren't plain arrays."""
+        return self.c != Adapter()
 
-    def told(self, specs: Any, trainable: Callable[[str], bool]) -> str:
-        """What is trained of how many weights, in words."""
-        c, flat = self.c, tree.flatten(specs, is_spec)
+    def summary(self, specs: Any, trainable: Callable[[str], bool]) -> str:
+        """Returns a line that says what is trained and of how many weights."""
+        flat = tree.flatten(specs, is_spec)
         trained = sum(math.prod(s.shape) for path, s in flat.items() if trainable(path))
         whole = weights.count(self.base)
-        on = f" on {' '.join(self.sites)}" if self.sites else ""
-        rests = f", matrices of the layers as {c.base}" if c.base != "float32" else ""
-        return f"{c.method}{on}: {trained:,} weights are trained, {trained / whole:.2%} of the model's {whole:,}{rests}"
+        on = f" on {' '.join(self.targets)}" if self.targets else ""
+        stored = f", matrices of the layers as {self.c.base}" if self.c.base != "float32" else ""
+        return (
+            f"{self.name}{on}: {trained:,} weights are trained, {trained / whole:.2%} of the model's {whole:,}{stored}"
+        )
 
-    def start(
+    def prompt_ids(self, tokenizer: Any) -> list[int] | None:
+        """Returns the tokens whose embeddings virtual tokens begin as; None: tokens at random, or nothing."""
+        virtual, n = self.method.virtual_tokens, self.num_virtual_tokens
+        if virtual is None or not virtual.text(self.c):
+            return None
+        ids = tokenizer.encode(virtual.text(self.c))
+        return (ids * -(-n // max(1, len(ids))))[:n]
+
+    def initial_values(
         self, params: Any, prompt_ids: Sequence[int] | None = None, key: jax.Array | None = None, fresh: bool = True
     ) -> Any:
-        """From the model's own weights and an adapter, `fresh` or not, to what they are at the first step."""
-        c, method = self.c, METHODS.get(self.c.method)
+        """Returns what weights are at the first step, from the model's own and an adapter, which may be `fresh`."""
+        c, method = self.c, self.method
         out = dict(params)
-        for path, s in self.every.items() if c.base != "float32" else ():
+        for path, m in self.matrices.items() if c.base != "float32" else ():
             if isinstance(tree.at(params, path), dict):  # has its few bits already
                 continue
-            out = tree.put(out, path, quantized.KINDS[c.base](tree.at(params, path), s.ins, s.outs))
+            out = tree.put(out, path, quantized.KINDS[c.base](tree.at(params, path), m.ins, m.outs))
         if not fresh:
             return out
-        if method is not None and hasattr(method, "start"):
-            for path, s in self.sites.items():
-                base = tree.at(params, path) if c.method == "pissa" else self._leaf(out, s)
-                own = method.start(c, s, base, tree.at(params["adapter"], path))
-                out["adapter"] = tree.put(out["adapter"], path, own)
-        if self.places:
+        for path, target in self.targets.items() if method.initial_values is not None else ():
+            assert method.initial_values is not None
+            base = tree.at(params, path) if method.needs_whole_base else self._base_leaf(out, target)
+            values = method.initial_values(c, target, base, tree.at(params["adapter"], path))
+            out["adapter"] = tree.put(out["adapter"], path, values)
+        if self.num_virtual_tokens:
             if prompt_ids is None:
                 assert key is not None
-                prompt_ids = jax.random.randint(key, (self.places,), 0, self.config.vocab)  # type: ignore[assignment]
-            own = prompt.start(params["embed"], prompt_ids, params["adapter"]["prompt"])
-            out["adapter"] = out["adapter"] | {"prompt": own}
+                prompt_ids = jax.random.randint(key, (self.num_virtual_tokens,), 0, self.config.vocab)  # type: ignore[assignment]
+            values = prompt.initial_rows(params["embed"], prompt_ids, params["adapter"]["prompt"])
+            out["adapter"] = out["adapter"] | {"prompt": values}
         return out
 
-    def init(self, specs: Any, key: jax.Array, prompt_ids: Sequence[int] | None = None, given: Any = None) -> Any:
-        """Fresh weights of `specs` (this model's and its heads') but for those that are `given`."""
-        given = given or {}
-        made = weights.init({name: self.base.get(name, s) for name, s in specs.items() if name not in given}, key)
-        return self.start(made | given, prompt_ids, jax.random.fold_in(key, 1), fresh="adapter" not in given)
+    def init(self, specs: Any, key: jax.Array, prompt_ids: Sequence[int] | None = None, existing: Any = None) -> Any:
+        """Returns fresh weights of `specs` (this model's and its heads') but for those that are `existing`."""
+        existing = existing or {}
+        made = weights.init({name: self.base.get(name, s) for name, s in specs.items() if name not in existing}, key)
+        key = jax.random.fold_in(key, 1)
+        return self.initial_values(made | existing, prompt_ids, key, fresh="adapter" not in existing)
 
-    def _leaf(self, params: Any, s: Site) -> Any:
-        held = tree.at(params, s.path)
-        return quantized.bound(held, s.outs) if isinstance(held, dict) else held
+    def _base_leaf(self, params: Any, m: Matrix) -> Any:
+        stored = tree.at(params, m.path)
+        return quantized.bound(stored, m.outs) if isinstance(stored, dict) else stored
 
     def bind(self, params: Any, key: jax.Array | None = None) -> Any:
-        """With every weight as the leaf that does its work. What is bound already stays."""
-        c = self.c
+        """Returns the weights with every one as the leaf that does its work. What is bound already stays."""
+        c, method = self.c, self.method
         out = {name: value for name, value in params.items() if name != "adapter"}
-        own = params.get("adapter")
+        adapter = params.get("adapter")
         if c.base in ("nf4", "int8"):
-            for path, s in self.every.items():
+            for path, m in self.matrices.items():
                 if isinstance(tree.at(params, path), dict):
-                    out = tree.put(out, path, self._leaf(out, s))
-        if own is None:
+                    out = tree.put(out, path, self._base_leaf(out, m))
+        if adapter is None:
             return out
-        keys = [None] * len(self.sites) if key is None else jax.random.split(key, max(1, len(self.sites)))
-        for (path, s), k in zip(self.sites.items(), keys, strict=False):
-            leaf = METHODS[c.method].bind(c, s, tree.at(out, path), tree.at(own, path), own.get("shared", {}), k)
-            out = tree.put(out, path, leaf)
-        if self.places:
-            out["embed"] = prompt.Prompted(out["embed"], prompt.rows(own["prompt"]))
+        n = len(self.targets)
+        keys = [None] * n if key is None else jax.random.split(key, max(1, n))
+        for (path, target), k in zip(self.targets.items(), keys, strict=False):
+            bound = method.bind(c, target, tree.at(out, path), tree.at(adapter, path), adapter.get("shared", {}), k)
+            out = tree.put(out, path, bound)
+        if method.virtual_tokens is not None and self.num_virtual_tokens:
+            out["embed"] = prompt.Prompted(out["embed"], method.virtual_tokens.rows(adapter["prompt"]))
         return out
 
     def layout(self, shard: Layout) -> Layout:
-        """For the model's own blocks. Virtual tokens that every segment of a row sees are no mask of splash's."""
+        """Returns the layout for the model's own blocks. Virtual tokens that every segment of a row sees are no mask of
+        splash's."""
         asked = shard.execution.attention
-        if not self.places or self.family.kind != "decoder" or asked in ("xla", "cudnn") or platform() != "tpu":
+        if not self.num_virtual_tokens or self.family.kind != "decoder" or asked in ("xla", "cudnn"):
+            return shard
+        if platform() != "tpu":
             return shard
         if asked == "splash":
             raise ValueError(
-                f"execution.attention: splash has no keys that all queries see (adapter.method={self.c.method}); "
-                "use auto or xla"
+                f"execution.attention: splash has no keys that all queries see (--adapter {self.name}); use auto or xla"
             )
         return dataclasses.replace(shard, execution=dataclasses.replace(shard.execution, attention="xla"))
 
-    def read(self, batch: dict, cache: Any, shard: Layout) -> dict:
-        """The batch with virtual tokens before its rows: an encoder-decoder's before the source."""
-        if not (n := self.places):
+    def with_virtual_tokens(self, batch: dict, cache: Any, shard: Layout) -> dict:
+        """Returns the batch with virtual tokens before its rows: an encoder-decoder's before the source."""
+        if not (n := self.num_virtual_tokens):
             return batch
         if self.family.kind == "encoder_decoder":
             names = ("source", "source_positions", "source_segments")
-            return prompt.before(batch, names, self.config.vocab, n, False, shard) if "source" in batch else batch
+            return prompt.prepended(batch, names, self.config.vocab, n, False, shard) if "source" in batch else batch
         if cache is not None and not cache.fresh:
             return batch | {"positions": batch["positions"] + n}
         everyone = self.family.kind == "decoder"
-        return prompt.before(batch, ("tokens", "positions", "segments"), self.config.vocab, n, everyone, shard)
+        return prompt.prepended(batch, ("tokens", "positions", "segments"), self.config.vocab, n, everyone, shard)
 
-    def cut(self, out: Output, cache: Any, shard: Layout) -> Output:
-        """Without what came of the virtual tokens."""
-        if not self.places or self.family.kind == "encoder_decoder" or (cache is not None and not cache.fresh):
+    def without_virtual_tokens(self, out: Output, cache: Any, shard: Layout) -> Output:
+        """Returns a model's output without what came of the virtual tokens."""
+        n = self.num_virtual_tokens
+        if not n or self.family.kind == "encoder_decoder" or (cache is not None and not cache.fresh):
             return out
-        x_BTD = shard(out.x_BTD, "batch", None, None)[:, self.places :]
+        x_BTD = shard(out.x_BTD, "batch", None, None)[:, n:]
         return out.replace(x_BTD=shard(x_BTD, "batch", "seq", None))
 
     def penalty(self, params: Any) -> jax.Array | None:
-        """What is added to the mean loss."""
-        return adalora.penalty(params, self.c.orthogonal) if self.c.method == "adalora" else None
+        """Returns what is added to the mean loss; None: nothing."""
+        return None if self.method.penalty is None else self.method.penalty(self.c, params)
 
     def merged(self, params: Any) -> Any:
-        """The model's own weights, dense and in float32, with the adapter in them."""
+        """Returns the model's own weights, dense and in float32, with the adapter in them."""
+        if not self.method.mergeable:
+            raise ValueError(f"adapter: {self.name} is no change of weights, so it can't be merged into them")
         bound = self.bind(params)
         out = {name: bound[name] for name in self.base}
-        if self.places or not all(hasattr(tree.at(bound, path), "merged") for path in self.sites):
-            raise ValueError(
-                f"adapter.method: {self.c.method} is no change of weights, so it can't be merged into them"
-            )
-        for path in self.every:
-            leaf = tree.at(bound, path)
-            if (
-                path in self.sites
-                and hasattr(leaf, "merged_bias")
-                and (bias := tree.at(out, f"{path}_bias")) is not None
-            ):
-                out = tree.put(out, f"{path}_bias", leaf.merged_bias(bias))
-            out = tree.put(out, path, leaf.merged() if path in self.sites else quantized.dense(leaf))
+        for path in self.matrices:
+            w = tree.at(bound, path)
+            if (bias := tree.at(out, f"{path}_bias")) is not None:
+                out = tree.put(out, f"{path}_bias", leaf.leaf_of(w).dense_bias(bias))
+            out = tree.put(out, path, leaf.dense(w))
         return out
 
     @property
     def disabled(self) -> "Adapted":
-        """The base model alone, as it rests."""
+        """The base model alone, as it is stored."""
         return dataclasses.replace(self, c=Adapter(base=self.c.base))

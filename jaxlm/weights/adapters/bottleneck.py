@@ -1,60 +1,78 @@
 """Small networks within layers: after attention and ffn (Houlsby et al. 2019), after the ffn (Pfeiffer et al. 2021), or
-beside it (He et al. 2022). Their last matrix begins as zeros, so that a fresh adapter does nothing."""
+beside it (He et al. 2022). Their last matrix begins as zeros, so that a fresh adapter does nothing.
 
+D model width, N bottleneck's width.
+"""
+
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 from flax import struct
 
-from jaxlm.core.config import Adapter
 from jaxlm.core.spec import Spec, bias, fan_in, zeros
 from jaxlm.nn.layers import ACTIVATIONS, add_bias
 from jaxlm.nn.layout import Layout
-from jaxlm.weights.sites import Site
-
-# By method: which matrices, the activation, what the output is multiplied by.
-TARGETS = {
-    "houlsby": (r"(^|/)(o|down)$",),
-    "pfeiffer": (r"(^|/)down$",),
-    "parallel": (r"(^|/)up$",),
-}
-SHAPE = {"houlsby": ("silu", 1.0), "pfeiffer": ("relu", 1.0), "parallel": ("relu", 4.0)}
+from jaxlm.nn.leaf import Wrapped
+from jaxlm.weights.adapters.method import Bind, Method, Specs, TargetedAdapter, Weights
+from jaxlm.weights.matrices import Matrix
 
 
-class Bottleneck(struct.PyTreeNode):
-    base: Any
+@dataclass(frozen=True, kw_only=True)
+class BottleneckAdapter(TargetedAdapter):
+    """Settings of every bottleneck."""
+
+    reduction: float = 16.0
+    """Model width over the bottleneck's (2 is usual for parallel)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Houlsby(BottleneckAdapter):
+    """Bottlenecks after attention and ffn (Houlsby et al. 2019)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pfeiffer(BottleneckAdapter):
+    """Bottlenecks after the ffn (Pfeiffer et al. 2021)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel(BottleneckAdapter):
+    """Bottlenecks beside the ffn, which add to its output (He et al. 2022)."""
+
+
+class Bottleneck(Wrapped):
+    """A matrix and a network that takes its output, or that takes its input beside the whole ffn."""
+
     down: jax.Array
     """D N."""
     down_bias: jax.Array
     up: jax.Array
     """N D."""
     up_bias: jax.Array
-    method: str = struct.field(pytree_node=False)
-
-    def einsum(self, eq: str, x: jax.Array, shard: Layout, *axes: str | None) -> jax.Array:
-        return shard.einsum(eq, x, self.base, *axes)
+    activation: str = struct.field(pytree_node=False)
+    scale: float = struct.field(pytree_node=False)
+    """What the network's output is multiplied by."""
+    parallel: bool = struct.field(pytree_node=False)
 
     def after(self, y_BTD: jax.Array, shard: Layout) -> jax.Array:
-        return y_BTD if self.method == "parallel" else y_BTD + self._network(y_BTD, shard)
+        return y_BTD if self.parallel else y_BTD + self._network(y_BTD, shard)
 
-    def beside(self, x_BTD: jax.Array, shard: Layout) -> jax.Array | None:
-        """To be added to the output of the ffn whose input this is."""
-        return self._network(x_BTD, shard) if self.method == "parallel" else None
+    def parallel_branch(self, x_BTD: jax.Array, shard: Layout) -> jax.Array | None:
+        return self._network(x_BTD, shard) if self.parallel else None
 
     def _network(self, x_BTD: jax.Array, shard: Layout) -> jax.Array:
-        activation, scale = SHAPE[self.method]
         h_BTN = add_bias(shard.einsum("btd,dn->btn", x_BTD, self.down, "batch", "seq", None), self.down_bias)
-        y_BTD = shard.einsum("btn,nd->btd", ACTIVATIONS[activation](h_BTN), self.up, "batch", "seq", None)
-        return scale * add_bias(y_BTD, self.up_bias)
+        y_BTD = shard.einsum("btn,nd->btd", ACTIVATIONS[self.activation](h_BTN), self.up, "batch", "seq", None)
+        return self.scale * add_bias(y_BTD, self.up_bias)
 
     def gathered(self, s: Spec, shard: Layout) -> "Bottleneck":
-        own = {n: shard(w.astype(shard.dtype), *[None] * w.ndim)
-               for n in ("down", "down_bias", "up", "up_bias") for w in [getattr(self, n)]}  # fmt: skip
-        return self.replace(base=shard.gather(self.base, s), **own)
+        parts = dict(down=self.down, down_bias=self.down_bias, up=self.up, up_bias=self.up_bias)
+        used = {n: shard(w.astype(shard.dtype), *[None] * w.ndim) for n, w in parts.items()}
+        return self.replace(base=shard.gather(self.base, s), **used)
 
 
-def specs(c: Adapter, s: Site) -> dict[str, Spec]:
-    [D] = s.in_shape if c.method == "parallel" else s.out_shape
+def _network(c: BottleneckAdapter, D: int) -> Specs:
     N = round(D / c.reduction)
     if N < 1:
         raise ValueError(f"adapter.reduction: {c.reduction} leaves nothing of width {D}; choose at most {D}")
@@ -66,7 +84,33 @@ def specs(c: Adapter, s: Site) -> dict[str, Spec]:
     )
 
 
-def bind(
-    c: Adapter, s: Site, base: Any, own: dict[str, Any], common: dict[str, Any], key: jax.Array | None
-) -> Bottleneck:
-    return Bottleneck(base, own["down"], own["down_bias"], own["up"], own["up_bias"], c.method)
+def of_output(c: BottleneckAdapter, target: Matrix) -> Specs:
+    [D] = target.out_shape
+    return _network(c, D)
+
+
+def of_input(c: BottleneckAdapter, target: Matrix) -> Specs:
+    [D] = target.in_shape
+    return _network(c, D)
+
+
+def binder(activation: str, scale: float = 1.0, parallel: bool = False) -> Bind[Any]:
+    """Returns the `bind` of a method whose networks are such."""
+
+    def bind(
+        c: Any, target: Matrix, base: Any, adapter: Weights, shared: Weights, key: jax.Array | None
+    ) -> Bottleneck:  # fmt: skip
+        return Bottleneck(base, **adapter, activation=activation, scale=scale, parallel=parallel)
+
+    return bind
+
+
+houlsby = Method[Houlsby](
+    Config=Houlsby, targets=(r"(^|/)(o|down)$",), specs=of_output, bind=binder("silu"), mergeable=False
+)
+pfeiffer = Method[Pfeiffer](
+    Config=Pfeiffer, targets=(r"(^|/)down$",), specs=of_output, bind=binder("relu"), mergeable=False
+)
+parallel = Method[Parallel](
+    Config=Parallel, targets=(r"(^|/)up$",), specs=of_input, bind=binder("relu", 4.0, True), mergeable=False
+)

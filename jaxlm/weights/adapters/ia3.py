@@ -1,24 +1,32 @@
-"""IA³ (Liu et al. 2022): keys, values and what goes into the ffn's last matrix, each number times a learned one."""
+"""IA³ (Liu et al. 2022): keys, values and what goes into the ffn's last matrix are multiplied, each number by a learned
+one."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
-from jaxlm.core.config import Adapter
 from jaxlm.core.spec import Spec, ones
 from jaxlm.nn.layout import Layout
-from jaxlm.weights import quantized
-from jaxlm.weights.sites import Site
+from jaxlm.nn.leaf import Wrapped, dense
+from jaxlm.weights.adapters.method import Method, Specs, TargetedAdapter, Weights
+from jaxlm.weights.adapters.peft_format import Layer, PeftFormat, PeftTensor
+from jaxlm.weights.matrices import Matrix
 
-TARGETS = (r"(^|/)(cross_)?[kv]$", r"(^|/)down$")
+
+@dataclass(frozen=True, kw_only=True)
+class Ia3(TargetedAdapter):
+    """IA³ (Liu et al. 2022): a learned factor of each key, value and hidden number of the ffn."""
 
 
-class Scaled(struct.PyTreeNode):
-    base: Any
+class Scaled(Wrapped):
+    """A weight whose outputs, the bias included, or whose inputs are multiplied by learned numbers."""
+
     by: jax.Array
-    """Of the outputs, the bias included, or of the inputs."""
     ins: int = struct.field(pytree_node=False)
     inputs: bool = struct.field(pytree_node=False)
 
@@ -26,7 +34,6 @@ class Scaled(struct.PyTreeNode):
         return shard.einsum(eq, _times(x, self.by) if self.inputs else x, self.base, *axes)
 
     def after(self, y: jax.Array, shard: Layout) -> jax.Array:
-        """With the bias added already."""
         return y if self.inputs else _times(y, self.by)
 
     def gathered(self, s: Spec, shard: Layout) -> "Scaled":
@@ -34,14 +41,14 @@ class Scaled(struct.PyTreeNode):
         home = axes[: self.ins] if self.inputs else axes[self.ins :]
         return self.replace(base=shard.gather(self.base, s), by=shard(self.by.astype(shard.dtype), *home))
 
-    def merged(self) -> jax.Array:
-        w, by = quantized.dense(self.base), self.by.astype(jnp.float32)
+    def dense(self, dtype: Any = jnp.float32) -> jax.Array:
+        w, by = dense(self.base), self.by.astype(jnp.float32)
         if self.inputs:
-            return w * by.reshape(*by.shape, *[1] * (w.ndim - by.ndim))
+            return (w * by.reshape(*by.shape, *[1] * (w.ndim - by.ndim))).astype(dtype)
         lead = w.ndim - self.ins - (by.ndim - 1)
-        return w * by.reshape(*by.shape[:lead], *[1] * self.ins, *by.shape[lead:])
+        return (w * by.reshape(*by.shape[:lead], *[1] * self.ins, *by.shape[lead:])).astype(dtype)
 
-    def merged_bias(self, bias: jax.Array) -> jax.Array:
+    def dense_bias(self, bias: jax.Array) -> jax.Array:
         return bias if self.inputs else bias * self.by
 
 
@@ -49,15 +56,40 @@ def _times(x: jax.Array, by: jax.Array) -> jax.Array:
     return x * by.astype(x.dtype).reshape((1,) * (x.ndim - by.ndim) + by.shape)
 
 
-def of_inputs(s: Site) -> bool:
-    """Last matrices of attention and ffn are scaled where numbers go in, others where they come out."""
-    return s.path.rpartition("/")[2] in ("o", "cross_o", "down")
+def scales_inputs(target: Matrix) -> bool:
+    """Returns whether a matrix has its inputs scaled: the last ones of attention and ffn, others have their outputs."""
+    return target.path.rpartition("/")[2] in ("o", "cross_o", "down")
 
 
-def specs(c: Adapter, s: Site) -> dict[str, Spec]:
-    shape, axes = (s.in_shape, s.in_axes) if of_inputs(s) else (s.out_shape, s.out_axes)
-    return dict(by=Spec(shape, axes, ones))
+def specs(c: Ia3, target: Matrix) -> Specs:
+    if scales_inputs(target):
+        return dict(by=Spec(target.in_shape, target.in_axes, ones))
+    return dict(by=Spec(target.out_shape, target.out_axes, ones))
 
 
-def bind(c: Adapter, s: Site, base: Any, own: dict[str, Any], common: dict[str, Any], key: jax.Array | None) -> Scaled:
-    return Scaled(base, own["by"], s.ins, of_inputs(s))
+def bind(
+    c: Ia3, target: Matrix, base: Any, adapter: Weights, shared: Weights, key: jax.Array | None
+) -> Scaled:  # fmt: skip
+    return Scaled(base, adapter["by"], target.ins, scales_inputs(target))
+
+
+def ones_elsewhere(parts: Sequence[Matrix], layers: Mapping[str, Layer]) -> tuple[dict[str, Layer], int]:
+    """Returns the factors of matrices which are one module in published files: of those without an adapter, ones."""
+    return {p.path: layers.get(p.path) or dict(by=np.ones(p.out_shape, np.float32)) for p in parts}, 0
+
+
+method = Method[Ia3](
+    Config=Ia3,
+    targets=(r"(^|/)(cross_)?[kv]$", r"(^|/)down$"),
+    specs=specs,
+    bind=bind,
+    peft=PeftFormat[Ia3](
+        reads=("IA3",),
+        config=lambda values, targets, rank: Ia3(targets=targets),
+        settings=lambda c, rank, others: dict(peft_type="IA3"),
+        tensors=dict(by=PeftTensor("ia3_l", "scale", column=True, scales_inputs=scales_inputs)),
+        left_out=1.0,
+        fused=ones_elsewhere,
+        inputs_setting="feedforward_modules",
+    ),
+)

@@ -1,30 +1,46 @@
-"""Updates of low rank: LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024), PiSSA (Meng et al.
-2024), AdaLoRA's form (Zhang et al. 2023) and VeRA (Kopiczko et al. 2024).
+"""Updates of low rank, which LoRA and its kin share: y = x·W + scale · ((x·a) ∘ e)·b ∘ g.
 
-y = x·W + scale · ((x·a) ∘ e)·b ∘ g. R rank; W, a and b keep the dimensions of the site, such as D H C.
+R rank; W, a and b keep the dimensions of the matrix, such as D H C.
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
-from jaxlm.core.config import Adapter
-from jaxlm.core.spec import Spec, normal, ones, zeros
+from jaxlm.core.spec import Init, Spec, zeros
 from jaxlm.nn.layers import dropout
 from jaxlm.nn.layout import Layout
-from jaxlm.weights import quantized
-from jaxlm.weights.sites import Site
+from jaxlm.nn.leaf import Wrapped, dense
+from jaxlm.weights.adapters.method import Specs, TargetedAdapter, Weights
+from jaxlm.weights.adapters.peft_format import Layer
+from jaxlm.weights.matrices import Matrix
 
 TARGETS = (r"(^|/)(cross_)?[qv]$",)
 
 
-class LowRank(struct.PyTreeNode):
+@dataclass(frozen=True, kw_only=True)
+class LowRankAdapter(TargetedAdapter):
+    """Settings of every update of low rank."""
+
+    rank: int = 8
+    dropout: float = 0.0
+    """Share of the adapter's inputs that is dropped in training."""
+
+    @property
+    def scale(self) -> float:
+        """What the product of a and b is multiplied by."""
+        return 1.0
+
+
+class LowRank(Wrapped):
     """A weight and its update."""
 
-    base: Any
     a: jax.Array
     """Inputs, R."""
     b: jax.Array
@@ -32,34 +48,34 @@ class LowRank(struct.PyTreeNode):
     scale: float = struct.field(pytree_node=False)
     ins: int = struct.field(pytree_node=False)
     e: jax.Array | None = None
-    """R: of each direction."""
+    """Factors of the directions, R."""
     g: jax.Array | None = None
-    """Of each output."""
+    """Factors of the outputs."""
     m: jax.Array | None = None
-    """Outputs: their magnitude (DoRA)."""
+    """Magnitudes of the outputs (DoRA)."""
     a0: jax.Array | None = None
     b0: jax.Array | None = None
     """What a and b began as, where the base has it already (PiSSA): it doesn't count."""
     rows_BR: jax.Array | None = None
     """Which directions each row has (several adapters in a batch); of more rows, those of one stand side by side."""
     key: jax.Array | None = None
-    """Of dropout."""
+    """The key of dropout."""
     rate: float = struct.field(pytree_node=False, default=0.0)
 
     def einsum(self, eq: str, x: jax.Array, shard: Layout, *axes: str | None) -> jax.Array:
         y = shard.einsum(eq, x, self.base, *axes)
         kept = dropout(x, self.rate, self.key)
-        more = self._through(eq, kept, self.a, self.b, shard, axes)
+        update = self._through(eq, kept, self.a, self.b, shard, axes)
         if self.a0 is not None and self.b0 is not None:
-            more -= self._through(eq, kept, self.a0, self.b0, shard, axes)
+            update -= self._through(eq, kept, self.a0, self.b0, shard, axes)
         if self.m is None:
-            return y + more
+            return y + update
         # The norm is no path for gradients (Liu et al. 2024, section 4.3).
         share = self.m.astype(jnp.float32) / jax.lax.stop_gradient(self.norm())
         share = shard(share, *axes[len(axes) - share.ndim :]).astype(y.dtype)
         share = share.reshape((1,) * (y.ndim - share.ndim) + share.shape)
         plain = y if self.key is None or not self.rate else shard.einsum(eq, kept, self.base, *axes)
-        return y + (share - 1) * plain + share * more
+        return y + (share - 1) * plain + share * update
 
     def _through(self, eq: str, x: jax.Array, a: Any, b: Any, shard: Layout, axes: tuple) -> jax.Array:
         left, _, out = eq.partition("->")
@@ -69,32 +85,34 @@ class LowRank(struct.PyTreeNode):
         if self.e is not None:
             z *= self.e.astype(z.dtype).reshape((1,) * len(rows) + (-1,))
         if self.rows_BR is not None:
-            own = jnp.repeat(self.rows_BR, z.shape[0] // self.rows_BR.shape[0], 0).astype(z.dtype)
-            z *= own.reshape(z.shape[0], *[1] * (len(rows) - 1), -1)
+            mask = jnp.repeat(self.rows_BR, z.shape[0] // self.rows_BR.shape[0], 0).astype(z.dtype)
+            z *= mask.reshape(z.shape[0], *[1] * (len(rows) - 1), -1)
         y = shard.einsum(f"{rows}R,R{outer}->{out}", z, b, *axes) * self.scale
         return y if self.g is None else y * self.g.astype(y.dtype).reshape((1,) * len(rows) + self.g.shape)
 
     def gathered(self, s: Spec, shard: Layout) -> "LowRank":
         axes = s.axes[1:] if s.axes[:1] == ("layers",) else s.axes
         ins, outs = axes[: self.ins], axes[self.ins :]
-        homes = dict(a=(*ins, None), b=(None, *outs), a0=(*ins, None), b0=(None, *outs), e=(None,), g=outs, m=outs)
-        own = {
-            n: shard(x.astype(shard.dtype), *home) for n, home in homes.items() if (x := getattr(self, n)) is not None
-        }
+        parts = dict(
+            a=(self.a, (*ins, None)), b=(self.b, (None, *outs)),
+            a0=(self.a0, (*ins, None)), b0=(self.b0, (None, *outs)),
+            e=(self.e, (None,)), g=(self.g, outs), m=(self.m, outs),
+        )  # fmt: skip
+        used = {n: shard(x.astype(shard.dtype), *home) for n, (x, home) in parts.items() if x is not None}
         if self.rows_BR is not None:
-            own["rows_BR"] = shard(self.rows_BR, "batch", None)
-        return self.replace(base=shard.gather(self.base, s), **own)
+            used["rows_BR"] = shard(self.rows_BR, "batch", None)
+        return self.replace(base=shard.gather(self.base, s), **used)
 
     def norm(self) -> jax.Array:
-        """Length of each output's column of base and update, float32. Of one layer, or of a stack as `merged`."""
+        """Returns the length of each output's column of base and update in float32, for one layer or a stack."""
         lead = self.a.ndim - 1 - self.ins
         return jnp.sqrt(jnp.square(self._sum()).sum(tuple(range(lead, lead + self.ins))))
 
     def _sum(self) -> jax.Array:
-        return quantized.dense(self.base) + self.delta()
+        return dense(self.base) + self.delta()
 
     def delta(self) -> jax.Array:
-        """What is added to the base's numbers, float32."""
+        """Returns what is added to the base's numbers, float32."""
 
         def product(a: jax.Array, b: jax.Array) -> jax.Array:
             lead, R = a.ndim - 1 - self.ins, a.shape[-1]
@@ -108,28 +126,32 @@ class LowRank(struct.PyTreeNode):
             g = self.g.astype(jnp.float32)
             return out * g.reshape(*g.shape[:lead], *[1] * self.ins, *g.shape[lead:])
 
-        more = product(self.a, self.b)
-        return more if self.a0 is None or self.b0 is None else more - product(self.a0, self.b0)
+        update = product(self.a, self.b)
+        return update if self.a0 is None or self.b0 is None else update - product(self.a0, self.b0)
 
-    def merged(self) -> jax.Array:
-        """One dense weight that does the same, float32."""
+    def dense(self, dtype: Any = jnp.float32) -> jax.Array:
         if self.m is None:
-            return self._sum()
+            return self._sum().astype(dtype)
         lead = self.a.ndim - 1 - self.ins
         share = self.m.astype(jnp.float32) / self.norm()
-        return self._sum() * share.reshape(*share.shape[:lead], *[1] * self.ins, *share.shape[lead:])
+        return (self._sum() * share.reshape(*share.shape[:lead], *[1] * self.ins, *share.shape[lead:])).astype(dtype)
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns two matrices of each layer, `[L, inputs, R]` and `[L, R, outputs]`, whose product is `delta`."""
+        a, b = np.asarray(self.a, np.float32), np.asarray(self.b, np.float32) * self.scale
+        if self.e is not None:
+            e = np.asarray(self.e)
+            a = a * e.reshape(len(e), *[1] * self.ins, -1)
+        if self.g is not None:
+            b = b * np.asarray(self.g)[:, None]
+        if self.a0 is not None:
+            a = np.concatenate([a, np.asarray(self.a0)], -1)
+            b = np.concatenate([b, -self.scale * np.asarray(self.b0)], 1)
+        return a, b
 
 
-def scale(c: Adapter) -> float:
-    if c.method == "vera":
-        return 1.0
-    if c.method == "adalora":
-        return c.alpha / (c.rank + 1e-5)
-    return c.alpha / (math.sqrt(c.rank) if c.rank_stabilized else c.rank)
-
-
-def kaiming(*axes: int) -> Any:
-    """Uniform, as PyTorch's Linear begins: ±1 / √inputs."""
+def kaiming(*axes: int) -> Init:
+    """Returns an initializer that is uniform in ±1 / √inputs, as PyTorch's Linear begins."""
 
     def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         bound = math.prod(shape[a] for a in axes) ** -0.5
@@ -138,62 +160,51 @@ def kaiming(*axes: int) -> Any:
     return init
 
 
-def specs(c: Adapter, s: Site) -> dict[str, Spec]:
-    """Of one layer."""
-    if c.method == "vera":
-        e = Spec((c.rank,), (None,), lambda key, shape: jnp.full(shape, 0.1))
-        return dict(e=e, g=Spec(s.out_shape, s.out_axes, zeros))
-    most = min(math.prod(s.in_shape), math.prod(s.out_shape))
-    if c.rank < 1 or (c.method == "pissa" and c.rank > most):
-        raise ValueError(f"adapter.rank: {c.rank} does not fit {s.path}, whose rank is at most {most}")
-    ada = c.method == "adalora"
-    a = Spec((*s.in_shape, c.rank), (*s.in_axes, None), normal(0.02) if ada else kaiming(*range(s.ins)))
-    b = Spec((c.rank, *s.out_shape), (None, *s.out_axes), normal(0.02) if ada else zeros)
-    out = dict(a=a, b=b)
-    if ada:
-        out["e"] = Spec((c.rank,), (None,), zeros)
-    if c.method == "dora":
-        out["m"] = Spec(s.out_shape, s.out_axes, ones)
-    if c.method == "pissa":
-        out |= dict(a0=a, b0=b)
-    return out
+def largest_rank(target: Matrix) -> int:
+    """Returns the rank that the target's matrix can have at most."""
+    return min(math.prod(target.in_shape), math.prod(target.out_shape))
 
 
-FROZEN = ("a0", "b0")
+def pair(c: LowRankAdapter, target: Matrix, a: Init | None = None, b: Init = zeros) -> Specs:
+    """Returns the specs of the matrices a and b of one layer, by default such that a fresh adapter does nothing."""
+    if c.rank < 1:
+        raise ValueError(
+            f"adapter.rank: {c.rank} does not fit {target.path}, whose rank is at most {largest_rank(target)}"
+        )
+    return dict(
+        a=Spec((*target.in_shape, c.rank), (*target.in_axes, None), a or kaiming(*range(target.ins))),
+        b=Spec((c.rank, *target.out_shape), (None, *target.out_axes), b),
+    )
 
 
-def shared(c: Adapter, sites: dict[str, Site]) -> dict[str, Spec]:
-    """VeRA: one pair of matrices at random for all sites, of which each takes its part."""
-    if c.method != "vera":
-        return {}
-    ins, outs = (max(math.prod(getattr(s, side)) for s in sites.values()) for side in ("in_shape", "out_shape"))
-    return dict(a=Spec((ins, c.rank), (None, None), kaiming(0)), b=Spec((c.rank, outs), (None, None), kaiming(0)))
+def leaf(c: LowRankAdapter, target: Matrix, base: Any, adapter: Weights) -> LowRank:
+    """Returns a target's weight with its update, without dropout."""
+    return LowRank(base, scale=c.scale, ins=target.ins, **adapter)
 
 
-def start(c: Adapter, s: Site, base: jax.Array, own: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """First values that come from the base's."""
-    if c.method == "dora":
-        return own | dict(m=_leaf(c, s, base, own).norm())
-    if c.method != "pissa":
-        return own
-    w = base.astype(jnp.float32).reshape(s.layers, math.prod(s.in_shape), -1)
-    u, d, v = jnp.linalg.svd(w, full_matrices=False)
-    root = jnp.sqrt(d[:, : c.rank] / scale(c))
-    a = (u[..., : c.rank] * root[:, None]).reshape(own["a"].shape)
-    b = (root[..., None] * v[:, : c.rank]).reshape(own["b"].shape)
-    return own | dict(a=a, b=b, a0=a, b0=b)
+def bind(
+    c: LowRankAdapter, target: Matrix, base: Any, adapter: Weights, shared: Weights, key: jax.Array | None
+) -> LowRank:
+    made = leaf(c, target, base, adapter)
+    return (
+        made if key is None or not c.dropout else made.replace(key=jax.random.split(key, target.layers), rate=c.dropout)
+    )
 
 
-def _leaf(c: Adapter, s: Site, base: Any, own: dict[str, jax.Array]) -> LowRank:
-    more: dict[str, Any] = {n: own[n] for n in ("e", "g", "m", "a0", "b0") if n in own}
-    return LowRank(base, own["a"], own["b"], scale(c), s.ins, **more)
+def factors(c: LowRankAdapter, target: Matrix, adapter: Weights, shared: Weights) -> tuple[np.ndarray, np.ndarray]:
+    return leaf(c, target, None, adapter).factors()
 
 
-def bind(c: Adapter, s: Site, base: Any, own: dict[str, Any], common: dict[str, Any], key: jax.Array | None) -> LowRank:
-    if common:
-        n, m = math.prod(s.in_shape), math.prod(s.out_shape)
-        a = common["a"][:n].reshape(*s.in_shape, c.rank)
-        b = common["b"][:, :m].reshape(c.rank, *s.out_shape)
-        own = own | {k: jnp.broadcast_to(x[None], (s.layers, *x.shape)) for k, x in (("a", a), ("b", b))}
-    leaf = _leaf(c, s, base, own)
-    return leaf if key is None or not c.dropout else leaf.replace(key=jax.random.split(key, s.layers), rate=c.dropout)
+def side_by_side(parts: Sequence[Matrix], layers: Mapping[str, Layer]) -> tuple[dict[str, Layer], int]:
+    """Returns the weights of matrices which are one module in published files, and their common rank: all have the same
+    a, in which their own stand side by side, and each b is zero but for the directions of its own."""
+    a, start = np.concatenate([layer["a"] for layer in layers.values()], -1), 0
+    out: dict[str, Layer] = {}
+    for part in parts:
+        b = np.zeros((a.shape[-1], *part.out_shape), np.float32)
+        if part.path in layers:
+            stop = start + layers[part.path]["a"].shape[-1]
+            b[start:stop] = layers[part.path]["b"]
+            start = stop
+        out[part.path] = dict(a=a, b=b)
+    return out, a.shape[-1]

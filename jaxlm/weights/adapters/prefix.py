@@ -1,44 +1,60 @@
-"""Prefix tuning (Li & Liang 2021): keys and values of virtual tokens, learned for every layer.
+"""Prefix tuning (Li & Liang 2021): keys and values of virtual tokens are learned for every layer.
 
 P virtual tokens, K key/value heads, C head width.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-from flax import struct
 
-from jaxlm.core.config import Adapter
 from jaxlm.core.spec import Spec, normal
 from jaxlm.nn.layout import Layout
-from jaxlm.weights.sites import Site
+from jaxlm.nn.leaf import Wrapped
+from jaxlm.weights.adapters.method import Method, Specs, TargetedAdapter, Weights
+from jaxlm.weights.matrices import Matrix
 
-TARGETS = (r"(^|/)k$",)
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix(TargetedAdapter):
+    """Prefix tuning (Li & Liang 2021): keys and values of virtual tokens in every layer."""
+
+    tokens: int = 20
+    """How many virtual tokens there are."""
 
 
-class Prefixed(struct.PyTreeNode):
+class Prefixed(Wrapped):
     """The matrix that makes keys, with the keys and values that stand before all."""
 
-    base: Any
     keys_PKC: jax.Array
     values_PKC: jax.Array
 
-    def einsum(self, eq: str, x: jax.Array, shard: Layout, *axes: str | None) -> jax.Array:
-        return shard.einsum(eq, x, self.base, *axes)
+    def prefix_keys_values(self) -> tuple[jax.Array, jax.Array]:
+        return self.keys_PKC, self.values_PKC
 
     def gathered(self, s: Spec, shard: Layout) -> "Prefixed":
-        own = {n: shard(getattr(self, n).astype(shard.dtype), None, "kv", None) for n in ("keys_PKC", "values_PKC")}
-        return self.replace(base=shard.gather(self.base, s), **own)
+        keys, values = (shard(x.astype(shard.dtype), None, "kv", None) for x in (self.keys_PKC, self.values_PKC))
+        return self.replace(base=shard.gather(self.base, s), keys_PKC=keys, values_PKC=values)
 
 
-def specs(c: Adapter, s: Site) -> dict[str, Spec]:
-    if len(s.out_shape) != 2:
-        raise ValueError(f"adapter.method: prefix needs keys of heads, which {s.path} does not make; choose another")
-    one = Spec((c.tokens, *s.out_shape), (None, *s.out_axes), normal(0.02))
+def specs(c: Prefix, target: Matrix) -> Specs:
+    if len(target.out_shape) != 2:
+        raise ValueError(f"adapter: prefix needs keys of heads, which {target.path} does not make; choose another")
+    one = Spec((c.tokens, *target.out_shape), (None, *target.out_axes), normal(0.02))
     return dict(keys=one, values=one)
 
 
 def bind(
-    c: Adapter, s: Site, base: Any, own: dict[str, Any], common: dict[str, Any], key: jax.Array | None
-) -> Prefixed:
-    return Prefixed(base, own["keys"], own["values"])
+    c: Prefix, target: Matrix, base: Any, adapter: Weights, shared: Weights, key: jax.Array | None
+) -> Prefixed:  # fmt: skip
+    return Prefixed(base, adapter["keys"], adapter["values"])
+
+
+method = Method[Prefix](
+    Config=Prefix,
+    targets=(r"(^|/)k$",),
+    specs=specs,
+    bind=bind,
+    num_common_keys=lambda c: c.tokens,
+    mergeable=False,
+)

@@ -1,74 +1,99 @@
-"""Soft prompts: virtual tokens before the text whose embeddings are learned (Lester et al. 2021), or made by a network
-that is learned (P-tuning, Liu et al. 2021).
+"""Soft prompts are virtual tokens before the text whose embeddings are learned (Lester et al. 2021), or made by a
+network that is learned (P-tuning, Liu et al. 2021).
 
 P virtual tokens, D model width, V vocabulary.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from jaxlm.core.config import Adapter
 from jaxlm.core.spec import Spec, bias, fan_in, normal
+from jaxlm.nn import layers
 from jaxlm.nn.layout import Layout
+from jaxlm.nn.leaf import Wrapped
 from jaxlm.nn.mask import EVERYONE
+from jaxlm.weights.adapters.method import Method, Specs, VirtualTokens, Weights
+from jaxlm.weights.adapters.peft_format import PeftFormat
 
 
-class Prompted(struct.PyTreeNode):
-    """A table of embeddings that goes on with those of virtual tokens, ids V, V + 1 …"""
+@dataclass(frozen=True, kw_only=True)
+class SoftPrompt(Adapter):
+    """Settings of every soft prompt."""
 
-    base: jax.Array
+    tokens: int = 20
+    """How many virtual tokens there are."""
+    text: str = ""
+    """Text whose embeddings the virtual tokens begin as; empty: those of tokens at random."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt(SoftPrompt):
+    """Prompt tuning (Lester et al. 2021): embeddings of virtual tokens are learned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PTuning(SoftPrompt):
+    """P-tuning (Liu et al. 2021): a network makes the embeddings of virtual tokens."""
+
+    hidden: int = 0
+    """Width of the network that makes the virtual tokens; 0: the model's width."""
+
+
+class Prompted(Wrapped):
+    """A table of embeddings that goes on with those of virtual tokens, whose ids are V, V + 1 …"""
+
     rows_PD: jax.Array
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.base.shape
 
-    def virtual(self, x_BTD: jax.Array, ids_BT: jax.Array, shard: Layout) -> jax.Array:
-        """`x`, what the table found for the ids, with the virtual tokens' rows in their places."""
+    def embed(self, ids_BT: jax.Array, shard: Layout, rows: str | None) -> jax.Array:
         V, P = self.base.shape[0], self.rows_PD.shape[0]
+        x_BTD = layers.embed(self.base, jnp.minimum(ids_BT, V - 1), shard, rows)
         rows_PD = shard(self.rows_PD, None, None)
         hit_BTP = (ids_BT[..., None] == V + jnp.arange(P)[None, None]).astype(rows_PD.dtype)
-        found_BTD = shard.einsum("btp,pd->btd", shard(hit_BTP, "batch", "seq", None), rows_PD, "batch", "seq", None)
+        virtual_BTD = shard.einsum("btp,pd->btd", shard(hit_BTP, "batch", "seq", None), rows_PD, "batch", "seq", None)
         ids_BT = shard(ids_BT, "batch", "stream")
-        return jnp.where((ids_BT >= V)[..., None], found_BTD.astype(x_BTD.dtype), x_BTD)
+        return jnp.where((ids_BT >= V)[..., None], virtual_BTD.astype(x_BTD.dtype), x_BTD)
 
     def gathered(self, s: Spec, shard: Layout) -> jax.Array:
-        """As a head: virtual tokens are never predicted."""
+        """Returns the table alone, as a head: virtual tokens are never predicted."""
         return shard.gather(self.base, s)
 
 
-def specs(c: Adapter, width: int) -> dict[str, Spec]:
-    table = dict(rows=Spec((c.tokens, width), (None, "embed"), normal(0.02)))
-    if c.method == "prompt":
-        return table
+def _table(c: SoftPrompt, width: int) -> Specs:
+    return dict(rows=Spec((c.tokens, width), (None, "embed"), normal(0.02)))
+
+
+def _network(c: PTuning, width: int) -> Specs:
     n, w = c.hidden or width, fan_in(0)
-    return table | dict(
+    return _table(c, width) | dict(
         w1=Spec((width, n), (None, None), w), b1=bias(n),
         w2=Spec((n, n), (None, None), w), b2=bias(n),
         w3=Spec((n, width), (None, None), w), b3=bias(width),
     )  # fmt: skip
 
 
-def rows(own: dict[str, jax.Array]) -> jax.Array:
-    """`[P, D]`: the virtual tokens' embeddings."""
-    x = own["rows"]
-    if "w1" not in own:
-        return x
-    x = jax.nn.relu(x @ own["w1"] + own["b1"][None])
-    x = jax.nn.relu(x @ own["w2"] + own["b2"][None])
-    return x @ own["w3"] + own["b3"][None]
+def _through_network(weights: Weights) -> jax.Array:
+    x = jax.nn.relu(weights["rows"] @ weights["w1"] + weights["b1"][None])
+    x = jax.nn.relu(x @ weights["w2"] + weights["b2"][None])
+    return x @ weights["w3"] + weights["b3"][None]
 
 
-def start(embed_VD: jax.Array, ids: Any, own: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Virtual tokens that begin as the embeddings of real ones, `ids`."""
-    return own | dict(rows=jnp.take(embed_VD, jnp.asarray(ids), axis=0).astype(jnp.float32))
+def initial_rows(embed_VD: jax.Array, ids: Any, weights: Weights) -> Weights:
+    """Returns the weights with virtual tokens that begin as the embeddings of real ones, `ids`."""
+    return weights | dict(rows=jnp.take(embed_VD, jnp.asarray(ids), axis=0).astype(jnp.float32))
 
 
-def before(batch: dict, names: tuple[str, str, str], first: int, n: int, everyone: bool, shard: Layout) -> dict:
-    """The batch with virtual tokens (ids from `first`) before each row; `names` of its tokens, positions, segments.
+def prepended(batch: dict, names: tuple[str, str, str], first: int, n: int, everyone: bool, shard: Layout) -> dict:
+    """Returns the batch with `n` virtual tokens (ids from `first`) before each row; `names` are those of its tokens,
+    positions and segments.
 
     In a decoder every segment of a row sees them, as packed rows want it; elsewhere they are of the row's one segment.
     """
@@ -91,3 +116,37 @@ def before(batch: dict, names: tuple[str, str, str], first: int, n: int, everyon
         if name in batch and tokens == "tokens":
             out[name] = put(filled(0), batch[name])
     return out
+
+
+S = TypeVar("S", bound=SoftPrompt)
+
+
+def peft_format(Config: type[S], reads: tuple[str, ...]) -> PeftFormat[S]:
+    """Returns how PEFT's files hold virtual tokens: as their embeddings, whatever made them."""
+
+    def config(values: Mapping[str, Any], targets: tuple[str, ...], tokens: int) -> S:
+        return Config(tokens=tokens)
+
+    def settings(c: S, tokens: int, others: Mapping[str, int]) -> dict[str, Any]:
+        return dict(
+            peft_type="PROMPT_TUNING", num_virtual_tokens=tokens, num_transformer_submodules=1,
+            prompt_tuning_init="RANDOM",
+        )  # fmt: skip
+
+    return PeftFormat[S](reads=reads, config=config, settings=settings)
+
+
+prompt = Method[Prompt](
+    Config=Prompt,
+    virtual_tokens=VirtualTokens[Prompt](lambda c: c.tokens, lambda c: c.text, _table, lambda weights: weights["rows"]),
+    num_common_keys=lambda c: c.tokens,
+    mergeable=False,
+    peft=peft_format(Prompt, ("PROMPT_TUNING", "P_TUNING")),
+)
+p_tuning = Method[PTuning](
+    Config=PTuning,
+    virtual_tokens=VirtualTokens[PTuning](lambda c: c.tokens, lambda c: c.text, _network, _through_network),
+    num_common_keys=lambda c: c.tokens,
+    mergeable=False,
+    peft=peft_format(PTuning, ()),
+)

@@ -7,14 +7,14 @@ import optax
 import pytest
 from support.adapted_models import batch_of, logits, make
 
-from jaxlm.core import config, tree
-from jaxlm.weights.adapters import adalora
+from jaxlm.core import tree
+from jaxlm.weights.adapters import AdaLora, adalora
 
-C = config.Adapter("adalora", rank=4, target_rank=1, warmup=0.2, settle=0.3)
+C = AdaLora(rank=4, target_rank=1, warmup=0.2, final_tuning=0.3)
 STEPS, RATE = 10, 0.1
 
 
-def test_the_budget_falls_by_a_cube_between_warmup_and_settling():
+def test_the_budget_falls_by_a_cube_between_warmup_and_final_tuning():
     found = [float(adalora.budget(C, STEPS, t)) for t in range(STEPS + 1)]
     assert found[:3] == [1, 1, 1] and found[7:] == [0.25] * 4
     np.testing.assert_allclose(found[3:7], [0.25 + 0.75 * (1 - (t - 2) / 5) ** 3 for t in range(3, 7)], rtol=1e-6)
@@ -32,7 +32,7 @@ def gradients(step: int, params: dict) -> dict:
 
 def test_directions_are_kept_as_the_paper_says():
     params = {"adapter": adapter(), "head": jnp.ones(3)}
-    tx = adalora.allocating(optax.sgd(RATE), C, STEPS)
+    tx = adalora.allocating(C, optax.sgd(RATE), STEPS)
     state, update = tx.init(params), jax.jit(tx.update)
     mine = {path: np.array(x) for path, x in tree.flatten(params).items()}
     average, strays, kept = (dict.fromkeys(mine, 0.0) for _ in range(3))
@@ -74,12 +74,12 @@ def test_the_penalty_is_the_mean_distance_from_orthogonal():
             norms += [np.linalg.norm(m.T @ m - np.eye(4)) for m in np.array(x).reshape(2, 3, 4)]
         elif path.endswith("/b"):
             norms += [np.linalg.norm(m @ m.T - np.eye(4)) for m in np.array(x).reshape(2, 4, 4)]
-    assert float(adalora.penalty(params, 0.5)) == pytest.approx(0.5 * np.mean(norms), rel=1e-5)
+    assert float(adalora.penalty(C, params)) == pytest.approx(0.5 * np.mean(norms), rel=1e-5)
 
 
 def test_what_is_cut_off_says_nothing():
     """A direction whose e is zero adds nothing, whatever its a and b are."""
-    model = make("llama", config.Adapter("adalora", rank=4))
+    model = make("llama", AdaLora(rank=4))
     weights = jax.jit(lambda key: model.adapter.init(model.adapter.specs(), key))(jax.random.key(0))
     other = tree.map_named(lambda path, x: x + 1 if path.startswith("adapter/") and path[-1] in "ab" else x, weights)
     run = jax.jit(lambda w: logits(model, w, batch_of("llama")))

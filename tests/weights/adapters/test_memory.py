@@ -11,6 +11,7 @@ from jaxlm.assembly import program as programs
 from jaxlm.core import config
 from jaxlm.models import llama
 from jaxlm.objectives import causal
+from jaxlm.weights.adapters import Lora
 
 WIDTH, KV, FFN, LAYERS, VOCAB, RANK = 256, 128, 512, 16, 512, 8
 MATRICES = [(WIDTH, WIDTH), (WIDTH, KV), (WIDTH, KV), (WIDTH, WIDTH), (WIDTH, FFN), (WIDTH, FFN), (FFN, WIDTH)]
@@ -24,8 +25,8 @@ BATCH = {name: np.ones((1, 8, 2), np.int32) for name in ("tokens", "targets", "s
 BATCH |= {"weights": np.ones((1, 8, 2), np.float32)}
 WAYS = {
     "full": config.Adapter(),
-    "lora": config.Adapter("lora", rank=RANK, targets=("all",)),
-    "qlora": config.Adapter("lora", rank=RANK, targets=("all",), base="nf4"),
+    "lora": Lora(rank=RANK, targets=("all",)),
+    "qlora": Lora(rank=RANK, targets=("all",), base="nf4"),
 }
 
 

@@ -1,4 +1,5 @@
-"""Where adapters go: the matrices of a model's layers, found by the family's table of names in published files."""
+"""The matrices of a model's layers, found by the family's table of names in published files: what adapters are put on
+and what is quantized."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,15 +12,16 @@ from jaxlm.nn.family import Family
 
 
 @dataclass(frozen=True)
-class Site:
-    """A matrix of a stack of layers: its inputs are its first dimensions, outputs the others."""
+class Matrix:
+    """A matrix of each layer of a stack. Its first dimensions are inputs, the others outputs."""
 
     path: str
     spec: Spec
-    """Stacked: layers first."""
+    """The spec of the stack: layers come first."""
     ins: int
+    """How many input dimensions there are."""
     name: Name
-    """In published files."""
+    """The entry of the family's table of names."""
 
     @property
     def outs(self) -> int:
@@ -27,7 +29,7 @@ class Site:
 
     @property
     def lead(self) -> int:
-        """Dimensions before the inputs: layers, and experts."""
+        """How many dimensions stand before the inputs: layers, and experts."""
         return 2 if self.experts else 1
 
     @property
@@ -55,21 +57,21 @@ class Site:
         return self.spec.axes[self.lead + self.ins :]
 
 
-def matrices(family: Family, c: Any) -> dict[str, Site]:
-    """Returns every matrix of the layers but routers, which stay exact."""
+def matrices(family: Family, c: Any) -> dict[str, Matrix]:
+    """Returns every matrix of the layers by its path, but routers, which stay exact."""
     names = family.names(c)
     return {
-        path: Site(path, s, ins, names[path])
+        path: Matrix(path, s, ins, names[path])
         for path, s in tree.flatten(family.specs(c), is_spec).items()
         if s.axes[:1] == ("layers",) and (ins := names[path].ins) is not None and s.role in ("matrix", "absorbed")
     }
 
 
-def chosen(every: Mapping[str, Site], patterns: Sequence[str]) -> dict[str, Site]:
-    """Returns those that a pattern is found in (`all`: every one). Left out are experts, which go through no `einsum`,
-    and absorbed matrices, which decoding multiplies in another order."""
-    may = {path: s for path, s in every.items() if not s.experts and s.spec.role != "absorbed"}
+def select(matrices: Mapping[str, Matrix], patterns: Sequence[str]) -> dict[str, Matrix]:
+    """Returns those that a pattern is found in (`all`: every one). Experts are left out, which go through no `einsum`,
+    and so are absorbed matrices, which decoding multiplies in another order."""
+    candidates = {path: m for path, m in matrices.items() if not m.experts and m.spec.role != "absorbed"}
     if tuple(patterns) == ("all",):
-        return may
-    wanted = tree.matcher(patterns, may, "adapter.targets")
-    return {path: s for path, s in may.items() if wanted(path)}
+        return candidates
+    wanted = tree.matcher(patterns, candidates, "adapter.targets")
+    return {path: m for path, m in candidates.items() if wanted(path)}
