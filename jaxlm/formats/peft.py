@@ -1,4 +1,5 @@
-"""Hugging Face PEFT's files of an adapter in and out: `adapter_config.json` and `adapter_model.safetensors`.
+"""Hugging Face PEFT's files of an adapter are read and written here: `adapter_config.json` and
+`adapter_model.safetensors`.
 
 What a method's files look like is a part of its record (`weights/adapters/peft_format.py`). Of virtual tokens PEFT
 keeps the embeddings alone, whatever made them. A setting that would change the result and isn't known here is refused

@@ -55,7 +55,7 @@ class Leaf(struct.PyTreeNode):
 
 
 class Wrapped(Leaf):
-    """A leaf around another weight, `base`, whose product it passes on."""
+    """A wrapped leaf holds another weight, `base`, whose product it passes on."""
 
     base: Any
 

@@ -13,7 +13,7 @@ from jaxlm.nn.family import Family
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix of each layer of a stack. Its first dimensions are inputs, the others outputs."""
+    """A `Matrix` describes one matrix of each layer of a stack. Its first dimensions are inputs, the others outputs."""
 
     path: str
     spec: Spec

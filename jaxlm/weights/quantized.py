@@ -40,7 +40,7 @@ def block_size(n: int) -> int:
 
 
 class Quantized(Leaf):
-    """A frozen matrix of few bits. Its arrays are never cast: scales need all their digits."""
+    """A quantized leaf is a frozen matrix of few bits. Its arrays are never cast: scales need all their digits."""
 
     def cast(self, dtype: Any) -> "Quantized":
         return self
@@ -50,7 +50,7 @@ class Quantized(Leaf):
 
 
 class Nf4(Quantized):
-    """NF4 codes lie in blocks along the last input dimension, two in a byte, the first in its high half.
+    """NF4 codes are stored in blocks along the last input dimension, two in a byte, the first in its high half.
 
     The scale of a block, its largest magnitude, is 8 bits between the least and the largest of its outputs' scales.
     """

@@ -12,7 +12,7 @@ from support.hf_rows import ROWS
 from jaxlm.core import config, spec, tree
 from jaxlm.models import MODELS
 from jaxlm.training import optimizers
-from jaxlm.weights import sites
+from jaxlm.weights import matrices
 from jaxlm.weights.adapters import adapted
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hf"
@@ -73,9 +73,9 @@ def test_what_is_decided_by_roles_is_what_names_would_decide(name):
 
     names = family.names(c)
     layered = {p for p, s in flat.items() if s.axes[0] == "layers" and names[p].ins is not None}
-    assert set(sites.matrices(family, c)) == {p for p in layered if "router" not in flat[p].axes}
+    assert set(matrices.matrices(family, c)) == {p for p in layered if "router" not in flat[p].axes}
     targets = {p for p in layered if "experts" not in flat[p].axes and "router" not in flat[p].axes}
-    found = sites.chosen(sites.matrices(family, c), ("all",))
+    found = matrices.select(matrices.matrices(family, c), ("all",))
     assert set(found) == {p for p in targets if not p.endswith(("/k_b", "/v_b"))}
     for method, part in {"bitfit": "bias", "norms": "norm"}.items():
         adapter = adapted.Adapted(config.Adapter(method), family, c)

@@ -1,5 +1,6 @@
-"""Fine-tuning of few parameters, one method or a few close kin a file. Each row of `METHODS` is a record (`method.py`)
-with a class of settings of its own, which config files import from here: `adapter=Lora(rank=16, base="nf4")`."""
+"""Adapters fine-tune few parameters: one method, or a few close kin, has a file. Each row of `METHODS` is a record
+(`method.py`) with a class of settings of its own, which config files import from here: `adapter=Lora(rank=16,
+base="nf4")`."""
 
 from typing import Any
 

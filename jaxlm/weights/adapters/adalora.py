@@ -51,7 +51,7 @@ def specs(c: AdaLora, target: Matrix) -> Specs:
 
 
 class State(NamedTuple):
-    """The optimizer's state and what the allocator remembers of the adapter's weights."""
+    """The state holds the optimizer's and what the allocator remembers of the adapter's weights."""
 
     inner: Any
     step: jax.Array

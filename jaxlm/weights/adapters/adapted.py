@@ -1,4 +1,4 @@
-"""A model's weights with an adapter on them: specs, first values, binding, penalties and merging."""
+"""An `Adapted` puts an adapter on a model's weights: specs, first values, binding, penalties and merging."""
 
 import dataclasses
 import math
@@ -53,7 +53,7 @@ class Adapted:
 
     @cached_property
     def targets(self) -> dict[str, Matrix]:
-        """The matrices that get an adapter."""
+        """Returns the matrices that get an adapter."""
         if not isinstance(self.c, TargetedAdapter):
             return {}
         return select(self.matrices, self.c.targets or self.method.targets)
@@ -117,7 +117,7 @@ class Adapted:
 
     @property
     def changes(self) -> bool:
-        """Whether the model has an adapter, or weights that aren't plain arrays."""
+        """Says whether the model has an adapter, or weights that aren't plain arrays."""
         return self.c != Adapter()
 
     def summary(self, specs: Any, trainable: Callable[[str], bool]) -> str:

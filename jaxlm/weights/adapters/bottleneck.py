@@ -1,5 +1,5 @@
-"""Small networks within layers: after attention and ffn (Houlsby et al. 2019), after the ffn (Pfeiffer et al. 2021), or
-beside it (He et al. 2022). Their last matrix begins as zeros, so that a fresh adapter does nothing.
+"""Bottlenecks are small networks within layers: after attention and ffn (Houlsby et al. 2019), after the ffn (Pfeiffer
+et al. 2021), or beside it (He et al. 2022). Their last matrix begins as zeros, so that a fresh adapter does nothing.
 
 D model width, N bottleneck's width.
 """
@@ -20,7 +20,7 @@ from jaxlm.weights.matrices import Matrix
 
 @dataclass(frozen=True, kw_only=True)
 class BottleneckAdapter(TargetedAdapter):
-    """Settings of every bottleneck."""
+    """Every bottleneck has these settings."""
 
     reduction: float = 16.0
     """Model width over the bottleneck's (2 is usual for parallel)."""
@@ -28,17 +28,17 @@ class BottleneckAdapter(TargetedAdapter):
 
 @dataclass(frozen=True, kw_only=True)
 class Houlsby(BottleneckAdapter):
-    """Bottlenecks after attention and ffn (Houlsby et al. 2019)."""
+    """Bottlenecks stand after attention and ffn (Houlsby et al. 2019)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pfeiffer(BottleneckAdapter):
-    """Bottlenecks after the ffn (Pfeiffer et al. 2021)."""
+    """Bottlenecks stand after the ffn (Pfeiffer et al. 2021)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel(BottleneckAdapter):
-    """Bottlenecks beside the ffn, which add to its output (He et al. 2022)."""
+    """Bottlenecks stand beside the ffn and add to its output (He et al. 2022)."""
 
 
 class Bottleneck(Wrapped):

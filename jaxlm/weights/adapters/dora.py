@@ -15,7 +15,7 @@ from jaxlm.weights.matrices import Matrix
 
 @dataclass(frozen=True, kw_only=True)
 class Dora(ScaledLowRank):
-    """DoRA (Liu et al. 2024): LoRA with a learned magnitude of each output."""
+    """DoRA (Liu et al. 2024) is LoRA with a learned magnitude of each output."""
 
 
 def specs(c: Dora, target: Matrix) -> Specs:

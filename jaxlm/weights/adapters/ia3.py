@@ -20,7 +20,7 @@ from jaxlm.weights.matrices import Matrix
 
 @dataclass(frozen=True, kw_only=True)
 class Ia3(TargetedAdapter):
-    """IA³ (Liu et al. 2022): a learned factor of each key, value and hidden number of the ffn."""
+    """IA³ (Liu et al. 2022) learns a factor of each key, value and hidden number of the ffn."""
 
 
 class Scaled(Wrapped):

@@ -26,7 +26,7 @@ TARGETS = (r"(^|/)(cross_)?[qv]$",)
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankAdapter(TargetedAdapter):
-    """Settings of every update of low rank."""
+    """Every update of low rank has these settings."""
 
     rank: int = 8
     dropout: float = 0.0
@@ -34,12 +34,12 @@ class LowRankAdapter(TargetedAdapter):
 
     @property
     def scale(self) -> float:
-        """What the product of a and b is multiplied by."""
+        """Returns what the product of a and b is multiplied by."""
         return 1.0
 
 
 class LowRank(Wrapped):
-    """A weight and its update."""
+    """A low-rank leaf holds a weight and its update."""
 
     a: jax.Array
     """Inputs, R."""

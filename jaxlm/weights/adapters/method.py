@@ -1,4 +1,4 @@
-"""What a method of fine-tuning few parameters is: a record whose defaults change nothing.
+"""A method of fine-tuning few parameters is a record whose defaults change nothing.
 
 At rest an adapter is a tree of its own beside the model's weights, under `adapter/`, with the paths of its targets.
 Disabled is the base alone: nothing is ever subtracted.
@@ -76,7 +76,7 @@ def _no_keys(c: Any) -> int:
 
 @dataclass(frozen=True)
 class Method(Generic[C]):
-    """A method of fine-tuning few parameters."""
+    """A method is one way of fine-tuning few parameters."""
 
     Config: type[C]
     targets: tuple[str, ...] = ()

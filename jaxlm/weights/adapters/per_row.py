@@ -22,7 +22,7 @@ from jaxlm.weights.matrices import Matrix
 
 @dataclass(frozen=True)
 class Mixed:
-    """What stands where an `Adapted` stands, for a model in use."""
+    """A `Mixed` stands where an `Adapted` stands, for a model in use."""
 
     targets: dict[str, Matrix]
     plain: Adapted

@@ -17,7 +17,7 @@ from jaxlm.weights.matrices import Matrix
 
 @dataclass(frozen=True, kw_only=True)
 class Prefix(TargetedAdapter):
-    """Prefix tuning (Li & Liang 2021): keys and values of virtual tokens in every layer."""
+    """Prefix tuning (Li & Liang 2021) learns keys and values of virtual tokens in every layer."""
 
     tokens: int = 20
     """How many virtual tokens there are."""

@@ -23,7 +23,7 @@ from jaxlm.weights.adapters.peft_format import PeftFormat
 
 @dataclass(frozen=True, kw_only=True)
 class SoftPrompt(Adapter):
-    """Settings of every soft prompt."""
+    """Every soft prompt has these settings."""
 
     tokens: int = 20
     """How many virtual tokens there are."""
