@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import jaxlm
 
 ROOT = Path(jaxlm.__file__).parents[1]
