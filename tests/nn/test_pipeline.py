@@ -186,7 +186,7 @@ def test_a_cache_is_read_layer_by_layer() -> None:
     mesh = config.Mesh(stage=2, data=4)
     layout = Layout.of(mesh, config.Execution(dtype="float32"))
     weights = spec.init(specs, jax.random.key(0))
-    want = module.forward(c, specs, weights, batch, shard=layout).x_BTD
+    want = jax.jit(lambda w, b: module.forward(c, specs, w, b, shard=layout).x_BTD)(weights, batch)
     devices = make_mesh(mesh)
     with on_mesh(devices):
         placed = jax.device_put(weights, layout.shardings(specs, devices))
