@@ -127,7 +127,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(trained: Path, monkeypatch: py
 
 
 def test_resumed_on_another_mesh_sees_the_same_data(trained: Path) -> None:
-    assert run(trained, "--name", "moved", "--train.steps", "6", "--train.save-every", "3", "--train.patience", "0") == 0
+    assert (
+        run(trained, "--name", "moved", "--train.steps", "6", "--train.save-every", "3", "--train.patience", "0") == 0
+    )
     folder = trained / "runs" / "moved"
     shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
     cut_log(folder, "end")
