@@ -83,14 +83,19 @@ def test_words_of_a_table_change_and_labels_do_not(bert, tmp_path, capsys):
 
 def test_the_likeliest_word_is_the_models(bert):
     p = open_model(bert)
+
+    @jax.jit
+    def all_logits(weights, batch):
+        r = p.model.readout(weights, p.model.forward(weights, batch).x_BTD)
+        return augment.losses.logits(r, p.model.shard)
+
     items = [Item("the film was good", [(4, 8)]), Item("a plot", [(2, 6)])]
     made, said = augment._masked(p, items, 1.0, 1, 1, 0)
     assert said.startswith("2 of their 2 words")
     for item, [[before], [after]] in zip(made, ([["the"], ["was good"]], [["a"], [""]]), strict=True):
         ids = [2, *p.tokens.encode(before), 4, *p.tokens.encode(after), 3]
-        x_BTD = p.model.forward(p.params, dict(tokens=np.array([ids]), positions=np.arange(len(ids))[None])).x_BTD
-        r = p.model.readout(p.params, x_BTD)
-        z_V = np.asarray(augment.losses.logits(r, p.model.shard))[0, ids.index(4)]
+        batch = dict(tokens=np.array([ids]), positions=np.arange(len(ids))[None])
+        z_V = np.asarray(all_logits(p.params, batch))[0, ids.index(4)]
         best = [i for i in np.argsort(-z_V) if i >= 9 and p.tokens.piece(int(i)) != item.text[slice(*item.masked[0])]]
         assert item.new == [p.tokens.piece(int(best[0]))]
 

@@ -35,16 +35,26 @@ def config():
 """
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    text = tmp_path / "text"
+def made_in(folder: Path) -> Path:
+    text = folder / "text"
     text.mkdir()
     for i in range(20):
         (text / f"{i}.txt").write_text(f"file {i}: " + "".join(f"def f{i * j}(x): return x + {j}\n" for j in range(20)))
-    (tmp_path / "c.py").write_text(
-        CONFIG.format(text=str(text), cache=str(tmp_path / "cache"), out=str(tmp_path / "runs"))
-    )
-    return tmp_path
+    (folder / "c.py").write_text(CONFIG.format(text=str(text), cache=str(folder / "cache"), out=str(folder / "runs")))
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return made_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home whose run has ended. Who changes it leaves it as it was."""
+    home = made_in(tmp_path_factory.mktemp("trained"))
+    assert run(home) == 0
+    return home
 
 
 def run(home: Path, *args: str) -> int:
@@ -88,11 +98,10 @@ def test_a_run_leaves_everything_about_itself(home: Path, capsys: pytest.Capture
     assert cli.main(["report", str(folder)]) == 0
 
 
-def test_resumed_equals_uninterrupted_bit_for_bit(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_equals_uninterrupted_bit_for_bit(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from jaxlm.training import loop
 
-    assert run(home) == 0
-    whole = home / "runs" / "run"
+    whole = trained / "runs" / "run"
     original = loop.Hooks.__init__
 
     def dying(self, **hooks):  # type: ignore[no-untyped-def]
@@ -108,23 +117,24 @@ def test_resumed_equals_uninterrupted_bit_for_bit(home: Path, monkeypatch: pytes
 
     monkeypatch.setattr(loop.Hooks, "__init__", dying)
     with pytest.raises(MemoryError):
-        run(home, "--name", "cut")
+        run(trained, "--name", "cut")
     monkeypatch.undo()
-    cut = home / "runs" / "cut"
-    assert run(home, "--name", "cut") == 0
+    cut = trained / "runs" / "cut"
+    assert run(trained, "--name", "cut") == 0
     assert lines(cut) == lines(whole)
     a, b = weights(cut, 6), weights(whole, 6)
     assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
-def test_resumed_on_another_mesh_sees_the_same_data(home: Path) -> None:
-    assert run(home) == 0
-    assert run(home, "--name", "moved", "--train.steps", "6", "--train.save-every", "3", "--train.patience", "0") == 0
-    folder = home / "runs" / "moved"
+def test_resumed_on_another_mesh_sees_the_same_data(trained: Path) -> None:
+    assert (
+        run(trained, "--name", "moved", "--train.steps", "6", "--train.save-every", "3", "--train.patience", "0") == 0
+    )
+    folder = trained / "runs" / "moved"
     shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
     cut_log(folder, "end")
     assert cli.main(["train", str(folder), "--mesh.data", "1", "--mesh.fsdp", "8", "--mesh.tensor", "1"]) == 0
-    a = [x for x in lines(home / "runs" / "run") if x["kind"] == "train"]
+    a = [x for x in lines(trained / "runs" / "run") if x["kind"] == "train"]
     b = [x for x in lines(folder) if x["kind"] == "train"]
     assert [x["weight/tokens"] for x in a] == [x["weight/tokens"] for x in b]
     np.testing.assert_allclose([x["loss"] for x in a], [x["loss"] for x in b], rtol=1e-5)
@@ -137,15 +147,14 @@ def cut_log(folder: Path, name: str) -> None:
     (folder / "metrics.jsonl").write_text(text[: text.index(f'"name": "{name}"')])
 
 
-def test_a_run_killed_at_its_very_end_ends_once(home: Path, capsys: pytest.CaptureFixture) -> None:
-    assert run(home) == 0
-    folder = home / "runs" / "run"
+def test_a_run_killed_at_its_very_end_ends_once(trained: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = trained / "runs" / "run"
     whole, samples = lines(folder), (folder / "samples.txt").read_text()
     cut_log(folder, "end")
-    assert run(home) == 0
+    assert run(trained) == 0
     assert lines(folder) == whole and (folder / "samples.txt").read_text() == samples
     capsys.readouterr()
-    assert run(home) == 0
+    assert run(trained) == 0
     assert "finished already" in capsys.readouterr().out and lines(folder) == whole
 
 
@@ -193,12 +202,11 @@ def test_bad_data_names_the_file(
     assert message in error and "\n" not in error
 
 
-def test_a_directory_of_another_config_is_left_alone(home: Path, capsys: pytest.CaptureFixture) -> None:
-    assert run(home, "--train.steps", "2") == 0
-    before = (home / "runs" / "run" / "metrics.jsonl").read_bytes()
-    assert run(home, "--train.steps", "2", "--optim.lr", "1e-3") == 2
+def test_a_directory_of_another_config_is_left_alone(trained: Path, capsys: pytest.CaptureFixture) -> None:
+    before = (trained / "runs" / "run" / "metrics.jsonl").read_bytes()
+    assert run(trained, "--optim.lr", "1e-3") == 2
     assert "belongs to another config: optim.lr is 0.01 there and 0.001 here" in capsys.readouterr().err
-    assert (home / "runs" / "run" / "metrics.jsonl").read_bytes() == before
+    assert (trained / "runs" / "run" / "metrics.jsonl").read_bytes() == before
 
 
 def test_dry_run_shows_where_values_come_from_and_writes_nothing(home: Path, capsys: pytest.CaptureFixture) -> None:

@@ -30,6 +30,14 @@ def requests(lengths) -> list[Request]:
     return [Request(rng.integers(0, V, a).tolist(), rng.integers(0, V, b).tolist()) for a, b in lengths]
 
 
+def all_logits(model, weights, batch) -> jax.Array:
+    @jax.jit
+    def run(weights, batch):
+        return losses.logits(model.readout(weights, model.forward(weights, batch).x_BTD), model.shard)
+
+    return run(weights, batch)
+
+
 def alone(model, weights, r: Request) -> float:
     """From the logits of one row without any padding."""
     if model.family.kind == "encoder_decoder":
@@ -39,8 +47,7 @@ def alone(model, weights, r: Request) -> float:
     else:
         tokens, batch = [*r.context, *r.continuation][:-1], {}
     batch |= dict(tokens=np.array([tokens]), positions=np.arange(len(tokens))[None])
-    out = model.forward(weights, batch)
-    z_TV = np.asarray(losses.logits(model.readout(weights, out.x_BTD), model.shard))[0][-len(r.continuation) :]
+    z_TV = np.asarray(all_logits(model, weights, batch))[0][-len(r.continuation) :]
     p_TV = z_TV - np.log(np.exp(z_TV).sum(-1, keepdims=True))
     return float(p_TV[np.arange(len(r.continuation)), list(r.continuation)].sum())
 
@@ -58,8 +65,7 @@ def test_greedy_means_every_token(monkeypatch):
     context, likeliest = [5, 9, 2], []
     for _ in range(3):
         batch = dict(tokens=np.array([context + likeliest]), positions=np.arange(3 + len(likeliest))[None])
-        x_BTD = model.forward(weights, batch).x_BTD
-        likeliest.append(int(losses.logits(model.readout(weights, x_BTD), model.shard)[0, -1].argmax()))
+        likeliest.append(int(all_logits(model, weights, batch)[0, -1].argmax()))
     other = [*likeliest[:2], (likeliest[2] + 1) % V]
     found = Scorer(model, weights)([Request(context, likeliest), Request(context, other)])
     assert [s.greedy for s in found] == [True, False]

@@ -119,17 +119,18 @@ def test_bytes_of_tokens(make):
 
 @pytest.fixture(scope="module")
 def opened():
-    """(model, weights) with 128 positions."""
+    """(model, weights, generator) with 128 positions: conversations share the generator's programs."""
     c = llama.Config(vocab=264, layers=1, width=16, heads=2, kv_heads=1, head_width=8, ffn=32, positions=128)
     layout = Layout.of(config.Mesh(), config.Execution(dtype="float32"))
     specs, rng = llama.specs(c), np.random.default_rng(0)
     make = lambda s: rng.standard_normal(s.shape).astype(np.float32) / 3  # noqa: E731
-    return Model(llama, c, specs, layout), jax.tree.map(make, specs, is_leaf=spec.is_spec)
+    model, weights = Model(llama, c, specs, layout), jax.tree.map(make, specs, is_leaf=spec.is_spec)
+    return model, weights, Generator(model, [TOKENS.eos_id])
 
 
 def new_chat(opened, **more) -> Chat:
-    model, weights = opened
-    return Chat(Generator(model, [TOKENS.eos_id]), TOKENS, weights, CHATML, Sampling(tokens=6), **more)
+    _, weights, generator = opened
+    return Chat(generator, TOKENS, weights, CHATML, Sampling(tokens=6), **more)
 
 
 def test_the_history_is_part_of_the_next_prompt(opened):
@@ -169,7 +170,7 @@ def test_lines_are_turns_and_an_interrupted_answer_is_kept(opened):
 
 
 def test_piped_input_from_the_command_line(opened, monkeypatch, tmp_path, capsys):
-    model, weights = opened
+    model, weights, _ = opened
 
     def look(place):
         found = hf_sidecars.chat_templates(place)

@@ -38,16 +38,44 @@ def cases() -> list[str]:
     return list(chosen.values())
 
 
+def family_of(kind: str):
+    return next(f for f in MODELS.values() if kind in f.MODEL_TYPES)
+
+
+def by_default(usual: tuple[str, ...], names: list[str]) -> list:
+    """All names, of which those not `usual` are slow tests."""
+    return [name if name in usual else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 CASES = cases()
-# One of each kind runs its layers in every way by default; the others are slow tests.
-USUAL = ("gemma2", "mixtral", "modernbert", "t5")
-EACH = [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+# By default one architecture of each family, and of those that run their layers in every way, the two whose layers are
+# of several kinds: the others do that in `training/test_meshes.py`.
+USUAL = (
+    "gpt2",
+    "qwen3_window",
+    "gemma2",
+    "olmo2",
+    "bert",
+    "modernbert",
+    "mixtral",
+    "gpt_oss",
+    "deepseek_v3",
+    "t5",
+    "bart",
+)
+EACH = by_default(("gemma2", "modernbert"), CASES)
 GENERATING = [name for name in CASES if ROWS[name].inputs not in ("encoder", "types")]
+
+
+def test_every_family_is_tested_by_default():
+    assert sorted(family_of(published(name)["model_type"]).__name__ for name in USUAL) == sorted(
+        f.__name__ for f in MODELS.values()
+    )
 
 
 def make_model(name: str, layout: Layout | None = None, **execution) -> Model:
     values = published(name)
-    family = next(f for f in MODELS.values() if values["model_type"] in f.MODEL_TYPES)
+    family = family_of(values["model_type"])
     c = family.from_hf(values)
     layout = layout or Layout(execution=config.Execution(**{"dtype": "float32", "scan": False} | execution))
     return Model(family, c, family.specs(c), layout)
@@ -90,7 +118,7 @@ def all_logits(model: Model, weights: dict, batch: dict) -> jax.Array:
     return losses.logits(model.readout(weights, model.forward(weights, batch).x_BTD), model.shard)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", by_default(USUAL, CASES))
 def test_packed_equals_alone(name):
     model = make_model(name)
     weights, parts = make_weights(model), documents(model, (6, 6))
@@ -100,7 +128,7 @@ def test_packed_equals_alone(name):
     assert np.isfinite(together).all()
 
 
-@pytest.mark.parametrize("name", GENERATING)
+@pytest.mark.parametrize("name", by_default(USUAL, GENERATING))
 def test_with_a_cache_equals_at_once(name):
     """Prompts of 5 and 3 tokens padded on the left, then one token at a time, past every window.
 

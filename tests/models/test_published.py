@@ -7,7 +7,6 @@ loaded there and compared too.
 import importlib.util
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -32,16 +31,14 @@ def open_model(folder: Path) -> tuple[Model, dict]:
 
 
 def answer(model: Model, weights: dict, row) -> np.ndarray:
-    """What the row compares: logits, or the last hidden state of a bare encoder."""
+    """What the row compares: logits, or the last hidden state of a bare encoder.
 
-    @jax.jit
-    def run(weights, batch):
-        out = model.forward(weights, batch)
-        return out.x_BTD if row.output == "last_hidden_state" else losses.logits(
-            model.readout(weights, out.x_BTD), model.shard
-        )  # fmt: skip
-
-    return np.asarray(run(weights, batch_of(row.inputs)))
+    Operation by operation: rows share most of these, and no two rows a program, which takes seconds to compile.
+    """
+    out = model.forward(weights, batch_of(row.inputs))
+    if row.output == "last_hidden_state":
+        return np.asarray(out.x_BTD)
+    return np.asarray(losses.logits(model.readout(weights, out.x_BTD), model.shard))
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -235,9 +235,13 @@ def test_splash_equals_plain_attention(on_a_tpu, name, sizes, softcap, sinks):
         layout = Layout(execution=config.Execution(dtype="float32", attention=which))
 
         def both(*given):
-            more = dict(sinks_H=given[3]) if sinks else {}
-            out, back = jax.vjp(lambda *x: attend(*x[:3], mask, shard=layout, softcap=softcap, **more), *given)
-            return out, back(jnp.asarray(pull))
+            def f(q, k, v, *sinks_H):
+                q = layout(q, "batch", "seq", "heads", None)  # as a layer hands it over
+                more = dict(sinks_H=sinks_H[0]) if sinks else {}
+                return attend(q, k, v, mask, shard=layout, softcap=softcap, **more)
+
+            out, back = jax.vjp(f, *given)
+            return out, back(layout(jnp.asarray(pull), "batch", "seq", "heads", None))
 
         with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
             return jax.jit(both)(*given)

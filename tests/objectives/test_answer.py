@@ -157,8 +157,11 @@ def batch_of(c: answer.Config, file: str, n: int = 8) -> dict:
 def test_the_loss_by_hand_and_padding_does_not_count(file):
     c = answer.Config(dropout=0.0)
     model, weights = make(c)
+    loss = jax.jit(lambda w, b: answer.loss(c, model, w, b, None)["windows"])
     batch = batch_of(c, file)
-    x_BTD = model.forward(weights, {k: batch[k] for k in ("tokens", "types", "segments", "positions")}).x_BTD
+    x_BTD = jax.jit(lambda w, b: model.forward(w, b).x_BTD)(
+        weights, {k: batch[k] for k in ("tokens", "types", "segments", "positions")}
+    )
     z_BT2 = np.asarray(x_BTD @ weights["answer"]) + np.asarray(weights["answer_bias"])
     expected, right = 0.0, 0
     for z_T2, allowed, target in zip(z_BT2, batch["allowed"], batch["target"], strict=True):
@@ -166,11 +169,11 @@ def test_the_loss_by_hand_and_padding_does_not_count(file):
             z = z_T2[allowed > 0, side]
             expected += (np.log(np.exp(z).sum()) - z_T2[target[side], side]) / 2
         right += all(np.where(allowed > 0, z_T2[:, s], -np.inf).argmax() == target[s] for s in (0, 1))
-    got = answer.loss(c, model, weights, batch, None)["windows"]
+    got = loss(weights, batch)
     np.testing.assert_allclose(got["loss"], expected, rtol=1e-5)
     assert float(got["accuracy"]) == right
     more = {k: np.concatenate([v, np.zeros_like(v)]) for k, v in batch.items()}
-    np.testing.assert_allclose(answer.loss(c, model, weights, more, None)["windows"]["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(loss(weights, more)["loss"], expected, rtol=1e-5)
     assert float(answer.totals(more)["windows"]) == 8
 
 

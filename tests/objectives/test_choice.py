@@ -83,6 +83,8 @@ def batch_of(c: choice.Config, file: str, kind: str, n: int = 8) -> dict:
 def test_the_loss_by_hand_and_padding_does_not_count(file, family, pooler):
     c = choice.infer_from_data(choice.Config(dropout=0.0), [file])
     model, weights = make(c, family, **({} if pooler is None else dict(pooler=pooler)))
+    loss = jax.jit(lambda w, b: choice.loss(c, model, w, b, None)["questions"])
+    forward = jax.jit(lambda w, b: model.forward(w, b).x_BTD)
     batch = batch_of(c, file, model.family.kind)
     expected, right = 0.0, 0
     for b in range(8):
@@ -90,20 +92,20 @@ def test_the_loss_by_hand_and_padding_does_not_count(file, family, pooler):
         for n in range(batch["choice_mask"][b].sum()):
             given = {k: batch[k][b, n][None] for k in ("tokens", "segments", "positions")}
             given |= dict(types=batch["types"][b, n][None]) if family is bert else {}
-            x_BTD = model.forward(weights, given).x_BTD
+            x_BTD = forward(weights, given)
             x_D = model.pooled(weights, x_BTD)[0] if pooler else x_BTD[0, batch["at"][b, n]]
             z.append(float((np.asarray(x_D) @ np.asarray(weights["choice"]))[0]))
         target = int(batch["target"][b].argmax())
         expected += np.log(np.exp(z).sum()) - z[target]
         right += int(np.argmax(z)) == target
-    got = choice.loss(c, model, weights, batch, None)["questions"]
+    got = loss(weights, batch)
     np.testing.assert_allclose(got["loss"], expected, rtol=1e-5)
     assert float(got["accuracy"]) == right
     short = {k: v[0] for k, v in packing.trim_padding({k: v[None] for k, v in batch.items()}, 4).items()}
     assert short["tokens"].shape == (8, 3, 12)
-    np.testing.assert_allclose(choice.loss(c, model, weights, short, None)["questions"]["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(loss(weights, short)["loss"], expected, rtol=1e-5)
     more = {k: np.concatenate([v, np.zeros_like(v)]) for k, v in batch.items()}
-    np.testing.assert_allclose(choice.loss(c, model, weights, more, None)["questions"]["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(loss(weights, more)["loss"], expected, rtol=1e-5)
     assert float(choice.totals(more)["questions"]) == 8
 
 

@@ -100,19 +100,22 @@ def batch_of(c: classify.Config, file: str, kind: str, n: int = 8) -> dict:
 def test_the_loss_by_hand_and_padding_does_not_count(file, family, pooler):
     c = classify.infer_from_data(classify.Config(dropout=0.0, label_smoothing=0.2), [file])
     model, weights = make(c, family, **({} if pooler is None else dict(pooler=pooler)))
+    loss = jax.jit(lambda w, b: classify.loss(c, model, w, b, None)["texts"])
     batch = batch_of(c, file, model.family.kind)
-    x_BTD = model.forward(weights, {k: batch[k] for k in ("tokens", "segments", "positions")}).x_BTD
+    x_BTD = jax.jit(lambda w, b: model.forward(w, b).x_BTD)(
+        weights, {k: batch[k] for k in ("tokens", "segments", "positions")}
+    )
     x_BD = model.pooled(weights, x_BTD) if pooler else x_BTD[np.arange(8), batch["at"]]
     z_BL = np.asarray(x_BD @ weights["classify"]) + np.asarray(weights["classify_bias"])
     log_BL = z_BL - np.log(np.exp(z_BL).sum(-1, keepdims=True))
     expected = -(0.8 * (batch["target"] * log_BL).sum(-1) + 0.2 * log_BL.mean(-1)).sum()
-    got = classify.loss(c, model, weights, batch, None)["texts"]
+    got = loss(weights, batch)
     np.testing.assert_allclose(got["loss"], expected, rtol=1e-5)
     short = {k: v[0] for k, v in packing.trim_padding({k: v[None] for k, v in batch.items()}, 4).items()}
     assert short["tokens"].shape[1] == 12
-    np.testing.assert_allclose(classify.loss(c, model, weights, short, None)["texts"]["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(loss(weights, short)["loss"], expected, rtol=1e-5)
     more = {k: np.concatenate([v, np.zeros_like(v)]) for k, v in batch.items()}
-    np.testing.assert_allclose(classify.loss(c, model, weights, more, None)["texts"]["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(loss(weights, more)["loss"], expected, rtol=1e-5)
     assert float(classify.totals(more)["texts"]) == 8
 
 

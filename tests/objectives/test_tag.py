@@ -97,10 +97,11 @@ def test_the_loss_by_hand(file):
     row = tag.example(c, found[1], RowShape(24, "encoder"), TOKENS, np.random.default_rng(0))
     model, weights = make(c)
     batch = {k: v[None] for k, v in row.items()}
-    z_TL = np.asarray(model.forward(weights, batch).x_BTD[0] @ weights["tag"]) + np.asarray(weights["tag_bias"])
+    x_BTD = jax.jit(lambda w, b: model.forward(w, b).x_BTD)(weights, batch)
+    z_TL = np.asarray(x_BTD[0] @ weights["tag"]) + np.asarray(weights["tag_bias"])
     log_TL = z_TL - np.log(np.exp(z_TL).sum(-1, keepdims=True))
     at = np.flatnonzero(row["weights"])
-    sums = tag.loss(c, model, weights, batch, None)["tags"]
+    sums = jax.jit(lambda w, b: tag.loss(c, model, w, b, None)["tags"])(weights, batch)
     np.testing.assert_allclose(sums["loss"], -log_TL[at, row["targets"][at]].sum(), rtol=1e-5)
     np.testing.assert_array_equal(tag.predict(c, model, weights, batch)[0], z_TL.argmax(-1))
     assert float(jnp.sum(tag.totals(batch)["tags"])) == len(at)

@@ -105,10 +105,13 @@ def kinds(row: Row) -> list[str]:
 
 
 def covered(case: Case) -> set[tuple[str, ...]]:
-    """Returns what a case proves: its kinds, every two of them together, and its family on its type of axes."""
+    """Returns what a case proves: its kinds, every two of them together, its family on its type of axes, and its family
+    in stages, since families hand their layers to a pipeline each in its own way.
+    """
     family, name, axis_type = case
     found = kinds(ROWS[name])
-    return {(kind,) for kind in found} | set(combinations(found, 2)) | {(family, axis_type)}
+    staged = {(family, "in stages")} if {"stages", "rounds"} & set(found) else set()
+    return {(kind,) for kind in found} | set(combinations(found, 2)) | {(family, axis_type)} | staged
 
 
 def covering() -> list[Case]:

@@ -20,13 +20,16 @@ KINDS = ("llama", "bert", "t5")
 WITH_BIASES = ("gpt2", "bert", "bart")
 
 
-def cases(usual: Sequence[str] = METHODS):
+FEW_BITS = {"lora": "nf4", "ia3": "int8"}  # bases other than float32 by default
+
+
+def cases(usual: Sequence[str] = METHODS, kinds: dict[str, str] = {"bitfit": "bert", "prompt": "t5"}):  # noqa: B006
     """By default each of the `usual` methods with one kind of model and base, in turn; all of them are `slow`."""
     for i, method in enumerate(METHODS):
-        own = {"bitfit": "bert", "prompt": "t5"}.get(method, KINDS[i % 2])
+        own, bits = kinds.get(method, KINDS[i % 2]), FEW_BITS.get(method, "float32")
         for name in WITH_BIASES if method == "bitfit" else KINDS:
-            for k, base in enumerate(("float32", "nf4")):
-                default = method in usual and name == own and k == (i // 2 + 1) % 2
+            for base in dict.fromkeys(("float32", "nf4", bits)):
+                default = method in usual and name == own and base == bits
                 yield pytest.param(method, name, base, marks=() if default else pytest.mark.slow)
 
 
@@ -87,10 +90,10 @@ def test_one_device(method, name, base):
         assert float(abs(g).max()) > 0 or unused, path
 
 
-ON_A_MESH = ("lora", "dora", "adalora", "vera", "ia3", "parallel", "prefix", "prompt")
+ON_A_MESH = dict(lora="llama", prefix="bert", prompt="llama")  # by default: of weights, of keys, of tokens
 
 
-@pytest.mark.parametrize(("method", "name", "base"), list(cases(ON_A_MESH)))
+@pytest.mark.parametrize(("method", "name", "base"), list(cases(tuple(ON_A_MESH), ON_A_MESH)))
 def test_a_mesh_gives_the_same(method, name, base):
     mesh = config.Mesh(data=2, fsdp=2, tensor=2, axis_type="explicit")
     model, there = make(name, adapter(method, base)), make(name, adapter(method, base), mesh)
@@ -118,7 +121,7 @@ def moved(model, method):
 
 
 @pytest.mark.parametrize("method", [
-    pytest.param(m, marks=() if m in ("prefix", "prompt") else pytest.mark.slow)
+    pytest.param(m, marks=() if m == "prefix" else pytest.mark.slow)
     for m in ("prefix", "prompt", "p_tuning", "lora", "dora", "ia3", "houlsby", "parallel")
 ])  # fmt: skip
 def test_packed_and_read_on_from_a_cache_as_alone_at_once(method):
