@@ -12,8 +12,9 @@ from support.hf_rows import ROWS
 from jaxlm.core import config, spec, tree
 from jaxlm.models import MODELS
 from jaxlm.training import optimizers
-from jaxlm.weights import matrices
-from jaxlm.weights.adapters import adapted
+from jaxlm.weights.adapters import METHODS, adapted
+from jaxlm.weights.matrices import matrices as matrices_of
+from jaxlm.weights.matrices import select
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hf"
 DEFAULTS = {f"{name} by default": name for name in MODELS}
@@ -73,12 +74,12 @@ def test_what_is_decided_by_roles_is_what_names_would_decide(name):
 
     names = family.names(c)
     layered = {p for p, s in flat.items() if s.axes[0] == "layers" and names[p].ins is not None}
-    assert set(matrices.matrices(family, c)) == {p for p in layered if "router" not in flat[p].axes}
+    assert set(matrices_of(family, c)) == {p for p in layered if "router" not in flat[p].axes}
     targets = {p for p in layered if "experts" not in flat[p].axes and "router" not in flat[p].axes}
-    found = matrices.select(matrices.matrices(family, c), ("all",))
+    found = select(matrices_of(family, c), ("all",))
     assert set(found) == {p for p in targets if not p.endswith(("/k_b", "/v_b"))}
     for method, part in {"bitfit": "bias", "norms": "norm"}.items():
-        adapter = adapted.Adapted(config.Adapter(method), family, c)
+        adapter = adapted.Adapted(METHODS[method].Config(), family, c)
         assert {p for p in flat if adapter.trainable(p)} == {p for p in flat if part in p.rpartition("/")[2]}
 
 
