@@ -18,8 +18,7 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
 
 import jax
 import jax.numpy as jnp
-from aot_qlora import RTX_4090, compilers
-from jax.experimental import topologies
+from aot_qlora import compilers
 from worker import save
 
 from jaxlm.core import config
@@ -28,6 +27,7 @@ from jaxlm.models.model import Model
 from jaxlm.nn.layout import Layout, batch_sharding
 from jaxlm.nn.moe import Moe
 from jaxlm.objectives import causal
+from jaxlm.planning import targets
 from jaxlm.runtime.mesh import make_mesh, on_mesh, replicated
 from jaxlm.training import environment, optimizers, step
 
@@ -49,9 +49,7 @@ KINDS = r"(?:ragged-)?all-to-all|all-gather|all-reduce(?:-scatter)?|reduce-scatt
 
 
 def devices_of(name: str) -> list[Any]:
-    if name == "rtx4090":
-        return topologies.get_topology_desc("one", platform="cuda", target_config=RTX_4090, topology="1x1x4").devices
-    return topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:2x2").devices
+    return targets.parse(f"{name}:1x4" if name == "rtx4090" else f"{name}:2x2").devices()
 
 
 def compiled(devices: list[Any], way: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from jaxlm.assembly import program as programs
 from jaxlm.assembly.run_objective import placeholder_tokenizer
 from jaxlm.core import config, spec, tree
 from jaxlm.core.errors import one_line
-from jaxlm.planning import count_flops, hlo, roofline
+from jaxlm.planning import count_flops, hlo, roofline, targets
 from jaxlm.planning.roofline import Cost, Flow
 from jaxlm.planning.targets import Target
 from jaxlm.runtime import mesh
@@ -40,7 +40,7 @@ def program_for(run: config.Run, t: Target) -> programs.Program:
 
     Raises ValueError where `jaxlm train` would.
     """
-    with mesh.on_devices([mesh.Described(t.chip.platform, t.chip.kind)] * t.count):
+    with targets.without_driver(t), mesh.on_devices([mesh.Described(t.chip.platform, t.chip.kind)] * t.count):
         return programs.program(run, placeholder_tokenizer(run))
 
 

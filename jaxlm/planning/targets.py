@@ -4,10 +4,12 @@ A target that isn't here is described to its own compiler, which runs on any CPU
 """
 
 import contextlib
+import ctypes
 import importlib.util
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,10 +84,39 @@ class Target:
             return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
         require("jax_cuda13_plugin", "jax[cuda13]", self)
         nodes = f"1x{self.shape[0]}x{self.shape[1]}"
-        topology = topologies.get_topology_desc(
-            self.name, platform="cuda", target_config=chips.xla_target(self.chip), topology=nodes
-        )
+        with without_driver(self):
+            topology = topologies.get_topology_desc(
+                self.name, platform="cuda", target_config=chips.xla_target(self.chip), topology=nodes
+            )
         return list(topology.devices)
+
+
+@contextlib.contextmanager
+def without_driver(target: Target) -> Iterator[None]:
+    """Lets JAX start within this context although NVIDIA's driver isn't here, if the target is a GPU.
+
+    JAX's CUDA plug-in compares the versions of NVIDIA's libraries when it is first loaded, and where there is no driver
+    to ask it is then not available at all. Nothing of a plan runs on a GPU, so the comparison is skipped:
+    `JAX_SKIP_CUDA_CONSTRAINTS_CHECK` is set for as long as the context lasts, unless the caller has set it.
+    """
+    name = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
+    if target.here or target.chip.platform != "gpu" or name in os.environ or has_nvidia_driver():
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def has_nvidia_driver() -> bool:
+    """Returns whether the library that NVIDIA's driver brings can be loaded."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def require(module: str, package: str, target: Target) -> None:

@@ -1,11 +1,18 @@
 """Machines by name; names that mean none say which do."""
 
 import importlib.util
+import os
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from jaxlm.planning import targets
+from jax.experimental import topologies
+
+from jaxlm.core import config
+from jaxlm.models import llama
+from jaxlm.objectives import causal
+from jaxlm.planning import ahead_of_time, targets
 from jaxlm.runtime import chips
 
 
@@ -46,6 +53,46 @@ def test_a_missing_compiler_says_what_installs_it(name, command, monkeypatch) ->
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     with pytest.raises(ValueError, match=rf'compiler for {name} is missing: pip install "{command}"'):
         targets.parse(name).devices()
+
+
+SKIP = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
+
+
+@pytest.mark.parametrize(("name", "driver", "mine", "within"), [
+    ("h100:8", False, None, "1"),
+    ("h100:8", False, "", ""),  # what the user set stays
+    ("h100:8", True, None, None),
+    ("v5p:4x4x4", False, None, None),
+    ("cpu:8", False, None, None),
+])  # fmt: skip
+def test_a_gpu_that_is_not_here_needs_no_driver(name, driver, mine, within, monkeypatch) -> None:
+    monkeypatch.setattr(targets, "has_nvidia_driver", lambda: driver)
+    monkeypatch.delenv(SKIP, raising=False)
+    if mine is not None:
+        monkeypatch.setenv(SKIP, mine)
+    with pytest.raises(KeyError), targets.without_driver(targets.parse(name)):
+        assert os.environ.get(SKIP) == within
+        raise KeyError
+    assert os.environ.get(SKIP) == mine
+
+
+def test_the_plug_in_starts_without_a_driver_wherever_a_plan_first_needs_it(monkeypatch) -> None:
+    seen = []
+
+    def note(*args, **kwargs):
+        seen.append(os.environ.get(SKIP))
+        return SimpleNamespace(devices=["gpu"])
+
+    monkeypatch.setattr(targets, "has_nvidia_driver", lambda: False)
+    monkeypatch.setattr(targets, "require", lambda *args: None)
+    monkeypatch.setattr(topologies, "get_topology_desc", note)
+    monkeypatch.setattr(ahead_of_time.programs, "program", note)
+    monkeypatch.delenv(SKIP, raising=False)
+    gpu = targets.parse("h100:1")
+    assert gpu.devices() == ["gpu"]
+    shape = llama.Config(vocab=384, layers=1, width=16, heads=2, kv_heads=2, head_width=8, ffn=32)
+    ahead_of_time.program_for(config.Run("r", shape, causal.Config()), gpu)
+    assert seen == ["1", "1"] and SKIP not in os.environ
 
 
 def test_this_machine_and_its_cpus() -> None:
