@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-
 from jax.experimental import topologies
 
 from jaxlm.core import config
