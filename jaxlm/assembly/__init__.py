@@ -1,1 +1,1 @@
-"""Names become objects here: a `Run` becomes a program, a place a model, sources a corpus."""
+"""Names become objects here: a `Run` becomes a program, a place becomes a model, sources become a corpus."""

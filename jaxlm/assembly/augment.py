@@ -1,5 +1,6 @@
-"""More labelled examples from those there are: words replaced by what a masked language model would write there
-(Kobayashi 2018, Wu et al. 2019), or texts translated to another language and back (Sennrich et al. 2016). Labels stay.
+"""Labelled examples are augmented: words are replaced by what a masked language model would write in their place
+(Kobayashi 2018, Wu et al. 2019), or texts are translated to another language and back (Sennrich et al. 2016). Labels
+stay.
 
 B rows, T positions, K masked places of a row, V vocabulary.
 """
@@ -34,20 +35,21 @@ Spans = list[tuple[int, int]]
 
 @dataclass
 class Item:
-    """An example that is to be written anew."""
+    """An example, and the changes that make a new one of it."""
 
     text: str
     spans: Spans
-    """Words that may be replaced, by their characters."""
+    """The words that may be replaced, by their characters."""
     cells: dict[str, Any] = field(default_factory=dict)
-    """Of a row of a table."""
+    """The cells, if it is a row of a table."""
     lines: list[list[str]] = field(default_factory=list)
-    """Of a sentence in columns."""
+    """The lines, if it is a sentence in columns."""
     masked: Spans = field(default_factory=list)
     new: list[str] = field(default_factory=list)
-    """What stands at `masked`, afterwards."""
+    """The new text at each of `masked`."""
 
     def changed(self) -> str:
+        """Returns the new text."""
         out, at = [], 0
         for (start, end), new in zip(self.masked, self.new, strict=True):
             out += [self.text[at:start], new]
@@ -60,7 +62,7 @@ def augment(
     columns: Sequence[str] = (), word: int = 0, tag: int = -1, entities: bool = False, share: float = 0.15,
     top_k: int = 10, copies: int = 1, prefixes: Sequence[str] = ("", ""), how: Sampling | None = None, seed: int = 0,
 ) -> str:  # fmt: skip
-    """Write the new examples of `source`, in its format, to `out`; what became of them, in a line.
+    """Writes new examples of `source`, in its format, to `out`; returns a line on what became of them.
 
     `text`: column of a table; `word`, `tag`: of CoNLL files, where words of entities stay unless `entities`. `share` of
     the words are replaced, each by one of the `top_k` likeliest others. `prefixes`: of what the two translators read.
@@ -103,8 +105,8 @@ def _check(
 def _rows(source: str, columns: Sequence[str], text: str) -> list[Item]:
     out = []
     for row in tables.read(source, columns):
-        held = row.text(text, "--text")
-        out.append(Item(held, [m.span() for m in WORD.finditer(held)], cells=row.cells))
+        content = row.text(text, "--text")
+        out.append(Item(content, [m.span() for m in WORD.finditer(content)], cells=row.cells))
     return out
 
 
@@ -177,18 +179,18 @@ def _masked(
         raise ValueError(f"--top-k: only {allowed_V.sum()} tokens of the model are whole words; give a smaller number")
     made: list[Item] = []
     with mesh.on_mesh(p.mesh):
-        find = jax.jit(partial(_guess, model, min(top_k + 1, int(allowed_V.sum()))))
+        guess = jax.jit(partial(_guess, model, min(top_k + 1, int(allowed_V.sum()))))
         for copy in range(copies):
             drawn = [_chosen(item, p, share, np.random.default_rng([seed, copy, i])) for i, item in enumerate(items)]
             order = sorted((i for i, (_, at, _) in enumerate(drawn) if at), key=lambda i: len(drawn[i][0]))
             for first in range(0, len(order), ROWS):
                 members = order[first : first + ROWS]
                 batch = _padded([drawn[i][:2] for i in members], jax.device_count())
-                found = jax.device_get(find(p.params, jnp.asarray(allowed_V), batch))
+                guesses = jax.device_get(guess(p.params, jnp.asarray(allowed_V), batch))
                 for row, i in enumerate(members):
                     _, at, item = drawn[i]
                     rng = np.random.default_rng([seed, copy, i, 1])
-                    pairs = zip(item.masked, *(x[row, : len(at)] for x in found), strict=True)
+                    pairs = zip(item.masked, *(x[row, : len(at)] for x in guesses), strict=True)
                     item.new = [_word(tokens, item.text[a:b], z, ids, top_k, rng) for (a, b), z, ids in pairs]
             made += [item for _, at, item in drawn if at]
     replaced, words = sum(len(item.masked) for item in made), sum(len(item.spans) for item in made)
@@ -196,7 +198,7 @@ def _masked(
 
 
 def whole_words(tokens: Any, vocab: int) -> np.ndarray:
-    """`[V]`: tokens that are a word of letters, as it stands after a space."""
+    """Returns which tokens are a word of letters, as it is written after a space: `[V]`."""
     texts = [tokens.decode([i]).strip() for i in range(tokens.vocab_size)]
     some = [i for i, text in enumerate(texts) if WORD.fullmatch(text)]
     out = np.zeros(vocab, bool)
@@ -206,7 +208,7 @@ def whole_words(tokens: Any, vocab: int) -> np.ndarray:
 
 
 def _chosen(item: Item, p: Pretrained, share: float, rng: np.random.Generator) -> tuple[list[int], list[int], Item]:
-    """(tokens with each chosen word as one mask, where these stand, the example with what was chosen)."""
+    """Returns the tokens with each chosen word as one mask, the masks' positions, and the example with the choice."""
     tokens = p.tokens
     before = [tokens.bos_id if tokens.cls_id is None else tokens.cls_id]
     after = [tokens.eos_id if tokens.sep_id is None else tokens.sep_id]
@@ -230,7 +232,7 @@ def _chosen(item: Item, p: Pretrained, share: float, rng: np.random.Generator) -
 
 
 def _padded(rows: Sequence[tuple[list[int], list[int]]], ways: int) -> dict[str, np.ndarray]:
-    """Few sizes, so that few programs are compiled."""
+    """Returns rows padded to one of few sizes, so that few programs are compiled."""
     size = lambda n, least: max(least, 1 << (n - 1).bit_length())  # noqa: E731
     B, T = -(-ROWS // ways) * ways, size(max(len(ids) for ids, _ in rows), 16)
     out = {name: np.zeros((B, T), np.int32) for name in ("tokens", "positions", "segments")}
@@ -242,7 +244,7 @@ def _padded(rows: Sequence[tuple[list[int], list[int]]], ways: int) -> dict[str,
 
 
 def _guess(model: Model, k: int, params: Any, allowed_V: jax.Array, batch: dict) -> tuple[jax.Array, jax.Array]:
-    """(logits, ids) `[B, K, k]` of the likeliest words at each masked place."""
+    """Computes the logits and ids `[B, K, k]` of the likeliest words at each masked place."""
     batch = {name: model.shard(x, "batch", None) for name, x in batch.items()}
     at_BK = batch.pop("at")
     x_BTD = model.shard(model.forward(params, batch).x_BTD, "batch", None, None)
@@ -253,7 +255,7 @@ def _guess(model: Model, k: int, params: Any, allowed_V: jax.Array, batch: dict)
 
 
 def _word(tokens: Any, old: str, z_k: np.ndarray, ids_k: np.ndarray, top_k: int, rng: np.random.Generator) -> str:
-    """One of the likeliest words but the old one, in its letters' case, by their probabilities."""
+    """Draws one of the likeliest words but the old one, in its letters' case, by their probabilities."""
     texts = [tokens.decode([int(i)]).strip() for i in ids_k]
     other = [i for i, text in enumerate(texts) if text.casefold() != old.casefold()][:top_k]
     p = np.exp(z_k[other].astype(np.float64) - z_k[other].max())
@@ -267,18 +269,18 @@ def _word(tokens: Any, old: str, z_k: np.ndarray, ids_k: np.ndarray, top_k: int,
 
 
 def _translated(
-    there: str, back: str, items: Sequence[Item], prefixes: Sequence[str], how: Sampling, copies: int, seed: int
+    forward: str, back: str, items: Sequence[Item], prefixes: Sequence[str], how: Sampling, copies: int, seed: int
 ) -> tuple[list[Item], str]:
     if copies > 1 and not how.temperature:
         raise ValueError("--copies: without --temperature all are the same; raise it, or ask for one copy")
-    first, second = open_model(there), open_model(back)
+    first, second = open_model(forward), open_model(back)
     made, same = [], 0
     seen = {_plain(item.text) for item in items}
     texts = [item.text for item in items]
     for copy in range(copies):
         s = dataclasses.replace(how, seed=seed + copy)
-        abroad = _written(first, texts, prefixes[0], s)
-        for item, new in zip(items, _written(second, abroad, prefixes[1], s), strict=True):
+        translated = _written(first, texts, prefixes[0], s)
+        for item, new in zip(items, _written(second, translated, prefixes[1], s), strict=True):
             if not _plain(new) or _plain(new) in seen:
                 same += 1
                 continue
@@ -304,9 +306,9 @@ def _written(p: Pretrained, texts: Sequence[str], prefix: str, how: Sampling) ->
         run = p.generator()
         weights = run.prepare(p.params)
         for members in (order[at : at + ROWS] for at in range(0, len(order), ROWS)):
-            found = stream.answers(
+            answers = stream.answers(
                 run, p.tokens, weights, [starts[i] for i in members], how, [sources[i] for i in members]
             )
-            for i, [answer] in zip(members, found, strict=True):
+            for i, [answer] in zip(members, answers, strict=True):
                 out[i] = answer.text
     return out

@@ -1,4 +1,4 @@
-"""`jaxlm import` and `jaxlm export`: a model from one format into another, and proof that it is still the same.
+"""A model is converted from one format into another, and shown to be still the same.
 
 An adapter is merged into the weights on the way, or written alone as PEFT has it."""
 
@@ -42,7 +42,7 @@ ROWS, LENGTH = 2, 32  # of the probe
 
 
 def import_model(place: str, target: str | Path) -> list[str]:
-    """Write a run directory that holds the model; returns a line on each thing written."""
+    """Writes a run directory that holds the model; returns a line on each thing written."""
     folder = _fresh(target)
     p = open_model(place)
     run = dataclasses.replace(published_run(p.source), name=folder.resolve().name, out=str(folder.parent))
@@ -50,8 +50,8 @@ def import_model(place: str, target: str | Path) -> list[str]:
     if p.source.advice != Generation():
         notes += hf_sidecars.write_generation(folder, p.source.advice, p.source.extra_files)
     with Checkpoints(folder / "checkpoints") as checkpoints, mesh.on_mesh(p.mesh):
-        held = dict(step=jnp.zeros((), jnp.int32), params=p.params)
-        checkpoints.save(0, held, {"step": 0, "imported": str(place)}, wait=True)
+        state = dict(step=jnp.zeros((), jnp.int32), params=p.params)
+        checkpoints.save(0, state, {"step": 0, "imported": str(place)}, wait=True)
     notes.append(f"checkpoints: {sum(w.size for w in jax.tree.leaves(p.params)):,} parameters as float32")
     config_io.dump(run, folder / "config.json")
     return notes
@@ -60,7 +60,7 @@ def import_model(place: str, target: str | Path) -> list[str]:
 def export(
     place: str, target: str | Path, *, format: str = "hf", dtype: str | None = None, step: int | None = None
 ) -> tuple[list[str], dict[str, Any]]:
-    """Write the model; returns a line on each thing written, and how far its logits are from before.
+    """Writes the model; returns a line on each thing written, and how far its logits are from before.
 
     What was written is read again and compared; if it is another model, it is removed and that is an error.
     """
@@ -85,16 +85,16 @@ def export(
         notes = write(p, path, dtype)
         read: Any = {"stablehlo": _stablehlo_logits, "peft": _peft_logits}.get(format)
         after = logits(open_model(path)) if read is None else read(p, path)
-        found = _compare(before, after)
-        if not found["relative_difference"] <= TOLERANCE[dtype]:
+        difference = _compare(before, after)
+        if not difference["relative_difference"] <= TOLERANCE[dtype]:
             raise ValueError(
-                f"{path}: what was written gives other logits (off by {found['relative_difference']:.2g} of their "
+                f"{path}: what was written gives other logits (off by {difference['relative_difference']:.2g} of their "
                 f"deviation, {TOLERANCE[dtype]:g} is allowed), so it was removed; please report this model"
             )
     except BaseException:
         _remove(path)
         raise
-    record = {"source": str(place), "format": format, "dtype": dtype or "as it was", **found}
+    record = {"source": str(place), "format": format, "dtype": dtype or "as it was", **difference}
     file = path / "export.json" if path.is_dir() else path.with_name(f"{path.name}.json")
     file.write_text(json.dumps(record, indent=1) + "\n")
     return [*notes, f"{file.name}: the comparison of logits before and after"], record
@@ -118,7 +118,7 @@ def _remove(path: Path) -> None:
 
 
 def _published(p: Pretrained) -> Pretrained:
-    """With the weights that published files have: of an objective's heads those that the family knows."""
+    """Returns the model with the weights that published files have: of an objective's heads those the family knows."""
     c: Any = p.model.config
     family = p.model.family
     heads = [f.name for f in dataclasses.fields(c) if getattr(c, f.name) is False and f.name in p.params]
@@ -131,14 +131,14 @@ def _published(p: Pretrained) -> Pretrained:
 
 
 def _merged(p: Pretrained) -> Pretrained:
-    """One model of plain weights."""
+    """Returns the model with its adapter merged into plain weights."""
     with mesh.on_mesh(p.mesh):
         weights = jax.jit(p.model.adapter.merged)(p.params)
     return dataclasses.replace(p, model=dataclasses.replace(p.model, adapter=None), params=weights)
 
 
 def probe(p: Pretrained) -> dict[str, np.ndarray]:
-    """Random tokens, the same for every format of a model."""
+    """Makes a batch of random tokens, the same for every format of a model."""
     c, rng = p.model.config, np.random.default_rng(0)
     T = min(LENGTH, c.positions or LENGTH)
     tokens, positions = rng.integers(0, c.vocab, (ROWS, T)).astype(np.int32), np.arange(T, dtype=np.int32)
@@ -150,7 +150,8 @@ def probe(p: Pretrained) -> dict[str, np.ndarray]:
 
 
 def logits(p: Pretrained, vectors: bool = False) -> np.ndarray:
-    """`[rows, T, V]` of the probe, in float32; or `[rows, T, D]`: the `vectors` before the head, as where none is."""
+    """Computes the probe's logits `[rows, T, V]` in float32; or with `vectors`, and for a model without a head, what
+    comes before the head, `[rows, T, D]`."""
     execution = dataclasses.replace(p.model.shard.execution, dtype="float32", attention="xla")
     model = dataclasses.replace(p.model, shard=dataclasses.replace(p.model.shard, execution=execution))
 
@@ -181,9 +182,9 @@ def _compare(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
 def _to_hf(p: Pretrained, folder: Path, dtype: str | None) -> list[str]:
     s = p.source
     kinds: Any = dtype or (huggingface.dtypes(s.path) if s.format == "hf" else "float32")
-    more = dict(dtype=kinds, generation=s.advice if s.advice != Generation() else None)
+    arguments = dict(dtype=kinds, generation=s.advice if s.advice != Generation() else None)
     if s.format == "hf":
-        more["generation"] = None  # its file comes along as it is
+        arguments["generation"] = None  # its file comes along as it is
     with tempfile.TemporaryDirectory() as made:
         extra = s.extra_files
         if s.format == "gguf":
@@ -192,7 +193,7 @@ def _to_hf(p: Pretrained, folder: Path, dtype: str | None) -> list[str]:
         origin = f"Made from {s.path.name}." if s.format != "run" else ""
         return huggingface.save(
             folder, p.model.family, p.model.config, p.model.specs, p.params, extra_files_from=extra, origin=origin,
-            **more,
+            **arguments,
         )  # fmt: skip
 
 
@@ -206,12 +207,12 @@ def _to_gguf(p: Pretrained, path: Path, dtype: str) -> list[str]:
 
 
 def _vocabulary(s: Source) -> Any:
-    """The tokenizer as GGUF can hold it: SentencePiece's own model where a tokenizer.json was made from one."""
+    """Returns the tokenizer as GGUF can hold it: SentencePiece's own model where a tokenizer.json was made from one."""
     for name in ("tokenizer.model", "spiece.model") if s.format == "hf" else ():
         if (s.path / name).is_file():
-            own = tokenizers.load(s.path / name)
-            if own.vocab_size == s.tokens.vocab_size:
-                return own
+            sentencepiece = tokenizers.load(s.path / name)
+            if sentencepiece.vocab_size == s.tokens.vocab_size:
+                return sentencepiece
     return s.tokens
 
 
@@ -234,18 +235,18 @@ def _to_peft(p: Pretrained, folder: Path, dtype: str) -> list[str]:
 
 
 def _peft_logits(p: Pretrained, folder: Path) -> np.ndarray:
-    """By what was written, on the weights that lie here."""
+    """Computes the logits with the adapter that was written, on the weights in memory."""
     files = open_files(folder)
     c = describe(files, p.model.family, p.model.config)
     adapter = adapted.Adapted(dataclasses.replace(c, base=p.model.adapter.c.base), p.model.family, p.model.config)
     with mesh.on_mesh(p.mesh):
-        own = load(files, adapter, p.model.shard.shardings(adapter.specs()["adapter"], p.mesh))
-    weights = p.params | {"adapter": own}
+        loaded = load(files, adapter, p.model.shard.shardings(adapter.specs()["adapter"], p.mesh))
+    weights = p.params | {"adapter": loaded}
     return logits(dataclasses.replace(p, model=dataclasses.replace(p.model, adapter=adapter), params=weights))
 
 
 def _stablehlo_logits(p: Pretrained, folder: Path) -> np.ndarray:
-    """By the folder's own `run.py`, as its users run it."""
+    """Computes the logits by the folder's own `run.py`, as its users run it."""
     spec = importlib.util.spec_from_file_location("jaxlm_exported", folder / "run.py")
     assert spec is not None and spec.loader is not None
     program = importlib.util.module_from_spec(spec)

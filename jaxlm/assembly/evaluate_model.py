@@ -1,4 +1,4 @@
-"""Use of a model, whatever its format: evaluate, generate, chat, embed. See `pretrained` for what may be opened."""
+"""A model is evaluated, whatever its format: on validation data, public tasks, programs it writes, or texts."""
 
 import dataclasses
 import importlib.util
@@ -20,48 +20,48 @@ from jaxlm.inference.sampling import Sampling
 from jaxlm.runtime import mesh
 
 
-class Found(NamedTuple):
-    """What an evaluation found."""
+class Evaluation(NamedTuple):
+    """The result of an evaluation."""
 
     figures: dict[str, float]
     report: str
-    """Of predictions, where the objective makes them."""
+    """The report on predictions, where the objective makes them."""
     samples: dict[str, Sample]
-    """What the figures may be resampled from."""
+    """The samples that the figures may be resampled from."""
     data: tuple[str, ...]
     """Validation sources; empty: held out of the run's training data."""
     examples: list[dict[str, Any]]
-    """What is true and what was found of each, where the objective makes predictions."""
+    """The true and the predicted answer of each example, where the objective makes predictions."""
 
 
-def evaluate(place: str, *, data: Sequence[str] | None = None, step: int | None = None, batches: int = 0) -> Found:
-    """On the validation data of the run, or on `data`; `batches` of each source if not 0."""
+def evaluate(place: str, *, data: Sequence[str] | None = None, step: int | None = None, batches: int = 0) -> Evaluation:
+    """Evaluates on the validation data of the run, or on `data`; on `batches` of each source if not 0."""
     opened = open_model(place, step)
     p = program(opened, data)
     corpus = corpora.corpus(p.run.data, p.objective)
     keys: list[int] = []
     with mesh.on_mesh(p.mesh):
         eval_step = perplexity.make_eval_step(p.loss, p.objective.totals, p.tokens.bytes_per_token)
-        given = keyed(corpora.validation_batches(p, corpus, batches), keys)
-        parts = perplexity.parts(eval_step, opened.params, given)
+        inputs = keyed(corpora.validation_batches(p, corpus, batches), keys)
+        parts = perplexity.parts(eval_step, opened.params, inputs)
         samples = {"losses": of_losses(parts, keys)}
-        found = Found(perplexity.total(parts), "", samples, tuple(p.run.data.valid), [])
+        result = Evaluation(perplexity.total(parts), "", samples, tuple(p.run.data.valid), [])
         if not p.objective.predicts:
-            return found
+            return result
         records = [record for part in corpus.valid for record in part]
         predictions = corpora.predictions(p, opened.params, records)
     true, predicted = p.objective.answers(records, predictions)
     judged = task_scores.judge(p.objective.prediction.scores, p.run.objective, records, true, predicted)
     samples["answers"] = judged.sample
-    return found._replace(figures=found.figures | judged.figures, report=judged.report, examples=judged.examples)
+    return result._replace(figures=result.figures | judged.figures, report=judged.report, examples=judged.examples)
 
 
 def evaluate_tasks(
     place: str, tasks: Sequence[str], out: Path, *, step: int | None = None, shots: int | None = None,
     limit: int | None = None, folder: Path | None = None, chats: bool = False, rows: int = 16,
 ) -> tuple[dict[str, Any], str, dict[str, Sample]]:  # fmt: skip
-    """Tasks of the lm-evaluation-harness: (results, a table, what each task's figures may be resampled from). `out`
-    gets both, and every example with its answer."""
+    """Evaluates tasks of the lm-evaluation-harness; returns results, a table, and what each task's figures may be
+    resampled from. `out` gets both, and every example with its answer."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("--tasks needs the lm-evaluation-harness: pip install 'jaxlm[eval]'")
     p = open_model(place, step)
@@ -75,20 +75,20 @@ def evaluate_tasks(
             template=s.templates.get("default") if chats else None,
         )  # fmt: skip
         print(f"begin of text: {lm.bos_policy}")
-        found = harness.evaluate(lm, tasks, shots=shots, limit=limit, folder=folder, chats=chats)
+        results = harness.evaluate(lm, tasks, shots=shots, limit=limit, folder=folder, chats=chats)
     if lm.scorer.truncated:
         print(
             f"{lm.scorer.truncated} contexts lost their beginning: the model has {lm.longest} places", file=sys.stderr
         )
-    samples = found.pop("samples")
+    samples = results.pop("samples")
     out.mkdir(parents=True, exist_ok=True)
-    kept = {name: found[name] for name in ("results", "versions", "n-shot", "n-samples", "higher_is_better")}
+    kept = {name: results[name] for name in ("results", "versions", "n-shot", "n-samples", "higher_is_better")}
     about = {"model": str(place), "begin_of_text": lm.bos_policy, "truncated": lm.scorer.truncated}
     (out / "results.json").write_text(json.dumps(about | kept, indent=1, default=str) + "\n")
     for task, examples in samples.items():
         lines = [json.dumps(e, default=str) for e in examples]
         (out / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
-    shown = harness.table(found)
+    shown = harness.table(results)
     (out / "results.md").write_text(shown + "\n")
     return about | kept, shown, of_tasks(samples)
 
@@ -97,8 +97,9 @@ def evaluate_code(
     place: str, source: str, out: Path, how: Sampling, ks: Sequence[int], *, step: int | None = None,
     weak: bool = False, seconds: float = 5.0, memory: int = 1 << 30, rows: int = 16,
 ) -> tuple[dict[str, Any], Sample]:  # fmt: skip
-    """pass@k of problems in HumanEval's format, `how.samples` answers each: (results, what they may be resampled from).
-    Runs what the model writes, see `eval/sandbox`. `out`: gets every answer and what became of it."""
+    """Computes pass@k of problems in HumanEval's format with `how.samples` answers each; returns results, and what they
+    may be resampled from. Runs what the model writes, see `evaluation/sandbox`. `out` gets every answer and its result.
+    """
     problems = pass_at_k.read(source)
     for k in ks:
         pass_at_k.pass_at_k(how.samples, 0, k)
@@ -119,8 +120,8 @@ def evaluate_code(
             for made in range(0, how.samples, rows):
                 these = dataclasses.replace(how, samples=min(rows, how.samples - made), seed=how.seed + made)
                 read = None if sources is None else [sources[i] for i in members]
-                found = stream.answers(run, p.tokens, weights, [ids[i] for i in members], these, read)
-                for i, several in zip(members, found, strict=True):
+                answers = stream.answers(run, p.tokens, weights, [ids[i] for i in members], these, read)
+                for i, several in zip(members, answers, strict=True):
                     texts[i] += [answer.text for answer in several]
     judged = pass_at_k.judge(problems, texts, box, os.cpu_count() or 1)
     sample = pass_at_k.sample(problems, judged, ks)
@@ -136,8 +137,8 @@ def evaluate_texts(
     place: str, metric: str, out: Path, how: Sampling, *, data: Sequence[str] | None = None, step: int | None = None,
     limit: int | None = None, rows: int = 32,
 ) -> tuple[dict[str, Any], str, Sample]:  # fmt: skip
-    """What the model writes beside the true texts of `data`, or of the run's validation data: (results, how they were
-    counted, what they may be resampled from). `out` gets every text."""
+    """Compares what the model writes with the true texts of `data`, or of the run's validation data; returns results,
+    how they were counted, and what they may be resampled from. `out` gets every text."""
     if metric not in text_metrics.METRICS:
         raise ValueError(f"--metric: unknown {metric!r}{nearest(metric, text_metrics.METRICS)}")
     opened = open_model(place, step)
@@ -156,9 +157,9 @@ def evaluate_texts(
             print(note)
         n = len(several) if limit is None else limit
         prompts, read, true = prompts + ids[:n], read + (sources or [])[:n], true + several[:n]
-    found = _written(opened, prompts, read or None, how, rows)
-    scored = text_metrics.METRICS[metric](true, found)
-    write_lines(out / "texts.jsonl", [dict(true=a, found=b) for a, b in zip(true, found, strict=True)])
+    written = _written(opened, prompts, read or None, how, rows)
+    scored = text_metrics.METRICS[metric](true, written)
+    write_lines(out / "texts.jsonl", [dict(true=a, found=b) for a, b in zip(true, written, strict=True)])
     about = dict(model=place, texts=len(true), tokens=how.tokens, beams=how.beams, counted=scored.about)
     return about | dict(figures=scored.figures), scored.about, scored.sample._replace(keys=true)
 
@@ -166,7 +167,7 @@ def evaluate_texts(
 def _written(
     p: Pretrained, prompts: list[list[int]], read: list[list[int]] | None, how: Sampling, rows: int
 ) -> list[str]:
-    """The new text of each prompt; prompts of like length go together."""
+    """Returns the new text of each prompt; prompts of like length go together."""
     out = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len((read or prompts)[i]))
     with mesh.on_mesh(p.mesh):
@@ -175,15 +176,15 @@ def _written(
         for at in range(0, len(order), rows):
             members = order[at : at + rows]
             filled = members + members[-1:] * (rows - len(members) if at else 0)  # so that nothing compiles anew
-            given = None if read is None else [read[i] for i in filled]
-            answers = stream.answers(run, p.tokens, weights, [prompts[i] for i in filled], how, given)
+            inputs = None if read is None else [read[i] for i in filled]
+            answers = stream.answers(run, p.tokens, weights, [prompts[i] for i in filled], how, inputs)
             for i, [answer] in zip(members, answers, strict=False):
                 out[i] = answer.text
     return out
 
 
 def write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """As JSON lines."""
+    """Writes rows as JSON lines."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
 
@@ -192,8 +193,8 @@ def against(
     samples: dict[str, Sample], others: dict[str, Sample] | None, out: Path | None, resamples: int, seed: int,
     about: dict[str, Any],
 ) -> tuple[dict[str, Any], str]:  # fmt: skip
-    """(intervals of the figures and, beside the same of another model, differences; a table). `out`: a folder whose
-    results.json gets them with what they are `about`."""
+    """Returns intervals of the figures with their differences from another model's, and a table. `out` is a folder
+    whose results.json gets them with what they are `about`."""
     record: dict[str, Any] = {"resamples": resamples, "seed": seed, "sizes": {}, "intervals": {}}
     shown = []
     for name, sample in samples.items():
@@ -204,9 +205,11 @@ def against(
                 raise ValueError(
                     f"--against: the other model has no {name} to compare; it was trained for another task"
                 )
-            record.setdefault("differences", {})[name] = found = bootstrap.paired(sample, others[name], resamples, seed)
+            record.setdefault("differences", {})[name] = differences = bootstrap.paired(
+                sample, others[name], resamples, seed
+            )
             note = f"{name}: the same {record['sizes'][name]}, {resamples:,} paired resamples, seed {seed}"
-            shown.append(bootstrap.table(found, note))
+            shown.append(bootstrap.table(differences, note))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").write_text(json.dumps(about | record, indent=1, default=str) + "\n")

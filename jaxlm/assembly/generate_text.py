@@ -1,4 +1,4 @@
-"""Generating, chatting and embedding with a model that is named by its place."""
+"""A model that is named by its place generates, chats and embeds."""
 
 import dataclasses
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.assembly import model_source
-from jaxlm.assembly.open_model import mixed, open_model
+from jaxlm.assembly.open_model import open_model, with_row_adapters
 from jaxlm.inference import stream
 from jaxlm.inference.chat import Chat, converse
 from jaxlm.inference.embed import Recipe, embed_texts, read_recipe
@@ -19,7 +19,7 @@ from jaxlm.runtime import mesh
 
 
 def embed(place: str, texts: Sequence[str], pooling: str | None = None, step: int | None = None) -> np.ndarray:
-    """`[N, D]`: a vector of each text, by what the model's files say of pooling (mean and length one where nothing)."""
+    """Returns a vector of each text, `[N, D]`, pooled as the model's files say (mean and length one by default)."""
     p = open_model(place, step)
     recipe = read_recipe(p.source.path) or Recipe()
     if pooling:
@@ -29,18 +29,18 @@ def embed(place: str, texts: Sequence[str], pooling: str | None = None, step: in
 
 
 def settings(place: str) -> Sampling:
-    """What the model's own files advise; the default where they say nothing."""
-    g, s = model_source.look(place).advice, Sampling()
-    given: dict[str, Any] = dict(
+    """Returns the sampling that the model's own files advise, with defaults where they say nothing."""
+    g, s = model_source.describe(place).advice, Sampling()
+    advised: dict[str, Any] = dict(
         top_p=g.top_p, min_p=g.min_p, repetition_penalty=g.repetition_penalty, tokens=g.new_tokens
     )
-    given |= dict(beams=g.beams, length_penalty=g.length_penalty)
+    advised |= dict(beams=g.beams, length_penalty=g.length_penalty)
     if g.sample:
-        given |= dict(temperature=1.0 if g.temperature is None else g.temperature, top_k=g.top_k, beams=None)
+        advised |= dict(temperature=1.0 if g.temperature is None else g.temperature, top_k=g.top_k, beams=None)
     left_out = [*g.others, *(["no_repeat_ngram_size"] if g.no_repeat_ngram else [])]
     if left_out:
         print(f"generation_config.json: without counterpart here, left out: {', '.join(left_out)}", file=sys.stderr)
-    return dataclasses.replace(s, **{name: value for name, value in given.items() if value is not None})
+    return dataclasses.replace(s, **{name: value for name, value in advised.items() if value is not None})
 
 
 def generate(
@@ -53,13 +53,16 @@ def generate(
     proposals: int = 4,
     adapters: Sequence[str] = (),
 ) -> list[list[stream.Answer]]:
-    """The new texts of each prompt. `draft`: a smaller model of the same tokenizer that proposes tokens, or `lookup`:
-    what followed the last two tokens before. `adapters`: of each prompt, in one batch."""
+    """Returns the new texts of each prompt.
+
+    `draft` is a smaller model of the same tokenizer that proposes tokens, or `lookup`, which proposes what followed the
+    last two tokens before. `adapters` are those of each prompt, in one batch.
+    """
     p = open_model(place, step)
     if adapters:
         if len(adapters) != len(prompts) or draft is not None:
             raise ValueError("--adapter: give one for each --prompt, in their order and without --draft; - is none")
-        p = mixed(p, adapters)
+        p = with_row_adapters(p, adapters)
     ids, source = p.prompts(prompts)
     with mesh.on_mesh(p.mesh):
         run = p.generator()
@@ -72,8 +75,8 @@ def generate(
         if proposer is not None and proposer.tokens.fingerprint != p.tokens.fingerprint:
             raise ValueError(f"--draft {draft}: its tokenizer is another one; use a draft with the same tokenizer")
         fast = Speculative(run, None if proposer is None else proposer.generator(), proposals)
-        found = fast(weights, None if proposer is None else proposer.params, ids, sampling).completions
-        return [[stream.Answer(p.tokens.decode(c.tokens), c) for c in several] for several in found]
+        completions = fast(weights, None if proposer is None else proposer.params, ids, sampling).completions
+        return [[stream.Answer(p.tokens.decode(c.tokens), c) for c in several] for several in completions]
 
 
 def chat(
@@ -87,11 +90,11 @@ def chat(
     step: int | None = None,
     prompt: str = "",
 ) -> None:
-    """Answer lines by the model's chat template until there are none; `say` shows text as it comes."""
-    found = {"default": template.read_text("utf-8")} if template else model_source.look(place).templates
-    if not found:
+    """Answers lines by the model's chat template until there are none; `say` shows text as it comes."""
+    templates = {"default": template.read_text("utf-8")} if template else model_source.describe(place).templates
+    if not templates:
         raise ValueError(f"{place}: the model has no chat template; give one with --template FILE.jinja")
-    text = found.get("default", next(iter(found.values())))
+    text = templates.get("default", next(iter(templates.values())))
     p = open_model(place, step)
     with mesh.on_mesh(p.mesh):
         run = p.generator()

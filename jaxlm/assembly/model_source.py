@@ -1,8 +1,9 @@
-"""What is known of a model before its weights are read: architecture, tokenizer, settings and adapter."""
+"""A model is described by its files before its weights are read: architecture, tokenizer, settings and adapter."""
 
 import dataclasses
 import shutil
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from jaxlm.core import config
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.formats import gguf, hf_sidecars, huggingface
 from jaxlm.formats.hf_sidecars import Generation
-from jaxlm.formats.peft import Files, describe, is_adapter, open_files
+from jaxlm.formats.peft import Files, is_adapter, open_files
+from jaxlm.formats.peft import describe as describe_adapter
 from jaxlm.models import MODELS
 from jaxlm.nn.family import Family
 from jaxlm.weights.adapters.adapted import Adapted
@@ -19,28 +21,28 @@ from jaxlm.weights.adapters.adapted import Adapted
 HUB = "hf:"
 
 
-# What is brought from the hub: never a pickle, never code.
-WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+# Files that are downloaded from the hub: never a pickle, never code.
+DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of a model before its weights are read."""
+    """A described model: all that is known before its weights are read."""
 
     path: Path
     format: str
-    """run, hf or gguf."""
+    """One of run, hf and gguf."""
     family: Family
     config: Any
     tokens: Any
     """None: the files hold no tokenizer."""
     advice: Generation
     templates: dict[str, str]
-    """Chat templates by name."""
+    """The chat templates by name."""
     around: tuple[list[int], list[int]]
-    """Ids that stand before and after a text."""
+    """The ids that stand before and after a text."""
     run: config.Run | None = None
-    """Of a run directory."""
+    """The run, if the model is a run directory."""
     files: gguf.Files | None = None
     adapter: config.Adapter = field(default_factory=config.Adapter)
     adapter_files: Files | None = None
@@ -48,10 +50,11 @@ class Source:
 
     @property
     def adapted(self) -> Adapted:
+        """The model's weights as its adapter changes them."""
         return Adapted(self.adapter, self.family, self.config)
 
     def save_text(self, folder: Path) -> list[str]:
-        """What of its files says how text is read, in a folder of its own; their names."""
+        """Writes the files that say how text is read into a folder; returns their names."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.format == "hf":
             names = [name for name in hf_sidecars.TOKENIZER_FILES if (self.path / name).is_file()]
@@ -65,17 +68,29 @@ class Source:
 
     @property
     def extra_files(self) -> Path | None:
-        """Where tokenizer and settings lie that an export carries along."""
+        """The folder of the tokenizer and settings files that an export copies; None: there is none."""
         if self.format == "run":
             return self.path / "tokenizer"
         return self.path if self.format == "hf" else None
 
 
-def look(place: str | Path) -> Source:
-    """What kind of model is there, and what its files say."""
+@dataclass(frozen=True)
+class StartModel:
+    """The model that a run starts from. Its files are read when `source` is first asked for, and only once."""
+
+    place: str
+
+    @cached_property
+    def source(self) -> Source:
+        """The described model."""
+        return describe(self.place)
+
+
+def describe(place: str | Path) -> Source:
+    """Returns what a model's files say of it. ValueError: the place holds no model."""
     base, plus, adapter = str(place).rpartition("+")
     if plus and is_adapter(Path(adapter).expanduser()) and not Path(place).exists():
-        return with_adapter(look(base), Path(adapter).expanduser())
+        return with_adapter(describe(base), Path(adapter).expanduser())
     place = fetch(str(place)) if str(place).startswith(HUB) else Path(place).expanduser()
     if place.suffix == ".gguf":
         return _gguf(place)
@@ -85,19 +100,19 @@ def look(place: str | Path) -> Source:
             f"{place}: no such model; give a run directory, a Hugging Face directory or a .gguf file{hint}"
         )
     if not (place / "config.json").is_file() and is_adapter(place):
-        return with_adapter(look(_base_of(place)), place)
+        return with_adapter(describe(_base_of(place)), place)
     if not (place / "config.json").is_file():
         raise ValueError(f"{place}: has no config.json, so it is neither a run directory nor a Hugging Face directory")
     return _run(place) if "objective" in huggingface.read_config(place) else _hf(place)
 
 
 def fetch(name: str) -> Path:
-    """A model of the hub, brought into the hub's own cache: `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION`."""
+    """Downloads the model `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION` into the hub's cache; returns its folder."""
     from huggingface_hub import errors, snapshot_download
 
     repository, _, revision = name.removeprefix(HUB).partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(WANTED)))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(DOWNLOADED)))
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         why = " ".join(str(error).split())
         raise ValueError(f"{name}: can't be brought from the hub ({why}); give a directory instead") from error
@@ -116,7 +131,7 @@ def _run(folder: Path) -> Source:
 
 
 def _base_of(folder: Path) -> str:
-    """The model that an adapter's directory names: a place here, or one on the hub."""
+    """Returns the model that an adapter's directory names: a place here, or one on the hub."""
     base = open_files(folder).base
     if not base or (not Path(base).expanduser().exists() and base.count("/") != 1):
         raise ValueError(f"{folder}: names {base or 'no base model'}, which is not here; give it as MODEL+{folder}")
@@ -124,18 +139,19 @@ def _base_of(folder: Path) -> str:
 
 
 def with_adapter(base: Source, folder: Path) -> Source:
+    """Returns the model with the adapter of a PEFT directory. ValueError: it has an adapter already."""
     if base.adapter != config.Adapter():
         raise ValueError(f"{base.path}: has an adapter already; merge it first: jaxlm export {base.path} MERGED")
     files = open_files(folder)
-    own = describe(files, base.family, base.config)
-    run = base.run and dataclasses.replace(base.run, adapter=own)
-    return dataclasses.replace(base, run=run, adapter=own, adapter_files=files)
+    adapter = describe_adapter(files, base.family, base.config)
+    run = base.run and dataclasses.replace(base.run, adapter=adapter)
+    return dataclasses.replace(base, run=run, adapter=adapter, adapter_files=files)
 
 
 def _hf(folder: Path) -> Source:
     family, c = huggingface.describe(folder, MODELS)
-    held = ("tokenizer.json", "tokenizer.model", "spiece.model")
-    tokens = tokenizers.load(folder) if any((folder / name).is_file() for name in held) else None
+    names = ("tokenizer.json", "tokenizer.model", "spiece.model")
+    tokens = tokenizers.load(folder) if any((folder / name).is_file() for name in names) else None
     around: tuple[list[int], list[int]] = tokens.around if tokens is not None else ([], [])
     advice, templates = hf_sidecars.read_generation(folder), hf_sidecars.chat_templates(folder)
     return Source(folder, "hf", family, c, tokens, advice, templates, around)

@@ -1,5 +1,6 @@
-"""A MODEL by its place: a run directory, a Hugging Face directory (or `hf:OWNER/NAME` on the hub), or a GGUF file; and
-any of them with an adapter of Hugging Face PEFT: `MODEL+DIRECTORY`, or its directory alone, which names the model."""
+"""A model is opened by its place: a run directory, a Hugging Face directory (or `hf:OWNER/NAME` on the hub), or a GGUF
+file; and any of them with an adapter of Hugging Face PEFT: `MODEL+DIRECTORY`, or its directory alone, which names the
+model."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import jax
 
 from jaxlm.assembly import program as programs
 from jaxlm.assembly import run_directory
-from jaxlm.assembly.model_source import Source, look, with_adapter
+from jaxlm.assembly.model_source import Source, StartModel, describe, with_adapter
 from jaxlm.assembly.run_objective import BoundObjective, bind_run
 from jaxlm.core import config, spec, tree
 from jaxlm.formats import gguf, hf_sidecars, huggingface
@@ -26,7 +27,7 @@ from jaxlm.runtime.mesh import make_mesh, on_mesh
 from jaxlm.weights import quantized
 from jaxlm.weights.adapters import per_row
 
-# What a published model of each kind is evaluated by.
+# The objective that a published model of each kind is evaluated by.
 OBJECTIVE = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "seq2seq"}
 
 
@@ -41,36 +42,38 @@ class Pretrained:
 
     @property
     def tokens(self) -> Any:
+        """The tokenizer. ValueError: the files hold none."""
         if self.source.tokens is None:
             raise ValueError(f"{self.source.path}: has no tokenizer; put its tokenizer.json beside the weights")
         return self.source.tokens
 
     @property
     def eos(self) -> list[int]:
-        """Tokens that end an answer."""
-        own = self.tokens.eos_id
-        return sorted({*self.source.advice.eos, *(() if own is None else (own,))})
+        """The tokens that end an answer."""
+        eos = self.tokens.eos_id
+        return sorted({*self.source.advice.eos, *(() if eos is None else (eos,))})
 
     @property
     def around(self) -> tuple[list[int], list[int]]:
-        """Ids that stand before and after a text: of a run those it was trained with."""
+        """The ids that stand before and after a text: a run's are those it was trained with."""
         s = self.source
         return ([self.tokens.bos_id], []) if s.run is not None and s.run.data.train else s.around
 
     @cached_property
     def objective(self) -> BoundObjective | None:
-        """What a run trained the model for; None: the model was published elsewhere."""
+        """The objective that a run trained the model for; None: the model was published elsewhere."""
         run = self.source.run
         return None if run is None else bind_run(run, self.tokens, self.source.templates.get("default"))
 
     def generator(self) -> Generator:
+        """Returns what generates with this model."""
         if self.objective is None:
             return Generator(self.model, self.eos, self.tokens.vocab_size)
         both_ways = self.objective.prompts_read_both_ways
         return Generator(self.model, self.eos, self.objective.vocab_size, both_ways)
 
     def prompts(self, texts: Sequence[str]) -> tuple[list[list[int]], list[list[int]] | None]:
-        """What the model reads before it goes on from each text: prompts, and an encoder's sources or None."""
+        """Returns what the model reads before it goes on from each text: prompts, and an encoder's sources or None."""
         s, tokens = self.source, self.tokens
         if (
             s.run is not None and self.objective is not None and s.run.data.train
@@ -83,44 +86,49 @@ class Pretrained:
                 raise ValueError(f"{s.path}: has no decoder_start_token_id; put one into generation_config.json")
             after = after or [tokens.eos_id]
             return [[start] for _ in texts], [[*before, *tokens.encode(text), *after] for text in texts]
-        found = [[*before, *tokens.encode(text)] for text in texts]
-        return [ids or [tokens.bos_id] for ids in found], None
+        prompts = [[*before, *tokens.encode(text)] for text in texts]
+        return [ids or [tokens.bos_id] for ids in prompts], None
 
 
-def starting(run: config.Run, place: str) -> config.Run:
-    """The run with the architecture and tokenizer of the model that it starts from, and with its adapter."""
-    source = look(place)
+def starting(run: config.Run, start: StartModel) -> config.Run:
+    """Returns the run with the architecture, the tokenizer and the adapter of the model that it starts from."""
+    source = start.source
     if source.tokens is None:
-        raise ValueError(f"start: {place} has no tokenizer; put its tokenizer.json beside the weights")
-    own = source.adapter if run.adapter == config.Adapter() else run.adapter
-    return dataclasses.replace(run, model=source.config, adapter=own, start=str(place))
+        raise ValueError(f"start: {start.place} has no tokenizer; put its tokenizer.json beside the weights")
+    adapter = source.adapter if run.adapter == config.Adapter() else run.adapter
+    return dataclasses.replace(run, model=source.config, adapter=adapter, start=start.place)
 
 
-def load_tokenizer(run: config.Run) -> Any:
-    """The run's own copy, else that of the model it starts from, else what `data.tokenizer` says."""
+def load_tokenizer(run: config.Run, start: StartModel) -> Any:
+    """Returns the tokenizer of the run directory, else of the model it starts from, else what `data.tokenizer` names.
+
+    `start` is read only where it is needed: a run that is continued has its own copy.
+    """
     if run.start and not (run.folder / "tokenizer").is_dir():
-        return look(run.start).tokens
+        return start.source.tokens
     return run_directory.load_tokenizer(run)
 
 
-def template_of(run: config.Run) -> str | None:
-    """The chat template of the run's own model, or of the one it starts from."""
-    own = run.folder / "tokenizer"
-    found = hf_sidecars.chat_templates(own) if own.is_dir() else look(run.start).templates if run.start else {}
-    return found.get("default")
+def template_of(run: config.Run, start: StartModel) -> str | None:
+    """Returns the chat template of the run directory, else of the model it starts from; None: there is none."""
+    folder = run.folder / "tokenizer"
+    if folder.is_dir():
+        return hf_sidecars.chat_templates(folder).get("default")
+    return start.source.templates.get("default") if run.start else None
 
 
-def bound_objective(run: config.Run) -> BoundObjective:
+def bound_objective(run: config.Run, start: StartModel) -> BoundObjective:
     """Returns the run's objective, bound to the run's tokenizer and chat template."""
-    return bind_run(run, load_tokenizer(run), template_of(run))
+    return bind_run(run, load_tokenizer(run, start), template_of(run, start))
 
 
-def first_params(p: programs.Program) -> Any:
-    """Weights of a run that starts from a model, as far as that model has them: it lacks a head, or an adapter."""
-    source = look(p.run.start)
-    held = specs_of(source)
+def first_params(p: programs.Program, start: StartModel) -> Any:
+    """Returns the weights of a run that starts from a model, as far as that model has them: it may lack a head or an
+    adapter. ValueError: the model does not fit the run."""
+    source = start.source
+    stored = specs_of(source)
     differing = [path for path, s in tree.flatten(p.specs, spec.is_spec).items()
-                 if (other := tree.flatten(held, spec.is_spec).get(path)) and other.shape != s.shape]  # fmt: skip
+                 if (other := tree.flatten(stored, spec.is_spec).get(path)) and other.shape != s.shape]  # fmt: skip
     if source.family is not p.model.family or differing:
         where = f": {differing[0]} has another shape" if differing else ""
         raise ValueError(f"start: {source.path} does not fit this run's model{where}; leave the model to --start")
@@ -134,14 +142,14 @@ def first_params(p: programs.Program) -> Any:
             f"start: {p.run.start} has an adapter of other settings than this run's; leave adapter.* out, or merge it "
             f"first: jaxlm export {p.run.start} MERGED --format hf"
         )
-    found = read(
-        source, held, p.layout.shardings(held, p.mesh), each=_quantizer(p) if theirs.base != ours.base else None
+    weights = read(
+        source, stored, p.layout.shardings(stored, p.mesh), each=_quantizer(p) if theirs.base != ours.base else None
     )
-    return {name: value for name, value in found.items() if name in p.specs}
+    return {name: value for name, value in weights.items() if name in p.specs}
 
 
 def _quantizer(p: programs.Program) -> Callable[[str, jax.Array], Any] | None:
-    """Weights take their few bits one by one, so that they never all lie there in float32."""
+    """Returns what quantizes a weight that has just been read: one by one, so that they are never all in float32."""
     base, matrices = p.run.adapter.base, p.adapter.matrices
     if p.adapter.method.needs_whole_base:
         return None
@@ -158,7 +166,7 @@ def _quantizer(p: programs.Program) -> Callable[[str, jax.Array], Any] | None:
 
 
 def specs_of(source: Source) -> Any:
-    """Of the weights that its files hold."""
+    """Returns the specs of the weights that a model's files hold."""
     specs = source.adapted.specs()
     if source.run is not None:
         objective = OBJECTIVES.of(source.run.objective)
@@ -167,12 +175,12 @@ def specs_of(source: Source) -> Any:
 
 
 def open_model(place: str | Path, step: int | None = None) -> Pretrained:
-    """The model with its weights on this machine's devices, each with all of them and its share of a batch.
+    """Opens a model with its weights on this machine's devices, each with all of them and its share of a batch.
 
-    Of a run: its averaged weights where it keeps an average, of the checkpoint `step`, or else the one that its
-    configuration says to use.
+    A run gives its averaged weights where it keeps an average, from the checkpoint `step`, or else from the one that
+    its configuration says to use.
     """
-    source = look(place)
+    source = describe(place)
     mesh = make_mesh(config.Mesh())
     execution = source.run.execution if source.run else published_execution()
     layout = Layout.of(config.Mesh(), execution)
@@ -187,8 +195,8 @@ def open_model(place: str | Path, step: int | None = None) -> Pretrained:
     return Pretrained(source, model, weights, mesh)
 
 
-def mixed(p: Pretrained, adapters: Sequence[str]) -> Pretrained:
-    """The model with an adapter for each row of a batch in turn: directories of PEFT's, or `-` for none."""
+def with_row_adapters(p: Pretrained, adapters: Sequence[str]) -> Pretrained:
+    """Returns the model with an adapter for each row of a batch: directories of PEFT's, or `-` for none."""
     if p.source.adapter != config.Adapter():
         raise ValueError(f"--adapter: {p.source.path} has an adapter of its own; merge it first with jaxlm export")
     folders = list(dict.fromkeys(name for name in adapters if name != "-"))
@@ -212,12 +220,12 @@ def read(
     source: Source, specs: Any, homes: Any, step: int | None = None,
     each: Callable[[str, jax.Array], Any] | None = None,
 ) -> Any:  # fmt: skip
-    """The weights, each device's share straight onto it. `each`: what becomes of one of a published file."""
+    """Reads the weights, each device's share straight onto it. `each` changes a weight of a published file."""
     if source.adapter_files is not None:
-        own = load(source.adapter_files, source.adapted, homes["adapter"])
+        loaded = load(source.adapter_files, source.adapted, homes["adapter"])
         bare = dataclasses.replace(source, adapter=config.Adapter(), adapter_files=None)
-        specs, homes = ({name: x for name, x in held.items() if name != "adapter"} for held in (specs, homes))
-        return read(bare, specs, homes, step, each) | {"adapter": own}
+        specs, homes = ({name: x for name, x in parts.items() if name != "adapter"} for parts in (specs, homes))
+        return read(bare, specs, homes, step, each) | {"adapter": loaded}
     if source.run is None:
         if source.files is not None:
             return gguf.load(source.files, source.family, source.config, specs, homes, each=each)
@@ -239,19 +247,20 @@ def read(
             trainable = programs.optimizer(run, specs, adapted).trainable
             averaged, wanted = tree.partition(wanted, trainable)
             averaged = checkpoints.restore_params(averaged, step, item="ema")
-        found = checkpoints.restore_params(wanted, step) if jax.tree.leaves(wanted) else wanted
+        weights = checkpoints.restore_params(wanted, step) if jax.tree.leaves(wanted) else wanted
     for part in (averaged, base):
-        found = found if part is None else tree.merge(found, part)
-    return found if each is None else tree.map_named(each, found)
+        weights = weights if part is None else tree.merge(weights, part)
+    return weights if each is None else tree.map_named(each, weights)
 
 
 def published_execution() -> config.Execution:
-    """bfloat16 where the devices are fast at it."""
+    """Returns how a published model is executed: in bfloat16 where the devices are fast at it."""
     return config.Execution(dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
 def program(p: Pretrained, data: Sequence[str] | None, objective: str | None = None) -> programs.Program:
-    """For evaluation on the validation data of the run, or on `data`; a published model by `objective`, if given."""
+    """Returns the program that evaluates on the validation data of the run, or on `data`. A published model is
+    evaluated by `objective`, if given."""
     run, n = p.source.run or published_run(p.source), jax.device_count()
     if p.source.run is None and objective is not None:
         run = dataclasses.replace(run, objective=OBJECTIVES[objective].Config())
@@ -260,15 +269,15 @@ def program(p: Pretrained, data: Sequence[str] | None, objective: str | None = N
         raise ValueError(f"{p.source.path}: its files have no language-model head; use it with: jaxlm embed")
     rows = run.train.batch_size // run.train.micro_batches  # made to divide over the devices here
     train = dataclasses.replace(run.train, batch_size=-(-rows // n) * n, micro_batches=1)
-    given = dataclasses.replace(run.data, valid=tuple(data)) if data else run.data
+    inputs = dataclasses.replace(run.data, valid=tuple(data)) if data else run.data
     if p.source.run is None and not data:
         raise ValueError(f"eval: {p.source.path} has no validation data of its own; name some with --data")
-    run = dataclasses.replace(run, train=train, data=given, mesh=config.Mesh())
+    run = dataclasses.replace(run, train=train, data=inputs, mesh=config.Mesh())
     return programs.program(run, p.tokens, p.source.templates.get("default"))
 
 
 def published_run(source: Source) -> config.Run:
-    """A run that fits a published model."""
+    """Returns a run that fits a published model."""
     c, kind = source.config, source.family.kind
     length = min(c.positions or 1024, 1024)
     return config.Run(
@@ -280,6 +289,3 @@ def published_run(source: Source) -> config.Run:
         execution=published_execution(),
         adapter=source.adapter,
     )
-
-
-# --------------------------------------------------------------------------------------------------- the three formats

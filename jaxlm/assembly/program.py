@@ -1,4 +1,4 @@
-"""From a `Run` to the parts of its program: names become functions and data here, and nowhere below."""
+"""A `Run` becomes the parts of its program: names become functions and data here, and nowhere below."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ LARGE = 1 << 20  # elements from which a weight must not rest unsharded on a mes
 
 @dataclass(frozen=True)
 class Program:
-    """Everything of a run that isn't weights or data."""
+    """A program is everything of a run that isn't weights or data."""
 
     run: config.Run
     mesh: jax.sharding.Mesh | None
@@ -43,7 +43,7 @@ class Program:
     choices: Choices
     """The choices that were made, and why."""
     compiler_options: dict[str, compiler.Option] = dataclasses.field(default_factory=dict)
-    """Of the train step."""
+    """The options that the train step is compiled with."""
 
     @property
     def notes(self) -> dict[str, str]:
@@ -67,37 +67,39 @@ class Program:
 
     @property
     def parameters(self) -> tuple[int, int]:
-        """(all, those that are trained), however many numbers a few bits take at rest."""
-        own = {name: s for name, s in self.specs.items() if name not in self.adapter.base}
+        """The numbers of all parameters and of those that are trained, at whatever width they rest."""
+        added = {name: s for name, s in self.specs.items() if name not in self.adapter.base}
         flat = tree.flatten(self.specs, spec.is_spec)
         trained = sum(math.prod(s.shape) for path, s in flat.items() if self.optimizer.trainable(path))
-        return spec.count(self.adapter.base) + spec.count(own), trained
+        return spec.count(self.adapter.base) + spec.count(added), trained
 
     @property
     def whole(self) -> Any:
+        """The sharding of what every device holds whole."""
         return meshes.replicated(self.mesh)
 
     @property
     def state_shardings(self) -> step.State:
+        """The sharding of every leaf of the state."""
         homes, moments = self._homes
         host = "optimizer" in self.run.execution.offload
         return step.shardings(self.specs, homes, self.optimizer, self.run.optim.ema > 0, self.whole, moments, host)
 
     @property
     def _homes(self) -> tuple[Any, Any]:
-        """Where weights rest, and where the optimizer's state of them does."""
+        """The shardings of the weights, and of the optimizer's state of them."""
         return (
             self.layout.shardings(self.specs, self.mesh),
             self.layout.shardings(self.specs, self.mesh, self.layout.moments),
         )
 
     def init(self) -> step.State:
-        """Fresh weights and optimizer state, each leaf born on its own device."""
+        """Makes fresh weights and optimizer state, each leaf on its own devices."""
         with meshes.on_mesh(self.mesh):
             return jax.jit(self._fresh, out_shardings=self.state_shardings)(jax.random.key(self.run.seed), {})
 
     def init_from(self, weights: Any) -> step.State:
-        """A fresh state around given weights; those that aren't given are fresh too."""
+        """Makes a fresh state around weights; those that aren't in `weights` are fresh too."""
         rests = tree.flatten(self.specs, spec.is_spec)
         # Where numbers come to rest in fewer bits, their memory can't be used again.
         same = all(path in rests and rests[path].dtype == w.dtype for path, w in tree.flatten(weights).items())
@@ -111,7 +113,7 @@ class Program:
         return step.start(trainable, frozen, self.optimizer, self.run.optim.ema > 0)
 
     def abstract_state(self) -> step.State:
-        """Shapes, dtypes and shardings of the state: what a checkpoint is restored to."""
+        """Returns the shapes, dtypes and shardings of the state, to which a checkpoint is restored."""
         return jax.tree.map(
             lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home),
             jax.eval_shape(lambda: self._fresh(jax.random.key(0), {})),
@@ -119,18 +121,18 @@ class Program:
         )
 
     def batch_shardings(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Of a batch's leaves `[micro, rows, …]`, given the leaves of this process."""
+        """Returns the shardings of a batch's leaves `[micro, rows, …]` from the leaves of this process."""
         return {k: batch_sharding(self.layout, self.mesh, v.shape, self.run.train.seq_len) for k, v in batch.items()}
 
     def rows(self, batch_size: int) -> list[int] | None:
-        """Rows of a micro-batch that this process must make; None: all."""
+        """Returns the rows of a micro-batch that this process must make; None: all."""
         if self.mesh is None or jax.process_count() == 1:
             return None
         return loader.rows_of(batch_sharding(self.layout, self.mesh, (1, batch_size), -1), batch_size)
 
     @property
     def _multiple(self) -> int:
-        """What the number of a batch's rows must be a multiple of."""
+        """The number that a batch's rows must be a multiple of."""
         ways, train = self.layout.ways("batch", self.mesh), self.run.train
         if self.mesh is None or self.mesh.shape[pipeline.AXIS] == 1:
             return ways
@@ -146,7 +148,7 @@ class Program:
         return cast(DeviceBatch, loader.to_device(batch, self.batch_shardings(batch), rows))
 
     def train_step(self) -> Any:
-        """The jitted `(state, batch) → (state, metrics)`, state donated; `.lower(…).compile()` it."""
+        """Returns the jitted `(state, batch) → (state, metrics)`, state donated; `.lower(…).compile()` it."""
         c, shardings, host = self.run.optim, None, "optimizer" in self.run.execution.offload
         if self.mesh is not None:
             shardings = step.UpdateShardings.of(self.run.mesh.zero, *self._homes, self.optimizer)
@@ -163,8 +165,8 @@ class Program:
         return jax.jit(partial(self.objective.predict, self.model), out_shardings=self.whole)
 
     def flops_per_token(self) -> dict[str, float]:
-        """Of one of a row's `seq_len` tokens: of a mixture of experts those that it meets, of an encoder-decoder its
-        decoder too, which runs over `target_positions` other tokens a row."""
+        """Returns the FLOPs of one of a row's `seq_len` tokens: those of the experts that it meets, and in an
+        encoder-decoder also the decoder's, which runs over `target_positions` other tokens a row."""
         from jaxlm.training import progress
 
         c, flat = self.run.model, tree.flatten(self.model.specs, spec.is_spec)
@@ -224,7 +226,7 @@ def program(run: config.Run, tokens: Any, template: str | None = None) -> Progra
 
 
 def optimizer(run: config.Run, specs: Any, adapter: adapted.Adapted) -> optimizers.Optimizer:
-    """Of a run's weights; it moves what its adapter leaves to it."""
+    """Returns the optimizer of a run's weights; it moves what the adapter leaves to it."""
     c, steps = run.optim, run.train.steps
     return optimizers.make(
         c, steps, specs, trainable=adapter.trainable, rate_of=adapter.rate, wrap=adapter.wrap_optimizer

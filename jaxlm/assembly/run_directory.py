@@ -1,4 +1,4 @@
-"""What lies in a run directory: configuration, tokenizer and the layout of checkpoints."""
+"""A run directory holds the configuration, the tokenizer and checkpoints."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ BASE = "base"  # folder of a run: the weights that its adapter rests on
 
 
 def read_config(folder: Path) -> config.Run:
-    """The configuration of a run directory."""
+    """Reads the configuration of a run directory."""
     file = folder / "config.json"
     if not file.exists():
         raise ValueError(f"{folder}: not a run directory (it has no config.json)")
@@ -38,10 +38,10 @@ def read_config(folder: Path) -> config.Run:
 
 
 def load_tokenizer(run: config.Run, say: Callable[[str], None] = print) -> Any:
-    """The run's own copy, else what `data.tokenizer` names, trained on the training text if it must be."""
-    own = run.folder / "tokenizer"
-    if own.is_dir():
-        return tokenizer.load(str(own))
+    """Loads the run's own copy, else what `data.tokenizer` names, trained on the training text if it must be."""
+    folder = run.folder / "tokenizer"
+    if folder.is_dir():
+        return tokenizer.load(str(folder))
     kind, _, size = run.data.tokenizer.partition(":")
     if kind != "sentencepiece" or not size:
         return tokenizer.load(run.data.tokenizer)
@@ -72,14 +72,14 @@ def load_tokenizer(run: config.Run, say: Callable[[str], None] = print) -> Any:
 
 
 def saved(state: step.State, adapter: adapted.Adapted) -> dict[str, Any]:
-    """What a checkpoint holds: whole weights whatever is frozen, so that it opens without the run's configuration; but
-    for a base that adapters rest on, which the run keeps once (`BASE`)."""
-    own, _ = tree.partition(state.all_params, lambda path: not adapter.in_frozen_base(path))
-    return dict(step=state.step, params=own, opt=state.opt, ema=state.ema)
+    """Returns what a checkpoint holds: whole weights whatever is frozen, so that it opens without the run's
+    configuration; but not a base that adapters rest on, which the run keeps once (`BASE`)."""
+    kept, _ = tree.partition(state.all_params, lambda path: not adapter.in_frozen_base(path))
+    return dict(step=state.step, params=kept, opt=state.opt, ema=state.ema)
 
 
 def restored(values: dict[str, Any], base: Any, optimizer: optimizers.Optimizer) -> step.State:
-    """`base`: what `saved` left out; None: nothing."""
+    """Returns the state of a checkpoint. `base` is what `saved` left out; None: nothing."""
     whole = values["params"] if base is None else tree.merge(values["params"], base)
     trainable, frozen = tree.partition(whole, optimizer.trainable)
     return step.State(values["step"], trainable, frozen, values["opt"], values["ema"])
@@ -94,15 +94,15 @@ MAY_CHANGE = (
 
 
 def claim(run: config.Run) -> bool:
-    """Make the run directory, or recognise it as this run's own; True if it holds a run to continue."""
+    """Makes the run directory, or checks that it is this run's own; returns whether it holds a run to continue."""
     file = run.folder / "config.json"
     if file.exists():
-        mine, there = config_io.flatten(run), config_io.flatten(read_config(run.folder))
-        differing = [k for k in mine | there if mine.get(k) != there.get(k) and not k.startswith(MAY_CHANGE)]
+        mine, existing = config_io.flatten(run), config_io.flatten(read_config(run.folder))
+        differing = [k for k in mine | existing if mine.get(k) != existing.get(k) and not k.startswith(MAY_CHANGE)]
         if differing:
             k = differing[0]
             raise ValueError(
-                f"{run.folder} belongs to another config: {k} is {there.get(k)!r} there and {mine.get(k)!r} here"
+                f"{run.folder} belongs to another config: {k} is {existing.get(k)!r} there and {mine.get(k)!r} here"
                 f"{f' (and {len(differing) - 1} more)' if differing[1:] else ''}; choose another --name, or delete it"
             )
         return True
@@ -113,13 +113,13 @@ def claim(run: config.Run) -> bool:
 
 
 def has_ended(folder: Path) -> bool:
-    """Return whether the run was trained to its end."""
+    """Returns whether the run was trained to its end."""
     file = folder / "metrics.jsonl"
     return file.exists() and any(line.get("name") == "end" for line in read_lines(file))
 
 
 def writable(folder: Path) -> None:
-    """Fail before the work, not after it."""
+    """Checks that the folder can be written to, before the work and not after it. ValueError: it can't."""
     at = folder
     while not at.exists():
         at = at.parent

@@ -1,4 +1,4 @@
-"""A run's objective, bound once to its settings, a tokenizer and the shape of a row."""
+"""A run's objective is bound once to its settings, a tokenizer and the shape of a row."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -52,17 +52,17 @@ class BoundObjective:
 
     @property
     def records(self) -> Literal["packed", "pairs"] | TextPairs | ExampleReader:
-        """What `example` takes."""
+        """The kind of record that `example` takes."""
         return self.objective.records
 
     @property
     def padding(self) -> Literal["keep", "pack", "trim"]:
-        """What becomes of padding in a batch."""
+        """The treatment of padding in a batch."""
         return self.objective.padding
 
     @property
     def prompts_read_both_ways(self) -> bool:
-        """Whether a decoder's prompt tokens all see each other."""
+        """True if a decoder's prompt tokens all see each other."""
         return self.objective.prompts_read_both_ways
 
     def check(self) -> None:
@@ -102,7 +102,7 @@ class BoundObjective:
 
     @property
     def predicts(self) -> bool:
-        """Whether it makes predictions that are scored beside its loss."""
+        """True if it makes predictions that are scored beside its loss."""
         return self.objective.prediction is not None
 
     @property
@@ -121,7 +121,7 @@ class BoundObjective:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether records need what the weights that training starts from give for them."""
+        """True if records need what the weights that training starts from give for them."""
         part = self.objective.reference
         return part is not None and part.needed(self.settings)
 
@@ -137,7 +137,7 @@ class BoundObjective:
 
     @property
     def reads_prompts(self) -> bool:
-        """Whether it can read prompts together with the texts that should follow."""
+        """True if it can read prompts together with the texts that should follow."""
         return self.objective.read_prompts is not None
 
     def read_prompts(self, source: str, new_tokens: int, make_prompts: MakePrompts) -> PromptSet:

@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxlm.core import config_io
 from jaxlm.core.errors import nearest
@@ -41,19 +41,33 @@ def resolve_config(name: str) -> Path:
     raise ValueError(f"no config file {name}{nearest(name, known)}")
 
 
-def load_run(args: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
-    """Returns the run as its file has it, and the run with the overrides of the command line."""
+class LoadedRun(NamedTuple):
+    base: Any
+    """The run as its file has it."""
+    run: Any
+    """The run with the overrides of the command line."""
+    start: Any
+    """The `StartModel` of the run; its place is empty where the run starts from no model."""
+
+
+def load_run(args: argparse.Namespace, rest: list[str]) -> LoadedRun:
+    """Loads the run that the arguments name."""
     if args.config is None:
         raise ValueError(f"give a config, for example: jaxlm train quickstart{' --help' if args.help else ''}")
+    from jaxlm.assembly import run_objective
+    from jaxlm.assembly.model_source import StartModel
+
     if Path(args.config).is_dir():
         from jaxlm.assembly.run_directory import read_config
 
         folder = Path(args.config)
         base = read_config(folder)
         base = dataclasses.replace(base, name=folder.resolve().name, out=str(folder.parent))
+        start = StartModel(base.start)
     else:
         base = config_io.load(resolve_config(args.config))
-        if start := last_value(rest, "--start") or base.start:
+        start = StartModel(last_value(rest, "--start") or base.start)
+        if start.place:
             from jaxlm.assembly import open_model
 
             base = open_model.starting(base, start)
@@ -61,9 +75,7 @@ def load_run(args: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
 
     run, rest = config_io.choose_adapter(base, rest, METHODS)
     run = config_io.override(run, rest + (["--help"] if args.help else []))
-    from jaxlm.assembly import run_objective
-
-    return base, run_objective.infer_from_data(run)
+    return LoadedRun(base, run_objective.infer_from_data(run), start)
 
 
 def last_value(args: list[str], flag: str) -> str | None:

@@ -39,11 +39,11 @@ def _tokenizer_train(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _data_prepare(args: argparse.Namespace, rest: list[str]) -> int:
-    _, run = load_run(args, rest)
+    _, run, start = load_run(args, rest)
     from jaxlm.assembly import corpus, open_model
     from jaxlm.data.token_cache import Cache
 
-    data = corpus.corpus(run.data, open_model.bound_objective(run))
+    data = corpus.corpus(run.data, open_model.bound_objective(run, start))
     for name, caches in (("train", data.train), ("valid", data.valid)):
         for c in caches:
             if isinstance(c, Cache):
@@ -54,11 +54,11 @@ def _data_prepare(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _data_inspect(args: argparse.Namespace, rest: list[str]) -> int:
-    _, run = load_run(args, rest)
+    _, run, start = load_run(args, rest)
     from jaxlm.assembly import corpus, open_model
     from jaxlm.commands import dry_run
 
-    objective = open_model.bound_objective(run)
+    objective = open_model.bound_objective(run, start)
     loader = corpus.training_loader(run, objective, corpus.corpus(run.data, objective), None)
     for i in range(args.examples):
         dry_run.show_example(loader.example(i), objective.tokenizer, f"example {i}")

@@ -12,16 +12,17 @@ import rich.table
 import rich.text
 
 from jaxlm.assembly import corpus, open_model, program
+from jaxlm.assembly.model_source import StartModel
 from jaxlm.core import config, config_io, registry, spec, tree
 from jaxlm.runtime import mesh
 
 console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
-def show(base: config.Run, run: config.Run) -> int:
+def show(base: config.Run, run: config.Run, start: StartModel) -> int:
     """`base` is the run as its file has it, `run` with the overrides of the command line."""
     show_config(base, run)
-    p = program.program(run, open_model.load_tokenizer(run), open_model.template_of(run))
+    p = program.program(run, open_model.load_tokenizer(run, start), open_model.template_of(run, start))
     for name, note in p.notes.items():
         console.print(f"{name:12} {note}")
     show_parameters(p)

@@ -37,7 +37,7 @@ def _plan(args: argparse.Namespace, rest: list[str]) -> int:
     args.help = False
     if (args.compile or args.out) and not args.search:
         raise ValueError(f"--{'compile' if args.compile else 'out'}: is for --search; add it, or leave this out")
-    _, run = load_run(args, rest)
+    run = load_run(args, rest).run
     from jaxlm.commands import plan_report
     from jaxlm.planning import targets
 
@@ -55,7 +55,7 @@ def _tune(args: argparse.Namespace, rest: list[str]) -> int:
     for name in ("candidates", "steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name}: {getattr(args, name)} is too few; give 1 or more")
-    _, run = load_run(args, rest)
+    run = load_run(args, rest).run
     from jaxlm.commands import plan_report
 
     return print_json(args, plan_report.measured(run, args.candidates, args.steps, args.out))

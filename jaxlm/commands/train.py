@@ -16,12 +16,12 @@ def add_parsers(commands: Any) -> None:
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> int:
-    base, run = load_run(args, rest)
+    base, run, start = load_run(args, rest)
     start_processes(args, run)
     from jaxlm.assembly import run_directory, training_run
     from jaxlm.commands import dry_run
 
     run_directory.writable(run.folder)
     if args.dry_run:
-        return dry_run.show(base, run)
-    return training_run.train(run)
+        return dry_run.show(base, run, start)
+    return training_run.train(run, start)

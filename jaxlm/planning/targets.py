@@ -93,7 +93,7 @@ class Target:
 
 @contextlib.contextmanager
 def without_driver(target: Target) -> Iterator[None]:
-    """Lets JAX start within this context although NVIDIA's driver isn't here, if the target is a GPU.
+    """Lets JAX start within its context although NVIDIA's driver isn't here, if the target is a GPU.
 
     JAX's CUDA plug-in compares the versions of NVIDIA's libraries when it is first loaded, and where there is no driver
     to ask it is then not available at all. Nothing of a plan runs on a GPU, so the comparison is skipped:

@@ -352,6 +352,28 @@ def test_training_starts_from_a_published_model(llama, tmp_path, capsys):
     assert "no such model" in complaint(capsys, "train", file, "--start", tmp_path / "none", "--name", "x")
 
 
+def test_a_run_reads_the_model_that_it_starts_from_once(llama, tmp_path, monkeypatch):
+    """And a run that is continued doesn't read it at all."""
+    described, real = [], model_source.describe
+
+    def count(place):
+        described.append(str(place))
+        return real(place)
+
+    monkeypatch.setattr(model_source, "describe", count)
+    monkeypatch.setattr(open_model, "describe", count)
+    file, model = config_file(tmp_path, "causal"), tmp_path / "model"
+    shutil.copytree(llama, model)
+    assert cli.main(["train", file, "--start", str(model)]) == 0
+    assert described == [str(model)]
+    shutil.rmtree(model)
+    log = tmp_path / "r" / "metrics.jsonl"
+    lines = [line for line in log.read_text().splitlines(keepends=True) if '"end"' not in line]
+    log.write_text("".join(lines))  # its end was cut off
+    assert cli.main(["train", str(tmp_path / "r")]) == 0
+    assert described == [str(model)]
+
+
 def test_heads_that_the_model_lacks_are_fresh(tmp_path, capsys):
     folder = published(tmp_path / "bert", "bert", next_sentence=False)
     file = config_file(tmp_path, "next_sentence")

@@ -128,7 +128,7 @@ def test_from_a_run_to_pefts_files_and_back(home, tmp_path, capsys):
     assert "give one for each --prompt" in complaint(capsys, "generate", home / "llama", *prompts, *both[:2])
 
     again = train(home, "further", "--optim.lr", "1e-3", start=on)
-    assert isinstance(model_source.look(again).adapter, adapters.Lora)
+    assert isinstance(model_source.describe(again).adapter, adapters.Lora)
     assert losses(again)[0] < losses(run)[0] - 0.05, "it goes on from what was learned"
     other = complaint(
         capsys, "train", home / "c.py", "--name", "x", "--start", on, *settings("lora"), "--adapter.alpha", "4"
@@ -175,4 +175,4 @@ def test_what_can_not_be_is_refused(home, tmp_path, capsys):
     assert "x.lora_A.weight fits no weight of the base model" in complaint(
         capsys, "eval", f"{base}+{own}", "--data", str(home / "text.txt")
     )
-    assert not (tmp_path / "x").exists() and config.Adapter() == model_source.look(base).adapter
+    assert not (tmp_path / "x").exists() and config.Adapter() == model_source.describe(base).adapter

@@ -172,12 +172,14 @@ def test_lines_are_turns_and_an_interrupted_answer_is_kept(opened):
 def test_piped_input_from_the_command_line(opened, monkeypatch, tmp_path, capsys):
     model, weights, _ = opened
 
-    def look(place):
+    def describe(place):
         found = hf_sidecars.chat_templates(place)
         return model_source.Source(place, "hf", llama, model.config, TOKENS, hf_sidecars.Generation(), found, ([], []))
 
-    monkeypatch.setattr(model_source, "look", look)
-    monkeypatch.setattr(generate_text, "open_model", lambda p, _: open_model.Pretrained(look(p), model, weights, None))
+    monkeypatch.setattr(model_source, "describe", describe)
+    monkeypatch.setattr(
+        generate_text, "open_model", lambda p, _: open_model.Pretrained(describe(p), model, weights, None)
+    )
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nhello\n/exit\n"))
     assert cli.main(["chat", str(tmp_path), "--tokens", "6"]) == 2
     assert "no chat template; give one with --template" in capsys.readouterr().err

@@ -212,7 +212,7 @@ def test_the_command_line_reaches_every_way_to_choose(generate, weights, monkeyp
     )
     monkeypatch.setattr(generate_text, "open_model", lambda *place: open_model.Pretrained(source, model, weights, None))
     monkeypatch.setattr(
-        model_source, "look", lambda place: dataclasses.replace(source, advice=read_generation(tmp_path))
+        model_source, "describe", lambda place: dataclasses.replace(source, advice=read_generation(tmp_path))
     )
 
     def called(*more: str) -> dict:

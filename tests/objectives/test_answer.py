@@ -231,10 +231,11 @@ def test_from_the_command_line_to_a_report(file, tmp_path, capsys):
 
 def test_windows_of_one_text_are_held_out_together(file, tmp_path, capsys):
     from jaxlm.assembly import corpus, open_model
+    from jaxlm.assembly.model_source import StartModel
 
     (tmp_path / "c.py").write_text(CONFIG.format(file=file, valid=(), out=str(tmp_path)))
     run = config_io.load(tmp_path / "c.py")
-    data = corpus.corpus(run.data, open_model.bound_objective(run))
+    data = corpus.corpus(run.data, open_model.bound_objective(run, StartModel(run.start)))
     ([*train], [*valid]) = data.train[0], data.valid[0]
     assert {i["where"] for i in train}.isdisjoint(i["where"] for i in valid) and len(valid) > 1
     assert len({i["where"] for i in valid}) == 1

@@ -125,7 +125,7 @@ def test_from_the_command_line_to_a_report(file, tmp_path, capsys):
     (tmp_path / "c.py").write_text(CONFIG.format(file=file, out=str(tmp_path)))
     assert cli.main(["train", str(tmp_path / "c.py")]) == 0
     assert "3 of 3 validation examples stand in the training data too (first: " in capsys.readouterr().out
-    assert model_source.look(tmp_path / "r").run.objective.labels == ("O", "B-LOC", "B-PER", "I-PER")
+    assert model_source.describe(tmp_path / "r").run.objective.labels == ("O", "B-LOC", "B-PER", "I-PER")
     capsys.readouterr()
     assert cli.main(["eval", str(tmp_path / "r"), "--data", file]) == 0
     shown = capsys.readouterr().out

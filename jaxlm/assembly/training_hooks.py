@@ -1,0 +1,179 @@
+"""A run's training loop calls these: they validate, sample, log and save."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm.assembly import corpus, run_directory
+from jaxlm.assembly import program as programs
+from jaxlm.core import config, config_io, errors
+from jaxlm.data.loader import Loader
+from jaxlm.evaluation import bootstrap, perplexity, task_scores
+from jaxlm.evaluation.perplexity import make_eval_step
+from jaxlm.evaluation.samples import of_losses
+from jaxlm.formats.checkpoint import Checkpoints
+from jaxlm.inference.generate import Generator
+from jaxlm.inference.sampling import Sampling
+from jaxlm.objectives.objective import DeviceBatch
+from jaxlm.runtime import processes
+from jaxlm.runtime.watchdog import Watchdog
+from jaxlm.training.log import RunLog
+from jaxlm.training.progress import Meter, Progress
+
+HOURS = 3600.0  # how long barriers wait: a process that has died is found at once, so only one that hangs takes so long
+
+
+@dataclass
+class Keeper:
+    """The hooks of the loop that write the run's log and its checkpoints."""
+
+    p: programs.Program
+    loader: Loader
+    checkpoints: Checkpoints
+    log: RunLog
+    meter: Meter
+    watch: Watchdog
+    progress: Progress
+    validation: Callable[[int, Any], tuple[dict, dict[str, bootstrap.Sample]]]
+    gain: Callable[[int, dict[str, bootstrap.Sample], bool], None]
+    best: float = math.inf
+    """The best score of a validation so far."""
+
+    def log_step(self, step: int, metrics: dict, data_s: float, step_s: float) -> None:
+        """Shows a step, and logs every `log_every`th."""
+        c = self.p.run.train
+        tokens = c.batch_size * c.seq_len
+        self.watch.beat(data_s + step_s)
+        self.meter.update(data_s=data_s, step_s=step_s, tokens=tokens)
+        reading = self.meter.read()
+        self.progress.update(step, metrics, reading)
+        if step % c.log_every == 0 or step == c.steps or not metrics["finite"]:
+            self.log.train(step, metrics | {"tokens": step * tokens}, reading)
+
+    def validate(self, step: int, state: Any) -> dict:
+        """Returns the validation's metrics with their score."""
+        metrics, samples = self.validation(step, state)
+        value = score(self.p.run, metrics)
+        self.gain(step, samples, value < self.best)
+        self.best = min(self.best, value)
+        shown = [f"{k} {metrics[k]:.4f}" for k in ("loss", "bits_per_byte", "accuracy") if k in metrics]
+        self.progress.say(f"step {step}: validation {', '.join(shown)}")
+        self.meter.pause()
+        return metrics | {"score": value}
+
+    def save(self, step: int, state: Any, validation: dict | None, stopping: dict) -> None:
+        """Saves a checkpoint."""
+        run = self.p.run
+        meta = {"step": step, "loader": self.loader.state(step), "config": config_io.to_dict(run), "stopping": stopping}
+        metrics = {"valid/score": validation["score"]} if validation else None
+        self.checkpoints.save(step, run_directory.saved(state, self.p.adapter), meta, metrics=metrics)
+        self.meter.pause()
+
+
+def announcing(
+    program: Callable[[Any, DeviceBatch], Any], start: int
+) -> Callable[[Any, DeviceBatch], tuple[Any, dict]]:
+    """Returns the step, which also tells the other processes how many steps have been sent to the devices."""
+    sent = itertools.count(start + 1)
+
+    def update(state: Any, batch: DeviceBatch) -> tuple[Any, dict]:
+        out = program(state, batch)
+        processes.step(next(sent))
+        return out
+
+    return update
+
+
+def once_a_shape(program: Any, what: str) -> tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]:
+    """Returns the jitted `(state, batch) → …` to run, and what gives it compiled for a batch.
+
+    Processes wait for each other before a new program first runs: one that compiles while the others find theirs in a
+    cache would be missed by a collective on CPUs after 30 s.
+    """
+    compiled: dict[tuple, Any] = {}
+
+    def get(state: Any, batch: Any) -> Any:
+        shapes = tuple(leaf.shape for leaf in batch.values())
+        if shapes not in compiled:
+            compiled[shapes] = program.lower(state, batch).compile()
+            processes.barrier(what, HOURS)
+        return compiled[shapes]
+
+    return lambda state, batch: get(state, batch)(state, batch), get
+
+
+def score(run: config.Run, metrics: dict[str, float]) -> float:
+    """Returns the score of a validation; lower is better. ValueError: `train.metric` is not among the metrics."""
+    name = run.train.metric
+    if name not in metrics:
+        raise ValueError(f"train.metric: unknown {name!r}{errors.nearest(name, metrics)}")
+    falls = name.rpartition("/")[2] in ("loss", "nll", "perplexity", "bits_per_byte", "aux")
+    return metrics[name] if falls else -metrics[name]
+
+
+def validator(p: programs.Program, data: corpus.Corpus, log: RunLog) -> Callable[[int, Any], tuple[dict, dict]]:
+    """Returns the validation: `(step, state) → (metrics, what they may be resampled from)`."""
+    step = make_eval_step(p.loss, p.objective.totals, p.tokens.bytes_per_token)
+    evaluate_batch, _ = once_a_shape(step, "compile the validation")
+
+    def validate(step: int, state: Any) -> tuple[dict, dict[str, bootstrap.Sample]]:
+        started = time.perf_counter()
+        batches = corpus.validation_batches(p, data, p.run.train.eval_batches)
+        parts = perplexity.parts(evaluate_batch, state.eval_params, batches)
+        metrics, samples = perplexity.total(parts), {"losses": of_losses(parts)}
+        if p.objective.predicts:
+            most = p.run.train.eval_batches * (p.run.train.batch_size // p.run.train.micro_batches) or None
+            records = [record for part in data.valid for record in part[:most]]
+            predictions = corpus.predictions(p, state.eval_params, records)
+            true, predicted = p.objective.answers(records, predictions)
+            judged = task_scores.judge(p.objective.prediction.scores, p.run.objective, records, true, predicted)
+            metrics |= judged.figures
+            samples["answers"] = judged.sample
+        log.valid(step, metrics, {"seconds": time.perf_counter() - started})
+        return metrics, samples
+
+    return validate
+
+
+def gain_log(run: config.Run, log: RunLog) -> Callable[[int, dict[str, bootstrap.Sample], bool], None]:
+    """Returns what logs each validation beside the one before the first step, which a file keeps; it does nothing for a
+    run that doesn't start from a model."""
+    file = run.folder / "start.npz"
+
+    def gain(step: int, samples: dict[str, bootstrap.Sample], best: bool) -> None:
+        if not run.start or jax.process_index():
+            return
+        if step == 0:
+            counts: dict[str, Any] = {name: sample.counts_NM for name, sample in samples.items()}
+            np.savez_compressed(file, **counts)
+        elif file.is_file():
+            with np.load(file) as before:
+                gains = bootstrap.gains(samples, before)
+            if gains:
+                log.event(step, "gain", figures=gains, resamples=bootstrap.RESAMPLES, best=best)
+
+    return gain
+
+
+def sampler(p: programs.Program, log: RunLog) -> Callable[[int, Any], None]:
+    """Returns what continues the run's prompts and logs the texts."""
+    c = p.run.train
+    how = Sampling(tokens=c.sample_tokens, temperature=0.8, top_k=min(50, p.run.model.vocab), seed=p.run.seed)
+    both_ways = p.objective.prompts_read_both_ways
+    generate = Generator(p.model, [p.tokens.eos_id], p.objective.vocab_size, both_ways)
+    prompts, source = p.objective.prompts(c.prompts)
+
+    def sample(step: int, state: Any) -> None:
+        for text, [answer] in zip(c.prompts, generate(state.eval_params, prompts, how, source), strict=True):
+            new = p.tokens.decode(answer.tokens)
+            log.sample(step, text, new)
+            if jax.process_index() == 0 and step in (0, c.steps):
+                print(f"── sample {'before' if step == 0 else 'after'} training ──\n{text}{new}")
+
+    return sample
