@@ -75,6 +75,8 @@ def load_run(args: argparse.Namespace, rest: list[str]) -> LoadedRun:
 
     run, rest = config_io.choose_adapter(base, rest, METHODS)
     run = config_io.override(run, rest + (["--help"] if args.help else []))
+    if start.place != run.start:
+        start = StartModel(run.start)
     return LoadedRun(base, run_objective.infer_from_data(run), start)
 
 
