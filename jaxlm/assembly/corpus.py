@@ -1,4 +1,4 @@
-"""The tokenised training and validation data of a run, and the batches made of it."""
+"""A corpus holds the tokenised training and validation data of a run, of which batches are made."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

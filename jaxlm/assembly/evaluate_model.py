@@ -21,7 +21,7 @@ from jaxlm.runtime import mesh
 
 
 class Evaluation(NamedTuple):
-    """The result of an evaluation."""
+    """An `Evaluation` holds the result of one."""
 
     figures: dict[str, float]
     report: str

@@ -82,7 +82,7 @@ class StartModel:
 
     @cached_property
     def source(self) -> Source:
-        """The described model."""
+        """Returns the described model."""
         return describe(self.place)
 
 

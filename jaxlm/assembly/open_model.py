@@ -42,7 +42,7 @@ class Pretrained:
 
     @property
     def tokens(self) -> Any:
-        """The tokenizer. ValueError: the files hold none."""
+        """Returns the tokenizer. ValueError: the files hold none."""
         if self.source.tokens is None:
             raise ValueError(f"{self.source.path}: has no tokenizer; put its tokenizer.json beside the weights")
         return self.source.tokens

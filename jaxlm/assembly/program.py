@@ -52,7 +52,7 @@ class Program:
 
     @property
     def tokens(self) -> Tokenizer:
-        """The tokenizer."""
+        """Returns the tokenizer."""
         return self.objective.tokenizer
 
     def loss(self, weights: Any, batch: DeviceBatch, key: jax.Array | None) -> Sums:
@@ -80,7 +80,7 @@ class Program:
 
     @property
     def state_shardings(self) -> step.State:
-        """The sharding of every leaf of the state."""
+        """Returns the sharding of every leaf of the state."""
         homes, moments = self._homes
         host = "optimizer" in self.run.execution.offload
         return step.shardings(self.specs, homes, self.optimizer, self.run.optim.ema > 0, self.whole, moments, host)

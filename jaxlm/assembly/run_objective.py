@@ -57,7 +57,7 @@ class BoundObjective:
 
     @property
     def padding(self) -> Literal["keep", "pack", "trim"]:
-        """The treatment of padding in a batch."""
+        """Says how padding in a batch is treated."""
         return self.objective.padding
 
     @property
@@ -80,7 +80,7 @@ class BoundObjective:
 
     @property
     def window_length(self) -> int:
-        """Tokens of text in a record. ValueError: a row is too short for any."""
+        """Counts the tokens of text in a record. ValueError: a row is too short for any."""
         return self.objective.window(self.settings, self.row.seq_len)
 
     @property
