@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
+from jaxlm.core.registry import register
+
 M = TypeVar("M")  # a model's Config
 O = TypeVar("O")  # an objective's Config  # noqa: E741
 
@@ -96,6 +98,9 @@ class Adapter:
 
     base: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
     """How the layers' frozen matrices are stored. nf4: 4.1 bits a weight (QLoRA)."""
+
+
+register(Adapter, "none")  # so that a run without an adapter needs no module of adapters
 
 
 @dataclass(frozen=True)

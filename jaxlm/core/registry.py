@@ -17,14 +17,19 @@ Row = TypeVar("Row", bound=HasConfig)
 _NAMES: dict[type, str] = {}
 
 
+def register(settings: type, name: str) -> None:
+    """Registers a class of settings under a name. ValueError: it has another name already."""
+    if _NAMES.setdefault(settings, name) != name:
+        raise ValueError(f"{name!r}: {settings.__qualname__} is registered as {_NAMES[settings]!r} already")
+
+
 class Table(Mapping[str, Row]):
     """A table is an immutable mapping from registered names to rows. Two rows may not share a `Config` class."""
 
     def __init__(self, kind: str, rows: Mapping[str, Row]) -> None:
         self.kind, self._rows = kind, dict(rows)
         for name, row in self._rows.items():
-            if _NAMES.setdefault(row.Config, name) != name:
-                raise ValueError(f"{kind} {name!r}: its Config is registered as {_NAMES[row.Config]!r} already")
+            register(row.Config, name)
 
     def __getitem__(self, name: str) -> Row:
         return self._rows[name]
@@ -44,7 +49,7 @@ class Table(Mapping[str, Row]):
 
 
 def name_of(settings: Any) -> str:
-    """Return the registered name of the row that these settings belong to. ValueError: none is registered."""
+    """Returns the registered name of the row that these settings belong to. ValueError: none is registered."""
     try:
         return _NAMES[type(settings)]
     except KeyError:
