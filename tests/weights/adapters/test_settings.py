@@ -177,4 +177,5 @@ def test_types_refuse_a_method_whose_bind_has_another_signature(tmp_path, monkey
     cache = root / ".mypy_cache" if (root / ".mypy_cache").is_dir() else tmp_path / "cache"
     out, errors, _ = api.run([f"--cache-dir={cache}", "--config-file=pyproject.toml", str(tmp_path / "broken.py")])
     assert not errors and out.count("error:") == 1, out
-    assert 'broken.py:16: error: Argument "bind" to "Method" has incompatible type' in out
+    line = BROKEN.rstrip().count("\n") + 1
+    assert f'broken.py:{line}: error: Argument "bind" to "Method" has incompatible type' in out
