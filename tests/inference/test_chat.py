@@ -121,7 +121,7 @@ def test_bytes_of_tokens(make):
 def opened():
     """(model, weights, generator) with 128 positions: conversations share the generator's programs."""
     c = llama.Config(vocab=264, layers=1, width=16, heads=2, kv_heads=1, head_width=8, ffn=32, positions=128)
-    layout = Layout.of(config.Mesh(), config.Execution(dtype="float32"))
+    layout = Layout.of(config.Mesh(), config.Execution(dtype="float32", scan=True))
     specs, rng = llama.specs(c), np.random.default_rng(0)
     make = lambda s: rng.standard_normal(s.shape).astype(np.float32) / 3  # noqa: E731
     model, weights = Model(llama, c, specs, layout), jax.tree.map(make, specs, is_leaf=spec.is_spec)

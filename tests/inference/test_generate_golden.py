@@ -35,7 +35,7 @@ def opened(tmp_path_factory):
             (folder / "config.json").write_text(str(golden["config"]))
             safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
             family, c = huggingface.describe(folder, MODELS)
-            layout = Layout(execution=config.Execution(dtype="float32"))
+            layout = Layout(execution=config.Execution(dtype="float32", scan=True))
             specs = family.specs(c)
             weights = huggingface.load(folder, family, c, specs, layout.shardings(specs, None))
             held[name] = Model(family, c, specs, layout), weights

@@ -22,7 +22,7 @@ PROMPTS = [[1, 2, 3, 4, 1, 2, 3, 4, 1, 2], [9], [30, 31]]
 
 
 def opened(c, seed: int = 0, scale: float = 1 / 3) -> tuple[Generator, dict]:
-    layout = Layout.of(config.Mesh(), config.Execution(dtype="float32"))
+    layout = Layout.of(config.Mesh(), config.Execution(dtype="float32", scan=True))
     specs, rng = llama.specs(c), np.random.default_rng(seed)
     make = lambda s: rng.standard_normal(s.shape).astype(np.float32) * scale  # noqa: E731
     weights = jax.tree.map(make, specs, is_leaf=spec.is_spec)
@@ -72,7 +72,7 @@ def test_a_draft_that_is_the_model_needs_few_calls():
 )
 def test_samples_follow_the_models_distribution(draft, setting):
     c = dataclasses.replace(TARGET, vocab=4, layers=1)
-    layout = Layout.of(config.Mesh(), config.Execution(dtype="float32"))
+    layout = Layout.of(config.Mesh(), config.Execution(dtype="float32", scan=True))
     generate, weights = opened(c, 3, 0.4)
     generate = Generator(generate.model)
     proposer, draft_weights = opened(dataclasses.replace(DRAFT, vocab=4), 5, 0.4)

@@ -27,7 +27,7 @@ PROMPTS = [TOKENS.encode("abc"), TOKENS.encode("x")]
 @pytest.fixture(scope="module")
 def generate():
     c = llama.Config(vocab=264, layers=1, width=16, heads=2, kv_heads=1, head_width=8, ffn=32)
-    layout = Layout.of(config.Mesh(), config.Execution(dtype="float32"))
+    layout = Layout.of(config.Mesh(), config.Execution(dtype="float32", scan=True))
     return Generator(Model(llama, c, llama.specs(c), layout), [TOKENS.eos_id])
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from jaxlm.commands import cli
 from jaxlm.runtime import processes
 from jaxlm.training.log import read_lines
 
@@ -30,15 +31,19 @@ class Started(NamedTuple):
     """A file, not a pipe: a process whose pipe nobody reads stands still once it is full."""
 
 
-def start(family: str, out: Path, mesh: list[str], devices: int, **env: str) -> Started:
+def arguments(family: str, out: Path, mesh: list[str]) -> list[str]:
+    """Returns the arguments of a run on a few small files, which it writes."""
     text = out.parent / "text"
     text.mkdir(exist_ok=True)
     for i in range(8):
         (text / f"{i}.txt").write_text("".join(f"file {i} line {j} of several words\n" for j in range(60)))
-    flags = f"--xla_force_host_platform_device_count={devices}"
     data = ["--data.train", str(text), "--data.holdout", "0.3", "--data.cache", str(out.parent / "cache")]
-    command = [sys.executable, "-m", "jaxlm", "train", f"tiny_{family}", "--out", str(out), *OVERRIDES, *mesh, *data]
-    env = ENVIRONMENT | {"XLA_FLAGS": flags} | env
+    return ["train", str(ROOT / "configs" / f"tiny_{family}.py"), "--out", str(out), *OVERRIDES, *mesh, *data]
+
+
+def start(family: str, out: Path, mesh: list[str], devices: int, **env: str) -> Started:
+    command = [sys.executable, "-m", "jaxlm", *arguments(family, out, mesh)]
+    env = ENVIRONMENT | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | env
     log = out.parent / f"{out.name}-{env.get('JAX_PROCESS_ID', 0)}.log"
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
@@ -78,25 +83,23 @@ def losses(folder: Path) -> np.ndarray:
 @pytest.mark.parametrize(
     ("family", "mesh", "devices"),
     [
-        ("llama", ["--mesh.fsdp", "2"], 1),
+        ("llama", ["--mesh.fsdp", "2", "--mesh.data", "-1"], 1),
         pytest.param("llama", ["--mesh.fsdp", "2", "--mesh.tensor", "2"], 4, marks=pytest.mark.slow),
         pytest.param("bert", ["--mesh.fsdp", "2", "--mesh.context", "2"], 4, marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_equal_one(family: str, mesh: list[str], devices: int, tmp_path: Path) -> None:
-    finish(start(family, tmp_path / "one", mesh, 2 * devices))
+def test_two_processes_equal_one(family: str, mesh: list[str], devices: int, tmp_path: Path, capsys) -> None:
+    """The one process is that of the tests, with its eight devices."""
+    assert cli.main(arguments(family, tmp_path / "one", mesh)) == 0
     place = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     finish(*(start(family, tmp_path / "two", mesh, devices, **place, JAX_PROCESS_ID=str(i)) for i in range(2)))
     one, two = losses(tmp_path / "one" / f"tiny_{family}"), losses(tmp_path / "two" / f"tiny_{family}")
     assert len(one) == 4 + 2
     np.testing.assert_allclose(two, one, rtol=2e-5)
-    # what two processes saved, one process of one device reads
-    process = subprocess.run(
-        [sys.executable, "-m", "jaxlm", "eval", str(tmp_path / "two" / f"tiny_{family}"), "--batches", "2", "--json"],
-        env=ENVIRONMENT | {"XLA_FLAGS": ""}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    assert json.loads(process.stdout.splitlines()[-1])["loss"] == pytest.approx(one[-1], rel=1e-4)
+    # what two processes saved, one process reads
+    capsys.readouterr()
+    assert cli.main(["eval", str(tmp_path / "two" / f"tiny_{family}"), "--batches", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["loss"] == pytest.approx(one[-1], rel=1e-4)
 
 
 @pytest.mark.multiprocess
