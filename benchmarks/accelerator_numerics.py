@@ -74,7 +74,8 @@ def attention_case(name: str, T: int, C: int = 64, B: int = 2) -> dict[str, Any]
     rng = np.random.default_rng(T)
     tensors = tuple(jnp.asarray(rng.standard_normal((B, T, n, C)), jnp.bfloat16) for n in (H, K, K, H))
     mask = Mask(causal, window, seg_BT, seg_BT)
-    chosen, why = attention.choose("auto", mask, False, None, "bfloat16", widths=(C, C), lengths=(T, T))
+    choice = attention.choose("auto", mask, False, None, "bfloat16", widths=(C, C), lengths=(T, T))
+    chosen = choice.implementation
     # What this case adds to a causal mask is left out; where it adds nothing, the causal mask itself.
     plainer = _seen(T, causal and (packed or window is not None), None, None)
 
@@ -93,7 +94,7 @@ def attention_case(name: str, T: int, C: int = 64, B: int = 2) -> dict[str, Any]
         return out
 
     got = run(tensors, mask, _seen(T, causal, window, seg_BT), plainer)
-    result = {"auto": chosen, "why": why, "wrong mask": distance(got["wrong"], got["exact"])}
+    result = {"auto": chosen, "why": choice.reason, "wrong mask": distance(got["wrong"], got["exact"])}
     result["plain"] = distance(got["xla"], got["exact"])
     if chosen != "xla":
         result["fused"] = distance(got[chosen], got["exact"])
@@ -126,7 +127,7 @@ def packing_case(family: str, T: int, scan: bool) -> dict[str, Any]:
     vocab, sizes = 512, dict(layers=2, width=256, heads=4)
     module = MODELS[family]
     more = dict(positions=T) if family == "gpt2" else dict(kv_heads=2, head_width=64, ffn=512)
-    c = module.Config(vocab=vocab, **sizes, **more)
+    c = module.Config(**dict(vocab=vocab) | sizes | more)
     lengths = (T // 3, T // 4, T // 5, T // 10)
     packed, alone = _rows(lengths, T, vocab)
     weights = spec.init(module.specs(c), jax.random.key(0))
@@ -175,10 +176,10 @@ def check(length: int) -> dict[str, Any]:
     fused = {name: _tried(attention_case, name, length) for name in CASES}
     packed = {"gpt2, scanned": _tried(packing_case, "gpt2", length, True)}
     packed["llama, unrolled"] = _tried(packing_case, "llama", length, False)
-    chosen, why = attention.choose("auto", Mask(True), False, None, "bfloat16")
-    told = f"{chosen} with plain attention and float32"
-    if chosen == "xla":
-        told = f"plain attention with float32 only, as no fused kernel runs here ({why})"
+    choice = attention.choose("auto", Mask(True), False, None, "bfloat16")
+    told = f"{choice.implementation} with plain attention and float32"
+    if choice.implementation == "xla":
+        told = f"plain attention with float32 only, as no fused kernel runs here ({choice.reason})"
     named = {f"attention, {n}": c for n, c in fused.items()} | {f"packing, {n}": c for n, c in packed.items()}
     return {
         "compared": told, "attention": fused, "packing": packed, "length": length,

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +109,9 @@ def main() -> int:
     a = p.parse_args()
     found: dict[str, Any] = {}
     for name in a.models:
-        sides: dict[str, Callable[[str], dict[str, Any]]] = {"ours": lambda remat, name=name: ours(name, remat, a.keep)}
+        sides: dict[str, Callable[[str], dict[str, Any]]] = {"ours": partial(ours, name, keep=a.keep)}
         if a.maxtext_python:
-            sides["maxtext"] = lambda remat, name=name: theirs(name, remat, a.maxtext_python, a.keep, a.minutes)
+            sides["maxtext"] = partial(theirs, name, python=a.maxtext_python, keep=a.keep, minutes=a.minutes)
         found[name] = {}
         for side, compile_with in sides.items():
             for remat in ("full", *POLICIES[side]):

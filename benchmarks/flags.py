@@ -11,6 +11,7 @@ import sys
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
 
+import jax
 from jax.experimental import topologies
 
 from jaxlm.runtime import compiler_options
@@ -32,7 +33,8 @@ def main(targets: list[str]) -> int:
     for target in targets or ["gpu"]:
         gpu = {"platform": "cuda", "target_config": H100, "topology": "1x1x1"}
         how = gpu if target == "gpu" else {"platform": "tpu"}
-        device = topologies.get_topology_desc("one" if target == "gpu" else target, **how).devices[0]
+        described = topologies.get_topology_desc("one" if target == "gpu" else target, **how)
+        device: jax.Device = described.devices[0]
         for name, preset in compiler_options.PRESETS.items():
             if preset.platform != ("gpu" if target == "gpu" else "tpu"):
                 continue

@@ -81,7 +81,8 @@ def progress(run: Path) -> tuple[int, int]:
 
 def disturbed(out: Path, cache: Path, seconds: float, most: int, rng: random.Random) -> list[dict]:
     """Kill and resume until the run ends by itself; at most `most` kills. One entry a process."""
-    run, legs = out / "tiny_llama", []
+    run = out / "tiny_llama"
+    legs: list[dict[str, Any]] = []
     while True:
         with open(out.parent / f"{out.name}.log", "a") as log:
             process = launch(out, cache, log)
@@ -141,7 +142,8 @@ def main() -> int:
     p.add_argument("--save", default="kill_resume", help="name under results/; - : don't save")
     p.add_argument("--keep", type=Path, help="work in this folder and leave it there")
     a = p.parse_args()
-    rng, host, runs = random.Random(a.seed), machine(), []
+    rng, host = random.Random(a.seed), machine()
+    runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = a.keep or Path(temporary)
         folder.mkdir(exist_ok=True)
