@@ -200,7 +200,7 @@ def _to_hf(p: Pretrained, folder: Path, dtype: str | None) -> list[str]:
 def _to_gguf(p: Pretrained, path: Path, dtype: str) -> list[str]:
     s, text = p.source, None
     if s.tokens is not None:
-        text = gguf.Text(_vocabulary(s), s.tokens.bos_id in s.around[0], s.templates.get("default"))
+        text = gguf.Text(_vocabulary(s), s.tokens.bos_id in s.boundary_ids[0], s.templates.get("default"))
     m = p.model
     gguf.save(path, m.family, m.config, m.specs, p.params, kind=dtype, text=text, name=s.path.stem)
     return [f"{path.name}: {path.stat().st_size:,} bytes as {dtype}"]

@@ -71,7 +71,7 @@ def evaluate_tasks(
     with mesh.on_mesh(p.mesh):
         run = p.generator()
         lm = harness.Harness(
-            p.model, run, run.prepare(p.params), p.tokens, p.around, rows=rows, name=s.path.name,
+            p.model, run, run.prepare(p.params), p.tokens, p.boundary_ids, rows=rows, name=s.path.name,
             template=s.templates.get("default") if chats else None,
         )  # fmt: skip
         print(f"begin of text: {lm.bos_policy}")

@@ -39,7 +39,7 @@ class Source:
     advice: Generation
     templates: dict[str, str]
     """The chat templates by name."""
-    around: tuple[list[int], list[int]]
+    boundary_ids: tuple[list[int], list[int]]
     """The ids that stand before and after a text."""
     run: config.Run | None = None
     """The run, if the model is a run directory."""
@@ -126,7 +126,7 @@ def _run(folder: Path) -> Source:
     family = MODELS.of(run.model)
     advice = hf_sidecars.read_generation(folder)
     return Source(
-        folder, "run", family, run.model, tokens, advice, templates, tokens.around, run=run, adapter=run.adapter
+        folder, "run", family, run.model, tokens, advice, templates, tokens.boundary_ids, run=run, adapter=run.adapter
     )
 
 
@@ -152,9 +152,9 @@ def _hf(folder: Path) -> Source:
     family, c = huggingface.describe(folder, MODELS)
     names = ("tokenizer.json", "tokenizer.model", "spiece.model")
     tokens = tokenizers.load(folder) if any((folder / name).is_file() for name in names) else None
-    around: tuple[list[int], list[int]] = tokens.around if tokens is not None else ([], [])
+    boundary_ids: tuple[list[int], list[int]] = tokens.boundary_ids if tokens is not None else ([], [])
     advice, templates = hf_sidecars.read_generation(folder), hf_sidecars.chat_templates(folder)
-    return Source(folder, "hf", family, c, tokens, advice, templates, around)
+    return Source(folder, "hf", family, c, tokens, advice, templates, boundary_ids)
 
 
 def _gguf(path: Path) -> Source:

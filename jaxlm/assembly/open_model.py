@@ -54,10 +54,10 @@ class Pretrained:
         return sorted({*self.source.advice.eos, *(() if eos is None else (eos,))})
 
     @property
-    def around(self) -> tuple[list[int], list[int]]:
+    def boundary_ids(self) -> tuple[list[int], list[int]]:
         """The ids that stand before and after a text: a run's are those it was trained with."""
         s = self.source
-        return ([self.tokens.bos_id], []) if s.run is not None and s.run.data.train else s.around
+        return ([self.tokens.bos_id], []) if s.run is not None and s.run.data.train else s.boundary_ids
 
     @cached_property
     def objective(self) -> BoundObjective | None:
@@ -79,7 +79,7 @@ class Pretrained:
             s.run is not None and self.objective is not None and s.run.data.train
         ):  # an imported model was trained elsewhere
             return self.objective.prompts(texts)
-        before, after = s.around
+        before, after = s.boundary_ids
         if s.family.kind == "encoder_decoder":
             start = s.advice.start if s.advice.start is not None else s.config.decoder_start
             if start is None:
@@ -142,9 +142,8 @@ def first_params(p: programs.Program, start: StartModel) -> Any:
             f"start: {p.run.start} has an adapter of other settings than this run's; leave adapter.* out, or merge it "
             f"first: jaxlm export {p.run.start} MERGED --format hf"
         )
-    weights = read(
-        source, stored, p.layout.shardings(stored, p.mesh), each=_quantizer(p) if theirs.base != ours.base else None
-    )
+    transform = _quantizer(p) if theirs.base != ours.base else None
+    weights = read(source, stored, p.layout.shardings(stored, p.mesh), transform=transform)
     return {name: value for name, value in weights.items() if name in p.specs}
 
 
@@ -154,15 +153,15 @@ def _quantizer(p: programs.Program) -> Callable[[str, jax.Array], Any] | None:
     if p.adapter.method.needs_whole_base:
         return None
 
-    def each(path: str, w: jax.Array) -> Any:
+    def transform(path: str, w: jax.Array) -> Any:
         if (s := matrices.get(path)) is None:
             return w
-        homes = p.layout.shardings(tree.at(p.specs, path), p.mesh)
-        few = jax.jit(partial(quantized.KINDS[base], ins=s.ins, outs=s.outs), out_shardings=homes)(w)
+        shardings = p.layout.shardings(tree.at(p.specs, path), p.mesh)
+        few = jax.jit(partial(quantized.KINDS[base], ins=s.ins, outs=s.outs), out_shardings=shardings)(w)
         w.delete()
         return few
 
-    return each
+    return transform
 
 
 def specs_of(source: Source) -> Any:
@@ -207,9 +206,9 @@ def with_row_adapters(p: Pretrained, adapters: Sequence[str]) -> Pretrained:
         if not is_adapter(Path(folder).expanduser()):
             raise ValueError(f"--adapter: {folder} has no adapter_config.json; name a directory of PEFT's, or -")
         source = with_adapter(dataclasses.replace(p.source, adapter=config.Adapter()), Path(folder).expanduser())
-        homes = p.model.shard.shardings(source.adapted.specs()["adapter"], p.mesh)
+        shardings = p.model.shard.shardings(source.adapted.specs()["adapter"], p.mesh)
         assert source.adapter_files is not None
-        each.append((source.adapted, load(source.adapter_files, source.adapted, homes)))
+        each.append((source.adapted, load(source.adapter_files, source.adapted, shardings)))
     rows = [None if name == "-" else folders.index(name) for name in adapters]
     adapter, own = per_row.mix(each, rows, p.source.adapted)
     model = dataclasses.replace(p.model, adapter=adapter)
@@ -217,21 +216,21 @@ def with_row_adapters(p: Pretrained, adapters: Sequence[str]) -> Pretrained:
 
 
 def read(
-    source: Source, specs: Any, homes: Any, step: int | None = None,
-    each: Callable[[str, jax.Array], Any] | None = None,
+    source: Source, specs: Any, shardings: Any, step: int | None = None,
+    transform: Callable[[str, jax.Array], Any] | None = None,
 ) -> Any:  # fmt: skip
-    """Reads the weights, each device's share straight onto it. `each` changes a weight of a published file."""
+    """Reads the weights, each device's share straight onto it. `transform` changes a weight of a published file."""
     if source.adapter_files is not None:
-        loaded = load(source.adapter_files, source.adapted, homes["adapter"])
+        loaded = load(source.adapter_files, source.adapted, shardings["adapter"])
         bare = dataclasses.replace(source, adapter=config.Adapter(), adapter_files=None)
-        specs, homes = ({name: x for name, x in parts.items() if name != "adapter"} for parts in (specs, homes))
-        return read(bare, specs, homes, step, each) | {"adapter": loaded}
+        specs, shardings = ({name: x for name, x in parts.items() if name != "adapter"} for parts in (specs, shardings))
+        return read(bare, specs, shardings, step, transform) | {"adapter": loaded}
     if source.run is None:
         if source.files is not None:
-            return gguf.load(source.files, source.family, source.config, specs, homes, each=each)
-        return huggingface.load(source.path, source.family, source.config, specs, homes, each=each)
+            return gguf.load(source.files, source.family, source.config, specs, shardings, transform=transform)
+        return huggingface.load(source.path, source.family, source.config, specs, shardings, transform=transform)
     run, adapted = source.run, source.adapted
-    wanted = spec.abstract(specs, homes)
+    wanted = spec.abstract(specs, shardings)
     with Checkpoints(source.path / "checkpoints") as checkpoints:
         if checkpoints.latest() is None:
             raise ValueError(f"{source.path}: no checkpoint yet; train it with: jaxlm train {source.path}")
@@ -250,7 +249,7 @@ def read(
         weights = checkpoints.restore_params(wanted, step) if jax.tree.leaves(wanted) else wanted
     for part in (averaged, base):
         weights = weights if part is None else tree.merge(weights, part)
-    return weights if each is None else tree.map_named(each, weights)
+    return weights if transform is None else tree.map_named(transform, weights)
 
 
 def published_execution() -> config.Execution:

@@ -81,12 +81,14 @@ class Program:
     @property
     def state_shardings(self) -> step.State:
         """Returns the sharding of every leaf of the state."""
-        homes, moments = self._homes
+        weight_shardings, moments = self._weight_shardings
         host = "optimizer" in self.run.execution.offload
-        return step.shardings(self.specs, homes, self.optimizer, self.run.optim.ema > 0, self.whole, moments, host)
+        return step.shardings(
+            self.specs, weight_shardings, self.optimizer, self.run.optim.ema > 0, self.whole, moments, host
+        )
 
     @property
-    def _homes(self) -> tuple[Any, Any]:
+    def _weight_shardings(self) -> tuple[Any, Any]:
         """The shardings of the weights, and of the optimizer's state of them."""
         return (
             self.layout.shardings(self.specs, self.mesh),
@@ -128,7 +130,7 @@ class Program:
         """Returns the rows of a micro-batch that this process must make; None: all."""
         if self.mesh is None or jax.process_count() == 1:
             return None
-        return loader.rows_of(batch_sharding(self.layout, self.mesh, (1, batch_size), -1), batch_size)
+        return loader.addressable_rows(batch_sharding(self.layout, self.mesh, (1, batch_size), -1), batch_size)
 
     @property
     def _multiple(self) -> int:
@@ -151,7 +153,7 @@ class Program:
         """Returns the jitted `(state, batch) → (state, metrics)`, state donated; `.lower(…).compile()` it."""
         c, shardings, host = self.run.optim, None, "optimizer" in self.run.execution.offload
         if self.mesh is not None:
-            shardings = step.UpdateShardings.of(self.run.mesh.zero, *self._homes, self.optimizer)
+            shardings = step.UpdateShardings.of(self.run.mesh.zero, *self._weight_shardings, self.optimizer)
         f = step.make_train_step(
             self.loss, self.objective.totals, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema,
             shardings=shardings, host=host,

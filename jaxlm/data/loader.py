@@ -226,7 +226,7 @@ def evaluation_batches(
 # -------------------------------------------------------------------------------------------------------- onto devices
 
 
-def rows_of(sharding: "jax.sharding.Sharding", batch: int) -> list[int]:
+def addressable_rows(sharding: "jax.sharding.Sharding", batch: int) -> list[int]:
     """Returns the sorted rows of axis 1 (the batch) that this process's devices hold.
 
     Raises ValueError if the batch doesn't divide over the mesh.
@@ -256,7 +256,7 @@ def to_device(
     """Returns global arrays [micro, batch, …] that are made of this process's rows.
 
     A single sharding serves leaves of lower rank too. `rows` says which rows of the global batch these are, as
-    `rows_of` returned them (None: all of them).
+    `addressable_rows` returned them (None: all of them).
     """
     import jax
 
@@ -276,7 +276,7 @@ def _to_global(jax: Any, leaf: np.ndarray, sharding: Any, rows: Sequence[int] | 
         return jax.device_put(leaf, sharding)
     # The size of the global batch follows from the share of a batch of `num_devices` rows that lies on this process.
     devices = sharding.num_devices
-    size = len(rows) * devices // len(rows_of(sharding, devices))
+    size = len(rows) * devices // len(addressable_rows(sharding, devices))
     position = {row: k for k, row in enumerate(rows)}
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:

@@ -33,11 +33,12 @@ class Harness:
 
     def __init__(
         self, model: Model, generate: Generator, params: Any, tokens: Any,
-        around: tuple[Sequence[int], Sequence[int]], *, rows: int = 16, template: str | None = None, name: str = "",
+        boundary_ids: tuple[Sequence[int], Sequence[int]], *, rows: int = 16, template: str | None = None,
+        name: str = "",
     ) -> None:  # fmt: skip
-        """`params` had best be prepared. `around` are the ids before and after every text; `template` is for chats."""
+        """`params` had best be prepared. `boundary_ids` stand before and after every text; `template` is for chats."""
         self.generate, self.params, self.tokens = generate, params, tokens
-        self.before, self.after = (list(ids) for ids in around)
+        self.before, self.after = (list(ids) for ids in boundary_ids)
         self.longest = min(model.config.positions or LONGEST, LONGEST)
         self.scorer = Scorer(model, params, rows, self.longest)
         self.rows, self.template, self.name = rows, template, name

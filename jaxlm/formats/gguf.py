@@ -211,12 +211,12 @@ def describe(files: Files, models: Mapping[str, Family]) -> tuple[Family, Any]:
 
 def load(
     files: Files, family: Family, c: Any, specs: Any, shardings: Any, *, dtype: Any = np.float32,
-    each: Callable[[str, jax.Array], Any] | None = None,
+    transform: Callable[[str, jax.Array], Any] | None = None,
 ) -> Any:  # fmt: skip
     """Loads the weights, each device's share straight onto it, in pieces: the host holds a few at a time.
 
-    `each` takes (path, weight) and returns what takes its place before the next one is read. Raises a ValueError that
-    names the tensor where one is missing, left over or misshapen.
+    `transform` takes (path, weight) and returns what takes its place before the next one is read. Raises a ValueError
+    that names the tensor where one is missing, left over or misshapen.
     """
     table = weight_names.tensors(family.names(c), specs)
     missing, extra = (sorted(a - b) for a, b in itertools.permutations((table.keys(), files.entries.keys())))
@@ -231,7 +231,7 @@ def load(
         for part, view in zip(table[name].parts, table[name].views, strict=True):
             read = partial(files.read, name, shape=view.shape)
             sources.setdefault(part.path, []).append(shards.Source(part, view, read, entry.dtype))
-    return shards.fill(specs, shardings, sources, dtype, each)
+    return shards.fill(specs, shardings, sources, dtype, transform)
 
 
 class Text(NamedTuple):

@@ -85,13 +85,13 @@ def load(
     *,
     dtype: Any = jnp.float32,
     ignore: Iterable[str] = (),
-    each: Callable[[str, jax.Array], Any] | None = None,
+    transform: Callable[[str, jax.Array], Any] | None = None,
 ) -> Any:
     """Loads the weights of a directory, each device's share straight onto it.
 
-    Tensors that match a pattern of `ignore` are left out. `each` takes (path, weight) and returns what takes its place
-    before the next one is read. The host holds a piece or two; every process reads what its own devices need. Raises a
-    ValueError that names the tensors where they don't fit the model.
+    Tensors that match a pattern of `ignore` are left out. `transform` takes (path, weight) and returns what takes its
+    place before the next one is read. The host holds a piece or two; every process reads what its own devices need.
+    Raises a ValueError that names the tensors where they don't fit the model.
     """
     files = safetensors.open_files(directory)
     table = weight_names.tensors(family.names(c), specs)
@@ -102,7 +102,7 @@ def load(
             read = partial(files.read, names[name], shape=view.shape)
             source = shards.Source(part, view, read, files.entries[names[name]].dtype)
             sources.setdefault(part.path, []).append(source)
-    return shards.fill(specs, shardings, sources, dtype, each)
+    return shards.fill(specs, shardings, sources, dtype, transform)
 
 
 # ------------------------------------------------------------------------------------------- do the files fit the model

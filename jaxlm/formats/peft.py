@@ -173,10 +173,10 @@ def _file(files: Files) -> Path:
     return next((entry.file for entry in files.tensors.entries.values()), files.folder)
 
 
-def load(files: Files, adapted: Adapted, homes: Any) -> Any:
-    """Returns the adapter's weights, each device's share onto it, where `homes`, a tree as
+def load(files: Files, adapted: Adapted, shardings: Any) -> Any:
+    """Returns the adapter's weights, each device's share onto it, where `shardings`, a tree as
     `adapted.specs()["adapter"]`, says."""
-    specs, where = adapted.specs()["adapter"], tree.flatten(homes)
+    specs, where = adapted.specs()["adapter"], tree.flatten(shardings)
     if adapted.method.virtual_tokens is not None:
         arrays = {"prompt/rows": np.asarray(files.tensors.read(PROMPT), np.float32)}
     else:

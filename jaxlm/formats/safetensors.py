@@ -191,10 +191,10 @@ def _shard_path(index: Path, shard: str) -> Path:
     if not path.is_file():
         raise ValueError(f"{path}: missing, although {index.name} lists it; fetch it too")
     folder = index.parent.resolve()
-    homes = [folder]
+    folders = [folder]
     if folder.parent.name == "snapshots":  # the Hub's cache: snapshots/REVISION/model.safetensors -> ../../blobs/…
-        homes.append(folder.parent.parent / "blobs")
-    if path.resolve().parent not in homes:
+        folders.append(folder.parent.parent / "blobs")
+    if path.resolve().parent not in folders:
         raise ValueError(f"{path}: is a link out of its directory; refused. Copy the file there instead")
     return path
 

@@ -102,16 +102,16 @@ def _on_each_device(f: Callable[..., Any], home: Sharding, ins: Sequence[Any], o
 
 def fill(
     specs: Any, shardings: Any, sources: Mapping[str, Sequence[Source]], dtype: Any,
-    each: Callable[[str, jax.Array], Any] | None = None,
+    transform: Callable[[str, jax.Array], Any] | None = None,
 ) -> Any:  # fmt: skip
     """Returns the tree of weights, each from its sources in files.
 
-    `each` takes (path, weight) and returns what takes its place before the next one is filled.
+    `transform` takes (path, weight) and returns what takes its place before the next one is filled.
     """
-    homes = tree.flatten(shardings)
+    shardings = tree.flatten(shardings)
 
     def fill_one(path: str, spec: Spec) -> Any:
-        home = homes[path]
+        home = shardings[path]
         devices_of: dict[tuple, list[Any]] = {}
         for device, index in home.addressable_devices_indices_map(spec.shape).items():
             bounds = tuple(s.indices(size)[:2] for s, size in zip(index, spec.shape, strict=True))
@@ -119,7 +119,7 @@ def fill(
         stretches = [(tuple(slice(*b) for b in bounds), devices) for bounds, devices in devices_of.items()]
         fill_weight = _fill_small if _is_small(home, spec.shape, np.dtype(dtype).itemsize) else _fill_large
         filled = fill_weight(spec.shape, home, stretches, sources[path], np.dtype(dtype))
-        return filled if each is None else each(path, filled)
+        return filled if transform is None else transform(path, filled)
 
     return tree.map_named(fill_one, specs)
 

@@ -61,7 +61,7 @@ class _Settings(NamedTuple):
     """All that the choice of the next tokens depends on besides the state and the logits."""
 
     plan: BeamPlan
-    knobs: dict[str, Any]
+    numeric_settings: dict[str, Any]
     allowed_1V: jax.Array | None
     rules: dict[str, jax.Array]
     prompt_BV: jax.Array
@@ -72,7 +72,7 @@ def search(
     model: Model,
     params: Any,
     batch: dict[str, jax.Array],
-    knobs: dict[str, Any],
+    numeric_settings: dict[str, Any],
     allowed_1V: jax.Array | None,
     rules: dict[str, jax.Array],
     *,
@@ -90,7 +90,7 @@ def search(
     cache = cache.replace(layers=_repeat(cache.layers, K), real_BS=jnp.repeat(cache.real_BS, K, axis=0))
     prompt_lengths_R = jnp.repeat((batch["segments"] > 0).sum(-1), K)
     prompt_BV = jnp.zeros((B, V), jnp.int32).at[jnp.arange(B)[:, None], batch["tokens"]].max(batch["segments"])
-    settings = _Settings(plan, knobs, allowed_1V, rules, prompt_BV)
+    settings = _Settings(plan, numeric_settings, allowed_1V, rules, prompt_BV)
 
     def unfinished(b: Beams) -> jax.Array:
         full = b.exists_BK.all() & rules["stop_when_full"]
@@ -164,12 +164,12 @@ def _choose(b: Beams, z_BKV: jax.Array, settings: _Settings) -> Beams:
 
 def _log_probabilities(b: Beams, z_BKV: jax.Array, settings: _Settings) -> jax.Array:
     """Returns `[B, K, V]`, with penalties subtracted and -inf where a token is not allowed."""
-    (B, K, V), knobs = z_BKV.shape, settings.knobs
+    (B, K, V), numeric_settings = z_BKV.shape, settings.numeric_settings
     p_BKV = jax.nn.log_softmax(z_BKV, -1)
-    counts_BKV = _counts(b.tokens_BKN, b.num_generated, V) if knobs.keys() & PENALTIES else None
+    counts_BKV = _counts(b.tokens_BKN, b.num_generated, V) if numeric_settings.keys() & PENALTIES else None
     seen_BKV = None if counts_BKV is None else (settings.prompt_BV[:, None] + counts_BKV) > 0
-    p_RV = sampling.penalise(p_BKV, knobs, seen_BKV, counts_BKV).reshape(B * K, V)
-    p_RV = sampling.restrict(p_RV, knobs, settings.allowed_1V, settings.plan.end_ids, b.num_generated)
+    p_RV = sampling.penalise(p_BKV, numeric_settings, seen_BKV, counts_BKV).reshape(B * K, V)
+    p_RV = sampling.restrict(p_RV, numeric_settings, settings.allowed_1V, settings.plan.end_ids, b.num_generated)
     return p_RV.reshape(B, K, V)
 
 

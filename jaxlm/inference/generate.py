@@ -94,11 +94,11 @@ class Generator:
     def plan(self, s: Sampling) -> Plan:
         """Returns what of `s` shapes the program; raises a ValueError where a setting is out of range."""
         sampling.check(s, self.model.config.vocab)
-        knobs = sampling.knobs(s)
-        needs_counts = "presence_penalty" in knobs or "frequency_penalty" in knobs
+        numeric_settings = sampling.numeric_settings(s)
+        needs_counts = "presence_penalty" in numeric_settings or "frequency_penalty" in numeric_settings
         end_ids = tuple(sorted({*self.eos, *s.stop_ids}))
         top_k = s.top_k if s.temperature else 0
-        return Plan(top_k, end_ids, s.logprobs, "repetition_penalty" in knobs, needs_counts)
+        return Plan(top_k, end_ids, s.logprobs, "repetition_penalty" in numeric_settings, needs_counts)
 
     def __call__(
         self, params: Any, prompts: Sequence[Sequence[int]], s: Sampling, source: Sequence[Sequence[int]] | None = None
@@ -123,7 +123,14 @@ class Generator:
         length = bucket(batch["tokens"].shape[1] + s.tokens)
         key, allowed_BV = jax.random.key(s.seed), self.allowed(s, allowed_BV)
         return self._jit_start(
-            params, batch, key, sampling.knobs(s), allowed_BV, plan=plan, length=length, rows=len(prompts) * s.samples
+            params,
+            batch,
+            key,
+            sampling.numeric_settings(s),
+            allowed_BV,
+            plan=plan,
+            length=length,
+            rows=len(prompts) * s.samples,
         )
 
     def batch(
@@ -159,7 +166,7 @@ class Generator:
         plan = self.plan(s)
         allowed_BV = self.allowed(s, allowed_BV)
         return self._jit_advance(
-            params, state, sampling.knobs(s), allowed_BV, np.int32(min(until, s.tokens)), plan=plan
+            params, state, sampling.numeric_settings(s), allowed_BV, np.int32(min(until, s.tokens)), plan=plan
         )
 
     def allowed(self, s: Sampling, allowed_BV: np.ndarray | None = None) -> np.ndarray | None:
@@ -189,7 +196,9 @@ class Generator:
         length = bucket(batch["tokens"].shape[1] + s.tokens)
         allowed_BV = self.allowed(s)
         shape = beam.BeamPlan(s.beams, plan.end_ids, length)
-        result = self._jit_search(params, batch, sampling.knobs(s), allowed_BV, beam.beam_rules(s), plan=shape)
+        result = self._jit_search(
+            params, batch, sampling.numeric_settings(s), allowed_BV, beam.beam_rules(s), plan=shape
+        )
         out = []
         for tokens_KN, lengths_K, scores_K in zip(*jax.device_get(result), strict=True):
             answers = [completion_of(i, plan.end_ids, tokens_KN, lengths_K) for i in range(s.samples)]
@@ -197,7 +206,16 @@ class Generator:
         return out
 
     def _start(
-        self, params: Any, batch: dict, key: Any, knobs: dict, allowed_BV: Any, *, plan: Plan, length: int, rows: int
+        self,
+        params: Any,
+        batch: dict,
+        key: Any,
+        numeric_settings: dict,
+        allowed_BV: Any,
+        *,
+        plan: Plan,
+        length: int,
+        rows: int,
     ) -> State:
         params = prepare(self.model, params)
         z_BV, cache = prefill(self.model, params, batch, length)
@@ -226,9 +244,11 @@ class Generator:
             seen_BV=seen_BV,
             counts_BV=jnp.zeros((rows, V), jnp.int32) if plan.needs_counts else None,
         )
-        return choose(state, z_BV, knobs, allowed_BV, plan)
+        return choose(state, z_BV, numeric_settings, allowed_BV, plan)
 
-    def _advance(self, params: Any, state: State, knobs: dict, allowed_BV: Any, until: Any, *, plan: Plan) -> State:
+    def _advance(
+        self, params: Any, state: State, numeric_settings: dict, allowed_BV: Any, until: Any, *, plan: Plan
+    ) -> State:
         params = prepare(self.model, params)
 
         # XLA copies a cache whose leading dimension is 1 four times a step, and one without it once.
@@ -246,23 +266,23 @@ class Generator:
             last_B1 = jax.lax.dynamic_slice_in_dim(state.tokens_BN, state.num_generated - 1, 1, axis=1)
             positions_B1 = (state.prompt_lengths_B + state.num_generated - 1)[:, None]
             z_B1V, cache = extend(self.model, params, state.cache, last_B1, positions_B1)
-            state = choose(state.replace(cache=cache), z_B1V[:, 0], knobs, allowed_BV, plan)
+            state = choose(state.replace(cache=cache), z_B1V[:, 0], numeric_settings, allowed_BV, plan)
             return reshape_cache(state, lambda x: x[0])
 
         state = jax.lax.while_loop(unfinished, step, reshape_cache(state, lambda x: x[0]))
         return reshape_cache(state, lambda x: x[None])
 
 
-def choose(state: State, z_BV: jax.Array, knobs: dict, allowed_BV: jax.Array | None, plan: Plan) -> State:
+def choose(state: State, z_BV: jax.Array, numeric_settings: dict, allowed_BV: jax.Array | None, plan: Plan) -> State:
     """Returns the state with the next token of each row, chosen by its logits."""
     B, at = len(z_BV), state.num_generated
     model_BV = z_BV  # log probabilities are of the model's logits, before penalties and filters
-    z_BV = sampling.penalise(z_BV, knobs, state.seen_BV, state.counts_BV)
-    z_BV = sampling.restrict(z_BV, knobs, allowed_BV, plan.end_ids, at)
+    z_BV = sampling.penalise(z_BV, numeric_settings, state.seen_BV, state.counts_BV)
+    z_BV = sampling.restrict(z_BV, numeric_settings, allowed_BV, plan.end_ids, at)
     keys_B = None
-    if "temperature" in knobs:
+    if "temperature" in numeric_settings:
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(state.key, at), jnp.arange(B))
-    next_B = jnp.where(state.done_B, 0, sampling.pick(z_BV, keys_B, knobs, plan.top_k))
+    next_B = jnp.where(state.done_B, 0, sampling.pick(z_BV, keys_B, numeric_settings, plan.top_k))
     new: dict[str, Any] = dict(tokens_BN=_put(state.tokens_BN, next_B, at))
     if plan.logprobs is not None:
         p_BV = jax.nn.log_softmax(model_BV, -1)

@@ -99,7 +99,7 @@ def check(s: Sampling, vocab: int) -> None:
         raise ValueError("sampling.samples: greedy answers are all the same; set temperature above 0")
 
 
-def knobs(s: Sampling) -> dict[str, float]:
+def numeric_settings(s: Sampling) -> dict[str, float]:
     """Returns the numeric settings that differ from their neutral values, by name.
 
     They are arguments of the program, so that another value doesn't compile it again.
@@ -111,28 +111,32 @@ def knobs(s: Sampling) -> dict[str, float]:
 
 
 def penalise(
-    z_BV: jax.Array, knobs: dict[str, Any], seen_BV: jax.Array | None, counts_BV: jax.Array | None
+    z_BV: jax.Array, numeric_settings: dict[str, Any], seen_BV: jax.Array | None, counts_BV: jax.Array | None
 ) -> jax.Array:
-    """Applies the penalties among `knobs` to logits `[…, V]`.
+    """Applies the penalties among `numeric_settings` to logits `[…, V]`.
 
     `seen_BV` says which tokens the prompt and the answer have (repetition penalty, Keskar et al. 2019), `counts_BV` how
     often the answer has each token (presence and frequency penalty).
     """
-    if "repetition_penalty" in knobs:
+    if "repetition_penalty" in numeric_settings:
         assert seen_BV is not None
-        factor = knobs["repetition_penalty"]
+        factor = numeric_settings["repetition_penalty"]
         z_BV = jnp.where(seen_BV, jnp.where(z_BV < 0, z_BV * factor, z_BV / factor), z_BV)
-    if "presence_penalty" in knobs:
+    if "presence_penalty" in numeric_settings:
         assert counts_BV is not None
-        z_BV = z_BV - knobs["presence_penalty"] * (counts_BV > 0).astype(z_BV.dtype)
-    if "frequency_penalty" in knobs:
+        z_BV = z_BV - numeric_settings["presence_penalty"] * (counts_BV > 0).astype(z_BV.dtype)
+    if "frequency_penalty" in numeric_settings:
         assert counts_BV is not None
-        z_BV = z_BV - knobs["frequency_penalty"] * counts_BV.astype(z_BV.dtype)
+        z_BV = z_BV - numeric_settings["frequency_penalty"] * counts_BV.astype(z_BV.dtype)
     return z_BV
 
 
 def restrict(
-    z_BV: jax.Array, knobs: dict[str, Any], allowed_BV: jax.Array | None, end_ids: tuple[int, ...], num_generated: Any
+    z_BV: jax.Array,
+    numeric_settings: dict[str, Any],
+    allowed_BV: jax.Array | None,
+    end_ids: tuple[int, ...],
+    num_generated: Any,
 ) -> jax.Array:
     """Sets the logits of tokens that may not be chosen to -inf.
 
@@ -141,8 +145,8 @@ def restrict(
     """
     if allowed_BV is not None:
         z_BV = jnp.where(allowed_BV, z_BV, -jnp.inf)
-    if "min_tokens" in knobs and end_ids:
-        early = (num_generated < knobs["min_tokens"]) & is_any_of(jnp.arange(z_BV.shape[-1]), end_ids)
+    if "min_tokens" in numeric_settings and end_ids:
+        early = (num_generated < numeric_settings["min_tokens"]) & is_any_of(jnp.arange(z_BV.shape[-1]), end_ids)
         z_BV = jnp.where(early[None], -jnp.inf, z_BV)
     return z_BV
 
@@ -152,19 +156,19 @@ def is_any_of(ids: jax.Array, these: tuple[int, ...]) -> jax.Array:
     return jnp.isin(ids, jnp.asarray(these, jnp.int32)) if these else jnp.zeros(ids.shape, bool)
 
 
-def candidates(z_BV: jax.Array, knobs: dict[str, Any], top_k: int) -> tuple[jax.Array, jax.Array | None]:
+def candidates(z_BV: jax.Array, numeric_settings: dict[str, Any], top_k: int) -> tuple[jax.Array, jax.Array | None]:
     """Returns the logits of the tokens that may be drawn, `[B, K]`, and their ids; -inf marks those that may not.
 
     The ids are None where K is the whole vocabulary.
     """
-    z, ids = z_BV / knobs["temperature"], None
+    z, ids = z_BV / numeric_settings["temperature"], None
     if top_k:
         z, ids = jax.lax.top_k(z, top_k)
-    if "top_p" in knobs:
+    if "top_p" in numeric_settings:
         p = jax.nn.softmax(z, -1)
-        z = jnp.where(p < _top_p_threshold(p, knobs["top_p"]), -jnp.inf, z)
-    if "min_p" in knobs:
-        z = jnp.where(z < z.max(-1, keepdims=True) + jnp.log(knobs["min_p"]), -jnp.inf, z)
+        z = jnp.where(p < _top_p_threshold(p, numeric_settings["top_p"]), -jnp.inf, z)
+    if "min_p" in numeric_settings:
+        z = jnp.where(z < z.max(-1, keepdims=True) + jnp.log(numeric_settings["min_p"]), -jnp.inf, z)
     return z, ids
 
 
@@ -187,23 +191,23 @@ def _top_p_threshold(p_BK: jax.Array, top_p: Any) -> jax.Array:
     return jax.lax.bitcast_convert_type(low_B1, jnp.float32)
 
 
-def pick(z_BV: jax.Array, keys_B: jax.Array | None, knobs: dict[str, Any], top_k: int) -> jax.Array:
+def pick(z_BV: jax.Array, keys_B: jax.Array | None, numeric_settings: dict[str, Any], top_k: int) -> jax.Array:
     """Returns one token for each row, `[B]`, drawn with the row's own key; the likeliest without a temperature."""
-    if "temperature" not in knobs:
+    if "temperature" not in numeric_settings:
         return jnp.argmax(z_BV, -1).astype(jnp.int32)
     assert keys_B is not None
-    z_BK, ids_BK = candidates(z_BV, knobs, top_k)
+    z_BK, ids_BK = candidates(z_BV, numeric_settings, top_k)
     drawn_B = jax.vmap(jax.random.categorical)(keys_B, z_BK)
     if ids_BK is not None:
         drawn_B = jnp.take_along_axis(ids_BK, drawn_B[:, None], -1)[:, 0]
     return drawn_B.astype(jnp.int32)
 
 
-def probabilities(z_BV: jax.Array, knobs: dict[str, Any], top_k: int) -> jax.Array:
+def probabilities(z_BV: jax.Array, numeric_settings: dict[str, Any], top_k: int) -> jax.Array:
     """Returns the distribution that `pick` draws from, `[B, V]`."""
-    if "temperature" not in knobs:
+    if "temperature" not in numeric_settings:
         return jax.nn.one_hot(jnp.argmax(z_BV, -1), z_BV.shape[-1], dtype=jnp.float32)
-    z_BK, ids_BK = candidates(z_BV, knobs, top_k)
+    z_BK, ids_BK = candidates(z_BV, numeric_settings, top_k)
     p_BK = jax.nn.softmax(z_BK, -1)
     if ids_BK is None:
         return p_BK

@@ -84,18 +84,18 @@ class Speculative:
             raise ValueError(f"speculative: does not go with beams, samples, {', '.join(UNSUPPORTED)}; leave them out")
         plan, batch = self.target.plan(s), self.target.batch(prompts, s.tokens)
         length = bucket(batch["tokens"].shape[1] + s.tokens + self.k + 1)
-        knobs, allowed_1V = sampling.knobs(s), self.target.allowed(s)
+        numeric_settings, allowed_1V = sampling.numeric_settings(s), self.target.allowed(s)
         state = self._jit_run(
-            params, draft_params, batch, jax.random.key(s.seed), knobs, allowed_1V, np.int32(s.tokens), plan=plan,
-            length=length,
+            params, draft_params, batch, jax.random.key(s.seed), numeric_settings, allowed_1V, np.int32(s.tokens),
+            plan=plan, length=length,
         )  # fmt: skip
         tokens, lengths, rounds = jax.device_get((state.history_BH, state.answer_lengths_B, state.rounds))
         tokens, lengths = tokens[:, batch["tokens"].shape[1] :], np.minimum(lengths, s.tokens)
         return Answers([[completion_of(i, plan.end_ids, tokens, lengths)] for i in range(len(prompts))], int(rounds))
 
     def _run(
-        self, params: Any, draft_params: Any, batch: dict, key: Any, knobs: dict, allowed_1V: Any, max_tokens: Any, *,
-        plan: Plan, length: int,
+        self, params: Any, draft_params: Any, batch: dict, key: Any, numeric_settings: dict, allowed_1V: Any,
+        max_tokens: Any, *, plan: Plan, length: int,
     ) -> SpeculativeState:  # fmt: skip
         params = prepare(self.target.model, params)
         z_BV, cache = prefill(self.target.model, params, batch, length, self.k)
@@ -105,7 +105,7 @@ class Speculative:
             _, draft_cache = prefill(self.draft.model, draft_params, batch, length, self.k)
         (B, P), T = batch["tokens"].shape, self.k + 1
         keys_B = jax.random.split(jax.random.fold_in(key, 0), B)
-        first_B = sampling.pick(_restricted(z_BV, allowed_1V), keys_B, knobs, plan.top_k)
+        first_B = sampling.pick(_restricted(z_BV, allowed_1V), keys_B, numeric_settings, plan.top_k)
         history_BH = jnp.zeros((B, length + T), jnp.int32).at[:, :P].set(batch["tokens"]).at[:, P].set(first_B)
         one = jnp.ones((), jnp.int32)
         state = SpeculativeState(
@@ -116,16 +116,25 @@ class Speculative:
         def unfinished(state: SpeculativeState) -> jax.Array:
             return (state.num_generated < max_tokens) & ~state.done_B.all()
 
-        step = partial(self._round, params, draft_params, P, knobs, allowed_1V, plan)
+        step = partial(self._round, params, draft_params, P, numeric_settings, allowed_1V, plan)
         return jax.lax.while_loop(unfinished, step, state)
 
     def _round(
-        self, params: Any, draft_params: Any, P: int, knobs: dict, allowed_1V: Any, plan: Plan, s: SpeculativeState
+        self,
+        params: Any,
+        draft_params: Any,
+        P: int,
+        numeric_settings: dict,
+        allowed_1V: Any,
+        plan: Plan,
+        s: SpeculativeState,
     ) -> SpeculativeState:
         B, T, at = len(s.done_B), self.k + 1, P + s.num_generated - 1
         draft_key, accept_key, last_key = jax.random.split(jax.random.fold_in(s.key, s.num_generated), 3)
         positions_BT = (s.prompt_lengths_B + s.num_generated - 1)[:, None] + jnp.arange(T)[None]
-        distribution = partial(_distribution, allowed_1V=allowed_1V, knobs=knobs, top_k=plan.top_k)
+        distribution = partial(
+            _distribution, allowed_1V=allowed_1V, numeric_settings=numeric_settings, top_k=plan.top_k
+        )
         if self.draft is None:
             draft_cache, d_BT = None, self._looked_up(s.history_BH, at, P - s.prompt_lengths_B)
             q_BTV = jax.nn.one_hot(d_BT, self.target.model.config.vocab, dtype=jnp.float32)
@@ -207,5 +216,5 @@ def _restricted(z_BV: jax.Array, allowed_1V: Any) -> jax.Array:
     return z_BV if allowed_1V is None else jnp.where(allowed_1V, z_BV, -jnp.inf)
 
 
-def _distribution(z_BV: jax.Array, *, allowed_1V: Any, knobs: dict, top_k: int) -> jax.Array:
-    return sampling.probabilities(_restricted(z_BV, allowed_1V), knobs, top_k)
+def _distribution(z_BV: jax.Array, *, allowed_1V: Any, numeric_settings: dict, top_k: int) -> jax.Array:
+    return sampling.probabilities(_restricted(z_BV, allowed_1V), numeric_settings, top_k)

@@ -132,11 +132,21 @@ def forward(
     """
     k1, k2 = layers.subkeys(key, 2)
     memory_BSD = encode(c, specs, params, batch, shard=shard, key=k1) if "source" in batch else None
-    look = partial(attention_layers.cross_attention, shard=shard)
+    attend_source = partial(attention_layers.cross_attention, shard=shard)
     mask, cache = decoder.mask_and_cache(batch, cache)
     rows = dict(mask=mask, memory=memory_BSD, source_segments=batch.get("source_segments"))
     x_BTD, cache = _stack(
-        c, "decoder", specs, params, batch["tokens"], batch["positions"], rows, look, shard=shard, key=k2, cache=cache
+        c,
+        "decoder",
+        specs,
+        params,
+        batch["tokens"],
+        batch["positions"],
+        rows,
+        attend_source,
+        shard=shard,
+        key=k2,
+        cache=cache,
     )
     return Output(x_BTD, cache=cache)
 
@@ -149,19 +159,19 @@ def _stack(
     ids_BT: jax.Array,
     positions_BT: jax.Array,
     rows: dict,
-    look: Callable[..., tuple[jax.Array, dict]] | None = None,
+    attend_source: Callable[..., tuple[jax.Array, dict]] | None = None,
     *,
     shard: Layout,
     key: Key,
     cache: Cache | None = None,
 ) -> tuple[jax.Array, Cache | None]:
-    """Runs the encoder, or the decoder, which looks at the encoder's output by `look`."""
+    """Runs the encoder, or the decoder, which looks at the encoder's output by `attend_source`."""
     k1, k2 = layers.subkeys(key, 2)
 
     def norm(p: dict, name: str, x_BTD: jax.Array) -> jax.Array:
         return layers.layer_norm(x_BTD, p[name], p[f"{name}_bias"], EPS)
 
-    def block(p: dict, x_BTD: jax.Array, rows: dict, key: Key, kind: Any, kept: Any) -> tuple[Any, Any]:
+    def block(p: dict, x_BTD: jax.Array, rows: dict, key: Key, kind: Any, layer_cache: Any) -> tuple[Any, Any]:
         keys = iter(layers.subkeys(key, 3))
 
         def part(x_BTD: jax.Array, name: str, f: Callable[[jax.Array], tuple[jax.Array, Any]]) -> tuple[jax.Array, Any]:
@@ -169,10 +179,11 @@ def _stack(
             x_BTD += layers.dropout(y_BTD, c.dropout, next(keys))
             return x_BTD if c.norm_first else norm(p, name, x_BTD), found
 
+        own_cache = attention_layers.without_source(layer_cache)
         x_BTD, now = part(x_BTD, "norm1", lambda h: attention_layers.self_attention(
-            p, h, rows["mask"], shard=shard, cache=cache, kept=attention_layers.without_source(kept)))  # fmt: skip
-        if look is not None:
-            x_BTD, seen = part(x_BTD, "norm_cross", lambda h: look(p, h, rows, kept=kept))
+            p, h, rows["mask"], shard=shard, cache=cache, layer_cache=own_cache))  # fmt: skip
+        if attend_source is not None:
+            x_BTD, seen = part(x_BTD, "norm_cross", lambda h: attend_source(p, h, rows, layer_cache=layer_cache))
             now = now and now | seen
         x_BTD, _ = part(x_BTD, "norm2", lambda h: (layers.mlp(p, h, c.activation, shard), None))
         return x_BTD, now

@@ -121,7 +121,7 @@ def forward(
             params["relative"], mask, T, T, longest=LONGEST, both_ways=True, shard=shard
         )
 
-    def block(p: dict, x_BTD: jax.Array, mask: Mask, key: Key, kind: Any, kept: Any) -> tuple[Any, Any]:
+    def block(p: dict, x_BTD: jax.Array, mask: Mask, key: Key, kind: Any, layer_cache: Any) -> tuple[Any, Any]:
         k1, k2 = layers.subkeys(key, 2)
         bias = None if bias_BHTS is None else lambda *_: bias_BHTS
         a_BTD, _ = attention_layers.self_attention(p, x_BTD, mask, shard=shard, bias=bias)

@@ -111,7 +111,15 @@ def score_scale(c: Config) -> float:
 
 
 def latent_attention(
-    c: Config, p: dict, x_BTD: jax.Array, mask: Mask, sin_cos: Any, *, shard: Layout, cache: Cache | None, kept: Any
+    c: Config,
+    p: dict,
+    x_BTD: jax.Array,
+    mask: Mask,
+    sin_cos: Any,
+    *,
+    shard: Layout,
+    cache: Cache | None,
+    layer_cache: Any,
 ) -> tuple[jax.Array, Any]:
     """Computes `[B, T, D]` from `[B, T, D]`, and what the layer's cache keeps: latents and rotated keys."""
     if "q_a" in p:
@@ -125,7 +133,7 @@ def latent_attention(
     r_BTR = rope.rotate(r_BTR[:, :, None], sin_cos, c.interleaved)[:, :, 0]
     q_BTHN, q_BTHR = q_BTHC[..., : c.plain_width], rope.rotate(q_BTHC[..., c.plain_width :], sin_cos, c.interleaved)
     fresh = cache is None or cache.fresh
-    seen, mask, kept = remember(kept, dict(latent=l_BTL, rotated=r_BTR), mask, cache)
+    seen, mask, layer_cache = remember(layer_cache, dict(latent=l_BTL, rotated=r_BTR), mask, cache)
     l_BSL, r_BSR = (seen[n].astype(x_BTD.dtype) for n in ("latent", "rotated"))
     if fresh:
         k_BSHN = shard.einsum("bsl,lhn->bshn", l_BSL, p["k_b"], "batch", "seq", "heads", None)
@@ -141,7 +149,7 @@ def latent_attention(
         one = dataclasses.replace(shard, compute={**shard.compute, "kv": ()})  # the one key is on every device
         a_BTHL = attend(q_BTHC, k_BS1C, l_BSL[:, :, None], mask, shard=one, scale=score_scale(c))
         a_BTHW = shard(jnp.einsum("bthl,lhw->bthw", a_BTHL, p["v_b"]), "batch", "seq", "heads", None)
-    return project(p, "o", "bthw,hwd->btd", a_BTHW, shard, "batch", "seq", None), kept
+    return project(p, "o", "bthw,hwd->btd", a_BTHW, shard, "batch", "seq", None), layer_cache
 
 
 def forward(
@@ -151,11 +159,11 @@ def forward(
     mask, cache = decoder.mask_and_cache(batch, cache)
     rows = dict(mask=mask, sin_cos=rope.table(c.rope, c.rotated_width, batch["positions"]))
 
-    def block(p: dict, state: Any, rows: dict, key: Key, _: Any, kept: Any) -> tuple[Any, Any]:
+    def block(p: dict, state: Any, rows: dict, key: Key, _: Any, layer_cache: Any) -> tuple[Any, Any]:
         x_BTD, tally = state
         k1, k2 = layers.subkeys(key, 2)
         h_BTD = rms_norm(x_BTD, p["norm1"], c.eps)
-        a_BTD, kept = latent_attention(c, p, h_BTD, **rows, shard=shard, cache=cache, kept=kept)
+        a_BTD, layer_cache = latent_attention(c, p, h_BTD, **rows, shard=shard, cache=cache, layer_cache=layer_cache)
         x_BTD += layers.dropout(a_BTD, c.dropout, k1)
         h_BTD = rms_norm(x_BTD, p["norm2"], c.eps)
         if "router" in p:
@@ -163,7 +171,7 @@ def forward(
             tally = tally.plus(now)
         else:
             d_BTD = layers.mlp(p, h_BTD, "silu", shard)
-        return (x_BTD + layers.dropout(d_BTD, c.dropout, k2), tally), kept
+        return (x_BTD + layers.dropout(d_BTD, c.dropout, k2), tally), layer_cache
 
     x_BTD = layers.dropout(layers.embed(params["embed"], batch["tokens"], shard), c.dropout, k1)
     sizes = dict(dense=c.dense, blocks=c.layers - c.dense)

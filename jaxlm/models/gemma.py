@@ -82,18 +82,18 @@ def forward(
     def norm(x: jax.Array, w: jax.Array) -> jax.Array:
         return layers.rms_norm(x, 1 + w.astype(jnp.float32), c.eps)
 
-    def block(p: dict, x_BTD: jax.Array, rows: dict, key: Key, window: Any, kept: Any) -> tuple[Any, Any]:
+    def block(p: dict, x_BTD: jax.Array, rows: dict, key: Key, window: Any, layer_cache: Any) -> tuple[Any, Any]:
         k1, k2 = layers.subkeys(key, 2)
         mask, sin_cos = replace(rows["mask"], window=window), rows["far" if window is None else "near"]
-        a_BTD, kept = attention_layers.self_attention(
+        a_BTD, layer_cache = attention_layers.self_attention(
             p, norm(x_BTD, p["norm1"]), mask, shard=shard, sin_cos=sin_cos, norm=norm, scale=c.score_width**-0.5,
-            softcap=c.softcap_scores, cache=cache, kept=kept,
+            softcap=c.softcap_scores, cache=cache, layer_cache=layer_cache,
         )  # fmt: skip
         a_BTD = norm(a_BTD, p["after1"]) if "after1" in p else a_BTD
         x_BTD += layers.dropout(a_BTD, c.dropout, k1)
         d_BTD = layers.mlp(p, norm(x_BTD, p["norm2"]), c.activation, shard)
         d_BTD = norm(d_BTD, p["after2"]) if "after2" in p else d_BTD
-        return x_BTD + layers.dropout(d_BTD, c.dropout, k2), kept
+        return x_BTD + layers.dropout(d_BTD, c.dropout, k2), layer_cache
 
     x_BTD = layers.embed(params["embed"], batch["tokens"], shard)
     x_BTD = layers.dropout(x_BTD * jnp.asarray(c.width**0.5, x_BTD.dtype), c.dropout, k1)

@@ -87,13 +87,15 @@ def forward(
     k1, k2 = layers.subkeys(key, 2)
     rows, cache = decoder.mask_and_cache(batch, cache)
 
-    def block(p: dict, x_BTD: jax.Array, mask: Mask, key: Key, kind: Any, kept: Any) -> tuple[Any, Any]:
+    def block(p: dict, x_BTD: jax.Array, mask: Mask, key: Key, kind: Any, layer_cache: Any) -> tuple[Any, Any]:
         k1, k2 = layers.subkeys(key, 2)
         h_BTD = layers.layer_norm(x_BTD, p["norm1"], p["norm1_bias"], c.eps)
-        a_BTD, kept = attention_layers.self_attention(p, h_BTD, mask, shard=shard, cache=cache, kept=kept)
+        a_BTD, layer_cache = attention_layers.self_attention(
+            p, h_BTD, mask, shard=shard, cache=cache, layer_cache=layer_cache
+        )
         x_BTD += layers.dropout(a_BTD, c.dropout, k1)
         h_BTD = layers.layer_norm(x_BTD, p["norm2"], p["norm2_bias"], c.eps)
-        return x_BTD + layers.dropout(layers.mlp(p, h_BTD, c.activation, shard), c.dropout, k2), kept
+        return x_BTD + layers.dropout(layers.mlp(p, h_BTD, c.activation, shard), c.dropout, k2), layer_cache
 
     x_BTD = layers.embed(params["embed"], batch["tokens"], shard)
     x_BTD += layers.embed(params["position"], batch["positions"], shard, rows=None)
@@ -108,8 +110,8 @@ readout = decoder.readout
 
 
 def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
-    kept = attention_layers.kv_cache([None] * c.layers, rows, length, c.heads, c.width // c.heads, dtype, slack)
-    return empty_cache(kept, rows, length)
+    layer_cache = attention_layers.kv_cache([None] * c.layers, rows, length, c.heads, c.width // c.heads, dtype, slack)
+    return empty_cache(layer_cache, rows, length)
 
 
 # Published files.

@@ -70,17 +70,17 @@ def forward(
     rows = dict(mask=mask, sin_cos=rope.table(c.rope, c.head_width, batch["positions"]))
     act, rms = partial(gated, c.alpha, c.limit), partial(layers.rms_norm, eps=c.eps)
 
-    def block(p: dict, state: Any, rows: dict, key: Key, window: Any, kept: Any) -> tuple[Any, Any]:
+    def block(p: dict, state: Any, rows: dict, key: Key, window: Any, layer_cache: Any) -> tuple[Any, Any]:
         x_BTD, tally = state
         k1, k2 = layers.subkeys(key, 2)
         mask, sin_cos = replace(rows["mask"], window=window), rows["sin_cos"]
-        a_BTD, kept = attention_layers.self_attention(
-            p, rms(x_BTD, p["norm1"]), mask, shard=shard, sin_cos=sin_cos, cache=cache, kept=kept
+        a_BTD, layer_cache = attention_layers.self_attention(
+            p, rms(x_BTD, p["norm1"]), mask, shard=shard, sin_cos=sin_cos, cache=cache, layer_cache=layer_cache
         )
         x_BTD += layers.dropout(a_BTD, c.dropout, k1)
         h_BTD = rms(x_BTD, p["norm2"])
         d_BTD, now = moe.mixture(c.moe, p, h_BTD, mask.segments_BT, shard=shard, act=act, may_drop=cache is None)
-        return (x_BTD + layers.dropout(d_BTD, c.dropout, k2), tally.plus(now)), kept
+        return (x_BTD + layers.dropout(d_BTD, c.dropout, k2), tally.plus(now)), layer_cache
 
     x_BTD = layers.dropout(layers.embed(params["embed"], batch["tokens"], shard), c.dropout, k1)
     state, kinds = (x_BTD, moe.start(x_BTD, shard)), decoder.windows(c)

@@ -65,16 +65,23 @@ def forward(
     rows = dict(mask=mask, sin_cos=rope.table(c.rope, c.head_width, batch["positions"]))
     rms = partial(layers.rms_norm, eps=c.eps)
 
-    def block(p: dict, x_BTD: jax.Array, rows: dict, key: Key, kind: Any, kept: Any) -> tuple[Any, Any]:
+    def block(p: dict, x_BTD: jax.Array, rows: dict, key: Key, kind: Any, layer_cache: Any) -> tuple[Any, Any]:
         window, rotated = kind
         k1, k2 = layers.subkeys(key, 2)
         mask, sin_cos = replace(rows["mask"], window=window), rows["sin_cos"] if rotated else None
-        a_BTD, kept = attention_layers.self_attention(
-            p, rms(x_BTD, p["norm1"]), mask, shard=shard, sin_cos=sin_cos, norm=rms, cache=cache, kept=kept
+        a_BTD, layer_cache = attention_layers.self_attention(
+            p,
+            rms(x_BTD, p["norm1"]),
+            mask,
+            shard=shard,
+            sin_cos=sin_cos,
+            norm=rms,
+            cache=cache,
+            layer_cache=layer_cache,
         )
         x_BTD += layers.dropout(a_BTD, c.dropout, k1)
         d_BTD = layers.mlp(p, rms(x_BTD, p["norm2"]), "silu", shard)
-        return x_BTD + layers.dropout(d_BTD, c.dropout, k2), kept
+        return x_BTD + layers.dropout(d_BTD, c.dropout, k2), layer_cache
 
     x_BTD = layers.dropout(layers.embed(params["embed"], batch["tokens"], shard), c.dropout, k1)
     x_BTD, cache = block_stack.run_blocks(

@@ -58,11 +58,11 @@ def forward(
     rows = dict(mask=mask, sin_cos=rope.table(c.rope, c.head_width, batch["positions"]))
     rms = partial(layers.rms_norm, eps=c.eps)
 
-    def block(p: dict, state: Any, rows: dict, key: Key, _: Any, kept: Any) -> tuple[Any, Any]:
+    def block(p: dict, state: Any, rows: dict, key: Key, _: Any, layer_cache: Any) -> tuple[Any, Any]:
         x_BTD, tally = state
         k1, k2 = layers.subkeys(key, 2)
-        a_BTD, kept = attention_layers.self_attention(
-            p, rms(x_BTD, p["norm1"]), **rows, shard=shard, norm=rms, cache=cache, kept=kept
+        a_BTD, layer_cache = attention_layers.self_attention(
+            p, rms(x_BTD, p["norm1"]), **rows, shard=shard, norm=rms, cache=cache, layer_cache=layer_cache
         )
         x_BTD += layers.dropout(a_BTD, c.dropout, k1)
         h_BTD = rms(x_BTD, p["norm2"])
@@ -71,7 +71,7 @@ def forward(
             tally = tally.plus(now)
         else:
             d_BTD = layers.mlp(p, h_BTD, "silu", shard)
-        return (x_BTD + layers.dropout(d_BTD, c.dropout, k2), tally), kept
+        return (x_BTD + layers.dropout(d_BTD, c.dropout, k2), tally), layer_cache
 
     x_BTD = layers.dropout(layers.embed(params["embed"], batch["tokens"], shard), c.dropout, k1)
     sizes = dict(dense=c.dense, blocks=c.layers - c.dense)

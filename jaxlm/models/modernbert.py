@@ -131,7 +131,7 @@ def forward(
         far=rope.table(c.rope, C, positions_BT),
     )
 
-    def block(p: dict, x_BTD: jax.Array, rows: dict, key: Key, windowed: Any, kept: Any) -> tuple[Any, Any]:
+    def block(p: dict, x_BTD: jax.Array, rows: dict, key: Key, windowed: Any, layer_cache: Any) -> tuple[Any, Any]:
         k1, k2 = layers.subkeys(key, 2)
         mask = replace(rows["mask"], window=c.window if windowed else None)
         h_BTD = norm(c, p, "norm1", x_BTD) if "norm1" in p else x_BTD

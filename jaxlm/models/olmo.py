@@ -62,12 +62,14 @@ def forward(
     rows = dict(mask=mask, sin_cos=rope.table(c.rope, c.head_width, batch["positions"]))
     rms = partial(layers.rms_norm, eps=c.eps)
 
-    def block(p: dict, x_BTD: jax.Array, rows: dict, key: Key, kind: Any, kept: Any) -> tuple[Any, Any]:
+    def block(p: dict, x_BTD: jax.Array, rows: dict, key: Key, kind: Any, layer_cache: Any) -> tuple[Any, Any]:
         k1, k2 = layers.subkeys(key, 2)
-        a_BTD, kept = attention_layers.self_attention(p, x_BTD, **rows, shard=shard, norm=rms, cache=cache, kept=kept)
+        a_BTD, layer_cache = attention_layers.self_attention(
+            p, x_BTD, **rows, shard=shard, norm=rms, cache=cache, layer_cache=layer_cache
+        )
         x_BTD += layers.dropout(rms(a_BTD, p["norm1"]), c.dropout, k1)
         d_BTD = layers.mlp(p, x_BTD, "silu", shard)
-        return x_BTD + layers.dropout(rms(d_BTD, p["norm2"]), c.dropout, k2), kept
+        return x_BTD + layers.dropout(rms(d_BTD, p["norm2"]), c.dropout, k2), layer_cache
 
     x_BTD = layers.dropout(layers.embed(params["embed"], batch["tokens"], shard), c.dropout, k1)
     x_BTD, cache = block_stack.run_blocks(

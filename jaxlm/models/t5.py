@@ -122,11 +122,13 @@ def forward(
     """
     k1, k2 = layers.subkeys(key, 2)
     memory_BSD = encode(c, specs, params, batch, shard=shard, key=k1) if "source" in batch else None
-    look = partial(attention_layers.cross_attention, shard=shard, scale=1.0)
+    attend_source = partial(attention_layers.cross_attention, shard=shard, scale=1.0)
     mask, cache = decoder.mask_and_cache(batch, cache)
     rows = dict(mask=mask, memory=memory_BSD, source_segments=batch.get("source_segments"))
     x_BTD = layers.embed(params["embed"], batch["tokens"], shard)
-    x_BTD, cache = _stack(c, specs["decoder"], params["decoder"], x_BTD, rows, look, shard=shard, key=k2, cache=cache)
+    x_BTD, cache = _stack(
+        c, specs["decoder"], params["decoder"], x_BTD, rows, attend_source, shard=shard, key=k2, cache=cache
+    )
     return Output(x_BTD, cache=cache)
 
 
@@ -136,13 +138,13 @@ def _stack(
     params: Any,
     x_BTD: jax.Array,
     rows: dict,
-    look: Callable[..., tuple[jax.Array, dict]] | None = None,
+    attend_source: Callable[..., tuple[jax.Array, dict]] | None = None,
     *,
     shard: Layout,
     key: Key,
     cache: Cache | None = None,
 ) -> tuple[jax.Array, Cache | None]:
-    """Runs the encoder, or the decoder, which looks at the encoder's output by `look`."""
+    """Runs the encoder, or the decoder, which looks at the encoder's output by `attend_source`."""
     k1, k2, k3 = layers.subkeys(key, 3)
     T, mask = x_BTD.shape[1], rows["mask"]
     bias: Any = partial(
@@ -152,16 +154,18 @@ def _stack(
         bias_1HTT = bias(mask, T, T)
         bias = lambda *_: bias_1HTT  # noqa: E731
 
-    def block(p: dict, x_BTD: jax.Array, rows: dict, key: Key, kind: Any, kept: Any) -> tuple[Any, Any]:
+    def block(p: dict, x_BTD: jax.Array, rows: dict, key: Key, kind: Any, layer_cache: Any) -> tuple[Any, Any]:
         k1, k2, k3 = layers.subkeys(key, 3)
         h_BTD = layers.rms_norm(x_BTD, p["norm1"], c.eps)
         a_BTD, now = attention_layers.self_attention(
             p, h_BTD, rows["mask"], shard=shard, scale=1.0, bias=bias, cache=cache,
-            kept=attention_layers.without_source(kept),
+            layer_cache=attention_layers.without_source(layer_cache),
         )  # fmt: skip
         x_BTD += layers.dropout(a_BTD, c.dropout, k1)
-        if look is not None:
-            a_BTD, seen = look(p, layers.rms_norm(x_BTD, p["norm_cross"], c.eps), rows, kept=kept)
+        if attend_source is not None:
+            a_BTD, seen = attend_source(
+                p, layers.rms_norm(x_BTD, p["norm_cross"], c.eps), rows, layer_cache=layer_cache
+            )
             x_BTD += layers.dropout(a_BTD, c.dropout, k2)
             now = now and now | seen
         d_BTD = layers.mlp(p, layers.rms_norm(x_BTD, p["norm2"], c.eps), c.activation, shard)

@@ -31,13 +31,13 @@ def self_attention(
     softcap: float | None = None,
     bias: Callable[[Mask, int, int], jax.Array] | None = None,
     cache: Cache | None = None,
-    kept: Any = None,
+    layer_cache: Any = None,
 ) -> tuple[jax.Array, Any]:
     """Applies self-attention to `[B, T, D]`; returns `[B, T, D]` and what the layer's cache stores from now on.
 
     `p` holds the weights q (D H C), k and v (D K C), o (H C D) with their biases; q_norm and k_norm (over the
     dimensions of their shape), and `sinks` (H). `sin_cos` comes from `rope.table`; `bias(mask, T, S)` returns the
-    `bias_BHTS` of positions; `kept` is what the layer's cache stores so far.
+    `bias_BHTS` of positions; `layer_cache` is what the layer's cache stores so far.
     """
     q_BTHC = project(p, "q", "btd,dhc->bthc", x_BTD, shard, "batch", "seq", "heads", None)
     k_BTKC = project(p, "k", "btd,dkc->btkc", x_BTD, shard, "batch", "seq", "kv", None)
@@ -47,7 +47,7 @@ def self_attention(
         q_BTHC, k_BTKC = norm(q_BTHC, p["q_norm"]), norm(k_BTKC, p["k_norm"])
     if sin_cos is not None:
         q_BTHC, k_BTKC = rope.rotate(q_BTHC, sin_cos), rope.rotate(k_BTKC, sin_cos)
-    visible, mask, kept = remember(kept, dict(k=k_BTKC, v=v_BTKC), mask, cache)
+    visible, mask, layer_cache = remember(layer_cache, dict(k=k_BTKC, v=v_BTKC), mask, cache)
     k_BSKC, v_BSKC = visible["k"].astype(q_BTHC.dtype), visible["v"].astype(q_BTHC.dtype)
     bias_BHTS = None if bias is None else bias(mask, q_BTHC.shape[1], k_BSKC.shape[1])
     if (prefix := leaf_of(p["k"]).prefix_keys_values()) is not None:
@@ -59,7 +59,7 @@ def self_attention(
         sinks_H=p.get("sinks"),
     )  # fmt: skip
     a_BTHC = named(a_BTHC, "attended", shard)
-    return project(p, "o", "bthc,hcd->btd", a_BTHC, shard, "batch", "seq", None), kept
+    return project(p, "o", "bthc,hcd->btd", a_BTHC, shard, "batch", "seq", None), layer_cache
 
 
 def _prepend(first_PKC: jax.Array, x_BSKC: jax.Array, shard: Layout) -> jax.Array:
@@ -69,9 +69,9 @@ def _prepend(first_PKC: jax.Array, x_BSKC: jax.Array, shard: Layout) -> jax.Arra
     return jnp.concatenate([shard(shared_BPKC, *axes), shard(x_BSKC, *axes)], 1)
 
 
-def without_source(kept: dict[str, jax.Array] | None) -> dict[str, jax.Array] | None:
+def without_source(layer_cache: dict[str, jax.Array] | None) -> dict[str, jax.Array] | None:
     """Returns what a decoder's layer stores of its own tokens, without what it stores of the source."""
-    return kept and {name: x for name, x in kept.items() if not name.startswith("cross_")}
+    return layer_cache and {name: x for name, x in layer_cache.items() if not name.startswith("cross_")}
 
 
 def cross_attention(
@@ -81,7 +81,7 @@ def cross_attention(
     *,
     shard: Layout,
     scale: float | None = None,
-    kept: dict[str, jax.Array] | None = None,
+    layer_cache: dict[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Applies attention from `[B, T, D]` to another sequence, `memory`, in segments of the same number.
 
@@ -98,9 +98,9 @@ def cross_attention(
             segments_BS = jnp.ones(memory_BSD.shape[:2], jnp.int32)
         at_T = at_S = None
     else:
-        assert kept is not None and "cross_k" in kept, "the first call of a cache brings the source"
+        assert layer_cache is not None and "cross_k" in layer_cache, "the first call of a cache brings the source"
         k_BSKC, v_BSKC, segments_BS = (
-            jnp.moveaxis(kept[n], SLOTS.get(n, 1), 1) for n in ("cross_k", "cross_v", "cross_segments")
+            jnp.moveaxis(layer_cache[n], SLOTS.get(n, 1), 1) for n in ("cross_k", "cross_v", "cross_segments")
         )
         at_T, at_S = jnp.arange(q_BTHC.shape[1]), jnp.arange(k_BSKC.shape[1])
     if segments_BT is None:
@@ -113,9 +113,11 @@ def cross_attention(
     a_BTHC = attend(q_BTHC, k_BSKC.astype(dtype), v_BSKC.astype(dtype), mask, shard=shard, scale=scale)
     a_BTHC = named(a_BTHC, "attended", shard)
     cross_cache = dict(cross_k=k_BSKC, cross_v=v_BSKC, cross_segments=segments_BS)
-    if kept is not None:
+    if layer_cache is not None:
         cross_cache = {n: jnp.moveaxis(x, 1, SLOTS.get(n, 1)) for n, x in cross_cache.items()}
-        cross_cache = {n: x if n == "cross_segments" else x.astype(kept["k"].dtype) for n, x in cross_cache.items()}
+        cross_cache = {
+            n: x if n == "cross_segments" else x.astype(layer_cache["k"].dtype) for n, x in cross_cache.items()
+        }
     return project(p, "cross_o", "bthc,hcd->btd", a_BTHC, shard, "batch", "seq", None), cross_cache
 
 

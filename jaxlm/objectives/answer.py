@@ -161,9 +161,9 @@ def _windows(n: int, room: int, stride: int) -> list[tuple[int, int, list[bool]]
     while begins[-1] + room < n:
         begins.append(begins[-1] + min(stride, room))
     bounds = [(begin, min(begin + room, n)) for begin in begins]
-    around = lambda t, begin, end: min(t - begin, end - 1 - t) + 0.01 * (end - begin)  # noqa: E731
-    most = [max(around(t, *bound) for bound in bounds if bound[0] <= t < bound[1]) for t in range(n)]
-    return [(begin, end, [around(t, begin, end) == most[t] for t in range(begin, end)]) for begin, end in bounds]
+    margin = lambda t, begin, end: min(t - begin, end - 1 - t) + 0.01 * (end - begin)  # noqa: E731
+    most = [max(margin(t, *bound) for bound in bounds if bound[0] <= t < bound[1]) for t in range(n)]
+    return [(begin, end, [margin(t, begin, end) == most[t] for t in range(begin, end)]) for begin, end in bounds]
 
 
 def example(c: Config, record: Window, row: RowShape, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:

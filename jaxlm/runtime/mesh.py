@@ -99,7 +99,7 @@ def make_mesh(c: config.Mesh, on: list[Any] | None = None) -> Any:
     return jax.sharding.Mesh(device_order.arrange(on, shape), AXES, axis_types=kinds)
 
 
-def pinned(tree: Any, shardings: Any) -> Any:
+def constrain(tree: Any, shardings: Any) -> Any:
     """Returns a tree of arrays, each constrained to its sharding."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.tree.map(

@@ -11,7 +11,7 @@ from flax import struct
 from jaxlm.core import spec as weights
 from jaxlm.core import tree
 from jaxlm.core.batch import Batch
-from jaxlm.runtime.mesh import pinned
+from jaxlm.runtime.mesh import constrain
 from jaxlm.training.optimizers import Optimizer, state_shardings
 
 Loss = Callable[[Any, Batch[jax.Array], jax.Array | None], dict[str, dict[str, jax.Array]]]
@@ -63,22 +63,28 @@ class UpdateShardings(NamedTuple):
     moments: Any
 
     @classmethod
-    def of(cls, zero: int, homes: Any, moments: Any, optimizer: Optimizer) -> "UpdateShardings":
-        """Returns them for a ZeRO stage, from where all weights rest (`homes`), and where they would if they were
-        moments."""
-        whole, updated = (tree.partition(t, optimizer.trainable)[0] for t in (homes, moments))
+    def of(cls, zero: int, weight_shardings: Any, moments: Any, optimizer: Optimizer) -> "UpdateShardings":
+        """Returns the shardings of a ZeRO stage, from those of all weights (`weight_shardings`), and from those that
+        they would have if they were moments."""
+        whole, updated = (tree.partition(t, optimizer.trainable)[0] for t in (weight_shardings, moments))
         return cls(whole, whole if zero == 1 else updated, updated)
 
 
 def shardings(
-    specs: Any, homes: Any, optimizer: Optimizer, ema: bool, whole: Any, moments: Any = None, host: bool = False
+    specs: Any,
+    weight_shardings: Any,
+    optimizer: Optimizer,
+    ema: bool,
+    whole: Any,
+    moments: Any = None,
+    host: bool = False,
 ) -> State:
     """Returns where each leaf of a State lives: moments and averages where `moments` says, or else with their weights.
 
-    `homes` are the shardings of all weights, `whole` is the replicated one. With `host` the optimizer's state waits in
-    the host's memory.
+    `weight_shardings` are the shardings of all weights, `whole` is the replicated one. With `host` the optimizer's
+    state waits in the host's memory.
     """
-    params, frozen = tree.partition(homes, optimizer.trainable)
+    params, frozen = tree.partition(weight_shardings, optimizer.trainable)
     updated = params if moments is None else tree.partition(moments, optimizer.trainable)[0]
     shapes, _ = tree.partition(weights.abstract(specs), optimizer.trainable)
     return State(
@@ -140,7 +146,7 @@ def make_train_step(
         def pin_gradients(grads_and_sums: tuple[Any, Any]) -> tuple[Any, Any]:
             if shardings is None:
                 return grads_and_sums
-            return pinned(grads_and_sums[0], shardings.gradients), grads_and_sums[1]
+            return constrain(grads_and_sums[0], shardings.gradients), grads_and_sums[1]
 
         n = jax.tree.leaves(batch)[0].shape[0]
         keys = jax.random.split(key, n)
@@ -154,8 +160,8 @@ def make_train_step(
             (grads, sums), _ = jax.lax.scan(add, start, (batch, keys))
 
         if shardings is not None:
-            grads = pinned(grads, shardings.moments)
-            state = state.replace(params=pinned(state.params, shardings.moments))
+            grads = constrain(grads, shardings.moments)
+            state = state.replace(params=constrain(state.params, shardings.moments))
         if host:
             state = state.replace(opt=_move(state.opt, jax.memory.Space.Device))
         metrics = flat_metrics(sums, totals) | {f"weight/{name}": total for name, total in totals.items()}
@@ -173,7 +179,7 @@ def make_train_step(
         moved, unmoved = new.replace(frozen=None), state.replace(frozen=None)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), moved, unmoved).replace(frozen=state.frozen)
         if shardings is not None:
-            new = new.replace(params=pinned(new.params, shardings.weights))
+            new = new.replace(params=constrain(new.params, shardings.weights))
         if host:
             new = new.replace(opt=_move(new.opt, jax.memory.Space.Host))
         metrics |= dict(grad_norm=norm, lr=optimizer.schedule(state.step), finite=finite.astype(jnp.float32))

@@ -183,9 +183,9 @@ def test_a_begin_of_text_token_that_only_the_settings_ask_for(tmp_path, told, be
     settings = json.loads(path.read_text()) | {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": told}
     path.write_text(json.dumps(settings))
     found = load(folder)
-    assert found.around == (before, []) and found.encode("a") == [97]
+    assert found.boundary_ids == (before, []) and found.encode("a") == [97]
     found.save(tmp_path / "again")
-    assert load(tmp_path / "again").around == (before, [])
+    assert load(tmp_path / "again").boundary_ids == (before, [])
     assert open_model.open_model(folder).prompts(["a"])[0] == [[*before, 97]]
 
 

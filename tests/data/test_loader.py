@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.data import packing, token_cache
-from jaxlm.data.loader import Loader, evaluation_batches, rows_of, to_device
+from jaxlm.data.loader import Loader, addressable_rows, evaluation_batches, to_device
 from jaxlm.data.tokenizer import Bytes
 
 ROOT = Path(__file__).parents[2]
@@ -327,7 +327,7 @@ def test_to_device_on_one_process(caches):
     plain = to_device(batch, None)
     mesh = _mesh(data=2, context=2)
     one = NamedSharding(mesh, P(None, "data", None))
-    spread = to_device(batch, one, rows_of(one, 4))
+    spread = to_device(batch, one, addressable_rows(one, 4))
     each = to_device(batch, {"tokens": one, "noise": one, "label": NamedSharding(mesh, P(None, "data"))})
     for placed in (plain, spread, each):
         assert all(
@@ -335,9 +335,9 @@ def test_to_device_on_one_process(caches):
         )
     assert spread["tokens"].sharding.spec == P(None, "data", None)
     assert spread["label"].sharding.spec == P(None, "data")
-    assert rows_of(one, 4) == rows_of(NamedSharding(mesh, P()), 4) == [0, 1, 2, 3]
+    assert addressable_rows(one, 4) == addressable_rows(NamedSharding(mesh, P()), 4) == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="batch of 3 rows does not divide"):
-        rows_of(one, 3)
+        addressable_rows(one, 3)
 
 
 PROCESS = """
@@ -346,7 +346,7 @@ import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 from jax.sharding import NamedSharding, PartitionSpec as P
-from jaxlm.data.loader import rows_of, to_device
+from jaxlm.data.loader import addressable_rows, to_device
 whole = {"tokens": np.arange(2 * 8 * 4).reshape(2, 8, 4), "label": np.arange(16).reshape(2, 8)}
 # The second mesh deals out rows so that a process's are not next to each other.
 devices = np.array(jax.devices())
@@ -356,7 +356,7 @@ for order, spec, want in (
     ([0, 1, 2, 3], P(), [range(8), range(8)]),
 ):
     sharding = NamedSharding(jax.sharding.Mesh(devices[order], ("a",)), spec)
-    rows = rows_of(sharding, 8)
+    rows = addressable_rows(sharding, 8)
     assert rows == list(want[int(sys.argv[2])]), rows
     placed = to_device({name: leaf[:, rows] for name, leaf in whole.items()}, sharding, rows)
     for name, leaf in placed.items():

@@ -154,7 +154,7 @@ def test_a_runs_sentencepiece_becomes_an_exact_tokenizer_json(tmp_path):
         ids = theirs.encode(text, add_special_tokens=False).ids
         assert ids == tokens.encode(text) and theirs.decode(ids) == text
     again = tokenizer.load(tmp_path / "out")
-    assert again.around == ([], [3])  # a T5 reads EOS after its source
+    assert again.boundary_ids == ([], [3])  # a T5 reads EOS after its source
     assert isinstance(again, tokenizer.HuggingFace)
     for kind in tokenizer.KINDS:
         assert getattr(again, f"{kind}_id") == getattr(tokens, f"{kind}_id"), kind
@@ -196,8 +196,8 @@ def test_a_file_that_reads_a_text_otherwise_is_not_written(tmp_path, monkeypatch
     from jaxlm.formats import tokenizer_json
 
     tokens = train_tokenizer.train_sentencepiece(corpus(), tmp_path / "x.model", vocab_size=600)
-    for kind, around in {"decoder": ([2], []), "encoder": ([5], [6]), "encoder_decoder": ([], [3])}.items():
-        assert tokenizer.HuggingFace(tokenizer_json.convert(tokens, kind)[0]).around == around
+    for kind, boundary_ids in {"decoder": ([2], []), "encoder": ([5], [6]), "encoder_decoder": ([], [3])}.items():
+        assert tokenizer.HuggingFace(tokenizer_json.convert(tokens, kind)[0]).boundary_ids == boundary_ids
     original = tokenizer_json._merges
     monkeypatch.setattr(tokenizer_json, "_merges", lambda scores: list(original(scores))[:-20])
     made, why = tokenizer_json.convert(tokens)

@@ -13,7 +13,7 @@ from support.hf_rows import draw
 from jaxlm.core import config
 from jaxlm.formats import huggingface
 from jaxlm.inference.generate import Generator
-from jaxlm.inference.sampling import Sampling, candidates, knobs
+from jaxlm.inference.sampling import Sampling, candidates, numeric_settings
 from jaxlm.models import MODELS
 from jaxlm.models.model import Model
 from jaxlm.nn.layout import Layout
@@ -76,7 +76,7 @@ def test_tokens_and_scores_equal_hugging_face(name, opened):
 @pytest.mark.parametrize("case", FILE["warped"], ids=lambda case: str(case["setting"]))
 def test_filters_leave_the_same_probabilities_as_hugging_face(case):
     s = Sampling(**case["setting"])
-    z_BK, ids_BK = candidates(jnp.array(case["logits"]), knobs(s), s.top_k)
+    z_BK, ids_BK = candidates(jnp.array(case["logits"]), numeric_settings(s), s.top_k)
     p_BK = np.asarray(jax.nn.softmax(z_BK, -1))
     if ids_BK is not None:
         whole = np.zeros_like(case["probabilities"])

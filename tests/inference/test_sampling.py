@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.inference.sampling import Sampling, check, knobs, penalise, pick
+from jaxlm.inference.sampling import Sampling, check, numeric_settings, penalise, pick
 
 Z = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))
 
@@ -13,7 +13,7 @@ Z = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))
 def shares(z, n: int = 20_000, top_k: int = 0, **setting) -> np.ndarray:
     s = Sampling(top_k=top_k, **({"temperature": 1.0} | setting))
     check(s, len(z))
-    drawn = pick(jnp.broadcast_to(z, (n, len(z))), jax.random.split(jax.random.key(0), n), knobs(s), top_k)
+    drawn = pick(jnp.broadcast_to(z, (n, len(z))), jax.random.split(jax.random.key(0), n), numeric_settings(s), top_k)
     assert drawn.dtype == jnp.int32
     return np.bincount(drawn, minlength=len(z)) / n
 
@@ -52,7 +52,7 @@ def test_the_order_of_the_vocabulary_does_not_matter():
 def test_rows_are_filtered_by_themselves():
     z = jnp.stack([Z, Z[::-1]])
     for top_k, setting in ((1, {}), (0, dict(top_p=0.3))):
-        used = knobs(Sampling(temperature=1.0, **setting))
+        used = numeric_settings(Sampling(temperature=1.0, **setting))
         drawn = [pick(z, jax.random.split(jax.random.key(i)), used, top_k).tolist() for i in range(3)]
         assert drawn == [[0, 3]] * 3
 
@@ -60,15 +60,15 @@ def test_rows_are_filtered_by_themselves():
 def test_penalties():
     z = jnp.array([[2.0, -2.0, 1.0, 0.5]])
     seen, counts = jnp.array([[True, True, False, True]]), jnp.array([[2, 0, 0, 1]])
-    used = knobs(Sampling(repetition_penalty=2.0))
+    used = numeric_settings(Sampling(repetition_penalty=2.0))
     np.testing.assert_allclose(penalise(z, used, seen, counts), [[1.0, -4.0, 1.0, 0.25]])
-    used = knobs(Sampling(presence_penalty=0.5, frequency_penalty=1.0))
+    used = numeric_settings(Sampling(presence_penalty=0.5, frequency_penalty=1.0))
     np.testing.assert_allclose(penalise(z, used, seen, counts), [[-0.5, -2.0, 1.0, -1.0]])
 
 
 def test_only_what_is_used_is_computed():
-    assert knobs(Sampling(top_p=0.5, min_p=0.1)) == {}  # greedy
-    assert knobs(Sampling(temperature=1.0, top_p=0.5)) == {"temperature": 1.0, "top_p": 0.5}
+    assert numeric_settings(Sampling(top_p=0.5, min_p=0.1)) == {}  # greedy
+    assert numeric_settings(Sampling(temperature=1.0, top_p=0.5)) == {"temperature": 1.0, "top_p": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What only a GPU can show: its fused attention is attention, whatever the mask, and a step in bfloat16 learns.
 
-JAX_PLATFORMS=cuda,cpu python -m pytest -m gpu tests/test_gpu.py
+JAX_PLATFORMS=cuda,cpu python -m pytest -m gpu tests/nn/test_gpu.py
 """
 
 import jax

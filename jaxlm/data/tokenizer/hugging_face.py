@@ -115,7 +115,7 @@ class HuggingFace(SpecialIds):
         return out
 
     @functools.cached_property
-    def around(self) -> tuple[list[int], list[int]]:
+    def boundary_ids(self) -> tuple[list[int], list[int]]:
         """Returns the ids that stand (before, after) a text on its own."""
         ids, whole = self.encode("a"), self._tokenizer.encode("a").ids
         at = next(i for i in range(len(whole)) if whole[i : i + len(ids)] == ids)
@@ -216,7 +216,7 @@ def _with_configured_bos(path: Path) -> str:
         return source
     names = _special_names(path.parent)
     unchanged = HuggingFace(source, names)
-    if "bos" not in names or unchanged.around[0]:
+    if "bos" not in names or unchanged.boundary_ids[0]:
         return source
     values, piece = json.loads(source), names["bos"]
     added = post_processor({piece: unchanged.id_of(piece)}, {})

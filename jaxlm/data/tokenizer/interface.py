@@ -69,7 +69,7 @@ class Tokenizer(Protocol):
         """Returns the bytes that each token stands for in the middle of a text; special tokens have their names."""
 
     @property
-    def around(self) -> tuple[list[int], list[int]]:
+    def boundary_ids(self) -> tuple[list[int], list[int]]:
         """Returns the ids that the vocabulary's makers put (before, after) a text on its own."""
 
     def encode(self, text: str) -> list[int]:

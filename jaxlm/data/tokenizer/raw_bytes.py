@@ -39,7 +39,7 @@ class Bytes(SpecialIds):
         return [bytes([id]) if id < 256 else self.piece(id).encode() for id in range(self.vocab_size)]
 
     @property
-    def around(self) -> tuple[list[int], list[int]]:
+    def boundary_ids(self) -> tuple[list[int], list[int]]:
         """Returns the ids that stand (before, after) a text on its own."""
         return ([] if self.bos_id is None else [self.bos_id]), []
 

@@ -82,7 +82,7 @@ class SentencePiece(SpecialIds):
         return {self.piece(i): i for i in range(self.vocab_size) if self._processor.is_control(i)}
 
     @property
-    def around(self) -> tuple[list[int], list[int]]:
+    def boundary_ids(self) -> tuple[list[int], list[int]]:
         """Returns the ids that stand (before, after) a text on its own."""
         bos = self._processor.bos_id()
         return ([bos] if bos >= 0 else []), []
