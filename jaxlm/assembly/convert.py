@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxlm.assembly import model_source
 from jaxlm.assembly.model_source import Source
-from jaxlm.assembly.open_model import Pretrained, open_model, published_run
+from jaxlm.assembly.open_model import Place, Pretrained, open_model, published_run
 from jaxlm.core import config_io, errors
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.formats import gguf, hf_sidecars, huggingface, stablehlo
@@ -58,7 +58,12 @@ def import_model(place: str, target: str | Path) -> list[str]:
 
 
 def export(
-    place: str, target: str | Path, *, format: str = "hf", dtype: str | None = None, step: int | None = None
+    model: Place,
+    target: str | Path,
+    *,
+    format: str = "hf",
+    dtype: str | None = None,
+    step: int | None = None,
 ) -> tuple[list[str], dict[str, Any]]:
     """Writes the model; returns a line on each thing written, and how far its logits are from before.
 
@@ -74,7 +79,7 @@ def export(
     if format == "gguf" and path.suffix != ".gguf":
         raise ValueError(f"{path}: name a file that ends in .gguf")
     _fresh(path)
-    p = _published(open_model(place, step))
+    p = _published(open_model(model, step))
     vectors = format == "stablehlo" and p.model.family.kind == "encoder"
     before = logits(p, vectors)
     if format != "peft" and p.model.adapter is not None:
@@ -94,7 +99,7 @@ def export(
     except BaseException:
         _remove(path)
         raise
-    record = {"source": str(place), "format": format, "dtype": dtype or "as it was", **difference}
+    record = {"source": str(p.source.path), "format": format, "dtype": dtype or "as it was", **difference}
     file = path / "export.json" if path.is_dir() else path.with_name(f"{path.name}.json")
     file.write_text(json.dumps(record, indent=1) + "\n")
     return [*notes, f"{file.name}: the comparison of logits before and after"], record

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.assembly import corpus as corpora
-from jaxlm.assembly.open_model import Pretrained, open_model, program
+from jaxlm.assembly.open_model import Place, Pretrained, open_model, program
 from jaxlm.core.errors import nearest
 from jaxlm.evaluation import bootstrap, harness, pass_at_k, perplexity, sandbox, task_scores, text_metrics
 from jaxlm.evaluation.bootstrap import Sample
@@ -34,7 +34,9 @@ class Evaluation(NamedTuple):
     """The true and the predicted answer of each example, where the objective makes predictions."""
 
 
-def evaluate(place: str, *, data: Sequence[str] | None = None, step: int | None = None, batches: int = 0) -> Evaluation:
+def evaluate(
+    place: Place, *, data: Sequence[str] | None = None, step: int | None = None, batches: int = 0
+) -> Evaluation:
     """Evaluates on the validation data of the run, or on `data`; on `batches` of each source if not 0."""
     opened = open_model(place, step)
     p = program(opened, data)
@@ -57,7 +59,7 @@ def evaluate(place: str, *, data: Sequence[str] | None = None, step: int | None 
 
 
 def evaluate_tasks(
-    place: str, tasks: Sequence[str], out: Path, *, step: int | None = None, shots: int | None = None,
+    place: Place, tasks: Sequence[str], out: Path, *, step: int | None = None, shots: int | None = None,
     limit: int | None = None, folder: Path | None = None, chats: bool = False, rows: int = 16,
 ) -> tuple[dict[str, Any], str, dict[str, Sample]]:  # fmt: skip
     """Evaluates tasks of the lm-evaluation-harness; returns results, a table, and what each task's figures may be
@@ -67,7 +69,7 @@ def evaluate_tasks(
     p = open_model(place, step)
     s = p.source
     if chats and not s.templates:
-        raise ValueError(f"{place}: the model has no chat template; leave out --chat")
+        raise ValueError(f"{s.path}: the model has no chat template; leave out --chat")
     with mesh.on_mesh(p.mesh):
         run = p.generator()
         lm = harness.Harness(
@@ -83,7 +85,7 @@ def evaluate_tasks(
     samples = results.pop("samples")
     out.mkdir(parents=True, exist_ok=True)
     kept = {name: results[name] for name in ("results", "versions", "n-shot", "n-samples", "higher_is_better")}
-    about = {"model": str(place), "begin_of_text": lm.bos_policy, "truncated": lm.scorer.truncated}
+    about = {"model": str(s.path), "begin_of_text": lm.bos_policy, "truncated": lm.scorer.truncated}
     (out / "results.json").write_text(json.dumps(about | kept, indent=1, default=str) + "\n")
     for task, examples in samples.items():
         lines = [json.dumps(e, default=str) for e in examples]
@@ -94,7 +96,7 @@ def evaluate_tasks(
 
 
 def evaluate_code(
-    place: str, source: str, out: Path, how: Sampling, ks: Sequence[int], *, step: int | None = None,
+    place: Place, source: str, out: Path, how: Sampling, ks: Sequence[int], *, step: int | None = None,
     weak: bool = False, seconds: float = 5.0, memory: int = 1 << 30, rows: int = 16,
 ) -> tuple[dict[str, Any], Sample]:  # fmt: skip
     """Computes pass@k of problems in HumanEval's format with `how.samples` answers each; returns results, and what they
@@ -128,13 +130,14 @@ def evaluate_code(
     out.mkdir(parents=True, exist_ok=True)
     (out / "code.jsonl").write_text("\n".join(json.dumps(row) for row in judged) + "\n")
     figures = {name: float(value[0]) for name, value in sample.figures(sample.counts_NM.sum(0)[None]).items()}
-    about = dict(model=place, problems=len(problems), samples=how.samples, temperature=how.temperature, top_p=how.top_p)
+    about: dict[str, Any] = dict(model=str(p.source.path), problems=len(problems), samples=how.samples)
+    about |= dict(temperature=how.temperature, top_p=how.top_p)
     about |= dict(tokens=how.tokens, seed=how.seed, seconds=seconds, sandbox=lacking or "whole", figures=figures)
     return about, sample
 
 
 def evaluate_texts(
-    place: str, metric: str, out: Path, how: Sampling, *, data: Sequence[str] | None = None, step: int | None = None,
+    place: Place, metric: str, out: Path, how: Sampling, *, data: Sequence[str] | None = None, step: int | None = None,
     limit: int | None = None, rows: int = 32,
 ) -> tuple[dict[str, Any], str, Sample]:  # fmt: skip
     """Compares what the model writes with the true texts of `data`, or of the run's validation data; returns results,
@@ -142,12 +145,13 @@ def evaluate_texts(
     if metric not in text_metrics.METRICS:
         raise ValueError(f"--metric: unknown {metric!r}{nearest(metric, text_metrics.METRICS)}")
     opened = open_model(place, step)
+    path = opened.source.path
     # A published decoder is asked as a chat model, by its template or plainly.
     p = program(opened, data, "sft" if opened.model.family.kind == "decoder" else None)
     if not p.objective.reads_prompts:
-        raise ValueError(f"--metric: {place} learned no pairs of texts and no conversations; leave --metric out")
+        raise ValueError(f"--metric: {path} learned no pairs of texts and no conversations; leave --metric out")
     if not p.run.data.valid:
-        raise ValueError(f"--metric: {place} has no validation data of its own; name some with --data")
+        raise ValueError(f"--metric: {path} has no validation data of its own; name some with --data")
     prompts: list[list[int]] = []
     read: list[list[int]] = []
     true: list[str] = []
@@ -160,7 +164,7 @@ def evaluate_texts(
     written = _written(opened, prompts, read or None, how, rows)
     scored = text_metrics.METRICS[metric](true, written)
     write_lines(out / "texts.jsonl", [dict(true=a, found=b) for a, b in zip(true, written, strict=True)])
-    about = dict(model=place, texts=len(true), tokens=how.tokens, beams=how.beams, counted=scored.about)
+    about = dict(model=str(path), texts=len(true), tokens=how.tokens, beams=how.beams, counted=scored.about)
     return about | dict(figures=scored.figures), scored.about, scored.sample._replace(keys=true)
 
 

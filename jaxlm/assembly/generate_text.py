@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.assembly import model_source
-from jaxlm.assembly.open_model import open_model, with_row_adapters
+from jaxlm.assembly.model_source import Source
+from jaxlm.assembly.open_model import Place, open_model, with_row_adapters
 from jaxlm.inference import stream
 from jaxlm.inference.chat import Chat, converse
 from jaxlm.inference.embed import Recipe, embed_texts, read_recipe
@@ -18,9 +18,9 @@ from jaxlm.inference.speculative import Speculative
 from jaxlm.runtime import mesh
 
 
-def embed(place: str, texts: Sequence[str], pooling: str | None = None, step: int | None = None) -> np.ndarray:
+def embed(model: Place, texts: Sequence[str], pooling: str | None = None, step: int | None = None) -> np.ndarray:
     """Returns a vector of each text, `[N, D]`, pooled as the model's files say (mean and length one by default)."""
-    p = open_model(place, step)
+    p = open_model(model, step)
     recipe = read_recipe(p.source.path) or Recipe()
     if pooling:
         recipe = dataclasses.replace(recipe, pooling=pooling)
@@ -28,9 +28,9 @@ def embed(place: str, texts: Sequence[str], pooling: str | None = None, step: in
         return embed_texts(p.model, p.params, p.tokens, texts, recipe)
 
 
-def settings(place: str) -> Sampling:
+def settings(source: Source) -> Sampling:
     """Returns the sampling that the model's own files advise, with defaults where they say nothing."""
-    g, s = model_source.describe(place).advice, Sampling()
+    g, s = source.advice, Sampling()
     advised: dict[str, Any] = dict(
         top_p=g.top_p, min_p=g.min_p, repetition_penalty=g.repetition_penalty, tokens=g.new_tokens
     )
@@ -44,7 +44,7 @@ def settings(place: str) -> Sampling:
 
 
 def generate(
-    place: str,
+    model: Place,
     prompts: Sequence[str],
     sampling: Sampling,
     step: int | None = None,
@@ -58,7 +58,7 @@ def generate(
     `draft` is a smaller model of the same tokenizer that proposes tokens, or `lookup`, which proposes what followed the
     last two tokens before. `adapters` are those of each prompt, in one batch.
     """
-    p = open_model(place, step)
+    p = open_model(model, step)
     if adapters:
         if len(adapters) != len(prompts) or draft is not None:
             raise ValueError("--adapter: give one for each --prompt, in their order and without --draft; - is none")
@@ -80,7 +80,7 @@ def generate(
 
 
 def chat(
-    place: str,
+    model: Place,
     lines: Iterator[str],
     say: Callable[[str], None],
     sampling: Sampling,
@@ -91,11 +91,11 @@ def chat(
     prompt: str = "",
 ) -> None:
     """Answers lines by the model's chat template until there are none; `say` shows text as it comes."""
-    templates = {"default": template.read_text("utf-8")} if template else model_source.describe(place).templates
+    p = open_model(model, step)
+    templates = {"default": template.read_text("utf-8")} if template else p.source.templates
     if not templates:
-        raise ValueError(f"{place}: the model has no chat template; give one with --template FILE.jinja")
+        raise ValueError(f"{p.source.path}: the model has no chat template; give one with --template FILE.jinja")
     text = templates.get("default", next(iter(templates.values())))
-    p = open_model(place, step)
     with mesh.on_mesh(p.mesh):
         run = p.generator()
         converse(Chat(run, p.tokens, run.prepare(p.params), text, sampling, system), lines, say, prompt)

@@ -15,7 +15,7 @@ from jaxlm.assembly import program as programs
 from jaxlm.assembly import run_directory
 from jaxlm.assembly.model_source import Source, StartModel, describe, with_adapter
 from jaxlm.assembly.run_objective import BoundObjective, bind_run
-from jaxlm.core import config, spec, tree
+from jaxlm.core import config, config_io, spec, tree
 from jaxlm.formats import gguf, hf_sidecars, huggingface
 from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.formats.peft import is_adapter, load
@@ -109,6 +109,17 @@ def load_tokenizer(run: config.Run, start: StartModel) -> Any:
     return run_directory.load_tokenizer(run)
 
 
+def save_description(run: config.Run, tokens: Any, start: StartModel) -> None:
+    """Writes what a run directory says of its run: the tokenizer, with what else says how the text of the model that it
+    starts from is read, and the configuration."""
+    folder = run.folder / "tokenizer"
+    if run.start and not folder.is_dir():
+        start.source.save_text(folder)
+    else:
+        tokens.save(folder)
+    config_io.dump(run, run.folder / "config.json")
+
+
 def template_of(run: config.Run, start: StartModel) -> str | None:
     """Returns the chat template of the run directory, else of the model it starts from; None: there is none."""
     folder = run.folder / "tokenizer"
@@ -173,13 +184,22 @@ def specs_of(source: Source) -> Any:
     return specs
 
 
-def open_model(place: str | Path, step: int | None = None) -> Pretrained:
-    """Opens a model with its weights on this machine's devices, each with all of them and its share of a batch.
+Place = str | Path | Source | Pretrained
+"""A model by its place, described already, or opened already."""
+
+
+def open_model(place: Place, step: int | None = None) -> Pretrained:
+    """Opens a model with its weights on this machine's devices, each with all of them and its share of a batch. One
+    that is open already is returned as it is.
 
     A run gives its averaged weights where it keeps an average, from the checkpoint `step`, or else from the one that
     its configuration says to use.
     """
-    source = describe(place)
+    if isinstance(place, Pretrained):
+        if step is not None:
+            raise ValueError("step: the model is open already; name the checkpoint where it is opened")
+        return place
+    source = place if isinstance(place, Source) else describe(place)
     mesh = make_mesh(config.Mesh())
     execution = source.run.execution if source.run else published_execution()
     layout = Layout.of(config.Mesh(), execution)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from jaxlm.core import config, config_io, tree
 from jaxlm.data import token_cache as caches
 from jaxlm.data import tokenizer
 from jaxlm.data import train_tokenizer as vocabularies
+from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.models import MODELS
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.runtime import processes
@@ -76,6 +78,20 @@ def saved(state: step.State, adapter: adapted.Adapted) -> dict[str, Any]:
     configuration; but not a base that adapters rest on, which the run keeps once (`BASE`)."""
     kept, _ = tree.partition(state.all_params, lambda path: not adapter.in_frozen_base(path))
     return dict(step=state.step, params=kept, opt=state.opt, ema=state.ema)
+
+
+def frozen_base(adapter: adapted.Adapted, weights: Any) -> Any:
+    """Returns the weights that an adapter rests on, which `saved` leaves out; None: there are none."""
+    base, _ = tree.partition(weights, adapter.in_frozen_base)
+    return base if jax.tree.leaves(base) else None
+
+
+def write_base(folder: Path, base: Any) -> None:
+    """Writes the weights that an adapter rests on into a run directory, once for all checkpoints."""
+    if jax.process_index() == 0:
+        shutil.rmtree(folder / BASE, ignore_errors=True)  # of an attempt that was cut off
+    with Checkpoints(folder / BASE) as once:
+        once.save(0, {"params": base}, {"step": 0}, wait=True)
 
 
 def restored(values: dict[str, Any], base: Any, optimizer: optimizers.Optimizer) -> step.State:

@@ -42,6 +42,7 @@ class Keeper:
     progress: Progress
     validation: Callable[[int, Any], tuple[dict, dict[str, bootstrap.Sample]]]
     gain: Callable[[int, dict[str, bootstrap.Sample], bool], None]
+    on_step: Callable[[int, dict[str, float]], None] | None = None
     best: float = math.inf
     """The best score of a validation so far."""
 
@@ -53,6 +54,8 @@ class Keeper:
         self.meter.update(data_s=data_s, step_s=step_s, tokens=tokens)
         reading = self.meter.read()
         self.progress.update(step, metrics, reading)
+        if self.on_step is not None:
+            self.on_step(step, metrics)
         if step % c.log_every == 0 or step == c.steps or not metrics["finite"]:
             self.log.train(step, metrics | {"tokens": step * tokens}, reading)
 

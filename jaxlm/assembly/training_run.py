@@ -3,7 +3,6 @@
 import gzip
 import lzma
 import math
-import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +16,7 @@ from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.run_directory import claim, has_ended
 from jaxlm.assembly.training_hooks import HOURS
-from jaxlm.core import config, config_io, tree
+from jaxlm.core import config
 from jaxlm.data import token_cache as caches
 from jaxlm.evaluation import bootstrap
 from jaxlm.formats.checkpoint import Checkpoints
@@ -31,8 +30,9 @@ from jaxlm.training.log import RunLog, read_lines
 from jaxlm.training.progress import Meter, Progress
 
 
-def train(run: config.Run, start: StartModel) -> int:
+def train(run: config.Run, start: StartModel, on_step: Callable[[int, dict[str, float]], None] | None = None) -> int:
     """Trains, or continues, a run in its directory. `start` is the model that it starts from, if `run.start` names one.
+    `on_step` is called with the number and the metrics of each step, when they are there: one step late.
 
     Returns the exit status. 0: finished; 1: stopped by a signal or a number that isn't finite.
     """
@@ -49,11 +49,7 @@ def train(run: config.Run, start: StartModel) -> int:
     data = corpus.corpus(run.data, p.objective)
     processes.barrier("the data", 6 * HOURS)
     if main:
-        if run.start and not (run.folder / "tokenizer").is_dir():
-            start.source.save_text(run.folder / "tokenizer")
-        else:
-            tokens.save(run.folder / "tokenizer")
-        config_io.dump(run, run.folder / "config.json")
+        open_model.save_description(run, tokens, start)
         write_environment(run.folder, compiler_options=p.compiler_options)
         for name, note in p.notes.items():
             print(f"{name:12} {note}")
@@ -69,7 +65,7 @@ def train(run: config.Run, start: StartModel) -> int:
             print(f"continuing {run.folder} after step {step}")
         ended = step == run.train.steps  # but its end was cut off
         with RunLog(run.folder, resume_step=step if meta else -1, ended=ended, enabled=main) as log:
-            status = _run(p, data, state, meta, checkpoints, log)
+            status = _run(p, data, state, meta, checkpoints, log, on_step)
     processes.barrier("the end", HOURS)
     return status
 
@@ -77,28 +73,18 @@ def train(run: config.Run, start: StartModel) -> int:
 def _first_state(p: programs.Program, checkpoints: Checkpoints, start: StartModel) -> tuple[Any, dict]:
     """Returns the state and what its checkpoint says of it: the newest sound checkpoint's, read straight to this mesh's
     shards, or that of the model it starts from, or a fresh one."""
-    folder = p.run.folder / run_directory.BASE
     if checkpoints.latest() is None:
         state = p.init_from(open_model.first_params(p, start)) if p.run.start else p.init()
-        if base := _base(p, state.all_params):
-            if jax.process_index() == 0:
-                shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was cut off
-            with Checkpoints(folder) as once:
-                once.save(0, {"params": base}, {"step": 0}, wait=True)
+        if base := run_directory.frozen_base(p.adapter, state.all_params):
+            run_directory.write_base(p.run.folder, base)
         return state, {}
     abstract = p.abstract_state()
     values, meta = checkpoints.restore(run_directory.saved(abstract, p.adapter))
-    base = _base(p, abstract.all_params)
+    base = run_directory.frozen_base(p.adapter, abstract.all_params)
     if base:
-        with Checkpoints(folder) as once:
+        with Checkpoints(p.run.folder / run_directory.BASE) as once:
             base = once.restore_params(base)
     return run_directory.restored(values, base, p.optimizer), meta
-
-
-def _base(p: programs.Program, weights: Any) -> Any:
-    """Returns the weights that an adapter rests on; None: there are none."""
-    base, _ = tree.partition(weights, p.adapter.in_frozen_base)
-    return base if jax.tree.leaves(base) else None
 
 
 def _remember_reference(p: programs.Program, data: corpus.Corpus, weights: Any | None) -> None:
@@ -125,7 +111,13 @@ def _remember_reference(p: programs.Program, data: corpus.Corpus, weights: Any |
 
 
 def _run(
-    p: programs.Program, data: corpus.Corpus, state: Any, meta: dict, checkpoints: Checkpoints, log: RunLog
+    p: programs.Program,
+    data: corpus.Corpus,
+    state: Any,
+    meta: dict,
+    checkpoints: Checkpoints,
+    log: RunLog,
+    on_step: Callable[[int, dict[str, float]], None] | None,
 ) -> int:
     """Trains on from the state to the last step, or to a signal; returns the exit status."""
     run, c, main = p.run, p.run.train, jax.process_index() == 0
@@ -144,7 +136,7 @@ def _run(
         log.event(0, "model", parameters=count, trainable=trained, notes=p.notes)
     meter, watch = _meter(p, start), _watchdog(run, compile_seconds)
     with Progress(c.steps, enabled=main) as progress, watch:
-        keeper = training_hooks.Keeper(p, loader, checkpoints, log, meter, watch, progress, validate, gain)
+        keeper = training_hooks.Keeper(p, loader, checkpoints, log, meter, watch, progress, validate, gain, on_step)
         keeper.best = float(meta.get("stopping", {}).get("best", math.inf))
         hooks = loop.Hooks(
             batches=loader.iterate,

@@ -1,7 +1,6 @@
 """Several commands share how they add a parser, load the run that arguments name, and print the last line of JSON."""
 
 import argparse
-import dataclasses
 import itertools
 import json
 from collections.abc import Callable
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.core import config_io
-from jaxlm.core.errors import nearest
 from jaxlm.runtime import processes
 
 MODEL = (
@@ -29,18 +27,6 @@ def add_command(commands: Any, name: str, run: Handler, help: str, example: str,
     return parser
 
 
-def resolve_config(name: str) -> Path:
-    """Returns the path of a config file, which is given by path or by its bare name among those of the package."""
-    package = Path(__file__).parents[1]
-    folders = [package / "_configs", package.parent / "configs"]
-    candidates = [Path(name), *(folder / f"{name.removesuffix('.py')}.py" for folder in folders)]
-    for path in candidates:
-        if path.is_file():
-            return path
-    known = sorted(p.stem for folder in folders for p in folder.glob("*.py"))
-    raise ValueError(f"no config file {name}{nearest(name, known)}")
-
-
 class LoadedRun(NamedTuple):
     base: Any
     """The run as its file has it."""
@@ -54,25 +40,13 @@ def load_run(args: argparse.Namespace, rest: list[str]) -> LoadedRun:
     """Loads the run that the arguments name."""
     if args.config is None:
         raise ValueError(f"give a config, for example: jaxlm train quickstart{' --help' if args.help else ''}")
-    from jaxlm.assembly import run_objective
+    if not Path(args.config).is_dir():
+        config_io.find(args.config)  # an unknown name is told before anything heavy is imported
+    from jaxlm.assembly import run_objective, run_source
     from jaxlm.assembly.model_source import StartModel
-
-    if Path(args.config).is_dir():
-        from jaxlm.assembly.run_directory import read_config
-
-        folder = Path(args.config)
-        base = read_config(folder)
-        base = dataclasses.replace(base, name=folder.resolve().name, out=str(folder.parent))
-        start = StartModel(base.start)
-    else:
-        base = config_io.load(resolve_config(args.config))
-        start = StartModel(last_value(rest, "--start") or base.start)
-        if start.place:
-            from jaxlm.assembly import open_model
-
-            base = open_model.starting(base, start)
     from jaxlm.weights.adapters import METHODS
 
+    base, start = run_source.load_base(args.config, last_value(rest, "--start") or "")
     run, rest = config_io.choose_adapter(base, rest, METHODS)
     run = config_io.override(run, rest + (["--help"] if args.help else []))
     if start.place != run.start:

@@ -41,22 +41,24 @@ def add_parsers(commands: Any) -> None:
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
 
 
-def _sampling(args: argparse.Namespace, rest: list[str]) -> Any:
-    """The model's own settings, with overrides; None: help was asked for, and given."""
+def _sampling(args: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
+    """Returns the described model, and its own settings with overrides; where help was asked for it is printed."""
     import contextlib
     import dataclasses
     import io
 
     import tyro
 
-    from jaxlm.assembly import evaluate_model, generate_text
+    from jaxlm.assembly import generate_text, model_source
     from jaxlm.core.errors import nearest
+    from jaxlm.inference.sampling import Sampling
 
-    own = evaluate_model.Sampling() if args.model is None else generate_text.settings(args.model)
     if args.model is None and not args.help:
         raise ValueError("give a model, for example: jaxlm generate runs/quickstart --prompt 'def main('")
+    source = None if args.model is None else model_source.describe(args.model)
+    own = Sampling() if source is None else generate_text.settings(source)
     if args.help:
-        return tyro.cli(evaluate_model.Sampling, default=own, args=["--help"], prog="jaxlm generate|chat MODEL")
+        tyro.cli(Sampling, default=own, args=["--help"], prog="jaxlm generate|chat MODEL")
     known = [f.name for f in dataclasses.fields(own)]
     for flag in (a.split("=", 1)[0] for a in rest if a.startswith("--")):
         name = flag.removeprefix("--").replace("-", "_")
@@ -64,7 +66,7 @@ def _sampling(args: argparse.Namespace, rest: list[str]) -> Any:
             raise ValueError(f"unknown option {flag}{nearest(name, known)}")
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # its boxed message becomes one line
-            return tyro.cli(evaluate_model.Sampling, default=own, args=rest)
+            return source, tyro.cli(Sampling, default=own, args=rest)
     except SystemExit:
         raise ValueError(f"{' '.join(rest)}: a value is of the wrong type; see jaxlm generate --help") from None
 
@@ -73,11 +75,11 @@ def _generate(args: argparse.Namespace, rest: list[str]) -> int:
     start_processes(args)
     from jaxlm.assembly import generate_text
 
-    how = _sampling(args, rest)
+    source, how = _sampling(args, rest)
     if not args.prompt:
         raise ValueError("give a --prompt")
     more = dict(draft=args.draft, proposals=args.proposals, adapters=args.adapter)
-    found = generate_text.generate(args.model, args.prompt, how, args.step, **more)
+    found = generate_text.generate(source, args.prompt, how, args.step, **more)
     for prompt, answers in zip(args.prompt, found, strict=True):
         for answer in answers:
             print(prompt + answer.text)
@@ -97,9 +99,9 @@ def _chat(args: argparse.Namespace, rest: list[str]) -> int:
     def say(text: str) -> None:
         print(text, end="", flush=True)
 
-    how, prompt = _sampling(args, rest), "> " if sys.stdin.isatty() else ""
+    (source, how), prompt = _sampling(args, rest), "> " if sys.stdin.isatty() else ""
     more = dict(system=args.system, template=args.template, step=args.step, prompt=prompt)
-    generate_text.chat(args.model, iter(sys.stdin.readline, ""), say, how, **more)
+    generate_text.chat(source, iter(sys.stdin.readline, ""), say, how, **more)
     return 0
 
 

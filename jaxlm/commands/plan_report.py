@@ -9,8 +9,9 @@ import rich.console
 import rich.table
 
 from jaxlm.core import config
-from jaxlm.planning import ahead_of_time, mesh_search, roofline, targets
+from jaxlm.planning import ahead_of_time, mesh_search, plan, roofline, targets
 from jaxlm.planning.ahead_of_time import Compiled
+from jaxlm.planning.plan import bottleneck, fits
 from jaxlm.planning.roofline import Cost
 from jaxlm.planning.targets import Target
 
@@ -24,22 +25,15 @@ OVERLAP = (
 def plan_one(run: config.Run, t: Target, compiling: bool) -> tuple[dict[str, Any], bool]:
     """Plans a run on a target and prints it; returns (figures, whether it fits). The change that helps most is found by
     arithmetic either way."""
-    p, compiled = ahead_of_time.program_for(run, t), None
-    sizes = dict(p.mesh.shape) if p.mesh is not None else {}
-    cost = roofline.cost(p, t)
-    if compiling:
-        try:
-            compiled = ahead_of_time.compile_step(run, t)
-        except ahead_of_time.Refused as refusal:
-            show(cost, t, sizes, p.notes, None)
-            console.print(f"[bold red]refused[/]      {refusal}")
-            advise(run, t, cost)
-            return record(cost, t, sizes, None) | {"fits": False, "refused": str(refusal)}, False
-    found = compiled.cost if compiled else cost
-    show(found, t, sizes, p.notes, compiled)
-    advise(run, t, cost)
-    values = record(found, t, sizes, compiled)
-    return values, values["fits"] is not False
+    made = plan.make(run, t, compiling)
+    show(made.cost, t, made.mesh, made.notes, made.compiled)
+    if made.refused:
+        console.print(f"[bold red]refused[/]      {made.refused}")
+    advise(run, t, made.by_arithmetic)
+    values = record(made.cost, t, made.mesh, made.compiled)
+    if made.refused:
+        values |= {"fits": False, "refused": made.refused}
+    return values, made.fits is not False
 
 
 def advise(run: config.Run, t: Target, cost: Cost) -> None:
@@ -167,10 +161,6 @@ def show_memory(c: Cost, t: Target) -> None:
                       f"{ahead_of_time.RESERVE:.0%} are left to the runtime")  # fmt: skip
 
 
-def fits(c: Cost, t: Target) -> bool:
-    return c.peak <= t.chip.hbm * (1 - ahead_of_time.RESERVE)
-
-
 def show_times(c: Cost, t: Target, sizes: Mapping[str, int]) -> None:
     if not c.times:
         console.print(f"work         {amount(c.flops, 'FLOP')} and {amount(c.hbm)} of memory traffic a device and step")
@@ -211,17 +201,6 @@ def show_buffers(compiled: Compiled) -> None:
     console.print(table)
     if compiled.module.estimated_cycles:
         console.print(f"cycles       {compiled.module.estimated_cycles:,} of all kernels, by the TPU's compiler")
-
-
-def bottleneck(c: Cost) -> str:
-    """Names what most of the step's time goes to."""
-    waited = {"sums of activations that are waited for": c.times["waited"], "the pipeline's bubble": c.times["bubble"]}
-    parts = {"compute": c.times["compute"], "memory between products": c.times["memory"]} | waited
-    known = sum(parts.values())
-    if c.times["step"] > known * 1.001:
-        return "the network: weights and gradients take longer than the products beside them"
-    name = max(parts, key=lambda k: parts[k])
-    return f"{name} ({parts[name] / c.times['step']:.0%} of the step)"
 
 
 def record(c: Cost, t: Target, sizes: Mapping[str, int], compiled: Compiled | None) -> dict[str, Any]:

@@ -51,10 +51,12 @@ class Optim:
     Patterns are regular expressions that are searched in paths such as `a/b/c`.
     """
 
-    name: Literal["adamw", "sgd", "lion", "adafactor", "muon"] = "adamw"
+    name: str = "adamw"
+    """adamw, sgd, lion, adafactor, muon, or what another package registers."""
     lr: float = 1e-3
     """Peak learning rate; with muon that of its AdamW groups."""
-    schedule: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = "cosine"
+    schedule: str = "cosine"
+    """constant, linear, cosine, inverse_sqrt, wsd, or what another package registers."""
     warmup: int = 100
     """Steps of linear warm-up from zero."""
     decay: float = 0.2

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 from jaxlm.core import registry
 from jaxlm.core.config import Adapter, Run
 from jaxlm.core.errors import nearest
+from jaxlm.core.registry import Table
 
 
 def to_dict(run: Run) -> dict[str, Any]:
@@ -25,19 +26,15 @@ def to_dict(run: Run) -> dict[str, Any]:
     return out
 
 
-def from_dict(
-    values: dict[str, Any], models: Mapping[str, Any], objectives: Mapping[str, Any], adapters: Mapping[str, Any]
-) -> Run:
+def from_dict(values: dict[str, Any], models: Table[Any], objectives: Table[Any], adapters: Table[Any]) -> Run:
     """Builds a run from the values that `to_dict` returns. The tables map family names to what has a `Config`."""
     values = {"adapter": {"family": "none"}} | values
     for key, table in (("model", models), ("objective", objectives), ("adapter", adapters)):
         part = values.get(key)
         if not isinstance(part, dict) or "family" not in part:
             raise ValueError(f"{key}.family: missing; known: {', '.join(sorted(table))}")
-        name = part["family"]
-        if name not in table:
-            raise ValueError(f"{key}.family: unknown {name!r}{nearest(str(name), table)}")
-        values[key] = _build(table[name].Config, {k: v for k, v in part.items() if k != "family"}, key)
+        settings = table.find(str(part["family"]), f"{key}.family").Config
+        values[key] = _build(settings, {k: v for k, v in part.items() if k != "family"}, key)
     return _build(Run, values, "")
 
 
@@ -97,6 +94,18 @@ def flatten(run: Any, prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def find(name: str | Path) -> Path:
+    """Returns the path of a config file, which is given by path or by its bare name among those of the package."""
+    package = Path(__file__).parents[1]
+    folders = [package / "_configs", package.parent / "configs"]
+    bare = str(name).removesuffix(".py")
+    for path in (Path(name), *(folder / f"{bare}.py" for folder in folders)):
+        if path.is_file():
+            return path
+    known = sorted(p.stem for folder in folders for p in folder.glob("*.py"))
+    raise ValueError(f"no config file {name}{nearest(str(name), known)}")
+
+
 def load(path: str | Path) -> Run:
     """Runs the function `config()` of a config file, which may return any `Run`. Executes that file: it is code."""
     path = Path(path)
@@ -113,10 +122,10 @@ def load(path: str | Path) -> Run:
     return run
 
 
-def choose_adapter(run: Run, args: list[str], adapters: Mapping[str, Any]) -> tuple[Run, list[str]]:
+def choose_adapter(run: Run, args: list[str], adapters: Table[Any]) -> tuple[Run, list[str]]:
     """Returns the run with the adapter that `--adapter NAME` among the overrides names, and the overrides without it.
 
-    Fields that its method shares with the run's own keep their values. `adapters` maps names to what has a `Config`.
+    `adapters` maps names to what has a `Config`.
     """
     rest = list(args)
     while "--adapter" in (flags := [a.partition("=")[0] for a in rest]):
@@ -124,12 +133,43 @@ def choose_adapter(run: Run, args: list[str], adapters: Mapping[str, Any]) -> tu
         _, equals, name = rest[i].partition("=")
         name = name if equals else "".join(rest[i + 1 : i + 2])
         del rest[i : i + (1 if equals else 2)]
-        if name not in adapters:
-            raise ValueError(f"adapter: unknown {name!r}{nearest(name, adapters)}")
-        kind = adapters[name].Config
-        shared = {f.name for f in dataclasses.fields(kind)} & {f.name for f in dataclasses.fields(run.adapter)}
-        run = dataclasses.replace(run, adapter=kind(**{field: getattr(run.adapter, field) for field in shared}))
+        run = with_adapter(run, name, adapters)
     return run, rest
+
+
+def with_adapter(run: Run, name: str, adapters: Table[Any]) -> Run:
+    """Returns the run with another method of fine-tuning. Fields that it shares with the run's own keep their values.
+    ValueError: no method has that name."""
+    kind = adapters.find(name, "adapter").Config
+    shared = {f.name for f in dataclasses.fields(kind)} & {f.name for f in dataclasses.fields(run.adapter)}
+    return dataclasses.replace(run, adapter=kind(**{field: getattr(run.adapter, field) for field in shared}))
+
+
+def changed(part: Any, changes: Mapping[str, Any], where: str = "") -> Any:
+    """Returns a run, or a part of one, with changed fields. A key may have dots, and the value of a part may be a
+    mapping of its fields. `where` is the part's own name with a dot.
+
+    ValueError: there is no such field, or the value isn't of its type.
+    """
+    hints = typing.get_type_hints(type(part))
+    for key, value in changes.items():
+        name, _, rest = key.partition(".")
+        known = [f.name for f in dataclasses.fields(part)]
+        if name not in known:
+            raise ValueError(f"unknown config key {where}{name}{nearest(name, known)}")
+        current = getattr(part, name)
+        if rest or (dataclasses.is_dataclass(current) and isinstance(value, Mapping)):
+            if not dataclasses.is_dataclass(current):
+                raise ValueError(f"unknown config key {where}{key}: {where}{name} has no fields")
+            value = changed(current, {rest: value} if rest else value, f"{where}{name}.")
+        value = tuple(value) if isinstance(value, list) else value
+        kind = hints[name]
+        fits = dataclasses.is_dataclass(value) if isinstance(kind, TypeVar) else _fits(value, kind)
+        if not fits:
+            wanted = "Config of a model or an objective" if isinstance(kind, TypeVar) else _shown(kind)
+            raise ValueError(f"{where}{name}: {value!r} is not a valid {wanted} (now {current!r})")
+        part = dataclasses.replace(part, **{name: value})
+    return part
 
 
 def override(run: Run, args: list[str]) -> Run:

@@ -1,10 +1,10 @@
 """Architectures, one family a file: modules that satisfy `nn.family.Family`, by their registered names."""
 
-from jaxlm.core.registry import Table
+from jaxlm.core.registry import ConfigTable
 from jaxlm.models import bart, bert, deepseek, gemma, gpt2, gpt_oss, llama, mixtral, modernbert, olmo, t5
 from jaxlm.nn.family import Family
 
-MODELS: Table[Family] = Table(
+MODELS: ConfigTable[Family] = ConfigTable(
     "model",
     {
         "gpt2": gpt2,

@@ -1,6 +1,6 @@
 """An objective is what a model is trained to do, one a file; `objective.py` says what it consists of."""
 
-from jaxlm.core.registry import Table
+from jaxlm.core.registry import ConfigTable
 from jaxlm.objectives import (
     answer,
     causal,
@@ -19,7 +19,7 @@ from jaxlm.objectives import (
 )
 from jaxlm.objectives.objective import Objective
 
-OBJECTIVES: Table[Objective] = Table(
+OBJECTIVES: ConfigTable[Objective] = ConfigTable(
     "objective",
     {
         "causal": causal.objective,

@@ -12,9 +12,13 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxlm.core import config, tree
+from jaxlm.core.registry import Table
 from jaxlm.core.spec import Spec, is_spec
 
 Schedule = Callable[[Any], Any]
+"""From the update t = 0, 1, … to its learning rate."""
+DecayMask = Callable[[Any], Any]
+"""From weights to a tree of booleans: those that weight decay is for."""
 
 
 def _after_warmup(c: config.Optim, steps: int, then: Schedule) -> Schedule:
@@ -51,18 +55,17 @@ def _wsd(c: config.Optim, steps: int) -> Schedule:
     return lambda t: c.lr * (1 - (1 - c.final) * jnp.clip((t - start + 1) / decay, 0.0, 1.0))
 
 
-SCHEDULES: dict[str, Callable[[config.Optim, int], Schedule]] = {
-    "constant": _constant,
-    "linear": _linear,
-    "cosine": _cosine,
-    "inverse_sqrt": _inverse_sqrt,
-    "wsd": _wsd,
-}
+SCHEDULES: Table[Callable[[config.Optim, int], Schedule]] = Table(
+    "schedule",
+    {"constant": _constant, "linear": _linear, "cosine": _cosine, "inverse_sqrt": _inverse_sqrt, "wsd": _wsd},
+)
+"""Maps a name to a function of the settings and the number of steps. It returns the learning rate after the warm-up, of
+the steps since."""
 
 
 def schedule(c: config.Optim, steps: int) -> Schedule:
     """Returns the function from the update t = 0, 1, …, steps - 1 to its learning rate."""
-    return _after_warmup(c, steps, SCHEDULES[c.schedule](c, steps))
+    return _after_warmup(c, steps, SCHEDULES.find(c.schedule, "optim.schedule")(c, steps))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +115,11 @@ def make(
         return "muon" if c.name == "muon" and hidden and not to_adamw(path) else "adamw" if c.name == "muon" else c.name
 
     rate = schedule(c, steps)
+    OPTIMIZERS.find(c.name, "optim.name")
     labels = tree.map_named(lambda path, s: None if frozen(path) else group(path), specs)
     mask = tree.map_named(lambda path, s: None if frozen(path) else decays(path), specs)
     used = set(tree.flatten(labels).values())
-    chains = {name: (OPTIMIZERS | BY_ROLE)[name](c, rate, mask, specs, labels) for name in sorted(used)}
+    chains = {name: (BY_ROLE.get(name) or OPTIMIZERS[name])(c, rate, _mask_for(mask), specs) for name in sorted(used)}
     tx = chains[next(iter(used))] if len(used) == 1 else optax.partition(chains, labels)
     rates = {path: rate_of(path) for path in flat}
     if c.layer_decay != 1 or c.top_layers is not None or set(rates.values()) != {1.0}:
@@ -155,13 +159,13 @@ def depth_scales(c: config.Optim, specs: Any) -> Any:
     return tree.map_named(one, specs)
 
 
-def _finish(c: config.Optim, rate: Schedule, mask: Any) -> optax.GradientTransformation:
+def _finish(c: config.Optim, rate: Schedule, decays: DecayMask) -> optax.GradientTransformation:
     """Applies decoupled weight decay (Loshchilov & Hutter 2019), then the learning rate."""
-    decay = optax.add_decayed_weights(c.weight_decay, mask=_mask_for(mask)) if c.weight_decay else optax.identity()
+    decay = optax.add_decayed_weights(c.weight_decay, mask=decays) if c.weight_decay else optax.identity()
     return optax.chain(decay, optax.scale_by_learning_rate(rate))
 
 
-def _mask_for(mask: Any) -> Callable[[Any], Any]:
+def _mask_for(mask: Any) -> DecayMask:
     """Returns the mask for whichever part of the tree a partition hands over: holes there are `MaskedNode`s."""
 
     def mask_of(params: Any) -> Any:
@@ -171,28 +175,28 @@ def _mask_for(mask: Any) -> Callable[[Any], Any]:
     return mask_of
 
 
-def _adamw(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any) -> optax.GradientTransformation:
-    return optax.chain(optax.scale_by_adam(c.beta1, c.beta2, c.eps), _finish(c, rate, mask))
+def _adamw(c: config.Optim, rate: Schedule, decays: DecayMask, specs: Any) -> optax.GradientTransformation:
+    return optax.chain(optax.scale_by_adam(c.beta1, c.beta2, c.eps), _finish(c, rate, decays))
 
 
-def _sgd(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any) -> optax.GradientTransformation:
+def _sgd(c: config.Optim, rate: Schedule, decays: DecayMask, specs: Any) -> optax.GradientTransformation:
     momentum = optax.trace(c.momentum) if c.momentum else optax.identity()
-    return optax.chain(momentum, _finish(c, rate, mask))
+    return optax.chain(momentum, _finish(c, rate, decays))
 
 
-def _lion(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any) -> optax.GradientTransformation:
+def _lion(c: config.Optim, rate: Schedule, decays: DecayMask, specs: Any) -> optax.GradientTransformation:
     """Builds Lion (Chen et al. 2023), which wants a learning rate 3–10 × below AdamW's and a decay as much above."""
-    return optax.chain(optax.scale_by_lion(c.beta1, c.beta2), _finish(c, rate, mask))
+    return optax.chain(optax.scale_by_lion(c.beta1, c.beta2), _finish(c, rate, decays))
 
 
-def _adafactor(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any) -> optax.GradientTransformation:
+def _adafactor(c: config.Optim, rate: Schedule, decays: DecayMask, specs: Any) -> optax.GradientTransformation:
     """Builds Adafactor (Shazeer & Stern 2018): factored second moments, updates clipped to RMS 1 and scaled by each
     weight's own RMS."""
     return optax.chain(
         optax.scale_by_factored_rms(),
         optax.clip_by_block_rms(1.0),
         optax.scale_by_param_block_rms(),
-        _finish(c, rate, mask),
+        _finish(c, rate, decays),
     )
 
 
@@ -204,7 +208,7 @@ def matrix_dimensions(s: Spec) -> MuonDimensionNumbers:
     return MuonDimensionNumbers(tuple(inputs), tuple(i for i in dims if i not in inputs))
 
 
-def _muon(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any) -> optax.GradientTransformation:
+def _muon(c: config.Optim, rate: Schedule, decays: DecayMask, specs: Any) -> optax.GradientTransformation:
     """Builds Muon (Jordan 2024): momentum made orthogonal by Newton–Schulz, for hidden matrices only.
 
     The iteration is written on whole matrices, so the partitioner keeps it exact however they are sharded.
@@ -226,23 +230,21 @@ def _muon(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any) -
     return optax.chain(
         scale_by_muon(beta=c.muon_momentum, weight_dimension_numbers=numbers),
         optax.stateless(rescale),
-        _finish(c, lambda t: rate(t) * (c.muon_lr / c.lr), mask),
+        _finish(c, lambda t: rate(t) * (c.muon_lr / c.lr), decays),
     )
 
 
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    "adamw": _adamw,
-    "sgd": _sgd,
-    "lion": _lion,
-    "adafactor": _adafactor,
-    "muon": _muon,
-}
+OPTIMIZERS: Table[Callable[[config.Optim, Schedule, DecayMask, Any], optax.GradientTransformation]] = Table(
+    "optimizer", {"adamw": _adamw, "sgd": _sgd, "lion": _lion, "adafactor": _adafactor, "muon": _muon}
+)
+"""Maps a name to a function of the settings, the schedule, the mask of what is decayed (optax's `mask=`), and the specs
+of all weights. It returns a whole optimizer: what it gives is added to the weights."""
 
 
 BALANCE_RATE = 1e-3  # the size of a step at the peak of the schedule, which it follows
 
 
-def _balance(c: config.Optim, rate: Schedule, mask: Any, specs: Any, labels: Any) -> optax.GradientTransformation:
+def _balance(c: config.Optim, rate: Schedule, decays: DecayMask, specs: Any) -> optax.GradientTransformation:
     """Takes steps of one size against an expert's load, for the biases that `moe.route` chooses by (DeepSeek V3,
     section 2.1.2).
 

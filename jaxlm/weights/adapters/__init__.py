@@ -4,7 +4,7 @@ base="nf4")`."""
 
 from typing import Any
 
-from jaxlm.core.registry import Table
+from jaxlm.core.registry import ConfigTable
 from jaxlm.weights.adapters import (
     adalora,
     base_weights,
@@ -34,7 +34,7 @@ __all__ = [
     "Pissa", "Prefix", "Prompt", "Vera",
 ]  # fmt: skip
 
-METHODS: Table[Method[Any]] = Table(
+METHODS: ConfigTable[Method[Any]] = ConfigTable(
     "adapter",
     {
         "none": base_weights.none,

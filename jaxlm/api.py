@@ -1,0 +1,153 @@
+"""The library: what programs call. `import jaxlm` offers these names, and loads what they need when they are used.
+
+Functions take and return objects. A user's mistake is a ValueError that names the argument or the field; the commands
+of `jaxlm` are the same functions with options and printing.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlm.assembly import convert, evaluate_model, run_directory, run_objective, run_source, training_run
+from jaxlm.assembly.language_model import LanguageModel
+from jaxlm.assembly.model_source import StartModel
+from jaxlm.assembly.open_model import open_model
+from jaxlm.assembly.own_loop import Program
+from jaxlm.assembly.trained_run import RunDirectory
+from jaxlm.core import plugins
+from jaxlm.core.config import Run
+from jaxlm.inference.sampling import Sampling
+from jaxlm.models import MODELS
+from jaxlm.nn.family import Family
+from jaxlm.objectives import OBJECTIVES
+from jaxlm.objectives.objective import Objective
+from jaxlm.planning import plan as plans
+from jaxlm.planning import targets
+from jaxlm.planning.plan import Plan
+from jaxlm.training.optimizers import OPTIMIZERS, SCHEDULES
+from jaxlm.weights.adapters import METHODS
+from jaxlm.weights.adapters.method import Method
+
+__all__ = [
+    "LanguageModel", "Plan", "Program", "RunDirectory", "Sampling", "evaluate", "import_model", "load", "load_plugin",
+    "open", "plan", "register_adapter", "register_model", "register_objective", "register_optimizer",
+    "register_schedule", "train",
+]  # fmt: skip
+
+
+def load(source: run_source.RunSource, *, start: str = "", **changes: Any) -> Run:
+    """Returns a run with changed fields.
+
+    `source` is a config file, the bare name of one of the package (`quickstart`), a run directory, a `Run`, or a
+    function that returns one. Changes are fields or parts: `load("quickstart", seed=1, train={"steps": 100},
+    optim=Optim(lr=1e-3), adapter="lora")`, and by names with dots: `load("quickstart", **{"optim.lr": 1e-3})`. `start`
+    names a model to start from, whose architecture and tokenizer the run then has.
+
+    ValueError: there is no such file or field, or a value isn't of its field's type.
+    """
+    base = run_source.load_base(source, start)
+    return run_objective.infer_from_data(run_source.overridden(base.run, changes))
+
+
+def train(run: Run, *, on_step: Callable[[int, dict[str, float]], None] | None = None) -> RunDirectory:
+    """Trains a run in its directory, or continues it there, and returns the directory.
+
+    `on_step` is called with the number of each finished step and its metrics. An exception that it raises ends the run,
+    which can be continued from its last checkpoint. Ctrl-C and SIGTERM end it after a checkpoint: `finished` is then
+    False.
+
+    ValueError: a field of the run can't be met here, or the directory belongs to another run. NonFiniteError: a loss or
+    gradient was not finite.
+    """
+    run_directory.writable(run.folder)
+    training_run.train(run, StartModel(run.start), on_step)
+    return RunDirectory(run.folder)
+
+
+def open(place: str | Path, step: int | None = None) -> LanguageModel:
+    """Opens a model with its weights on this machine's devices.
+
+    `place` is a run directory, a Hugging Face directory, `hf:OWNER/NAME` on the hub, a GGUF file, or one of these with
+    an adapter of Hugging Face PEFT: `MODEL+DIRECTORY`. `step` names a checkpoint of a run.
+
+    ValueError: the place holds no model that can be read exactly.
+    """
+    return LanguageModel(open_model(place, step))
+
+
+def evaluate(
+    model: LanguageModel | RunDirectory | str | Path, data: str | Sequence[str] | None = None, *, batches: int = 0
+) -> dict[str, float]:
+    """Returns the figures of a model on the validation data of its run, or on `data`: loss, perplexity, bits per byte
+    and accuracy, and the scores of the objective's predictions. `batches` limits each source if not 0.
+
+    ValueError: the model has no validation data of its own and none is named.
+    """
+    sources = [data] if isinstance(data, str) else data
+    return dict(evaluate_model.evaluate(_place(model), data=sources, batches=batches).figures)
+
+
+def plan(run: Run, target: str, *, compile: bool = True) -> Plan:
+    """Returns what a step of the run needs on a target such as `h100:8`, `h100:8x8` or `v5p:4x4x4`, none of which need
+    be here: memory, seconds, tokens a second, and what limits them. Without `compile` it is worked out by arithmetic.
+
+    Where compilers for other machines are asked for, call this before anything else uses jax's devices. ValueError: the
+    target isn't known, or a field of the run can't be met on it.
+    """
+    return plans.make(run, targets.parse(target), compile)
+
+
+def import_model(place: str | Path, target: str | Path) -> RunDirectory:
+    """Makes a run directory of a published model and returns it. ValueError: `target` exists, or `place` holds no model
+    that can be read exactly."""
+    convert.import_model(str(place), target)
+    return RunDirectory(Path(target))
+
+
+def load_plugin(*names: str) -> None:
+    """Imports modules that register models, objectives, adapters, optimizers or schedules, by name or by the path of a
+    Python file. ValueError: there is no such module, or it fails."""
+    plugins.load(names)
+
+
+def register_model(name: str, family: Family) -> None:
+    """Registers a family of models: a module or an object as `jaxlm.nn.family.Family` says. Its `Config` stands in
+    `config.json` by this name. ValueError: the name or the `Config` belongs to another model."""
+    MODELS.add(name, family)
+
+
+def register_objective(name: str, objective: Objective) -> None:
+    """Registers an objective by the name that `config.json` and messages have of it. ValueError: the name or its
+    `Config` belongs to another objective."""
+    OBJECTIVES.add(name, objective)
+
+
+def register_adapter(name: str, method: Method[Any]) -> None:
+    """Registers a method of fine-tuning few parameters: `--adapter NAME` then chooses it. ValueError: the name or its
+    `Config` belongs to another method."""
+    METHODS.add(name, method)
+
+
+def register_optimizer(name: str, make: Callable[..., Any]) -> None:
+    """Registers an optimizer: `optim.name` then chooses it.
+
+    `make(optim, schedule, decay_mask, specs)` returns an optax `GradientTransformation` whose updates are added to the
+    weights: the settings of the run, the learning rate of each update, what optax takes as `mask=` of weight decay, and
+    the specs of all weights. ValueError: the name belongs to another optimizer.
+    """
+    OPTIMIZERS.add(name, make)
+
+
+def register_schedule(name: str, make: Callable[..., Any]) -> None:
+    """Registers a schedule: `optim.schedule` then chooses it.
+
+    `make(optim, steps)` returns a function from the updates since the warm-up to the learning rate. ValueError: the
+    name belongs to another schedule.
+    """
+    SCHEDULES.add(name, make)
+
+
+def _place(model: LanguageModel | RunDirectory | str | Path) -> Any:
+    if isinstance(model, LanguageModel):
+        return model.pretrained
+    return model.path if isinstance(model, RunDirectory) else model

@@ -1,0 +1,56 @@
+"""A run is loaded from a config file, a run directory, a function or a `Run`, and its fields are overridden."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlm.assembly import open_model, run_directory
+from jaxlm.assembly.model_source import StartModel
+from jaxlm.core import config, config_io
+from jaxlm.weights.adapters import METHODS
+
+RunSource = str | Path | config.Run | Callable[[], config.Run]
+"""A config file's path or bare name, a run directory, a `Run`, or a function that returns one."""
+
+
+class Base(NamedTuple):
+    """A run before it is overridden, and the model that it starts from."""
+
+    run: config.Run
+    start: StartModel
+    """Its place is empty where the run starts from no model."""
+
+
+def load_base(source: RunSource, start: str = "") -> Base:
+    """Returns the run of a source; one that starts from a model has that model's architecture. `start` names another
+    model to start from than the run does."""
+    if isinstance(source, str | Path) and Path(source).is_dir():
+        folder = Path(source)
+        run = run_directory.read_config(folder)
+        run = dataclasses.replace(run, name=folder.resolve().name, out=str(folder.parent))
+        return Base(run, StartModel(run.start))
+    run = _run_of(source)
+    model = StartModel(start or run.start)
+    return Base(open_model.starting(run, model) if model.place else run, model)
+
+
+def _run_of(source: RunSource) -> config.Run:
+    if isinstance(source, str | Path):
+        return config_io.load(config_io.find(source))
+    run = source if isinstance(source, config.Run) else source()
+    if not isinstance(run, config.Run):
+        raise ValueError(f"config: the function returned {type(run).__name__}, not a Run")
+    return run
+
+
+def overridden(run: config.Run, changes: Mapping[str, Any]) -> config.Run:
+    """Returns the run with changed fields. Keys are names of fields or of parts, with dots between them; the value of a
+    part is another part, or a mapping with some of its fields. `adapter` takes a method's name too.
+
+    ValueError: there is no such field, or the value isn't of its type.
+    """
+    changes = dict(changes)
+    if isinstance(changes.get("adapter"), str):
+        run = config_io.with_adapter(run, changes.pop("adapter"), METHODS)
+    return config_io.changed(run, changes)
