@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 
 from jaxlm.commands import augment, convert, data, doctor, evaluate, generate, plan, report, train
-from jaxlm.core import errors
+from jaxlm.core import errors, plugins
 from jaxlm.runtime import processes
 
 COMMANDS = (train, plan, evaluate, generate, augment, convert, data, report, doctor)  # in the order of `--help`
@@ -21,12 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    modules = _take_plugins(arguments)
     parser = build_parser()
     args, rest = parser.parse_known_args(arguments)
     if rest and not args.overrides:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     processes.reserve_threads()
     try:
+        plugins.load(modules)
         return args.run(args, rest)
     except KeyboardInterrupt:
         return _failed("interrupted", 1)
@@ -37,6 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(f"jaxlm: {one_line(error)}", 1, None if expected and not debug else error)
     except Exception as error:
         return _failed(f"jaxlm: {type(error).__name__}: {one_line(error)}", 1, error)
+
+
+def _take_plugins(arguments: list[str]) -> list[str]:
+    """Removes `--plugin MODULE`, which every command takes, from the arguments; returns the modules."""
+    modules = []
+    while "--plugin" in (flags := [a.partition("=")[0] for a in arguments]):
+        i = flags.index("--plugin")
+        _, equals, name = arguments[i].partition("=")
+        modules.append(name if equals else "".join(arguments[i + 1 : i + 2]))
+        del arguments[i : i + (1 if equals else 2)]
+    return modules
 
 
 def _failed(line: str, status: int, error: BaseException | None = None) -> int:
@@ -75,6 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: jaxlm train configs/quickstart.py --train.steps 100",
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback for every error")
+    parser.add_argument("--plugin", metavar="MODULE", action="append", help="a module, or a Python file, that registers "
+                        "models, objectives, adapters, optimizers or schedules; may be given several times. The "
+                        "variable JAXLM_PLUGINS names some too")  # fmt: skip
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for module in COMMANDS:
         module.add_parsers(commands)

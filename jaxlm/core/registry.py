@@ -67,8 +67,8 @@ class Table(Mapping[str, Row]):
         if name in self:
             return self[name]
         raise ValueError(
-            f"{field}: unknown {name!r}{nearest(name, self)}. If another package registers it, install that package, "
-            "or name its module as a plugin"
+            f"{field}: unknown {name!r}{nearest(name, self)}; if it is of another package, install that, or name its "
+            "module as a plugin"
         )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxlm.data.mixture import Mixture, mixture, shuffled
 from jaxlm.data.packing import DrawnRecords, Records
+from jaxlm.data.spawn import script_hidden
 
 if TYPE_CHECKING:
     import jax
@@ -138,6 +139,9 @@ class Loader:
             )
         iterator = iter(data)
         try:
+            with script_hidden():  # workers start with the first batch
+                first = next(iterator)
+            yield first
             yield from iterator
         except ValueError as error:  # Grain adds lines about itself to what the user has to read
             raise ValueError(str(error).partition("\n-----")[0]) from error

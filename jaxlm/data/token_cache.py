@@ -29,6 +29,7 @@ from typing import IO, Any
 import numpy as np
 
 from jaxlm.data import sources
+from jaxlm.data.spawn import script_hidden
 from jaxlm.data.tokenizer import Tokenizer
 
 VERSION = 1
@@ -254,7 +255,8 @@ def _tokenise(
                 (tokenizer, folder, holdout),
             )
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-            futures = [pool.submit(_tokenise_shard, shard) for shard in missing]
+            with script_hidden():
+                futures = [pool.submit(_tokenise_shard, shard) for shard in missing]
             results = (future.result() for future in concurrent.futures.as_completed(futures))
         for counts in results:
             advance(*counts)
