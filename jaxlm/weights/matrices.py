@@ -1,4 +1,4 @@
-"""The matrices of a model's layers, found by the family's table of names in published files: what adapters are put on
+"""The matrices of a model's layers, by their roles and the table of names in published files: what adapters are put on,
 and what is quantized."""
 
 from collections.abc import Mapping, Sequence
@@ -59,12 +59,23 @@ class Matrix:
 
 def matrices(family: Family, c: Any) -> dict[str, Matrix]:
     """Returns every matrix of the layers by its path, but routers, which stay exact."""
-    names = family.names(c)
-    return {
-        path: Matrix(path, s, ins, names[path])
-        for path, s in tree.flatten(family.specs(c), is_spec).items()
-        if s.axes[:1] == ("layers",) and (ins := names[path].ins) is not None and s.role in ("matrix", "absorbed")
-    }
+    names, found = family.names(c), {}
+    for path, s in tree.flatten(family.specs(c), is_spec).items():
+        if s.axes[:1] != ("layers",) or s.role not in ("matrix", "absorbed"):
+            continue
+        name = names.get(path) or Name(path, ins=_num_inputs(s))  # a family without published files has no names
+        if name.ins is not None:
+            found[path] = Matrix(path, s, name.ins, name)
+    return found
+
+
+def _num_inputs(s: Spec) -> int | None:
+    """Returns how many dimensions of a weight are inputs by its axes: all but the last where that is the width, else
+    the first; None: it is no matrix."""
+    dims = [axis for axis in s.axes if axis not in ("layers", "experts")]
+    if len(dims) < 2:
+        return None
+    return len(dims) - 1 if dims[-1] == "embed" else 1
 
 
 def select(matrices: Mapping[str, Matrix], patterns: Sequence[str]) -> dict[str, Matrix]:
