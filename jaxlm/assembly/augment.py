@@ -86,17 +86,17 @@ def _check(
     path: Path, out: Path, method: str, back: str | None, table: bool, share: float, top_k: int, copies: int
 ) -> None:
     if out.exists():
-        raise ValueError(f"--out: {out} is there already and is never overwritten; choose another name")
+        raise ValueError(f"out: {out} is there already and is never overwritten; choose another name")
     if not path.is_file():
         raise ValueError(f"augment: {path} does not exist: give a file of a table or of CoNLL columns")
     if out.suffix.lower() != path.suffix.lower() or path.suffix.lower() == ".json":
         kinds = "a .csv, .tsv or .jsonl table or CoNLL columns"
-        raise ValueError(f"--out: the new file has the format of the old one, {kinds}; name it *{path.suffix}")
+        raise ValueError(f"out: the new file has the format of the old one, {kinds}; name it *{path.suffix}")
     if method == "back_translate" and (back is None or not table):
-        why = "needs --back, a model that translates back" if table else "would lose the tags of words; use mask"
-        raise ValueError(f"--method: back_translate {why}")
+        why = "needs `back`, a model that translates back" if table else "would lose the tags of words; use mask"
+        raise ValueError(f"method: back_translate {why}")
     if not 0 < share <= 1 or top_k < 1 or copies < 1:
-        raise ValueError("augment: --share is above 0 and at most 1, --top-k and --copies at least 1")
+        raise ValueError("augment: `share` is above 0 and at most 1, `top_k` and `copies` at least 1")
 
 
 # ------------------------------------------------------------------------------------------------------------ the files
@@ -105,7 +105,7 @@ def _check(
 def _rows(source: str, columns: Sequence[str], text: str) -> list[Item]:
     out = []
     for row in tables.read(source, columns):
-        content = row.text(text, "--text")
+        content = row.text(text, "text")
         out.append(Item(content, [m.span() for m in WORD.finditer(content)], cells=row.cells))
     return out
 
@@ -171,12 +171,12 @@ def _masked(
     model, tokens = p.model, p.tokens
     if model.family.kind != "encoder" or not model.config.head or tokens.mask_id is None:
         raise ValueError(
-            f"--model: {p.source.path} fills no masks; --method mask needs an encoder with a language-model head and a "
+            f"model: {p.source.path} fills no masks; `method` mask needs an encoder with a language-model head and a "
             f"mask token, such as BERT"
         )
     allowed_V = whole_words(tokens, model.config.vocab)
     if allowed_V.sum() <= top_k:
-        raise ValueError(f"--top-k: only {allowed_V.sum()} tokens of the model are whole words; give a smaller number")
+        raise ValueError(f"top_k: only {allowed_V.sum()} tokens of the model are whole words; give a smaller number")
     made: list[Item] = []
     with mesh.on_mesh(p.mesh):
         guess = jax.jit(partial(_guess, model, min(top_k + 1, int(allowed_V.sum()))))
@@ -272,7 +272,7 @@ def _translated(
     forward: str, back: str, items: Sequence[Item], prefixes: Sequence[str], how: Sampling, copies: int, seed: int
 ) -> tuple[list[Item], str]:
     if copies > 1 and not how.temperature:
-        raise ValueError("--copies: without --temperature all are the same; raise it, or ask for one copy")
+        raise ValueError("copies: without `temperature` all are the same; raise it, or ask for one copy")
     first, second = open_model(forward), open_model(back)
     made, same = [], 0
     seen = {_plain(item.text) for item in items}

@@ -70,11 +70,11 @@ def export(
     What was written is read again and compared; if it is another model, it is removed and that is an error.
     """
     if format not in FORMATS:
-        raise ValueError(f"--format: unknown {format!r}{errors.nearest(format, FORMATS)}")
+        raise ValueError(f"format: unknown {format!r}{errors.nearest(format, FORMATS)}")
     known = DTYPES[format]
     dtype = dtype or known[0]
     if dtype not in known:
-        raise ValueError(f"--dtype: {dtype!r} is not for {format}; choose one of {', '.join(filter(None, known))}")
+        raise ValueError(f"dtype: {dtype!r} is not for {format}; choose one of {', '.join(filter(None, known))}")
     path = Path(target)
     if format == "gguf" and path.suffix != ".gguf":
         raise ValueError(f"{path}: name a file that ends in .gguf")
@@ -229,10 +229,10 @@ def _to_stablehlo(p: Pretrained, folder: Path, dtype: Any) -> list[str]:
 
 def _to_peft(p: Pretrained, folder: Path, dtype: str) -> list[str]:
     if p.model.adapter is None:
-        raise ValueError(f"--format peft: {p.source.path} has no adapter; choose another format")
+        raise ValueError(f"format peft: {p.source.path} has no adapter; choose another format")
     start = p.source.run.start if p.source.run else str(p.source.path)
     if not start:
-        raise ValueError(f"--format peft: {p.source.path} began from no published model; export it as hf")
+        raise ValueError(f"format peft: {p.source.path} began from no published model; export it as hf")
     notes = save(folder, p.model.adapter, p.params.get("adapter", {}), start.removeprefix(model_source.HUB))
     if Path(start).suffix == ".gguf":
         notes.append(f"note: PEFT can't read {start}; give it the same model as a Hugging Face directory")

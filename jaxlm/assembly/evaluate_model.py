@@ -65,11 +65,11 @@ def evaluate_tasks(
     """Evaluates tasks of the lm-evaluation-harness; returns results, a table, and what each task's figures may be
     resampled from. `out` gets both, and every example with its answer."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("--tasks needs the lm-evaluation-harness: pip install 'jaxlm[eval]'")
+        raise ValueError("`tasks` needs the lm-evaluation-harness: pip install 'jaxlm[eval]'")
     p = open_model(place, step)
     s = p.source
     if chats and not s.templates:
-        raise ValueError(f"{s.path}: the model has no chat template; leave out --chat")
+        raise ValueError(f"{s.path}: the model has no chat template; leave out `chat`")
     with mesh.on_mesh(p.mesh):
         run = p.generator()
         lm = harness.Harness(
@@ -106,7 +106,7 @@ def evaluate_code(
     for k in ks:
         pass_at_k.pass_at_k(how.samples, 0, k)
     if how.temperature == 0 and how.samples > 1:
-        raise ValueError("--temperature: at 0 all samples are the same; raise it, or ask for --samples 1")
+        raise ValueError("temperature: at 0 all samples are the same; raise it, or ask for `samples` 1")
     box, lacking = sandbox.opened(weak, seconds=seconds, memory=memory)
     for what in lacking:
         print(f"programs are not shut in: {what}", file=sys.stderr)
@@ -143,15 +143,15 @@ def evaluate_texts(
     """Compares what the model writes with the true texts of `data`, or of the run's validation data; returns results,
     how they were counted, and what they may be resampled from. `out` gets every text."""
     if metric not in text_metrics.METRICS:
-        raise ValueError(f"--metric: unknown {metric!r}{nearest(metric, text_metrics.METRICS)}")
+        raise ValueError(f"metric: unknown {metric!r}{nearest(metric, text_metrics.METRICS)}")
     opened = open_model(place, step)
     path = opened.source.path
     # A published decoder is asked as a chat model, by its template or plainly.
     p = program(opened, data, "sft" if opened.model.family.kind == "decoder" else None)
     if not p.objective.reads_prompts:
-        raise ValueError(f"--metric: {path} learned no pairs of texts and no conversations; leave --metric out")
+        raise ValueError(f"metric: {path} learned no pairs of texts and no conversations; leave `metric` out")
     if not p.run.data.valid:
-        raise ValueError(f"--metric: {path} has no validation data of its own; name some with --data")
+        raise ValueError(f"metric: {path} has no validation data of its own; name some with `data`")
     prompts: list[list[int]] = []
     read: list[list[int]] = []
     true: list[str] = []
@@ -206,9 +206,7 @@ def against(
         record["intervals"][name] = bootstrap.intervals(sample, resamples, seed)
         if others is not None and (len(samples) == 1 or name != "losses"):
             if name not in others:
-                raise ValueError(
-                    f"--against: the other model has no {name} to compare; it was trained for another task"
-                )
+                raise ValueError(f"against: the other model has no {name} to compare; it was trained for another task")
             record.setdefault("differences", {})[name] = differences = bootstrap.paired(
                 sample, others[name], resamples, seed
             )

@@ -61,7 +61,7 @@ def generate(
     p = open_model(model, step)
     if adapters:
         if len(adapters) != len(prompts) or draft is not None:
-            raise ValueError("--adapter: give one for each --prompt, in their order and without --draft; - is none")
+            raise ValueError("adapter: give one for each `prompt`, in their order and without `draft`; - is none")
         p = with_row_adapters(p, adapters)
     ids, source = p.prompts(prompts)
     with mesh.on_mesh(p.mesh):
@@ -70,10 +70,10 @@ def generate(
         if draft is None:
             return stream.answers(run, p.tokens, weights, ids, sampling, source)
         if sampling.stop or source is not None:
-            raise ValueError("generate: --draft does not go with --stop or an encoder-decoder; leave it out")
+            raise ValueError("generate: `draft` does not go with `stop` or an encoder-decoder; leave it out")
         proposer = None if draft == "lookup" else open_model(draft)
         if proposer is not None and proposer.tokens.fingerprint != p.tokens.fingerprint:
-            raise ValueError(f"--draft {draft}: its tokenizer is another one; use a draft with the same tokenizer")
+            raise ValueError(f"draft {draft}: its tokenizer is another one; use a draft with the same tokenizer")
         fast = Speculative(run, None if proposer is None else proposer.generator(), proposals)
         completions = fast(weights, None if proposer is None else proposer.params, ids, sampling).completions
         return [[stream.Answer(p.tokens.decode(c.tokens), c) for c in several] for several in completions]
@@ -94,7 +94,7 @@ def chat(
     p = open_model(model, step)
     templates = {"default": template.read_text("utf-8")} if template else p.source.templates
     if not templates:
-        raise ValueError(f"{p.source.path}: the model has no chat template; give one with --template FILE.jinja")
+        raise ValueError(f"{p.source.path}: the model has no chat template; give one with `template` FILE.jinja")
     text = templates.get("default", next(iter(templates.values())))
     with mesh.on_mesh(p.mesh):
         run = p.generator()

@@ -142,7 +142,7 @@ def first_params(p: programs.Program, start: StartModel) -> Any:
                  if (other := tree.flatten(stored, spec.is_spec).get(path)) and other.shape != s.shape]  # fmt: skip
     if source.family is not p.model.family or differing:
         where = f": {differing[0]} has another shape" if differing else ""
-        raise ValueError(f"start: {source.path} does not fit this run's model{where}; leave the model to --start")
+        raise ValueError(f"start: {source.path} does not fit this run's model{where}; leave the model to `start`")
     theirs, ours = source.adapter, p.run.adapter
     other = theirs != config.Adapter() and (
         type(theirs) is not type(ours)
@@ -205,7 +205,7 @@ def open_model(place: Place, step: int | None = None) -> Pretrained:
     layout = Layout.of(config.Mesh(), execution)
     specs = specs_of(source)
     if source.run is None and step is not None:
-        raise ValueError(f"--step: {source.path} is no run directory; leave it out")
+        raise ValueError(f"step: {source.path} is no run directory; leave it out")
     with on_mesh(mesh):
         weights = read(source, specs, layout.shardings(specs, mesh), step)
     adapted = source.adapted
@@ -217,14 +217,14 @@ def open_model(place: Place, step: int | None = None) -> Pretrained:
 def with_row_adapters(p: Pretrained, adapters: Sequence[str]) -> Pretrained:
     """Returns the model with an adapter for each row of a batch: directories of PEFT's, or `-` for none."""
     if p.source.adapter != config.Adapter():
-        raise ValueError(f"--adapter: {p.source.path} has an adapter of its own; merge it first with jaxlm export")
+        raise ValueError(f"adapter: {p.source.path} has an adapter of its own; merge it first with jaxlm export")
     folders = list(dict.fromkeys(name for name in adapters if name != "-"))
     if not folders:
         return p
     each = []
     for folder in folders:
         if not is_adapter(Path(folder).expanduser()):
-            raise ValueError(f"--adapter: {folder} has no adapter_config.json; name a directory of PEFT's, or -")
+            raise ValueError(f"adapter: {folder} has no adapter_config.json; name a directory of PEFT's, or -")
         source = with_adapter(dataclasses.replace(p.source, adapter=config.Adapter()), Path(folder).expanduser())
         shardings = p.model.shard.shardings(source.adapted.specs()["adapter"], p.mesh)
         assert source.adapter_files is not None
@@ -290,7 +290,7 @@ def program(p: Pretrained, data: Sequence[str] | None, objective: str | None = N
     train = dataclasses.replace(run.train, batch_size=-(-rows // n) * n, micro_batches=1)
     inputs = dataclasses.replace(run.data, valid=tuple(data)) if data else run.data
     if p.source.run is None and not data:
-        raise ValueError(f"eval: {p.source.path} has no validation data of its own; name some with --data")
+        raise ValueError(f"eval: {p.source.path} has no validation data of its own; name some with `data`")
     run = dataclasses.replace(run, train=train, data=inputs, mesh=config.Mesh())
     return programs.program(run, p.tokens, p.source.templates.get("default"))
 

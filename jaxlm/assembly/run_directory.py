@@ -119,11 +119,11 @@ def claim(run: config.Run) -> bool:
             k = differing[0]
             raise ValueError(
                 f"{run.folder} belongs to another config: {k} is {existing.get(k)!r} there and {mine.get(k)!r} here"
-                f"{f' (and {len(differing) - 1} more)' if differing[1:] else ''}; choose another --name, or delete it"
+                f"{f' (and {len(differing) - 1} more)' if differing[1:] else ''}; choose another `name`, or delete it"
             )
         return True
     if run.folder.is_dir() and any(run.folder.iterdir()):
-        raise ValueError(f"{run.folder} is not empty and holds no config.json; choose another --name or --out")
+        raise ValueError(f"{run.folder} is not empty and holds no config.json; choose another `name` or `out`")
     run.folder.mkdir(parents=True, exist_ok=True)
     return False
 
@@ -140,4 +140,4 @@ def writable(folder: Path) -> None:
     while not at.exists():
         at = at.parent
     if not os.access(at, os.W_OK):
-        raise ValueError(f"out: no permission to write in {at}; choose another --out")
+        raise ValueError(f"out: no permission to write in {at}; choose another `out`")

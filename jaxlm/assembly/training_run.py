@@ -92,7 +92,7 @@ def _remember_reference(p: programs.Program, data: corpus.Corpus, weights: Any |
     file = p.run.folder / "reference.npz"
     if weights is None:
         if not file.is_file():
-            raise ValueError(f"{file}: is gone, and the weights at the start with it; train anew under another --name")
+            raise ValueError(f"{file}: is gone, and the weights at the start with it; train anew under another `name`")
         with np.load(file) as stored:
             references = [stored[f"part{i}"] for i in range(len(stored.files))]
     else:

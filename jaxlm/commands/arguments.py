@@ -1,13 +1,15 @@
 """Several commands share how they add a parser, load the run that arguments name, and print the last line of JSON."""
 
 import argparse
+import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm.core import config_io
+from jaxlm.core import config, config_io
 from jaxlm.runtime import processes
 
 MODEL = (
@@ -23,7 +25,7 @@ def add_command(commands: Any, name: str, run: Handler, help: str, example: str,
     parser = commands.add_parser(
         name, help=help, description=help, epilog=f"example: {example}", add_help=not overrides
     )
-    parser.set_defaults(run=run, overrides=overrides)
+    parser.set_defaults(run=run, overrides=overrides, parser=parser)
     return parser
 
 
@@ -61,9 +63,24 @@ def last_value(args: list[str], flag: str) -> str | None:
     return found[-1] if found else None
 
 
+def with_flags(message: str, args: argparse.Namespace) -> str:
+    """Returns an error of the library with the command's options where it names arguments: at its beginning before a
+    colon, and between backquotes."""
+    options = set(re.findall(r"--([a-z][a-z-]*)", args.parser.format_help()))
+    flag = lambda name: f"--{name.replace('_', '-')}"  # noqa: E731
+    first = re.match(r"([a-z_]+)(?=[: ])", message)
+    if first and flag(first[1])[2:] in options and ":" in message:
+        message = flag(first[1]) + message[first.end() :]
+    if args.overrides and "`" in message:
+        from jaxlm.inference.sampling import Sampling
+
+        options |= {f.name.replace("_", "-") for kind in (config.Run, Sampling) for f in dataclasses.fields(kind)}
+    return re.sub(r"`([a-z_]+)`", lambda m: flag(m[1]) if flag(m[1])[2:] in options else m[0], message)
+
+
 def start_processes(args: argparse.Namespace, run: Any = None) -> None:
     """Joins the other processes, if there are any: all must have been started with the same run, or arguments."""
-    processes.start(vars(args) | {"run": None} if run is None else config_io.flatten(run))
+    processes.start(vars(args) | {"run": None, "parser": None} if run is None else config_io.flatten(run))
 
 
 def print_json(args: argparse.Namespace, values: dict) -> int:

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Sequence
 
 from jaxlm.commands import augment, convert, data, doctor, evaluate, generate, plan, report, train
+from jaxlm.commands.arguments import with_flags
 from jaxlm.core import errors, plugins
 from jaxlm.runtime import processes
 
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _failed("interrupted", 1)
     except (ValueError, OSError) as error:
-        return _failed(f"jaxlm: {one_line(error)}", 2, error if debug or _of_devices(error) else None)
+        line = with_flags(one_line(error), args)
+        return _failed(f"jaxlm: {line}", 2, error if debug or _of_devices(error) else None)
     except RuntimeError as error:
         expected = type(error).__name__ in ("NonFiniteError", "ProcessError")
         return _failed(f"jaxlm: {one_line(error)}", 1, None if expected and not debug else error)
@@ -88,9 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: jaxlm train configs/quickstart.py --train.steps 100",
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback for every error")
-    parser.add_argument("--plugin", metavar="MODULE", action="append", help="a module, or a Python file, that registers "
-                        "models, objectives, adapters, optimizers or schedules; may be given several times. The "
-                        "variable JAXLM_PLUGINS names some too")  # fmt: skip
+    parser.add_argument("--plugin", metavar="MODULE", action="append", help="a module, or a Python file, that "
+                        "registers models, objectives, adapters, optimizers or schedules; may be given several times. "
+                        "The variable JAXLM_PLUGINS names some too")  # fmt: skip
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for module in COMMANDS:
         module.add_parsers(commands)

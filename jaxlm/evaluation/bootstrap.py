@@ -78,17 +78,17 @@ def check_same(a: Sample, b: Sample) -> None:
     """Raises a ValueError where two models were not asked the same examples."""
     if len(a.counts_NM) != len(b.counts_NM):
         raise ValueError(
-            f"--against: the two models have {len(a.counts_NM)} and {len(b.counts_NM)} {a.unit}; compare them on the "
-            f"same ones, named with --data"
+            f"against: the two models have {len(a.counts_NM)} and {len(b.counts_NM)} {a.unit}; compare them on the "
+            f"same ones, named with `data`"
         )
     for i, (one, other) in enumerate(zip(a.keys, b.keys, strict=True)):
         if one != other:
             raise ValueError(
-                f"--against: number {i + 1} of the {a.unit} is not the same for the two models; compare them on the "
-                f"same data, cut into the same examples (--data, and for losses the same tokenizer and lengths)"
+                f"against: number {i + 1} of the {a.unit} is not the same for the two models; compare them on the "
+                f"same data, cut into the same examples (`data`, and for losses the same tokenizer and lengths)"
             )
     if len(a.counts_NM) < 2:
-        raise ValueError(f"--against: a single one of the {a.unit} tells nothing of chance; give more data")
+        raise ValueError(f"against: a single one of the {a.unit} tells nothing of chance; give more data")
 
 
 def _resampled(samples: Sequence[Sample], resamples: int, seed: int) -> list[Figures]:

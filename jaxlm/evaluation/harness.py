@@ -125,7 +125,7 @@ class Harness:
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Returns a chat as the model's template renders it."""
         if self.template is None:
-            raise ValueError("eval: the model has no chat template; leave out --chat")
+            raise ValueError("eval: the model has no chat template; leave out `chat`")
         return render_text(self.tokens, self.template, chat_history, add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -160,7 +160,7 @@ def evaluate(
     known = set(manager.all_tasks)
     for task in tasks:
         if task not in known:
-            raise ValueError(f"--tasks: unknown {task!r}{_near(task, known)}")
+            raise ValueError(f"tasks: unknown {task!r}{_near(task, known)}")
     results = simple_evaluate(
         model=lm, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager, apply_chat_template=chats,
         log_samples=True, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,

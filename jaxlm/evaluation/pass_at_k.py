@@ -42,7 +42,7 @@ def read(source: str) -> list[Problem]:
         cells = [row.cells.get(name) for name in ("prompt", "test", "entry_point")]
         for name, cell in zip(("prompt", "test", "entry_point"), cells, strict=True):
             if not isinstance(cell, str) or not cell.strip():
-                raise ValueError(f"{row.where}: no text {name!r}; --code takes problems in HumanEval's format")
+                raise ValueError(f"{row.where}: no text {name!r}; `code` takes problems in HumanEval's format")
         prompt, test, entry = map(str, cells)
         if not entry.isidentifier():
             raise ValueError(f"{row.where}: entry_point {entry!r} is no name of a function; correct the file")
@@ -50,7 +50,7 @@ def read(source: str) -> list[Problem]:
         solution = prompt[len(prompt.rstrip()) :] + body if body else ""
         problems.append(Problem(str(row.cells.get("task_id", i)), prompt.rstrip(), test, entry, solution))
     if not problems:
-        raise ValueError(f"--code: {source} holds no problem")
+        raise ValueError(f"code: {source} holds no problem")
     return problems
 
 
@@ -60,7 +60,7 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     `right` of the n samples are right. Raises a ValueError where k > n (Chen et al. 2021).
     """
     if not 1 <= k <= n:
-        raise ValueError(f"--k: pass@{k} needs at least {k} samples of each problem and there are {n}; raise --samples")
+        raise ValueError(f"k: pass@{k} needs at least {k} samples of each problem and there are {n}; raise `samples`")
     return 1.0 - float(np.prod(1.0 - k / np.arange(n - right + 1, n + 1)))
 
 

@@ -106,7 +106,7 @@ def opened(weak: bool = False, **bounds: float) -> tuple[Sandbox, list[str]]:
     """
     box = Sandbox(**bounds)  # type: ignore[arg-type]
     if box.seconds <= 0 or box.memory < 128 << 20:
-        raise ValueError("--code: a program needs time and memory; give --seconds above 0 and --memory 128 or more")
+        raise ValueError("code: a program needs time and memory; give `seconds` above 0 and `memory` 128 or more")
     lacking = []
     try:
         trial = Sandbox(seconds=20).run("pass")
@@ -118,11 +118,11 @@ def opened(weak: bool = False, **bounds: float) -> tuple[Sandbox, list[str]]:
         box = Sandbox(**bounds, apart=False)  # type: ignore[arg-type]
         trial = Sandbox(seconds=20, apart=False).run("pass")
         if not trial.passed:
-            raise ValueError(f"--code: no Python could be started for the programs: {trial.why}")
+            raise ValueError(f"code: no Python could be started for the programs: {trial.why}")
     lacking += trial.missing
     if lacking and not weak:
         raise ValueError(
-            f"--code: programs can't be shut in on this machine: {'; '.join(lacking)}. Use a Linux machine that allows "
+            f"code: programs can't be shut in on this machine: {'; '.join(lacking)}. Use a Linux machine that allows "
             f"it, or accept that with {FLAG}"
         )
     return box, lacking

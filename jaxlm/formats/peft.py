@@ -251,7 +251,7 @@ def save(folder: str | Path, adapted: Adapted, weights: Any, base: str) -> list[
     """Writes an adapter's weights for `base`, the model that PEFT will put it on; returns a line on each file."""
     folder, form = Path(folder), adapted.method.peft
     if form is None:
-        raise ValueError(f"--format peft: PEFT has no files for {adapted.name}; export the merged model as hf")
+        raise ValueError(f"format peft: PEFT has no files for {adapted.name}; export the merged model as hf")
     values, tensors = _prompt(adapted, form, weights) or _layers(adapted, form, weights)
     task = {"decoder": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM"}.get(adapted.family.kind)
     if adapted.num_virtual_tokens and task is None:
@@ -293,7 +293,7 @@ def _layers(
         if len(parts) > 1:
             if form.fused is None:
                 raise ValueError(
-                    f"--format peft: {', '.join(p.path for p in parts)} are one module in published files, which PEFT "
+                    f"format peft: {', '.join(p.path for p in parts)} are one module in published files, which PEFT "
                     f"has no {adapted.name} for; export the merged model as hf"
                 )
             layers, other_ranks[module] = form.fused([matrices[p.path] for p in parts], layers)

@@ -64,7 +64,7 @@ class Chat:
             if not turns:
                 raise ValueError(
                     f"chat: this message takes {len(ids)} tokens, an answer up to {self.sampling.tokens}, and the "
-                    f"model has {limit} positions; shorten it, or set --tokens lower"
+                    f"model has {limit} positions; shorten it, or set `tokens` lower"
                 )
             messages = messages[turns[0] :]
 

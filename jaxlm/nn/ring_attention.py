@@ -50,7 +50,7 @@ def plan(mask: Mask, shard: Layout, T: int, S: int, scale: float, softcap: float
     """
     axes, n = shard.compute["seq"], context_parallel.num_devices(shard)
     if mask.common:
-        raise ValueError("mesh.context_by: ring has no keys that all rows share (--adapter prefix); choose gather")
+        raise ValueError("mesh.context_by: ring has no keys that all rows share (`adapter` prefix); choose gather")
     for name, length in (("queries", T), ("keys", S)):
         if length % n:
             raise ValueError(

@@ -124,7 +124,7 @@ def read_prompts(
     prompts, encoder_inputs = make_prompts(texts)
     room = row.seq_len if encoder_inputs is not None else row.seq_len - new_tokens
     if room < 3:
-        raise ValueError(f"--tokens: {new_tokens} leave nothing of train.seq_len {row.seq_len} to read; ask for fewer")
+        raise ValueError(f"tokens: {new_tokens} leave nothing of train.seq_len {row.seq_len} to read; ask for fewer")
     whole = prompts if encoder_inputs is None else encoder_inputs
     fitting = [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in whole]
     cut = sum(len(ids) > room for ids in whole)

@@ -76,7 +76,7 @@ def read_prompts(
     ids, true = render_chat.prompts_and_answers(conversations.read(source), tokenizer, c.template or row.template)
     room = row.seq_len - new_tokens
     if room < 1:
-        raise ValueError(f"--tokens: {new_tokens} leave nothing of train.seq_len {row.seq_len} to read; ask for fewer")
+        raise ValueError(f"tokens: {new_tokens} leave nothing of train.seq_len {row.seq_len} to read; ask for fewer")
     cut = sum(len(text) > room for text in ids)
     note = f"{source}: {cut:,} of {len(ids):,} conversations lose their beginning; raise train.seq_len to keep it"
     return PromptSet([text[-room:] for text in ids], None, true, [note] if cut else [])

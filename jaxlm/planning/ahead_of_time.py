@@ -110,7 +110,7 @@ def hlo_of(compiled: Any) -> str:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError as e:  # a compiler newer than jaxlib writes what that can't read
         raise ValueError(
-            f"--target: jaxlib {jax.lib.__version__} can't read this compiler's program; install the one made for it: "
+            f"target: jaxlib {jax.lib.__version__} can't read this compiler's program; install the one made for it: "
             f'pip install "jax[tpu]=={jax.__version__}" ({one_line(e, 300)})'
         ) from None
 

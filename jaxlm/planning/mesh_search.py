@@ -1,4 +1,4 @@
-"""Searches which mesh, micro-batches and recomputation are fastest (`jaxlm plan --search` and `jaxlm tune`).
+"""Searches which mesh, micro-batches and recomputation are fastest (`jaxlm plan `search`` and `jaxlm tune`).
 
 Candidates are ranked by `roofline`; the first few are compiled, or run for some steps on the machine at hand.
 """
@@ -81,9 +81,7 @@ def candidates(run: config.Run, t: Target) -> list[Candidate]:
             continue
     if not accepted:
         ahead_of_time.estimate(run, t)  # its error says why
-        raise ValueError(
-            f"--search: no mesh of {t.count} devices divides this model and batch; change train.batch_size"
-        )
+        raise ValueError(f"search: no mesh of {t.count} devices divides this model and batch; change train.batch_size")
     return sorted(accepted, key=lambda c: rank(c, t))
 
 
@@ -183,7 +181,7 @@ def tune(
 def check_free(path: Path | None) -> None:
     """Refuses a file that exists, before minutes are spent on what is to be written there."""
     if path is not None and path.exists():
-        raise ValueError(f"--out: {path} exists; name another file")
+        raise ValueError(f"out: {path} exists; name another file")
 
 
 def write(run: config.Run, path: Path, why: str) -> None:

@@ -42,7 +42,7 @@ def test_pass_at_k_counts_the_subsets_with_a_right_one():
         for k in range(1, n + 1):
             draws = list(itertools.combinations([True] * right + [False] * (n - right), k))
             assert pass_at_k.pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
-    with pytest.raises(ValueError, match=r"pass@10 needs at least 10 samples .* raise --samples"):
+    with pytest.raises(ValueError, match=r"pass@10 needs at least 10 samples .* raise `samples`"):
         pass_at_k.pass_at_k(4, 1, 10)
 
 

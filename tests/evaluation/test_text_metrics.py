@@ -111,7 +111,7 @@ def test_a_decoder_that_learned_pairs_writes_behind_the_source(tmp_path):
     read, sources, true, notes = task.read_prompts(str(tmp_path / "a.jsonl"), 4, task.prompts)
     assert read == [[tokens.bos_id, *b"a long", tokens.sep_id]] and sources is None and true == ["t"]
     assert "1 of 1 sources lose their end" in notes[0]
-    with pytest.raises(ValueError, match=r"--tokens: 10 leave nothing of train\.seq_len 12"):
+    with pytest.raises(ValueError, match=r"tokens: 10 leave nothing of train\.seq_len 12"):
         task.read_prompts(str(tmp_path / "a.jsonl"), 10, task.prompts)
 
 

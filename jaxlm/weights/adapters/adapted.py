@@ -74,7 +74,7 @@ class Adapted:
         out = dict(self.base)
         if c.base != "float32":
             if any(map(self.trainable, self.matrices)):
-                raise ValueError(f"adapter.base: {c.base} weights can't be trained; choose a method, as --adapter lora")
+                raise ValueError(f"adapter.base: {c.base} weights can't be trained; choose a method, as `adapter` lora")
             for path, m in self.matrices.items():
                 out = tree.put(out, path, quantized.specs(m.spec, m.ins, m.outs, c.base))
         adapter: dict[str, Any] = {}
@@ -205,7 +205,7 @@ class Adapted:
             return shard
         if asked == "splash":
             raise ValueError(
-                f"execution.attention: splash has no keys that all queries see (--adapter {self.name}); use auto or xla"
+                f"execution.attention: splash has no keys that all queries see (`adapter` {self.name}); use auto or xla"
             )
         return dataclasses.replace(shard, execution=dataclasses.replace(shard.execution, attention="xla"))
 
