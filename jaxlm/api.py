@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlm.assembly import convert, evaluate_model, run_directory, run_objective, run_source, training_run
+from jaxlm.assembly import convert, evaluate_model, run_directory, run_source, training_run
 from jaxlm.assembly.language_model import LanguageModel
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.open_model import open_model
@@ -46,7 +46,7 @@ def load(source: run_source.RunSource, *, start: str = "", **changes: Any) -> Ru
     ValueError: there is no such file or field, or a value isn't of its field's type.
     """
     base = run_source.load_base(source, start)
-    return run_objective.infer_from_data(run_source.overridden(base.run, changes))
+    return run_source.completed(run_source.overridden(base.run, changes))
 
 
 def train(run: Run, *, on_step: Callable[[int, dict[str, float]], None] | None = None) -> RunDirectory:

@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm.assembly import open_model, run_directory
+from jaxlm.assembly import open_model, run_directory, run_objective
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.core import config, config_io
+from jaxlm.training import optimizers
 from jaxlm.weights.adapters import METHODS
 
 RunSource = str | Path | config.Run | Callable[[], config.Run]
@@ -54,3 +55,13 @@ def overridden(run: config.Run, changes: Mapping[str, Any]) -> config.Run:
     if isinstance(changes.get("adapter"), str):
         run = config_io.with_adapter(run, changes.pop("adapter"), METHODS)
     return config_io.changed(run, changes)
+
+
+def completed(run: config.Run) -> config.Run:
+    """Returns the run with what its objective takes from the training data, such as the names of labels.
+
+    ValueError: a name in the run is that of no optimizer or schedule.
+    """
+    optimizers.OPTIMIZERS.find(run.optim.name, "optim.name")
+    optimizers.SCHEDULES.find(run.optim.schedule, "optim.schedule")
+    return run_objective.infer_from_data(run)

@@ -39,12 +39,17 @@ class LoadedRun(NamedTuple):
 
 
 def load_run(args: argparse.Namespace, rest: list[str]) -> LoadedRun:
-    """Loads the run that the arguments name."""
+    """Loads the run that the arguments name. Where help is asked for it is shown, and the program ends."""
+    if args.help:
+        print(args.parser.format_help())
+        if args.config is None:
+            print("Every field of a config is an option too; see those of one: jaxlm train quickstart --help")
+            raise SystemExit(0)
     if args.config is None:
-        raise ValueError(f"give a config, for example: jaxlm train quickstart{' --help' if args.help else ''}")
+        raise ValueError("give a config, for example: jaxlm train quickstart")
     if not Path(args.config).is_dir():
         config_io.find(args.config)  # an unknown name is told before anything heavy is imported
-    from jaxlm.assembly import run_objective, run_source
+    from jaxlm.assembly import run_source
     from jaxlm.assembly.model_source import StartModel
     from jaxlm.weights.adapters import METHODS
 
@@ -53,7 +58,7 @@ def load_run(args: argparse.Namespace, rest: list[str]) -> LoadedRun:
     run = config_io.override(run, rest + (["--help"] if args.help else []))
     if start.place != run.start:
         start = StartModel(run.start)
-    return LoadedRun(base, run_objective.infer_from_data(run), start)
+    return LoadedRun(base, run_source.completed(run), start)
 
 
 def last_value(args: list[str], flag: str) -> str | None:

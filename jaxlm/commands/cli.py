@@ -5,6 +5,7 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import metadata
 
 from jaxlm.commands import augment, convert, data, doctor, evaluate, generate, plan, report, train
 from jaxlm.commands.arguments import with_flags
@@ -89,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Language models on JAX: pretrain, evaluate, generate, import and export.",
         epilog="example: jaxlm train configs/quickstart.py --train.steps 100",
     )
+    parser.add_argument("--version", action="version", version=f"jaxlm {metadata.version('jaxlm')}")
     parser.add_argument("--debug", action="store_true", help="show a traceback for every error")
     parser.add_argument("--plugin", metavar="MODULE", action="append", help="a module, or a Python file, that "
                         "registers models, objectives, adapters, optimizers or schedules; may be given several times. "

@@ -36,8 +36,8 @@ def add_parsers(commands: Any) -> None:
     p.add_argument("--tokens", type=int, help="of a text, at most (default: --code 512, --metric 128)")
     p.add_argument("--seconds", type=float, default=5.0, help="--code: of a program, at most (default 5)")
     p.add_argument("--memory", type=int, default=1024, metavar="MIB", help="--code: of a program (default 1024)")
-    p.add_argument("--against", metavar="OTHER", help="another model on the same examples: differences with their 95 % "
-                   "intervals and p, by a paired bootstrap")  # fmt: skip
+    p.add_argument("--against", metavar="OTHER", help="another model on the same examples: differences with their "
+                   "95 %% intervals and p, by a paired bootstrap")  # fmt: skip
     p.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap (default 10000)")
     p.add_argument("--seed", type=int, default=0, help="of the bootstrap, and of samples (default 0)")
     p.add_argument("--out", type=Path, help="where results.json and examples go (default, where there are examples or "

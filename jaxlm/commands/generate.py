@@ -58,6 +58,7 @@ def _sampling(args: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
     source = None if args.model is None else model_source.describe(args.model)
     own = Sampling() if source is None else generate_text.settings(source)
     if args.help:
+        print(args.parser.format_help())
         tyro.cli(Sampling, default=own, args=["--help"], prog="jaxlm generate|chat MODEL")
     known = [f.name for f in dataclasses.fields(own)]
     for flag in (a.split("=", 1)[0] for a in rest if a.startswith("--")):

@@ -316,3 +316,15 @@ def test_only_the_top_layers_move():
     assert got["blocks/q"][2].all() and got["norm"].all() and "blocks/up" not in got
     with pytest.raises(ValueError, match=r"optim.top_layers: 4 of 3 layers"):
         make(config.Optim(top_layers=4, warmup=0))
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("name", r"optim\.name: unknown 'adam'; did you mean 'adamw'"),
+        ("schedule", r"optim\.schedule: unknown 'adam'; known: constant"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_nearest(field, message):
+    with pytest.raises(ValueError, match=message):
+        optimizers.make(config.Optim(**{field: "adam"}, warmup=1), 10, SPECS)
