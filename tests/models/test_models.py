@@ -178,11 +178,12 @@ def packed_and_alone(lengths: tuple[int, ...]) -> tuple[dict, list[dict]]:
     return row, alone
 
 
+# Blocks of queries whose scores are kept, with every mask: `nn/test_attention.py`, against another implementation.
 CASES = [
     ("llama", None, "one block of queries"),
-    ("llama", 37, "several blocks"),
-    ("bert", None, "several blocks"),
     ("llama", 150, "scores computed again"),
+    slow("llama", 37, "several blocks"),
+    slow("bert", None, "several blocks"),
     slow("gpt2", None, "several blocks"),
     slow("llama", None, "several blocks"),
     slow("bert", None, "one block of queries"),
@@ -244,10 +245,11 @@ def program(name: str, **execution):
     return functools.cache(lambda key: run(weights, jax.random.key(key)))
 
 
-# What is scanned and rematerialized at once is compared in `test_every_family.py` too.
+# What is scanned and rematerialized at once is compared in `test_every_family.py` too; dropout's keys in unlike ways
+# to run the layers are the same code for every family.
 WAYS = [
-    ("gpt2", {"scan": False, "remat": "full"}),
     ("llama", {"scan": False, "remat": "dots"}),
+    slow("gpt2", {"scan": False, "remat": "full"}),
     slow("llama", {"remat": "full"}),
     slow("bert", {"scan": False, "remat": "full"}),
     slow("gpt2", {"scan": False}),
@@ -267,11 +269,11 @@ def test_scanned_or_not_rematerialized_or_not_it_computes_the_same(name, executi
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
 def test_dropout_follows_its_key(name):
-    if name == "bert":  # of which nothing else by default asks for gradients
+    if name == "llama":
+        value = lambda key: program(name)(key)[0]  # noqa: E731
+    else:  # of which nothing else by default asks for gradients
         f, weights = with_dropout(name)
         value = jax.jit(lambda key: f(weights, jax.random.key(key)))
-    else:
-        value = lambda key: program(name)(key)[0]  # noqa: E731
     assert float(value(3)) != float(value(4))
 
 
