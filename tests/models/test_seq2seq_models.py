@@ -80,6 +80,7 @@ def test_a_target_sees_its_own_source_whole_and_no_other(name):
     assert np.isfinite(jacobian).all()
 
 
+@pytest.mark.slow  # as in `test_every_family.py`, with one layer
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_step_by_step_with_a_cache_equals_at_once(name):
     """Sources of 12 and 5 tokens, prompts of 1 and 3; the source comes with the first call alone."""
