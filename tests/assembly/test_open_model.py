@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from support.tiny_models import random_weights
 
 from jaxlm.assembly import convert, generate_text, model_source, open_model
 from jaxlm.commands import cli
@@ -35,7 +36,7 @@ def published(folder: Path, name: str, seed: int = 0, **more) -> Path:
     specs = family.specs(c)
     tokens = folder.parent / "bytes"
     Bytes().save(tokens)
-    weights = jax.tree.map(lambda w: w * 3, spec.init(specs, jax.random.key(seed)))
+    weights = random_weights(specs, seed)
     huggingface.save(folder, family, c, specs, weights, dtype="float32", extra_files_from=tokens, card=False)
     return folder
 
@@ -332,6 +333,7 @@ def config_file(tmp_path: Path, objective: str) -> str:
     return str(file)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_training_starts_from_a_published_model(llama, tmp_path, capsys):
     """Whatever architecture the config file had; and a run can be where another starts."""
     file = config_file(tmp_path, "causal")
@@ -352,6 +354,7 @@ def test_training_starts_from_a_published_model(llama, tmp_path, capsys):
     assert "no such model" in complaint(capsys, "train", file, "--start", tmp_path / "none", "--name", "x")
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_run_reads_the_model_that_it_starts_from_once(llama, tmp_path, monkeypatch):
     """And a run that is continued doesn't read it at all."""
     described, real = [], model_source.describe
@@ -374,6 +377,7 @@ def test_a_run_reads_the_model_that_it_starts_from_once(llama, tmp_path, monkeyp
     assert described == [str(model)]
 
 
+@pytest.mark.usefixtures("one_device")
 def test_heads_that_the_model_lacks_are_fresh(tmp_path, capsys):
     folder = published(tmp_path / "bert", "bert", next_sentence=False)
     file = config_file(tmp_path, "next_sentence")

@@ -77,6 +77,7 @@ def complaint(capsys, *args: str) -> str:
                  pytest.mark.slow)
     for method in METHODS for base in ("float32", "nf4")
 ])  # fmt: skip
+@pytest.mark.usefixtures("one_device")
 def test_a_continued_run_is_the_uninterrupted_one(method, base, home):
     whole = train(home, f"{method}-{base}", *settings(method, base), "--train.log-every", "1")
     cut = home / "cut" / whole.name
@@ -96,6 +97,7 @@ def test_a_continued_run_is_the_uninterrupted_one(method, base, home):
     assert method == "p_tuning" or sizes["checkpoints/checkpoint-4/params"] < sizes["base"], "the base is kept once"
 
 
+@pytest.mark.usefixtures("one_device")
 def test_from_a_run_to_pefts_files_and_back(home, tmp_path, capsys):
     """One run: evaluated as itself, merged, and as its adapter on the model it began from."""
     run = train(home, "whole", *settings("lora"), "--train.steps", "6")

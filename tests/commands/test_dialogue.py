@@ -1,6 +1,7 @@
 """Conversations and preferences end to end: from files through the command line to a model that learned them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ def config_file(tmp_path: Path, objective: str, rows: list[dict]) -> str:
     return str(file)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_conversations_are_learned(tmp_path, capsys):
     rows = [dict(messages=[dict(role="user", content=f"say {i}"), dict(role="assistant", content=f"yes {i}")])
             for i in range(30)]  # fmt: skip
@@ -78,11 +80,10 @@ def test_preferences_are_learned_and_a_stopped_run_goes_on_with_its_reference(tm
     valid = [line for line in read_lines(tmp_path / "r" / "metrics.jsonl") if line["kind"] == "valid"]
     assert abs(valid[0]["loss"] - (np.log(2) if method == "dpo" else 0.5)) < 1e-4  # nothing gained yet
     assert log[-1]["margin"] > log[0]["margin"] and valid[-1]["accuracy"] == 1
-    assert cli.main(["train", file, "--name", "cut", "--train.steps", "6"]) == 0
-    for step in (6,):  # as a kill after step 3 leaves it
-        import shutil
-
-        shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"checkpoint-{step}")
+    shutil.copytree(tmp_path / "r", tmp_path / "cut")
+    config = json.loads((tmp_path / "cut" / "config.json").read_text())
+    (tmp_path / "cut" / "config.json").write_text(json.dumps(config | {"name": "cut"}))
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "checkpoint-6")  # as a kill after step 3 leaves it
     lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
     (tmp_path / "cut" / "metrics.jsonl").write_text("\n".join(line for line in lines if '"end"' not in line) + "\n")
     assert cli.main(["train", str(tmp_path / "cut")]) == 0

@@ -32,6 +32,7 @@ def gains(folder) -> list[dict]:
     return [{k: v for k, v in x.items() if k != "time"} for x in lines if x.get("name") == "gain"]
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_run_says_what_it_changed_and_a_continued_run_says_the_same(tmp_path, capsys):
     file = tmp_path / "t.tsv"
     rows = [f"{'yes' if i % 3 else 'no'} {i}\t{'pos' if i % 3 else 'neg'}" for i in range(60)]

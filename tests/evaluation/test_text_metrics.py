@@ -58,7 +58,7 @@ from jaxlm.objectives import seq2seq
 
 def config():
     return Run("pairs", t5.Config(vocab=264, layers=1, width=32, heads=2, head_width=16, ffn=64, decoder_start=None),
-               seq2seq.Config(source="en", target="de"), data=Data(train=({file!r},), valid=({file!r},),
+               seq2seq.Config(source="en", target="de"), data=Data(train=({many!r},), valid=({file!r},),
                tokenizer="bytes", cache={out!r}), optim=Optim(lr=2e-2, warmup=1), execution=Execution("float32"),
                train=Train(steps=60, batch_size=16, seq_len=16, prompts=()), out={out!r})
 """
@@ -69,18 +69,20 @@ from jaxlm.objectives import sft
 
 def config():
     return Run("chats", llama.Config(vocab=264, layers=1, width=32, heads=2, kv_heads=2, head_width=16, ffn=64,
-               positions=64), sft.Config(pack=False), data=Data(train=({file!r},), valid=({file!r},),
+               positions=64), sft.Config(pack=False), data=Data(train=({many!r},), valid=({file!r},),
                tokenizer="bytes"), optim=Optim(lr=2e-2, warmup=1), execution=Execution("float32"),
                train=Train(steps=60, batch_size=8, seq_len=48, prompts=()), out={out!r})
 """
 
 
+@pytest.mark.usefixtures("one_device")
 def test_pairs_are_written_and_compared(tmp_path, capsys, monkeypatch):
     pytest.importorskip("sacrebleu")
     monkeypatch.chdir(tmp_path)
     for end, lines in (("en", "one\ntwo\na long line to cut\n"), ("de", "eins\nzwei\ndrei\n")):
         Path(f"p.{end}").write_text(lines)
-    Path("c.py").write_text(SEQ2SEQ.format(file="p", out="runs"))
+        Path(f"many.{end}").write_text(lines * 40)  # few records are slow to shuffle
+    Path("c.py").write_text(SEQ2SEQ.format(many="many", file="p", out="runs"))
     assert cli.main(["train", "c.py"]) == 0
     capsys.readouterr()
     args = ["eval", "runs/pairs", "--metric", "bleu", "--tokens", "8"]
@@ -115,11 +117,13 @@ def test_a_decoder_that_learned_pairs_writes_behind_the_source(tmp_path):
         task.read_prompts(str(tmp_path / "a.jsonl"), 10, task.prompts)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_conversations_are_gone_on_with_and_compared(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [dict(question="2+2?", answer="2+2=4"), dict(question="1+2?", answer="it is 3")]
     Path("a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    Path("c.py").write_text(SFT.format(file="a.jsonl", out="runs"))
+    Path("many.jsonl").write_text("\n".join(map(json.dumps, rows * 60)))
+    Path("c.py").write_text(SFT.format(many="many.jsonl", file="a.jsonl", out="runs"))
     assert cli.main(["train", "c.py"]) == 0
     capsys.readouterr()
     args = ["eval", "runs/chats", "--metric", "number", "--json"]

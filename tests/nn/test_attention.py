@@ -64,8 +64,27 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("T", [24, 300, pytest.param(KEEP_SCORES + 77, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", MASKS)
+@jax.jit
+def reference(q, k, v, seen, pull):
+    """JAX's values and gradients, by a program that every mask of a length shares."""
+    f = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=seen, implementation="xla")  # noqa: E731
+    out, back = jax.vjp(f, q, k, v)
+    return out, back(pull)
+
+
+# The masks of several blocks; of a single one, which cuts nothing from a mask, the fullest and the emptiest.
+SHORT = [(24, "all"), (24, "causal window documents")]
+EVERY = [(T, name) for T in (24, KEEP_SCORES + 77) for name in MASKS]
+
+
+@pytest.mark.parametrize(
+    ("T", "name"),
+    [
+        *SHORT,
+        *((300, name) for name in MASKS),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case not in SHORT),
+    ],
+)
 def test_values_and_gradients_equal_jax_nn(name, T):
     """24 is one block of queries, 300 is three blocks of which the last is ragged; beyond 512 scores are recomputed."""
     causal, window, documents = MASKS[name]
@@ -73,22 +92,15 @@ def test_values_and_gradients_equal_jax_nn(name, T):
     mask = Mask(causal, window, seg, seg)
     q, k, v = inputs(T)
     pull = np.random.default_rng(2).standard_normal(q.shape).astype(np.float32)
-    seen = jnp.asarray(dense(mask, T))[:, None]
+    seen = np.broadcast_to(dense(mask, T)[:, None], (len(q), 1, T, T))
 
+    @jax.jit
     def ours(q, k, v):
-        return attend(q, k, v, mask, shard=LAYOUT)
+        out, back = jax.vjp(lambda q, k, v: attend(q, k, v, mask, shard=LAYOUT), q, k, v)
+        return out, back(jnp.asarray(pull))
 
-    def reference(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, mask=seen, implementation="xla")
-
-    def run(f):
-        def both(q, k, v):
-            out, back = jax.vjp(f, q, k, v)
-            return out, back(jnp.asarray(pull))
-
-        return jax.jit(both)(q, k, v)
-
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), run(ours), run(reference))
+    got, expected = ours(q, k, v), reference(q, k, v, seen, pull)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), got, expected)
 
 
 def test_beyond_the_limit_scores_are_computed_again():
@@ -123,7 +135,8 @@ def test_bias_scale_and_soft_cap(T):
     q, k, v = inputs(T, K=4)
     bias = np.random.default_rng(3).standard_normal((4, T, T)).astype(np.float32)
     seg = segments(T)
-    out = attend(q, k, v, Mask(True, None, seg, seg), shard=LAYOUT, scale=0.3, softcap=2.0, bias_BHTS=bias[None])
+    how = dict(shard=LAYOUT, scale=0.3, softcap=2.0)
+    out = jax.jit(lambda *x: attend(*x, Mask(True, None, seg, seg), bias_BHTS=bias[None], **how))(q, k, v)
     s = 2 * np.tanh(0.3 * np.einsum("bthc,bshc->bhts", q, k) / 2) + bias[None]
     s = np.where(dense(Mask(True, None, seg, seg), T)[:, None], s, -np.inf)
     p = np.exp(s - s.max(-1, keepdims=True))
@@ -134,28 +147,30 @@ def test_bias_scale_and_soft_cap(T):
 def test_each_group_of_heads_reads_its_own_keys():
     q, k, v = inputs(16, H=4, K=2)
     wide = [np.repeat(x, 2, axis=2) for x in (k, v)]
-    grouped, full = attend(q, k, v, Mask(True), shard=LAYOUT), attend(q, *wide, Mask(True), shard=LAYOUT)
+    run = jax.jit(lambda *x: attend(*x, Mask(True), shard=LAYOUT))
+    grouped, full = run(q, k, v), run(q, *wide)
     np.testing.assert_allclose(grouped, full, atol=1e-6)
 
 
 def test_scores_and_softmax_are_formed_in_float32():
     """Scores near 40 would be rounded to quarters in bfloat16, and a sum of 600 equal shares would stop at 256."""
     rng, shape = np.random.default_rng(0), (32, 8, 1, 4)
-    q = jnp.full(shape, 4.5, jnp.bfloat16)
-    k, v = (jnp.asarray(x, jnp.bfloat16) for x in (4.5 + rng.standard_normal(shape) / 8, rng.standard_normal(shape)))
-    out = attend(q, k, v, Mask(False), shard=LAYOUT)
+    q = np.full(shape, 4.5, jnp.bfloat16)
+    k, v = (x.astype(jnp.bfloat16) for x in (4.5 + rng.standard_normal(shape) / 8, rng.standard_normal(shape)))
+    run = jax.jit(lambda *x: attend(*x, Mask(False), shard=LAYOUT))
+    out = np.asarray(run(q, k, v))
     assert out.dtype == jnp.bfloat16
-    exact = attend(*(x.astype(jnp.float32) for x in (q, k, v)), Mask(False), shard=LAYOUT)
-    np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.015)
-    same, ones = jnp.zeros((1, 600, 1, 4), jnp.bfloat16), jnp.ones((1, 600, 1, 4), jnp.bfloat16)
-    np.testing.assert_allclose(attend(same, same, ones, Mask(False), shard=LAYOUT).astype(jnp.float32), 1.0, atol=0.01)
+    exact = run(*(x.astype(np.float32) for x in (q, k, v)))
+    np.testing.assert_allclose(out.astype(np.float32), exact, atol=0.015)
+    same, ones = (np.full((1, 600, 1, 4), n, jnp.bfloat16) for n in (0, 1))
+    np.testing.assert_allclose(np.asarray(run(same, same, ones)).astype(np.float32), 1.0, atol=0.01)
 
 
 def test_queries_and_keys_of_different_lengths():
     q, _, _ = inputs(5)
     _, k, v = inputs(9)
-    out = attend(q, k, v, Mask(False), shard=LAYOUT)
-    np.testing.assert_allclose(out, jax.nn.dot_product_attention(q, k, v), atol=1e-5)
+    out = jax.jit(lambda *x: attend(*x, Mask(False), shard=LAYOUT))(q, k, v)
+    np.testing.assert_allclose(out, jax.jit(jax.nn.dot_product_attention)(q, k, v), atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------- which one and why

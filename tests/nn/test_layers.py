@@ -198,7 +198,8 @@ def test_distances_fall_into_the_published_buckets():
 
     def buckets(T, S, both_ways):
         mask = Mask(causal=False)
-        bias = attention_layers.relative_bias(table, mask, T, S, longest=128, both_ways=both_ways, shard=shard())
+        how = dict(longest=128, both_ways=both_ways, shard=shard())
+        bias = jax.jit(lambda table: attention_layers.relative_bias(table, mask, T, S, **how))(table)
         assert bias.shape == (1, 1, T, S)
         return np.asarray(bias)[0, 0].astype(int)
 
@@ -216,10 +217,10 @@ def test_distances_fall_into_the_published_buckets():
 def test_a_bias_of_distances_is_looked_up_for_every_query_and_key(T, S, start, both_ways):
     """Also where a few queries stand behind what a cache holds."""
     table_NH = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
-    mask = Mask(not both_ways) if start is None else Mask(True, at_T=start + jnp.arange(T), at_S=jnp.arange(S))
-    got = attention_layers.relative_bias(
-        jnp.asarray(table_NH), mask, T, S, longest=10, both_ways=both_ways, shard=shard()
-    )
+    mask = Mask(not both_ways) if start is None else Mask(True, at_T=start + np.arange(T), at_S=np.arange(S))
+    how = dict(longest=10, both_ways=both_ways, shard=shard())
+    got = jax.jit(lambda table: attention_layers.relative_bias(table, mask, T, S, **how))(table_NH)
     distance_TS = np.arange(S)[None] - np.arange(T)[:, None] - (start or 0)
-    expected = table_NH[np.asarray(attention_layers.relative_buckets(jnp.asarray(distance_TS), 8, 10, both_ways))]
+    buckets = jax.jit(lambda distance_TS: attention_layers.relative_buckets(distance_TS, 8, 10, both_ways))
+    expected = table_NH[np.asarray(buckets(distance_TS.astype(np.int32)))]
     np.testing.assert_array_equal(got, expected.transpose(2, 0, 1)[None])

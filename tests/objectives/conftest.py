@@ -93,21 +93,38 @@ def stacked(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def summed() -> Callable[..., tuple[dict, dict]]:
-    """(sums, totals) of rows as one batch, having proved that splits of them add up to the same gradient and sums."""
+    """(sums, totals) of rows as one batch, having proved that splits of them add up to the same gradient and sums.
 
-    def run(trained: Objective, c: Any, model: Model, weights: Any, rows: Sequence[dict]) -> tuple[dict, dict]:
+    With `size` a batch is filled up with empty rows to so many: what is compiled for the largest serves them all. Sums
+    of each row are also those of a batch that holds nothing else.
+    """
+    compiled: dict[tuple, tuple] = {}
+
+    def programs(trained: Objective, c: Any, model: Model) -> tuple[Any, Any]:
         def objective(weights: Any, batch: dict, totals: dict) -> tuple[jax.Array, dict]:
             sums = trained.loss(c, model, weights, batch, None)
             return sum(sums[n]["loss"] / totals[n] for n in sums), sums
 
-        step = jax.jit(jax.grad(objective, has_aux=True))
+        forward = jax.jit(lambda weights, batch: trained.loss(c, model, weights, batch, None))
+        made = compiled.setdefault((c, id(model)), (model, jax.jit(jax.grad(objective, has_aux=True)), forward))
+        return made[1:]
+
+    def run(
+        trained: Objective, c: Any, model: Model, weights: Any, rows: Sequence[dict], size: int = 0
+    ) -> tuple[dict, dict]:
+        step, forward = programs(trained, c, model)
+        blank = {k: np.zeros_like(v) for k, v in rows[0].items()}
+        filled = lambda rows, n: stacked([*rows, *[blank] * (n - len(rows))])  # noqa: E731
+        n = max(size, len(rows))
         totals = jax.tree.map(np.asarray, trained.totals(stacked(rows)))
-        whole = step(weights, stacked(rows), totals)
-        parts = [step(weights, stacked([row]), totals) for row in rows]
+        whole = step(weights, filled(rows, n), totals)
+        parts = [step(weights, filled([row], n), totals) for row in rows]
         added = jax.tree.map(lambda *x: sum(np.asarray(y, np.float64) for y in x), *parts)
         scale = max(float(np.abs(g).max()) for g in jax.tree.leaves(whole[0]))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * scale), whole[0], added[0])
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), whole[1], added[1])
+        alone = jax.tree.map(lambda *x: sum(map(float, x)), *[forward(weights, stacked([row])) for row in rows])
+        for sums in (added[1], alone):
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), whole[1], sums)
         return jax.device_get(whole[1]), jax.device_get(totals)
 
     return run

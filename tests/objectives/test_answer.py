@@ -8,10 +8,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from support.tiny_models import random_weights
 
 from jaxlm.commands import cli
 from jaxlm.core import config, config_io
-from jaxlm.core.spec import init
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.models import bert
 from jaxlm.models.model import Model
@@ -21,6 +21,8 @@ from jaxlm.objectives.objective import RowShape
 from jaxlm.runtime.mesh import NamedSharding, make_mesh, on_mesh
 
 TOKENS = Bytes()
+MESHES = [dict(fsdp=2, context=2, tensor=2), pytest.param(dict(data=4, tensor=2), marks=pytest.mark.slow),
+          pytest.param(dict(data=2, fsdp=2, context=2), marks=pytest.mark.slow)]  # fmt: skip
 RNG = np.random.default_rng(0)
 TEXTS = ["Ann saw Oslo in May", "Bob left Rome at six", "Eve likes 北京 in June"]
 PLACES = ["Oslo", "Rome", "北京"]
@@ -145,7 +147,7 @@ def make(c: answer.Config, mesh: config.Mesh | None = None) -> tuple[Model, dict
     shape = bert.Config(vocab=264, layers=1, width=16, heads=2, ffn=24, positions=32, head=False, pooler=False)
     specs = bert.specs(shape) | answer.specs(c, 16)
     layout = Layout.of(mesh or config.Mesh(), config.Execution("float32"))
-    return Model(bert, shape, specs, layout), jax.tree.map(lambda w: 2 * w, init(specs, jax.random.key(0)))
+    return Model(bert, shape, specs, layout), random_weights(specs)
 
 
 def batch_of(c: answer.Config, file: str, n: int = 8) -> dict:
@@ -163,21 +165,21 @@ def test_the_loss_by_hand_and_padding_does_not_count(file):
         weights, {k: batch[k] for k in ("tokens", "types", "segments", "positions")}
     )
     z_BT2 = np.asarray(x_BTD @ weights["answer"]) + np.asarray(weights["answer_bias"])
-    expected, right = 0.0, 0
-    for z_T2, allowed, target in zip(z_BT2, batch["allowed"], batch["target"], strict=True):
+    expected, right = np.zeros(8), 0
+    for b, (z_T2, allowed, target) in enumerate(zip(z_BT2, batch["allowed"], batch["target"], strict=True)):
         for side in (0, 1):
             z = z_T2[allowed > 0, side]
-            expected += (np.log(np.exp(z).sum()) - z_T2[target[side], side]) / 2
+            expected[b] += (np.log(np.exp(z).sum()) - z_T2[target[side], side]) / 2
         right += all(np.where(allowed > 0, z_T2[:, s], -np.inf).argmax() == target[s] for s in (0, 1))
     got = loss(weights, batch)
-    np.testing.assert_allclose(got["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(got["loss"], expected.sum(), rtol=1e-5)
     assert float(got["accuracy"]) == right
-    more = {k: np.concatenate([v, np.zeros_like(v)]) for k, v in batch.items()}
-    np.testing.assert_allclose(loss(weights, more)["loss"], expected, rtol=1e-5)
-    assert float(answer.totals(more)["windows"]) == 8
+    half = {k: np.concatenate([v[:4], np.zeros_like(v[4:])]) for k, v in batch.items()}
+    np.testing.assert_allclose(loss(weights, half)["loss"], expected[:4].sum(), rtol=1e-5)
+    assert float(answer.totals(half)["windows"]) == 4
 
 
-@pytest.mark.parametrize("axes", [dict(data=4, tensor=2), dict(data=2, fsdp=2, context=2)])
+@pytest.mark.parametrize("axes", MESHES)
 def test_a_mesh_gives_the_same(file, axes):
     c = answer.Config(dropout=0.0)
     model, weights = make(c)
@@ -205,16 +207,19 @@ from jaxlm.models import bert
 from jaxlm.objectives import answer
 
 def config():
-    return Run("r", bert.Config(vocab=264, layers=1, width=32, heads=2, ffn=64, positions=24),
-               answer.Config(stride=6), data=Data(train=({file!r},), valid={valid!r}, tokenizer="bytes", holdout=0.4),
+    return Run("r", bert.Config(vocab=264, layers=1, width=32, heads=2, ffn=64, positions=24, head=False,
+               pooler=False), answer.Config(stride=6),
+               data=Data(train=({train!r},), valid={valid!r}, tokenizer="bytes", holdout=0.4),
                optim=Optim(lr=1e-2, warmup=1), execution=Execution("float32"), out={out!r},
                train=Train(steps=60, batch_size=16, micro_batches=2, seq_len=24, prompts=(), metric="f1"))
 """
 
 
-def test_from_the_command_line_to_a_report(file, tmp_path, capsys):
+def test_from_the_command_line_to_a_report(file, one_device, tmp_path, capsys):
     Path(file).write_text(records(dict(question="why?", context=TEXTS[0], answers=[])))
-    (tmp_path / "c.py").write_text(CONFIG.format(file=file, valid=(file,), out=str(tmp_path)))
+    many = tmp_path / "many.jsonl"  # few records are slow to shuffle
+    many.write_text((Path(file).read_text() + "\n") * 16)
+    (tmp_path / "c.py").write_text(CONFIG.format(train=str(many), valid=(file,), out=str(tmp_path)))
     assert cli.main(["train", str(tmp_path / "c.py"), "--optim.freeze", "^position$"]) == 0
     assert "4 of 4 texts are read in several windows" in capsys.readouterr().out
     assert cli.main(["eval", str(tmp_path / "r"), "--data", file, "--out", str(tmp_path / "out"), "--json"]) == 0
@@ -233,7 +238,7 @@ def test_windows_of_one_text_are_held_out_together(file, tmp_path, capsys):
     from jaxlm.assembly import corpus, open_model
     from jaxlm.assembly.model_source import StartModel
 
-    (tmp_path / "c.py").write_text(CONFIG.format(file=file, valid=(), out=str(tmp_path)))
+    (tmp_path / "c.py").write_text(CONFIG.format(train=file, valid=(), out=str(tmp_path)))
     run = config_io.load(tmp_path / "c.py")
     data = corpus.corpus(run.data, open_model.bound_objective(run, StartModel(run.start)))
     ([*train], [*valid]) = data.train[0], data.valid[0]

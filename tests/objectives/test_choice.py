@@ -7,10 +7,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from support.tiny_models import random_weights
 
 from jaxlm.commands import cli
 from jaxlm.core import config
-from jaxlm.core.spec import init
 from jaxlm.data import packing
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.models import bert, llama
@@ -21,6 +21,8 @@ from jaxlm.objectives.objective import RowShape
 from jaxlm.runtime.mesh import NamedSharding, make_mesh, on_mesh
 
 TOKENS = Bytes()
+MESHES = [dict(fsdp=2, context=2, tensor=2), pytest.param(dict(data=4, tensor=2), marks=pytest.mark.slow),
+          pytest.param(dict(data=2, fsdp=2, context=2), marks=pytest.mark.slow)]  # fmt: skip
 RNG = np.random.default_rng(0)
 ROWS = [dict(context="2+2", choices=["5", "four", "9"], answer=1), dict(context="a b", choices=["c", "z"], answer="A"),
         dict(context="sky", choices=["blue", "red", "old"], answer=0)]  # fmt: skip
@@ -70,7 +72,7 @@ def make(c: choice.Config, family=bert, mesh: config.Mesh | None = None, **more)
     model = family.Config(**shape | more)
     specs = family.specs(model) | choice.specs(c, 16)
     layout = Layout.of(mesh or config.Mesh(), config.Execution("float32"))
-    return Model(family, model, specs, layout), jax.tree.map(lambda w: 2 * w, init(specs, jax.random.key(0)))
+    return Model(family, model, specs, layout), random_weights(specs)
 
 
 def batch_of(c: choice.Config, file: str, kind: str, n: int = 8) -> dict:
@@ -86,7 +88,7 @@ def test_the_loss_by_hand_and_padding_does_not_count(file, family, pooler):
     loss = jax.jit(lambda w, b: choice.loss(c, model, w, b, None)["questions"])
     forward = jax.jit(lambda w, b: model.forward(w, b).x_BTD)
     batch = batch_of(c, file, model.family.kind)
-    expected, right = 0.0, 0
+    expected, right = [], 0
     for b in range(8):
         z = []
         for n in range(batch["choice_mask"][b].sum()):
@@ -96,21 +98,21 @@ def test_the_loss_by_hand_and_padding_does_not_count(file, family, pooler):
             x_D = model.pooled(weights, x_BTD)[0] if pooler else x_BTD[0, batch["at"][b, n]]
             z.append(float((np.asarray(x_D) @ np.asarray(weights["choice"]))[0]))
         target = int(batch["target"][b].argmax())
-        expected += np.log(np.exp(z).sum()) - z[target]
+        expected.append(np.log(np.exp(z).sum()) - z[target])
         right += int(np.argmax(z)) == target
     got = loss(weights, batch)
-    np.testing.assert_allclose(got["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(got["loss"], sum(expected), rtol=1e-5)
     assert float(got["accuracy"]) == right
     short = {k: v[0] for k, v in packing.trim_padding({k: v[None] for k, v in batch.items()}, 4).items()}
     assert short["tokens"].shape == (8, 3, 12)
-    np.testing.assert_allclose(loss(weights, short)["loss"], expected, rtol=1e-5)
-    more = {k: np.concatenate([v, np.zeros_like(v)]) for k, v in batch.items()}
-    np.testing.assert_allclose(loss(weights, more)["loss"], expected, rtol=1e-5)
-    assert float(choice.totals(more)["questions"]) == 8
+    np.testing.assert_allclose(loss(weights, short)["loss"], sum(expected), rtol=1e-5)
+    half = {k: np.concatenate([v[:4], np.zeros_like(v[4:])]) for k, v in batch.items()}
+    np.testing.assert_allclose(loss(weights, half)["loss"], sum(expected[:4]), rtol=1e-5)
+    assert float(choice.totals(half)["questions"]) == 4
 
 
-@pytest.mark.parametrize("family", [bert, llama])
-@pytest.mark.parametrize("axes", [dict(data=4, tensor=2), dict(data=2, fsdp=2, context=2)])
+@pytest.mark.parametrize("family", [bert, pytest.param(llama, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("axes", MESHES)
 def test_a_mesh_gives_the_same(file, family, axes):
     c = choice.infer_from_data(choice.Config(dropout=0.0), [file])
     model, weights = make(c, family)
@@ -138,14 +140,16 @@ from jaxlm.objectives import choice
 
 def config():
     return Run("r", bert.Config(vocab=264, layers=1, width=32, heads=2, ffn=64, positions=32), choice.Config(),
-               data=Data(train=({file!r},), valid=({file!r},), tokenizer="bytes"), optim=Optim(lr=1e-2, warmup=1),
-               train=Train(steps=30, batch_size=16, micro_batches=2, seq_len=32, prompts=(), metric="accuracy"),
+               data=Data(train=({many!r},), valid=({file!r},), tokenizer="bytes"), optim=Optim(lr=1e-2, warmup=1),
+               train=Train(steps=30, batch_size=16, seq_len=32, prompts=(), metric="accuracy"),
                execution=Execution("float32"), out={out!r})
 """
 
 
-def test_from_the_command_line_to_a_report(file, tmp_path, capsys):
-    (tmp_path / "c.py").write_text(CONFIG.format(file=file, out=str(tmp_path)))
+def test_from_the_command_line_to_a_report(file, one_device, tmp_path, capsys):
+    many = tmp_path / "many.jsonl"  # few records are slow to shuffle
+    many.write_text("\n".join(map(json.dumps, ROWS * 40)))
+    (tmp_path / "c.py").write_text(CONFIG.format(many=str(many), file=file, out=str(tmp_path)))
     assert cli.main(["train", str(tmp_path / "c.py"), "--optim.freeze", "^position$"]) == 0
     capsys.readouterr()
     assert cli.main(["eval", str(tmp_path / "r"), "--data", file, "--json"]) == 0

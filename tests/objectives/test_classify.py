@@ -7,10 +7,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from support.tiny_models import random_weights
 
 from jaxlm.commands import cli
 from jaxlm.core import config
-from jaxlm.core.spec import init
 from jaxlm.data import packing
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.models import bert, llama
@@ -87,7 +87,7 @@ def make(c: classify.Config, family=bert, mesh: config.Mesh | None = None, **mor
     model = family.Config(**shape | more)
     specs = family.specs(model) | classify.specs(c, 16)
     layout = Layout.of(mesh or config.Mesh(), config.Execution("float32"))
-    return Model(family, model, specs, layout), jax.tree.map(lambda w: 2 * w, init(specs, jax.random.key(0)))
+    return Model(family, model, specs, layout), random_weights(specs)
 
 
 def batch_of(c: classify.Config, file: str, kind: str, n: int = 8) -> dict:
@@ -108,18 +108,18 @@ def test_the_loss_by_hand_and_padding_does_not_count(file, family, pooler):
     x_BD = model.pooled(weights, x_BTD) if pooler else x_BTD[np.arange(8), batch["at"]]
     z_BL = np.asarray(x_BD @ weights["classify"]) + np.asarray(weights["classify_bias"])
     log_BL = z_BL - np.log(np.exp(z_BL).sum(-1, keepdims=True))
-    expected = -(0.8 * (batch["target"] * log_BL).sum(-1) + 0.2 * log_BL.mean(-1)).sum()
+    expected_B = -(0.8 * (batch["target"] * log_BL).sum(-1) + 0.2 * log_BL.mean(-1))
     got = loss(weights, batch)
-    np.testing.assert_allclose(got["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(got["loss"], expected_B.sum(), rtol=1e-5)
     short = {k: v[0] for k, v in packing.trim_padding({k: v[None] for k, v in batch.items()}, 4).items()}
     assert short["tokens"].shape[1] == 12
-    np.testing.assert_allclose(loss(weights, short)["loss"], expected, rtol=1e-5)
-    more = {k: np.concatenate([v, np.zeros_like(v)]) for k, v in batch.items()}
-    np.testing.assert_allclose(loss(weights, more)["loss"], expected, rtol=1e-5)
-    assert float(classify.totals(more)["texts"]) == 8
+    np.testing.assert_allclose(loss(weights, short)["loss"], expected_B.sum(), rtol=1e-5)
+    half = {k: np.concatenate([v[:4], np.zeros_like(v[4:])]) for k, v in batch.items()}
+    np.testing.assert_allclose(loss(weights, half)["loss"], expected_B[:4].sum(), rtol=1e-5)
+    assert float(classify.totals(half)["texts"]) == 4
 
 
-@pytest.mark.parametrize("family", [bert, llama])
+@pytest.mark.parametrize("family", [pytest.param(bert, marks=pytest.mark.slow), llama])
 def test_a_mesh_gives_the_same(file, family):
     c = classify.infer_from_data(classify.Config(dropout=0.0), [file])
     model, weights = make(c, family)
@@ -147,15 +147,17 @@ from jaxlm.objectives import classify
 
 def config():
     return Run("r", bert.Config(vocab=264, layers=1, width=32, heads=2, ffn=64, positions=32), classify.Config(),
-               data=Data(train=({file!r},), valid=({file!r},), tokenizer="bytes"), optim=Optim(lr=1e-2, warmup=1),
+               data=Data(train=({many!r},), valid=({file!r},), tokenizer="bytes"), optim=Optim(lr=1e-2, warmup=1),
                train=Train(steps=20, batch_size=8, seq_len=32, eval_every=20, prompts=(), metric="f1_macro"),
                execution=Execution("float32"), out={out!r})
 """
 
 
-def test_from_the_command_line_to_a_report(file, tmp_path, capsys):
+def test_from_the_command_line_to_a_report(file, one_device, tmp_path, capsys):
     pytest.importorskip("sklearn")
-    (tmp_path / "c.py").write_text(CONFIG.format(file=file, out=str(tmp_path)))
+    many = tmp_path / "many.tsv"  # few records are slow to shuffle
+    many.write_text("text\tlabel\n" + "so good\tyes\nbad\tno\nit is good\tyes\nbad bad\tno\n" * 32)
+    (tmp_path / "c.py").write_text(CONFIG.format(many=str(many), file=file, out=str(tmp_path)))
     assert cli.main(["train", str(tmp_path / "c.py")]) == 0
     capsys.readouterr()
     assert cli.main(["eval", str(tmp_path / "r"), "--data", file, "--json"]) == 0

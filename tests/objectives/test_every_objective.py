@@ -100,11 +100,11 @@ def test_losses_and_totals_of_a_batch_are_the_sums_over_its_parts_and_padding_ad
 
     @jax.jit
     def step(weights: Any, batch: Any) -> Any:
-        def value(weights: Any) -> Any:
-            sums = task.loss(model, weights, batch, None)
+        def value(own: Any) -> Any:
+            sums = task.loss(model, weights | own, batch, None)
             return sum(values["loss"] for values in sums.values()), (sums, task.totals(batch))
 
-        (_, aux), gradients = jax.value_and_grad(value, has_aux=True)(weights)
+        (_, aux), gradients = jax.value_and_grad(value, has_aux=True)({name: weights[name] for name in heads})
         return *aux, gradients
 
     rows = examples(task, records)

@@ -222,6 +222,6 @@ def test_packed_equals_unpacked(model, summed, corpus, sentencepiece):
         row["segments"] = np.minimum(row["segments"], 1)
         rows.append(row)
     alone, totals = summed(infill.objective, config(), net, weights, rows)
-    together, total = summed(infill.objective, config(), net, weights, [packed])
+    together, total = summed(infill.objective, config(), net, weights, [packed], len(rows))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), alone, together)
     assert totals == total

@@ -143,7 +143,7 @@ def test_packed_equals_unpacked_and_any_split_of_a_batch(kind, model, summed, pa
     packed = examples(C, held, sentencepiece, kind, 90)
     single = examples(seq2seq.Config(pack=False), held, sentencepiece, kind, 90)
     assert len(packed) < len(single) == len(PAIRS)
-    together, totals = summed(seq2seq.objective, C, net, weights, packed)
+    together, totals = summed(seq2seq.objective, C, net, weights, packed, len(single))
     alone, total = summed(seq2seq.objective, C, net, weights, single)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), together, alone)
     assert totals == total

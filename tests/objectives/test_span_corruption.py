@@ -232,7 +232,7 @@ def test_packed_equals_unpacked_and_any_split_of_a_batch(model, summed, packed):
     rows = alone(packed)
     assert len(rows) == 3
     apart, totals = summed(spans.objective, c, net, weights, rows)
-    together, total = summed(spans.objective, c, net, weights, [packed])
+    together, total = summed(spans.objective, c, net, weights, [packed], len(rows))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), apart, together)
     assert totals == total == {"spans": packed["weights"].sum()}
 

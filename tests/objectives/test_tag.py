@@ -4,14 +4,13 @@ import functools
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.tiny_models import random_weights
 
 from jaxlm.assembly import model_source
 from jaxlm.commands import cli
 from jaxlm.core import config
-from jaxlm.core.spec import init
 from jaxlm.data import packing
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.models import bert
@@ -62,7 +61,7 @@ def make(c: tag.Config, mesh: config.Mesh | None = None) -> tuple[Model, dict]:
     shape = bert.Config(vocab=264, layers=1, width=16, heads=2, ffn=24, positions=24, head=False, pooler=False)
     specs = bert.specs(shape) | tag.specs(c, 16)
     layout = Layout.of(mesh or config.Mesh(), config.Execution("float32"))
-    return Model(bert, shape, specs, layout), jax.tree.map(lambda w: 2 * w, init(specs, jax.random.key(0)))
+    return Model(bert, shape, specs, layout), random_weights(specs)
 
 
 def test_packed_sentences_and_meshes_give_the_same(file):
@@ -97,14 +96,15 @@ def test_the_loss_by_hand(file):
     row = tag.example(c, found[1], RowShape(24, "encoder"), TOKENS, np.random.default_rng(0))
     model, weights = make(c)
     batch = {k: v[None] for k, v in row.items()}
-    x_BTD = jax.jit(lambda w, b: model.forward(w, b).x_BTD)(weights, batch)
-    z_TL = np.asarray(x_BTD[0] @ weights["tag"]) + np.asarray(weights["tag_bias"])
+    x_BTD = jax.device_get(jax.jit(lambda w, b: model.forward(w, b).x_BTD)(weights, batch))
+    z_TL = x_BTD[0] @ weights["tag"] + weights["tag_bias"]
     log_TL = z_TL - np.log(np.exp(z_TL).sum(-1, keepdims=True))
     at = np.flatnonzero(row["weights"])
     sums = jax.jit(lambda w, b: tag.loss(c, model, w, b, None)["tags"])(weights, batch)
     np.testing.assert_allclose(sums["loss"], -log_TL[at, row["targets"][at]].sum(), rtol=1e-5)
-    np.testing.assert_array_equal(tag.predict(c, model, weights, batch)[0], z_TL.argmax(-1))
-    assert float(jnp.sum(tag.totals(batch)["tags"])) == len(at)
+    found = jax.jit(lambda w, b: tag.predict(c, model, w, b))(weights, batch)
+    np.testing.assert_array_equal(found[0], z_TL.argmax(-1))
+    assert float(tag.totals(batch)["tags"].sum()) == len(at)
 
 
 CONFIG = """
@@ -114,7 +114,7 @@ from jaxlm.objectives import tag
 
 def config():
     return Run("r", bert.Config(vocab=264, layers=1, width=32, heads=2, ffn=64, positions=32), tag.Config(),
-               data=Data(train=({file!r},), valid=({file!r},), tokenizer="bytes"), optim=Optim(lr=1e-2, warmup=1),
+               data=Data(train=({many!r},), valid=({file!r},), tokenizer="bytes"), optim=Optim(lr=1e-2, warmup=1),
                train=Train(steps=25, batch_size=8, seq_len=32, eval_every=25, prompts=(), metric="f1", use="best"),
                execution=Execution("float32"), out={out!r})
 """
@@ -122,7 +122,9 @@ def config():
 
 def test_from_the_command_line_to_a_report(file, tmp_path, capsys):
     pytest.importorskip("seqeval")
-    (tmp_path / "c.py").write_text(CONFIG.format(file=file, out=str(tmp_path)))
+    many = tmp_path / "many.txt"  # few records are slow to shuffle
+    many.write_text(SENTENCES * 40)
+    (tmp_path / "c.py").write_text(CONFIG.format(many=str(many), file=file, out=str(tmp_path)))
     assert cli.main(["train", str(tmp_path / "c.py")]) == 0
     assert "3 of 3 validation examples stand in the training data too (first: " in capsys.readouterr().out
     assert model_source.describe(tmp_path / "r").run.objective.labels == ("O", "B-LOC", "B-PER", "I-PER")

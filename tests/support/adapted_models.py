@@ -1,9 +1,8 @@
 """Small models of three kinds, with what they read."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.core import config, tree
 from jaxlm.models import MODELS, bart, bert, gpt2, llama, t5
@@ -39,23 +38,13 @@ def make(name: str, c: config.Adapter, mesh: config.Mesh = ONE, **execution) -> 
     return Model(family, model, adapted.base, layout, adapted)
 
 
-def plain(model: Model) -> Model:
-    return dataclasses.replace(model, adapter=None)
-
-
-def disabled(model: Model) -> Model:
-    return dataclasses.replace(model, adapter=model.adapter.disabled)
-
-
 def shaken(adapter: Adapted, params, size: float = 0.1):
     """With every number that is trained moved at random: a fresh adapter does nothing."""
-    moved = [0]
+    rng = np.random.default_rng(100)
 
     def one(path, x):
-        if not adapter.trainable(path):
-            return x
-        moved[0] += 1
-        return x + size * jax.random.normal(jax.random.key(100 + moved[0]), x.shape)
+        moves = adapter.trainable(path)
+        return x + np.float32(size) * rng.standard_normal(x.shape, np.float32) if moves else x
 
     return tree.map_named(one, params)
 

@@ -1,8 +1,10 @@
-"""Models of a few thousand random weights in Hugging Face directories, whose tokenizer is bytes."""
+"""Models of a few thousand random weights: in memory, and in Hugging Face directories whose tokenizer is bytes."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 
 from jaxlm.core import spec
 from jaxlm.data.tokenizer import Bytes
@@ -22,6 +24,16 @@ def published(folder: Path, name: str = "llama", seed: int = 0, **more) -> Path:
     specs = family.specs(c)
     tokens = folder.parent / "bytes"
     Bytes().save(tokens)
-    weights = jax.tree.map(lambda w: w * 3, spec.init(specs, jax.random.key(seed)))
+    weights = random_weights(specs, seed)
     huggingface.save(folder, family, c, specs, weights, dtype="float32", extra_files_from=tokens, card=False)
     return folder
+
+
+def random_weights(specs: Any, seed: int = 0) -> Any:
+    """Weights that NumPy draws, so that nothing is compiled for them; biases and norms too have no special values."""
+    rng = np.random.default_rng(seed)
+
+    def one(s: spec.Spec) -> np.ndarray:
+        return (rng.standard_normal(s.shape) / 4 + (s.role == "norm")).astype(np.float32)
+
+    return jax.tree.map(one, specs, is_leaf=spec.is_spec)

@@ -38,13 +38,25 @@ def run(folder, *, valid=True):
     return folder
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run with its report, which no test changes."""
+    folder = run(tmp_path_factory.mktemp("run"))
+    build(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return folder / "report.html"
+
+
 def text(page):
     """What a reader sees, tags away."""
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page.read_text().split("</style></head>")[1]))
 
 
-def test_the_summary_comes_first_and_tells_best_and_final(tmp_path):
-    page = build(run(tmp_path))
+def test_the_summary_comes_first_and_tells_best_and_final(page):
     seen = text(page)
     for words in (
         "tiny &amp; small llama · causal · 8 × cpu Best bits per byte 0.7500 step 30 Final bits per byte 1.7500",
@@ -59,29 +71,27 @@ def test_the_summary_comes_first_and_tells_best_and_final(tmp_path):
     assert "MFU, full" not in seen  # unknown is left out, not shown as 0
 
 
-def test_samples_stand_side_by_side_first_and_last_as_text(tmp_path):
-    page = build(run(tmp_path)).read_text()
+def test_samples_stand_side_by_side_first_and_last_as_text(page):
+    page = page.read_text()
     assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     pair = page[page.index("<div class=pair>") :]
     assert pair.index("step 0") < pair.index("step 40") and "cat &amp; dog" in pair and "middle" not in pair
 
 
-def test_the_page_asks_nothing_of_the_network(tmp_path):
-    page = build(run(tmp_path)).read_text()
+def test_the_page_asks_nothing_of_the_network(page):
+    page = page.read_text()
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:|//)""", page)
     assert "@import" not in page and "url(http" not in page
     assert "default-src 'none'" in page
     assert page.count("<svg") == 6 and "var(--line)" in page
 
 
-def test_the_picture_is_a_picture(tmp_path):
-    build(run(tmp_path))
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+def test_the_picture_is_a_picture(folder):
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_same_logs_give_the_same_page(tmp_path):
-    first = build(run(tmp_path)).read_text()
-    assert build(tmp_path).read_text() == first
+def test_the_same_logs_give_the_same_page(page, tmp_path):
+    assert build(run(tmp_path)).read_text() == page.read_text()
 
 
 def test_a_run_cut_off_early_has_a_report_of_what_there_is(tmp_path):
@@ -117,9 +127,9 @@ def test_missing_matplotlib_names_the_remedy(tmp_path, monkeypatch):
         build(tmp_path)
 
 
-def test_before_and_after_of_a_run_that_starts_from_a_model(tmp_path):
+def test_before_and_after_of_a_run_that_starts_from_a_model(page, tmp_path):
     folder = run(tmp_path)
-    assert "Before and after" not in build(folder).read_text()
+    assert "Before and after" not in page.read_text()
 
     def figures(value):
         found = dict(value=value, interval=[value - 0.1, value + 0.1], against=0.5, against_interval=[0.4, 0.6])

@@ -63,13 +63,14 @@ class Setup:
         c = config.Optim(name="sgd", lr=0.3, warmup=0, schedule="constant", weight_decay=0.0)
         self.optimizer = optimizers.make(c, 100, specs)
         rng = np.random.default_rng(1)
-        weights = tree.map_named(lambda _, s: jnp.asarray(rng.standard_normal(s.shape) / 3, jnp.float32), specs)
-        self.state = step.start(weights, jax.tree.map(lambda _: None, weights), self.optimizer, False)
+        weights = tree.map_named(lambda _, s: (rng.standard_normal(s.shape) / 3).astype(np.float32), specs)
+        frozen = jax.tree.map(lambda _: None, weights)
+        self.state = jax.device_get(jax.jit(lambda w: step.start(w, frozen, self.optimizer, False))(weights))
         f = step.make_train_step(self.loss, self.objective.totals, self.optimizer, seed=0, clip=clip, ema=0.0)
         self.donating_step = jax.jit(f, donate_argnums=0)
 
     def step(self, state, batch):
-        return self.donating_step(jax.tree.map(jnp.copy, state), batch)
+        return self.donating_step(jax.device_put(jax.device_get(state)), batch)
 
 
 setup = functools.cache(Setup)
@@ -78,11 +79,11 @@ setup = functools.cache(Setup)
 # ------------------------------------------------------------------------------------------------------- accumulation
 
 
-@pytest.mark.parametrize(("name", "parts"), [("causal", (1, 2, 4)), ("two losses", (1, 2))])
+@pytest.mark.parametrize(("name", "parts"), [("causal", (1, 4)), ("two losses", (1, 2))])
 def test_cutting_a_batch_changes_neither_loss_nor_update(name, parts):
     s, batch = setup(name), make_batch(name)
-    (one, metrics), *others = (s.step(s.state, cut(batch, micro)) for micro in parts)
-    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), one.params, s.state.params)
+    (one, metrics), *others = (jax.device_get(s.step(s.state, cut(batch, micro))) for micro in parts)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), one.params, s.state.params)
     assert max(jax.tree.leaves(moved)) > 1e-3
     for state, again in others:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), again, metrics)
@@ -91,19 +92,15 @@ def test_cutting_a_batch_changes_neither_loss_nor_update(name, parts):
 
 def test_the_loss_is_the_mean_over_targets_and_not_over_micro_batches():
     s, batch = setup("causal"), make_batch("causal")
-    sums = jax.jit(lambda b: s.loss(s.state.all_params, b, None)["tokens"])(batch)
-    total = batch["weights"].sum()
+    sums = jax.jit(lambda b: s.loss(s.state.all_params, b, None)["tokens"])
+    total, whole = batch["weights"].sum(), sums(batch)
     _, metrics = s.step(s.state, cut(batch, 4))
-    np.testing.assert_allclose(metrics["loss"], sums["loss"] / total, rtol=1e-5)
-    np.testing.assert_allclose(metrics["accuracy"], sums["accuracy"] / total, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], whole["loss"] / total, rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy"], whole["accuracy"] / total, rtol=1e-5)
     assert metrics["weight/tokens"] == total
     assert {"loss", "nll", "accuracy", "grad_norm", "lr", "finite", "weight/tokens"} == set(metrics)
     parts = cut(batch, 4)
-    means = [
-        s.loss(s.state.all_params, {k: v[i] for k, v in parts.items()}, None)["tokens"]["loss"]
-        / parts["weights"][i].sum()
-        for i in range(4)
-    ]
+    means = [sums({k: v[i] for k, v in parts.items()})["loss"] / parts["weights"][i].sum() for i in range(4)]
     assert abs(np.mean(means) - metrics["loss"]) > 0.01, "the batch could not tell a mean of means"
 
 
@@ -215,20 +212,20 @@ def test_without_an_average_the_weights_themselves_are_validated():
 def test_the_state_is_donated_and_the_step_compiles_once():
     s, rng = setup("causal"), np.random.default_rng(1)
     state, batch = (
-        s.donating_step(jax.tree.map(jnp.copy, s.state), cut(make_batch("causal"), 2))[0],
+        s.step(s.state, cut(make_batch("causal"), 4))[0],
         make_batch("causal"),
     )
     programs = s.donating_step._cache_size()
     for _ in range(3):
         batch["targets"] = rng.integers(0, V, (B, T)).astype(np.int32)
         before = jax.tree.leaves(state)
-        state, _ = s.donating_step(state, cut(batch, 2))
+        state, _ = s.donating_step(state, cut(batch, 4))
         assert all(x.is_deleted() for x in before), "a buffer was copied instead of reused"
     assert s.donating_step._cache_size() == programs
 
 
 def test_a_run_learns_its_batch():
-    s, batch, losses = setup("causal"), cut(make_batch("causal"), 2), []
+    s, batch, losses = setup("causal"), cut(make_batch("causal"), 4), []
     state = s.state
     for _ in range(60):
         state, m = s.step(state, batch)

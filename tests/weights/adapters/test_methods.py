@@ -1,13 +1,14 @@
 """Every method × kind of model × base, on one device and on a mesh: what PEFT checks of its own."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.adapted_models import batch_of, disabled, logits, make, plain, shaken
+from support.adapted_models import batch_of, logits, make, shaken
 
 from jaxlm.core import config, spec, tree
 from jaxlm.inference import decode
@@ -34,7 +35,7 @@ def cases(usual: Sequence[str] = METHODS, kinds: dict[str, str] = {"bitfit": "be
 
 
 # How far numbers are moved, so that each method changes logits by far more than the tolerances.
-SHAKEN = {"vera": 3.0, "dora": 0.3, "ia3": 0.5, "prefix": 0.5}
+SHAKEN = {"vera": 3.0, "dora": 0.3, "adalora": 0.3, "ia3": 0.5, "prefix": 0.5}
 
 
 SMALL = dict(rank=4, tokens=3, reduction=4.0)
@@ -47,41 +48,73 @@ def adapter(method: str, base: str = "float32", **more) -> config.Adapter:
     return kind(base=base, **(small | more))
 
 
+@functools.cache
+def base_weights(name: str) -> dict:
+    """The model's own, in float32: one program for all methods."""
+    specs = make(name, config.Adapter()).specs
+    return jax.jit(lambda key: spec.init(specs, key))(jax.random.key(0))
+
+
+@functools.cache
+def base_logits(name: str, base: str):
+    """`(weights, batch) → logits` of the model without an adapter: one program for all methods."""
+    model = make(name, config.Adapter(base=base))
+    return jax.jit(lambda w, batch: logits(model, w, batch))
+
+
+def started(model, name: str) -> dict:
+    """The weights at the first step, on the base that all methods share."""
+    a = model.adapter
+    return jax.jit(lambda own, key: a.init(a.specs(), key, existing=own))(base_weights(name), jax.random.key(0))
+
+
+def moved(model, weights: dict, method: str) -> dict:
+    return shaken(model.adapter, weights, SHAKEN.get(method, 0.1))
+
+
+def trained(model, weights: dict, batch: dict):
+    """((loss, logits), gradients) of what is trained."""
+    trainable, frozen = tree.partition(weights, model.adapter.trainable)
+
+    def loss(p):
+        z = logits(model, tree.merge(p, frozen), batch)
+        return jnp.square(z).mean(), z
+
+    return jax.value_and_grad(loss, has_aux=True)(trainable)
+
+
+@functools.cache
+def on_one_device(method: str, name: str, base: str):
+    """(model, its `trained` as one program that loops over the layers), for fresh weights and for moved ones."""
+    model = make(name, adapter(method, base), scan=True)
+    return model, jax.jit(functools.partial(trained, model))
+
+
 @pytest.mark.parametrize(("method", "name", "base"), list(cases()))
 def test_one_device(method, name, base):
-    model = make(name, adapter(method, base))
-    a, batch = model.adapter, batch_of(name)
+    """The base and the merged model run unrolled, so that both ways to run the layers are compared too."""
+    model, run = on_one_device(method, name, base)
+    a, batch, alone = model.adapter, batch_of(name), base_logits(name, base)
     specs = a.specs()
-
-    def figures(key):
-        fresh = a.init(specs, key)
-        moved = shaken(a, fresh, SHAKEN.get(method, 0.1))
-        own = {n: w for n, w in fresh.items() if n != "adapter"}
-        out = dict(
-            base=logits(disabled(model), own, batch),
-            also_base=logits(disabled(model), {n: w for n, w in moved.items() if n != "adapter"}, batch),
-            fresh=logits(model, fresh, batch),
-            moved=logits(model, moved, batch),
-        )
-        if method in MERGED:
-            out["merged"] = logits(plain(model), a.merged(moved), batch)
-        trainable, frozen = tree.partition(moved, a.trainable)
-        loss = lambda p: jnp.square(logits(model, tree.merge(p, frozen), batch)).mean()  # noqa: E731
-        return out, fresh, jax.grad(loss)(trainable)
-
-    out, fresh, grads = jax.jit(figures)(jax.random.key(0))
+    fresh = started(model, name)
+    other = moved(model, fresh, method)
+    own, also_own = ({n: w for n, w in weights.items() if n != "adapter"} for weights in (fresh, other))
+    at_rest = alone(own, batch)
+    (_, at_first), _ = run(fresh, batch)
+    (_, z), grads = run(other, batch)
     abstract = tree.flatten(spec.abstract(specs))
-    assert {p: (x.shape, x.dtype) for p, x in tree.flatten(fresh).items()} == {
-        p: (x.shape, x.dtype) for p, x in abstract.items()
-    }
+    expected = {p: (x.shape, x.dtype) for p, x in abstract.items()}
+    for made in (fresh, jax.eval_shape(lambda key: a.init(specs, key), jax.random.key(0))):
+        assert {p: (x.shape, x.dtype) for p, x in tree.flatten(made).items()} == expected
     if method not in ("prefix", "prompt", "p_tuning"):  # virtual tokens take part at once
         start = dict(ia3=1e-5, vera=1e-5, dora=1e-4, pissa=1e-4).get(method, 1e-6)
-        np.testing.assert_allclose(out["fresh"], out["base"], atol=start)
+        np.testing.assert_allclose(at_first, at_rest, atol=start)
     if method not in ("bitfit", "norms"):  # whose base is what is trained
-        np.testing.assert_array_equal(out["base"], out["also_base"])
-    assert float(abs(out["moved"] - out["base"]).max()) > 1e-3, "ten times what merging may lose"
+        np.testing.assert_array_equal(at_rest, alone(also_own, batch))
+    assert float(abs(z - at_rest).max()) > 1e-3, "ten times what merging may lose"
     if method in MERGED:
-        np.testing.assert_allclose(out["merged"], out["moved"], atol=1e-4)
+        merged = jax.jit(a.merged)(other)
+        np.testing.assert_allclose(base_logits(name, "float32")(merged, batch), z, atol=1e-4)
     flat = tree.flatten(grads)
     assert flat and set(flat) == {p for p in abstract if a.trainable(p)}
     for path, g in flat.items():
@@ -96,28 +129,18 @@ ON_A_MESH = dict(lora="llama", prefix="bert", prompt="llama")  # by default: of 
 @pytest.mark.parametrize(("method", "name", "base"), list(cases(tuple(ON_A_MESH), ON_A_MESH)))
 def test_a_mesh_gives_the_same(method, name, base):
     mesh = config.Mesh(data=2, fsdp=2, tensor=2, axis_type="explicit")
-    model, there = make(name, adapter(method, base)), make(name, adapter(method, base), mesh)
+    model, run = on_one_device(method, name, base)
+    there = make(name, adapter(method, base), mesh, scan=True)
     batch, specs = batch_of(name), model.adapter.specs()
-    fresh = moved(model, method)
-
-    def value(model, weights, batch):
-        trainable, frozen = tree.partition(weights, model.adapter.trainable)
-        loss = lambda p: jnp.square(logits(model, tree.merge(p, frozen), batch)).mean()  # noqa: E731
-        return jax.value_and_grad(loss)(trainable)
-
-    expected = jax.jit(lambda w, b: value(model, w, b))(fresh, batch)
+    weights = moved(model, started(model, name), method)
+    expected = run(weights, batch)
     made = make_mesh(mesh)
     with on_mesh(made):
-        placed = jax.device_put(fresh, there.shard.shardings(specs, made))
+        placed = jax.device_put(weights, there.shard.shardings(specs, made))
         home = NamedSharding(made, there.shard.spec(("batch", None)))
-        got = jax.jit(lambda w, b: value(there, w, b))(placed, jax.device_put(batch, home))
-    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+        got = jax.jit(functools.partial(trained, there))(placed, jax.device_put(batch, home))
+    np.testing.assert_allclose(got[0][0], expected[0][0], rtol=1e-5)
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, atol=1e-5), jax.device_get(got[1]), expected[1])
-
-
-def moved(model, method):
-    a = model.adapter
-    return jax.jit(lambda key: shaken(a, a.init(a.specs(), key), SHAKEN.get(method, 0.1)))(jax.random.key(0))
 
 
 @pytest.mark.parametrize("method", [
@@ -127,13 +150,15 @@ def moved(model, method):
 def test_packed_and_read_on_from_a_cache_as_alone_at_once(method):
     """Texts of a row see the virtual tokens and not each other; a cache keeps room for them."""
     model = make("llama", adapter(method, "nf4" if method in ("lora", "ia3") else "float32"))
-    weights, batch = moved(model, method), batch_of("llama", 2, 12)
+    weights = moved(model, started(model, "llama"), method)
+    batch = batch_of("llama", 2, 12)
     at_once = jax.jit(lambda w, b: logits(model, w, b))
-    alone = at_once(weights, batch)
+    padded = {name: jnp.pad(x, ((0, 0), (0, 12))) for name, x in batch.items()}
+    alone = at_once(weights, padded)[:, :12]
 
-    one = {name: x.reshape(1, 24) for name, x in batch.items()}
-    packed = at_once(weights, one | dict(segments=jnp.repeat(jnp.array([[1, 2]]), 12, 1)))
-    np.testing.assert_allclose(packed.reshape(alone.shape), alone, atol=2e-5)
+    one = {name: x.reshape(1, 24) for name, x in batch.items()} | dict(segments=np.repeat([[1, 2]], 12, 1))
+    packed = at_once(weights, {name: np.repeat(x, 2, 0).astype(np.int32) for name, x in one.items()})  # of one shape
+    np.testing.assert_allclose(packed[0].reshape(alone.shape), alone, atol=2e-5)
 
     def with_cache(w, b):
         w = decode.prepare(model, w)
