@@ -36,7 +36,7 @@ def published(folder: Path, name: str, seed: int = 0, **more) -> Path:
     specs = family.specs(c)
     tokens = folder.parent / "bytes"
     Bytes().save(tokens)
-    weights = random_weights(specs, seed)
+    weights = jax.device_put(random_weights(specs, seed))
     huggingface.save(folder, family, c, specs, weights, dtype="float32", extra_files_from=tokens, card=False)
     return folder
 
@@ -201,11 +201,12 @@ def test_a_prefix_model_reads_its_prompt_both_ways(tmp_path):
         source = model_source.Source(tmp_path, "run", MODELS["llama"], run.model, Bytes(), Generation(), {},
                                    ([], []), run=run)  # fmt: skip
         model = open_model.Model(MODELS["llama"], run.model, specs, layout.Layout(execution=run.execution))
-        weights = jax.tree.map(lambda w: w * 3, spec.init(specs, jax.random.key(0)))
+        weights = random_weights(specs)
         generate = open_model.Pretrained(source, model, weights, None).generator()
         batch = generate.batch([[5, 6, 7]], 4)
-        x_BTD = model.forward(weights, batch).x_BTD
-        moved = model.forward(weights, batch | {"tokens": np.where(batch["tokens"] == 7, 9, batch["tokens"])}).x_BTD
+        forward = jax.jit(lambda weights, batch, model=model: model.forward(weights, batch).x_BTD)
+        x_BTD = forward(weights, batch)
+        moved = forward(weights, batch | {"tokens": np.where(batch["tokens"] == 7, 9, batch["tokens"])})
         made[objective] = float(np.abs(x_BTD - moved)[0, -3].max())  # of the first token, when the last one changes
     assert made[causal] == 0 and made[prefix] > 1e-3
 
@@ -320,7 +321,8 @@ from jaxlm.objectives import {objective}
 def config():
     return Run("r", gpt2.Config(), {objective}.Config(), out={out!r},
                data=Data(train=({text!r},), cache={out!r} + "/cache", holdout=0.2), optim=Optim(warmup=1),
-               train=Train(steps=2, batch_size=8, seq_len=16, prompts=(), save_every=1), execution=Execution("float32"))
+               train=Train(steps=2, batch_size=8, seq_len=16, prompts=(), save_every=1),
+               execution=Execution("float32", scan=True))
 """
 
 
@@ -367,7 +369,8 @@ def test_a_run_reads_the_model_that_it_starts_from_once(llama, tmp_path, monkeyp
     monkeypatch.setattr(open_model, "describe", count)
     file, model = config_file(tmp_path, "causal"), tmp_path / "model"
     shutil.copytree(llama, model)
-    assert cli.main(["train", file, "--start", str(model)]) == 0
+    same = ["--optim.lr", "0", "--model.dropout", "0.1"]  # as another test, whose compiled step then serves here
+    assert cli.main(["train", file, "--start", str(model), *same]) == 0
     assert described == [str(model)]
     shutil.rmtree(model)
     log = tmp_path / "r" / "metrics.jsonl"

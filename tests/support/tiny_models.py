@@ -24,7 +24,7 @@ def published(folder: Path, name: str = "llama", seed: int = 0, **more) -> Path:
     specs = family.specs(c)
     tokens = folder.parent / "bytes"
     Bytes().save(tokens)
-    weights = random_weights(specs, seed)
+    weights = jax.device_put(random_weights(specs, seed))
     huggingface.save(folder, family, c, specs, weights, dtype="float32", extra_files_from=tokens, card=False)
     return folder
 
