@@ -201,7 +201,7 @@ def _documents(batch: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dic
         if name.endswith("positions"):
             packed[name] = batch[name] % half
         elif name.endswith("segments"):
-            packed[name] = np.repeat(batch[name][:, :half], 2, 1) * np.repeat(np.int32([1, 2]), half)
+            packed[name] = np.repeat(batch[name][:, :half], 2, 1) * np.repeat(np.array([1, 2], np.int32), half)
     for name, x in packed.items():
         alone[name] = x
         if name in ("tokens", "source"):
