@@ -76,7 +76,9 @@ class FlaxModules(ABC):
 
     @cached_property
     def _accepted(self) -> set[str]:
-        make = self.make.__init__ if isinstance(self.make, type) else self.make  # nnx classes hide their arguments
+        make: Any = self.make
+        if isinstance(make, type):  # the signature of nnx classes themselves says nothing
+            make = make.__init__  # type: ignore[misc]
         return set(inspect.signature(make).parameters)
 
     def _made(self, c: Any, key: Key, dtype: Any, **more: Any) -> Any:

@@ -185,14 +185,15 @@ def _inlined(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
         values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
         read = lambda v: v.val if isinstance(v, core.Literal) else values[v]  # noqa: E731
         for eqn in jaxpr.eqns:
-            given = [read(v) for v in eqn.invars]
             if eqn.primitive is p.jit_p:
                 inner = eqn.params["jaxpr"]
-                made = run(inner.jaxpr, inner.consts, given)
+                outputs, made = eqn.outvars, run(inner.jaxpr, inner.consts, [read(v) for v in eqn.invars])
             else:
-                functions, options = eqn.primitive.get_bind_params(eqn.params)
-                made = eqn.primitive.bind(*functions, *given, **options)
-            values |= zip(eqn.outvars, made if eqn.primitive.multiple_results else [made], strict=True)
+                given = list({v: None for v in eqn.invars if not isinstance(v, core.Literal)})
+                outputs = [v for v in eqn.outvars if not isinstance(v, core.DropVar)]
+                one = jaxpr.replace(constvars=[], invars=given, outvars=outputs, eqns=[eqn])
+                made = core.jaxpr_as_fun(core.ClosedJaxpr(one, []))(*[values[v] for v in given])
+            values |= zip(outputs, made, strict=True)
         return [read(v) for v in jaxpr.outvars]
 
     avals: list[Any] = list(program.in_avals)
