@@ -19,8 +19,9 @@ from jaxlm.core.config import Adapter, Data, Execution, Mesh, Optim, Run, Train
 __version__ = "0.1.0"
 __all__ = [
     "Adapter", "Data", "Execution", "LanguageModel", "Mesh", "Optim", "Plan", "Program", "Run", "RunDirectory",
-    "Sampling", "Train", "evaluate", "import_model", "load", "load_plugin", "open", "plan", "register_adapter",
-    "register_model", "register_objective", "register_optimizer", "register_schedule", "train",
+    "Sampling", "Train", "as_linen", "as_nnx", "evaluate", "from_linen", "from_nnx", "import_model", "load",
+    "load_plugin", "open", "plan", "register_adapter", "register_model", "register_objective", "register_optimizer",
+    "register_schedule", "train",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -30,7 +31,11 @@ if TYPE_CHECKING:
         Program,
         RunDirectory,
         Sampling,
+        as_linen,
+        as_nnx,
         evaluate,
+        from_linen,
+        from_nnx,
         import_model,
         load,
         load_plugin,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.assembly import convert, evaluate_model, run_directory, run_source, training_run
+from jaxlm.assembly.as_flax import as_linen, as_nnx
 from jaxlm.assembly.language_model import LanguageModel
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.open_model import open_model
@@ -18,6 +19,7 @@ from jaxlm.core import plugins
 from jaxlm.core.config import Run
 from jaxlm.inference.sampling import Sampling
 from jaxlm.models import MODELS
+from jaxlm.models.flax_bridge import from_linen, from_nnx
 from jaxlm.nn.family import Family
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.objectives.objective import Objective
@@ -29,9 +31,9 @@ from jaxlm.weights.adapters import METHODS
 from jaxlm.weights.adapters.method import Method
 
 __all__ = [
-    "LanguageModel", "Plan", "Program", "RunDirectory", "Sampling", "evaluate", "import_model", "load", "load_plugin",
-    "open", "plan", "register_adapter", "register_model", "register_objective", "register_optimizer",
-    "register_schedule", "train",
+    "LanguageModel", "Plan", "Program", "RunDirectory", "Sampling", "as_linen", "as_nnx", "evaluate", "from_linen",
+    "from_nnx", "import_model", "load", "load_plugin", "open", "plan", "register_adapter", "register_model",
+    "register_objective", "register_optimizer", "register_schedule", "train",
 ]  # fmt: skip
 
 

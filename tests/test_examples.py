@@ -36,6 +36,14 @@ def test_an_objective_of_ones_own(examples: None, tmp_path: Path) -> None:
     assert folder.config.objective == own_objective.Config(capitals=3.0) and folder.finished
 
 
+@pytest.mark.slow
+def test_a_flax_module_of_ones_own(examples: None, tmp_path: Path) -> None:
+    import own_model_nnx
+
+    folder = own_model_nnx.main(str(tmp_path), steps=4)
+    assert folder.finished and type(folder.open().config) is own_model_nnx.Config
+
+
 def test_every_example_is_listed_and_tested() -> None:
     names = {path.name for path in EXAMPLES.glob("*.py")}
     page, tests = (EXAMPLES / "README.md").read_text(), Path(__file__).read_text()
