@@ -59,10 +59,10 @@ def from_nnx(
 
     Weights keep the module's own paths, initializers and dtypes. Their logical axes come from partitioning metadata, a
     name a dimension: `axes` maps names that `AXES` of `nn/flax_specs.py` lacks, None to none. As by Flax's rules, a
-    mesh axis cuts the first dimension of a weight that names it and no other. Without metadata tables and the head are laid
-    out as our own, and of other matrices fsdp cuts the dimension that most powers of two divide. `nn.Embed`'s
-    `embedding` has the role `table`, `scale` and `bias` those of a norm and of biases, the matrix that makes the logits
-    is the head; `roles` maps patterns of paths to other roles.
+    mesh axis cuts the first dimension of a weight that names it and no other. Without metadata tables and the head are
+    laid out as our own, and of other matrices fsdp cuts the dimension that the largest power of two divides.
+    `nn.Embed`'s `embedding` has the role `table`, `scale` and `bias` those of a norm and of biases, the matrix that
+    makes the logits is the head; `roles` maps patterns of paths to other roles.
 
     `shifts_inputs`: the module moves its tokens to the right by itself, so that logits are those *of* each token (the
     lm1b example of Flax); it then reads one position more than a row has. `single_document`: a module that takes
