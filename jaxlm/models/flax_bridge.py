@@ -12,7 +12,7 @@ B batch, T position, S position of a row that is read on, D model width, V vocab
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -26,18 +26,14 @@ from jaxlm.core.spec import Init, Role, Spec
 from jaxlm.core.weight_names import Name, same
 from jaxlm.nn import leaf
 from jaxlm.nn.cache import Cache, empty_cache, read_on
-from jaxlm.nn.family import Batch, Files, Key, Kind, ModelConfig
+from jaxlm.nn.family import Batch, Family, Files, Key, Kind, ModelConfig
 from jaxlm.nn.flax_modules import FLOAT32, GIVEN, Description, FlaxModules, LinenModules, NnxModules
+from jaxlm.nn.flax_specs import AXES, named_axes, role_of, unnamed_axes
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import STORE, Layout
 from jaxlm.nn.logit_factors import LogitFactors, ending_at, logit_factors
 from jaxlm.nn.losses import Readout
 
-AXES: dict[str, str | None] = {
-    **{name: name for name in STORE},
-    "mlp": "ffn", "expert": "experts", "fsdp": "embed", "tensor": "ffn", "model": "ffn", "head_dim": None, "norm": None,
-}  # fmt: skip
-"""Names of a module's partitioning metadata, and the logical axes of `Layout` that they become."""
 READ = ("tokens", "segments", "positions", "types", "prefix")
 """What of a batch modules may read."""
 
@@ -52,7 +48,7 @@ def from_nnx(
     roles: Mapping[str, Role] | None = None,
     shifts_inputs: bool = False,
     single_document: bool = False,
-) -> "FlaxFamily":
+) -> Family:
     """Returns the family of the modules that `make(config, rngs=…)` makes.
 
     `Config` is a frozen dataclass that extends `ModelConfig`. `make` may also take `dtype` (`execution.dtype`) and
@@ -62,16 +58,19 @@ def from_nnx(
     element counts.
 
     Weights keep the module's own paths, initializers and dtypes. Their logical axes come from partitioning metadata, a
-    name a dimension: `axes` maps names that `AXES` lacks, None to none. As by Flax's rules, a mesh axis cuts the first
-    dimension of a weight that names it and no other. Without metadata tables and the head are laid out as our own, and
-    of other matrices fsdp cuts the dimension that most powers of two divide. `nn.Embed`'s `embedding` has the role
-    `table`, `scale` and `bias` those of a norm and of biases, the matrix that makes the logits is the head; `roles`
-    maps patterns of paths to other roles.
+    name a dimension: `axes` maps names that `AXES` of `nn/flax_specs.py` lacks, None to none. As by Flax's rules, a
+    mesh axis cuts the first dimension of a weight that names it and no other. Without metadata tables and the head are
+    laid out as our own, and of other matrices fsdp cuts the dimension that the largest power of two divides.
+    `nn.Embed`'s `embedding` has the role `table`, `scale` and `bias` those of a norm and of biases, the matrix that
+    makes the logits is the head; `roles` maps patterns of paths to other roles.
 
     `shifts_inputs`: the module moves its tokens to the right by itself, so that logits are those *of* each token (the
     lm1b example of Flax); it then reads one position more than a row has. `single_document`: a module that takes
     neither segments nor a mask can't keep documents of a row apart. It is refused unless this says that each row holds
     one, as with `data.document_mask` false; the states of a row that holds more are NaN, never a mixture.
+
+    Modules have no cache of ours, so generating a token is a pass over its whole row. Adapters that put matrices beside
+    a module's are refused.
 
     ValueError: an argument is wrong. What is wrong with a module is said when a run first asks for its weights.
     """
@@ -89,7 +88,7 @@ def from_linen(
     roles: Mapping[str, Role] | None = None,
     shifts_inputs: bool = False,
     single_document: bool = False,
-) -> "FlaxFamily":
+) -> Family:
     """Returns the family of the modules that `make(config)` makes; see `from_nnx` for the arguments.
 
     Dropout draws from the stream `dropout`. Collections other than `params` are refused.
@@ -145,8 +144,8 @@ class FlaxFamily:
         self.shifts_inputs, self.single_document = shifts_inputs, single_document
         self._plans: dict[Any, _Plan] = {}
         caller = modules.caller
-        if not (dataclasses.is_dataclass(Config) and issubclass(Config, ModelConfig)):
-            raise ValueError(f"{caller}: Config: {Config!r} is no dataclass that extends ModelConfig; make it one")
+        if not (issubclass(Config, ModelConfig) and dataclasses.is_dataclass(Config) and issubclass(Config, Hashable)):
+            raise ValueError(f"{caller}: Config: {Config!r} extends no ModelConfig as a frozen dataclass; let it")
         if missing := [n for n in ("vocab", "layers", "width", "heads") if n not in dir(Config)]:
             raise ValueError(f"{caller}: Config: {Config.__name__} lacks {missing[0]}; add it with a default")
         for argument, used, known in (
@@ -249,49 +248,21 @@ class FlaxFamily:
         return dataclasses.replace(plan, specs=self._make_specs(c, plan, init, shapes))
 
     def _make_specs(self, c: Any, plan: _Plan, init: core.ClosedJaxpr, shapes: Mapping[str, Any]) -> dict[str, Any]:
-        roles = {path: self._role(plan, path) for path in plan.paths}
+        head = None if plan.factors is None else plan.paths[plan.factors.head]
+        roles = {path: role_of(path, plan.paths, head) for path in plan.paths}
         for pattern, role in self.roles.items():
             matches = tree.matcher((pattern,), plan.paths, f"{self.modules.caller}: roles")
             roles |= {path: role for path in plan.paths if matches(path)}
         out: dict[str, Any] = {}
         for i, path in enumerate(plan.paths):
             shape, role = shapes[path].shape, roles[path]
-            if (names := plan.module.names.get(path)) is not None:
-                axes = self._named_axes(path, shape, names)
+            if (names := plan.module.names.get(path)) is None:
+                axes = unnamed_axes(shape, role, c.vocab)
             else:
-                axes = _unnamed_axes(shape, role, c.vocab)
+                axes = named_axes(names, shape, self.axes, f"{self.modules.caller}: axes: {path}")
             s = Spec(shape, axes, _initializer(init, i), shapes[path].dtype, role, below_layers=role == "table")
             out = tree.put(out, path, s)
         return out
-
-    def _role(self, plan: _Plan, path: str) -> Role:
-        parent, _, last = path.rpartition("/")
-        if last == "embedding":
-            return "table"
-        if plan.factors is not None and path == plan.paths[plan.factors.head]:
-            return "head"
-        if last == "bias":
-            return "norm_bias" if f"{parent}/scale".removeprefix("/") in plan.paths else "bias"
-        return "norm" if last == "scale" else "matrix"
-
-    def _named_axes(self, path: str, shape: tuple[int, ...], names: tuple[Any, ...]) -> tuple[str | None, ...]:
-        """Returns the logical axes that partitioning metadata names."""
-        caller = self.modules.caller
-        if len(names) > len(shape):
-            raise ValueError(f"{caller}: {path} has shape {shape} and metadata {names}; name each dimension once")
-        out: list[str | None] = []
-        taken: set[str] = set()
-        for i, name in enumerate(names):
-            name = name[0] if isinstance(name, tuple | list) and len(name) == 1 else name
-            if name is not None and name not in self.axes:
-                raise ValueError(
-                    f"{caller}: axes: {path} names an axis {name!r}; map it to one of {', '.join(STORE)}, or to None"
-                )
-            axis = None if name is None else self.axes[name]
-            over = set(STORE.get(axis or "", ()))
-            out.append(None if (axis == "layers" and i) or taken & over else axis)
-            taken |= over
-        return (*out, *(None,) * (len(shape) - len(out)))
 
     # What forward is made of.
 
@@ -311,7 +282,9 @@ class FlaxFamily:
         """Runs the module up to its states `[B, T, D]`."""
         batch = _longer(batch) if self.shifts_inputs else batch
         program = self._program(c, plan, weights, batch, key, shard.dtype)
-        if plan.factors is not None:
+        if plan.factors is None:
+            program = ending_at(program, program.jaxpr.outvars)
+        else:
             program = logit_factors(program).states
         (x,) = core.jaxpr_as_fun(program)(*jax.tree.leaves((weights, batch, key)))
         x_BTD = x.reshape(*batch["tokens"].shape, -1)
@@ -377,18 +350,6 @@ def _check_size(field: str, size: int, says: str, program: core.ClosedJaxpr) -> 
     found: Any = program.out_avals[0]
     if found.shape[-1] != size:
         raise ValueError(f"model.{field}: {size}, and {says.format(found.shape[-1])}; make them equal")
-
-
-def _unnamed_axes(shape: tuple[int, ...], role: Role, vocab: int) -> tuple[str | None, ...]:
-    """Returns the logical axes of a weight that has no metadata."""
-    if role in ("table", "head") and len(shape) == 2 and shape.count(vocab) == 1:
-        return tuple("vocab" if n == vocab else "embed" for n in shape)
-    if role == "table" and len(shape) == 2:
-        return (None, "embed")
-    if len(shape) < 2 or role in ("norm", "norm_bias", "bias"):
-        return (None,) * len(shape)
-    cut = max(range(len(shape)), key=lambda i: (shape[i] & -shape[i], shape[i]))
-    return tuple("embed" if i == cut else None for i in range(len(shape)))
 
 
 def _initializer(program: core.ClosedJaxpr, i: int) -> Init:

@@ -19,7 +19,7 @@ from jaxlm.weights.adapters import METHODS, adapted
 
 B, T, V = 2, 8, 64
 CONFIGS = {
-    "llama": llama.Config(vocab=V, layers=2, width=16, heads=2, kv_heads=1, head_width=8, ffn=24, dropout=0.1),
+    "llama": llama.Config(vocab=V, layers=1, width=16, heads=2, kv_heads=1, head_width=8, ffn=24, dropout=0.1),
     "t5": t5.Config(vocab=V, layers=1, width=16, heads=2, head_width=8, ffn=24),
 }
 

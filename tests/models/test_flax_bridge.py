@@ -1,6 +1,7 @@
 """Flax modules of a user's own, linen and nnx: the same losses as in a loop of their own, on one device and on many."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from support.flax_decoders import Config, D, LinenLm, NnxLm, Plain, V
 
 from jaxlm.assembly import program
 from jaxlm.core import registry, spec, tree
@@ -28,92 +30,8 @@ from jaxlm.objectives import causal, classify, masked
 from jaxlm.runtime import mesh
 from jaxlm.weights.adapters import METHODS, adapted
 
-V, D, T, B = 264, 16, 16, 8
+T, B, STEPS = 16, 8, 3
 EXECUTION = Execution(dtype="float32")
-AXES = dict(kernel=("embed", "mlp"), back=("mlp", "embed"), table=("vocab", "embed"), head=("embed", "vocab"))
-
-
-@dataclass(frozen=True)
-class Config(ModelConfig):
-    vocab: int = V
-    layers: int = 1
-    width: int = D
-    heads: int = 2
-    positions: int = 32
-    tied: bool = False
-    dropout: float = 0.1
-    cap: float = 0.0
-    head: bool = True
-
-
-# The same decoder in linen and in nnx, as the examples of Flax write theirs.
-
-
-class LinenLm(nn.Module):
-    c: Config
-    dtype: Any
-    causal: bool = True
-
-    @nn.compact
-    def __call__(self, tokens, positions=None, segments=None, deterministic=True):
-        c, part = self.c, nn.with_logical_partitioning
-        init = nn.initializers.lecun_normal()
-        drop = lambda x: nn.Dropout(c.dropout)(x, deterministic=deterministic)  # noqa: E731
-        embed = nn.Embed(c.vocab, c.width, dtype=self.dtype, name="embed",
-                         embedding_init=part(nn.initializers.normal(0.5), AXES["table"]))  # fmt: skip
-        place = nn.Embed(c.positions, c.width, dtype=self.dtype, name="place")
-        x = drop(embed(tokens) + place(jnp.arange(tokens.shape[1])[None] if positions is None else positions))
-        segments = jnp.ones_like(tokens) if segments is None else segments
-        mask = nn.make_attention_mask(segments, segments, jnp.equal)
-        mask = nn.combine_masks(mask, nn.make_causal_mask(tokens)) if self.causal else mask
-        for i in range(c.layers):
-            h = nn.LayerNorm(dtype=self.dtype, name=f"norm1_{i}")(x)
-            x += nn.MultiHeadDotProductAttention(
-                c.heads, dtype=self.dtype, kernel_init=part(init, ("embed", "heads")), name=f"attention_{i}"
-            )(h, mask=mask)
-            h = nn.LayerNorm(dtype=self.dtype, name=f"norm2_{i}")(x)
-            h = nn.Dense(2 * c.width, dtype=self.dtype, kernel_init=part(init, AXES["kernel"]), name=f"up_{i}")(h)
-            h = nn.Dense(c.width, dtype=self.dtype, kernel_init=part(init, AXES["back"]), name=f"down_{i}")(nn.gelu(h))
-            x += drop(h)
-        x = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
-        if not c.head:
-            return x
-        if c.tied:
-            z = embed.attend(x) / jnp.sqrt(x.shape[-1])
-        else:
-            z = nn.Dense(c.vocab, dtype=self.dtype, kernel_init=part(init, AXES["head"]), name="head")(x)
-        return c.cap * jnp.tanh(z / c.cap) if c.cap else z
-
-
-class NnxLm(nnx.Module):
-    def __init__(self, c: Config, *, rngs: nnx.Rngs, dtype: Any):
-        D, self.c = c.width, c
-        named = lambda name: {"kernel_metadata": {"out_sharding": AXES[name]}}  # noqa: E731
-        table = {"embedding_metadata": {"out_sharding": AXES["table"]}}
-        self.embed = nnx.Embed(c.vocab, D, dtype=dtype, rngs=rngs, **table)
-        self.place = nnx.Embed(c.positions, D, dtype=dtype, rngs=rngs)
-        norm = lambda: nnx.LayerNorm(D, dtype=dtype, rngs=rngs)  # noqa: E731
-        self.norm1, self.norm2 = (nnx.List([norm() for _ in range(c.layers)]) for _ in range(2))
-        self.attention = nnx.List(
-            [nnx.MultiHeadAttention(c.heads, D, dtype=dtype, decode=False, rngs=rngs) for _ in range(c.layers)]
-        )
-        self.up = nnx.List([nnx.Linear(D, 2 * D, dtype=dtype, rngs=rngs, **named("kernel")) for _ in range(c.layers)])
-        self.down = nnx.List([nnx.Linear(2 * D, D, dtype=dtype, rngs=rngs, **named("back")) for _ in range(c.layers)])
-        self.norm, self.drop = norm(), nnx.Dropout(c.dropout, rngs=rngs)
-        self.head = nnx.data(None if c.tied else nnx.Linear(D, c.vocab, dtype=dtype, rngs=rngs, **named("head")))
-        self.scale = nnx.Variable(jnp.sqrt(D * 1.0))  # no weight: the same for every key
-
-    def __call__(self, tokens, positions, segments, rngs=None):
-        x = self.drop(self.embed(tokens) + self.place(positions))
-        mask = nnx.combine_masks(nnx.make_attention_mask(segments, segments, jnp.equal), nnx.make_causal_mask(tokens))
-        for norm1, attention, norm2, up, down in zip(
-            self.norm1, self.attention, self.norm2, self.up, self.down, strict=True
-        ):
-            x += attention(norm1(x), mask=mask)
-            x += self.drop(down(nnx.gelu(up(norm2(x)))))
-        x = self.norm(x)
-        z = self.embed.attend(x) / self.scale[...] if self.head is None else self.head(x)
-        return self.c.cap * jnp.tanh(z / self.c.cap) if self.c.cap else z
 
 
 def make_linen(c, dtype):
@@ -215,9 +133,9 @@ def own_loop(kind: str, c: Any, params: Any, batch: dict, steps: int) -> list[fl
     return out
 
 
-def trained(family: Any, c: Any, m: Mesh, devices: list, steps: int) -> tuple[list[float], Any, program.Program]:
-    run = Run("flax", c, causal.Config(), optim=OPTIM, mesh=m, execution=EXECUTION,
-              train=Train(steps=steps, batch_size=B, seq_len=T))  # fmt: skip
+def trained(family: Any, m: Mesh, devices: list) -> tuple[list[float], Any, program.Program]:
+    run = Run("flax", family.Config(), causal.Config(), optim=OPTIM, mesh=m, execution=EXECUTION,
+              train=Train(steps=STEPS, batch_size=B, seq_len=T))  # fmt: skip
     with mesh.on_devices(devices):
         p = program.program(run, Bytes())
         with mesh.on_mesh(p.mesh):
@@ -225,30 +143,40 @@ def trained(family: Any, c: Any, m: Mesh, devices: list, steps: int) -> tuple[li
             first = jax.device_get(state.params)
             batch = p.to_device({name: x[None] for name, x in packed().items()}, None)
             step = p.train_step()
-            for _ in range(steps):
+            for _ in range(STEPS):
                 state, metrics = step(state, batch)
                 losses.append(float(metrics["loss"]))
     return losses, first, p
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_it_trains_as_in_its_own_loop_on_one_device_and_on_a_mesh(kind):
-    family, steps = FAMILIES[kind], 3
-    c = family.Config()
-    one, first, _ = trained(family, c, Mesh(), jax.devices()[:1], steps)
-    np.testing.assert_allclose(one, own_loop(kind, c, first, packed(), steps), rtol=2e-6)
-    assert one[-1] < one[0]
-    many, same, p = trained(family, c, Mesh(data=2, fsdp=2, tensor=2), jax.devices(), steps)
-    jax.tree.map(np.testing.assert_array_equal, same, first)
-    np.testing.assert_allclose(many, one, rtol=2e-5)
-    shardings = tree.flatten(p.state_shardings.params)
-    up, head, place = {"linen": ("up_0/kernel", "head/kernel", "place/embedding"),
-                       "nnx": ("up/0/kernel", "head/kernel", "place/embedding")}[kind]  # fmt: skip
-    assert shardings[up].spec == jax.P("fsdp", "tensor") and shardings[head].spec == jax.P("fsdp", "tensor")
-    assert shardings[place].spec == jax.P(None, "fsdp")
+@functools.cache
+def own(kind: str) -> tuple[Any, list[float]]:
+    """The first weights, which are the same on every mesh, and the losses of the module's own loop."""
+    m = model_of(FAMILIES[kind])
+    first = jax.device_get(fresh(m))
+    return first, own_loop(kind, m.config, first, packed(), STEPS)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize(
+    ("kind", "devices"), [("linen", 8), ("linen", 1), ("nnx", 8), pytest.param("nnx", 1, marks=pytest.mark.slow)]
+)
+def test_it_trains_as_in_its_own_loop_on_one_device_and_on_a_mesh(kind, devices):
+    m = Mesh(data=2, fsdp=2, tensor=2) if devices == 8 else Mesh()
+    losses, first, p = trained(FAMILIES[kind], m, jax.devices()[:devices])
+    expected_first, expected = own(kind)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), first, expected_first)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert losses[-1] < losses[0]
+    if devices == 8:
+        shardings = tree.flatten(p.state_shardings.params)
+        up = "up_0/kernel" if kind == "linen" else "up/0/kernel"
+        assert shardings[up].spec == jax.P("fsdp", "tensor") and shardings["head/kernel"].spec == jax.P(
+            "fsdp", "tensor"
+        )
+        assert shardings["place/embedding"].spec == jax.P(None, "fsdp")
+
+
+@pytest.mark.parametrize("kind", ["nnx", pytest.param("linen", marks=pytest.mark.slow)])
 def test_logits_and_gradients_are_the_module_s_own(kind):
     """With a head that is the embedding, a scale and a softcap; the other head is trained above."""
     family = FAMILIES[kind]
@@ -281,6 +209,14 @@ def test_weights_are_drawn_by_the_module_s_own_initializers():
     np.testing.assert_array_equal(up.init(key, up.shape), deeper.init(key, up.shape))  # whatever else there is
     up = NNX.specs(NnxConfig())["up"]["0"]["kernel"]
     np.testing.assert_allclose(np.std(up.init(key, up.shape)), D**-0.5, rtol=0.2)
+
+
+def test_make_is_given_the_compute_dtype():
+    for family in FAMILIES.values():
+        m = model_of(family, dtype="bfloat16")
+        shapes = spec.abstract(m.specs)
+        assert jax.eval_shape(lambda p, m=m: m.forward(p, packed(1)).x_BTD, shapes).dtype == jnp.bfloat16
+        assert all(w.dtype == jnp.float32 for w in jax.tree.leaves(shapes))
 
 
 def test_specs_say_what_the_module_says():
@@ -328,38 +264,6 @@ def assert_greedy(m: Model, params: Any, prompts: list[list[int]]) -> None:
 
 
 # Modules that know less, or do more.
-
-
-class Layer(nn.Module):
-    heads: int
-
-    @nn.compact
-    def __call__(self, x, mask):
-        init = nn.with_partitioning(nn.initializers.normal(0.3), (None, "model"))
-        attend = nn.MultiHeadDotProductAttention(self.heads, name="attention", kernel_init=init)
-        return x + attend(nn.LayerNorm(name="norm")(x), mask=mask), None
-
-
-class Plain(nn.Module):
-    """Knows neither segments nor positions; its layers are a scan."""
-
-    c: Config
-    shifts: bool = False
-
-    @nn.compact
-    def __call__(self, tokens):
-        c = self.c
-        real = tokens > 0
-        if self.shifts:
-            tokens = jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
-        place = self.param("place", nn.initializers.normal(1.0), (1, c.positions, c.width))
-        x = nn.Embed(c.vocab, c.width, name="embed")(tokens) + place[:, : tokens.shape[1]]
-        mask = nn.combine_masks(nn.make_causal_mask(tokens), nn.make_attention_mask(real, real))
-        x, _ = nn.scan(
-            Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers, in_axes=nn.broadcast,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c.heads, name="layers")(x, mask)  # fmt: skip
-        return x @ self.param("head", nn.initializers.normal(0.5), (c.width, c.vocab))
 
 
 @dataclass(frozen=True)
@@ -521,6 +425,9 @@ class Small(ModelConfig):
     pass
 
 
+Thawed = dataclasses.make_dataclass("Thawed", [("vocab", int, 9)], bases=(ModelConfig,))
+
+
 def run_with(m: Mesh, batch: Any = None, **execution: Any) -> None:
     layout = Layout.of(m, dataclasses.replace(EXECUTION, **execution))
     c = LinenConfig()
@@ -539,7 +446,8 @@ def counted(module, x, w):
 ones = nn.initializers.ones
 LM = dict(make=make_linen, Config=Config)
 REFUSED = {
-    "a config that is none": (lambda: from_linen(make_linen, dict), "from_linen: Config: .* extends ModelConfig"),
+    "a config that is none": (lambda: from_linen(make_linen, dict), "Config: .*dict.* as a frozen dataclass"),
+    "a config that thaws": (lambda: from_linen(make_linen, Thawed), "Config: .*Thawed.* as a frozen dataclass"),
     "a config without sizes": (lambda: from_linen(make_linen, Small), "Config: Small lacks vocab"),
     "an encoder-decoder": (lambda: from_linen(**LM, kind="encoder_decoder"), "kind: 'encoder_decoder' is none of"),
     "an unknown input": (lambda: from_linen(**LM, inputs={"x": "tokenz"}), "inputs: 'tokenz' is none of positions"),
