@@ -105,7 +105,7 @@ def _check(
 def _rows(source: str, columns: Sequence[str], text: str) -> list[Item]:
     out = []
     for row in tables.read(source, columns):
-        content = row.text(text, "text")
+        content = row.text(text, "`text`")
         out.append(Item(content, [m.span() for m in WORD.finditer(content)], cells=row.cells))
     return out
 

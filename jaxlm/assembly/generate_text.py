@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.assembly.model_source import Source
-from jaxlm.assembly.open_model import Place, open_model, with_row_adapters
+from jaxlm.assembly.open_model import Place, Pretrained, open_model, source_of, with_row_adapters
 from jaxlm.inference import stream
 from jaxlm.inference.chat import Chat, converse
 from jaxlm.inference.embed import Recipe, embed_texts, read_recipe
@@ -91,11 +91,12 @@ def chat(
     prompt: str = "",
 ) -> None:
     """Answers lines by the model's chat template until there are none; `say` shows text as it comes."""
-    p = open_model(model, step)
-    templates = {"default": template.read_text("utf-8")} if template else p.source.templates
+    source = source_of(model)
+    templates = {"default": template.read_text("utf-8")} if template else source.templates
     if not templates:
-        raise ValueError(f"{p.source.path}: the model has no chat template; give one with `template` FILE.jinja")
+        raise ValueError(f"{source.path}: the model has no chat template; give one with `template` FILE.jinja")
     text = templates.get("default", next(iter(templates.values())))
+    p = open_model(model if isinstance(model, Pretrained) else source, step)
     with mesh.on_mesh(p.mesh):
         run = p.generator()
         converse(Chat(run, p.tokens, run.prepare(p.params), text, sampling, system), lines, say, prompt)

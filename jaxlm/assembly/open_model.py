@@ -188,6 +188,13 @@ Place = str | Path | Source | Pretrained
 """A model by its place, described already, or opened already."""
 
 
+def source_of(place: Place) -> Source:
+    """Returns what a model's files say, without its weights. ValueError: the place holds no model."""
+    if isinstance(place, Pretrained):
+        return place.source
+    return place if isinstance(place, Source) else describe(place)
+
+
 def open_model(place: Place, step: int | None = None) -> Pretrained:
     """Opens a model with its weights on this machine's devices, each with all of them and its share of a batch. One
     that is open already is returned as it is.
@@ -199,7 +206,7 @@ def open_model(place: Place, step: int | None = None) -> Pretrained:
         if step is not None:
             raise ValueError("step: the model is open already; name the checkpoint where it is opened")
         return place
-    source = place if isinstance(place, Source) else describe(place)
+    source = source_of(place)
     mesh = make_mesh(config.Mesh())
     execution = source.run.execution if source.run else published_execution()
     layout = Layout.of(config.Mesh(), execution)

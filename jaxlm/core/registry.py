@@ -66,10 +66,10 @@ class Table(Mapping[str, Row]):
         """Returns the row of a name that stands in `field`. ValueError: there is none."""
         if name in self:
             return self[name]
-        raise ValueError(
-            f"{field}: unknown {name!r}{nearest(name, self)}; if it is of another package, install that, or name its "
-            "module as a plugin"
-        )
+        remedy = nearest(name, self)
+        if "did you mean" not in remedy:
+            remedy += "; if it is of another package, install that, or name its module as a plugin"
+        raise ValueError(f"{field}: unknown {name!r}{remedy}")
 
 
 class HasConfig(Protocol):

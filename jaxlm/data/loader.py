@@ -139,7 +139,7 @@ class Loader:
             )
         iterator = iter(data)
         try:
-            with script_hidden():  # workers start with the first batch
+            with script_hidden(self):  # workers start with the first batch
                 first = next(iterator)
             yield first
             yield from iterator

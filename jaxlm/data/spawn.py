@@ -1,6 +1,7 @@
 """Worker processes start without the user's script: a script that isn't guarded by `if __name__ == "__main__"` would
 otherwise run again in each of them."""
 
+import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,11 +9,18 @@ from typing import Any
 
 
 @contextmanager
-def script_hidden() -> Iterator[None]:
+def script_hidden(sent: Any) -> Iterator[None]:
     """Hides the program's script from processes that are spawned within, which multiprocessing has import it.
 
-    What workers are sent must then be defined in modules: as everything of this package is.
+    It is not hidden where what workers are `sent` is defined in it: the script must then be guarded.
     """
+    try:
+        needed = b"__main__" in pickle.dumps(sent)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        needed = True  # whoever sends it by other means knows how to find it
+    if needed:
+        yield
+        return
     main = sys.modules["__main__"]
     names = ("__spec__", "__file__")
     before: dict[str, Any] = {name: main.__dict__[name] for name in names if name in main.__dict__}

@@ -255,7 +255,7 @@ def _tokenise(
                 (tokenizer, folder, holdout),
             )
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-            with script_hidden():
+            with script_hidden((tokenizer, missing)):
                 futures = [pool.submit(_tokenise_shard, shard) for shard in missing]
             results = (future.result() for future in concurrent.futures.as_completed(futures))
         for counts in results:

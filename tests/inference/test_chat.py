@@ -178,7 +178,7 @@ def test_piped_input_from_the_command_line(opened, monkeypatch, tmp_path, capsys
 
     monkeypatch.setattr(model_source, "describe", describe)
     monkeypatch.setattr(
-        generate_text, "open_model", lambda p, _: open_model.Pretrained(describe(p), model, weights, None)
+        generate_text, "open_model", lambda source, _: open_model.Pretrained(source, model, weights, None)
     )
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nhello\n/exit\n"))
     assert cli.main(["chat", str(tmp_path), "--tokens", "6"]) == 2

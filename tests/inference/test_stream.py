@@ -228,7 +228,7 @@ def test_the_command_line_reaches_every_way_to_choose(generate, weights, monkeyp
     (tmp_path / "generation_config.json").write_text(
         json.dumps(dict(max_new_tokens=3, do_sample=True, temperature=0.5, top_k=4, eos_token_id=[1, 2], typical_p=0.5))
     )
-    found = generate_text.settings(tmp_path)
+    found = generate_text.settings(model_source.describe(tmp_path))
     assert (found.tokens, found.temperature, found.top_k) == (3, 0.5, 4)
     assert "left out: typical_p" in capsys.readouterr().err
     assert cli.main(["generate", str(tmp_path), "--prompt", "a", "--draft", "lookup", "--stop", "x"]) == 2
