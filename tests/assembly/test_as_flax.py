@@ -61,6 +61,7 @@ def test_logits_and_gradients_are_ours(name):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, grads)
 
 
+@pytest.mark.slow
 def test_fresh_weights_have_our_names_and_dropout_is_flax_s():
     c = CONFIGS["llama"]
     tokens = np.arange(B * T, dtype=np.int32).reshape(B, T)

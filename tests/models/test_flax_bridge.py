@@ -158,7 +158,13 @@ def own(kind: str) -> tuple[Any, list[float]]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "devices"), [("linen", 8), ("linen", 1), ("nnx", 8), pytest.param("nnx", 1, marks=pytest.mark.slow)]
+    ("kind", "devices"),
+    [
+        ("linen", 1),
+        ("nnx", 8),
+        pytest.param("linen", 8, marks=pytest.mark.slow),
+        pytest.param("nnx", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_it_trains_as_in_its_own_loop_on_one_device_and_on_a_mesh(kind, devices):
     m = Mesh(data=2, fsdp=2, tensor=2) if devices == 8 else Mesh()
@@ -176,7 +182,8 @@ def test_it_trains_as_in_its_own_loop_on_one_device_and_on_a_mesh(kind, devices)
         assert shardings["place/embedding"].spec == jax.P(None, "fsdp")
 
 
-@pytest.mark.parametrize("kind", ["nnx", pytest.param("linen", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
 def test_logits_and_gradients_are_the_module_s_own(kind):
     """With a head that is the embedding, a scale and a softcap; the other head is trained above."""
     family = FAMILIES[kind]
@@ -238,7 +245,7 @@ def test_specs_say_what_the_module_says():
     assert s["up_0/kernel"].axes == ("ffn", None) and s["place/embedding"].role == "matrix"
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "nnx" else pytest.mark.slow) for k in FAMILIES])
 def test_packed_is_alone_and_decoding_reads_rows_from_their_first_token(kind):
     m = model_of(FAMILIES[kind])
     params = fresh(m, 1, 2.0)
@@ -291,6 +298,7 @@ def test_a_module_without_segments_reads_whole_rows_or_is_refused():
     np.testing.assert_allclose(half_row, x[:1, :13], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_scanned_layers_generate_and_rest_as_a_stack():
     m = model_of(PLAIN)
     s = m.specs["layers"]["attention"]["query"]["kernel"]
@@ -309,6 +317,7 @@ def make_shifting(c):
     return Plain(dataclasses.replace(c, positions=c.positions + 1), shifts=True)
 
 
+@pytest.mark.slow
 def test_a_module_that_shifts_its_inputs_says_the_same_of_the_next_token():
     """As the lm1b example of Flax does, whose logits are of each token and not of the next one."""
     shifting = from_linen(make_shifting, PlainConfig, single_document=True, shifts_inputs=True)
@@ -322,6 +331,7 @@ def test_a_module_that_shifts_its_inputs_says_the_same_of_the_next_token():
     assert_greedy(m, params, [[5, 6, 7], [9, 8, 7, 6, 5]])
 
 
+@pytest.mark.slow
 def test_an_encoder_learns_what_is_masked_and_its_states_can_be_classified():
     family = from_linen(lambda c, dtype: LinenLm(c, dtype, causal=False), Config, kind="encoder")
     batch = packed(2) | dict(at=np.array([[1, 8], [2, 9]], np.int32), weights=np.ones((2, 2), np.float32))
