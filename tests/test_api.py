@@ -117,5 +117,5 @@ def test_a_script_without_a_guard_may_train_with_processes_that_tokenise(tmp_pat
         f"{str(tmp_path / 'cache')!r}, workers=2, progress=False)\nprint(sorted(paths))\n"
     )
     done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True,
-                          env={"PYTHONPATH": str(ROOT), "PATH": ""})  # fmt: skip
+                          env={"PYTHONPATH": str(ROOT), "PATH": ""}, timeout=60)  # fmt: skip
     assert done.stdout.count("begins") == 1 and "train" in done.stdout, done.stderr
