@@ -37,11 +37,12 @@ class Table(Mapping[str, Row]):
     def _load_installed(self) -> None:
         if self._installed:
             return
-        self._installed = True
+        self._installed = True  # a module that is loaded may look into this table
         for point in entry_points(group=self.group):
             try:
                 row = point.load()
             except Exception as error:
+                self._installed = False
                 package = point.dist.name if point.dist else point.value
                 raise ValueError(
                     f"{self.kind} {point.name!r} of the installed package {package} can't be loaded "
@@ -92,8 +93,9 @@ class ConfigTable(Table[Configured]):
 
     def add(self, name: str, row: Configured) -> None:
         """Adds a row of another package. ValueError: the name or the `Config` class belongs to another row."""
+        if name not in self._rows:  # else the name is refused below, and the class stays free
+            register(row.Config, name)
         super().add(name, row)
-        register(row.Config, name)
 
     def of(self, settings: Any) -> Configured:
         """Returns the row whose `Config` the settings are an instance of. ValueError: no row has that class."""

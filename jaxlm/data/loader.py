@@ -1,5 +1,6 @@
 """A batch is a pure function of (seed, step): hosts and workers change who computes a row, never what it holds."""
 
+import contextlib
 import dataclasses
 import multiprocessing
 import multiprocessing.connection
@@ -139,7 +140,8 @@ class Loader:
             )
         iterator = iter(data)
         try:
-            with script_hidden(self):  # workers start with the first batch
+            # workers start with the first batch
+            with script_hidden(self.to_example) if self.workers else contextlib.nullcontext():
                 first = next(iterator)
             yield first
             yield from iterator
