@@ -91,6 +91,18 @@ def _children() -> set[int]:
 # ------------------------------------------------------------------------------------------------------ order
 
 
+class Unpicklable(list):
+    """Records that must stay where they are."""
+
+    def __reduce__(self):
+        raise AssertionError("the records were pickled")
+
+
+def test_records_are_not_copied_where_no_worker_needs_them():
+    loader = Loader([Unpicklable([{"x": np.ones(2)}] * 4)], [1.0], lambda record, rng: record, batch_size=2)
+    assert [batch["x"].shape for batch in _take(loader, 0, 2)] == [(1, 2, 2)] * 2
+
+
 def test_shapes_and_indices(caches):
     loader = _loader(caches, micro_batches=2, rows=[1, 3])
     batch = loader.batch(3)
