@@ -15,7 +15,7 @@ from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.open_model import open_model
 from jaxlm.assembly.own_loop import Program
 from jaxlm.assembly.trained_run import RunDirectory
-from jaxlm.core import plugins
+from jaxlm.core import config_io, plugins
 from jaxlm.core.config import Run
 from jaxlm.inference.sampling import Sampling
 from jaxlm.models import MODELS
@@ -37,18 +37,21 @@ __all__ = [
 ]  # fmt: skip
 
 
-def load(source: run_source.RunSource, *, start: str = "", **changes: Any) -> Run:
+def load(source: run_source.RunSource, *, start: str = "", overrides: str | Path | None = None, **changes: Any) -> Run:
     """Returns a run with changed fields.
 
     `source` is a config file, the bare name of one of the package (`quickstart`), a run directory, a `Run`, or a
     function that returns one. Changes are fields or parts: `load("quickstart", seed=1, train={"steps": 100},
     optim=Optim(lr=1e-3), adapter="lora")`, and by names with dots: `load("quickstart", **{"optim.lr": 1e-3})`. `start`
-    names a model to start from, whose architecture and tokenizer the run then has.
+    names a model to start from, whose architecture and tokenizer the run then has. `overrides` names a YAML or JSON
+    file of changes, which come before the others.
 
     ValueError: there is no such file or field, or a value isn't of its field's type.
     """
-    base = run_source.load_base(source, start)
-    return run_source.completed(run_source.overridden(base.run, changes))
+    first = {} if overrides is None else config_io.read_overrides(Path(overrides))
+    base = run_source.load_base(source, start or str(first.get("start", "")))
+    run = run_source.overridden(base.run, first)
+    return run_source.completed(run_source.overridden(run, changes))
 
 
 def train(run: Run, *, on_step: Callable[[int, dict[str, float]], None] | None = None) -> RunDirectory:
@@ -89,20 +92,21 @@ def evaluate(
     return dict(evaluate_model.evaluate(_place(model), data=sources, batches=batches).figures)
 
 
-def plan(run: Run, target: str, *, compile: bool = True) -> Plan:
+def plan(run: Run, target: str, *, analytic: bool = False) -> Plan:
     """Returns what a step of the run needs on a target such as `h100:8`, `h100:8x8` or `v5p:4x4x4`, none of which need
-    be here: memory, seconds, tokens a second, and what limits them. Without `compile` it is worked out by arithmetic.
+    be here: memory, seconds, tokens a second, and what limits them. `analytic` works it out by arithmetic and
+    compiles nothing.
 
     Where compilers for other machines are asked for, call this before anything else uses jax's devices. ValueError: the
     target isn't known, or a field of the run can't be met on it.
     """
-    return plans.make(run, targets.parse(target), compile)
+    return plans.make(run, targets.parse(target), not analytic)
 
 
-def import_model(place: str | Path, target: str | Path) -> RunDirectory:
-    """Makes a run directory of a published model and returns it. ValueError: `target` exists, or `place` holds no model
+def import_model(model: str | Path, target: str | Path) -> RunDirectory:
+    """Makes a run directory of a published model and returns it. ValueError: `target` exists, or `model` is no model
     that can be read exactly."""
-    convert.import_model(str(place), target)
+    convert.import_model(str(model), target)
     return RunDirectory(Path(target))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm.commands import cli
+from jaxlm.commands import arguments, cli
 from jaxlm.core import config_io
 
 ROOT = Path(__file__).parents[1]
@@ -34,12 +34,11 @@ def test_the_few_minutes_on_a_cpu_of_each_config_are_those_that_are_measured(tas
 
 
 def test_the_commands_of_the_tasks_can_be_read(tasks):
-    parser = cli.build_parser()
     for task in tasks.TASKS.values():
         train, evaluate = (command.split()[1:] for command in task.commands())
-        _, rest = parser.parse_known_args(train)
+        _, rest = arguments.parse(cli.command(train[0]), train[1:])
         start = rest.index("--start") if "--start" in rest else len(rest)
         whole = config_io.load(ROOT / "configs" / f"{task.config}.py")
         run = config_io.override(whole, rest[:start] + rest[start + 2 :])
         assert run.train.steps < whole.train.steps and run.name == Path(evaluate[1]).name
-        assert not parser.parse_known_args(evaluate)[1]
+        assert not arguments.parse(cli.command(evaluate[0]), evaluate[1:])[1]

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import jaxlm
 
 ROOT = Path(jaxlm.__file__).parents[1]
@@ -85,6 +87,38 @@ def test_importing_every_module_changes_no_setting_and_takes_no_device():
     found = run_python(IMPORT_ALL, *MODULES)
     assert found["changed"] == []
     assert found["foreign"] == []
+
+
+# What each of these loads besides the standard library: a heavy package would be waited for at every start.
+LOADED = """
+import contextlib, io, json, sys
+with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    import jaxlm
+    if sys.argv[1:] != ["import"]:
+        from jaxlm.commands import cli
+        cli.main(sys.argv[1:])
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names))))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "without"),
+    [
+        (["import"], {"jax", "numpy", "tyro", "yaml"}),
+        (["--help"], {"jax", "numpy", "tyro", "yaml"}),
+        (["--version"], {"jax", "numpy", "tyro", "yaml"}),
+        (["trian"], {"jax", "numpy", "tyro", "yaml"}),
+        (["train", "--help"], {"jax", "numpy"}),
+        (["eval", "--help"], {"jax", "numpy"}),
+        (["eval", "m", "--bachtes", "3"], {"jax", "numpy"}),
+        (["train", "no_such_config"], {"jax", "numpy"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_start_loads_nothing_heavy(arguments, without):
+    loaded = set(run_python(LOADED, *arguments))
+    assert "jaxlm" in loaded
+    assert not loaded & without
 
 
 def test_help_takes_less_than_a_second_of_cpu():

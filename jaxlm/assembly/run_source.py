@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxlm.assembly import open_model, run_directory, run_objective
 from jaxlm.assembly.model_source import StartModel
-from jaxlm.core import config, config_io
+from jaxlm.core import config, config_io, registry
 from jaxlm.training import optimizers
 from jaxlm.weights.adapters import METHODS
 
@@ -47,11 +47,20 @@ def _run_of(source: RunSource) -> config.Run:
 
 def overridden(run: config.Run, changes: Mapping[str, Any]) -> config.Run:
     """Returns the run with changed fields. Keys are names of fields or of parts, with dots between them; the value of a
-    part is another part, or a mapping with some of its fields. `adapter` takes a method's name too.
+    part is another part, or a mapping with some of its fields. `adapter` takes a method's name too; a mapping of a
+    model, an objective or an adapter may name its family, as `config.json` does.
 
     ValueError: there is no such field, or the value isn't of its type.
     """
     changes = dict(changes)
+    for key in ("model", "objective", "adapter"):
+        if not (isinstance(part := changes.get(key), Mapping) and "family" in part):
+            continue
+        changes[key] = {name: value for name, value in part.items() if name != "family"}
+        if key == "adapter":
+            run = config_io.with_adapter(run, str(part["family"]), METHODS)
+        elif part["family"] != (own := registry.name_of(getattr(run, key))):
+            raise ValueError(f"{key}.family: {part['family']!r}, but the run's is {own!r}; choose another config")
     if isinstance(changes.get("adapter"), str):
         run = config_io.with_adapter(run, changes.pop("adapter"), METHODS)
     return config_io.changed(run, changes)

@@ -1,32 +1,98 @@
-"""Several commands share how they add a parser, load the run that arguments name, and print the last line of JSON."""
+"""A command is a frozen dataclass: its fields are its arguments, and its `run` does it. What several share is here.
 
-import argparse
+The docstring of a command ends with an example of its use, on a line that begins with `example: `.
+"""
+
 import dataclasses
+import inspect
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
-from jaxlm.core import config, config_io
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from jaxlm.core import config, config_io, typed_arguments
 from jaxlm.runtime import processes
 
-MODEL = (
+_MODEL = (
     "a run directory, a Hugging Face directory, hf:OWNER/NAME, or a .gguf file; MODEL+ADAPTER puts an adapter of "
     "Hugging Face PEFT on it, whose directory alone may name its model"
 )
-Handler = Callable[[argparse.Namespace, list[str]], int]
+_CONFIG = "a config file, the name of one of the package, or a run directory"
+Model = Annotated[Positional[str], arg(metavar="MODEL", help=_MODEL)]
+Config = Annotated[Positional[str], arg(metavar="CONFIG|RUN_DIR", help=_CONFIG)]
+Flag = FlagCreatePairsOff[bool]
+Json = Annotated[FlagCreatePairsOff[bool], arg(help="End with one line of JSON.")]
 
 
-def add_command(commands: Any, name: str, run: Handler, help: str, example: str, overrides: bool = False) -> Any:
-    """Returns a new command's parser. `run` handles it and returns the exit status; with `overrides` it also gets the
-    arguments that the parser doesn't know."""
-    parser = commands.add_parser(
-        name, help=help, description=help, epilog=f"example: {example}", add_help=not overrides
-    )
-    parser.set_defaults(run=run, overrides=overrides, parser=parser)
-    return parser
+class More(NamedTuple):
+    """Options that a command takes besides its own fields."""
+
+    name: str
+    kind: Any
+    """Their dataclass."""
+    values: Any
+    """The dataclass with the values that they have if they aren't given."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that takes no options but its own fields."""
+
+    takes_more: ClassVar[bool] = False
+    """Whether options that aren't fields are given to `run`; else they are errors."""
+    hint: ClassVar[str] = ""
+    """What help says of more options where it can't show them, for no positional argument is given."""
+
+    def run(self, rest: list[str]) -> int:
+        """Does what the command says and returns the exit status. `rest` are the options that aren't fields."""
+        raise NotImplementedError
+
+    @classmethod
+    def more(cls, place: str, rest: Sequence[str] = ()) -> More | None:
+        """Returns the options besides the fields, for help; `place` is the first positional argument, or empty, and
+        `rest` are those of these options that were given."""
+        return None
+
+
+@dataclass(frozen=True)
+class OnRun(Command):
+    """A command on a run: every field of its config is an option too."""
+
+    takes_more = True
+    hint = "Every field of a config is an option too; see those of one: jaxlm train quickstart --help"
+
+    config: Config
+    overrides: Path | None = None
+    """A YAML or JSON file of fields to change; options change them after it."""
+
+    @classmethod
+    def more(cls, place: str, rest: Sequence[str] = ()) -> More | None:
+        if not place or {f.name for f in dataclasses.fields(cls)} & {f.name for f in dataclasses.fields(config.Run)}:
+            return None  # an option of the command may stand for another thing than the field of its name
+        from jaxlm.weights.adapters import METHODS
+
+        run, _ = config_io.choose_adapter(_base(place, _last_value(rest, "--start") or "").run, list(rest), METHODS)
+        return More("run_fields", config.Run[type(run.model), type(run.objective)], run)  # type: ignore[misc]
+
+    def load(self, rest: list[str]) -> "LoadedRun":
+        """Returns the run with the changes of its file of overrides and of the options."""
+        changes = {} if self.overrides is None else config_io.read_overrides(self.overrides)
+        place = _last_value(rest, "--start")
+        base, start = _base(self.config, str(changes.get("start", "")) if place is None else place)
+        from jaxlm.assembly import run_source
+        from jaxlm.assembly.model_source import StartModel
+        from jaxlm.weights.adapters import METHODS
+
+        run = run_source.overridden(base, changes)
+        run = config_io.override(*config_io.choose_adapter(run, rest, METHODS))
+        if start.place != run.start:
+            start = StartModel(run.start)
+        return LoadedRun(base, run_source.completed(run), start)
 
 
 class LoadedRun(NamedTuple):
@@ -38,58 +104,62 @@ class LoadedRun(NamedTuple):
     """The `StartModel` of the run; its place is empty where the run starts from no model."""
 
 
-def load_run(args: argparse.Namespace, rest: list[str]) -> LoadedRun:
-    """Loads the run that the arguments name. Where help is asked for it is shown, and the program ends."""
-    if args.help:
-        print(args.parser.format_help())
-        if args.config is None:
-            print("Every field of a config is an option too; see those of one: jaxlm train quickstart --help")
-            raise SystemExit(0)
-    if args.config is None:
-        raise ValueError("give a config, for example: jaxlm train quickstart")
-    if not Path(args.config).is_dir():
-        config_io.find(args.config)  # an unknown name is told before anything heavy is imported
+def _base(source: str, start: str) -> Any:
+    if not Path(source).is_dir():
+        config_io.find(source)  # an unknown name is told before anything heavy is imported
     from jaxlm.assembly import run_source
-    from jaxlm.assembly.model_source import StartModel
-    from jaxlm.weights.adapters import METHODS
 
-    base, start = run_source.load_base(args.config, last_value(rest, "--start") or "")
-    run, rest = config_io.choose_adapter(base, rest, METHODS)
-    run = config_io.override(run, rest + (["--help"] if args.help else []))
-    if start.place != run.start:
-        start = StartModel(run.start)
-    return LoadedRun(base, run_source.completed(run), start)
+    return run_source.load_base(source, start)
 
 
-def last_value(args: list[str], flag: str) -> str | None:
+def _last_value(args: Sequence[str], flag: str) -> str | None:
     """Returns the value of the last `--flag value` or `--flag=value`; None: the flag is not there."""
     found = [after for a, after in itertools.pairwise([*args, ""]) if a == flag]
     found += [a.partition("=")[2] for a in args if a.startswith(f"{flag}=")]
     return found[-1] if found else None
 
 
-def with_flags(message: str, args: argparse.Namespace) -> str:
+def parse(kind: type[Command], args: Sequence[str]) -> tuple[Command, list[str]]:
+    """Returns a command, and the options that aren't its fields where it takes some. ValueError: an argument doesn't
+    fit."""
+    if not kind.takes_more:
+        return typed_arguments.parse(kind, args), []
+    own, rest = typed_arguments.split(kind, args)
+    return typed_arguments.parse(kind, own), rest
+
+
+def show_help(kind: type[Command], name: str, args: Sequence[str]) -> None:
+    """Prints what a command does and takes; beside a positional argument that names a config or a model, its own
+    options with its own values."""
+    own, rest = typed_arguments.split(kind, [a for a in args if a not in ("-h", "--help")])
+    place = next((a for a in own[:1] if not a.startswith("-")), "")
+    about, more = inspect.getdoc(kind) or "", kind.more(place, rest)
+    if more is None and kind.hint:
+        about += f"\n\n{kind.hint}"
+    typed_arguments.show_help(typed_arguments.with_part(kind, *more) if more else kind, f"jaxlm {name}", about)
+
+
+def with_flags(message: str, kind: type[Command]) -> str:
     """Returns an error of the library with the command's options where it names arguments: at its beginning before a
     colon, and between backquotes."""
-    options = set(re.findall(r"--([a-z][a-z-]*)", args.parser.format_help()))
-    flag = lambda name: f"--{name.replace('_', '-')}"  # noqa: E731
+    options = {f.name for f in dataclasses.fields(kind)} - set(typed_arguments.positional(kind))
     first = re.match(r"([a-z_]+)(?=[: ])", message)
-    if first and flag(first[1])[2:] in options and ":" in message:
-        message = flag(first[1]) + message[first.end() :]
-    if args.overrides and "`" in message:
+    if first and first[1] in options and ":" in message:
+        message = typed_arguments.flag(first[1]) + message[first.end() :]
+    if kind.takes_more and "`" in message:
         from jaxlm.inference.sampling import Sampling
 
-        options |= {f.name.replace("_", "-") for kind in (config.Run, Sampling) for f in dataclasses.fields(kind)}
-    return re.sub(r"`([a-z_]+)`", lambda m: flag(m[1]) if flag(m[1])[2:] in options else m[0], message)
+        options |= {f.name for part in (config.Run, Sampling) for f in dataclasses.fields(part)}
+    return re.sub(r"`([a-z_]+)`", lambda m: typed_arguments.flag(m[1]) if m[1] in options else m[0], message)
 
 
-def start_processes(args: argparse.Namespace, run: Any = None) -> None:
+def start_processes(command: Command, run: Any = None) -> None:
     """Joins the other processes, if there are any: all must have been started with the same run, or arguments."""
-    processes.start(vars(args) | {"run": None, "parser": None} if run is None else config_io.flatten(run))
+    processes.start(dataclasses.asdict(command) if run is None else config_io.flatten(run))
 
 
-def print_json(args: argparse.Namespace, values: dict) -> int:
-    """Prints the values as one last line of JSON where `--json` asks for it; returns the exit status 0."""
-    if args.json:
+def print_json(wanted: bool, values: dict) -> int:
+    """Prints the values as one last line of JSON where it is wanted; returns the exit status 0."""
+    if wanted:
         print(json.dumps(values))
     return 0

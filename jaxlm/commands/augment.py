@@ -1,49 +1,70 @@
 """`jaxlm augment` makes more labelled examples from a table or from tagged words."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-from jaxlm.commands.arguments import MODEL, add_command, start_processes
+from tyro.conf import Positional, arg
 
-
-def add_parsers(commands: Any) -> None:
-    """Adds what this file's commands take to the parser of the command line."""
-    p = add_command(commands, "augment", _augment, "more labelled examples: words by a masked model, or there and back",
-                "jaxlm augment train.tsv --method mask --model runs/bert --text sentence --out more.tsv")  # fmt: skip
-    p.add_argument("file", metavar="FILE", help="a .csv, .tsv or .jsonl table, or CoNLL columns")
-    p.add_argument("--method", choices=("mask", "back_translate"), required=True)
-    p.add_argument("--model", required=True, metavar="MODEL", help=f"mask: an encoder with a language-model head; "
-                   f"back_translate: an encoder-decoder; {MODEL}")  # fmt: skip
-    p.add_argument("--back", metavar="MODEL", help="back_translate: an encoder-decoder that translates back")
-    p.add_argument("--out", type=Path, required=True, help="a new file of the same format, of the new examples alone")
-    p.add_argument("--text", default="text", metavar="COLUMN", help="of a table (default text)")
-    p.add_argument("--columns", default="", metavar="A,B", help="of a .csv or .tsv whose first line is no header")
-    p.add_argument("--word", type=int, default=0, help="column of CoNLL words (default 0)")
-    p.add_argument("--tag", type=int, default=-1, help="column of CoNLL tags (default -1, the last)")
-    p.add_argument("--entities", action="store_true", help="replace words of entities too, which else stay")
-    p.add_argument("--share", type=float, default=0.15, help="mask: of the words (default 0.15)")
-    p.add_argument("--top-k", type=int, default=10, help="mask: draw from so many of the likeliest words (default 10)")
-    p.add_argument("--copies", type=int, default=1, help="new examples of each (default 1)")
-    p.add_argument("--prefix", default="", help="back_translate: text before each, such as T5's task")
-    p.add_argument("--back-prefix", default="", help="the same of --back")
-    p.add_argument("--temperature", type=float, default=0.0, help="back_translate (default 0: the likeliest)")
-    p.add_argument("--beams", type=int, default=1, help="back_translate (default 1)")
-    p.add_argument("--tokens", type=int, default=128, help="back_translate: of a text, at most (default 128)")
-    p.add_argument("--seed", type=int, default=0)
+from jaxlm.commands.arguments import Command, Flag, start_processes
 
 
-def _augment(args: argparse.Namespace, rest: list[str]) -> int:
-    start_processes(args)
-    from jaxlm.assembly import augment
-    from jaxlm.inference.sampling import Sampling
+@dataclass(frozen=True)
+class Augment(Command):
+    """Makes more labelled examples: words that a masked model puts in, or texts translated there and back.
 
-    how = Sampling(tokens=args.tokens or 512, temperature=args.temperature, beams=args.beams)
-    columns = tuple(name for name in args.columns.split(",") if name)
-    said = augment.augment(
-        args.file, args.out, args.method, args.model, args.back, text=args.text, columns=columns, word=args.word,
-        tag=args.tag, entities=args.entities, share=args.share, top_k=args.top_k, copies=args.copies,
-        prefixes=(args.prefix, args.back_prefix), how=how, seed=args.seed,
-    )  # fmt: skip
-    print(said)
-    return 0
+    example: jaxlm augment train.tsv --method mask --model runs/bert --text sentence --out more.tsv
+    """
+
+    file: Annotated[Positional[str], arg(metavar="FILE", help="a .csv, .tsv or .jsonl table, or CoNLL columns")]
+    method: Literal["mask", "back_translate"]
+    """mask: words are replaced by a masked model; back_translate: texts are translated there and back."""
+    model: str
+    """mask: an encoder with a language-model head; back_translate: an encoder-decoder. A run directory, a Hugging Face
+    directory or hf:OWNER/NAME."""
+    out: Path
+    """A new file of the same format, of the new examples alone."""
+    back: str | None = None
+    """back_translate: an encoder-decoder that translates back."""
+    text: str = "text"
+    """The column of a table that is changed."""
+    columns: str = ""
+    """A,B: the columns of a .csv or .tsv whose first line is no header."""
+    word: int = 0
+    """The column of CoNLL words."""
+    tag: int = -1
+    """The column of CoNLL tags; -1 is the last."""
+    entities: Flag = False
+    """Replace words of entities too, which else stay."""
+    share: float = 0.15
+    """mask: the share of the words that is replaced."""
+    top_k: int = 10
+    """mask: draw from so many of the likeliest words."""
+    copies: int = 1
+    """New examples of each."""
+    prefix: str = ""
+    """back_translate: text before each, such as T5's task."""
+    back_prefix: str = ""
+    """The same of --back."""
+    temperature: float = 0.0
+    """back_translate: 0 writes the likeliest text."""
+    beams: int = 1
+    """back_translate: beams of the search; 1 is none."""
+    tokens: int = 128
+    """back_translate: the most new tokens of a text."""
+    seed: int = 0
+
+    def run(self, rest: list[str]) -> int:
+        start_processes(self)
+        from jaxlm.assembly import augment
+        from jaxlm.inference.sampling import Sampling
+
+        how = Sampling(tokens=self.tokens or 512, temperature=self.temperature, beams=self.beams)
+        columns = tuple(name for name in self.columns.split(",") if name)
+        said = augment.augment(
+            self.file, self.out, self.method, self.model, self.back, text=self.text, columns=columns, word=self.word,
+            tag=self.tag, entities=self.entities, share=self.share, top_k=self.top_k, copies=self.copies,
+            prefixes=(self.prefix, self.back_prefix), how=how, seed=self.seed,
+        )  # fmt: skip
+        print(said)
+        return 0

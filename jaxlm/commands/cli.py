@@ -1,18 +1,59 @@
 """The command line dispatches to the commands. Importing this loads neither jax nor any other heavy package: `--help`
-answers at once."""
+answers at once, and a command loads no other."""
 
-import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib import metadata
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, NamedTuple
 
-from jaxlm.commands import augment, convert, data, doctor, evaluate, generate, plan, report, train
-from jaxlm.commands.arguments import with_flags
 from jaxlm.core import errors, plugins
 from jaxlm.runtime import processes
 
-COMMANDS = (train, plan, evaluate, generate, augment, convert, data, report, doctor)  # in the order of `--help`
+if TYPE_CHECKING:
+    from jaxlm.commands.arguments import Command
+
+
+class Row(NamedTuple):
+    place: str
+    """The file of this folder and the dataclass there."""
+    does: str
+
+
+COMMANDS = {  # in the order of `--help`
+    "train": Row("train.Train", "train a config, or continue a run directory"),
+    "plan": Row("plan.Plan", "what a config needs on machines that aren't here: memory, time, bottleneck"),
+    "tune": Row("plan.Tune", "measure the fastest meshes and remat policies of a config on this machine"),
+    "eval": Row("evaluate.Eval", "losses and scores of a model, with intervals"),
+    "generate": Row("generate.Generate", "continue prompts"),
+    "chat": Row("generate.Chat", "talk with a model"),
+    "embed": Row("generate.Embed", "texts to vectors with an encoder"),
+    "augment": Row("augment.Augment", "make more labelled examples"),
+    "import": Row("convert.Import", "make a run directory of a published model"),
+    "export": Row("convert.Export", "write a model for others to read, and check that it is the same"),
+    "tokenizer train": Row("data.TokenizerTrain", "train a SentencePiece tokenizer"),
+    "data prepare": Row("data.DataPrepare", "tokenise the data of a config into its cache"),
+    "data inspect": Row("data.DataInspect", "show decoded training examples"),
+    "report": Row("report.Report", "rebuild report.html and report.png from a run's logs"),
+    "doctor": Row("doctor.Doctor", "devices, versions, what is missing and the command that mends it"),
+    "completion": Row("completion.Completion", "a script that completes commands and options in bash, zsh or fish"),
+}
+ABOUT = """usage: jaxlm [--version] [--plugin MODULE] [--debug] COMMAND ...
+
+Language models on JAX: pretrain, fine-tune, evaluate, generate, import and export.
+
+commands:
+{commands}
+
+options that every command takes:
+    -h, --help       what a command takes, with an example
+    --plugin MODULE  a module, or a Python file, that registers models, objectives, adapters, optimizers or schedules;
+                     may be given several times. The variable JAXLM_PLUGINS names some too
+    --debug          show a traceback for every error
+
+example: jaxlm train quickstart --train.steps 100
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,25 +64,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
-    modules = _take_plugins(arguments)
-    parser = build_parser()
-    args, rest = parser.parse_known_args(arguments)
-    if rest and not args.overrides:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    processes.reserve_threads()
+    kind = None
     try:
+        modules = _take_plugins(arguments)
+        if arguments[:1] == ["--version"]:
+            print(f"jaxlm {metadata.version('jaxlm')}")
+            return 0
+        name, rest = _named(arguments)
+        if name not in COMMANDS:
+            print(overview(name))
+            return 0 if rest else 2  # `jaxlm` alone asks for nothing
+        processes.reserve_threads()
+        kind = command(name)
         plugins.load(modules)
-        return args.run(args, rest)
+        return _run(kind, name, rest)
     except KeyboardInterrupt:
         return _failed("interrupted", 1)
+    except BrokenPipeError:  # who read what is printed wants no more of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
-        line = with_flags(one_line(error), args)
+        line = one_line(error)
+        if kind is not None:
+            from jaxlm.commands.arguments import with_flags
+
+            line = with_flags(line, kind)
         return _failed(f"jaxlm: {line}", 2, error if debug or _of_devices(error) else None)
     except RuntimeError as error:
         expected = type(error).__name__ in ("NonFiniteError", "ProcessError")
         return _failed(f"jaxlm: {one_line(error)}", 1, None if expected and not debug else error)
     except Exception as error:
         return _failed(f"jaxlm: {type(error).__name__}: {one_line(error)}", 1, error)
+
+
+def command(name: str) -> "type[Command]":
+    """Returns the dataclass of a command of the table."""
+    file, _, kind = COMMANDS[name].place.partition(".")
+    return getattr(import_module(f"jaxlm.commands.{file}"), kind)
+
+
+def _run(kind: "type[Command]", name: str, arguments: list[str]) -> int:
+    from jaxlm.commands import arguments as shared
+
+    if "-h" in arguments or "--help" in arguments:
+        shared.show_help(kind, name, arguments)
+        return 0
+    args, rest = shared.parse(kind, arguments)
+    return args.run(rest)
+
+
+def _named(arguments: list[str]) -> tuple[str, list[str]]:
+    """Returns the name of a command, or the first word of several where help on them is asked for, and what follows it.
+    ValueError: there is no such command."""
+    words = arguments[:2]
+    for name in (" ".join(words), *words[:1]):
+        if name in COMMANDS:
+            return name, arguments[len(name.split()) :]
+    if not words or words[0] in ("-h", "--help"):
+        return "", words
+    inner = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
+    if inner and words[1:] in ([], ["-h"], ["--help"]):
+        return words[0], words[1:]
+    unknown = " ".join(words) if inner else words[0]
+    raise ValueError(f"unknown command {unknown}{errors.nearest(unknown, inner or COMMANDS)}")
+
+
+def overview(first: str = "") -> str:
+    """Returns the list of all commands, or of those whose name begins with a word."""
+    rows = {name: row.does for name, row in COMMANDS.items() if not first or name.startswith(f"{first} ")}
+    width = max(map(len, rows))
+    return ABOUT.format(commands="\n".join(f"    {name:{width}}  {does}" for name, does in rows.items())).rstrip()
 
 
 def _take_plugins(arguments: list[str]) -> list[str]:
@@ -51,6 +143,8 @@ def _take_plugins(arguments: list[str]) -> list[str]:
         i = flags.index("--plugin")
         _, equals, name = arguments[i].partition("=")
         modules.append(name if equals else "".join(arguments[i + 1 : i + 2]))
+        if not modules[-1]:
+            raise ValueError("--plugin: give a module, or a Python file")
         del arguments[i : i + (1 if equals else 2)]
     return modules
 
@@ -81,24 +175,6 @@ def one_line(error: BaseException) -> str:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; free space or choose another folder"
     return errors.one_line(error)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser of all commands; each file of `COMMANDS` adds its own."""
-    parser = argparse.ArgumentParser(
-        prog="jaxlm",
-        description="Language models on JAX: pretrain, evaluate, generate, import and export.",
-        epilog="example: jaxlm train configs/quickstart.py --train.steps 100",
-    )
-    parser.add_argument("--version", action="version", version=f"jaxlm {metadata.version('jaxlm')}")
-    parser.add_argument("--debug", action="store_true", help="show a traceback for every error")
-    parser.add_argument("--plugin", metavar="MODULE", action="append", help="a module, or a Python file, that "
-                        "registers models, objectives, adapters, optimizers or schedules; may be given several times. "
-                        "The variable JAXLM_PLUGINS names some too")  # fmt: skip
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in COMMANDS:
-        module.add_parsers(commands)
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """`jaxlm doctor`: what is installed, what is missing, and the command that mends it. Changes nothing."""
 
-import argparse
 import importlib.metadata
 import importlib.util
 import os
@@ -15,7 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxlm.commands.arguments import add_command
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jaxlm.commands.arguments import Command
 from jaxlm.core.errors import one_line
 
 Status = Literal["ok", "note", "bad"]
@@ -54,17 +57,17 @@ class Row:
     """A command or one instruction; empty where nothing is to be done."""
 
 
-def add_parsers(commands: Any) -> None:
-    """Adds this command to the parser of the command line."""
-    add_command(
-        commands, "doctor", _doctor, "devices, versions, what is missing and the command that mends it", "jaxlm doctor"
-    )
+@dataclass(frozen=True)
+class Doctor(Command):
+    """Lists devices and versions, what is missing, and the command that mends it. Changes nothing.
 
+    example: jaxlm doctor
+    """
 
-def _doctor(args: argparse.Namespace, rest: list[str]) -> int:
-    rows, ok = doctor()
-    print_rows(rows)
-    return 0 if ok else 1
+    def run(self, rest: list[str]) -> int:
+        rows, ok = doctor()
+        print_rows(rows)
+        return 0 if ok else 1
 
 
 def doctor(*, cache: str | os.PathLike = "~/.cache/jaxlm") -> tuple[list[Row], bool]:
@@ -76,15 +79,11 @@ def doctor(*, cache: str | os.PathLike = "~/.cache/jaxlm") -> tuple[list[Row], b
     return rows, all(row.status != "bad" for row in rows)
 
 
-def print_rows(rows: list[Row], console: Any = None) -> None:
+def print_rows(rows: list[Row], console: Console | None = None) -> None:
     """Prints a table of the findings, then the remedies on lines of their own, unwrapped, so that they can be copied.
 
-    `console` is a `rich.console.Console`; None: a new one.
+    `console`; None: a new one.
     """
-    from rich.console import Console  # `--help` of every command imports this file and need not wait for it
-    from rich.table import Table
-    from rich.text import Text
-
     console = console or Console()
     table = Table(box=None, show_header=False, pad_edge=False)
     for row in rows:

@@ -1,51 +1,76 @@
 """`jaxlm eval` computes losses and scores of tasks, written texts and programs, with their intervals."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxlm.commands.arguments import MODEL, add_command, print_json, start_processes
+from jaxlm.commands.arguments import Command, Flag, Json, Model, print_json, start_processes
 
 
-def add_parsers(commands: Any) -> None:
-    """Adds what this file's commands take to the parser of the command line."""
-    p = add_command(commands, "eval", _evaluate, "loss, perplexity, bits per byte and accuracy of a model",
-                "jaxlm eval runs/quickstart --data README.md")  # fmt: skip
-    p.add_argument("model", metavar="MODEL", help=MODEL)
-    p.add_argument("--data", nargs="+", metavar="SOURCE", help="other text to evaluate on")
-    p.add_argument("--step", type=int, help="of a checkpoint (default: the newest)")
-    p.add_argument("--batches", type=int, default=0, help="at most so many of each source")
-    p.add_argument("--tasks", metavar="A,B", help="tasks of the lm-evaluation-harness instead of text")
-    p.add_argument(
-        "--task-folder", type=Path, metavar="DIR", help="your own tasks in YAML, instead of the built-in ones"
-    )
-    p.add_argument("--shots", type=int, help="examples before each question (default: the task's)")
-    p.add_argument("--limit", type=int, help="at most so many examples of each task, or texts of each source")
-    p.add_argument("--chat", action="store_true", help="ask by the model's chat template")
-    p.add_argument("--metric", metavar="NAME", help="let the model write and compare it with the data's texts: bleu "
-                   "(and chrF), rouge, exact, number (the last of a text)")  # fmt: skip
-    p.add_argument("--beams", type=int, default=1, help="--metric: of beam search (default 1, none)")
-    p.add_argument("--code", metavar="FILE", help="problems in HumanEval's format instead of text: pass@k")
-    p.add_argument("--run-generated-code", action="store_true", help="--code: yes, run what the model writes, shut in")
-    p.add_argument("--weak-sandbox", action="store_true", help="--code: also where this machine can't shut it in "
-                   "whole; says what is missing")  # fmt: skip
-    p.add_argument("--samples", type=int, default=1, help="--code: answers to each problem (default 1)")
-    p.add_argument("--k", default="1", metavar="1,10", help="--code: of pass@k (default 1)")
-    p.add_argument("--temperature", type=float, default=0.0, help="--code: of the samples (default 0, the likeliest)")
-    p.add_argument("--top-p", type=float, default=1.0, help="--code: of the samples (default 1)")
-    p.add_argument("--tokens", type=int, help="of a text, at most (default: --code 512, --metric 128)")
-    p.add_argument("--seconds", type=float, default=5.0, help="--code: of a program, at most (default 5)")
-    p.add_argument("--memory", type=int, default=1024, metavar="MIB", help="--code: of a program (default 1024)")
-    p.add_argument("--against", metavar="OTHER", help="another model on the same examples: differences with their "
-                   "95 %% intervals and p, by a paired bootstrap")  # fmt: skip
-    p.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap (default 10000)")
-    p.add_argument("--seed", type=int, default=0, help="of the bootstrap, and of samples (default 0)")
-    p.add_argument("--out", type=Path, help="where results.json and examples go (default, where there are examples or "
-                   "another model: evals/NAME)")  # fmt: skip
-    p.add_argument("--json", action="store_true", help="end with one line of JSON")
+@dataclass(frozen=True)
+class Eval(Command):
+    """Computes loss, perplexity, bits per byte and accuracy of a model, and scores of tasks, written texts or programs.
+
+    example: jaxlm eval runs/quickstart --data README.md
+    """
+
+    model: Model
+    data: tuple[str, ...] = ()
+    """Other text to evaluate on than the run's validation data."""
+    step: int | None = None
+    """The checkpoint's; None: the newest."""
+    batches: int = 0
+    """At most so many of each source; 0: all."""
+    tasks: str | None = None
+    """A,B: tasks of the lm-evaluation-harness instead of text."""
+    task_folder: Path | None = None
+    """A folder of your own tasks in YAML, instead of the built-in ones."""
+    shots: int | None = None
+    """Examples before each question; None: the task's number."""
+    limit: int | None = None
+    """At most so many examples of each task, or texts of each source; None: all."""
+    chat: Flag = False
+    """Ask by the model's chat template."""
+    metric: str | None = None
+    """Let the model write and compare it with the data's texts: bleu (and chrF), rouge, exact, number (the last of a
+    text)."""
+    beams: int = 1
+    """--metric: beams of the search; 1 is none."""
+    code: str | None = None
+    """A file of problems in HumanEval's format instead of text: pass@k."""
+    run_generated_code: Flag = False
+    """--code: yes, run what the model writes, shut in."""
+    weak_sandbox: Flag = False
+    """--code: run it also where this machine can't shut it in whole; says what is missing."""
+    samples: int = 1
+    """--code: answers to each problem."""
+    k: str = "1"
+    """--code: of pass@k, for example 1,10."""
+    temperature: float = 0.0
+    """--code: of the samples; 0 is the likeliest answer."""
+    top_p: float = 1.0
+    """--code: of the samples."""
+    tokens: int | None = None
+    """The most new tokens of a text; None: 512 with --code, 128 with --metric."""
+    seconds: float = 5.0
+    """--code: a program's, at most."""
+    memory: int = 1024
+    """--code: a program's MiB, at most."""
+    against: str | None = None
+    """Another model on the same examples: differences with their 95 % intervals and p, by a paired bootstrap."""
+    resamples: int = 10_000
+    """Of the bootstrap."""
+    seed: int = 0
+    """Of the bootstrap, and of samples."""
+    out: Path | None = None
+    """Where results.json and examples go; None: evals/NAME where there are examples or another model."""
+    json: Json = False
+
+    def run(self, rest: list[str]) -> int:
+        return _evaluate(self)
 
 
-def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
+def _evaluate(args: Eval) -> int:
     for name in ("limit", "tokens", "samples"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name}: {value} is too few; give 1 or more, or leave it out")
@@ -55,20 +80,21 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
     from jaxlm.assembly import evaluate_model
 
     others, out = None, args.out or Path("evals") / Path(args.model).name
+    written: Path | None = out
     if args.code:
-        values, samples, others = _code(args, out)
+        values, samples, others = _code(args, args.code, out)
     elif args.metric:
-        values, samples, others = _texts(args, out)
+        values, samples, others = _texts(args, args.metric, out)
     elif args.tasks:
         tasks = args.tasks.split(",")
-        more = dict(shots=args.shots, limit=args.limit, folder=args.task_folder, chats=args.chat)
+        more: dict[str, Any] = dict(shots=args.shots, limit=args.limit, folder=args.task_folder, chats=args.chat)
         values, shown, samples = evaluate_model.evaluate_tasks(args.model, tasks, out, step=args.step, **more)
         print(f"{shown}\n{out}: results.json, results.md and every example")
         if args.against:
             _, shown, others = evaluate_model.evaluate_tasks(args.against, tasks, out / "against", **more)
             print(shown)
     else:
-        found = evaluate_model.evaluate(args.model, data=args.data, step=args.step, batches=args.batches)
+        found = evaluate_model.evaluate(args.model, data=args.data or None, step=args.step, batches=args.batches)
         values, samples = dict(found.figures), found.samples
         if found.report:
             print(found.report)
@@ -78,11 +104,11 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
             data = args.data or found.data
             others = evaluate_model.evaluate(args.against, data=data, batches=args.batches).samples
         else:
-            out = args.out
+            written = args.out
     plain = not args.tasks and not args.code and not args.metric
-    about = {"model": args.model, "figures": values} if plain else values
-    about = about | ({"against": args.against} if args.against else {})
-    record, shown = evaluate_model.against(samples, others, out, args.resamples, args.seed, about)
+    about: dict[str, Any] = {"model": args.model, "figures": values} if plain else dict(values)
+    about |= {"against": args.against} if args.against else {}
+    record, shown = evaluate_model.against(samples, others, written, args.resamples, args.seed, about)
     if not args.tasks:
         known = {name: ends for each in record["intervals"].values() for name, ends in each.items()}
         for name, value in about["figures"].items():
@@ -92,10 +118,10 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
         print(f"in brackets 95 % intervals: bootstrap, {args.resamples:,} resamples, {sizes}")
     if shown:
         print(f"\n{args.model} against {args.against}\n{shown}\n{out / 'results.json'}")
-    return print_json(args, values | record)
+    return print_json(args.json, values | record)
 
 
-def _code(args: argparse.Namespace, out: Path) -> tuple[dict, dict, dict | None]:
+def _code(args: Eval, file: str, out: Path) -> tuple[dict, dict, dict | None]:
     """(results, what they may be resampled from, the other model's)."""
     if not args.run_generated_code:
         raise ValueError("--code: runs what the model writes on this machine; say so with --run-generated-code")
@@ -108,25 +134,25 @@ def _code(args: argparse.Namespace, out: Path) -> tuple[dict, dict, dict | None]
         raise ValueError(f"--k: {args.k!r} are no whole numbers with commas between; give, for example, 1,10") from None
     how = evaluate_model.Sampling(tokens=args.tokens or 512, temperature=args.temperature, top_p=args.top_p,
                              samples=args.samples, stop=STOPS, seed=args.seed)  # fmt: skip
-    more = dict(weak=args.weak_sandbox, seconds=args.seconds, memory=args.memory << 20)
-    values, sample = evaluate_model.evaluate_code(args.model, args.code, out, how, ks, step=args.step, **more)
+    more: dict[str, Any] = dict(weak=args.weak_sandbox, seconds=args.seconds, memory=args.memory << 20)
+    values, sample = evaluate_model.evaluate_code(args.model, file, out, how, ks, step=args.step, **more)
     print(f"{out}: results.json and code.jsonl, every answer and what became of it")
     others = None
     if args.against:
-        other = evaluate_model.evaluate_code(args.against, args.code, out / "against", how, ks, **more)[1]
+        other = evaluate_model.evaluate_code(args.against, file, out / "against", how, ks, **more)[1]
         others = {"problems": other}
     return values, {"problems": sample}, others
 
 
-def _texts(args: argparse.Namespace, out: Path) -> tuple[dict, dict, dict | None]:
+def _texts(args: Eval, metric: str, out: Path) -> tuple[dict, dict, dict | None]:
     """(results, what they may be resampled from, the other model's)."""
     from jaxlm.assembly import evaluate_model
 
     how = evaluate_model.Sampling(tokens=args.tokens or 128, beams=args.beams)
-    more = dict(data=args.data, limit=args.limit)
-    values, about, sample = evaluate_model.evaluate_texts(args.model, args.metric, out, how, step=args.step, **more)
+    more: dict[str, Any] = dict(data=args.data or None, limit=args.limit)
+    values, about, sample = evaluate_model.evaluate_texts(args.model, metric, out, how, step=args.step, **more)
     print(f"{about}\n{out}: results.json and texts.jsonl, every text beside the true one")
     others = None
     if args.against:
-        others = {"texts": evaluate_model.evaluate_texts(args.against, args.metric, out / "against", how, **more)[2]}
+        others = {"texts": evaluate_model.evaluate_texts(args.against, metric, out / "against", how, **more)[2]}
     return values, {"texts": sample}, others

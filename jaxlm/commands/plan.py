@@ -1,61 +1,66 @@
 """`jaxlm plan` says what a config needs on other machines; `jaxlm tune` measures what is fastest on this one."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from jaxlm.commands.arguments import add_command, load_run, print_json
-
-
-def add_parsers(commands: Any) -> None:
-    """Adds what this file's commands take to the parser of the command line."""
-    p = add_command(commands, "plan", _plan,
-                "what a config needs on machines that aren't here: memory, time, bottleneck",
-                "jaxlm plan llama_8b --target v5p:4x4x4 --train.batch_size 64", overrides=True)  # fmt: skip
-    p.add_argument("config", metavar="CONFIG|RUN_DIR", nargs="?", help="a config file or name, or a run directory")
-    p.add_argument("--target", default="here", metavar="MACHINE", help="v5p:4x4x4, v5p-128, v6e:16x16, 2*v5e:16x16 "
-                   "(slices), h100:8, h100:8x8 (nodes × GPUs), cpu:8 (default: here)")  # fmt: skip
-    p.add_argument("--analytic", action="store_true", help="by arithmetic alone, in a second; compile nothing")
-    p.add_argument("--search", action="store_true", help="try meshes, micro-batches and remat, by arithmetic")
-    p.add_argument("--compile", type=int, default=0, metavar="N", help="--search: compile the best N (default 0)")
-    p.add_argument("--out", type=Path, metavar="FILE.py", help="--search: write the best as a config for jaxlm train")
-    p.add_argument("--json", action="store_true", help="end with one line of JSON")
-    p.add_argument("-h", "--help", action="help", help="this; jaxlm train CONFIG --help shows the overrides")
-
-    p = add_command(commands, "tune", _tune,
-                "measure a few steps of a config's fastest meshes and remat on this machine",
-                "jaxlm tune quickstart --candidates 4 --out tuned.py", overrides=True)  # fmt: skip
-    p.add_argument("config", metavar="CONFIG|RUN_DIR", nargs="?", help="a config file or name, or a run directory")
-    p.add_argument("--candidates", type=int, default=4, metavar="N", help="besides the config as it is (default 4)")
-    p.add_argument("--steps", type=int, default=5, metavar="N", help="measured of each, after two (default 5)")
-    p.add_argument("--out", type=Path, metavar="FILE.py", help="write the fastest as a config for jaxlm train")
-    p.add_argument("--json", action="store_true", help="end with one line of JSON")
-    p.add_argument("-h", "--help", action="help", help="this; jaxlm train CONFIG --help shows the overrides")
+from jaxlm.commands.arguments import Flag, Json, OnRun, print_json
 
 
-def _plan(args: argparse.Namespace, rest: list[str]) -> int:
-    args.help = False
-    if (args.compile or args.out) and not args.search:
-        raise ValueError(f"--{'compile' if args.compile else 'out'}: is for --search; add it, or leave this out")
-    run = load_run(args, rest).run
-    from jaxlm.commands import plan_report
-    from jaxlm.planning import targets
+@dataclass(frozen=True)
+class Plan(OnRun):
+    """Says what a step of a config needs on machines that aren't here: memory, time, bottleneck.
 
-    t = targets.parse(args.target)
-    if args.search:
-        values, ok = plan_report.search(run, t, args.compile, args.out)
-    else:
-        values, ok = plan_report.plan_one(run, t, not args.analytic)
-    print_json(args, values)
-    return 0 if ok else 1
+    example: jaxlm plan llama_8b --target v5p:4x4x4 --train.batch_size 64
+    """
+
+    target: str = "here"
+    """The machine: v5p:4x4x4, v5p-128, v6e:16x16, 2*v5e:16x16 (slices), h100:8, h100:8x8 (nodes × GPUs), cpu:8."""
+    analytic: Flag = False
+    """Work it out by arithmetic alone, in a second; compile nothing."""
+    search: Flag = False
+    """Try meshes, micro-batches and remat policies, by arithmetic."""
+    compile: int = 0
+    """--search: compile so many of the best."""
+    out: Path | None = None
+    """--search: write the best as a config file for jaxlm train."""
+    json: Json = False
+
+    def run(self, rest: list[str]) -> int:
+        if (self.compile or self.out) and not self.search:
+            raise ValueError(f"--{'compile' if self.compile else 'out'}: is for --search; add it, or leave this out")
+        run = self.load(rest).run
+        from jaxlm.commands import plan_report
+        from jaxlm.planning import targets
+
+        target = targets.parse(self.target)
+        if self.search:
+            values, ok = plan_report.search(run, target, self.compile, self.out)
+        else:
+            values, ok = plan_report.plan_one(run, target, not self.analytic)
+        print_json(self.json, values)
+        return 0 if ok else 1
 
 
-def _tune(args: argparse.Namespace, rest: list[str]) -> int:
-    args.help = False
-    for name in ("candidates", "steps"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name}: {getattr(args, name)} is too few; give 1 or more")
-    run = load_run(args, rest).run
-    from jaxlm.commands import plan_report
+@dataclass(frozen=True)
+class Tune(OnRun):
+    """Measures a few steps of a config's fastest meshes and remat policies on this machine.
 
-    return print_json(args, plan_report.measured(run, args.candidates, args.steps, args.out))
+    example: jaxlm tune quickstart --candidates 4 --out tuned.py
+    """
+
+    candidates: int = 4
+    """How many are tried besides the config as it is."""
+    steps: int = 5
+    """Steps that are measured of each, after two that aren't."""
+    out: Path | None = None
+    """Write the fastest as a config file for jaxlm train."""
+    json: Json = False
+
+    def run(self, rest: list[str]) -> int:
+        for name in ("candidates", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name}: {getattr(self, name)} is too few; give 1 or more")
+        run = self.load(rest).run
+        from jaxlm.commands import plan_report
+
+        return print_json(self.json, plan_report.measured(run, self.candidates, self.steps, self.out))

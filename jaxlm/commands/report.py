@@ -1,21 +1,25 @@
 """`jaxlm report` rebuilds report.html and report.png from a run's logs."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from jaxlm.commands.arguments import add_command
+from tyro.conf import Positional, arg
 
-
-def add_parsers(commands: Any) -> None:
-    """Adds what this file's commands take to the parser of the command line."""
-    p = add_command(commands, "report", _report, "rebuild report.html and report.png from a run's logs",
-                "jaxlm report runs/quickstart")  # fmt: skip
-    p.add_argument("model", metavar="RUN_DIR", type=Path)
+from jaxlm.commands.arguments import Command
 
 
-def _report(args: argparse.Namespace, rest: list[str]) -> int:
-    from jaxlm.training import report
+@dataclass(frozen=True)
+class Report(Command):
+    """Rebuilds report.html and report.png from a run's logs.
 
-    print(report.build(args.model))
-    return 0
+    example: jaxlm report runs/quickstart
+    """
+
+    folder: Annotated[Positional[Path], arg(metavar="RUN_DIR", help="a run directory")]
+
+    def run(self, rest: list[str]) -> int:
+        from jaxlm.training import report
+
+        print(report.build(self.folder))
+        return 0

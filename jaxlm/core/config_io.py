@@ -6,15 +6,18 @@ import importlib.util
 import io
 import itertools
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
+
+import yaml
 
 from jaxlm.core import registry
 from jaxlm.core.config import Adapter, Run
-from jaxlm.core.errors import nearest
+from jaxlm.core.errors import nearest, one_line
 from jaxlm.core.registry import Table
 
 
@@ -96,14 +99,21 @@ def flatten(run: Any, prefix: str = "") -> dict[str, Any]:
 
 def find(name: str | Path) -> Path:
     """Returns the path of a config file, which is given by path or by its bare name among those of the package."""
-    package = Path(__file__).parents[1]
-    folders = [package / "_configs", package.parent / "configs"]
     bare = str(name).removesuffix(".py")
-    for path in (Path(name), *(folder / f"{bare}.py" for folder in folders)):
+    for path in (Path(name), *(folder / f"{bare}.py" for folder in _folders())):
         if path.is_file():
             return path
-    known = sorted(p.stem for folder in folders for p in folder.glob("*.py"))
-    raise ValueError(f"no config file {name}{nearest(str(name), known)}")
+    raise ValueError(f"no config file {name}{nearest(str(name), names())}")
+
+
+def names() -> list[str]:
+    """Returns the names of the package's configs."""
+    return sorted(path.stem for folder in _folders() for path in folder.glob("*.py"))
+
+
+def _folders() -> list[Path]:
+    package = Path(__file__).parents[1]
+    return [package / "_configs", package.parent / "configs"]
 
 
 def load(path: str | Path) -> Run:
@@ -145,6 +155,46 @@ def with_adapter(run: Run, name: str, adapters: Table[Any]) -> Run:
     return dataclasses.replace(run, adapter=kind(**{field: getattr(run.adapter, field) for field in shared}))
 
 
+def read_overrides(path: Path) -> dict[str, Any]:
+    """Returns the fields to change that a YAML or JSON file names, nested or with dots: what `changed` takes.
+
+    YAML is read by the rules of version 1.2: `no` is a text, and `1e-3` is a number. ValueError: there is no such file,
+    it isn't such a mapping, or it names a field twice.
+    """
+    if not path.is_file():
+        raise ValueError(f"overrides: no file {path}")
+    try:
+        values = yaml.load(path.read_text("utf-8"), _overrides_loader())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"overrides: {path}: {one_line(error, 300)}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"overrides: {path}: it must hold fields and their values, such as `optim.lr: 1e-3`")
+    return values
+
+
+def _overrides_loader() -> Any:
+    """Returns a loader of YAML that knows the scalars of YAML 1.2's core schema and refuses a key that stands twice."""
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: ClassVar[dict] = {}
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            if twice := next((key for key in keys if keys.count(key) > 1), None):
+                raise yaml.YAMLError(f"{twice} stands twice")
+            return super().construct_mapping(node, deep)
+
+    for tag, pattern, first in (
+        ("null", r"^(?:~|null|)$", ["~", "n", ""]),
+        ("bool", r"^(?:true|false)$", list("tf")),
+        ("int", r"^[-+]?[0-9]+$", list("-+0123456789")),
+        ("float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", list("-+.0123456789")),
+        ("float", r"^[-+]?\.inf$|^\.nan$", list("-+.")),
+    ):
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), first)
+    return Loader
+
+
 def changed(part: Any, changes: Mapping[str, Any], where: str = "") -> Any:
     """Returns a run, or a part of one, with changed fields. A key may have dots, and the value of a part may be a
     mapping of its fields. `where` is the part's own name with a dot.
@@ -174,7 +224,7 @@ def changed(part: Any, changes: Mapping[str, Any], where: str = "") -> Any:
 
 def override(run: Run, args: list[str]) -> Run:
     """Applies typed overrides such as ["--optim.lr", "3e-4"]. Unknown keys and wrong types are one-line errors."""
-    import tyro  # half a second that `--help` of the other commands need not wait for
+    import tyro  # 0.2 seconds that `import jaxlm` need not wait for
 
     if not args:
         return run
@@ -182,14 +232,12 @@ def override(run: Run, args: list[str]) -> Run:
     flags = {f"--{k}" for k in known} | {
         "--" + ".".join([*k.split(".")[:-1], "no-" + k.split(".")[-1]]) for k, v in known.items() if isinstance(v, bool)
     }
-    given = [a.split("=", 1)[0].replace("_", "-") for a in args if a.startswith("--") and a != "--help"]
+    given = [a.split("=", 1)[0].replace("_", "-") for a in args if a.startswith("--")]
     for flag in given:
         if flag not in {f.replace("_", "-") for f in flags}:
             name = flag.removeprefix("--").replace("-", "_")
             raise ValueError(f"unknown config key {name}{_remedy(run, name, known)}")
     kind: Any = Run[type(run.model), type(run.objective)]  # type: ignore[misc]
-    if "--help" in args:
-        return tyro.cli(kind, default=run, args=args, prog="jaxlm train CONFIG")
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # its boxed message becomes one line below
             return tyro.cli(kind, default=run, args=args)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+import jaxlm
 from jaxlm.core import config, config_io, registry
 from jaxlm.models import MODELS
 from jaxlm.objectives import OBJECTIVES
@@ -192,3 +193,52 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_folder_is_out_and_name():
     assert str(dataclasses.replace(RUN, name="b", out="a").folder) == "a/b"
+
+
+OVERRIDES = """
+# nested and with dots, as one likes
+optim:
+  lr: 1e-3
+  name: muon
+train.steps: 7
+train: {prompts: [no, "1"], nonfinite: skip}
+adapter: lora
+adapter.rank: 4
+"""
+
+
+def test_a_file_of_overrides_is_read_by_the_rules_of_yaml_1_2(tmp_path):
+    (file := tmp_path / "run.yaml").write_text(OVERRIDES)
+    run = jaxlm.load(lambda: RUN, overrides=file, seed=3, **{"adapter.alpha": 2.0})
+    assert (run.optim.lr, run.optim.name, run.train.steps, run.seed) == (1e-3, "muon", 7, 3)
+    assert run.train.prompts == ("no", "1") and run.train.nonfinite == "skip"
+    assert (run.adapter.rank, run.adapter.alpha) == (4, 2.0)
+
+
+def test_a_stored_config_is_a_file_of_overrides(tmp_path):
+    changed = jaxlm.load(lambda: RUN, seed=3, adapter="lora", **{"optim.lr": 0.5, "adapter.rank": 2})
+    config_io.dump(changed, tmp_path / "config.json")
+    assert jaxlm.load(lambda: RUN, overrides=tmp_path / "config.json") == changed
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"^overrides: no file .*run\.yaml$"),
+        ("optim: [", r"^overrides: .*run\.yaml: .*line 1"),
+        ("- 3", r"^overrides: .*: it must hold fields and their values"),
+        ("optim.lr: 1\noptim.lr: 2", r"^overrides: .*: optim\.lr stands twice$"),
+        ("optim.lr: fast", r"^optim\.lr: 'fast' is not a valid float"),
+        ("optim.lrr: 1", r"^unknown config key optim\.lrr; did you mean 'lr'\?"),
+        ("train.steps: yes", r"^train\.steps: 'yes' is not a valid int"),
+        ("model: {family: gpt2}", r"^model\.family: 'gpt2', but the run's is 'llama'; choose another config$"),
+        ("data: !!python/object/apply:os.getcwd []", r"^overrides: .*: could not determine a constructor"),
+        ("adapter: lorra", r"^adapter: unknown 'lorra'"),
+    ],
+)
+def test_a_wrong_file_of_overrides_is_one_line(text, message, tmp_path):
+    if text is not None:
+        (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        jaxlm.load(lambda: RUN, overrides=tmp_path / "run.yaml")
+    assert "\n" not in str(error.value)
