@@ -1,7 +1,7 @@
 """An opened model as programs use it: it scores, continues and embeds texts, and is written in every format."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -9,7 +9,7 @@ from typing import Any, overload
 import jax
 import numpy as np
 
-from jaxlm.assembly import convert, generate_text
+from jaxlm.assembly import convert, generate_text, predict
 from jaxlm.assembly.open_model import Pretrained
 from jaxlm.core import tree
 from jaxlm.inference.sampling import Sampling
@@ -126,6 +126,24 @@ class LanguageModel:
         if unknown := [name for name in settings if name not in known]:
             raise ValueError(f"{unknown[0]}: no such setting of Sampling; known: {', '.join(known)}")
         return generate_text.generate(self.pretrained, prompts, dataclasses.replace(how, **settings))
+
+    @overload
+    def predict(self, inputs: str | Mapping[str, Any]) -> dict[str, Any]: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def predict(self, inputs: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]: ...
+
+    def predict(self, inputs: Any) -> Any:
+        """Returns what a model that was fine-tuned for a labelled task says of an input, or of each of several.
+
+        An input is a text, or the named parts of one, such as `{"question": …, "context": …}`. Classifiers give `label`
+        and `probabilities`, taggers `words`, `tags` and `entities`, question answering `answer`, `start`, `end` and
+        `score`, multiple choice `choice` and `probabilities`. ValueError: the model predicts no labels, or an input
+        lacks a part.
+        """
+        several = [inputs] if isinstance(inputs, str | Mapping) else list(inputs)
+        _, told = predict.predict(self.pretrained, several)
+        return told[0] if isinstance(inputs, str | Mapping) else told
 
     def embed(self, texts: str | Sequence[str], pooling: str | None = None) -> np.ndarray:
         """Returns a vector of each text, `[N, D]` in float32, pooled as the model's files say (`mean` and of length one

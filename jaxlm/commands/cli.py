@@ -26,6 +26,7 @@ COMMANDS = {  # in the order of `--help`
     "plan": Row("plan.Plan", "what a config needs on machines that aren't here: memory, time, bottleneck"),
     "tune": Row("plan.Tune", "measure the fastest meshes and remat policies of a config on this machine"),
     "eval": Row("evaluate.Eval", "losses and scores of a model, with intervals"),
+    "predict": Row("predict.Predict", "label texts with a fine-tuned model"),
     "generate": Row("generate.Generate", "continue prompts"),
     "chat": Row("generate.Chat", "talk with a model"),
     "embed": Row("generate.Embed", "texts to vectors with an encoder"),

@@ -7,7 +7,7 @@ B windows, T positions, D model width, N tokens of context in a window.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data import labelled
-from jaxlm.data.labelled import Question, squad
+from jaxlm.data.labelled import Question, squad, tables
 from jaxlm.models.model import Model
 from jaxlm.nn.layers import Output, dropout
 from jaxlm.objectives import classify
@@ -31,6 +31,7 @@ from jaxlm.objectives.objective import (
     RowShape,
     Sums,
     Tokenizer,
+    Use,
 )  # fmt: skip
 
 
@@ -62,6 +63,18 @@ class Answer(NamedTuple):
     text: str
     score: float
     """Above that of no answer."""
+
+
+class Span(NamedTuple):
+    """A predicted answer and its place."""
+
+    text: str
+    score: float
+    """Above that of no answer."""
+    start: int
+    """The first character in the text."""
+    end: int
+    """The character after the last."""
 
 
 class Window(Record):
@@ -107,12 +120,19 @@ def check(c: Config, tokenizer: Tokenizer) -> None:
 def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[list[Window], list[str]]:
     """Returns the windows of all questions, those of a question one after another, and what a user should know."""
     split = _questions(c, source)
+    records, notes = _records(c, split.examples, row, tokenizer)
+    return records, [*labelled.summarize_problems(split), *(f"{source}: {note}" for note in notes)]
+
+
+def _records(
+    c: Config, examples: Sequence[Question], row: RowShape, tokenizer: Tokenizer
+) -> tuple[list[Window], list[str]]:
     first, between, last = classify.marks(tokenizer, row.kind)
-    questions = tokenizer.encode_batch([q.question for q in split.examples])
+    questions = tokenizer.encode_batch([q.question for q in examples])
     encoded: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
     records: list[Window] = []
     cut = lost = long = several = 0
-    for q, ids in zip(split.examples, questions, strict=True):
+    for q, ids in zip(examples, questions, strict=True):
         head = [*first, *ids[: c.question_len], *between]
         cut += len(ids) > c.question_len
         room = row.seq_len - len(head) - len(last)
@@ -143,7 +163,7 @@ def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[l
         f"{long:,} answers are longer than objective.max_answer, so they can't be found; raise it": long,
         f"{several:,} of {len(questions):,} texts are read in several windows, {len(records):,} in all": several,
     }
-    return records, [*labelled.summarize_problems(split), *(f"{source}: {note}" for note, n in counts.items() if n)]
+    return records, [note for note, n in counts.items() if n]
 
 
 def _answer_tokens(q: Question, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -205,13 +225,24 @@ def answers(
     c: Config, records: Sequence[Window], predictions: Sequence[np.ndarray]
 ) -> tuple[list[tuple[str, ...]], list[list[Answer]]]:
     """Returns the true answers and the best predicted ones of each question."""
+    parts = _questions_of(records)
+    true = [records[part.start]["answers"] for part in parts]
+    return true, [best(c, records[part], predictions[part]) for part in parts]
+
+
+def _questions_of(records: Sequence[Window]) -> list[slice]:
+    """Returns where the windows of each question stand among all."""
     firsts = [i for i, record in enumerate(records) if record["window"] == 0]
-    parts = [slice(a, b) for a, b in zip(firsts, [*firsts[1:], len(records)], strict=True)]
-    return [records[i]["answers"] for i in firsts], [best(c, records[part], predictions[part]) for part in parts]
+    return [slice(a, b) for a, b in zip(firsts, [*firsts[1:], len(records)], strict=True)]
 
 
 def best(c: Config, windows: Sequence[Window], predictions: Sequence[np.ndarray]) -> list[Answer]:
-    """Returns the best answers to one question, over its windows.
+    """Returns the best answers to one question, over its windows."""
+    return [Answer(found.text, found.score) for found in best_spans(c, windows, predictions)]
+
+
+def best_spans(c: Config, windows: Sequence[Window], predictions: Sequence[np.ndarray]) -> list[Span]:
+    """Returns the best answers to one question, over its windows, with their places.
 
     Scores are above that of no answer, which is the lowest of any window.
     """
@@ -230,14 +261,40 @@ def best(c: Config, windows: Sequence[Window], predictions: Sequence[np.ndarray]
                 span = record["spans"][start][0], record["spans"][start + extra][1]
                 spans[span] = max(spans.get(span, -np.inf), float(score_NA[at]))
     text = windows[0]["context"]
-    ranked = [Answer(text[a:z], score - none) for (a, z), score in spans.items() if a < z]
+    ranked = [Span(text[a:z], score - none, a, z) for (a, z), score in spans.items() if a < z]
     out = sorted(ranked, key=lambda answer: -answer.score)[: c.n_best]
     if c.no_answer is not False:
-        out.append(Answer("", -c.threshold))
-    return sorted(out, key=lambda answer: -answer.score) or [Answer("", 0.0)]
+        out.append(Span("", -c.threshold, 0, 0))
+    return sorted(out, key=lambda answer: -answer.score) or [Span("", 0.0, 0, 0)]
 
 
+def rows(c: Config, source: str) -> Iterable[tables.Row]:
+    """Returns the questions of a file with their texts; of SQuAD's own files too."""
+    return squad.rows(source, squad.Names(c.question, c.context, c.answers))
+
+
+def unlabelled(c: Config, lines: Sequence[tables.Row], row: RowShape, tokenizer: Tokenizer) -> list[Window]:
+    """Returns the windows of questions without answers."""
+    asked = [Question(line.where, "", line.text(c.question, "objective.question"), str(line.cells[c.context]), ())
+             for line in lines if line.text(c.context, "objective.context")]  # fmt: skip
+    if len(asked) < len(lines):
+        empty = next(line for line in lines if not line.text(c.context, "objective.context"))
+        raise ValueError(f"{empty.where}: an empty {c.context}; remove it")
+    return _records(c, asked, row, tokenizer)[0]
+
+
+def told(c: Config, records: Sequence[Window], predictions: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    """Returns the `answer`, empty if there is none, with its characters `start` and `end` in the text, its `score`
+    above that of no answer, and the next `others`."""
+    out = []
+    for part in _questions_of(records):
+        first, *others = [span._asdict() for span in best_spans(c, records[part], predictions[part])[:5]]
+        out.append({"answer": first.pop("text")} | first | {"others": others})
+    return out
+
+
+use = Use[Config](rows, lambda c: "", unlabelled, told)
 objective = Objective(
     Config, ExampleReader(read), ("encoder",), example=example, totals=totals, loss=loss, specs=specs, check=check,
-    infer_from_data=infer_from_data, padding="trim", prediction=Prediction(predict, answers, "spans"),
+    infer_from_data=infer_from_data, padding="trim", prediction=Prediction(predict, answers, "spans", use),
 )  # fmt: skip

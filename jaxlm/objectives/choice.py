@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core.spec import Spec, normal
-from jaxlm.data.labelled import Split, choices
+from jaxlm.data.labelled import Choice, Split, choices, tables
 from jaxlm.models.model import Model
 from jaxlm.nn.layers import dropout
 from jaxlm.objectives import classify
@@ -27,6 +27,7 @@ from jaxlm.objectives.objective import (
     RowShape,
     Sums,
     Tokenizer,
+    Use,
 )  # fmt: skip
 
 
@@ -86,7 +87,13 @@ def check(c: Config, tokenizer: Tokenizer) -> None:
 
 def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[list[Question], list[str]]:
     """Returns questions as a text of tokens for each choice, and what a user should know of them."""
-    examples = _choices(c, source).examples
+    records, cut = _records(c, _choices(c, source).examples, row, tokenizer)
+    note = f"{source}: {cut:,} of {len(records):,} contexts lose their beginning; raise train.seq_len to keep it"
+    return records, [note] if cut else []
+
+
+def _records(c: Config, examples: Sequence[Choice], row: RowShape, tokenizer: Tokenizer) -> tuple[list[Question], int]:
+    """Returns questions as tokens, and how many contexts lose their beginning."""
     if many := next((e for e in examples if len(e.choices) > c.most), None):
         raise ValueError(
             f"{many.where}: {len(many.choices)} choices; raise objective.most from {c.most} to have so many"
@@ -100,8 +107,7 @@ def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[l
         cut += not all(whole for *_, whole in texts)
         each = [Text(ids=i, types=t) for i, t, _ in texts]
         records.append(Question(texts=each, answer=e.answer, where=e.where))
-    note = f"{source}: {cut:,} of {len(records):,} contexts lose their beginning; raise train.seq_len to keep it"
-    return records, [note] if cut else []
+    return records, cut
 
 
 def token_ids(record: Question) -> list[Sequence[int]]:
@@ -182,8 +188,21 @@ def answers(c: Config, records: Sequence[Question], predictions: Sequence[np.nda
     return [record["answer"] for record in records], [int(np.argmax(z)) for z in predictions]
 
 
+def unlabelled(c: Config, lines: Sequence[tables.Row], row: RowShape, tokenizer: Tokenizer) -> list[Question]:
+    """Returns questions as tokens without an answer."""
+    names = choices.Names(c.context, c.choices, c.answer)
+    return _records(c, [choices.choice(line, names, c.first, labelled=False) for line in lines], row, tokenizer)[0]
+
+
+def told(c: Config, records: Sequence[Question], predictions: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    """Returns the `choice`, by its number as the data counts, and the `probabilities` of all in their order."""
+    each = [classify.softmax(z[: len(r["texts"])]) for r, z in zip(records, predictions, strict=True)]
+    return [{"choice": int(np.argmax(p)) + c.first, "probabilities": [float(x) for x in p]} for p in each]
+
+
+use = Use[Config](classify.rows, lambda c: "", unlabelled, told)
 objective = Objective(
     Config, ExampleReader(read, token_ids), ("encoder", "decoder"), example=example, totals=totals, loss=loss,
     specs=specs, check=check, infer_from_data=infer_from_data, padding="trim",
-    prediction=Prediction(predict, answers, "choices"),
+    prediction=Prediction(predict, answers, "choices", use),
 )  # fmt: skip

@@ -4,7 +4,7 @@ An encoder is read at its first token (through its pooler where it has one), a d
 D model width, L labels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from jaxlm.objectives.objective import (
     RowShape,
     Sums,
     Tokenizer,
+    Use,
 )  # fmt: skip
 
 
@@ -98,19 +99,27 @@ def check(c: Config, tokenizer: Tokenizer) -> None:
 def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[list[Text], list[str]]:
     """Returns texts as tokens with their targets, and what a user should know of them."""
     lines = make_split(source, tables.read(source, c.columns)).examples
-    texts = [[line.text(name, f"objective.{field}") for line in lines]
-             for name, field in ((c.text, "text"), (c.text2, "text2")) if name]  # fmt: skip
-    encoded = [tokenizer.encode_batch(several) for several in texts]
     if c.kind != "regression":
         labels = ((line.where, label) for line in lines for label in _labels(c, line))
         check_labels(labels, c.labels, "objective.labels")
-    records, cut = [], 0
-    for line, *parts in zip(lines, *encoded, strict=True):
-        ids, types, whole = joined([list(part) for part in parts], row, tokenizer)
-        cut += not whole
-        records.append(Text(ids=ids, types=types, target=_target(c, line), where=line.where))
+    records, cut = _records(c, lines, [_target(c, line) for line in lines], row, tokenizer)
     note = f"{source}: {cut:,} of {len(records):,} texts lose their end; raise train.seq_len to keep it"
     return records, [note] if cut else []
+
+
+def _records(
+    c: Config, lines: Sequence[tables.Row], targets: Sequence[np.ndarray], row: RowShape, tokenizer: Tokenizer
+) -> tuple[list[Text], int]:
+    """Returns texts as tokens, and how many of them lose their end."""
+    texts = [[line.text(name, f"objective.{field}") for line in lines]
+             for name, field in ((c.text, "text"), (c.text2, "text2")) if name]  # fmt: skip
+    encoded = [tokenizer.encode_batch(several) for several in texts]
+    records, cut = [], 0
+    for line, target, *parts in zip(lines, targets, *encoded, strict=True):
+        ids, types, whole = joined([list(part) for part in parts], row, tokenizer)
+        cut += not whole
+        records.append(Text(ids=ids, types=types, target=target, where=line.where))
+    return records, cut
 
 
 def _target(c: Config, line: tables.Row) -> np.ndarray:
@@ -255,7 +264,41 @@ def answers(c: Config, records: Sequence[Text], predictions: Sequence[np.ndarray
     return [labels(y) for y in targets], [labels(z) for z in predictions]
 
 
+def unlabelled(c: Config, lines: Sequence[tables.Row], row: RowShape, tokenizer: Tokenizer) -> list[Text]:
+    """Returns texts as tokens without a label."""
+    return _records(c, lines, [np.zeros(outputs(c), np.float32)] * len(lines), row, tokenizer)[0]
+
+
+def told(c: Config, records: Sequence[Text], predictions: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    """Returns `label` or `labels` with the `probabilities` of all, or the `value` of a regression."""
+    if c.kind == "regression":
+        return [{"value": float(z[0])} for z in predictions]
+    _, found = answers(c, records, predictions)
+    if c.kind == "multi":
+        each = [1 / (1 + np.exp(-z.astype(np.float64))) for z in predictions]
+        return [{"labels": a, "probabilities": named(c.labels, p)} for a, p in zip(found, each, strict=True)]
+    return [{"label": a, "probabilities": named(c.labels, softmax(z))} for a, z in zip(found, predictions, strict=True)]
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    """Returns the probabilities of log odds `[L]`."""
+    p = np.exp(z.astype(np.float64) - z.max())
+    return p / p.sum()
+
+
+def named(labels: Sequence[str], values: np.ndarray) -> dict[str, float]:
+    """Returns values by their labels."""
+    return dict(zip(labels, map(float, values), strict=True))
+
+
+def rows(c: Any, source: str) -> Iterable[tables.Row]:
+    """Yields the rows of a table."""
+    return tables.read(source, c.columns)
+
+
+use = Use[Config](rows, lambda c: "" if c.text2 else c.text, unlabelled, told)
 objective = Objective(
     Config, ExampleReader(read), ("encoder", "decoder"), example=example, totals=totals, loss=loss, specs=specs,
-    check=check, infer_from_data=infer_from_data, padding="trim", prediction=Prediction(predict, answers, "classes"),
+    check=check, infer_from_data=infer_from_data, padding="trim",
+    prediction=Prediction(predict, answers, "classes", use),
 )  # fmt: skip

@@ -4,7 +4,7 @@
 default, and what belongs together is one optional part.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, TypeVar
 
@@ -14,6 +14,7 @@ import numpy as np
 from jaxlm.core.batch import Batch
 from jaxlm.core.spec import Spec
 from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.labelled import tables
 from jaxlm.models.model import Model
 
 C = TypeVar("C")
@@ -121,6 +122,20 @@ class TextPairs(Generic[C]):
 
 
 @dataclass(frozen=True)
+class Use(Generic[C]):
+    """A use says how inputs without labels are read, and what a user is told of each."""
+
+    rows: Callable[[C, str], Iterable[tables.Row]]
+    """(settings, file) → its inputs. ValueError: says what is wrong in the file."""
+    column: Callable[[C], str]
+    """(settings) → the cell of an input that a plain text stands for; empty: an input has several."""
+    records: Callable[[C, Sequence[tables.Row], RowShape, Tokenizer], list[Any]]
+    """(settings, inputs, row, tokenizer) → records without a label; several may belong to one input."""
+    told: Callable[[C, Sequence[Any], Sequence[np.ndarray]], list[dict[str, Any]]]
+    """(settings, records, predictions) → plain values of each input, such as `label` and `probabilities`."""
+
+
+@dataclass(frozen=True)
 class Prediction(Generic[C]):
     """Predictions that are scored beside the loss, of an objective whose `records` are an `ExampleReader`."""
 
@@ -130,6 +145,8 @@ class Prediction(Generic[C]):
     """(settings, records, predictions) → true and predicted answers, where several records may share one answer."""
     scores: str
     """The row of `evaluation/task_scores.py` that scores them."""
+    use: Use[C] | None = None
+    """How inputs without labels are predicted; None: only labelled examples are."""
 
 
 @dataclass(frozen=True)

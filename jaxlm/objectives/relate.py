@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxlm.core.spec import Spec, bias, normal
-from jaxlm.data.labelled import Related, Split, check_labels, relations
+from jaxlm.data.labelled import Related, Split, check_labels, relations, tables
 from jaxlm.models.model import Model
 from jaxlm.nn.layers import Output, dropout
 from jaxlm.objectives import classify
@@ -25,6 +25,7 @@ from jaxlm.objectives.objective import (
     RowShape,
     Sums,
     Tokenizer,
+    Use,
 )  # fmt: skip
 
 # Names that the field has for no relation.
@@ -105,7 +106,18 @@ def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[l
     """Returns marked texts as tokens with the positions of their entities, and what a user should know of them."""
     examples = _related(c, source).examples
     check_labels(((e.where, e.label) for e in examples), c.labels, "objective.labels")
-    markers, called = marks(c, tokenizer)
+    records, cut = _records(c, examples, row, tokenizer)
+    notes = [f"{source}: entities stand between {marks(c, tokenizer)[1]}"]
+    if cut:
+        notes.append(f"{source}: {cut:,} of {len(records):,} texts lose an end; raise train.seq_len to keep it")
+    return records, notes
+
+
+def _records(
+    c: Config, examples: Sequence[Related], row: RowShape, tokenizer: Tokenizer
+) -> tuple[list[MarkedText], int]:
+    """Returns marked texts as tokens, and how many of them lose an end."""
+    markers, _ = marks(c, tokenizer)
     first, _, last = classify.marks(tokenizer, row.kind)
     room = row.seq_len - len(first) - len(last)
     parts = [_parts(e) for e in examples]
@@ -131,10 +143,7 @@ def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[l
         at = np.array([a, b], np.int32) + len(first) - start
         target = np.isin(c.labels, e.label).astype(np.float32)
         records.append(MarkedText(ids=ids, types=[0] * len(ids), at=at, target=target, where=e.where))
-    notes = [f"{source}: entities stand between {called}"]
-    if cut:
-        notes.append(f"{source}: {cut:,} of {len(records):,} texts lose an end; raise train.seq_len to keep it")
-    return records, notes
+    return records, cut
 
 
 def _parts(e: Related) -> tuple[list[str], list[int]]:
@@ -183,7 +192,20 @@ def answers(c: Config, records: Sequence[MarkedText], predictions: Sequence[np.n
     return true, [c.labels[int(np.argmax(z))] for z in predictions]
 
 
+def unlabelled(c: Config, lines: Sequence[tables.Row], row: RowShape, tokenizer: Tokenizer) -> list[MarkedText]:
+    """Returns marked texts as tokens without a label."""
+    names = relations.Names(c.text, c.head, c.tail, c.label)
+    return _records(c, [relations.related(line, names, labelled=False) for line in lines], row, tokenizer)[0]
+
+
+def told(c: Config, records: Sequence[MarkedText], predictions: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    """Returns the `label` and the `probabilities` of all."""
+    each = [classify.softmax(z) for z in predictions]
+    return [{"label": c.labels[int(np.argmax(p))], "probabilities": classify.named(c.labels, p)} for p in each]
+
+
+use = Use[Config](classify.rows, lambda c: c.text, unlabelled, told)
 objective = Objective(
     Config, ExampleReader(read), ("encoder",), example=example, totals=totals, loss=loss, specs=specs, check=check,
-    infer_from_data=infer_from_data, padding="trim", prediction=Prediction(predict, answers, "relations"),
+    infer_from_data=infer_from_data, padding="trim", prediction=Prediction(predict, answers, "relations", use),
 )  # fmt: skip

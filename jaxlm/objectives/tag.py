@@ -3,7 +3,8 @@
 B rows, T positions, D model width, L labels.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core.spec import Spec, bias, normal
-from jaxlm.data.labelled import check_labels, conll
+from jaxlm.data.labelled import Tagged, check_labels, conll, tables
 from jaxlm.models.model import Model
 from jaxlm.nn.layers import Output, dropout
 from jaxlm.objectives.objective import (
@@ -26,6 +27,7 @@ from jaxlm.objectives.objective import (
     RowShape,
     Sums,
     Tokenizer,
+    Use,
 )  # fmt: skip
 
 
@@ -50,6 +52,7 @@ class Sentence(Record):
     """Position of the first token of each word; -1 for a word without tokens."""
     tags: list[int]
     """Number of each word's label."""
+    words: tuple[str, ...]
 
 
 def infer_from_data(c: Config, sources: Sequence[str]) -> Config:
@@ -77,6 +80,15 @@ def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[l
     """Returns sentences as tokens with the first token of each word, and what a user should know of them."""
     examples = conll.read(source, c.word, c.tag).examples
     check_labels(((e.where, tag) for e in examples for tag in e.tags), c.labels, "objective.labels")
+    records, cut = _records(c, examples, row, tokenizer)
+    note = (
+        f"{source}: {cut:,} of {len(records):,} sentences lose their end, which counts as untagged; raise train.seq_len"
+    )
+    return records, [note] if cut else []
+
+
+def _records(c: Config, examples: Sequence[Tagged], row: RowShape, tokenizer: Tokenizer) -> tuple[list[Sentence], int]:
+    """Returns sentences as tokens with the first token of each word, and how many lose their end."""
     number = {label: i for i, label in enumerate(c.labels)}
     first, last = _boundaries(tokenizer, row.kind)
     room = row.seq_len - len(first) - len(last)
@@ -93,11 +105,8 @@ def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[l
             ids += new if whole else []
         cut += not whole
         tags = [number[tag] for tag in e.tags]
-        records.append(Sentence(ids=[*first, *ids, *last], firsts=firsts, tags=tags, where=e.where))
-    note = (
-        f"{source}: {cut:,} of {len(records):,} sentences lose their end, which counts as untagged; raise train.seq_len"
-    )
-    return records, [note] if cut else []
+        records.append(Sentence(ids=[*first, *ids, *last], firsts=firsts, tags=tags, where=e.where, words=e.words))
+    return records, cut
 
 
 def _boundaries(tokenizer: Tokenizer, kind: Kind) -> tuple[list[int], list[int]]:
@@ -155,8 +164,9 @@ def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Arra
 
 
 def predict(c: Config, model: Model, params: Any, batch: DeviceBatch) -> jax.Array:
-    """Returns the likeliest label of each token, `[B, T]`."""
-    return logits(c, model, params, batch, None)[0].argmax(-1)
+    """Returns the likeliest label of each token and its probability, `[B, T, 2]`."""
+    z_BTL = logits(c, model, params, batch, None)[0]
+    return jnp.stack([z_BTL.argmax(-1).astype(jnp.float32), jax.nn.softmax(z_BTL).max(-1)], -1)
 
 
 def answers(
@@ -165,12 +175,66 @@ def answers(
     """Returns true and predicted tags of each sentence's words; words without tokens are untagged."""
     untagged = "O" if "O" in c.labels else c.labels[0]
     true = [[c.labels[tag] for tag in record["tags"]] for record in records]
-    predicted = [[c.labels[labels[at]] if at >= 0 else untagged for at in record["firsts"]]
+    predicted = [[c.labels[int(labels[at, 0])] if at >= 0 else untagged for at in record["firsts"]]
                  for record, labels in zip(records, predictions, strict=True)]  # fmt: skip
     return true, predicted
 
 
+WORD = re.compile(r"\w+(?:[-'’.,:/@]\w+)*|[^\w\s]")
+COLUMNS = (".conll", ".bio", ".iob", ".iob2")
+
+
+def rows(c: Config, source: str) -> Iterable[tables.Row]:
+    """Yields the sentences of CoNLL columns, or the rows of a table with a `text` or a list of `words`."""
+    if not source.endswith(COLUMNS):
+        return tables.read(source)
+    return (tables.Row(e.where, {"words": list(e.words)}) for e in conll.read(source, c.word, c.word).examples)
+
+
+def unlabelled(c: Config, lines: Sequence[tables.Row], row: RowShape, tokenizer: Tokenizer) -> list[Sentence]:
+    """Returns sentences as tokens without tags. The words of a text are what stands between white space, with
+    punctuation at their ends as words of their own."""
+    words = [line.words("words", "words") if "words" in line.cells else WORD.findall(line.text("text", "text"))
+             for line in lines]  # fmt: skip
+    for line, several in zip(lines, words, strict=True):
+        if not several:
+            raise ValueError(f"{line.where}: a text without words; remove it")
+    none = c.labels[0]
+    sentences = [Tagged(line.where, tuple(several), (none,) * len(several))
+                 for line, several in zip(lines, words, strict=True)]  # fmt: skip
+    return _records(c, sentences, row, tokenizer)[0]
+
+
+def told(c: Config, records: Sequence[Sentence], predictions: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    """Returns the `words` with their `tags`, and where tags mark spans the `entities`: `label`, `text`, `words` (the
+    first, the one after the last) and `score`, the lowest probability of a tag of the span."""
+    out = []
+    is_spans = any(label.startswith("B-") for label in c.labels)
+    for record, tags, z_T2 in zip(records, answers(c, records, predictions)[1], predictions, strict=True):
+        told: dict[str, Any] = {"words": list(record["words"]), "tags": tags}
+        if is_spans:
+            sure = [float(z_T2[at, 1]) if at >= 0 else 0.0 for at in record["firsts"]]
+            told["entities"] = [
+                {"label": label, "text": " ".join(record["words"][a:z]), "words": [a, z], "score": min(sure[a:z])}
+                for label, a, z in spans(tags)
+            ]
+        out.append(told)
+    return out
+
+
+def spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Returns (label, first word, the one after the last) of each span that tags mark, in any of the usual schemes."""
+    found: list[tuple[str, int, int]] = []
+    for i, tag in enumerate([*conll.to_iob2(tags), "O"]):
+        if tag.startswith("I-") and found:
+            found[-1] = (*found[-1][:2], i + 1)
+        elif tag.startswith("B-"):
+            found.append((tag[2:], i, i + 1))
+    return found
+
+
+use = Use[Config](rows, lambda c: "text", unlabelled, told)
 objective = Objective(
     Config, ExampleReader(read), ("encoder", "decoder"), example=example, totals=totals, loss=loss, specs=specs,
-    check=check, infer_from_data=infer_from_data, padding="pack", prediction=Prediction(predict, answers, "tags"),
+    check=check, infer_from_data=infer_from_data, padding="pack", prediction=Prediction(predict, answers, "tags", use),
 )  # fmt: skip

@@ -232,6 +232,13 @@ def test_from_the_command_line_to_a_report(file, one_device, tmp_path, capsys):
         (f"{file}:3", ["北京"], "北京"), (f"{file}:4", [], "")
     ]  # fmt: skip
     assert len(kept[0]["found"]) > 5, "the n best, with how far they are above no answer"
+    asked = [json.dumps(dict(question=q, context=TEXTS[0])) for q in ("where?", "why?")]
+    assert cli.main(["predict", str(tmp_path / "r"), "--text", asked[0], "--text", asked[1]]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["answer"] for row in told] == ["Oslo", ""]
+    assert TEXTS[0][told[0]["start"] : told[0]["end"]] == "Oslo" and told[0]["score"] > 0
+    assert cli.main(["predict", str(tmp_path / "r"), "--text", "where?"]) == 2
+    assert "input 0: is one text, and this task's inputs have several parts" in capsys.readouterr().err
 
 
 def test_windows_of_one_text_are_held_out_together(file, tmp_path, capsys):

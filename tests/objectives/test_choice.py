@@ -1,6 +1,7 @@
 """Multiple choice: each choice in a row of its own, one softmax over those of a question, any family."""
 
 import functools
+import io
 import json
 from pathlib import Path
 
@@ -146,7 +147,7 @@ def config():
 """
 
 
-def test_from_the_command_line_to_a_report(file, one_device, tmp_path, capsys):
+def test_from_the_command_line_to_a_report(file, one_device, tmp_path, capsys, monkeypatch):
     many = tmp_path / "many.jsonl"  # few records are slow to shuffle
     many.write_text("\n".join(map(json.dumps, ROWS * 40)))
     (tmp_path / "c.py").write_text(CONFIG.format(many=str(many), file=file, out=str(tmp_path)))
@@ -155,6 +156,11 @@ def test_from_the_command_line_to_a_report(file, one_device, tmp_path, capsys):
     assert cli.main(["eval", str(tmp_path / "r"), "--data", file, "--json"]) == 0
     shown = capsys.readouterr().out
     assert json.loads(shown.splitlines()[-1])["accuracy"] == 1 and "chosen" in shown
+    unanswered = [json.dumps({k: v for k, v in row.items() if k != "answer"}) for row in ROWS]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(unanswered)))
+    assert cli.main(["predict", str(tmp_path / "r")]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["choice"] for row in told] == [1, 0, 0] and [len(row["probabilities"]) for row in told] == [3, 2, 3]
     (tmp_path / "b.jsonl").write_text(json.dumps(ROWS[0] | dict(answer=7)))
     assert cli.main(["eval", str(tmp_path / "r"), "--data", str(tmp_path / "b.jsonl")]) == 2
     assert "b.jsonl:1: answer '7' is none of the 3 choices" in capsys.readouterr().err

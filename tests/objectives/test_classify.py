@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.tiny_models import random_weights
 
+import jaxlm
 from jaxlm.commands import cli
 from jaxlm.core import config
 from jaxlm.data import packing
@@ -163,6 +164,17 @@ def test_from_the_command_line_to_a_report(file, one_device, tmp_path, capsys):
     assert cli.main(["eval", str(tmp_path / "r"), "--data", file, "--json"]) == 0
     shown = capsys.readouterr().out
     assert "weighted avg" in shown and json.loads(shown.splitlines()[-1])["f1_macro"] == 1
+    (tmp_path / "new.csv").write_text("id,text\n7,so good\n8,bad bad\n")
+    assert cli.main(["predict", str(tmp_path / "r"), "--data", str(tmp_path / "new.csv")]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["id"], row["label"]) for row in told] == [("7", "yes"), ("8", "no")]
+    assert all(row["probabilities"][row["label"]] > 0.5 for row in told)
+    assert all(abs(sum(row["probabilities"].values()) - 1) < 1e-9 for row in told)
+    model = jaxlm.open(tmp_path / "r")
+    assert model.predict("so good") == {k: v for k, v in told[0].items() if k not in ("id", "text")}
+    assert [row["label"] for row in model.predict(["it is good", {"text": "bad"}])] == ["yes", "no"]
+    with pytest.raises(ValueError, match=r"^input 0: no text 'text'; columns there: sentence"):
+        model.predict({"sentence": "good"})
     (tmp_path / "e.tsv").write_text("text\tlabel\n")
     assert cli.main(["eval", str(tmp_path / "r"), "--data", str(tmp_path / "e.tsv")]) == 2
     assert "is empty: it holds no labelled example" in capsys.readouterr().err

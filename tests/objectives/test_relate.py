@@ -173,6 +173,13 @@ def test_from_the_command_line_to_a_report(file, one_device, tmp_path, capsys):
     shown = capsys.readouterr().out
     found = json.loads(shown.splitlines()[-1])
     assert found["f1_macro"] == found["f1_micro"] == 1 and "relations, without 'other'" in shown
+    (tmp_path / "new.txt").write_text("<e1>Di</e1> saw <e2>Ed</e2>\n<e1>Flo</e1> and <e2>Gus</e2>\n")
+    out = tmp_path / "told.jsonl"
+    for status in (0, 2):  # a second time the file exists
+        asked = ["predict", str(tmp_path / "r"), "--data", str(tmp_path / "new.txt"), "--out", str(out)]
+        assert cli.main(asked) == status
+    assert "exists; name another file" in capsys.readouterr().err
+    assert [json.loads(line)["label"] for line in out.read_text().splitlines()] == ["saw(e1,e2)", "other"]
     (tmp_path / "b.tsv").write_text("text\tlabel\n<e1>Di</e1> saw <e2>Ed</e2>\tsaw(e2,e2)\n")
     assert cli.main(["eval", str(tmp_path / "r"), "--data", str(tmp_path / "b.tsv")]) == 2
     assert "b.tsv:2: unknown label 'saw(e2,e2)'; did you mean 'saw(e" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Tagging: words are learned at their first token, packing changes nothing, and figures are the field's own."""
 
 import functools
+import json
 from pathlib import Path
 
 import jax
@@ -53,7 +54,7 @@ def test_a_words_tag_stands_at_its_first_token(file):
 def test_words_beyond_the_end_count_as_untagged(file):
     c = tag.infer_from_data(tag.Config(), [file])
     short, _ = items(file, c, 10)
-    true, told = tag.answers(c, short, [np.full(24, 2)] * 3)
+    true, told = tag.answers(c, short, [np.full((24, 2), 2.0)] * 3)
     assert true[0] == ["B-PER", "O", "B-LOC"] and told[0] == ["B-PER", "B-PER", "O"]
 
 
@@ -90,6 +91,18 @@ def test_packed_sentences_and_meshes_give_the_same(file):
     assert all(np.abs(g).max() > 0 for g in (expected[1]["tag"], expected[1]["blocks"]["q"]))
 
 
+def test_words_of_a_text_are_those_of_the_usual_corpora():
+    found = tag.WORD.findall('"Ms. O\'Neil-Wu (32) paid 3,000.50 in the U.S.," he said…')
+    assert found == ['"', "Ms", ".", "O'Neil-Wu", "(", "32", ")", "paid", "3,000.50", "in", "the", "U.S", ".", ",", '"',
+                     "he", "said", "…"]  # fmt: skip
+
+
+def test_spans_of_any_scheme():
+    assert tag.spans(["I-A", "I-A", "O", "B-B", "I-B", "B-B", "I-A"]) == [
+        ("A", 0, 2), ("B", 3, 5), ("B", 5, 6), ("A", 6, 7)
+    ]  # fmt: skip
+
+
 def test_the_loss_by_hand(file):
     c = tag.infer_from_data(tag.Config(dropout=0.0), [file])
     found, _ = items(file, c)
@@ -103,7 +116,8 @@ def test_the_loss_by_hand(file):
     sums = jax.jit(lambda w, b: tag.loss(c, model, w, b, None)["tags"])(weights, batch)
     np.testing.assert_allclose(sums["loss"], -log_TL[at, row["targets"][at]].sum(), rtol=1e-5)
     found = jax.jit(lambda w, b: tag.predict(c, model, w, b))(weights, batch)
-    np.testing.assert_array_equal(found[0], z_TL.argmax(-1))
+    np.testing.assert_array_equal(found[0, :, 0], z_TL.argmax(-1))
+    np.testing.assert_allclose(found[0, :, 1], np.exp(log_TL).max(-1), rtol=1e-5)
     assert float(tag.totals(batch)["tags"].sum()) == len(at)
 
 
@@ -133,6 +147,18 @@ def test_from_the_command_line_to_a_report(file, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "entities (seqeval, strict, IOB2)" in shown and "words (scikit-learn)" in shown and "support" in shown
     assert "f1               1" in shown
+    assert cli.main(["predict", str(tmp_path / "r"), "--text", "Bob Brown left", "--text", "Ann saw Oslo"]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["text"] == "Bob Brown left" and first["tags"] == ["B-PER", "I-PER", "O"]
+    [entity] = first["entities"]
+    assert (entity["label"], entity["text"], entity["words"]) == ("PER", "Bob Brown", [0, 2])
+    assert 0.5 < entity["score"] <= 1
+    assert [e["label"] for e in second["entities"]] == ["PER", "LOC"]
+    (tmp_path / "words.conll").write_text("Ann\nsaw\nOslo\n\nIt\nrained\n")
+    assert cli.main(["predict", str(tmp_path / "r"), "--data", str(tmp_path / "words.conll")]) == 0
+    assert [json.loads(line)["tags"] for line in capsys.readouterr().out.splitlines()] == [
+        ["B-PER", "O", "B-LOC"], ["O", "O"]
+    ]  # fmt: skip
     (tmp_path / "b.txt").write_text(SENTENCES.replace("B-LOC", "B-ORG"))
     assert cli.main(["eval", str(tmp_path / "r"), "--data", str(tmp_path / "b.txt")]) == 2
     assert "b.txt:1: unknown label 'B-ORG'" in capsys.readouterr().err

@@ -20,14 +20,17 @@ def read(source: str, names: Names | None = None, columns: Sequence[str] = (), f
     Answers are numbers counted from `first`, letters, or names of choices. `columns` names the cells of a CSV or TSV
     file whose first line is no header. Raises ValueError if an answer names no choice.
     """
-    return make_split(source, (_choice(row, names or Names(), first) for row in tables.read(source, columns)))
+    return make_split(source, (choice(row, names or Names(), first) for row in tables.read(source, columns)))
 
 
-def _choice(row: tables.Row, names: Names, first: int) -> Choice:
+def choice(row: tables.Row, names: Names, first: int, labelled: bool = True) -> Choice:
+    """Returns the choices of a row; the right one is -1 where it isn't `labelled`. ValueError: says what is wrong."""
     context = " ".join(row.text(name, "objective.context") for name in names.context)
     labels, texts = _labels_and_texts(row, names.choices)
     if len(texts) < 2:
         raise ValueError(f"{row.where}: {len(texts)} choices leave nothing to choose; correct or remove it")
+    if not labelled:
+        return Choice(row.where, context, tuple(texts), -1)
     answer = row.text(names.answer, "objective.answer")
     if answer in labels:
         number = labels.index(answer)

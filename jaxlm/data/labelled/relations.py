@@ -34,7 +34,7 @@ def read(source: str, names: Names | None = None, columns: Sequence[str] = ()) -
     """
     if source.lower().endswith(".txt"):
         return make_split(source, _semeval(source))
-    return make_split(source, (_related(row, names or Names()) for row in tables.read(source, columns)))
+    return make_split(source, (related(row, names or Names()) for row in tables.read(source, columns)))
 
 
 def _semeval(source: str) -> Iterator[Related]:
@@ -50,13 +50,14 @@ def _semeval(source: str) -> Iterator[Related]:
         yield Related(where, *remove_marks(where, match[1]), label.strip())
 
 
-def _related(row: tables.Row, names: Names) -> Related:
+def related(row: tables.Row, names: Names, labelled: bool = True) -> Related:
+    """Returns the relation of a row; its label is empty where it isn't `labelled`. ValueError: says what is missing."""
     cells, where = row.cells, row.where
     if "subj_start" in cells and "token" in cells:  # TACRED's own names; its last words are part of the entities
         text, head, tail = _join_words(where, row.words("token", "objective.text"), *(
             (cells[f"{side}_start"], cells[f"{side}_end"] + 1) for side in ("subj", "obj")))  # fmt: skip
-        return Related(where, text, head, tail, row.text("relation", "objective.label"))
-    label, cell = row.text(names.label, "objective.label"), cells.get(names.text)
+        return Related(where, text, head, tail, row.text("relation", "objective.label") if labelled else "")
+    label, cell = row.text(names.label, "objective.label") if labelled else "", cells.get(names.text)
     if not isinstance(cells.get(names.head), list):
         text, head, tail = remove_marks(where, row.text(names.text, "objective.text"))
     elif isinstance(cell, list):

@@ -41,6 +41,16 @@ def read(source: str, names: Names | None = None) -> Split:
     return make_split(source, questions, problems)
 
 
+def rows(source: str, names: Names | None = None) -> Iterator[tables.Row]:
+    """Yields the questions of a source without their answers, as rows of a table by the names of its fields."""
+    names = names or Names()
+    if (nested := _nested(source)) is None:
+        yield from tables.read(source)
+        return
+    for where, id, question, context, _ in nested:
+        yield tables.Row(where, {"id": id, names.question: question, names.context: context})
+
+
 Record = tuple[str, str, str, str, list[tuple[int, str]]]
 """A record is (where, id, question, context, answers)."""
 

@@ -1,0 +1,70 @@
+"""Inputs without labels are labelled by a fine-tuned model: texts, or rows of a table."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jaxlm.assembly import corpus
+from jaxlm.assembly.open_model import Place, open_model, program
+from jaxlm.core.errors import one_line
+from jaxlm.data.labelled import tables
+from jaxlm.objectives.objective import Use
+from jaxlm.runtime import mesh
+
+Input = str | Mapping[str, Any]
+"""A text, or the named parts of an input, such as `{"question": …, "context": …}`."""
+
+
+def predict(
+    place: Place, inputs: Sequence[Input] | None = None, *, data: str | None = None, step: int | None = None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns the parts of each input by name, and what the model says of it. Inputs are given, or in a file `data`: a
+    table, or a text a line of a .txt file.
+
+    ValueError: the model wasn't fine-tuned for a labelled task, or an input lacks a part.
+    """
+    opened = open_model(place, step)
+    # Inputs have no labels: the run's own validation data is not read.
+    p = program(opened, ["inputs"])
+    objective = p.objective
+    use: Use | None = objective.prediction.use if objective.predicts else None
+    if use is None:
+        raise ValueError(f"model: {opened.source.path} predicts no labels: it was trained for {objective.name}; "
+                         f"fine-tune it for a labelled task, or generate text with it")  # fmt: skip
+    rows = list(_rows(use, objective.settings, inputs or [], data))
+    if not rows:
+        raise ValueError(f"data: {data} holds no input" if data else "inputs: there are none")
+    records = use.records(objective.settings, rows, objective.row, objective.tokenizer)
+    with mesh.on_mesh(p.mesh):
+        predictions = corpus.predictions(p, opened.params, records)
+    return [row.cells for row in rows], use.told(objective.settings, records, predictions)
+
+
+def _rows(use: Use, c: Any, inputs: Sequence[Input], data: str | None) -> Iterable[tables.Row]:
+    if data is None:
+        return [_row(use, c, f"input {i}", one) for i, one in enumerate(inputs)]
+    if not data.lower().endswith(".txt"):
+        return use.rows(c, data)
+    with open(tables.existing_file(data), encoding="utf-8-sig") as file:
+        return [_row(use, c, f"{data}:{i}", line.strip()) for i, line in enumerate(file, 1) if line.strip()]
+
+
+def _row(use: Use, c: Any, where: str, one: Input) -> tables.Row:
+    if isinstance(one, Mapping):
+        return tables.Row(where, dict(one))
+    if not isinstance(one, str):
+        raise ValueError(f"{where}: a {type(one).__name__}, where a text or a mapping is due")
+    if not (column := use.column(c)):
+        raise ValueError(f"{where}: is one text, and this task's inputs have several parts; give them by name, as JSON")
+    return tables.Row(where, {column: one})
+
+
+def parse(text: str, where: str) -> Input:
+    """Returns a text of the command line or of a pipe: a JSON object is named parts, and everything else is a text."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: begins as JSON and isn't: {one_line(error)}") from None
+    return value
