@@ -103,17 +103,20 @@ def restored(values: dict[str, Any], base: Any, optimizer: optimizers.Optimizer)
 
 # What may differ between a run directory and the run that continues it: nothing that changes the mathematics.
 MAY_CHANGE = (
-    "out", "mesh.", "execution.", "data.workers", "data.tokenize_workers", "data.cache", "train.log_every",
+    "name", "out", "mesh.", "execution.", "data.workers", "data.tokenize_workers", "data.cache", "train.log_every",
     "train.save_every", "train.keep", "train.use", "train.prompts", "train.sample_", "train.nonfinite",
     "train.patience", "train.watchdog", "train.stuck",
 )  # fmt: skip
 
 
 def claim(run: config.Run) -> bool:
-    """Makes the run directory, or checks that it is this run's own; returns whether it holds a run to continue."""
+    """Makes the run directory, or checks that it is this run's own; returns whether it holds a run to continue. A run
+    may be given more steps than it had."""
     file = run.folder / "config.json"
     if file.exists():
         mine, existing = config_io.flatten(run), config_io.flatten(read_config(run.folder))
+        if mine["train.steps"] > existing["train.steps"]:
+            existing["train.steps"] = mine["train.steps"]
         differing = [k for k in mine | existing if mine.get(k) != existing.get(k) and not k.startswith(MAY_CHANGE)]
         if differing:
             k = differing[0]
@@ -129,9 +132,20 @@ def claim(run: config.Run) -> bool:
 
 
 def has_ended(folder: Path) -> bool:
-    """Returns whether the run was trained to its end."""
+    """Returns whether a run was trained to its end, and was given no more steps since."""
     file = folder / "metrics.jsonl"
-    return file.exists() and any(line.get("name") == "end" for line in read_lines(file))
+    ends = [line for line in read_lines(file) if line.get("name") in ("end", "more")] if file.exists() else []
+    if not ends or ends[-1]["name"] == "more":
+        return False
+    return ends[-1]["reason"] != "finished" or ends[-1]["step"] >= read_config(folder).train.steps
+
+
+def earlier_steps(run: config.Run) -> int | None:
+    """Returns the number of steps that the run in the directory had, where it is given more now; else None."""
+    if not (run.folder / "config.json").exists():
+        return None
+    before = read_config(run.folder).train.steps
+    return before if run.train.steps > before else None
 
 
 def writable(folder: Path) -> None:

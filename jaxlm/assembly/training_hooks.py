@@ -15,6 +15,7 @@ from jaxlm.assembly import program as programs
 from jaxlm.core import config, config_io, errors
 from jaxlm.data.loader import Loader
 from jaxlm.evaluation import bootstrap, perplexity, task_scores
+from jaxlm.evaluation.metrics import is_lower_better
 from jaxlm.evaluation.perplexity import make_eval_step
 from jaxlm.evaluation.samples import of_losses
 from jaxlm.formats.checkpoint import Checkpoints
@@ -65,7 +66,8 @@ class Keeper:
         value = score(self.p.run, metrics)
         self.gain(step, samples, value < self.best)
         self.best = min(self.best, value)
-        shown = [f"{k} {metrics[k]:.4f}" for k in ("loss", "bits_per_byte", "accuracy") if k in metrics]
+        told = ("loss", "bits_per_byte", "accuracy", run_metric(self.p.run))
+        shown = [f"{k} {v:.4f}" for k, v in metrics.items() if k in told or k.rpartition("/")[2] == "accuracy"]
         self.progress.say(f"step {step}: validation {', '.join(shown)}")
         self.meter.pause()
         return metrics | {"score": value}
@@ -112,12 +114,20 @@ def once_a_shape(program: Any, what: str) -> tuple[Callable[[Any, Any], Any], Ca
 
 
 def score(run: config.Run, metrics: dict[str, float]) -> float:
-    """Returns the score of a validation; lower is better. ValueError: `train.metric` is not among the metrics."""
-    name = run.train.metric
-    if name not in metrics:
-        raise ValueError(f"train.metric: unknown {name!r}{errors.nearest(name, metrics)}")
-    falls = name.rpartition("/")[2] in ("loss", "nll", "perplexity", "bits_per_byte", "aux")
-    return metrics[name] if falls else -metrics[name]
+    """Returns the score of a validation; lower is better. ValueError: `train.metric` is not among the metrics, or
+    nothing says whether more or less of it is better."""
+    name, way = run_metric(run), run.train.metric.rpartition(":")[0]
+    if name not in metrics or way not in ("", "min", "max"):
+        raise ValueError(f"train.metric: unknown {run.train.metric!r}{errors.nearest(name, metrics)}")
+    lower = is_lower_better(name) if not way else way == "min"
+    if lower is None:
+        raise ValueError(f"train.metric: say whether less or more of {name!r} is better: min:{name} or max:{name}")
+    return metrics[name] if lower else -metrics[name]
+
+
+def run_metric(run: config.Run) -> str:
+    """Returns the name of the metric that says which checkpoint is best."""
+    return run.train.metric.rpartition(":")[2]
 
 
 def validator(p: programs.Program, data: corpus.Corpus, log: RunLog) -> Callable[[int, Any], tuple[dict, dict]]:

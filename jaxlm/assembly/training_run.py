@@ -24,7 +24,7 @@ from jaxlm.objectives.objective import DeviceBatch
 from jaxlm.runtime import mesh, processes
 from jaxlm.runtime.chips import peak_flops
 from jaxlm.runtime.watchdog import Watchdog
-from jaxlm.training import loop, report, run_logs
+from jaxlm.training import loop, optimizers, report, run_logs
 from jaxlm.training.environment import write_environment
 from jaxlm.training.log import RunLog, read_lines
 from jaxlm.training.progress import Meter, Progress
@@ -39,10 +39,12 @@ def train(run: config.Run, start: StartModel, on_step: Callable[[int, dict[str, 
     main = jax.process_index() == 0
     processes.set_exit_hint(f"go on with: jaxlm train {run.folder}")
     continues = claim(run) if main else (run.folder / "config.json").exists()
+    before = run_directory.earlier_steps(run)
     processes.barrier("the run directory", HOURS)  # nothing is written there before all have looked
-    if continues and has_ended(run.folder):
+    if continues and has_ended(run.folder) and before is None:
         if main:
             print(f"{run.folder} is finished already; report: {report.build(run.folder)}")
+            print(f"for more steps: jaxlm train {run.folder} --train.steps {2 * run.train.steps}")
         return 0
     tokens = open_model.load_tokenizer(run, start)
     p = programs.program(run, tokens, open_model.template_of(run, start))
@@ -65,6 +67,8 @@ def train(run: config.Run, start: StartModel, on_step: Callable[[int, dict[str, 
             print(f"continuing {run.folder} after step {step}")
         ended = step == run.train.steps  # but its end was cut off
         with RunLog(run.folder, resume_step=step if meta else -1, ended=ended, enabled=main) as log:
+            if before is not None:
+                _give_more_steps(p, before, step, meta, log)
             status = _run(p, data, state, meta, checkpoints, log, on_step)
     processes.barrier("the end", HOURS)
     return status
@@ -85,6 +89,18 @@ def _first_state(p: programs.Program, checkpoints: Checkpoints, start: StartMode
         with Checkpoints(p.run.folder / run_directory.BASE) as once:
             base = once.restore_params(base)
     return run_directory.restored(values, base, p.optimizer), meta
+
+
+def _give_more_steps(p: programs.Program, before: int, step: int, meta: dict, log: RunLog) -> None:
+    """Logs that a run goes on beyond its end, says what that does to its learning rate, and forgets how many
+    validations were worse."""
+    log.event(step, "more", steps=p.run.train.steps, before=before)
+    if "stopping" in meta:
+        meta["stopping"] = meta["stopping"] | {"bad": 0}
+    if jax.process_index() == 0 and step:
+        old, new = (float(optimizers.schedule(p.run.optim, n)(step - 1)) for n in (before, p.run.train.steps))
+        print(f"train.steps {before} → {p.run.train.steps}: the schedule is now that of {p.run.train.steps} steps; "
+              f"the learning rate goes on at {new:.3g}, where it was {old:.3g}")  # fmt: skip
 
 
 def _remember_reference(p: programs.Program, data: corpus.Corpus, weights: Any | None) -> None:

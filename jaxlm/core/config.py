@@ -126,7 +126,8 @@ class Train:
     patience: int = 0
     """Early stopping: validations without improvement of `metric`; 0: off."""
     metric: str = "loss"
-    """Validation metric that tells which checkpoint is best: the lowest of a loss or perplexity, else the highest."""
+    """Validation metric that tells which checkpoint is best: the lowest of a loss, a perplexity or an error, the
+    highest of a score; for a metric of your own write min:NAME or max:NAME."""
     use: Literal["last", "best"] = "last"
     """Checkpoint that eval, generate, embed and export use if none is named."""
     nonfinite: Literal["stop", "skip"] = "stop"

@@ -41,9 +41,12 @@ def paired(a: Sample, b: Sample, resamples: int = RESAMPLES, seed: int = SEED) -
     """Compares each figure of two models: both values, the difference a - b, an interval of each, and p.
 
     p is twice the share of resamples in which the difference is zero or has the other sign (one resample added to both
-    counts), so p < 0.05 says what the interval says. Raises a ValueError where the examples differ.
+    counts), so p < 0.05 says what the interval says. N examples that all agree happen by chance with a probability of
+    2^(1 - N), so p is never below that, and None where that is above 0.05. Raises a ValueError where the examples
+    differ.
     """
     check_same(a, b)
+    least = 2.0 ** (1 - len(a.counts_NM))
     whole = [{name: float(v[0]) for name, v in _figures(s, s.counts_NM.sum(0)[None]).items()} for s in (a, b)]
     drawn = _resampled([a, b], resamples, seed)
     out = {}
@@ -55,7 +58,7 @@ def paired(a: Sample, b: Sample, resamples: int = RESAMPLES, seed: int = SEED) -
         out[name] = dict(
             value=one, interval=_ends(drawn[0][name]), against=other, against_interval=_ends(drawn[1][name]),
             difference=one - other, difference_interval=_ends(difference_R),
-            p=min(1.0, 2 * float(beyond + 1) / (len(difference_R) + 1)),
+            p=None if least > 1 - LEVEL else min(1.0, max(least, 2 * float(beyond + 1) / (len(difference_R) + 1))),
         )  # fmt: skip
     return out
 
@@ -117,6 +120,11 @@ def _ends(values_R: np.ndarray) -> list[float]:
     return [float(x) for x in np.percentile(values_R, [rest, 100 - rest])] if len(values_R) else [np.nan, np.nan]
 
 
+def shown_p(p: float | None) -> str:
+    """Returns p as it is shown; "too few" where there are too few examples for any."""
+    return "too few" if p is None else f"{p:.4f}"
+
+
 def table(
     compared: Mapping[str, Mapping[str, Any]], about: str = "", heads: tuple[str, str] = ("value", "against")
 ) -> str:
@@ -125,7 +133,7 @@ def table(
     for name, f in compared.items():
         low, high = f["difference_interval"]
         rows.append((name, f"{f['value']:.5g}", f"{f['against']:.5g}", f"{f['difference']:+.4g}",
-                     f"{low:+.4g} … {high:+.4g}", f"{f['p']:.4f}"))  # fmt: skip
+                     f"{low:+.4g} … {high:+.4g}", shown_p(f["p"])))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(6)]
     lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
              for row in rows]  # fmt: skip

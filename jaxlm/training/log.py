@@ -95,7 +95,7 @@ class RunLog:
         if self._events is not None:
             for name, value in [*metrics.items(), *((f"time/{k}", v) for k, v in time.items())]:
                 if value is not None:
-                    self._events.add_scalar(f"{kind}/{name}", _plain(value), step)
+                    self._events.add_scalar(f"{kind}/{name}", float(value), step)
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._lines is not None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.training import report_page
-from jaxlm.training.progress import Ema
 from jaxlm.training.run_logs import Curve, Logs, metric, read
 
 POINTS = 1500  # a curve is thinned to about this many, as a long run would make a page of 100 MB
@@ -47,9 +46,8 @@ def _draw(axes: Any, panel: Panel, logs: Logs) -> None:
     finite = [(y, x) for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(y)]
     marker = "o" if panel.dots or len(curve.x) == 1 else None
     if panel.smooth:
-        ema = Ema(0.98 if len(curve.y) > 200 else 0.9)
         axes.plot(*_thin(curve.x, curve.y), color=RAW, linewidth=0.8)
-        axes.plot(*_thin(curve.x, [ema.update(y) for y in curve.y]), color=LINE, linewidth=1.6, marker=marker)
+        axes.plot(*_thin(curve.x, smoothed(curve.y)), color=LINE, linewidth=1.6, marker=marker)
         # The range leaves out the first twentieth, which would press the rest of the curve flat.
         late = [y for y, _ in finite[len(finite) // 20 :]]
         if late:
@@ -67,6 +65,18 @@ def _draw(axes: Any, panel: Panel, logs: Logs) -> None:
     axes.margins(x=0.02)
     for side in axes.spines.values():
         side.set_visible(False)
+
+
+def smoothed(y: list[float]) -> list[float]:
+    """Returns the mean over a fortieth of the curve around each point, less at the ends, so that it doesn't lag behind
+    a curve that falls. Values that aren't finite are left out; where all are, they stay."""
+    half = len(y) // 80
+    out = []
+    for i, value in enumerate(y):
+        reach = min(half, i, len(y) - 1 - i)
+        near = [v for v in y[i - reach : i + reach + 1] if math.isfinite(v)]
+        out.append(sum(near) / len(near) if near else value)
+    return out
 
 
 def _thin(x: list[int], y: list[float]) -> tuple[list[int], list[float]]:

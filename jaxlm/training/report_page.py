@@ -38,12 +38,13 @@ def _summary(logs: Logs) -> str:
             best, step = min(finite)
             rows += [(f"Best {title}", f"{best:.4f} <small>step {step}</small>")]
             rows += [(f"Final {title}", f"{curve.y[-1]:.4f}")]
-    speed, tokens = _median(logs, "tokens_per_s"), _tokens(logs)
+    typical, tokens = _median(logs, "tokens_per_s"), _tokens(logs)
     model = logs.events.get("model", {})
     rows += [("Steps", f"{max(line['step'] for line in [*logs.train, *logs.valid]):,}")]
     rows += [("Tokens", _count(tokens))] if tokens else []
     rows += [("Time", _duration(seconds))] if (seconds := _elapsed(logs)) else []
-    rows += [("Tokens per second", f"{speed:,.0f}")] if speed else []
+    if tokens and seconds and typical:  # the whole time has validations, samples and compilations in it
+        rows += [("Tokens per second", f"{tokens / seconds:,.0f} <small>a typical step {typical:,.0f}</small>")]
     mfu = [(_median(logs, f"mfu_{way}"), way) for way in ("causal", "full")]
     rows += [(f"MFU, {way} attention", f"{value:.1%}") for value, way in mfu if value]
     parameters, trainable = (model.get(key) for key in ("parameters", "trainable"))
@@ -64,7 +65,7 @@ def _before_and_after(logs: Logs) -> str:
             _within(figure["against"], figure["against_interval"]),
             _within(figure["value"], figure["interval"]),
             _within(figure["difference"], figure["difference_interval"], "+"),
-            f"{figure['p']:.4f}",
+            "too few" if figure["p"] is None else f"{figure['p']:.4f}",
             _text(figure["over"]),
         ]
         rows.append(f"<tr><th>{_text(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
@@ -88,7 +89,7 @@ def _compression(logs: Logs) -> str:
     event = logs.events.get("compression")
     if event is None:
         return ""
-    sizes = {k: float(v) for k, v in event.items() if isinstance(v, int | float) and k not in ("step", "kind", "name")}
+    sizes = {k: float(v) for k, v in event.items() if k in ("gzip", "xz", "model")}
     curve = metric(logs.valid, "bits_per_byte")
     if curve and "model" not in sizes and any(map(math.isfinite, curve.y)):
         sizes["this model"] = min(filter(math.isfinite, curve.y))

@@ -159,6 +159,24 @@ def test_a_run_killed_at_its_very_end_ends_once(trained: Path, capsys: pytest.Ca
     assert "finished already" in capsys.readouterr().out and lines(folder) == whole
 
 
+def test_a_finished_run_is_given_more_steps(trained: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = trained / "runs" / "longer"
+    shutil.copytree(trained / "runs" / "run", folder)
+    before = [x for x in lines(folder) if x["kind"] == "train"]
+    assert cli.main(["train", str(folder), "--train.steps", "5"]) == 2
+    assert "train.steps is 6 there and 5 here" in capsys.readouterr().err
+    assert cli.main(["train", str(folder), "--train.steps", "8", "--train.prompts"]) == 0
+    shown = capsys.readouterr().out
+    assert "train.steps 6 → 8: the schedule is now that of 8 steps; the learning rate goes on at " in shown
+    after = [x for x in lines(folder) if x["kind"] == "train"]
+    assert after[:6] == before and [x["step"] for x in after[6:]] == [7, 8]
+    assert [x["step"] for x in lines(folder) if x.get("name") == "end"] == [6, 8]
+    assert json.loads((folder / "config.json").read_text())["train"]["steps"] == 8
+    assert cli.main(["train", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "finished already" in shown and f"jaxlm train {folder} --train.steps 16" in shown
+
+
 BREAKING = ["--optim.lr", "31.25", "--optim.clip", "0", "--optim.ema", "0", "--train.micro_batches", "1",
             "--mesh.data", "1", "--mesh.fsdp", "1", "--mesh.tensor", "1"]  # fmt: skip
 """A rate that breaks the model, and a step on one device that compiles fast, once for those who use it."""

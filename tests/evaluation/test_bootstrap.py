@@ -53,6 +53,15 @@ def test_without_a_difference_p_is_spread_evenly_and_intervals_hold():
     assert bootstrap.paired(same, same)["x"]["p"] == 1
 
 
+def test_few_examples_give_no_small_p():
+    """Four that all agree do so once in eight times by chance; no p is given where none could be below 0.05."""
+    for n, p in ((4, None), (5, None), (6, 2**-5), (8, 2**-7)):
+        a, b = samples.means({"x": np.arange(n) + 1.0}), samples.means({"x": np.arange(n) * 1.0})
+        found = bootstrap.paired(a, b)
+        assert found["x"]["p"] == p
+        assert ("too few" in bootstrap.table(found)) == (p is None)
+
+
 def test_other_examples_are_refused():
     one = samples.means({"x": [1.0, 2.0]}, keys=["a", "b"])
     with pytest.raises(ValueError, match=r"2 and 3 examples; compare them on the same ones"):

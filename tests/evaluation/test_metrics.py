@@ -1,7 +1,10 @@
 """Figures of the field's libraries, on examples small enough to count by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from jaxlm.assembly import training_hooks
 from jaxlm.evaluation import metrics
 
 pytest.importorskip("seqeval")
@@ -91,3 +94,28 @@ def test_relations_as_semeval_and_tacred_count_them():
 def test_choices_and_a_liking_for_one():
     values, report = metrics.choices([0, 1, 1, 2], [1, 1, 1, 1])
     assert values == dict(accuracy=0.5) and "B          0.5000   1.0000" in report
+
+
+def test_every_figure_says_whether_less_of_it_is_better():
+    figures = metrics.classes(["a", "b"], ["a", "a"], ["a", "b"])[0]
+    figures |= metrics.tags([["B-X", "O"]], [["B-X", "O"]], ["O", "B-X"])[0]
+    figures |= metrics.multiple([["a"], []], [["a"], ["b"]], ["a", "b"])[0]
+    figures |= metrics.numbers([1.0, 2.0, 3.0], [1.0, 2.5, 2.0])[0]
+    figures |= metrics.relations(["a", "b"], ["a", "a"], ["a", "b"], "")[0] | metrics.choices([0, 1], [0, 0])[0]
+    figures |= metrics.spans([["a"], []], [[("a", 1.0)], [("", 0.0)]])[0]
+    lower = {name for name in figures if metrics.is_lower_better(name)}
+    unknown = {name for name in figures if metrics.is_lower_better(name) is None}
+    assert (lower, unknown) == ({"mse"}, {"best_threshold"})
+    assert metrics.is_lower_better("tokens/perplexity") and metrics.is_lower_better("pairs/accuracy") is False
+
+
+def test_the_checkpoint_with_the_lowest_error_is_the_best():
+    def of(metric):
+        run = SimpleNamespace(train=SimpleNamespace(metric=metric))
+        return training_hooks.score(run, {"mse": 2.0, "accuracy": 0.5, "own": 3.0})
+
+    assert (of("mse"), of("accuracy"), of("min:own"), of("max:own")) == (2.0, -0.5, 3.0, -3.0)
+    for name, message in {"own": r"^train\.metric: say whether .* min:own or max:own$", "mes": "did you mean 'mse'",
+                          "high:own": "unknown 'high:own'"}.items():  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            of(name)

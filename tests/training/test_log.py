@@ -117,6 +117,13 @@ def test_tensorboard_holds_the_numbers(tmp_path):
     assert all(tag in data for tag in (b"train/loss", b"train/time/tokens_per_s", np.float32(2.5).tobytes(), b"cat"))
 
 
+def test_tensorboard_takes_numbers_that_are_not_finite(tmp_path):
+    pytest.importorskip("tensorboardX")
+    with RunLog(tmp_path) as log:
+        log.train(1, {"loss": float("nan"), "grad_norm": np.float32(np.inf)}, {"mfu": None})
+    assert read_lines(tmp_path / "metrics.jsonl")[0]["loss"] == "NaN"
+
+
 def test_missing_tensorboard_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ValueError, match=r'pip install "jaxlm\[report\]"'):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from jaxlm.training.log import RunLog
-from jaxlm.training.report import build
+from jaxlm.training.report import build, smoothed
 
 pytest.importorskip("matplotlib")
 
@@ -23,7 +23,7 @@ CONFIG = {
 def run(folder, *, valid=True):
     with RunLog(folder, tensorboard=False) as out:
         out.event(0, "model", parameters=1_234_567, trainable=4_096)
-        out.event(0, "compression", gzip=2.5, xz=2.125)
+        out.event(0, "compression", bytes=516157, gzip=2.5, xz=2.125)
         out.sample(0, "The ", "<script>alert(1)</script>")
         for step in range(1, 41):
             loss = float("nan") if step == 7 else 4 / step
@@ -69,6 +69,26 @@ def test_the_summary_comes_first_and_tells_best_and_final(page):
     ):
         assert words in seen
     assert "MFU, full" not in seen  # unknown is left out, not shown as 0
+
+
+def test_the_chart_of_compressors_has_bits_per_byte_alone(page):
+    bars = page.read_text().partition("<table class=bars>")[2].partition("</table>")[0]
+    assert re.findall(r"<th>(\w+(?: \w+)?)</th>", bars) == ["gzip", "xz", "this model"] and "516157" not in bars
+
+
+def test_the_speed_is_tokens_over_time(page):
+    """40 steps of 128 tokens in 24 + 15 seconds; the median of the steps is another figure, and says so."""
+    assert f"Tokens per second {40 * 128 / 39:,.0f} a typical step 1,02" in text(page)
+
+
+def test_a_smoothed_curve_does_not_lag():
+    y = [4 / (1 + i / 10) for i in range(400)]
+    noisy = [v + (0.3 if i % 2 else -0.3) for i, v in enumerate(y)]
+    smooth = smoothed(noisy)
+    late = range(40, 395)
+    assert max(abs(smooth[i] - y[i]) for i in late) < 0.06
+    assert abs(sum(smooth[i] - y[i] for i in late)) / len(late) < 0.01, "it lies neither above nor below"
+    assert smoothed([float("nan") if i == 200 else 1.0 for i in range(400)]) == [1.0] * 400
 
 
 def test_samples_stand_side_by_side_first_and_last_as_text(page):
