@@ -18,6 +18,7 @@ from jaxlm.assembly import model_source
 from jaxlm.assembly.model_source import Source
 from jaxlm.assembly.open_model import Place, Pretrained, open_model, published_run
 from jaxlm.core import config_io, errors
+from jaxlm.core.paths import local
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.formats import gguf, hf_sidecars, huggingface, stablehlo
 from jaxlm.formats.checkpoint import Checkpoints
@@ -106,7 +107,7 @@ def export(
 
 
 def _fresh(target: str | Path) -> Path:
-    path = Path(target)
+    path = local("target", target)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path}: is there already; choose another name or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)

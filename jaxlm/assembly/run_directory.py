@@ -13,6 +13,7 @@ import jax
 
 from jaxlm.assembly.run_objective import text_field
 from jaxlm.core import config, config_io, tree
+from jaxlm.core.paths import local
 from jaxlm.data import token_cache as caches
 from jaxlm.data import tokenizer
 from jaxlm.data import train_tokenizer as vocabularies
@@ -150,6 +151,7 @@ def earlier_steps(run: config.Run) -> int | None:
 
 def writable(folder: Path) -> None:
     """Checks that the folder can be written to, before the work and not after it. ValueError: it can't."""
+    local("`out`", folder)
     at = folder
     while not at.exists():
         at = at.parent

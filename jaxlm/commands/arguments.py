@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from jaxlm.core import config, config_io, typed_arguments
+from jaxlm.core.paths import local
 from jaxlm.runtime import processes
 
 _MODEL = (
@@ -122,10 +123,12 @@ def _last_value(args: Sequence[str], flag: str) -> str | None:
 def parse(kind: type[Command], args: Sequence[str]) -> tuple[Command, list[str]]:
     """Returns a command, and the options that aren't its fields where it takes some. ValueError: an argument doesn't
     fit."""
-    if not kind.takes_more:
-        return typed_arguments.parse(kind, args), []
-    own, rest = typed_arguments.split(kind, args)
-    return typed_arguments.parse(kind, own), rest
+    own, rest = typed_arguments.split(kind, args) if kind.takes_more else (list(args), [])
+    command = typed_arguments.parse(kind, own)
+    for f in dataclasses.fields(command):
+        if isinstance(value := getattr(command, f.name), Path):
+            local(typed_arguments.flag(f.name), value)
+    return command, rest
 
 
 def show_help(kind: type[Command], name: str, args: Sequence[str]) -> None:

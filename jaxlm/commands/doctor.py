@@ -39,12 +39,7 @@ CORE = {  # distribution: what is imported
     "tyro": "tyro",
     "rich": "rich",
 }
-EXTRAS = {
-    "report": ("matplotlib", "tensorboardX"),
-    "data": ("pyarrow", "zstandard"),
-    "test": ("pytest", "pytest-xdist", "ruff", "mypy", "import-linter"),
-    "dev": ("pre-commit",),
-}
+DEVICES = ("cuda", "tpu")  # extras of machines, which the rows of devices tell of
 MIN_DISK_GB = 5.0
 
 
@@ -109,13 +104,17 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _declared() -> list[str]:
+    """What jaxlm requires, as its metadata has it; nothing for a checkout that isn't installed."""
+    try:
+        return importlib.metadata.requires("jaxlm") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
 def _requirement(package: str) -> str:
     """`package` with the bound that jaxlm declares."""
-    try:
-        declared = importlib.metadata.requires("jaxlm") or []
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that isn't installed
-        declared = []
-    mine = (line for line in declared if re.match(rf"{re.escape(package)}\s*([<>=!~;(]|$)", line))
+    mine = (line for line in _declared() if re.match(rf"{re.escape(package)}\s*([<>=!~;(]|$)", line))
     return next((line.split(";")[0].strip() for line in mine if "extra" not in line), package)
 
 
@@ -146,14 +145,17 @@ def _core() -> list[Row]:
 
 def _extras() -> list[Row]:
     rows = []
-    for extra, packages in EXTRAS.items():
+    extras: dict[str, list[str]] = {}
+    for line in _declared():
+        package, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"](\w+)['\"]", line)
+        if package and extra and package[0] != "jaxlm" and extra[1] not in DEVICES:
+            extras.setdefault(extra[1], []).append(package[0])
+    for name, packages in extras.items():
         missing = [package for package in packages if _version(package) is None]
         if missing:
-            rows.append(
-                Row(f"extra: {extra}", "note", f"without {', '.join(missing)}", f'pip install "jaxlm[{extra}]"')
-            )
+            rows.append(Row(f"extra: {name}", "note", f"without {', '.join(missing)}", f'pip install "jaxlm[{name}]"'))
         else:
-            rows.append(Row(f"extra: {extra}", "ok", ", ".join(f"{p} {_version(p)}" for p in packages)))
+            rows.append(Row(f"extra: {name}", "ok", ", ".join(f"{p} {_version(p)}" for p in packages)))
     return rows
 
 

@@ -1,5 +1,6 @@
 """Doctor finds what is missing and names the command that mends it."""
 
+import importlib.metadata
 import io
 import sys
 from types import SimpleNamespace
@@ -34,6 +35,8 @@ def test_a_missing_package_is_bad_and_has_its_command(monkeypatch):
     assert not fit
     assert find(rows, "grain") == module.Row("grain", "bad", "missing", 'pip install "grain>=0.2.14"')
     assert find(rows, "extra: data").status == "note"
+    declared = set(importlib.metadata.metadata("jaxlm").get_all("Provides-Extra")) - {"cuda", "tpu"}
+    assert {row.name for row in rows if row.name.startswith("extra: ")} == {f"extra: {name}" for name in declared}
     out = io.StringIO()
     print_rows(rows, Console(file=out, width=40))
     assert 'note extra: data: pip install "jaxlm[data]"\n' in out.getvalue()  # whole, though the terminal is narrow

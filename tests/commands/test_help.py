@@ -96,6 +96,8 @@ def test_a_long_list_of_names_is_cut(capsys):
         (["eval", "m", "--data", "--json"], "--data: give a value"),
         (["generate", "--prompt", "a"], "give MODEL; for example: jaxlm generate runs/quickstart"),
         (["train", "--optim.lr", "1"], "give CONFIG|RUN_DIR; for example: jaxlm train quickstart"),
+        (["eval", "m", "--out", "gs://bucket/x"], "--out: gs:/bucket/x is an address, and only local files"),
+        (["train", "tiny_llama", "--out", "gs://bucket/runs"], "--out: gs:/bucket/runs/tiny_llama is an address"),
         (["eval", "m", "--plugin"], "--plugin: give a module, or a Python file"),
     ],
 )  # fmt: skip
