@@ -14,7 +14,7 @@ from jaxlm.assembly.open_model import Place, Pretrained, open_model, program
 from jaxlm.core.errors import nearest
 from jaxlm.evaluation import bootstrap, harness, pass_at_k, perplexity, sandbox, task_scores, text_metrics
 from jaxlm.evaluation.bootstrap import Sample
-from jaxlm.evaluation.samples import keyed, of_losses, of_tasks
+from jaxlm.evaluation.samples import is_loss, keyed, of_losses, of_tasks
 from jaxlm.inference import stream
 from jaxlm.inference.sampling import Sampling
 from jaxlm.runtime import mesh
@@ -46,7 +46,7 @@ def evaluate(
         eval_step = perplexity.make_eval_step(p.loss, p.objective.totals, p.tokens.bytes_per_token)
         inputs = keyed(corpora.validation_batches(p, corpus, batches), keys)
         parts = perplexity.parts(eval_step, opened.params, inputs)
-        samples = {"losses": of_losses(parts, keys)}
+        samples = {"losses": of_losses(parts, keys, whole=not p.objective.predicts)}
         result = Evaluation(perplexity.total(parts), "", samples, tuple(p.run.data.valid), [])
         if not p.objective.predicts:
             return result
@@ -54,8 +54,10 @@ def evaluate(
         predictions = corpora.predictions(p, opened.params, records)
     true, predicted = p.objective.answers(records, predictions)
     judged = task_scores.judge(p.objective.prediction.scores, p.run.objective, records, true, predicted)
-    samples["answers"] = judged.sample
-    return result._replace(figures=result.figures | judged.figures, report=judged.report, examples=judged.examples)
+    # The task's own scores come first. Accuracy and perplexity of tokens would only be taken for them.
+    figures = judged.figures | {name: value for name, value in result.figures.items() if is_loss(name)}
+    samples = {"answers": judged.sample} | samples
+    return result._replace(figures=figures, report=judged.report, samples=samples, examples=judged.examples)
 
 
 def evaluate_tasks(

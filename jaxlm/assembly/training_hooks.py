@@ -139,7 +139,7 @@ def validator(p: programs.Program, data: corpus.Corpus, log: RunLog) -> Callable
         started = time.perf_counter()
         batches = corpus.validation_batches(p, data, p.run.train.eval_batches)
         parts = perplexity.parts(evaluate_batch, state.eval_params, batches)
-        metrics, samples = perplexity.total(parts), {"losses": of_losses(parts)}
+        metrics, samples = perplexity.total(parts), {"losses": of_losses(parts, whole=not p.objective.predicts)}
         if p.objective.predicts:
             most = p.run.train.eval_batches * (p.run.train.batch_size // p.run.train.micro_batches) or None
             records = [record for part in data.valid for record in part[:most]]
@@ -147,7 +147,7 @@ def validator(p: programs.Program, data: corpus.Corpus, log: RunLog) -> Callable
             true, predicted = p.objective.answers(records, predictions)
             judged = task_scores.judge(p.objective.prediction.scores, p.run.objective, records, true, predicted)
             metrics |= judged.figures
-            samples["answers"] = judged.sample
+            samples = {"answers": judged.sample} | samples
         log.valid(step, metrics, {"seconds": time.perf_counter() - started})
         return metrics, samples
 

@@ -188,8 +188,9 @@ def of_answers(scores: str, c: Any, items: Sequence[dict], true: Sequence[Any], 
     return means({"exact": [float(a == b) for a, b in zip(true, predicted, strict=True)]}, keys)
 
 
-def of_losses(parts: Sequence[perplexity.Part], keys: Sequence[Any] = ()) -> Sample:
-    """Returns the sample of losses by batch (from `perplexity.parts`), so few batches say little of chance."""
+def of_losses(parts: Sequence[perplexity.Part], keys: Sequence[Any] = (), whole: bool = True) -> Sample:
+    """Returns the sample of losses by batch (from `perplexity.parts`), so few batches say little of chance: the `whole`
+    of their figures or, for a task that has scores of its own, the loss alone."""
     sums, totals = parts[0]
     columns = [(name, metric) for name, values in sums.items() for metric in values]
     table = [[s[name][metric] for name, metric in columns] + [t[name] for name in totals] for s, t in parts]
@@ -199,9 +200,15 @@ def of_losses(parts: Sequence[perplexity.Part], keys: Sequence[Any] = ()) -> Sam
         for (name, metric), value_R in zip(columns, sums_RM.T, strict=False):
             added[name][metric] = value_R
         weights = dict(zip(totals, sums_RM[:, len(columns) :].T, strict=True))
-        return {k: v for k, v in perplexity.means(added, weights).items() if k.rpartition("/")[2] != "targets"}
+        means = perplexity.means(added, weights)
+        return {k: v for k, v in means.items() if (k.rpartition("/")[2] != "targets" if whole else is_loss(k))}
 
     return Sample(np.array(table, float), figures, keys, "batches")
+
+
+def is_loss(name: str) -> bool:
+    """Returns whether a figure is a loss that is minimised."""
+    return name.rpartition("/")[2] == "loss"
 
 
 def keyed(batches: Iterable[Mapping[str, Any]], keys: list[int]) -> Iterator[Mapping[str, Any]]:

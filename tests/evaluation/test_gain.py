@@ -49,6 +49,7 @@ def test_a_run_says_what_it_changed_and_a_continued_run_says_the_same(tmp_path, 
     assert accuracy["against"] == pytest.approx(before["accuracy"]) and accuracy["over"] == "60 examples"
     assert accuracy["value"] == 1 and accuracy["difference_interval"][0] > 0 and accuracy["p"] < 0.05
     assert found[-1]["figures"]["loss"]["over"] == "8 batches"
+    assert list(found[-1]["figures"]) == ["accuracy", "f1_macro", "f1_weighted", "mcc", "loss"], "its own scores first"
     used = [line["step"] for line in found if line["best"]][-1]
     page = re.sub(r"<[^>]*>", " ", (tmp_path / "r" / "report.html").read_text())
     assert "Before and after" in page and f"and step {used};" in page

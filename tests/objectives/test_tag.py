@@ -147,6 +147,9 @@ def test_from_the_command_line_to_a_report(file, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "entities (seqeval, strict, IOB2)" in shown and "words (scikit-learn)" in shown and "support" in shown
     assert "f1               1" in shown
+    figures = shown.partition("\nword_accuracy ")[2]
+    assert "\nloss " in figures.partition("\nf1 ")[2], "the task's own scores come first"
+    assert "perplexity" not in shown and "\naccuracy" not in figures and "\nnll" not in figures
     assert cli.main(["predict", str(tmp_path / "r"), "--text", "Bob Brown left", "--text", "Ann saw Oslo"]) == 0
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert first["text"] == "Bob Brown left" and first["tags"] == ["B-PER", "I-PER", "O"]
