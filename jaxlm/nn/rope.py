@@ -11,22 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.core.ranges import Natural, Positive, Share
+
 
 @dataclass(frozen=True)
 class Rope:
     """A Rope gives the frequencies of the rotation. Fields that its scaling doesn't use stay at their defaults."""
 
-    theta: float = 1e4
-    share: float = 1.0
+    theta: Positive = 1e4
+    share: Share = 1.0
     """Part of each head's width that is rotated."""
     scaling: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
-    factor: float = 1.0
+    factor: Positive = 1.0
     """How many times longer than `trained` a sequence may be."""
-    trained: int = 0
+    trained: Natural = 0
     """Longest sequence before stretching (dynamic, llama3, yarn, longrope)."""
-    low_freq_factor: float = 1.0
+    low_freq_factor: Positive = 1.0
     """llama3: wavelengths above trained / this are stretched in full."""
-    high_freq_factor: float = 4.0
+    high_freq_factor: Positive = 4.0
     """llama3: wavelengths below trained / this are left alone."""
     beta_fast: float = 32.0
     """yarn: rotations within `trained` from which a frequency is left alone."""
