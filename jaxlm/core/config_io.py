@@ -165,7 +165,11 @@ def load(path: str | Path) -> Run:
         made = getattr(module, "config", None)
         run = made() if isinstance(made, types.FunctionType) else None
     except Exception as error:
-        raise ValueError(f"{path}:{_failing_line(path, error)}: {type(error).__name__}: {one_line(error)}") from error
+        line = _failing_line(path, error)
+        if line is None:  # it can't be read
+            raise
+        why = error.msg if isinstance(error, SyntaxError) else one_line(error)
+        raise ValueError(f"{path}:{line}: {type(error).__name__}: {why}") from error
     if not isinstance(made, types.FunctionType):
         raise ValueError(f"{path}: has no function config() that returns a Run")
     if not isinstance(run, Run):
@@ -173,12 +177,12 @@ def load(path: str | Path) -> Run:
     return run
 
 
-def _failing_line(path: Path, error: Exception) -> int:
-    """Returns the last line of a file that was executed before the error; that of the file's own syntax error."""
-    if isinstance(error, SyntaxError) and error.filename and Path(error.filename) == path:
-        return error.lineno or 1
-    frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
-    return frames[-1] if frames and frames[-1] else 1
+def _failing_line(path: Path, error: Exception) -> int | None:
+    """Returns the last line of a file that was executed before the error, or that of its syntax error; None: none."""
+    lines = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        lines.append((error.filename or "", error.lineno))
+    return next((line or 1 for file, line in reversed(lines) if Path(file).resolve() == path.resolve()), None)
 
 
 def choose_adapter(run: Run, args: list[str], adapters: Table[Any]) -> tuple[Run, list[str]]:

@@ -58,7 +58,7 @@ class Sampling:
     """The answer is JSON of this schema."""
     logprobs: Natural | None = None
     """Log probabilities of the chosen tokens, and of so many of the likeliest ones at each position."""
-    seed: int = 0
+    seed: Natural = 0
 
 
 def check(s: Sampling, vocab: int) -> None:

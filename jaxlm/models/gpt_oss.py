@@ -30,7 +30,7 @@ YARN = Rope(theta=150000.0, scaling="yarn", factor=32.0, trained=4096, truncate=
 @dataclass(frozen=True)
 class Config(decoder.WindowedConfig):
     moe: Moe = field(default_factory=Moe)
-    alpha: float = 1.702
+    alpha: Positive = 1.702
     """Slope of the sigmoid that the gate goes through."""
     limit: Positive = 7.0
     """Gates above it and other halves beyond it are cut off."""

@@ -49,7 +49,7 @@ class Moe:
     balance: NonNegative = 0.01
     """Weight of the balance loss E · Σ f·P of each row (Fedus et al. 2021), with f the share of choices, P of scores;
     1 · `balance` where experts are used evenly."""
-    router_z: float = 0.0
+    router_z: NonNegative = 0.0
     """Weight of the router's z-loss: mean squared log Z (Zoph et al. 2022)."""
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core.ranges import Natural, Positive, Share
+from jaxlm.core.ranges import Natural, NonNegative, Positive, Share
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,21 @@ class Rope:
     """llama3: wavelengths above trained / this are stretched in full."""
     high_freq_factor: Positive = 4.0
     """llama3: wavelengths below trained / this are left alone."""
-    beta_fast: float = 32.0
+    beta_fast: Positive = 32.0
     """yarn: rotations within `trained` from which a frequency is left alone."""
-    beta_slow: float = 1.0
+    beta_slow: Positive = 1.0
     """yarn: rotations below which a frequency is stretched in full."""
     truncate: bool = True
     """yarn: round the borders of the ramp to whole dimensions."""
-    mscale: float = 0.0
+    mscale: NonNegative = 0.0
     """yarn, DeepSeek: temperature of the rotated part; 0: unused."""
-    mscale_all_dim: float = 0.0
+    mscale_all_dim: NonNegative = 0.0
     """yarn, DeepSeek: temperature of the whole score; 0: unused."""
-    attention_factor: float | None = None
+    attention_factor: Positive | None = None
     """yarn, longrope: what sine and cosine are multiplied by; None: the method's own formula."""
-    short_factor: tuple[float, ...] = ()
+    short_factor: tuple[Positive, ...] = ()
     """longrope: divisor of each frequency in sequences up to `trained`."""
-    long_factor: tuple[float, ...] = ()
+    long_factor: tuple[Positive, ...] = ()
     """longrope: divisor of each frequency in longer ones."""
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core.ranges import BelowOne, Count
+from jaxlm.core.ranges import BelowOne, Count, Finite
 from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data import labelled
 from jaxlm.data.labelled import Question, squad, tables
@@ -52,7 +52,7 @@ class Config:
     """Answers that are kept of each question, the best first."""
     no_answer: bool | None = None
     """Whether a text may hold no answer; None: as in the training data."""
-    threshold: float = 0.0
+    threshold: Finite = 0.0
     """By how much no answer must score above the best span to be given; `eval` says what would have been best."""
     dropout: BelowOne = 0.1
     """Before the head."""
