@@ -64,7 +64,7 @@ def train(run: Run, *, on_step: Callable[[int, dict[str, float]], None] | None =
     ValueError: a field of the run can't be met here, or the directory belongs to another run. NonFiniteError: a loss or
     gradient was not finite.
     """
-    run_directory.writable(run.folder)
+    run_directory.check_place(run)
     training_run.train(run, StartModel(run.start), on_step)
     return RunDirectory(run.folder)
 

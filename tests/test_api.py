@@ -68,16 +68,11 @@ def test_load_changes_fields_parts_and_methods():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(trian={}), r"unknown config key trian; did you mean 'train'\?"),
         (dict(train=dict(stepz=1)), r"unknown config key train\.stepz; did you mean 'steps'\?"),
-        ({"optim.lr": "fast"}, r"optim\.lr: 'fast' is not a valid float"),
         ({"optim.lr.x": 1}, r"unknown config key optim\.lr\.x: optim\.lr has no fields"),
         (dict(model="llama"), r"model: 'llama' is not a valid Config"),
-        (dict(adapter="lorra"), r"adapter: unknown 'lorra'; did you mean 'lora'"),
-        (dict(optim=dict(name="adam")), r"optim\.name: unknown 'adam'; did you mean 'adamw'"),
         (dict(optim=dict(schedule="stairs")), r"optim\.schedule: unknown 'stairs'; known: constant, .* as a plugin"),
         (dict(seed=True), r"seed: True is not a valid int"),
-        (dict(start="nowhere/at-all"), r"nowhere/at-all: no such model"),
     ],
 )
 def test_mistakes_in_a_run_name_the_field(changes, message):
@@ -86,12 +81,8 @@ def test_mistakes_in_a_run_name_the_field(changes, message):
 
 
 def test_mistakes_in_calls_name_the_argument(tmp_path):
-    with pytest.raises(ValueError, match="no config file tiny_lama; did you mean 'tiny_llama'"):
-        jaxlm.load("tiny_lama")
     with pytest.raises(ValueError, match="config: the function returned int"):
         jaxlm.load(lambda: 3)
-    with pytest.raises(ValueError, match="no such model; give a run directory"):
-        jaxlm.open(tmp_path / "none")
     with pytest.raises(ValueError, match="not a run directory"):
         jaxlm.RunDirectory(tmp_path).config  # noqa: B018
     with pytest.raises(ValueError, match="model: 'bert' is the name of another model already"):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.assembly import model_source
+from jaxlm.assembly import model_source, run_directory
 from jaxlm.assembly.model_source import Source
 from jaxlm.assembly.open_model import Place, Pretrained, open_model, published_run
 from jaxlm.core import config_io, errors
@@ -45,6 +45,11 @@ ROWS, LENGTH = 2, 32  # of the probe
 def import_model(place: str, target: str | Path) -> list[str]:
     """Writes a run directory that holds the model; returns a line on each thing written."""
     folder = _fresh(target)
+    with run_directory.removed_if_refused(folder):
+        return _import(place, folder)
+
+
+def _import(place: str, folder: Path) -> list[str]:
     p = open_model(place)
     run = dataclasses.replace(published_run(p.source), name=folder.resolve().name, out=str(folder.parent))
     notes = [f"tokenizer: {', '.join(p.source.save_text(folder / 'tokenizer'))}"]
@@ -80,12 +85,19 @@ def export(
     if format == "gguf" and path.suffix != ".gguf":
         raise ValueError(f"{path}: name a file that ends in .gguf")
     _fresh(path)
-    p = _published(open_model(model, step))
+    with run_directory.removed_if_refused(path):
+        return _export(_published(open_model(model, step)), path, format, dtype)
+
+
+def _export(p: Pretrained, path: Path, format: str, dtype: str | None) -> tuple[list[str], dict[str, Any]]:
+    if format == "peft" and p.model.adapter is None:
+        raise ValueError(f"format peft: {p.source.path} has no adapter; choose another format")
     vectors = format == "stablehlo" and p.model.family.kind == "encoder"
     before = logits(p, vectors)
     if format != "peft" and p.model.adapter is not None:
         p = _merged(p)
         dtype = dtype or "float32"  # that of the base's own numbers may be too coarse for what was learned
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         write: Any = {"hf": _to_hf, "gguf": _to_gguf, "stablehlo": _to_stablehlo, "peft": _to_peft}[format]
         notes = write(p, path, dtype)
@@ -110,7 +122,6 @@ def _fresh(target: str | Path) -> Path:
     path = local("target", target)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path}: is there already; choose another name or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -229,8 +240,6 @@ def _to_stablehlo(p: Pretrained, folder: Path, dtype: Any) -> list[str]:
 
 
 def _to_peft(p: Pretrained, folder: Path, dtype: str) -> list[str]:
-    if p.model.adapter is None:
-        raise ValueError(f"format peft: {p.source.path} has no adapter; choose another format")
     start = p.source.run.start if p.source.run else str(p.source.path)
     if not start:
         raise ValueError(f"format peft: {p.source.path} began from no published model; export it as hf")

@@ -31,6 +31,11 @@ def corpus(data: config.Data, objective: BoundObjective) -> Corpus:
     share = 0.0 if data.valid else data.holdout
     if not data.valid and not share:
         raise ValueError("data.holdout: 0 leaves nothing to validate on; set it above 0 or name data.valid")
+    if data.weights and (len(data.weights) != len(data.train) or not any(data.weights)):
+        raise ValueError(
+            f"data.weights: {data.weights} is not a weight for each of {len(data.train)} training sources; give as "
+            "many numbers, not all of them 0"
+        )
     records = objective.records
     if isinstance(records, ExampleReader):
         return _read_examples(data, objective, records)
@@ -55,15 +60,7 @@ def corpus(data: config.Data, objective: BoundObjective) -> Corpus:
             _warn_of_cuts(objective, records, source, part)
         keys = [[(c.document(i).tobytes(), "") for c in parts for i in range(len(c))] for parts in (train, valid)]
         _warn_of_leaks(*keys)
-    return Corpus(train, _mixture_weights(data, [len(c.tokens) for c in train]), valid)
-
-
-def _mixture_weights(data: config.Data, sizes: Sequence[int]) -> list[float]:
-    """Returns the weights of the training sources in the mixture."""
-    weights = list(data.weights) or [float(n) for n in sizes]
-    if len(weights) != len(sizes):
-        raise ValueError(f"data.weights: {len(weights)} weights for {len(sizes)} training sources")
-    return weights
+    return Corpus(train, list(data.weights) or [float(len(c.tokens)) for c in train], valid)
 
 
 def _read_examples(data: config.Data, objective: BoundObjective, reader: ExampleReader) -> Corpus:
@@ -91,7 +88,7 @@ def _read_examples(data: config.Data, objective: BoundObjective, reader: Example
         keys = [[(tuple(ids), record["where"]) for part in parts for record in part for ids in reader.texts(record)]
                 for parts in (train, valid)]  # fmt: skip
         _warn_of_leaks(*keys)
-    return Corpus(train, _mixture_weights(data, [len(records) for records in train]), valid)
+    return Corpus(train, list(data.weights) or [float(len(records)) for records in train], valid)
 
 
 def _warn_of_cuts(objective: BoundObjective, pairs: TextPairs, source: str, part: caches.Cache) -> None:

@@ -38,6 +38,8 @@ def evaluate(
     place: Place, *, data: Sequence[str] | None = None, step: int | None = None, batches: int = 0
 ) -> Evaluation:
     """Evaluates on the validation data of the run, or on `data`; on `batches` of each source if not 0."""
+    if batches < 0:
+        raise ValueError(f"batches: {batches} is out of range; give 1 or more, or 0 for all")
     opened = open_model(place, step)
     p = program(opened, data)
     corpus = corpora.corpus(p.run.data, p.objective)

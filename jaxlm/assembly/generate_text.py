@@ -20,6 +20,8 @@ from jaxlm.runtime import mesh
 
 def embed(model: Place, texts: Sequence[str], pooling: str | None = None, step: int | None = None) -> np.ndarray:
     """Returns a vector of each text, `[N, D]`, pooled as the model's files say (mean and length one by default)."""
+    if not texts:
+        raise ValueError("texts: there are none; give one or more")
     p = open_model(model, step)
     recipe = read_recipe(p.source.path) or Recipe()
     if pooling:

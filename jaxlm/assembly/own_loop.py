@@ -103,7 +103,7 @@ class Program:
         ValueError: the folder belongs to another run.
         """
         folder, p, step = self.run.folder, self.parts, int(state.step)
-        run_directory.writable(folder)
+        run_directory.check_place(self.run)
         if not run_directory.claim(self.run):
             open_model.save_description(self.run, p.tokens, self._start)
         with Checkpoints(folder / "checkpoints", keep=self.run.train.keep) as checkpoints, mesh.on_mesh(self.mesh):

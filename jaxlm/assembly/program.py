@@ -12,7 +12,7 @@ import numpy as np
 from jaxlm.assembly import choices
 from jaxlm.assembly.choices import Choices
 from jaxlm.assembly.run_objective import BoundObjective, bind_run
-from jaxlm.core import config, registry, spec, tree
+from jaxlm.core import config, config_io, registry, spec, tree
 from jaxlm.data import loader, packing
 from jaxlm.models import MODELS
 from jaxlm.models.model import Model
@@ -194,6 +194,7 @@ class Program:
 def program(run: config.Run, tokens: Any, template: str | None = None) -> Program:
     """Checks the run against its tokenizer and the devices, and puts its functions together. `template`: the chat
     template of the run's model, or None."""
+    config_io.check(run)
     family, objective = MODELS.of(run.model), bind_run(run, tokens, template)
     _check_pair(objective.objective, run)
     objective.check()

@@ -1,11 +1,12 @@
 """A run directory holds the configuration, the tokenizer and checkpoints."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,6 @@ def load_tokenizer(run: config.Run, say: Callable[[str], None] = print) -> Any:
         texts = (
             text for source in run.data.train for text in caches.texts(source, field=field, holdout=share, part="train")
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
         vocabularies.train_sentencepiece(texts, path, vocab_size=vocab)
         say(f"tokenizer: {path} ({time.perf_counter() - started:.0f} s)")
     processes.barrier("the tokenizer", 6 * 3600)
@@ -111,8 +111,8 @@ MAY_CHANGE = (
 
 
 def claim(run: config.Run) -> bool:
-    """Makes the run directory, or checks that it is this run's own; returns whether it holds a run to continue. A run
-    may be given more steps than it had."""
+    """Checks that the run directory is this run's own, or not there yet; returns whether it holds a run to continue. A
+    run may be given more steps than it had."""
     file = run.folder / "config.json"
     if file.exists():
         mine, existing = config_io.flatten(run), config_io.flatten(read_config(run.folder))
@@ -128,7 +128,6 @@ def claim(run: config.Run) -> bool:
         return True
     if run.folder.is_dir() and any(run.folder.iterdir()):
         raise ValueError(f"{run.folder} is not empty and holds no config.json; choose another `name` or `out`")
-    run.folder.mkdir(parents=True, exist_ok=True)
     return False
 
 
@@ -149,11 +148,32 @@ def earlier_steps(run: config.Run) -> int | None:
     return before if run.train.steps > before else None
 
 
-def writable(folder: Path) -> None:
-    """Checks that the folder can be written to, before the work and not after it. ValueError: it can't."""
-    local("`out`", folder)
-    at = folder
-    while not at.exists():
+def check_place(run: config.Run) -> None:
+    """Checks that the run directory can be written to, before the work and not after it. ValueError: it can't."""
+    local("`out`", run.folder)
+    if run.name in ("", ".", "..") or Path(run.name).name != run.name:
+        raise ValueError(f"name: {run.name!r} is no name of a folder; give one without /, and its place as `out`")
+    at = run.folder
+    while not at.exists() and not at.is_symlink():
         at = at.parent
+    if not at.is_dir():
+        raise ValueError(f"out: {at} is a file; choose another `out`")
     if not os.access(at, os.W_OK):
         raise ValueError(f"out: no permission to write in {at}; choose another `out`")
+
+
+@contextlib.contextmanager
+def removed_if_refused(folder: Path) -> Iterator[Callable[[], None]]:
+    """Removes a new directory if its run, or its model, is refused within the context, until the function that it gives
+    is called: the work begins then."""
+    begun = [folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))]
+    made = [at for at in folder.parents if not at.exists()]
+    try:
+        yield lambda: begun.append(True)
+    except (ValueError, OSError):
+        if not any(begun):
+            shutil.rmtree(folder, ignore_errors=True)
+            for at in made:
+                with contextlib.suppress(OSError):  # it holds something else by now
+                    at.rmdir()
+        raise

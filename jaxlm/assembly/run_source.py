@@ -69,8 +69,9 @@ def overridden(run: config.Run, changes: Mapping[str, Any]) -> config.Run:
 def completed(run: config.Run) -> config.Run:
     """Returns the run with what its objective takes from the training data, such as the names of labels.
 
-    ValueError: a name in the run is that of no optimizer or schedule.
+    ValueError: a field of the run is out of its range, or names no optimizer or schedule.
     """
+    config_io.check(run)
     optimizers.OPTIMIZERS.find(run.optim.name, "optim.name")
     optimizers.SCHEDULES.find(run.optim.schedule, "optim.schedule")
     return run_objective.infer_from_data(run)

@@ -36,6 +36,16 @@ def train(run: config.Run, start: StartModel, on_step: Callable[[int, dict[str, 
 
     Returns the exit status. 0: finished; 1: stopped by a signal or a number that isn't finite.
     """
+    with run_directory.removed_if_refused(run.folder) as begins:
+        return _train(run, start, begins, on_step)
+
+
+def _train(
+    run: config.Run,
+    start: StartModel,
+    begins: Callable[[], None],
+    on_step: Callable[[int, dict[str, float]], None] | None,
+) -> int:
     main = jax.process_index() == 0
     processes.set_exit_hint(f"go on with: jaxlm train {run.folder}")
     continues = claim(run) if main else (run.folder / "config.json").exists()
@@ -69,7 +79,7 @@ def train(run: config.Run, start: StartModel, on_step: Callable[[int, dict[str, 
         with RunLog(run.folder, resume_step=step if meta else -1, ended=ended, enabled=main) as log:
             if before is not None:
                 _give_more_steps(p, before, step, meta, log)
-            status = _run(p, data, state, meta, checkpoints, log, on_step)
+            status = _run(p, data, state, meta, checkpoints, log, begins, on_step)
     processes.barrier("the end", HOURS)
     return status
 
@@ -133,6 +143,7 @@ def _run(
     meta: dict,
     checkpoints: Checkpoints,
     log: RunLog,
+    begins: Callable[[], None],
     on_step: Callable[[int, dict[str, float]], None] | None,
 ) -> int:
     """Trains on from the state to the last step, or to a signal; returns the exit status."""
@@ -164,6 +175,7 @@ def _run(
             sample=sample,
             save=keeper.save,
         )
+        begins()
         try:
             end = loop.train(
                 state,

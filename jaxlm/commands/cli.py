@@ -174,7 +174,7 @@ def one_line(error: BaseException) -> str:
     """Returns an error as one line; a fault of files names the file and the remedy."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}; free space or choose another folder"
+        return f"{where}{errors.of_system(error)}"
     return errors.one_line(error)
 
 

@@ -21,7 +21,7 @@ class Train(OnRun):
         from jaxlm.assembly import run_directory, training_run
         from jaxlm.commands import dry_run
 
-        run_directory.writable(run.folder)
+        run_directory.check_place(run)
         if self.dry_run:
             return dry_run.show(base, run, start)
         return training_run.train(run, start)

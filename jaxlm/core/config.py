@@ -8,8 +8,9 @@ jax.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
+from jaxlm.core.ranges import BelowOne, Count, Natural, NonNegative, Positive, PositiveShare, Range
 from jaxlm.core.registry import register
 
 M = TypeVar("M")  # a model's Config
@@ -22,11 +23,11 @@ class Data:
 
     train: tuple[str, ...] = ("stdlib",)
     """Sources: stdlib, a file, folder or glob of text, JSONL (.gz, .zst), Parquet, tfds:NAME/CONFIG[:split]."""
-    weights: tuple[float, ...] = ()
+    weights: tuple[NonNegative, ...] = ()
     """Mixture weight of each training source; empty: its size."""
     valid: tuple[str, ...] = ()
     """Validation sources; empty: `holdout` of the whole documents of every training source."""
-    holdout: float = 0.02
+    holdout: BelowOne = 0.02
     """Share of documents held out for validation where `valid` is empty."""
     text_field: str = "text"
     """Field that holds the text in JSONL, Parquet and TFDS records."""
@@ -38,9 +39,9 @@ class Data:
     """Keep each token from attending to other documents of its packed window."""
     compare_compression: bool = False
     """Compress the validation text with gzip -9 and xz -9 at the end, for comparison."""
-    tokenize_workers: int = 2
+    tokenize_workers: Natural = 2
     """Processes that tokenise."""
-    workers: int = 0
+    workers: Natural = 0
     """Processes that make training batches; 0: a thread of this one."""
 
 
@@ -53,25 +54,25 @@ class Optim:
 
     name: str = "adamw"
     """adamw, sgd, lion, adafactor, muon, or what another package registers."""
-    lr: float = 1e-3
+    lr: NonNegative = 1e-3
     """Peak learning rate; with muon that of its AdamW groups."""
     schedule: str = "cosine"
     """constant, linear, cosine, inverse_sqrt, wsd, or what another package registers."""
-    warmup: int = 100
+    warmup: Natural = 100
     """Steps of linear warm-up from zero."""
-    decay: float = 0.2
+    decay: PositiveShare = 0.2
     """wsd: share of all steps spent in the final linear decay."""
-    final: float = 0.1
+    final: NonNegative = 0.1
     """Learning rate at the end, as a share of the peak (linear, cosine, wsd)."""
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    momentum: float = 0.9
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.95
+    eps: NonNegative = 1e-8
+    momentum: BelowOne = 0.9
     """sgd: momentum; 0 turns it off."""
-    muon_lr: float = 0.02
+    muon_lr: NonNegative = 0.02
     """muon: learning rate of the hidden matrices, scaled by sqrt(max(1, rows / columns))."""
-    muon_momentum: float = 0.95
-    weight_decay: float = 0.1
+    muon_momentum: BelowOne = 0.95
+    weight_decay: NonNegative = 0.1
     """Decoupled weight decay; adafactor too. Norm scales and biases are never decayed."""
     no_decay: tuple[str, ...] = ()
     """Further paths that are not decayed."""
@@ -79,14 +80,14 @@ class Optim:
     """muon: further hidden matrices that AdamW takes instead."""
     freeze: tuple[str, ...] = ()
     """Paths that are not trained: no gradient, no optimizer state, no decay."""
-    layer_decay: float = 1.0
+    layer_decay: Positive = 1.0
     """Learning rate of each layer as a share of that of the layer above it; embeddings count as the layer below the
     first, heads as that above the last (0.65–0.95 in fine-tuning, as in ULMFiT and ELECTRA)."""
-    top_layers: int | None = None
+    top_layers: Natural | None = None
     """Number of last layers that are trained, with the heads; None: all. `freeze` leaves out whole kinds of weights."""
-    clip: float = 1.0
+    clip: NonNegative = 1.0
     """Global gradient norm above which gradients are scaled down; 0: off."""
-    ema: float = 0.0
+    ema: BelowOne = 0.0
     """Decay of an exponential moving average of the weights, used for validation and samples; 0: off."""
 
 
@@ -109,21 +110,21 @@ register(Adapter, "none")  # so that a run without an adapter needs no module of
 class Train:
     """Says what one run does: its steps, batches, validations and checkpoints."""
 
-    steps: int = 1000
-    batch_size: int = 32
+    steps: Count = 1000
+    batch_size: Count = 32
     """Sequences per update, over all devices and micro-batches."""
-    seq_len: int = 256
-    micro_batches: int = 1
+    seq_len: Count = 256
+    micro_batches: Count = 1
     """Gradient accumulation: parts an update's batch is split into."""
-    eval_every: int = 200
+    eval_every: Natural = 200
     """Steps between validations; 0: only at the end."""
-    eval_batches: int = 0
+    eval_batches: Natural = 0
     """Validation batches; 0: the whole validation set."""
-    sample_every: int = 0
+    sample_every: Natural = 0
     """Steps between samples; 0: before and after training only."""
     prompts: tuple[str, ...] = ("def ", "import ", "The ")
-    sample_tokens: int = 64
-    patience: int = 0
+    sample_tokens: Count = 64
+    patience: Natural = 0
     """Early stopping: validations without improvement of `metric`; 0: off."""
     metric: str = "loss"
     """Validation metric that tells which checkpoint is best: the lowest of a loss, a perplexity or an error, the
@@ -132,15 +133,16 @@ class Train:
     """Checkpoint that eval, generate, embed and export use if none is named."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is NaN or Inf: stop naming the examples, or skip the update and count it."""
-    log_every: int = 10
-    watchdog: float = 0.0
+    log_every: Count = 10
+    watchdog: Annotated[float, Range(0, below=False)] = 0.0
     """Seconds without a finished step until the stacks of all threads are written to the run directory; 0: ten times
     the slowest step, at least five minutes; inf: never."""
     stuck: Literal["tell", "exit"] = "tell"
     """Action when the watchdog has written: tell does nothing more; exit ends with status 1, for a launcher that
     starts the run again."""
-    save_every: int = 200
-    keep: int = 3
+    save_every: Natural = 200
+    """Steps between checkpoints; 0: only at the end."""
+    keep: Count = 3
     """Checkpoints that are retained, besides the best one."""
 
 
@@ -151,10 +153,10 @@ class Mesh:
     replica: int = 1
     stage: int = 1
     """Pipeline stages: each holds and computes its part of the layers."""
-    rounds: int = 1
+    rounds: Count = 1
     """Times that activations go round the stages, each stage computing a part of its layers at a time. More rounds mean
     less waiting, but weights travel once a pass, and there must be at least as many micro-batches as stages."""
-    pipeline_micro: int | None = None
+    pipeline_micro: Count | None = None
     """Parts into which the rows of a pass are split for the stages; default: up to twice as many as stages."""
     data: int | None = None
     """Default: all devices that the other axes leave."""
@@ -200,7 +202,7 @@ class Execution:
     scan: bool | None = None
     """Loop over layers, which compiles one layer, or unroll them; default: unroll on a CPU, whose loops are slower,
     else loop. Checkpoints are the same."""
-    loss_chunk: int = 0
+    loss_chunk: Natural = 0
     """Tokens whose logits exist at one time; 0: as many as take a few MiB."""
     flags: tuple[str, ...] = ()
     """Compiler options for the train step: NAME=VALUE, or a preset such as gpu_overlap."""
@@ -222,7 +224,7 @@ class Run(Generic[M, O]):
     start: str = ""
     """Model whose weights, architecture and tokenizer the run starts from: a run directory, a Hugging Face directory,
     hf:OWNER/NAME or a .gguf file; empty: fresh weights."""
-    seed: int = 0
+    seed: Natural = 0
     out: str = "runs"
     """Folder that run directories are made in."""
 

@@ -7,15 +7,16 @@ import io
 import itertools
 import json
 import re
+import traceback
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 
-from jaxlm.core import registry
+from jaxlm.core import ranges, registry
 from jaxlm.core.config import Adapter, Run
 from jaxlm.core.errors import nearest, one_line
 from jaxlm.core.registry import Table
@@ -58,9 +59,29 @@ def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
         elif typing.get_origin(kind) is tuple and isinstance(value, list):
             value = tuple(value)
         if not _fits(value, kind):
-            raise ValueError(f"{name(key)}: {value!r} is not a valid {_shown(kind)}")
+            raise ValueError(f"{name(key)}: {value!r} is not {_shown(kind)}")
         done[key] = value
     return cls(**done)
+
+
+def check(part: Any, prefix: str = "") -> None:
+    """Raises a ValueError that names the first field of a run, or of another configuration, whose value isn't of the
+    field's type or not in its range (`core/ranges.py`), with the value and what is allowed.
+
+    Parts of the configuration are checked too; `prefix` is its own name with a dot.
+    """
+    hints = typing.get_type_hints(type(part), include_extras=True)
+    for f in dataclasses.fields(part):
+        value, kind = getattr(part, f.name), hints[f.name]
+        if dataclasses.is_dataclass(value):
+            check(value, f"{prefix}{f.name}.")
+            continue
+        if not _fits(value, kind):
+            raise ValueError(f"{prefix}{f.name}: {value!r} is not {_shown(kind)}")
+        for allowed in ranges.ranges(kind):
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None and number not in allowed:
+                    raise ValueError(f"{prefix}{f.name}: {number} is out of range; it must be {allowed}")
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -70,6 +91,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return True
     if origin is Literal:
         return value in inner
+    if origin is Annotated:
+        return _fits(value, inner[0])
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(v, inner[0]) for v in value)
     if inner:
@@ -80,7 +103,18 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _shown(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+    """Returns what follows "is not": the type of a field in words."""
+    if choices := _choices(kind):
+        return f"one of {', '.join(map(str, choices))}"
+    if typing.get_origin(kind) is Annotated:
+        return _shown(typing.get_args(kind)[0])
+    return f"a valid {kind.__name__ if isinstance(kind, type) else str(kind).replace('typing.', '')}"
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    """Returns the values of a `Literal`, also of one within another type."""
+    inner = typing.get_args(kind)
+    return inner if typing.get_origin(kind) is Literal else tuple(c for k in inner for c in _choices(k))
 
 
 def flatten(run: Any, prefix: str = "") -> dict[str, Any]:
@@ -117,19 +151,38 @@ def _folders() -> list[Path]:
 
 
 def load(path: str | Path) -> Run:
-    """Runs the function `config()` of a config file, which may return any `Run`. Executes that file: it is code."""
+    """Runs the function `config()` of a config file, which may return any `Run`. Executes that file: it is code.
+
+    ValueError: the file fails, said with its line; or it defines no such function.
+    """
     path = Path(path)
     spec = importlib.util.spec_from_file_location(f"jaxlm_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not isinstance(getattr(module, "config", None), types.FunctionType):
+    try:
+        spec.loader.exec_module(module)
+        made = getattr(module, "config", None)
+        run = made() if isinstance(made, types.FunctionType) else None
+    except Exception as error:
+        line = _failing_line(path, error)
+        if line is None:  # it can't be read
+            raise
+        why = error.msg if isinstance(error, SyntaxError) else one_line(error)
+        raise ValueError(f"{path}:{line}: {type(error).__name__}: {why}") from error
+    if not isinstance(made, types.FunctionType):
         raise ValueError(f"{path}: has no function config() that returns a Run")
-    run = module.config()
     if not isinstance(run, Run):
         raise ValueError(f"{path}: config() returned {type(run).__name__}, not a Run")
     return run
+
+
+def _failing_line(path: Path, error: Exception) -> int | None:
+    """Returns the last line of a file that was executed before the error, or that of its syntax error; None: none."""
+    lines = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        lines.append((error.filename or "", error.lineno))
+    return next((line or 1 for file, line in reversed(lines) if Path(file).resolve() == path.resolve()), None)
 
 
 def choose_adapter(run: Run, args: list[str], adapters: Table[Any]) -> tuple[Run, list[str]]:
@@ -216,8 +269,8 @@ def changed(part: Any, changes: Mapping[str, Any], where: str = "") -> Any:
         kind = hints[name]
         fits = dataclasses.is_dataclass(value) if isinstance(kind, TypeVar) else _fits(value, kind)
         if not fits:
-            wanted = "Config of a model or an objective" if isinstance(kind, TypeVar) else _shown(kind)
-            raise ValueError(f"{where}{name}: {value!r} is not a valid {wanted} (now {current!r})")
+            wanted = "a valid Config of a model or an objective" if isinstance(kind, TypeVar) else _shown(kind)
+            raise ValueError(f"{where}{name}: {value!r} is not {wanted} (now {current!r})")
         part = dataclasses.replace(part, **{name: value})
     return part
 
@@ -268,7 +321,7 @@ def _wrong_type(run: Run, args: list[str], known: dict[str, Any]) -> str:
             flag, _, value = args[a].partition("=")
             name = flag.removeprefix("--").replace("-", "_")
             value = " ".join(([value] if value else []) + args[a + 1 : b])
-            return f"{name}: {value!r} is not a valid {hints.get(name, 'value')} (now {known.get(name)!r})"
+            return f"{name}: {value!r} is not {hints.get(name, 'a valid value')} (now {known.get(name)!r})"
     return f"cannot read the overrides {' '.join(args)!r}; see --help"
 
 

@@ -1,8 +1,21 @@
 """Error messages take one line: what went wrong, and the nearest known name."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 
+FAULTS = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "the disk quota is used up: free some space",
+    errno.EFBIG: "a file would grow beyond the size limit of this process or file system: raise `ulimit -f`",
+    errno.EACCES: "permission denied: make the folder writable",
+    errno.EPERM: "operation not permitted: make the folder writable",
+    errno.EROFS: "the file system is read-only: choose a writable folder",
+    errno.ENOTDIR: "a part of the path is a file: choose another folder",
+    errno.EISDIR: "is a folder: name a file",
+    errno.ENOENT: "there is no such file: check the path",
+}
+"""What went wrong with files and what helps, by the number of the system's error."""
 FEW = 20  # names that an error lists whole
 
 
@@ -15,6 +28,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if len(names) <= FEW:
         return f"; known: {', '.join(names)}"
     return f"; nearest of {len(names)}: {', '.join(difflib.get_close_matches(name, names, 3, 0.0))}"
+
+
+def of_system(error: OSError) -> str:
+    """Returns what went wrong with a file and what helps."""
+    return FAULTS.get(error.errno or 0, error.strerror or str(error))
 
 
 def one_line(error: object, limit: int | None = None) -> str:

@@ -9,6 +9,7 @@ import concurrent.futures
 import concurrent.futures.process
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import io
@@ -134,7 +135,7 @@ def prepare(
     folders = {part: folder / part for part in ("train", "valid") if part == "train" or holdout > 0}
     if all((path / "index.json").is_file() for path in folders.values()):
         return folders
-    with _clear_errors(folder), _locked(folder):
+    with _clear_errors(folder), _locked(folder), _removed_if_refused(folder):
         if not all((path / "index.json").is_file() for path in folders.values()):
             _tokenise(shards, tokenizer, folder / "parts", holdout, workers, progress)
             for part in folders:
@@ -151,17 +152,33 @@ def _clear_errors(folder: Path) -> Iterator[None]:
         remedy = "run again with fewer workers: finished parts are kept"
         raise ValueError(f"a tokenising process died, perhaps for want of memory; {remedy}") from error
     except OSError as error:
-        remedy = "free space or choose another folder, then run again: finished parts are kept"
+        cure = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make the folder writable"
+        remedy = f"{cure} or choose another as data.cache, then run again: finished parts are kept"
         raise ValueError(f"can't write the token cache {folder}: {error.strerror or error}; {remedy}") from error
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Lets one writer in at a time; the system releases the lock when the process dies."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.fstat(lock.fileno()).st_nlink:  # else whoever held it has removed the folder
+                yield
+                return
+
+
+@contextlib.contextmanager
+def _removed_if_refused(folder: Path) -> Iterator[None]:
+    """Removes the folder of data that can't be used: when they are mended, the folder has another name."""
+    try:
         yield
+    except ValueError:
+        shutil.rmtree(folder)
+        if not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
+        raise
 
 
 def _write(path: Path, fill: Callable[[IO[bytes]], None]) -> None:

@@ -60,7 +60,9 @@ def train_sentencepiece(
     except (RuntimeError, ValueError, OSError) as error:
         size = sum(len(chunk.encode()) for chunk in sample)
         reason = str(error).rpartition("] ")[2].strip()  # without the library's own file and line
-        raise ValueError(f"vocab_size={vocab_size} does not fit {size} bytes of text: {reason}") from error
+        raise ValueError(
+            f"tokenizer: a vocabulary of {vocab_size} does not fit {size} bytes of text: {reason}"
+        ) from error
     write_atomically(path, model.getvalue())
     return SentencePiece(model.getvalue())
 

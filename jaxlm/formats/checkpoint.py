@@ -6,7 +6,6 @@ every file. The trees are plain nested dicts: `orbax.checkpoint.StandardCheckpoi
 A step appears under its name by one rename, manifest included; a killed process leaves only a `*-tmp` folder behind.
 """
 
-import errno
 import json
 import logging
 import math
@@ -24,22 +23,13 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint._src.metadata.array_metadata_store import Store  # without it random keys come back as numbers
 
-from jaxlm.core.errors import one_line
+from jaxlm.core.errors import FAULTS, one_line
 from jaxlm.formats.checkpoint_tree import MismatchError, check_same, nested, structured_like, with_sharding
 from jaxlm.formats.manifest import MANIFEST, damage, write_manifest
 
 NAME = re.compile(r"checkpoint-(\d+)")
 TEMPORARY = re.compile(r"checkpoint-\d+\.(orbax-checkpoint-tmp|deleted)")
 SPLIT = 1 << 20  # bytes from which the replicas of an array share its writing: each cut is a program to compile
-FAULTS = {
-    errno.ENOSPC: "the disk is full: free some space",
-    errno.EDQUOT: "the disk quota is used up: free some space",
-    errno.EFBIG: "a file would grow beyond the size limit of this process or file system: raise `ulimit -f`",
-    errno.EACCES: "permission denied: make the folder writable",
-    errno.EPERM: "operation not permitted: make the folder writable",
-    errno.EROFS: "the file system is read-only: choose a writable folder",
-    errno.ENOTDIR: "a part of the path is a file: choose another folder",
-}
 
 
 class Checkpoints:

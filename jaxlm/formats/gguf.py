@@ -144,6 +144,7 @@ def open_file(path: str | Path) -> Files:
         entries = _entries(tensors, shapes, values)
     except (ValueError, KeyError, IndexError, OverflowError, TypeError) as error:
         why = str(error) if isinstance(error, ValueError) else f"damaged: {error!r}"
+        why = "not a GGUF file; convert the model to one, or give its directory" if "magic" in why else why
         raise ValueError(f"{path}: {why}") from error
     return Files(path, entries, values, fields)
 

@@ -3,44 +3,46 @@
 B rows, V vocabulary, K candidates that are left.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from jaxlm.core import config_io
+from jaxlm.core.ranges import Count, Finite, Natural, NonNegative, Positive, PositiveShare, Share
+
 
 @dataclass(frozen=True)
 class Sampling:
     """These settings say how text is generated. Token ids are the tokenizer's."""
 
-    tokens: int = 128
+    tokens: Count = 128
     """The most new tokens of an answer."""
-    min_tokens: int = 0
+    min_tokens: Natural = 0
     """An answer has at least so many new tokens before it may end."""
-    temperature: float = 0.0
+    temperature: NonNegative = 0.0
     """Logits are divided by it; 0 is greedy: always the likeliest token."""
-    top_k: int = 0
+    top_k: Natural = 0
     """Draw from the k likeliest tokens; 0 draws from all."""
-    top_p: float = 1.0
+    top_p: PositiveShare = 1.0
     """Draw from the likeliest tokens that together have this probability."""
-    min_p: float = 0.0
+    min_p: Share = 0.0
     """Leave out tokens less likely than this share of the likeliest one's probability."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Positive = 1.0
     """Divides positive logits of tokens in the prompt and the answer, multiplies negative ones (Keskar et al. 2019)."""
-    presence_penalty: float = 0.0
+    presence_penalty: Finite = 0.0
     """Subtracted from the logit of each token that the answer has."""
-    frequency_penalty: float = 0.0
+    frequency_penalty: Finite = 0.0
     """Subtracted from the logit of a token for each time the answer has it."""
-    beams: int = 1
+    beams: Count = 1
     """Beam search keeps so many hypotheses; 1 is no beam search."""
-    length_penalty: float = 1.0
+    length_penalty: Finite = 1.0
     """Beam search divides a hypothesis' log probability by its length to this power."""
     early_stopping: Literal["no", "yes", "never"] = "no"
     """Beam search ends a prompt with `beams` whole hypotheses if none can become better by the best score so far (no),
     at once (yes), or if none can become better at any length (never)."""
-    samples: int = 1
+    samples: Count = 1
     """Answers for each prompt."""
     stop: tuple[str, ...] = ()
     """Text that ends an answer; it is cut off."""
@@ -54,34 +56,14 @@ class Sampling:
     """The answer matches this regular expression as a whole."""
     json_schema: str | None = None
     """The answer is JSON of this schema."""
-    logprobs: int | None = None
+    logprobs: Natural | None = None
     """Log probabilities of the chosen tokens, and of so many of the likeliest ones at each position."""
-    seed: int = 0
-
-
-# Each field's (test, words for an error message).
-RANGES: dict[str, tuple[Any, str]] = {
-    "tokens": (lambda x: x >= 1, "at least 1"),
-    "min_tokens": (lambda x: x >= 0, "at least 0"),
-    "temperature": (lambda x: 0 <= x < math.inf, "0 or more"),
-    "top_k": (lambda x: x >= 0, "0 or more"),
-    "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
-    "min_p": (lambda x: 0 <= x <= 1, "from 0 to 1"),
-    "repetition_penalty": (lambda x: 0 < x < math.inf, "above 0"),
-    "presence_penalty": (math.isfinite, "a number"),
-    "frequency_penalty": (math.isfinite, "a number"),
-    "beams": (lambda x: x >= 1, "at least 1"),
-    "length_penalty": (math.isfinite, "a number"),
-    "samples": (lambda x: x >= 1, "at least 1"),
-    "logprobs": (lambda x: x is None or x >= 0, "0 or more"),
-}
+    seed: Natural = 0
 
 
 def check(s: Sampling, vocab: int) -> None:
     """Raises a ValueError that names the first setting that is out of range or contradicts another."""
-    for name, (ok, allowed) in RANGES.items():
-        if not ok(getattr(s, name)):
-            raise ValueError(f"sampling.{name}: {getattr(s, name)} is out of range; it must be {allowed}")
+    config_io.check(s, "sampling.")
     for name in ("top_k", "logprobs"):
         if (getattr(s, name) or 0) > vocab:
             raise ValueError(f"sampling.{name}: {getattr(s, name)} is out of range; the vocabulary has {vocab} tokens")

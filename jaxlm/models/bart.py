@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.core import spec
+from jaxlm.core.ranges import BelowOne, Count, Natural
 from jaxlm.core.spec import Spec, bias, layer_norm, normal, stacked
 from jaxlm.core.weight_names import Name, linear, same, vector
 from jaxlm.nn import attention_layers, block_stack, decoder, layers
@@ -32,19 +33,19 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    vocab: int = 50265
-    layers: int = 6
+    vocab: Count = 50265
+    layers: Count = 6
     """Layers of the encoder."""
-    decoder_layers: int | None = None
+    decoder_layers: Count | None = None
     """None: as many as the encoder has."""
-    width: int = 768
-    heads: int = 12
-    decoder_heads: int | None = None
+    width: Count = 768
+    heads: Count = 12
+    decoder_heads: Count | None = None
     """None: the same as the encoder."""
-    ffn: int = 3072
-    decoder_ffn: int | None = None
+    ffn: Count = 3072
+    decoder_ffn: Count | None = None
     """None: the same as the encoder."""
-    positions: int = 1024
+    positions: Count = 1024
     activation: str = "gelu"
     norm_first: bool = False
     """LayerNorm before each part and at the end of each stack, not after each part: mBART."""
@@ -54,9 +55,9 @@ class Config(ModelConfig):
     """The head is the embedding."""
     head_bias: bool = False
     """Constants that published files add to the logits, zeros in most. They are not trained."""
-    decoder_start: int | None = 2
+    decoder_start: Natural | None = 2
     """Id of the token that targets begin after: EOS. mBART: None, it depends on the language."""
-    dropout: float = 0.1
+    dropout: BelowOne = 0.1
     """Share of embeddings, attention outputs and ffn outputs that is dropped."""
     model_type: Literal["bart", "mbart"] = "bart"
     """What published files of this model call its architecture."""

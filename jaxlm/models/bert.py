@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxlm.core.ranges import BelowOne, Count, Natural, NonNegative
 from jaxlm.core.spec import Spec, bias, layer_norm, normal, stacked, table
 from jaxlm.core.weight_names import Name, linear, same, vector
 from jaxlm.nn import attention_layers, block_stack, layers
@@ -28,15 +29,15 @@ generates = False
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    vocab: int = 30522
-    layers: int = 12
-    width: int = 768
-    heads: int = 12
-    ffn: int = 3072
-    positions: int = 512
-    types: int = 2
+    vocab: Count = 30522
+    layers: Count = 12
+    width: Count = 768
+    heads: Count = 12
+    ffn: Count = 3072
+    positions: Count = 512
+    types: Natural = 2
     """Segment (token type) embeddings; 0: none."""
-    offset: int = 0
+    offset: Natural = 0
     """Row of the position table that the first position has; those before are never read."""
     relative: bool = False
     """Add a bias by distance, shared by all layers, to the scores."""
@@ -47,8 +48,8 @@ class Config(ModelConfig):
     """The masked-LM head."""
     next_sentence: bool = False
     """The next-sentence head of published files; the objective of that name brings its own."""
-    dropout: float = 0.1
-    eps: float = 1e-12
+    dropout: BelowOne = 0.1
+    eps: NonNegative = 1e-12
     model_type: Literal["bert", "roberta", "xlm-roberta", "distilbert", "mpnet"] = "bert"
     """What published files of this model call its architecture."""
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxlm.core.ranges import BelowOne, Count, Natural, NonNegative
 from jaxlm.core.spec import Spec, bias, fan_in, norm, normal
 from jaxlm.core.weight_names import Name, fused, linear, vector
 from jaxlm.nn import block_stack, decoder, layers, moe, rope
@@ -34,24 +35,24 @@ def _moe() -> Moe:
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    vocab: int = 32000
-    layers: int = 12
-    width: int = 768
-    heads: int = 12
-    plain_width: int = 64
+    vocab: Count = 32000
+    layers: Count = 12
+    width: Count = 768
+    heads: Count = 12
+    plain_width: Count = 64
     """Part of each head's queries and keys that is not rotated."""
-    rotated_width: int = 32
+    rotated_width: Count = 32
     """Part of each head's queries and keys that is rotated."""
-    value_width: int = 64
-    query_rank: int | None = None
+    value_width: Count = 64
+    query_rank: Count | None = None
     """Width of the latent that queries are made from; None: made from the input."""
-    latent: int = 256
+    latent: Count = 256
     """Width of the latent that keys and values are made from."""
     moe: Moe = field(default_factory=_moe)
-    dense: int = 1
+    dense: Natural = 1
     """Layers at the beginning that have a plain feed-forward network of width `ffn`."""
-    ffn: int = 2048
-    positions: int | None = None
+    ffn: Count = 2048
+    positions: Count | None = None
     """Longest sequence; None: no limit."""
     rope: Rope = field(default_factory=Rope)
     interleaved: bool = True
@@ -59,8 +60,8 @@ class Config(ModelConfig):
     attention_bias: bool = False
     tied: bool = False
     """The head is the embedding."""
-    dropout: float = 0.0
-    eps: float = 1e-6
+    dropout: BelowOne = 0.0
+    eps: NonNegative = 1e-6
     model_type: Literal["deepseek_v3", "deepseek_v2"] = "deepseek_v3"
     """What published files of this model call its architecture."""
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.core import spec
+from jaxlm.core.ranges import Count, NonNegative, Positive
 from jaxlm.core.spec import Spec, normal, stacked, zeros
 from jaxlm.core.weight_names import Name, vector
 from jaxlm.nn import attention_layers, block_stack, decoder, layers, rope
@@ -29,23 +30,23 @@ generates = True
 
 @dataclass(frozen=True)
 class Config(decoder.WindowedConfig):
-    vocab: int = 256000
-    heads: int = 4
-    kv_heads: int = 1
-    head_width: int = 256
-    ffn: int = 3072
+    vocab: Count = 256000
+    heads: Count = 4
+    kv_heads: Count = 1
+    head_width: Count = 256
+    ffn: Count = 3072
     rope_local: Rope = field(default_factory=Rope)
     """Gemma 3: the rotation of the layers that the window holds for."""
     windowed: tuple[bool, ...] = (True, False)
-    score_width: float = 256
+    score_width: Positive = 256
     """Scores are divided by the square root of this."""
-    softcap_scores: float | None = None
-    softcap_logits: float | None = None
+    softcap_scores: Positive | None = None
+    softcap_logits: Positive | None = None
     bias: bool = False
     """Biases are added to q, k, v and o."""
     tied: bool = True
     activation: str = "gelu_pytorch_tanh"
-    eps: float = 1e-6
+    eps: NonNegative = 1e-6
     model_type: Literal["gemma", "gemma2", "gemma3_text"] = "gemma3_text"
     """Decides the norms: gemma has none after the halves, gemma3_text has some on queries and keys."""
 

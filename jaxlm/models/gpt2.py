@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxlm.core import spec
+from jaxlm.core.ranges import BelowOne, Count, NonNegative
 from jaxlm.core.spec import Spec, bias, layer_norm, normal, stacked
 from jaxlm.core.weight_names import Name, fused, linear, same, vector
 from jaxlm.nn import attention_layers, block_stack, decoder, layers
@@ -26,19 +27,19 @@ generates = True
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    vocab: int = 50257
-    layers: int = 12
-    width: int = 768
-    heads: int = 12
-    ffn: int | None = None
+    vocab: Count = 50257
+    layers: Count = 12
+    width: Count = 768
+    heads: Count = 12
+    ffn: Count | None = None
     """None: four times the width."""
-    positions: int = 1024
+    positions: Count = 1024
     tied: bool = True
     """The head is the embedding."""
     activation: str = "gelu_new"
-    dropout: float = 0.0
+    dropout: BelowOne = 0.0
     """Share of embeddings, attention outputs and ffn outputs that is dropped."""
-    eps: float = 1e-5
+    eps: NonNegative = 1e-5
     model_type = "gpt2"
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxlm.core.ranges import Count, Positive
 from jaxlm.core.spec import Spec, norm, normal, stacked, zeros
 from jaxlm.core.weight_names import Name, fused, linear, vector
 from jaxlm.nn import attention_layers, block_stack, decoder, layers, moe, rope
@@ -29,12 +30,12 @@ YARN = Rope(theta=150000.0, scaling="yarn", factor=32.0, trained=4096, truncate=
 @dataclass(frozen=True)
 class Config(decoder.WindowedConfig):
     moe: Moe = field(default_factory=Moe)
-    alpha: float = 1.702
+    alpha: Positive = 1.702
     """Slope of the sigmoid that the gate goes through."""
-    limit: float = 7.0
+    limit: Positive = 7.0
     """Gates above it and other halves beyond it are cut off."""
     rope: Rope = YARN
-    window: int | None = 128
+    window: Count | None = 128
     windowed: tuple[bool, ...] = (True, False)
     attention_bias: bool = True
     model_type: Literal["gpt_oss"] = "gpt_oss"

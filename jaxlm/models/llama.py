@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 
+from jaxlm.core.ranges import Count
 from jaxlm.core.spec import Spec, norm, normal, stacked
 from jaxlm.core.weight_names import Name, fused, linear
 from jaxlm.nn import attention_layers, block_stack, decoder, layers, rope
@@ -25,7 +26,7 @@ generates = True
 
 @dataclass(frozen=True)
 class Config(decoder.WindowedConfig):
-    ffn: int = 2048
+    ffn: Count = 2048
     rotated: tuple[bool, ...] = (True,)
     """Which layers rotate queries and keys, as a pattern that repeats."""
     qk_norm: bool = False

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+from jaxlm.core.ranges import Count, Natural
 from jaxlm.core.spec import Spec, norm, normal
 from jaxlm.core.weight_names import Name, linear
 from jaxlm.nn import attention_layers, block_stack, decoder, layers, moe, rope
@@ -25,12 +26,12 @@ generates = True
 @dataclass(frozen=True)
 class Config(decoder.DecoderConfig):
     moe: Moe = field(default_factory=Moe)
-    dense: int = 0
+    dense: Natural = 0
     """Layers at the beginning that have a plain feed-forward network of width `ffn` (model_type qwen3_moe)."""
-    ffn: int = 2048
+    ffn: Count = 2048
     """Width of the dense layers; the experts' is `moe.ffn`."""
     rope: Rope = field(default_factory=lambda: Rope(theta=1e6))
-    window: int | None = None
+    window: Count | None = None
     """Sliding-window attention over this many positions, in every layer."""
     qk_norm: bool = False
     """RMSNorm on each head's queries and keys."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 
 from jaxlm.core import spec
+from jaxlm.core.ranges import BelowOne, Count, NonNegative
 from jaxlm.core.spec import Spec, bias, normal, stacked
 from jaxlm.core.weight_names import Name, fused, linear, same, vector
 from jaxlm.nn import attention_layers, block_stack, layers, rope
@@ -29,16 +30,16 @@ generates = False
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    vocab: int = 50368
-    layers: int = 22
-    width: int = 768
-    heads: int = 12
-    ffn: int = 1152
-    positions: int = 8192
+    vocab: Count = 50368
+    layers: Count = 22
+    width: Count = 768
+    heads: Count = 12
+    ffn: Count = 1152
+    positions: Count = 8192
     rope: Rope = field(default_factory=lambda: Rope(theta=160_000.0))
     rope_local: Rope = field(default_factory=Rope)
     """The rotation of the layers that the window holds for."""
-    window: int = 65
+    window: Count = 65
     """A token sees this many to either side, itself included, in the layers that `windowed` names."""
     windowed: tuple[bool, ...] = (False, True, True)
     """Which layers the window holds for, as a pattern that repeats."""
@@ -55,8 +56,8 @@ class Config(ModelConfig):
     """The head's dense layer has a bias."""
     head_bias: bool = True
     """The logits have a bias."""
-    dropout: float = 0.0
-    eps: float = 1e-5
+    dropout: BelowOne = 0.0
+    eps: NonNegative = 1e-5
     model_type: Literal["modernbert"] = "modernbert"
 
 

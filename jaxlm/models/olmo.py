@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 
+from jaxlm.core.ranges import Count, NonNegative
 from jaxlm.core.spec import Spec, norm, normal, stacked
 from jaxlm.core.weight_names import Name, vector
 from jaxlm.nn import attention_layers, block_stack, decoder, layers, rope
@@ -24,17 +25,17 @@ generates = True
 
 @dataclass(frozen=True)
 class Config(decoder.DecoderConfig):
-    vocab: int = 100352
-    layers: int = 16
-    width: int = 2048
-    heads: int = 16
-    kv_heads: int = 16
-    head_width: int = 128
-    ffn: int = 8192
+    vocab: Count = 100352
+    layers: Count = 16
+    width: Count = 2048
+    heads: Count = 16
+    kv_heads: Count = 16
+    head_width: Count = 128
+    ffn: Count = 8192
     rope: Rope = field(default_factory=lambda: Rope(theta=5e5))
     bias: bool = False
     """Biases are added to q, k, v and o."""
-    eps: float = 1e-6
+    eps: NonNegative = 1e-6
     model_type: Literal["olmo2"] = "olmo2"
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 
 from jaxlm.core import spec
+from jaxlm.core.ranges import BelowOne, Count, Natural, NonNegative
 from jaxlm.core.spec import Spec, fan_in, norm, normal, stacked
 from jaxlm.core.weight_names import Name, linear, same, vector
 from jaxlm.nn import attention_layers, block_stack, decoder, layers
@@ -29,32 +30,32 @@ generates = True
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    vocab: int = 32128
-    layers: int = 12
+    vocab: Count = 32128
+    layers: Count = 12
     """Layers of the encoder."""
-    decoder_layers: int | None = None
+    decoder_layers: Count | None = None
     """None: as many as the encoder has."""
-    width: int = 768
-    heads: int = 12
-    head_width: int = 64
-    ffn: int = 2048
+    width: Count = 768
+    heads: Count = 12
+    head_width: Count = 64
+    ffn: Count = 2048
     activation: str = "gelu_new"
     gated: bool = True
     """The ffn has a gate: T5 v1.1, FLAN and mT5."""
-    buckets: int = 32
+    buckets: Count = 32
     """Distances fall into this many buckets, each with a bias of its own in every head."""
-    longest: int = 128
+    longest: Count = 128
     """Distance from which all share one bucket."""
-    positions: int | None = None
+    positions: Count | None = None
     """Longest sequence; None: no limit."""
     tied: bool = False
     """The head is the embedding."""
     scaled: bool = False
     """The decoder's output is scaled by width^-1/2 before the head: the first T5, whose head is tied."""
-    decoder_start: int | None = 0
+    decoder_start: Natural | None = 0
     """Id of the token that targets begin after: padding."""
-    dropout: float = 0.0
-    eps: float = 1e-6
+    dropout: BelowOne = 0.0
+    eps: NonNegative = 1e-6
     model_type: Literal["t5", "mt5"] = "t5"
     """What published files of this model call its architecture."""
 

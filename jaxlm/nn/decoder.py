@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxlm.core import spec
+from jaxlm.core.ranges import BelowOne, Count, NonNegative
 from jaxlm.core.spec import Init, Spec, bias, fan_in, norm, ones, stacked
 from jaxlm.core.weight_names import Name, linear, same, vector
 from jaxlm.nn import attention_layers, block_stack, moe, rope
@@ -26,26 +27,26 @@ from jaxlm.nn.rope import Rope
 class DecoderConfig(ModelConfig):
     """The fields that every decoder with rotary positions and grouped heads has."""
 
-    vocab: int = 32000
-    layers: int = 12
-    width: int = 768
-    heads: int = 12
-    kv_heads: int = 4
-    head_width: int = 64
-    positions: int | None = None
+    vocab: Count = 32000
+    layers: Count = 12
+    width: Count = 768
+    heads: Count = 12
+    kv_heads: Count = 4
+    head_width: Count = 64
+    positions: Count | None = None
     """Longest sequence; None: no limit."""
     rope: Rope = field(default_factory=Rope)
     tied: bool = False
     """The head is the embedding."""
-    dropout: float = 0.0
-    eps: float = 1e-5
+    dropout: BelowOne = 0.0
+    eps: NonNegative = 1e-5
 
 
 @dataclass(frozen=True)
 class WindowedConfig(DecoderConfig):
     """The fields of decoders whose layers may differ in what they see."""
 
-    window: int | None = None
+    window: Count | None = None
     """Sliding-window attention over this many positions, in the layers that `windowed` names."""
     windowed: tuple[bool, ...] = (True,)
     """Which layers the window holds for, as a pattern that repeats."""

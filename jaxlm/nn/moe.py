@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxlm.core.ranges import Count, Natural, NonNegative, Positive
 from jaxlm.core.spec import Spec, bias, fan_in, zeros
 from jaxlm.nn import expert_ffn, expert_parallel, layers, pipeline
 from jaxlm.nn.kernels import grouped_matmul
@@ -24,31 +25,31 @@ class Moe:
     """A Moe configures a mixture of experts: its sizes, how a router chooses among them, and how their load is
     balanced."""
 
-    experts: int = 8
-    top_k: int = 2
+    experts: Count = 8
+    top_k: Count = 2
     """Experts that a token goes to."""
-    ffn: int = 2048
+    ffn: Count = 2048
     """Width of each expert."""
-    shared: int = 0
+    shared: Natural = 0
     """Width of a feed-forward network that every token goes through as well; 0: none."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     normalized: bool = True
     """A token's weights add up to `scale`. (Softmax over the chosen experts alone is the same as this.)"""
-    scale: float = 1.0
+    scale: Positive = 1.0
     """What the weights of the chosen experts are multiplied by."""
-    groups: int = 1
+    groups: Count = 1
     """Experts stand in this many equal groups, and a token chooses within the best `top_groups` of them. A group is as
     good as its best expert (softmax, DeepSeek V2), or as its two best together (sigmoid, DeepSeek V3)."""
-    top_groups: int = 1
+    top_groups: Count = 1
     selection_bias: bool = False
     """Experts are balanced by a bias that counts in the choice alone and that moves against the load (DeepSeek V3)."""
-    capacity: float | None = None
+    capacity: Positive | None = None
     """Places an expert has for a row's tokens, as a multiple of an equal share; tokens beyond skip the expert. First
     choices come before second ones, then earlier tokens before later ones. None: no token is ever dropped."""
-    balance: float = 0.01
+    balance: NonNegative = 0.01
     """Weight of the balance loss E · Σ f·P of each row (Fedus et al. 2021), with f the share of choices, P of scores;
     1 · `balance` where experts are used evenly."""
-    router_z: float = 0.0
+    router_z: NonNegative = 0.0
     """Weight of the router's z-loss: mean squared log Z (Zoph et al. 2022)."""
 
 

@@ -11,38 +11,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.core.ranges import Natural, NonNegative, Positive, Share
+
 
 @dataclass(frozen=True)
 class Rope:
     """A Rope gives the frequencies of the rotation. Fields that its scaling doesn't use stay at their defaults."""
 
-    theta: float = 1e4
-    share: float = 1.0
+    theta: Positive = 1e4
+    share: Share = 1.0
     """Part of each head's width that is rotated."""
     scaling: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
-    factor: float = 1.0
+    factor: Positive = 1.0
     """How many times longer than `trained` a sequence may be."""
-    trained: int = 0
+    trained: Natural = 0
     """Longest sequence before stretching (dynamic, llama3, yarn, longrope)."""
-    low_freq_factor: float = 1.0
+    low_freq_factor: Positive = 1.0
     """llama3: wavelengths above trained / this are stretched in full."""
-    high_freq_factor: float = 4.0
+    high_freq_factor: Positive = 4.0
     """llama3: wavelengths below trained / this are left alone."""
-    beta_fast: float = 32.0
+    beta_fast: Positive = 32.0
     """yarn: rotations within `trained` from which a frequency is left alone."""
-    beta_slow: float = 1.0
+    beta_slow: Positive = 1.0
     """yarn: rotations below which a frequency is stretched in full."""
     truncate: bool = True
     """yarn: round the borders of the ramp to whole dimensions."""
-    mscale: float = 0.0
+    mscale: NonNegative = 0.0
     """yarn, DeepSeek: temperature of the rotated part; 0: unused."""
-    mscale_all_dim: float = 0.0
+    mscale_all_dim: NonNegative = 0.0
     """yarn, DeepSeek: temperature of the whole score; 0: unused."""
-    attention_factor: float | None = None
+    attention_factor: Positive | None = None
     """yarn, longrope: what sine and cosine are multiplied by; None: the method's own formula."""
-    short_factor: tuple[float, ...] = ()
+    short_factor: tuple[Positive, ...] = ()
     """longrope: divisor of each frequency in sequences up to `trained`."""
-    long_factor: tuple[float, ...] = ()
+    long_factor: tuple[Positive, ...] = ()
     """longrope: divisor of each frequency in longer ones."""
 
 

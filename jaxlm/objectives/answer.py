@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.core.ranges import BelowOne, Count, Finite
 from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data import labelled
 from jaxlm.data.labelled import Question, squad, tables
@@ -41,19 +42,19 @@ class Config:
     """Column of flat records; SQuAD's own files need no names."""
     context: str = "context"
     answers: str = "answers"
-    question_len: int = 64
+    question_len: Count = 64
     """Tokens of a question; what is beyond is cut off."""
-    stride: int = 128
+    stride: Count = 128
     """Tokens from the beginning of one window of a long text to that of the next."""
-    max_answer: int = 30
+    max_answer: Count = 30
     """Tokens of an answer."""
-    n_best: int = 20
+    n_best: Count = 20
     """Answers that are kept of each question, the best first."""
     no_answer: bool | None = None
     """Whether a text may hold no answer; None: as in the training data."""
-    threshold: float = 0.0
+    threshold: Finite = 0.0
     """By how much no answer must score above the best span to be given; `eval` says what would have been best."""
-    dropout: float = 0.1
+    dropout: BelowOne = 0.1
     """Before the head."""
 
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxlm.core.ranges import BelowOne, NonNegative
 from jaxlm.data.packing import Window
 from jaxlm.models.model import Model
 from jaxlm.nn.layers import Output
@@ -15,8 +16,8 @@ from jaxlm.objectives.objective import DeviceBatch, Example, Objective, RowShape
 
 @dataclass(frozen=True)
 class Config:
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    label_smoothing: BelowOne = 0.0
+    z_loss: NonNegative = 0.0
     """Weight of log²Z, which keeps logits from drifting (PaLM used 1e-4)."""
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.core.ranges import BelowOne, Natural
 from jaxlm.core.spec import Spec, normal
 from jaxlm.data.labelled import Choice, Split, choices, tables
 from jaxlm.models.model import Model
@@ -39,13 +40,13 @@ class Config:
     """Column of the list of choices, or a column of each choice."""
     answer: str = "answer"
     """Column of the right choice: its number, its letter, or what the list calls it."""
-    first: int = 0
+    first: Natural = 0
     """Number of the first choice."""
-    most: int = 0
+    most: Natural = 0
     """Choices that a question may have; 0: as many as in the training data."""
     columns: tuple[str, ...] = ()
     """Names of the columns of a CSV or TSV file whose first line is no header."""
-    dropout: float = 0.1
+    dropout: BelowOne = 0.1
     """Before the head."""
 
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 
+from jaxlm.core.ranges import BelowOne, NonNegative, Share
 from jaxlm.data.packing import Window
 from jaxlm.objectives import causal
 from jaxlm.objectives.objective import Example, Objective, RowShape, Tokenizer
@@ -21,16 +22,16 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Config:
-    rate: float = 0.5
+    rate: Share = 0.5
     """Share of documents that are rearranged; the others are learned as they are."""
-    spm: float = 0.5
+    spm: Share = 0.5
     """Share of rearranged documents whose suffix comes first (SPM); the others begin with the prefix (PSM)."""
     split: Literal["character", "token"] = "character"
     """Where the cuts fall. Between tokens is quicker, but such a model can't go on after half a word."""
     sentinels: tuple[str, ...] = ()
     """The tokenizer's pieces that announce prefix, suffix and middle; empty: the names that are usual for them."""
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    label_smoothing: BelowOne = 0.0
+    z_loss: NonNegative = 0.0
     """Weight of log²Z, which keeps logits from drifting."""
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.core.ranges import BelowOne, NonNegative, PositiveShare
 from jaxlm.data.packing import Window
 from jaxlm.models.model import Model
 from jaxlm.nn.losses import cross_entropy
@@ -15,12 +16,12 @@ from jaxlm.objectives.objective import DeviceBatch, Example, Objective, RowShape
 
 @dataclass(frozen=True)
 class Config:
-    rate: float = 0.15
+    rate: PositiveShare = 0.15
     """Share of tokens that are predicted; of those 80 % become the mask token, 10 % a random one, 10 % stay."""
     whole_word: bool = False
     """Choose whole words instead of single tokens."""
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    label_smoothing: BelowOne = 0.0
+    z_loss: NonNegative = 0.0
 
 
 def check(c: Config, tokenizer: Tokenizer) -> None:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.core.ranges import BelowOne, NonNegative
 from jaxlm.data import conversations, render_chat
 from jaxlm.models.model import Model
 from jaxlm.nn.losses import Readout, cross_entropy, log_likelihoods
@@ -38,11 +39,11 @@ PREFERRED, OTHER, FOREIGN = 1, 2, 3  # segments
 @dataclass(frozen=True)
 class Config:
     method: Literal["dpo", "ipo", "kto", "orpo"] = "dpo"
-    beta: float = 0.1
+    beta: NonNegative = 0.1
     """How strongly the model is bound to its reference; orpo: weight of the odds ratio."""
-    label_smoothing: float = 0.0
+    label_smoothing: BelowOne = 0.0
     """dpo: share of preferences that are taken to be wrong (conservative DPO)."""
-    sft: float = 0.0
+    sft: NonNegative = 0.0
     """Weight of the preferred answer's mean negative log likelihood beside the preference; orpo has it always."""
     prompt: str = "prompt"
     """Field: a text, or a list of messages."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxlm.core.ranges import BelowOne, NonNegative
 from jaxlm.data.packing import Window
 from jaxlm.objectives import causal
 from jaxlm.objectives.objective import Example, Objective, RowShape, Tokenizer
@@ -12,8 +13,8 @@ from jaxlm.objectives.objective import Example, Objective, RowShape, Tokenizer
 
 @dataclass(frozen=True)
 class Config:
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    label_smoothing: BelowOne = 0.0
+    z_loss: NonNegative = 0.0
     """Weight of log²Z, which keeps logits from drifting."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlm.core.ranges import BelowOne
 from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data.labelled import Related, Split, check_labels, relations, tables
 from jaxlm.models.model import Model
@@ -50,9 +51,9 @@ class Config:
     markers: tuple[str, ...] = ()
     """Four pieces of the tokenizer to stand around the two entities; empty: its unused ones ([unused0] …), else the
     texts @ and #."""
-    dropout: float = 0.1
+    dropout: BelowOne = 0.1
     """Before the head."""
-    label_smoothing: float = 0.0
+    label_smoothing: BelowOne = 0.0
 
 
 def _related(c: Config, source: str) -> Split:

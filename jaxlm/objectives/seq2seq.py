@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxlm.core.ranges import BelowOne, Count, NonNegative
 from jaxlm.data import sources
 from jaxlm.data.packing import TextRow, Window
 from jaxlm.objectives import causal
@@ -27,7 +28,7 @@ class Config:
     """Field of the text to read, in JSONL, Parquet and TFDS records; or the ending of a file with a text a line."""
     target: str = "target"
     """Field, or the ending, of the text to write."""
-    target_len: int | None = None
+    target_len: Count | None = None
     """Encoder-decoder: tokens of a row's targets; None: as many as train.seq_len, which the sources have."""
     pack: bool = True
     """Fill rows with as many pairs as fit, none of which sees another; else one pair a row."""
@@ -36,8 +37,8 @@ class Config:
     decoder_start: str = ""
     """Encoder-decoder: the piece that targets begin after; empty: what the model says, else what the tokenizer's kind
     is trained with: padding where it has no BOS (T5), EOS where it has one (BART)."""
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    label_smoothing: BelowOne = 0.0
+    z_loss: NonNegative = 0.0
     """Weight of log²Z, which keeps logits from drifting."""
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxlm.core.ranges import BelowOne, NonNegative
 from jaxlm.data import conversations, packing, render_chat
 from jaxlm.objectives import causal
 from jaxlm.objectives.objective import (
@@ -28,8 +29,8 @@ class Config:
     """Fill rows with as many conversations as fit, none of which sees another; else one a row."""
     everything: bool = False
     """Learn what the user and the system say too."""
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    label_smoothing: BelowOne = 0.0
+    z_loss: NonNegative = 0.0
     """Weight of log²Z, which keeps logits from drifting."""
 
 

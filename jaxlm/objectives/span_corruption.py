@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlm.core.ranges import BelowOne, Count, NonNegative, Positive, PositiveShare
 from jaxlm.data.packing import Window
 from jaxlm.models.model import Model
 from jaxlm.objectives import causal, seq2seq
@@ -15,20 +16,20 @@ from jaxlm.objectives.objective import DeviceBatch, Example, Objective, RowShape
 
 @dataclass(frozen=True)
 class Config:
-    rate: float = 0.15
+    rate: PositiveShare = 0.15
     """Share of the tokens that are taken out."""
-    span: float = 3.0
+    span: Positive = 3.0
     """Mean length of the spans that are taken out."""
-    sentinels: int = 100
+    sentinels: Count = 100
     """Marks of gaps: the tokenizer's <extra_id_0>, <extra_id_1> …; if it has none, rows of model.vocab behind its own,
     the last one first, which is where T5 has them."""
-    target_len: int | None = None
+    target_len: Count | None = None
     """Tokens of a row's targets; None: what a row that is one long document needs. Short documents need more."""
     decoder_start: str = ""
     """The piece that targets begin after; empty: what the model says, else padding where the tokenizer has no BOS (T5),
     EOS where it has one (BART)."""
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    label_smoothing: BelowOne = 0.0
+    z_loss: NonNegative = 0.0
     """Weight of log²Z, which keeps logits from drifting (T5 used 1e-4)."""
 
 

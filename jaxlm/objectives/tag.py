@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.core.ranges import BelowOne, NonNegative
 from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data.labelled import Tagged, check_labels, conll, tables
 from jaxlm.models.model import Model
@@ -39,10 +40,10 @@ class Config:
     """Column of the words in CoNLL files."""
     tag: int = -1
     """Column of the tags."""
-    dropout: float = 0.1
+    dropout: BelowOne = 0.1
     """Before the head."""
-    label_smoothing: float = 0.0
-    class_weights: tuple[float, ...] = ()
+    label_smoothing: BelowOne = 0.0
+    class_weights: tuple[NonNegative, ...] = ()
     """How much each label counts, in the order of `labels`; empty: all the same."""
 
 

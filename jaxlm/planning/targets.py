@@ -122,7 +122,7 @@ def has_nvidia_driver() -> bool:
 def require(module: str, package: str, target: Target) -> None:
     """Refuses a target whose compiler is not installed."""
     if importlib.util.find_spec(module) is None:
-        raise ValueError(f'--target: the compiler for {target.name} is missing: pip install "{package}"')
+        raise ValueError(f'target: the compiler for {target.name} is missing: pip install "{package}"')
 
 
 def parse(name: str) -> Target:
@@ -132,12 +132,14 @@ def parse(name: str) -> Target:
         return here()
     match = re.fullmatch(r"(?:(\d+)\*)?([a-z0-9]+?)(?:([:-])(\d+(?:x\d+)*))?", name.lower())
     if not match:
-        raise ValueError(f"--target: {name!r} is no machine; examples: {EXAMPLES}")
+        raise ValueError(f"target: {name!r} is no machine; examples: {EXAMPLES}")
     slices, short, mark, size = int(match[1] or 1), chips.ALIASES.get(match[2], match[2]), match[3], match[4]
+    if not slices or "0" in (size or "").split("x"):
+        raise ValueError(f"target: {name!r} has no devices; examples: {EXAMPLES}")
     if short == "cpu":
         return Target(name, CPU, (int(size or 1) if (size or "1").isdigit() else _refuse(name, ("cpu:8",)),))
     if short not in chips.CHIPS:
-        raise ValueError(f"--target: no chip {match[2]!r}{nearest(short, [*chips.CHIPS, 'cpu', 'here'])}")
+        raise ValueError(f"target: no chip {match[2]!r}{nearest(short, [*chips.CHIPS, 'cpu', 'here'])}")
     chip = chips.CHIPS[short]
     if chip.platform == "gpu":
         numbers = tuple(int(n) for n in (size or "1").split("x"))
@@ -176,7 +178,7 @@ def _close(shape: tuple[int, ...], known: list[tuple[int, ...]]) -> list[tuple[i
 
 
 def _refuse(name: str, instead: Any) -> Any:
-    raise ValueError(f"--target: {name!r} doesn't exist; nearest: {', '.join(instead)}")
+    raise ValueError(f"target: {name!r} doesn't exist; nearest: {', '.join(instead)}")
 
 
 CPU = Chip("cpu", "cpu", "cpu", 0.0, 0.0, 1, 0.0, 0.0)
@@ -206,5 +208,5 @@ def _cpus(n: int) -> list[Any]:
         with contextlib.suppress(RuntimeError):  # JAX has started
             jax.config.update("jax_num_cpu_devices", n)
     if len(jax.devices()) < n:
-        raise ValueError(f"--target: cpu:{n} is more than the {len(jax.devices())} devices JAX has started with here")
+        raise ValueError(f"target: cpu:{n} is more than the {len(jax.devices())} devices JAX has started with here")
     return jax.devices()[:n]

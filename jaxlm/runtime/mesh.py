@@ -79,8 +79,9 @@ def sizes(c: config.Mesh, count: int) -> dict[str, int]:
     if free and count % fixed == 0:
         out[free[0]] = count // fixed
     elif fixed != count:
-        shown = " × ".join(f"{a} {n}" for a, n in out.items() if n != 1) or "1"
-        raise ValueError(f"mesh: {shown} does not fit {count} devices; change a size or set one axis to -1")
+        shown = " × ".join(f"{a} {n}" for a, n in out.items() if n not in (1, -1)) or "1"
+        more = "" if free else ", or leave mesh.data out: it takes what is left"
+        raise ValueError(f"mesh: {shown} does not fit {count} devices; change a size{more}")
     return out
 
 

@@ -42,7 +42,11 @@ def test_the_sample_is_the_same_for_any_order_of_the_texts():
 def test_training_is_quiet_and_faults_are_clear(tmp_path, capfd):
     train_tokenizer.train_sentencepiece(TEXTS, tmp_path / "x.model", vocab_size=330)
     assert capfd.readouterr() == ("", "")
-    for texts, size, words in (([], 300, "no text"), (TEXTS, 50, "vocab_size=50 does not"), (["ab"], 9000, "too high")):
+    for texts, size, words in (
+        ([], 300, "no text"),
+        (TEXTS, 50, "vocabulary of 50 does not"),
+        (["ab"], 9000, "too high"),
+    ):
         with pytest.raises(ValueError, match=words) as caught:
             train_tokenizer.train_sentencepiece(texts, tmp_path / "y.model", vocab_size=size)
         assert "\n" not in str(caught.value)

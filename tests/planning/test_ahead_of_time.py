@@ -128,7 +128,7 @@ def test_plan_says_what_does_not_fit(file, capsys) -> None:
 
 @pytest.mark.parametrize(("more", "said"), [
     (["--target", "v5e:3x5"], "jaxlm: --target: 'v5e:3x5' doesn't exist; nearest: v5e:4x4"),
-    (["--target", "h100:8", "--analytic", "--mesh.fsdp", "3"], "× fsdp 3 does not fit 8 devices"),
+    (["--target", "h100:8", "--analytic", "--mesh.fsdp", "3"], "mesh: fsdp 3 does not fit 8 devices"),
     (["--target", "h100:8", "--analytic", "--mesh.tensor", "8", "--mesh.fsdp", "1"],
      "jaxlm: mesh: blocks/k has 4 kv, which 8 devices of tensor do not divide"),
     (["--out", "x.py"], "jaxlm: --out: is for --search"),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm.core import tree
+from jaxlm.core.ranges import BelowOne, Count, NonNegative, Positive
 from jaxlm.core.spec import Spec, normal, zeros
 from jaxlm.weights.adapters import lora, low_rank
 from jaxlm.weights.adapters.low_rank import LowRankAdapter
@@ -28,17 +29,17 @@ class AdaLora(LowRankAdapter):
     """AdaLoRA (Zhang et al. 2023): LoRA whose ranks fall in training where they count least. `rank`, that of the start,
     is usually half as much again as `target_rank`."""
 
-    alpha: float = 16.0
+    alpha: Positive = 16.0
     """The product is scaled by alpha / rank."""
-    b_lr: float = 1.0
+    b_lr: NonNegative = 1.0
     """Learning rate of b as a multiple of that of a."""
-    target_rank: int = 8
+    target_rank: Count = 8
     """Mean rank at the end."""
-    warmup: float = 0.1
+    warmup: BelowOne = 0.1
     """Share of all steps before ranks begin to fall."""
-    final_tuning: float = 0.2
+    final_tuning: BelowOne = 0.2
     """Share of all steps, the last ones, with the ranks that are left."""
-    orthogonal: float = 0.5
+    orthogonal: NonNegative = 0.5
     """Weight of the loss that keeps a and b orthogonal."""
 
     @property

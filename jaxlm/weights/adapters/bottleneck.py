@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from flax import struct
 
+from jaxlm.core.ranges import Positive
 from jaxlm.core.spec import Spec, bias, fan_in, zeros
 from jaxlm.nn.layers import ACTIVATIONS, add_bias
 from jaxlm.nn.layout import Layout
@@ -22,7 +23,7 @@ from jaxlm.weights.matrices import Matrix
 class BottleneckAdapter(TargetedAdapter):
     """Every bottleneck has these settings."""
 
-    reduction: float = 16.0
+    reduction: Positive = 16.0
     """Model width over the bottleneck's (2 is usual for parallel)."""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from jaxlm.core.ranges import NonNegative, Positive
 from jaxlm.weights.adapters import low_rank
 from jaxlm.weights.adapters.low_rank import LowRankAdapter
 from jaxlm.weights.adapters.method import Method
@@ -20,11 +21,11 @@ DEFINING = ("rank", "alpha", "rank_stabilized")
 class ScaledLowRank(LowRankAdapter):
     """Settings of LoRA and of the methods that scale their update as LoRA does."""
 
-    alpha: float = 16.0
+    alpha: Positive = 16.0
     """The product is scaled by alpha / rank."""
     rank_stabilized: bool = False
     """Scale by alpha / √rank instead (rsLoRA)."""
-    b_lr: float = 1.0
+    b_lr: NonNegative = 1.0
     """Learning rate of b as a multiple of that of a (LoRA+; 16 is usual)."""
 
     @property

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from jaxlm.core.ranges import BelowOne, Count
 from jaxlm.core.spec import Init, Spec, zeros
 from jaxlm.nn.layers import dropout
 from jaxlm.nn.layout import Layout
@@ -28,8 +29,8 @@ TARGETS = (r"(^|/)(cross_)?[qv]$",)
 class LowRankAdapter(TargetedAdapter):
     """Every update of low rank has these settings."""
 
-    rank: int = 8
-    dropout: float = 0.0
+    rank: Count = 8
+    dropout: BelowOne = 0.0
     """Share of the adapter's inputs that is dropped in training."""
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxlm.core.ranges import Count
 from jaxlm.core.spec import Spec, normal
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.leaf import Wrapped
@@ -19,7 +20,7 @@ from jaxlm.weights.matrices import Matrix
 class Prefix(TargetedAdapter):
     """Prefix tuning (Li & Liang 2021) learns keys and values of virtual tokens in every layer."""
 
-    tokens: int = 20
+    tokens: Count = 20
     """How many virtual tokens there are."""
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.core.config import Adapter
+from jaxlm.core.ranges import Count, Natural
 from jaxlm.core.spec import Spec, bias, fan_in, normal
 from jaxlm.nn import layers
 from jaxlm.nn.layout import Layout
@@ -25,7 +26,7 @@ from jaxlm.weights.adapters.peft_format import PeftFormat
 class SoftPrompt(Adapter):
     """Every soft prompt has these settings."""
 
-    tokens: int = 20
+    tokens: Count = 20
     """How many virtual tokens there are."""
     text: str = ""
     """Text whose embeddings the virtual tokens begin as; empty: those of tokens at random."""
@@ -40,7 +41,7 @@ class Prompt(SoftPrompt):
 class PTuning(SoftPrompt):
     """P-tuning (Liu et al. 2021): a network makes the embeddings of virtual tokens."""
 
-    hidden: int = 0
+    hidden: Natural = 0
     """Width of the network that makes the virtual tokens; 0: the model's width."""
 
 

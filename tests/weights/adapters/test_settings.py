@@ -62,7 +62,8 @@ def test_methods_of_equal_fields_are_told_apart(tmp_path):
     run = dataclasses.replace(RUN, adapter=adapters.Houlsby(), out=str(tmp_path))
     other = dataclasses.replace(run, adapter=adapters.Pfeiffer())
     assert run.adapter != other.adapter
-    run_directory.claim(run)
+    assert not run_directory.claim(run)
+    run.folder.mkdir()
     config_io.dump(run, run.folder / "config.json")
     assert run_directory.claim(run)
     with pytest.raises(ValueError, match="adapter is 'houlsby' there and 'pfeiffer' here"):
