@@ -251,7 +251,7 @@ MISTAKES = [
     ),
     # Generation.
     using("a negative temperature", r"temperature: -1\.0 is out of range; it must be 0 or more", temperature=-1.0),
-    using("top-p of nothing", r"top_p: 0\.0 is out of range", top_p=0.0),
+    using("top-p of nothing", r"top.p: 0\.0 is out of range", top_p=0.0),
     using("no tokens", r"tokens: 0 is out of range; it must be at least 1", tokens=0),
     using("samples that are all the same", r"samples: greedy answers are all the same", samples=2),
     using("a prompt longer than the model", r"prompt.*64|positions", prompt="a" * 100),
@@ -280,7 +280,9 @@ MISTAKES = [
         None,
         ["eval", "published", "--batchs", "3"],
     ),
-    Mistake("a word for a count", r"--batches: 'many' is not an int", None, ["eval", "published", "--batches", "many"]),
+    Mistake(
+        "a word for a count", r"--batches: 'many' is not a valid int", None, ["eval", "published", "--batches", "many"]
+    ),
     Mistake(
         "an option without its value",
         r"optim\.lr: '' is not a valid float",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from jaxlm.commands.arguments import Command, Flag, start_processes
+from jaxlm.core.ranges import Count, Natural, NonNegative, Share
 
 
 @dataclass(frozen=True)
@@ -36,30 +37,30 @@ class Augment(Command):
     """The column of CoNLL tags; -1 is the last."""
     entities: Flag = False
     """Replace words of entities too, which else stay."""
-    share: float = 0.15
+    share: Share = 0.15
     """mask: the share of the words that is replaced."""
-    top_k: int = 10
+    top_k: Count = 10
     """mask: draw from so many of the likeliest words."""
-    copies: int = 1
+    copies: Count = 1
     """New examples of each."""
     prefix: str = ""
     """back_translate: text before each, such as T5's task."""
     back_prefix: str = ""
     """The same of --back."""
-    temperature: float = 0.0
+    temperature: NonNegative = 0.0
     """back_translate: 0 writes the likeliest text."""
-    beams: int = 1
+    beams: Count = 1
     """back_translate: beams of the search; 1 is none."""
-    tokens: int = 128
+    tokens: Count = 128
     """back_translate: the most new tokens of a text."""
-    seed: int = 0
+    seed: Natural = 0
 
     def run(self, rest: list[str]) -> int:
         start_processes(self)
         from jaxlm.assembly import augment
         from jaxlm.inference.sampling import Sampling
 
-        how = Sampling(tokens=self.tokens or 512, temperature=self.temperature, beams=self.beams)
+        how = Sampling(tokens=self.tokens, temperature=self.temperature, beams=self.beams)
         columns = tuple(name for name in self.columns.split(",") if name)
         said = augment.augment(
             self.file, self.out, self.method, self.model, self.back, text=self.text, columns=columns, word=self.word,

@@ -6,6 +6,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from jaxlm.commands.arguments import Command, Json, Model, print_json, start_processes
+from jaxlm.core.ranges import Natural
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Export(Command):
     package; peft: its adapter alone, which the others merge."""
     dtype: str | None = None
     """hf: float32, bfloat16, float16 (None: as it is); gguf: f16 (None), q8_0; stablehlo: float32 (None), bfloat16."""
-    step: int | None = None
+    step: Natural | None = None
     """The checkpoint's; None: the newest."""
     json: Json = False
 

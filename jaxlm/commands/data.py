@@ -7,6 +7,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from jaxlm.commands.arguments import Command, OnRun
+from jaxlm.core.ranges import Count
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class TokenizerTrain(Command):
     source: Annotated[Positional[tuple[str, ...]], arg(metavar="SOURCE", help="texts, as data.train names them")]
     out: Path
     """The new .model file."""
-    vocab: int = 8192
+    vocab: Count = 8192
     """Pieces of the vocabulary."""
     field: str = "text"
     """The field that holds the text in JSONL, Parquet and TFDS records."""
@@ -62,7 +63,7 @@ class DataInspect(OnRun):
     example: jaxlm data inspect quickstart --examples 3
     """
 
-    examples: int = 2
+    examples: Count = 2
     """How many are shown."""
 
     def run(self, rest: list[str]) -> int:

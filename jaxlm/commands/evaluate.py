@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from jaxlm.commands.arguments import Command, Flag, Json, Model, print_json, start_processes
+from jaxlm.core.ranges import Count, Natural, NonNegative, Positive, PositiveShare, Range
 
 
 @dataclass(frozen=True)
@@ -17,24 +18,24 @@ class Eval(Command):
     model: Model
     data: tuple[str, ...] = ()
     """Other text to evaluate on than the run's validation data."""
-    step: int | None = None
+    step: Natural | None = None
     """The checkpoint's; None: the newest."""
-    batches: int = 0
+    batches: Natural = 0
     """At most so many of each source; 0: all."""
     tasks: str | None = None
     """A,B: tasks of the lm-evaluation-harness instead of text."""
     task_folder: Path | None = None
     """A folder of your own tasks in YAML, instead of the built-in ones."""
-    shots: int | None = None
+    shots: Natural | None = None
     """Examples before each question; None: the task's number."""
-    limit: int | None = None
+    limit: Count | None = None
     """At most so many examples of each task, or texts of each source; None: all."""
     chat: Flag = False
     """Ask by the model's chat template."""
     metric: str | None = None
     """Let the model write and compare it with the data's texts: bleu (and chrF), rouge, exact, number (the last of a
     text)."""
-    beams: int = 1
+    beams: Count = 1
     """--metric: beams of the search; 1 is none."""
     code: str | None = None
     """A file of problems in HumanEval's format instead of text: pass@k."""
@@ -42,25 +43,25 @@ class Eval(Command):
     """--code: yes, run what the model writes, shut in."""
     weak_sandbox: Flag = False
     """--code: run it also where this machine can't shut it in whole; says what is missing."""
-    samples: int = 1
+    samples: Count = 1
     """--code: answers to each problem."""
     k: str = "1"
     """--code: of pass@k, for example 1,10."""
-    temperature: float = 0.0
+    temperature: NonNegative = 0.0
     """--code: of the samples; 0 is the likeliest answer."""
-    top_p: float = 1.0
+    top_p: PositiveShare = 1.0
     """--code: of the samples."""
-    tokens: int | None = None
+    tokens: Count | None = None
     """The most new tokens of a text; None: 512 with --code, 128 with --metric."""
-    seconds: float = 5.0
+    seconds: Positive = 5.0
     """--code: a program's, at most."""
-    memory: int = 1024
+    memory: Count = 1024
     """--code: a program's MiB, at most."""
     against: str | None = None
     """Another model on the same examples: differences with their 95 % intervals and p, by a paired bootstrap."""
-    resamples: int = 10_000
-    """Of the bootstrap."""
-    seed: int = 0
+    resamples: Annotated[int, Range(100)] = 10_000
+    """Of the bootstrap; fewer than 1,000 give rough ends."""
+    seed: Natural = 0
     """Of the bootstrap, and of samples."""
     out: Path | None = None
     """Where results.json and examples go; None: evals/NAME where there are examples or another model."""
@@ -71,11 +72,6 @@ class Eval(Command):
 
 
 def _evaluate(args: Eval) -> int:
-    for name in ("limit", "tokens", "samples"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name}: {value} is too few; give 1 or more, or leave it out")
-    if args.resamples < 100:
-        raise ValueError(f"--resamples: {args.resamples} are too few for 95 % intervals; give 1000 or more")
     start_processes(args)
     from jaxlm.assembly import evaluate_model
 

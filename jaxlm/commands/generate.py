@@ -10,6 +10,7 @@ from tyro.conf import UseAppendAction, arg
 
 from jaxlm.commands.arguments import Command, Json, Model, More, print_json, start_processes
 from jaxlm.core import typed_arguments
+from jaxlm.core.ranges import Count, Natural
 
 Texts = UseAppendAction[tuple[str, ...]]
 
@@ -51,9 +52,9 @@ class Generate(OnModel):
     """A smaller model of the same tokenizer proposes tokens, or what was said before does: the same text, sooner."""
     adapter: Annotated[Texts, arg(metavar="DIR|-")] = ()
     """Of each prompt in turn, PEFT's files or none: one batch goes through several adapters."""
-    proposals: int = 4
+    proposals: Count = 4
     """Tokens that the draft proposes at a time."""
-    step: int | None = None
+    step: Natural | None = None
     """The checkpoint's; None: the newest."""
     json: Json = False
 
@@ -89,7 +90,7 @@ class Chat(OnModel):
     """What the model is told first."""
     template: Path | None = None
     """A chat template in Jinja; None: the model's own."""
-    step: int | None = None
+    step: Natural | None = None
     """The checkpoint's; None: the newest."""
 
     def run(self, rest: list[str]) -> int:

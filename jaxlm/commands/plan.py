@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxlm.commands.arguments import Flag, Json, OnRun, print_json
+from jaxlm.core.ranges import Count, Natural
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Plan(OnRun):
     """Work it out by arithmetic alone, in a second; compile nothing."""
     search: Flag = False
     """Try meshes, micro-batches and remat policies, by arithmetic."""
-    compile: int = 0
+    compile: Natural = 0
     """--search: compile so many of the best."""
     out: Path | None = None
     """--search: write the best as a config file for jaxlm train."""
@@ -48,18 +49,15 @@ class Tune(OnRun):
     example: jaxlm tune quickstart --candidates 4 --out tuned.py
     """
 
-    candidates: int = 4
+    candidates: Count = 4
     """How many are tried besides the config as it is."""
-    steps: int = 5
+    steps: Count = 5
     """Steps that are measured of each, after two that aren't."""
     out: Path | None = None
     """Write the fastest as a config file for jaxlm train."""
     json: Json = False
 
     def run(self, rest: list[str]) -> int:
-        for name in ("candidates", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name}: {getattr(self, name)} is too few; give 1 or more")
         run = self.load(rest).run
         from jaxlm.commands import plan_report
 

@@ -9,6 +9,7 @@ from typing import Any
 from tyro.conf import UseAppendAction
 
 from jaxlm.commands.arguments import Command, Model, start_processes
+from jaxlm.core.ranges import Natural
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Predict(Command):
     data: str | None = None
     """A .csv, .tsv, .json or .jsonl table with the columns of the training data (labels aren't needed), a .txt file
     with a text a line, or .conll words."""
-    step: int | None = None
+    step: Natural | None = None
     """The checkpoint's; None: the newest."""
     out: Path | None = None
     """A new .jsonl file of the inputs with what the model says of each."""

@@ -59,7 +59,7 @@ def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
         elif typing.get_origin(kind) is tuple and isinstance(value, list):
             value = tuple(value)
         if not _fits(value, kind):
-            raise ValueError(f"{name(key)}: {value!r} is not {_shown(kind)}")
+            raise ValueError(f"{name(key)}: {value!r} is not {type_words(kind)}")
         done[key] = value
     return cls(**done)
 
@@ -77,11 +77,9 @@ def check(part: Any, prefix: str = "") -> None:
             check(value, f"{prefix}{f.name}.")
             continue
         if not _fits(value, kind):
-            raise ValueError(f"{prefix}{f.name}: {value!r} is not {_shown(kind)}")
-        for allowed in ranges.ranges(kind):
-            for number in value if isinstance(value, tuple) else (value,):
-                if number is not None and number not in allowed:
-                    raise ValueError(f"{prefix}{f.name}: {number} is out of range; it must be {allowed}")
+            raise ValueError(f"{prefix}{f.name}: {value!r} is not {type_words(kind)}")
+        if out := ranges.outside(value, kind):
+            raise ValueError(f"{prefix}{f.name}: {out}")
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -102,13 +100,21 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-def _shown(kind: Any) -> str:
-    """Returns what follows "is not": the type of a field in words."""
-    if choices := _choices(kind):
-        return f"one of {', '.join(map(str, choices))}"
-    if typing.get_origin(kind) is Annotated:
-        return _shown(typing.get_args(kind)[0])
-    return f"a valid {kind.__name__ if isinstance(kind, type) else str(kind).replace('typing.', '')}"
+def type_words(kind: Any) -> str:
+    """Returns what follows "is not": the type of a field in words, such as "a valid int or None"."""
+    choices = _choices(kind)
+    return f"one of {', '.join(map(str, choices))}" if choices else f"a valid {_type_name(kind)}"
+
+
+def _type_name(kind: Any) -> str:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _type_name(inner[0])
+    if origin is tuple:
+        return f"list of {_type_name(inner[0])}"
+    if inner:
+        return " or ".join(_type_name(k) for k in inner)
+    return "None" if kind is types.NoneType else kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def _choices(kind: Any) -> tuple[Any, ...]:
@@ -269,7 +275,7 @@ def changed(part: Any, changes: Mapping[str, Any], where: str = "") -> Any:
         kind = hints[name]
         fits = dataclasses.is_dataclass(value) if isinstance(kind, TypeVar) else _fits(value, kind)
         if not fits:
-            wanted = "a valid Config of a model or an objective" if isinstance(kind, TypeVar) else _shown(kind)
+            wanted = "a valid Config of a model or an objective" if isinstance(kind, TypeVar) else type_words(kind)
             raise ValueError(f"{where}{name}: {value!r} is not {wanted} (now {current!r})")
         part = dataclasses.replace(part, **{name: value})
     return part
@@ -332,7 +338,7 @@ def _hints(part: Any, prefix: str = "") -> dict[str, str]:
         if dataclasses.is_dataclass(value):
             out |= _hints(value, f"{prefix}{name}.")
         else:
-            out[prefix + name] = _shown(kind)
+            out[prefix + name] = type_words(kind)
     return out
 
 

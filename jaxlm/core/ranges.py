@@ -49,3 +49,12 @@ def ranges(kind: Any) -> list[Range]:
     if typing.get_origin(kind) is Annotated:
         return [m for m in kind.__metadata__ if isinstance(m, Range)]
     return [found for inner in typing.get_args(kind) for found in ranges(inner)]
+
+
+def outside(value: Any, kind: Any) -> str | None:
+    """Returns how a value, or one of several, is out of the range that its type names; None: it isn't."""
+    for allowed in ranges(kind):
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and number not in allowed:
+                return f"{number} is out of range; it must be {allowed}"
+    return None

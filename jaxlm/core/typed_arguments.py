@@ -10,13 +10,14 @@ import inspect
 import io
 import itertools
 import operator
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import tyro
 
+from jaxlm.core import ranges
+from jaxlm.core.config_io import type_words
 from jaxlm.core.errors import nearest
 
 
@@ -27,22 +28,6 @@ class Split(NamedTuple):
     """Those of the dataclass: its options with their values, and its positional arguments."""
     rest: list[str]
     """Options that it doesn't have, each with all that follows up to the next option."""
-
-
-def shown(kind: Any) -> str:
-    """Returns a type as a user reads it: `int or None`, `one of auto, xla`."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Annotated:
-        return shown(inner[0])
-    if origin is Literal:
-        return f"one of {', '.join(map(str, inner))}"
-    if origin is tuple:
-        return f"list of {shown(inner[0])}"
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(shown(k) for k in inner)
-    if kind is types.NoneType:
-        return "None"
-    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def flag(name: str) -> str:
@@ -111,7 +96,8 @@ def _repeats(kind: type, name: str) -> bool:
 def parse(kind: Any, args: Sequence[str], default: Any = None) -> Any:
     """Returns the dataclass that arguments describe; `default` has the values of options that aren't given.
 
-    ValueError: an option is unknown, has a value of another type or none, or a required argument is missing.
+    ValueError: an option is unknown, has no value, one of another type or one out of its range, or a required argument
+    is missing.
     """
     own, rest = split(kind, args)
     for argument in rest[:1]:
@@ -129,9 +115,13 @@ def parse(kind: Any, args: Sequence[str], default: Any = None) -> Any:
     if default is None:
         _require(kind, own)
     try:
-        return read(kind, own, default)
+        made = read(kind, own, default)
     except SystemExit:
         raise ValueError(_unfit(kind, own, default)) from None
+    for f in dataclasses.fields(kind):
+        if out := ranges.outside(getattr(made, f.name), hints[f.name]):
+            raise ValueError(f"{flag(f.name)}: {out}")
+    return made
 
 
 def _nearest_option(name: str, known: list[str]) -> str:
@@ -176,10 +166,10 @@ def _unfit(kind: type, own: Sequence[str], default: Any) -> str:
         except SystemExit:
             name, (_, equals, value) = _named(own[a]), own[a].partition("=")
             given = " ".join(([value] if equals else []) + list(own[a + 1 : b]))
-            return f"{flag(name)}: {given!r} is not {_article(shown(hints[name]))}"
+            return f"{flag(name)}: {given!r} is not {type_words(hints[name])}"
     for name, value in zip(positional(kind), own[: starts[0]], strict=False):
         if typing.get_origin(hints[name]) is Literal and value not in typing.get_args(hints[name]):
-            return f"{_called(kind, name)}: {value!r} is not {shown(hints[name])}"
+            return f"{_called(kind, name)}: {value!r} is not {type_words(hints[name])}"
     return f"cannot read {' '.join(own)!r}; see --help"
 
 
@@ -188,13 +178,6 @@ def _any(kind: Any) -> Any:
     if typing.get_origin(kind) is Literal:
         return typing.get_args(kind)[0]
     return () if typing.get_origin(kind) is tuple else kind()
-
-
-def _article(words: str) -> str:
-    """Returns a type's words as a sentence goes on with them: an int, a float, one of a, b."""
-    if words.startswith("one of "):
-        return words
-    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
 def show_help(kind: Any, prog: str, description: str) -> None:

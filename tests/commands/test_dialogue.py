@@ -126,4 +126,4 @@ def test_a_published_model_is_asked_as_it_is(tmp_path, capsys):
     assert len((tmp_path / "out" / "texts.jsonl").read_text().splitlines()) == 3
     for flag in ("--limit", "--tokens"):
         assert cli.main([*asked, flag, "0"]) == 2
-        assert f"{flag}: 0 is too few; give 1 or more" in capsys.readouterr().err
+        assert f"{flag}: 0 is out of range; it must be at least 1" in capsys.readouterr().err

@@ -91,7 +91,7 @@ def test_a_long_list_of_names_is_cut(capsys):
         (["completion", "tcsh"], "bash|zsh|fish: 'tcsh' is not one of bash, zsh, fish"),
         (["eval", "m", "n"], "'n' is one argument too many"),
         (["eval", "m", "--bachtes", "3"], "unknown option --bachtes; did you mean '--batches'?"),
-        (["eval", "m", "--batches", "few"], "--batches: 'few' is not an int"),
+        (["eval", "m", "--batches", "few"], "--batches: 'few' is not a valid int"),
         (["eval", "m", "--batches"], "--batches: give a value"),
         (["eval", "m", "--data", "--json"], "--data: give a value"),
         (["generate", "--prompt", "a"], "give MODEL; for example: jaxlm generate runs/quickstart"),

@@ -90,7 +90,10 @@ def test_the_command_line(box, file, tmp_path, capsys, monkeypatch):
     assert cli.main([*args, "--samples", "3"]) == 2 and "--temperature: at 0" in capsys.readouterr().err
     assert cli.main([*args, "--k", "2"]) == 2 and "raise --samples" in capsys.readouterr().err
     assert cli.main([*args, "--k", "x"]) == 2 and "--k: 'x'" in capsys.readouterr().err
-    assert cli.main([*args, "--seconds", "0"]) == 2 and "give --seconds above 0" in capsys.readouterr().err
+    assert (
+        cli.main([*args, "--seconds", "0"]) == 2
+        and "--seconds: 0.0 is out of range; it must be above 0" in capsys.readouterr().err
+    )
     more = ["--samples", "3", "--temperature", "0.8", "--k", "1,3", "--resamples", "200", "--json"]
     assert cli.main([*args, *more, "--against", str(model)]) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -190,4 +190,4 @@ def test_piped_input_from_the_command_line(opened, monkeypatch, tmp_path, capsys
     assert cli.main(["chat", str(tmp_path), "--tokns", "6"]) == 2
     assert "unknown option --tokns" in capsys.readouterr().err
     assert cli.main(["chat", str(tmp_path), "--tokens", "many"]) == 2
-    assert "--tokens: 'many' is not an int" in capsys.readouterr().err
+    assert "--tokens: 'many' is not a valid int" in capsys.readouterr().err
