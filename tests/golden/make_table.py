@@ -1,4 +1,4 @@
-"""Writes the table of models in docs/models-and-files.md from the golden files.
+"""Writes the table of models in docs/how-to/models-and-files.md from the golden files.
 
 `test_published.py` checks that it is current; `python tests/golden/make_table.py` writes it anew.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 TESTS = Path(__file__).parents[1]
-PAGE = TESTS.parent / "docs" / "models-and-files.md"
+PAGE = TESTS.parent / "docs" / "how-to" / "models-and-files.md"
 BEGIN, END = "<!-- models: made by tests/golden/make_table.py -->\n", "<!-- end of models -->\n"
 # What users call the models whose config.json says so.
 KNOWN = {

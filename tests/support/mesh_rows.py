@@ -1,8 +1,8 @@
 """What composes: kinds of parallelism alone and together, and the families each is proven for.
 
-`test_meshes.py` holds every row to one device. The table in docs/parallelism.md is what this file prints when run,
-and a test fails where the two differ. A new kind is a row in `ALONE` and some in `TOGETHER`, whatever axes or fields it
-is switched on by.
+`test_meshes.py` holds every row to one device. The table in docs/how-to/parallelism.md is what this file prints when
+run, and a test fails where the two differ. A new kind is a row in `ALONE` and some in `TOGETHER`, whatever axes or
+fields it is switched on by.
 """
 
 from functools import reduce
@@ -172,7 +172,7 @@ def _greedy(masks: list[int], costs: list[float]) -> list[int]:
 
 
 def table() -> str:
-    """Returns the table of docs/parallelism.md in Markdown: a dot stands for a test."""
+    """Returns the table of docs/how-to/parallelism.md in Markdown: a dot stands for a test."""
     names = {"llama": "Llama", "mixtral": "Mixtral", "bert": "BERT", "t5": "T5"}
     lines = ["| | on eight devices | " + " | ".join(f"{what} ({names[f]})" for f, what in FAMILIES.items()) + " |"]
     lines.append("|---" * (2 + len(FAMILIES)) + "|")

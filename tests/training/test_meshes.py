@@ -154,6 +154,6 @@ def test_the_first_weights_are_the_same_on_every_mesh(name: str, axis_type: str)
 
 
 def test_the_documentation_lists_these_meshes_and_no_others() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "parallelism.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "parallelism.md").read_text()
     listed = page.partition("<!-- composes -->\n")[2].partition("\n<!-- /composes -->")[0]
-    assert listed == table(), "docs/parallelism.md: between its marks must stand what tests/support/mesh_rows.py prints"
+    assert listed == table(), "docs/how-to/parallelism.md: between its marks stands what mesh_rows.py prints"
