@@ -15,10 +15,6 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = (
-    "train", "plan", "tune", "eval", "generate", "chat", "embed", "augment", "import", "export", "tokenizer train",
-    "data prepare", "data inspect", "report", "doctor",
-)  # fmt: skip
 PAGES = {
     "CONTRIBUTING.md": "project/contributing.md",
     "CHANGELOG.md": "project/changelog.md",
@@ -57,13 +53,15 @@ def help_of(*command: str) -> str:
 
 def command_line() -> str:
     """Returns the page of all commands with their help."""
+    from jaxlm.commands import cli
+
     parts = [
         "# The command line\n",
         "What every command says when it is asked with `--help`. `train`, `plan`, `tune` and `data` also take every",
         "field of a run as an option, as `--optim.lr 1e-3` or `--train.batch-size 8`: see [the run](run.md).\n",
         f"```text\n{help_of().rstrip()}\n```\n",
     ]
-    for command in COMMANDS:
+    for command in cli.COMMANDS:
         parts.append(f"## jaxlm {command}\n\n```text\n{help_of(*command.split()).rstrip()}\n```\n")
     return "\n".join(parts)
 

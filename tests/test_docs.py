@@ -19,6 +19,7 @@ import pytest
 from support import pages
 
 import jaxlm
+from jaxlm.commands import cli
 from jaxlm.core import config_io
 from jaxlm.models import MODELS
 from jaxlm.objectives import OBJECTIVES
@@ -102,7 +103,7 @@ def check_command(words: list[str], page: str, helps: dict[str, str], folder: Pa
     plugin = "--plugin" in words
     while "--plugin" in words:
         del words[words.index("--plugin") : words.index("--plugin") + 2]
-    command = next((c for c in HOOKS.COMMANDS if words[: len(c.split())] == c.split()), None)
+    command = next((c for c in cli.COMMANDS if words[: len(c.split())] == c.split()), None)
     if command is None:
         assert not words or words[0].startswith("-"), f"no command {words[0]}"
         return
@@ -129,7 +130,7 @@ def check_command(words: list[str], page: str, helps: dict[str, str], folder: Pa
 
 
 def test_every_command_line_of_a_page_would_be_understood(tmp_path: Path) -> None:
-    helps = {command: HOOKS.help_of(*command.split()) for command in HOOKS.COMMANDS}
+    helps = {command: HOOKS.help_of(*command.split()) for command in cli.COMMANDS}
     wrong, checked = [], 0
     for page, text in TEXT.items():
         for words in command_lines(text):
@@ -187,7 +188,7 @@ def fields_of_runs() -> set[str]:
 
 def test_every_equivalent_exists() -> None:
     """The second column of the tables holds fields, commands and names of the library, and nothing else."""
-    helps = {command: HOOKS.help_of(*command.split()) for command in HOOKS.COMMANDS}
+    helps = {command: HOOKS.help_of(*command.split()) for command in cli.COMMANDS}
     fields, cells = fields_of_runs(), []
     rows = [row for row in TEXT["docs/coming-from.md"].splitlines() if row.startswith("| ") and " | here |" not in row]
     for row in rows:
