@@ -29,7 +29,7 @@ def test_a_loop_of_ones_own_a_score_and_an_adapter(examples: None, tmp_path: Pat
     assert likely < 0 and unlikely < 0
     losses = lora_script.main(str(folder.path), str(EXAMPLES), str(tmp_path), steps=6)
     assert len(losses) == 6 and all(0 < loss < 10 for loss in losses)
-    assert (tmp_path / "lora-merged" / "model.safetensors").is_file()
+    assert (tmp_path / "lora_script-merged" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow
