@@ -331,7 +331,10 @@ class FlaxFamily(RunsItself):
 
     def describe(self, c: Any, dtype: str) -> Mapping[str, str]:
         precision = f"{dtype} compute" if self.modules.takes_dtype else "as the module is written"
-        return {"precision": precision, "layers": f"attention, loops and remat as {self._plan(c).module.title} is written"}
+        return {
+            "precision": precision,
+            "layers": f"attention, loops and remat as {self._plan(c).module.title} is written",
+        }
 
     def _check_layout(self, plan: _Plan, shard: Layout) -> None:
         caller, title = self.modules.caller, plan.module.title

@@ -150,7 +150,11 @@ print("saved", program.save(state).checkpoints, jaxlm.open(sys.argv[1] + "/train
         ("", 0, r"saved \[2\]"),
         ("jaxlm.start_processes()\nimport jax\njax.devices()", 0, r"saved \[2\]"),
         ("import jax\njax.devices()", 1, "call jaxlm.start_processes"),
-        ("import os; jaxlm.start_processes()\nif os.environ['JAX_PROCESS_ID'] == '1': raise KeyError('mine')", 1, "mine"),
+        (
+            "import os; jaxlm.start_processes()\nif os.environ['JAX_PROCESS_ID'] == '1': raise KeyError('mine')",
+            1,
+            "mine",
+        ),
     ],
     ids=["joined by train", "joined before", "joined too late", "one fails"],
 )
