@@ -3,6 +3,7 @@
 python examples/training_loop.py
 """
 
+import shutil
 from pathlib import Path
 
 import jaxlm
@@ -19,6 +20,7 @@ def main(out: str = "runs", steps: int = 30) -> jaxlm.RunDirectory:
         train={"steps": steps, "batch_size": 8, "seq_len": 64},
         optim={"lr": 3e-3, "warmup": 2},
     )
+    shutil.rmtree(run.folder, ignore_errors=True)  # of an earlier go at this example
     program = jaxlm.Program(run)
     state = program.init()
     for number, batch in zip(range(1, steps + 1), program.batches(), strict=False):

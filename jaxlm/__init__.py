@@ -21,7 +21,7 @@ __all__ = [
     "Adapter", "Data", "Execution", "LanguageModel", "Mesh", "Optim", "Plan", "Program", "Run", "RunDirectory",
     "Sampling", "Train", "as_linen", "as_nnx", "evaluate", "from_linen", "from_nnx", "import_model", "load",
     "load_plugin", "open", "plan", "register_adapter", "register_model", "register_objective", "register_optimizer",
-    "register_schedule", "train",
+    "register_schedule", "start_processes", "train",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         register_objective,
         register_optimizer,
         register_schedule,
+        start_processes,
         train,
     )
 

@@ -26,6 +26,7 @@ from jaxlm.objectives.objective import Objective
 from jaxlm.planning import plan as plans
 from jaxlm.planning import targets
 from jaxlm.planning.plan import Plan
+from jaxlm.runtime import processes
 from jaxlm.training.optimizers import OPTIMIZERS, SCHEDULES
 from jaxlm.weights.adapters import METHODS
 from jaxlm.weights.adapters.method import Method
@@ -33,7 +34,7 @@ from jaxlm.weights.adapters.method import Method
 __all__ = [
     "LanguageModel", "Plan", "Program", "RunDirectory", "Sampling", "as_linen", "as_nnx", "evaluate", "from_linen",
     "from_nnx", "import_model", "load", "load_plugin", "open", "plan", "register_adapter", "register_model",
-    "register_objective", "register_optimizer", "register_schedule", "train",
+    "register_objective", "register_optimizer", "register_schedule", "start_processes", "train",
 ]  # fmt: skip
 
 
@@ -59,11 +60,12 @@ def train(run: Run, *, on_step: Callable[[int, dict[str, float]], None] | None =
 
     `on_step` is called with the number of each finished step and its metrics. An exception that it raises ends the run,
     which can be continued from its last checkpoint. Ctrl-C and SIGTERM end it after a checkpoint: `finished` is then
-    False.
+    False. Where a launcher started several processes, all of them call this with the same run (`start_processes`).
 
     ValueError: a field of the run can't be met here, or the directory belongs to another run. NonFiniteError: a loss or
-    gradient was not finite.
+    gradient was not finite. ProcessError: other processes never came.
     """
+    start_processes(run)
     run_directory.check_place(run)
     training_run.train(run, StartModel(run.start), on_step)
     return RunDirectory(run.folder)
@@ -90,6 +92,19 @@ def evaluate(
     """
     sources = [data] if isinstance(data, str) else data
     return dict(evaluate_model.evaluate(_place(model), data=sources, batches=batches).figures)
+
+
+def start_processes(run: Run | None = None) -> None:
+    """Joins the other processes of this program if a launcher started several, such as `srun` on several hosts; else
+    and the second time it does nothing.
+
+    `train` and `Program` call it with their run, which must be the same everywhere. Call it yourself, before anything
+    else uses jax's devices, in programs that do that before they train, and in those that only open or evaluate models
+    on many hosts: without it each process works by itself. An exception that nobody catches then ends all processes.
+
+    ValueError: the processes' runs or versions differ, or jax has its devices already. ProcessError: some never came.
+    """
+    processes.start(None if run is None else config_io.flatten(run))
 
 
 def plan(run: Run, target: str, *, analytic: bool = False) -> Plan:

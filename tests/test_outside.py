@@ -1,5 +1,5 @@
-"""A package of one's own adds a model, an objective, an adapter, an optimizer and a schedule, by entry points or as a
-plugin: every command works on its runs."""
+"""A package of one's own adds models (plain and in Flax nnx), an objective, an adapter, an optimizer and a schedule, by
+entry points or as a plugin: every command works on their runs."""
 
 import json
 import os
@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 CONFIG = """
 from jaxlm import Data, Execution, Optim, Run, Train
-from outside import every_second, model
+from outside import every_second, {module}
 
 def config():
-    return Run("own", model.Config(), every_second.Config(),
+    return Run("{name}", {module}.Config(), every_second.Config(),
                data=Data(train=("text.txt",), valid=("text.txt",), tokenizer="bytes", cache="cache"),
                optim=Optim("sign_descent", lr=1e-3, warmup=1, schedule="halved"), execution=Execution("float32"),
                train=Train(steps=4, batch_size=8, seq_len=32, prompts=(), log_every=1))
@@ -24,6 +24,7 @@ def config():
 ENTRY_POINTS = """
 [jaxlm.models]
 scaled = outside.model
+scaled_nnx = outside.nnx_model:family
 [jaxlm.objectives]
 every_second = outside.every_second:objective
 [jaxlm.adapters]
@@ -47,7 +48,7 @@ def write_package(folder: Path, installed: bool) -> None:
     package.mkdir(parents=True)
     (package / "every_second.py").write_text(added_file("objective.diff"))
     (package / "output_scale.py").write_text(added_file("adapter.diff"))
-    for name in ("model.py", "optimizer.py"):
+    for name in ("model.py", "nnx_model.py", "optimizer.py"):
         text = (GOLDEN / "outside" / name).read_text()
         lines = text.splitlines(keepends=True)
         (package / name).write_text("".join(line for line in lines if not (installed and "jaxlm.register_" in line)))
@@ -59,7 +60,7 @@ def write_package(folder: Path, installed: bool) -> None:
         (about / "entry_points.txt").write_text(ENTRY_POINTS)
         return
     (package / "__init__.py").write_text(
-        "import jaxlm\nfrom outside import every_second, model, optimizer, output_scale\n"
+        "import jaxlm\nfrom outside import every_second, model, nnx_model, optimizer, output_scale\n"
         "jaxlm.register_objective('every_second', every_second.objective)\n"
         "jaxlm.register_adapter('output_scale', output_scale.method)\n"
     )
@@ -70,7 +71,8 @@ def write_package(folder: Path, installed: bool) -> None:
 def test_every_command_works_on_runs_of_another_package(installed: bool, tmp_path: Path) -> None:
     write_package(tmp_path / "elsewhere", installed)
     (tmp_path / "text.txt").write_text("\n".join(f"the {i}th line of a text" for i in range(300)))
-    (tmp_path / "c.py").write_text(CONFIG)
+    for name, module in (("own", "model"), ("own_nnx", "nnx_model")):
+        (tmp_path / f"{name}.py").write_text(CONFIG.format(name=name, module=module))
     flags = [] if installed else ["--plugin", "outside"]
 
     def run(*arguments: str, status: int = 0, flags: list[str] = flags) -> str:
@@ -81,20 +83,26 @@ def test_every_command_works_on_runs_of_another_package(installed: bool, tmp_pat
         assert done.returncode == status, done.stderr
         return done.stdout + done.stderr
 
-    assert "finished at step 4" in run("train", "c.py")
-    written = json.loads((tmp_path / "runs" / "own" / "config.json").read_text())
-    assert [written[part]["family"] for part in ("model", "objective")] == ["scaled", "every_second"]
-    assert written["optim"]["name"] == "sign_descent" and written["optim"]["schedule"] == "halved"
-    tuned = run("train", "c.py", "--name", "tuned", "--start", "runs/own", "--adapter", "output_scale")
+    for name, family in (("own", "scaled"), ("own_nnx", "scaled_nnx")):
+        assert "finished at step 4" in run("train", f"{name}.py")
+        written = json.loads((tmp_path / "runs" / name / "config.json").read_text())
+        assert [written[part]["family"] for part in ("model", "objective")] == [family, "every_second"]
+        assert written["optim"]["name"] == "sign_descent" and written["optim"]["schedule"] == "halved"
+        assert "logits before and after" in run("export", f"runs/{name}", f"{name}-programs", "--format", "stablehlo")
+        refused = run("export", f"runs/{name}", f"{name}-hf", status=2)  # which only models with published names have
+        assert "export stablehlo" in refused and refused.count("\n") == 1 and not (tmp_path / f"{name}-hf").exists()
+        assert "memory of a device" in run("plan", f"runs/{name}", "--target", "h100:8", "--analytic")
+    adapter = ("--start", "runs/own", "--adapter", "output_scale")
+    tuned = run("train", "own.py", "--name", "tuned", *adapter)
     assert "finished at step 4" in tuned and "optimizer: sign_descent" in tuned
-    for name in ("own", "tuned"):
+    refused = run("train", "own_nnx.py", "--name", "x", "--start", "runs/own_nnx", *adapter[2:], status=2)
+    assert "adapter: output_scale: this model's layers have no matrices" in refused
+    for name in ("own", "own_nnx", "tuned"):
         assert "perplexity" in run("eval", f"runs/{name}")
         assert json.loads(
             run("generate", f"runs/{name}", "--prompt", "the", "--tokens", "3", "--json").splitlines()[-1]
         )
-    assert "logits before and after" in run("export", "runs/own", "programs", "--format", "stablehlo")
-    assert "memory of a device" in run("plan", "runs/own", "--target", "h100:8", "--analytic")
-    assert "report.html" in run("report", "runs/tuned")
+    assert "report.html" in run("report", f"runs/{'own_nnx' if installed else 'tuned'}")
     if not installed:
         refused = run("eval", "runs/own", status=2, flags=[])
         assert "model.family: unknown 'scaled'" in refused and "name its module as a plugin" in refused

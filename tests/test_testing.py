@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.flax_decoders import Config, NnxLm
 
 from jaxlm.core import config
 from jaxlm.data import packing
 from jaxlm.models import llama, t5
+from jaxlm.models.flax_bridge import from_nnx
 from jaxlm.objectives import causal
 from jaxlm.testing import check_adapter, check_family, check_objective
 from jaxlm.weights import adapters
@@ -19,7 +21,7 @@ SMALL = llama.Config(vocab=264, layers=2, width=16, heads=2, kv_heads=2, head_wi
 T5 = t5.Config(vocab=264, layers=1, width=16, heads=2, head_width=8, ffn=16)
 ONES = np.ones(33, np.int32)
 WINDOWS = [
-    packing.Window(tokens=np.arange(i, i + 33, dtype=np.int32), segments=ONES, positions=np.cumsum(ONES) - 1)
+    packing.Window(tokens=np.arange(i, i + 33, dtype=np.int32), segments=ONES, positions=np.arange(33, dtype=np.int32))
     for i in range(40, 44)
 ]
 
@@ -76,3 +78,10 @@ def test_an_objective_whose_loss_is_a_mean_is_told():
 def test_an_adapter_keeps_every_law(name):
     laws = check_adapter(adapters.METHODS[name], adapters.METHODS[name].Config(), llama, SMALL)
     assert "every trained weight learns" in laws and ("merged = bound" in laws) == (name != "prefix")
+
+
+@pytest.mark.slow
+def test_a_flax_module_of_one_s_own_keeps_the_laws_that_a_run_can_ask_for():
+    laws = check_family(from_nnx(NnxLm, Config), Config(), mesh=config.Mesh(fsdp=4, tensor=2))
+    assert {"causality", "packed = alone", "cached = at once", "a mesh = one device"} <= set(laws)
+    assert not any("unrolled" in law for law in laws), "the module loops over its layers as it is written"

@@ -7,7 +7,7 @@ import jax
 
 from jaxlm.core import config
 from jaxlm.nn import attention, block_stack, context_parallel, moe, pipeline, remat
-from jaxlm.nn.family import Family
+from jaxlm.nn.family import Family, RunsItself
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.mask import Mask
 from jaxlm.runtime import compiler_options as compiler
@@ -25,7 +25,10 @@ class Choices:
     device_kind: str
     mesh: Mapping[str, int] | None
     """Sizes of the mesh axes, outer to inner; None: one device."""
-    attention: attention.AttentionChoice
+    attention: attention.AttentionChoice | None
+    """None: the model runs by itself."""
+    own: Mapping[str, str]
+    """What such a model says of itself, by topic; empty: the run chooses."""
     dtype: str
     """The compute dtype."""
     scanned: bool
@@ -57,10 +60,15 @@ class Choices:
         notes = {
             "devices": f"{self.devices} × {self.device_kind}",
             "mesh": mesh,
-            "attention": self.attention.describe(),
-            "precision": f"float32 weights, {self.dtype} compute",
-            "layers": f"{'scanned' if self.scanned else 'unrolled'}, remat {self.remat}",
         }
+        if self.attention is None:
+            notes |= self.own
+        else:
+            notes |= {
+                "attention": self.attention.describe(),
+                "precision": f"float32 weights, {self.dtype} compute",
+                "layers": f"{'scanned' if self.scanned else 'unrolled'}, remat {self.remat}",
+            }
         if self.offload:
             notes["offload"] = f"{', '.join(self.offload)} to the host's memory"
         if self.experts is not None:
@@ -99,10 +107,15 @@ def choose(
     """Makes a run's choices. Raises ValueError where the run asks for what can't be had on these devices."""
     devices, seq_len = meshes.devices(), run.train.seq_len
     context_devices = layout.ways("seq", mesh)
-    attention_choice = attention.choose(
-        run.execution.attention, Mask(family.generates, common=adapter.num_common_keys), False, None,
-        run.execution.dtype, split=run.mesh.context_by if context_devices > 1 else "", lengths=(seq_len, seq_len),
-    )  # fmt: skip
+    attention_choice, own = None, {}
+    if isinstance(family, RunsItself):
+        family.check_layout(run.model, layout)
+        own = dict(family.describe(run.model, run.execution.dtype))
+    else:
+        attention_choice = attention.choose(
+            run.execution.attention, Mask(family.generates, common=adapter.num_common_keys), False, None,
+            run.execution.dtype, split=run.mesh.context_by if context_devices > 1 else "", lengths=(seq_len, seq_len),
+        )  # fmt: skip
     remat.remat_policy(run.execution)  # refuses what can't be offloaded
     if run.execution.offload:
         meshes.check_host_memory(devices[0])
@@ -111,6 +124,7 @@ def choose(
         device_kind=devices[0].device_kind,
         mesh=None if mesh is None else dict(mesh.shape),
         attention=attention_choice,
+        own=own,
         dtype=run.execution.dtype,
         scanned=block_stack.scanned(layout),
         remat=run.execution.remat,

@@ -10,12 +10,13 @@ from jaxlm.assembly import corpus, open_model, run_directory
 from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.trained_run import RunDirectory
-from jaxlm.core import config
+from jaxlm.assembly.training_hooks import HOURS
+from jaxlm.core import config, config_io
 from jaxlm.evaluation import perplexity
 from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.models.model import Model
 from jaxlm.objectives.objective import DeviceBatch
-from jaxlm.runtime import mesh
+from jaxlm.runtime import mesh, processes
 from jaxlm.training.step import State
 
 
@@ -31,7 +32,9 @@ class Program:
     """
 
     def __init__(self, run: config.Run) -> None:
-        """Checks the run against the devices that are here. ValueError: a field of the run can't be met."""
+        """Checks the run against the devices that are here; where a launcher started several processes, all of them
+        make it with the same run. ValueError: a field of the run can't be met."""
+        processes.start(config_io.flatten(run))
         self.run = run
         self._start = StartModel(run.start)
         tokens = open_model.load_tokenizer(run, self._start)
@@ -104,8 +107,9 @@ class Program:
         """
         folder, p, step = self.run.folder, self.parts, int(state.step)
         run_directory.check_place(self.run)
-        if not run_directory.claim(self.run):
+        if jax.process_index() == 0 and not run_directory.claim(self.run):
             open_model.save_description(self.run, p.tokens, self._start)
+        processes.barrier("the run directory", HOURS)
         with Checkpoints(folder / "checkpoints", keep=self.run.train.keep) as checkpoints, mesh.on_mesh(self.mesh):
             base = run_directory.frozen_base(p.adapter, state.all_params)
             if base and checkpoints.latest() is None:

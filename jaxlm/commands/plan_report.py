@@ -128,7 +128,8 @@ def show(c: Cost, t: Target, sizes: Mapping[str, int], notes: Mapping[str, str],
     how = f"compiled in {compiled.seconds:.0f} s" if compiled else "by arithmetic, not compiled"
     console.print(f"[bold]{t.name}[/]: {t.count} × {t.chip.kind}, {how}")
     for name in ("mesh", "attention", "layers", "precision"):
-        console.print(f"{name:12} {notes[name]}")
+        if name in notes:  # a module that attends by itself says nothing of it
+            console.print(f"{name:12} {notes[name]}")
     show_memory(c, t)
     show_times(c, t, sizes)
     if compiled:

@@ -26,7 +26,7 @@ from jaxlm.core.spec import Init, Role, Spec
 from jaxlm.core.weight_names import Name, same
 from jaxlm.nn import leaf
 from jaxlm.nn.cache import Cache, empty_cache, read_on
-from jaxlm.nn.family import Batch, Family, Files, Key, Kind, ModelConfig
+from jaxlm.nn.family import Batch, Family, Files, Key, Kind, ModelConfig, RunsItself
 from jaxlm.nn.flax_modules import FLOAT32, GIVEN, Description, FlaxModules, LinenModules, NnxModules
 from jaxlm.nn.flax_specs import AXES, named_axes, role_of, unnamed_axes
 from jaxlm.nn.layers import Output
@@ -123,7 +123,7 @@ class _Plan:
         return self.masks or self.reads("segments")
 
 
-class FlaxFamily:
+class FlaxFamily(RunsItself):
     """A FlaxFamily satisfies `Family` for the modules that one function makes."""
 
     MODEL_TYPES: tuple[str, ...] = ()
@@ -314,7 +314,29 @@ class FlaxFamily:
         return Output(shard(x_BTD, "batch", "seq", None), cache=after.replace(layers=(stored,), fresh=False))
 
     def _check(self, plan: _Plan, params: Any, batch: Batch, shard: Layout) -> None:
-        """Refuses what a module can't do."""
+        """Refuses what a module can't do with a batch."""
+        caller, title = self.modules.caller, plan.module.title
+        self._check_layout(plan, shard)
+        if "prefix" in batch and not plan.masks:
+            raise ValueError(
+                f"{caller}: inputs: {title} takes no mask, so it can't read a prefix both ways; give it one"
+            )
+        if any(leaf.is_leaf(w) for w in jax.tree.leaves(params, is_leaf=leaf.is_leaf)):
+            raise ValueError(
+                "adapter: a Flax module multiplies its weights by itself, so they must be plain arrays; use none"
+            )
+
+    def check_layout(self, c: Any, shard: Layout) -> None:
+        self._check_layout(self._plan(c), shard)
+
+    def describe(self, c: Any, dtype: str) -> Mapping[str, str]:
+        precision = f"{dtype} compute" if self.modules.takes_dtype else "as the module is written"
+        return {
+            "precision": precision,
+            "layers": f"attention, loops and remat as {self._plan(c).module.title} is written",
+        }
+
+    def _check_layout(self, plan: _Plan, shard: Layout) -> None:
         caller, title = self.modules.caller, plan.module.title
         mesh, execution = shard.mesh, shard.execution
         if not plan.keeps_apart and not self.single_document:
@@ -322,10 +344,6 @@ class FlaxFamily:
                 f"data.document_mask: {title} takes neither segments nor a mask, so it can't keep documents of a row "
                 "apart; let its __call__ take `segments`, or set data.document_mask to False and tell "
                 f"{caller} single_document=True"
-            )
-        if "prefix" in batch and not plan.masks:
-            raise ValueError(
-                f"{caller}: inputs: {title} takes no mask, so it can't read a prefix both ways; give it one"
             )
         for wrong, message in (
             (mesh.axis_type != "auto", "mesh.axis_type: a Flax module states no types of sharding; use auto"),
@@ -337,10 +355,6 @@ class FlaxFamily:
             ),
             (execution.remat != "none", "execution.remat: a Flax module has its own (nn.remat); use none"),
             (execution.scan is True, "execution.scan: a Flax module has its own loops (nn.scan); leave it out"),
-            (
-                any(leaf.is_leaf(w) for w in jax.tree.leaves(params, is_leaf=leaf.is_leaf)),
-                "adapter: a Flax module multiplies its weights by itself, so they must be plain arrays; use none",
-            ),
         ):
             if wrong:
                 raise ValueError(message)

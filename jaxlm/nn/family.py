@@ -3,6 +3,7 @@
 They stand below `models` because whatever takes a family is typed by them, adapters and file formats too.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -147,6 +148,19 @@ class Family(Published, Protocol):
 
         ValueError: the family doesn't generate.
         """
+
+
+class RunsItself(ABC):
+    """A family that extends RunsItself calls modules of somebody else's, which attend, loop over their layers and
+    recompute activations as they are written: a run chooses none of that for them."""
+
+    @abstractmethod
+    def check_layout(self, c: Any, shard: Layout) -> None:
+        """Refuses what the modules can't be made to do. ValueError: the layout asks for it."""
+
+    @abstractmethod
+    def describe(self, c: Any, dtype: str) -> Mapping[str, str]:
+        """Returns what a run's notes say of how the modules run where `dtype` is asked for, by topic."""
 
 
 def no_cache(c: Any, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:

@@ -81,6 +81,11 @@ class FlaxModules(ABC):
             make = make.__init__  # type: ignore[misc]
         return set(inspect.signature(make).parameters)
 
+    @property
+    def takes_dtype(self) -> bool:
+        """Returns whether `make` is given the compute dtype."""
+        return "dtype" in self._accepted
+
     def _made(self, c: Any, key: Key, dtype: Any, **more: Any) -> Any:
         """Returns the module; of dtype and deterministic `make` gets what it takes."""
         options = {"dtype": dtype, "deterministic": key is None}

@@ -113,6 +113,8 @@ def choose(shard: Layout, mesh: Any, specs: Any, train: config.Train) -> Pipelin
     M = micro_batches(shard, mesh, train.batch_size // train.micro_batches)
     flat = tree.flatten(specs, is_spec)
     stacks = {path.rpartition("/")[0]: s.shape[0] for path, s in flat.items() if "layers" in s.axes}
+    if not stacks:
+        raise ValueError(f"mesh.stage: {S} stages, and this model has no stacked layers to cut into them; use 1")
     if max(stacks.values()) < S:
         raise ValueError(f"mesh.stage: {S} stages for {max(stacks.values())} layers; make mesh.stage smaller")
     for n in stacks.values():

@@ -106,7 +106,8 @@ def cost(p: program.Program, t: Target, attention: str | None = None) -> Cost:
     program's.
     """
     sizes = dict(p.mesh.shape) if p.mesh is not None else {}
-    one_step = _Step(p, sizes, attention or p.choices.attention.implementation, t)
+    chosen = p.choices.attention  # None: a module attends by itself, of which nothing better than xla is known
+    one_step = _Step(p, sizes, attention or (chosen.implementation if chosen else "xla"), t)
     untimed = Cost(
         memory=one_step.memory(), flops=one_step.flops(), hbm=one_step.hbm(), flows=tuple(one_step.flows()),
         tokens=p.run.train.batch_size * p.run.train.seq_len, model_flops=p.flops_per_token(), bubble=one_step.bubble,

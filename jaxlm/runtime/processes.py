@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Mapping
 from importlib import metadata
+from types import TracebackType
 from typing import Any, NoReturn
 
 from jaxlm.runtime import launchers, rollcall, rollcall_server
@@ -40,24 +41,47 @@ def start(agreed: Mapping[str, Any] | None = None) -> None:
     """Finds out which process this is, and joins the others if there are any.
 
     agreed: what must be the same on all of them, by name; packages are compared as well. `launchers` reads the
-    environment; `JAXLM_START_SECONDS` (300) is how long to wait for the others. Raises ValueError if the processes
-    don't fit together, and ProcessError if some never come.
+    environment; `JAXLM_START_SECONDS` (300) is how long to wait for the others. From then on an exception that nobody
+    catches ends the others too, which would wait for this process. Raises ValueError if the processes don't fit
+    together or jax has its devices already, and ProcessError if some never come.
     """
     global _place, _member
     seconds = _seconds()
     _place = launchers.find(os.environ, seconds)
-    if _place.count == 1 or _member is not None:
+    if _member is not None:
         return
-    reserve_threads(several=True)
+    reserve_threads(several=_place.count > 1)
+    if _place.count == 1:
+        return
     import jax
 
+    if jax.distributed.is_initialized():
+        raise ValueError(
+            "jax.distributed.initialize: was called before, so these processes can't call the roll; leave that call out"
+        )
     compared = {"the number of processes": _place.count, "jax": jax.__version__, "jaxlm": metadata.version("jaxlm")}
     _member = rollcall.Member(_place, compared | dict(agreed or {}), seconds)
     devices = None if _place.devices is None else list(_place.devices)
-    jax.distributed.initialize(
-        _place.address, _place.count, _place.index, devices, "deactivate", initialization_timeout=max(60, int(seconds))
-    )
+    sys.excepthook = _end_all
+    try:
+        jax.distributed.initialize(
+            _place.address, _place.count, _place.index, devices, "deactivate",
+            initialization_timeout=max(60, int(seconds)),
+        )  # fmt: skip
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # of the network, not of this program
+            raise
+        raise ValueError(
+            "start_processes: jax had its devices before this process joined the others; call "
+            "jaxlm.start_processes() before anything else"
+        ) from error
     atexit.register(_member.leave)  # before JAX's own farewell, which was registered earlier
+
+
+def _end_all(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    """Ends all processes because of an exception that nobody caught in this one."""
+    sys.__excepthook__(kind, error, where)
+    fail(f"{kind.__name__}: {next(iter(str(error).splitlines()), '')}", 1)
 
 
 def reserve_threads(several: bool = False) -> None:

@@ -173,6 +173,9 @@ def test_it_trains_as_in_its_own_loop_on_one_device_and_on_a_mesh(kind, devices)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), first, expected_first)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert losses[-1] < losses[0]
+    assert "attention" not in p.notes and p.choices.attention is None, "the module attends, and no run's choice"
+    assert "as LinenLm is written" in p.notes["layers"] or "as NnxLm is written" in p.notes["layers"]
+    assert p.notes["precision"] == "float32 compute"
     if devices == 8:
         shardings = tree.flatten(p.state_shardings.params)
         up = "up_0/kernel" if kind == "linen" else "up/0/kernel"
@@ -381,17 +384,29 @@ def test_a_mask_is_given_to_modules_that_ask_for_one():
     np.testing.assert_allclose(states(m, params, prefix)[0, 0], rows[:4].sum(0), rtol=1e-5)
 
 
-@pytest.mark.parametrize("field", ["trained", "refused"])
-def test_adapters_that_train_the_base_s_own_weights_work_and_others_are_refused(field):
+def test_adapters_that_train_the_base_s_own_weights_work_and_others_are_refused():
     c = LinenConfig()
-    if field == "trained":
-        a = adapted.Adapted(METHODS["bitfit"].Config(), LINEN, c)
-        assert {path for path in tree.flatten(LINEN.specs(c), spec.is_spec) if a.trainable(path)} == {
-            path for path in tree.flatten(LINEN.specs(c), spec.is_spec) if path.endswith("bias")
-        }
-    else:
-        with pytest.raises(ValueError, match=r"adapter\.targets"):
-            adapted.Adapted(METHODS["lora"].Config(targets=("kernel",)), LINEN, c).specs()
+    trained = {name: adapted.Adapted(METHODS[name].Config(), LINEN, c) for name in ("none", "bitfit", "norms")}
+    paths = tree.flatten(LINEN.specs(c), spec.is_spec)
+    assert {p for p in paths if trained["bitfit"].trainable(p)} == {p for p in paths if p.endswith("bias")}
+    for name in METHODS.keys() - trained:
+        with pytest.raises(ValueError, match=f"^adapter: {name}: this model.*; choose bitfit or norms") as e:
+            adapted.Adapted(METHODS[name].Config(), LINEN, c).specs()
+        assert "\n" not in str(e.value)
+    for name in trained:
+        with pytest.raises(ValueError, match=r"adapter\.base: .* could be stored as int8; use float32"):
+            adapted.Adapted(METHODS[name].Config(base="int8"), LINEN, c).specs()
+
+
+@pytest.mark.parametrize(("part", "field"), [
+    (dict(mesh=Mesh(stage=2)), "mesh.stage"),
+    (dict(execution=dataclasses.replace(EXECUTION, remat="full")), "execution.remat"),
+])  # fmt: skip
+def test_what_a_module_decides_is_refused_before_a_run_has_weights(part, field):
+    run = Run("flax", LinenConfig(), causal.Config(), optim=OPTIM, **dict(execution=EXECUTION) | part,
+              train=Train(steps=1, batch_size=B, seq_len=T))  # fmt: skip
+    with mesh.on_devices(jax.devices()[:2]), pytest.raises(ValueError, match=f"^{field}: a Flax module"):
+        program.program(run, Bytes())
 
 
 class Stateful(nnx.Module):

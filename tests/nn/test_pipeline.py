@@ -231,6 +231,10 @@ def test_the_description_of_a_pipeline() -> None:
     [
         (lambda t: note(t, 6, stage=4), r"mesh\.stage: 6 layers do not divide into 4 stages; change mesh\.stage or"),
         (lambda t: note(t, 6, stage=2, rounds=2), r"6 layers do not divide into 2 stages × 2 rounds \(mesh\.rounds\)"),
+        (
+            lambda t: pipeline.choose(Layout(mesh=config.Mesh(stage=2)), make_mesh(config.Mesh(stage=2)), {}, t),
+            r"mesh\.stage: 2 stages, and this model has no stacked layers",
+        ),
         (lambda t: note(t, 2, stage=4), r"mesh\.stage: 4 stages for 2 layers; make mesh\.stage smaller"),
         (lambda t: note(t, stage=2, pipeline_micro=3), r"mesh\.pipeline_micro: 3 parts do not divide the 32 rows"),
         (lambda t: note(t, stage=4, data=2, rounds=1, pipeline_micro=32), r"mesh\.pipeline_micro: 32 parts"),

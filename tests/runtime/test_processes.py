@@ -44,9 +44,12 @@ def arguments(family: str, out: Path, mesh: list[str]) -> list[str]:
 def start(family: str, out: Path, mesh: list[str], devices: int, **env: str) -> Started:
     command = [sys.executable, "-m", "jaxlm", *arguments(family, out, mesh)]
     env = ENVIRONMENT | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | env
-    log = out.parent / f"{out.name}-{env.get('JAX_PROCESS_ID', 0)}.log"
+    return launch(command, out.parent / f"{out.name}-{env.get('JAX_PROCESS_ID', 0)}.log", **env)
+
+
+def launch(command: list[str], log: Path, **env: str) -> Started:
     with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT | env, stdout=file, stderr=subprocess.STDOUT)
     return Started(process, log)
 
 
@@ -119,6 +122,53 @@ def test_processes_that_differ_or_miss_one_end_before_they_begin(number, status,
     for out in finish(*both, status=status):
         assert re.search(words, out) and "Traceback" not in out, out
     assert not (tmp_path / "two").exists()
+
+
+LIBRARY = """
+import sys
+import jaxlm
+changes = dict(execution={{"scan": True}}, optim={{"warmup": 1}}, out=sys.argv[1], mesh={{"data": 2}}, data={{
+    "train": (sys.argv[2],), "valid": (sys.argv[2],), "cache": sys.argv[1] + "/cache", "tokenize_workers": 1}}, train={{
+    "steps": 2, "eval_every": 0, "log_every": 1, "prompts": (), "eval_batches": 2, "seq_len": 64}})
+{begin}
+run = jaxlm.load("tiny_llama", name="trained", **changes)
+assert len(jaxlm.train(run).losses) == 2
+program = jaxlm.Program(jaxlm.load(run, name="looped"))
+state = program.init()
+for _, batch in zip(range(2), program.batches()):
+    state, metrics = program.step(state, batch)
+assert float(metrics["loss"]) == jaxlm.train(run).losses[-1]
+print("saved", program.save(state).checkpoints, jaxlm.open(sys.argv[1] + "/trained").generate("the", tokens=2))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("begin", "status", "words"),
+    [
+        ("", 0, r"saved \[2\]"),
+        ("jaxlm.start_processes()\nimport jax\njax.devices()", 0, r"saved \[2\]"),
+        ("import jax\njax.devices()", 1, "call jaxlm.start_processes"),
+        (
+            "import os; jaxlm.start_processes()\nif os.environ['JAX_PROCESS_ID'] == '1': raise KeyError('mine')",
+            1,
+            "mine",
+        ),
+    ],
+    ids=["joined by train", "joined before", "joined too late", "one fails"],
+)
+def test_a_program_that_calls_the_library_joins_the_others(begin: str, status: int, words: str, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {j} of several words\n\n" for j in range(300)))
+    code = LIBRARY.format(begin=begin)
+    told = dict(JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{free_port()}", JAX_NUM_PROCESSES="2")
+    both = []
+    for i in range(2):
+        command = [sys.executable, "-c", code, str(tmp_path / "runs"), str(text)]
+        both.append(launch(command, tmp_path / f"{i}.log", **told, JAX_PROCESS_ID=str(i), XLA_FLAGS=""))
+    for out in finish(*both, status=status):
+        assert re.search(words, out), out
 
 
 @pytest.mark.parametrize(

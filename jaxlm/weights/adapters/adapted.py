@@ -56,6 +56,11 @@ class Adapted:
         """Returns the matrices that get an adapter."""
         if not isinstance(self.c, TargetedAdapter):
             return {}
+        if not self.matrices:
+            raise ValueError(
+                f"adapter: {self.name}: this model's layers have no matrices that adapters could be put on; choose "
+                "bitfit or norms, which train weights of its own"
+            )
         return select(self.matrices, self.c.targets or self.method.targets)
 
     @property
@@ -73,6 +78,10 @@ class Adapted:
         c, method = self.c, self.method
         out = dict(self.base)
         if c.base != "float32":
+            if not self.matrices:
+                raise ValueError(
+                    f"adapter.base: this model's layers have no matrices that could be stored as {c.base}; use float32"
+                )
             if any(map(self.trainable, self.matrices)):
                 raise ValueError(f"adapter.base: {c.base} weights can't be trained; choose a method, as `adapter` lora")
             for path, m in self.matrices.items():
@@ -83,6 +92,11 @@ class Adapted:
         if self.targets and (shared := method.shared(c, self.targets)):
             adapter["shared"] = shared
         if method.virtual_tokens is not None and self.num_virtual_tokens:
+            if not is_spec(self.base.get("embed")):
+                raise ValueError(
+                    f"adapter: {self.name}: this model has no table `embed` that virtual tokens could be put into; "
+                    "choose bitfit or norms, which train weights of its own"
+                )
             adapter["prompt"] = method.virtual_tokens.specs(c, self.config.width)
         if method.trained_roles and not self._trained_base:
             raise ValueError(
