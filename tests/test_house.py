@@ -19,6 +19,7 @@ ROOMS = [
 # `hasattr`, and `getattr` with a default, ask objects of other packages alone; each line says which.
 PROBES = {
     "jaxlm/core/config_io.py": "a user's config file, and fields of dataclasses whose types are being described",
+    "jaxlm/core/typed_arguments.py": "tyro's marks of an option, of which only some name a value",
     "jaxlm/data/labelled/tables.py": "values of NumPy and features of TFDS",
     "jaxlm/data/loader.py": "JAX's shardings, of which only some have a spec",
     "jaxlm/formats/checkpoint_tree.py": "leaves of Orbax's trees",

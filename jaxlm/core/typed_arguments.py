@@ -39,7 +39,12 @@ def positional(kind: type) -> list[str]:
     """Returns the names of the fields that are positional arguments, in their order."""
     hints = typing.get_type_hints(kind, include_extras=True)
     fields = dataclasses.fields(kind)
-    return [f.name for f in fields if tyro.conf.Positional in getattr(hints[f.name], "__metadata__", ())]
+    return [f.name for f in fields if tyro.conf.Positional in _marks(hints[f.name])]
+
+
+def _marks(kind: Any) -> tuple[Any, ...]:
+    """Returns what an annotation says besides the type."""
+    return kind.__metadata__ if typing.get_origin(kind) is typing.Annotated else ()
 
 
 def _bare(kind: Any) -> Any:
@@ -89,8 +94,7 @@ def split(kind: type, args: Sequence[str]) -> Split:
 
 def _repeats(kind: type, name: str) -> bool:
     """Returns whether an option takes one value and may be given several times."""
-    hint = typing.get_type_hints(kind, include_extras=True)[name]
-    return tyro.conf.UseAppendAction in getattr(hint, "__metadata__", ())
+    return tyro.conf.UseAppendAction in _marks(typing.get_type_hints(kind, include_extras=True)[name])
 
 
 def parse(kind: Any, args: Sequence[str], default: Any = None) -> Any:
@@ -143,7 +147,7 @@ def _called(kind: type, name: str) -> str:
     """Returns what help calls a field: its option, or the word that stands for a positional argument."""
     if name not in positional(kind):
         return flag(name)
-    marks = getattr(typing.get_type_hints(kind, include_extras=True)[name], "__metadata__", ())
+    marks = _marks(typing.get_type_hints(kind, include_extras=True)[name])
     return next((m.metavar for m in marks if getattr(m, "metavar", None)), name.upper())
 
 
