@@ -21,6 +21,8 @@ class Base(NamedTuple):
     run: config.Run
     start: StartModel
     """Its place is empty where the run starts from no model."""
+    written: config.Run
+    """The run as its file has it, without what the model that it starts from says."""
 
 
 def load_base(source: RunSource, start: str = "") -> Base:
@@ -30,10 +32,10 @@ def load_base(source: RunSource, start: str = "") -> Base:
         folder = Path(source)
         run = run_directory.read_config(folder)
         run = dataclasses.replace(run, name=folder.resolve().name, out=str(folder.parent))
-        return Base(run, StartModel(run.start))
+        return Base(run, StartModel(run.start), run)
     run = _run_of(source)
     model = StartModel(start or run.start)
-    return Base(open_model.starting(run, model) if model.place else run, model)
+    return Base(open_model.starting(run, model) if model.place else run, model, run)
 
 
 def _run_of(source: RunSource) -> config.Run:

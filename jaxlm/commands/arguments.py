@@ -8,7 +8,7 @@ import inspect
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
@@ -84,25 +84,46 @@ class OnRun(Command):
         """Returns the run with the changes of its file of overrides and of the options."""
         changes = {} if self.overrides is None else config_io.read_overrides(self.overrides)
         place = _last_value(rest, "--start")
-        base, start = _base(self.config, str(changes.get("start", "")) if place is None else place)
+        base, start, written = _base(self.config, str(changes.get("start", "")) if place is None else place)
         from jaxlm.assembly import run_source
         from jaxlm.assembly.model_source import StartModel
         from jaxlm.weights.adapters import METHODS
 
-        run = run_source.overridden(base, changes)
-        run = config_io.override(*config_io.choose_adapter(run, rest, METHODS))
+        changed = run_source.overridden(base, changes)
+        run = config_io.override(*config_io.choose_adapter(changed, rest, METHODS))
         if start.place != run.start:
             start = StartModel(run.start)
-        return LoadedRun(base, run_source.completed(run), start)
+        whole = run_source.completed(run)
+        stages = {"config file": written, "start model": base, "overrides file": changed, "command line": run,
+                  "training data": whole}  # fmt: skip
+        return LoadedRun(whole, start, _origins(stages, rest))
 
 
 class LoadedRun(NamedTuple):
-    base: Any
-    """The run as its file has it."""
+    """A LoadedRun is what a command on a run works with."""
+
     run: Any
-    """The run with the overrides of the command line."""
+    """The run with the overrides of the command line, and with what its objective takes from the data."""
     start: Any
     """The `StartModel` of the run; its place is empty where the run starts from no model."""
+    origins: dict[str, str]
+    """Where each field's value comes from, by its dotted name: the last of several places that gave it."""
+
+
+def _origins(stages: Mapping[str, Any], options: Sequence[str]) -> dict[str, str]:
+    """Returns which of the stages, each a run in the order of their making, gave each field its value; `options` give
+    theirs whether they change it or not."""
+    given = {a.partition("=")[0].removeprefix("--").replace("-", "_") for a in options if a.startswith("--")}
+    given |= {".".join([*name.split(".")[:-1], name.split(".")[-1].removeprefix("no_")]) for name in given}
+    origins: dict[str, str] = {}
+    before: dict[str, Any] = {}
+    for stage, run in stages.items():
+        now = config_io.flatten(run)
+        changed = [key for key in now if key not in before or before[key] != now[key]]
+        origins |= dict.fromkeys(changed, stage)
+        origins |= dict.fromkeys(given & now.keys(), stage) if stage == "command line" else {}
+        before = now
+    return {key: origins[key] for key in before}
 
 
 def _base(source: str, start: str) -> Any:

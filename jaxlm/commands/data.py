@@ -42,7 +42,7 @@ class DataPrepare(OnRun):
     """
 
     def run(self, rest: list[str]) -> int:
-        _, run, start = self.load(rest)
+        run, start, _ = self.load(rest)
         from jaxlm.assembly import corpus, open_model
         from jaxlm.data.token_cache import Cache
 
@@ -67,7 +67,7 @@ class DataInspect(OnRun):
     """How many are shown."""
 
     def run(self, rest: list[str]) -> int:
-        _, run, start = self.load(rest)
+        run, start, _ = self.load(rest)
         from jaxlm.assembly import corpus, open_model
         from jaxlm.commands import dry_run
 

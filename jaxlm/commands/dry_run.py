@@ -19,9 +19,9 @@ from jaxlm.runtime import mesh
 console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
-def show(base: config.Run, run: config.Run, start: StartModel) -> int:
-    """`base` is the run as its file has it, `run` with the overrides of the command line."""
-    show_config(base, run)
+def show(run: config.Run, start: StartModel, origins: Mapping[str, str]) -> int:
+    """Shows what would run; `origins` says where each field's value comes from."""
+    show_config(run, origins)
     p = program.program(run, open_model.load_tokenizer(run, start), open_model.template_of(run, start))
     for name, note in p.notes.items():
         console.print(f"{name:12} {note}")
@@ -36,7 +36,7 @@ def show(base: config.Run, run: config.Run, start: StartModel) -> int:
     return 0
 
 
-def show_config(base: config.Run, run: config.Run) -> None:
+def show_config(run: config.Run, origins: Mapping[str, str]) -> None:
     plain: dict[str, Any] = {"adapter": registry.name_of(config.Adapter())}
     for part, prefix in ((config.Data(), "data."), (config.Optim(), "optim."), (config.Train(), "train."),
                          (type(run.adapter)(), "adapter."),
@@ -44,17 +44,11 @@ def show_config(base: config.Run, run: config.Run) -> None:
                          (type(run.objective)(), "objective.")):  # fmt: skip
         plain |= config_io.flatten(part, prefix)
     table = rich.table.Table("field", "value", "from", title=f"run {run.name} → {run.folder}", title_justify="left")
-    mine, file = config_io.flatten(run), config_io.flatten(base)
-    for key, value in mine.items():
-        where = (
-            "command line"
-            if key not in file or value != file[key]
-            else "default"
-            if plain.get(key) == value
-            else "config file"
-        )
-        style = {"command line": "bold", "default": "dim", "config file": ""}[where]
-        table.add_row(key, repr(value), where, style=style)
+    for key, value in config_io.flatten(run).items():
+        where = origins[key]
+        if where == "config file" and key in plain and plain[key] == value:
+            where = "default"
+        table.add_row(key, repr(value), where, style={"default": "dim", "config file": ""}.get(where, "bold"))
     console.print(table)
 
 

@@ -16,12 +16,12 @@ class Train(OnRun):
     """Show the config, the memory and one example of what would run, and don't run it."""
 
     def run(self, rest: list[str]) -> int:
-        base, run, start = self.load(rest)
+        run, start, origins = self.load(rest)
         start_processes(self, run)
         from jaxlm.assembly import run_directory, training_run
         from jaxlm.commands import dry_run
 
         run_directory.check_place(run)
         if self.dry_run:
-            return dry_run.show(base, run, start)
+            return dry_run.show(run, start, origins)
         return training_run.train(run, start)
