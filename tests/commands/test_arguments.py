@@ -33,7 +33,6 @@ def test_each_value_comes_from_where_it_was_given_last(tmp_path: Path, monkeypat
     told = {
         "train.seq_len": "config file",
         "model.width": "start model",
-        "data.tokenizer": "start model",
         "train.steps": "overrides file",
         "train.eval_every": "command line",
         "optim.lr": "command line",  # though the config file has the same value
