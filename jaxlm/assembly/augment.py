@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxlm.assembly.open_model import Pretrained, open_model
 from jaxlm.data.labelled import conll, tables
+from jaxlm.data.text_input import read_text
 from jaxlm.evaluation.metrics import is_spans
 from jaxlm.inference import stream
 from jaxlm.inference.sampling import Sampling
@@ -30,6 +31,7 @@ from jaxlm.runtime import mesh
 
 ROWS = 16
 WORD = re.compile(r"[^\W\d_]+")
+NO_BREAK = "\u00a0"  # stands for a blank within a word of a CoNLL file, where blanks divide words
 Spans = list[tuple[int, int]]
 
 
@@ -116,8 +118,7 @@ def _sentences(source: str, word: int, tag: int, entities: bool) -> list[Item]:
     spans = is_spans(sorted({tag for e in examples for tag in e.tags}))
     out: list[Item] = []
     lines: list[list[str]] = []
-    for line in [*Path(source).expanduser().read_text("utf-8").split("\n"), ""]:
-        cells = line.split()
+    for cells in [*(cells for _, cells in conll.lines(Path(source).expanduser())), []]:
         if cells and not cells[0].startswith(conll.DOCUMENT):
             lines.append(cells)
         elif lines:
@@ -133,7 +134,7 @@ def _sentence(lines: list[list[str]], word: int, tag: int, keep: bool) -> Item:
         if WORD.fullmatch(cells[word]) and not (keep and cells[tag] != "O"):
             free.append((at, end))
         at = end + 1
-    return Item(" ".join(cells[word] for cells in lines), free, lines=lines)
+    return Item(" ".join(cells[word].replace(" ", NO_BREAK) for cells in lines), free, lines=lines)
 
 
 def _write(
@@ -143,11 +144,11 @@ def _write(
     rows = [item.cells | {text: item.changed()} for item in items] if table else []
     with open(out, "x", encoding="utf-8", newline="") as file:
         if not table:
-            apart = "\t" if "\t" in path.read_text("utf-8") else " "
+            apart = "\t" if "\t" in read_text(path) else " "
             for item in items:
                 for line, new in zip(item.lines, item.changed().split(" "), strict=True):
                     changed = [*line]
-                    changed[word] = new
+                    changed[word] = line[word] if " " in line[word] else new
                     file.write(apart.join(changed) + "\n")
                 file.write("\n")
         elif out.suffix.lower() == ".jsonl":

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxlm.assembly.model_source import Source
 from jaxlm.assembly.open_model import Place, Pretrained, open_model, source_of, with_row_adapters
+from jaxlm.data.text_input import read_text
 from jaxlm.inference import stream
 from jaxlm.inference.chat import Chat, converse
 from jaxlm.inference.embed import Recipe, embed_texts, read_recipe
@@ -94,7 +95,7 @@ def chat(
 ) -> None:
     """Answers lines by the model's chat template until there are none; `say` shows text as it comes."""
     source = source_of(model)
-    templates = {"default": template.read_text("utf-8")} if template else source.templates
+    templates = {"default": read_text(template)} if template else source.templates
     if not templates:
         raise ValueError(f"{source.path}: the model has no chat template; give one with `template` FILE.jinja")
     text = templates.get("default", next(iter(templates.values())))

@@ -125,7 +125,10 @@ class Embed(Command):
     json: Json = False
 
     def run(self, rest: list[str]) -> int:
-        texts = [*self.text, *(self.file.read_text("utf-8").splitlines() if self.file else [])]
+        from jaxlm.data.text_input import read_text
+
+        lines = read_text(self.file).removesuffix("\n").split("\n") if self.file else []
+        texts = [*self.text, *(line.removesuffix("\r") for line in lines)]
         if not texts:
             raise ValueError("embed: no text; give --text or --file")
         start_processes(self)

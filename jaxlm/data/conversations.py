@@ -4,10 +4,11 @@ The formats are OpenAI's `messages`, ShareGPT's `conversations`, Alpaca's `instr
 `prompt` and `completion` or `question` and `answer`; as JSON lines or a JSON list.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from jaxlm.data.text_input import kind_of, parse_json, read_json, read_lines, read_text
 
 Messages = list[dict[str, str]]
 Render = Callable[[Sequence[tuple[Messages, bool]]], list[str]]
@@ -48,20 +49,17 @@ def read_records(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     path = Path(source).expanduser()
     if not path.is_file():
         raise ValueError(f"data source {str(source)!r} does not exist: give a .jsonl or .json file of conversations")
-    text = path.read_text("utf-8")
-    try:
-        if text.lstrip().startswith("["):
-            records = [(f"{path}[{i}]", value) for i, value in enumerate(json.loads(text))]
-        else:
-            lines = enumerate(text.split("\n"), 1)
-            records = [(f"{path}:{n}", json.loads(line)) for n, line in lines if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON lines ({error.msg} near line {error.lineno})") from error
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        records = [(f"{path}[{i}]", value) for i, value in enumerate(read_json(path))]
+    else:
+        lines = [(f"{path}:{n}", line) for n, line in read_lines(path) if line.strip()]
+        records = [(where, parse_json(line, where)) for where, line in lines]
     if not records:
         raise ValueError(f"data source {str(source)!r} is empty: it holds no conversation")
     for where, value in records:
         if not isinstance(value, dict):
-            raise ValueError(f"{where}: a {type(value).__name__}, where an object is due")
+            raise ValueError(f"{where}: {kind_of(value)}, where an object is due")
         yield where, value
 
 

@@ -4,7 +4,12 @@ An encoder is read at its first token (through its pooler where it has one), a d
 D model width, L labels.
 """
 
+<<<<<<< HEAD
 from collections.abc import Iterable, Sequence
+=======
+import math
+from collections.abc import Sequence
+>>>>>>> 48c4f28 (Every reader decodes by one room: marks go, other encodings and values that are no text are told with their place)
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -72,10 +77,10 @@ def infer_from_data(c: Config, sources: Sequence[str]) -> Config:
 
 def _labels(c: Config, line: tables.Row) -> tuple[str, ...]:
     if c.kind == "single":
-        return (line.text(c.label, "objective.label"),)
+        return (line.label(c.label, "objective.label"),)
     if isinstance(line.cells.get(c.label), list):
         return line.words(c.label, "objective.label")
-    return tuple(part.strip() for part in line.text(c.label, "objective.label").split(",") if part.strip())
+    return tuple(part.strip() for part in line.label(c.label, "objective.label").split(",") if part.strip())
 
 
 def outputs(c: Config) -> int:
@@ -125,11 +130,14 @@ def _records(
 
 def _target(c: Config, line: tables.Row) -> np.ndarray:
     if c.kind == "regression":
-        text = line.text(c.label, "objective.label")
+        text = line.label(c.label, "objective.label")
         try:
-            return np.array([float(text)], np.float32)
+            number = float(text)
         except ValueError:
-            raise ValueError(f"{line.where}: {c.label} is {text!r}, where a number is due") from None
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"{line.where}: {c.label} is {text!r}, where a number is due")
+        return np.array([number], np.float32)
     return np.isin(c.labels, _labels(c, line)).astype(np.float32)
 
 

@@ -51,8 +51,8 @@ def test_an_instruction_has_its_input_and_system(tmp_path):
     ("text", "why"),
     [
         ("", "is empty"),
-        ("{", "not JSON lines"),
-        ("[1]", "a int, where an object is due"),
+        ("{", r"a\.jsonl:1: not a JSON record"),
+        ("[1]", "a number, where an object is due"),
         ('{"text": "x"}', r"a.jsonl:1: no conversation; fields there: text"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "a.jsonl:1: the assistant says nothing"),
         ('{"messages": [{"role": "king", "content": "x"}]}', "unknown role 'king'"),

@@ -127,7 +127,7 @@ def test_faults_are_one_clear_line(tmp_path):
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "a.bin").write_bytes(b"abc")
     (tmp_path / "folder").mkdir()
-    assert f"{tmp_path}/bad.txt is not UTF-8 at byte 3" in _message(lambda: _texts(tmp_path / "bad.txt"))
+    assert f"{tmp_path}/bad.txt:1: not UTF-8 at byte 3" in _message(lambda: _texts(tmp_path / "bad.txt"))
     assert "is empty" in _message(lambda: _texts(tmp_path / "empty.txt"))
     assert "unknown kind" in _message(lambda: _texts(tmp_path / "a.bin"))
     assert "matches no file" in _message(lambda: _texts(tmp_path / "*.nothing"))

@@ -31,7 +31,7 @@ def choice(row: tables.Row, names: Names, first: int, labelled: bool = True) -> 
         raise ValueError(f"{row.where}: {len(texts)} choices leave nothing to choose; correct or remove it")
     if not labelled:
         return Choice(row.where, context, tuple(texts), -1)
-    answer = row.text(names.answer, "objective.answer")
+    answer = row.label(names.answer, "objective.answer")
     if answer in labels:
         number = labels.index(answer)
     elif len(answer) == 1 and answer.isalpha():
@@ -55,5 +55,9 @@ def _labels_and_texts(row: tables.Row, names: Sequence[str]) -> tuple[list[str],
     if isinstance(value, list) and value and all(isinstance(v, dict) and {"label", "text"} <= v.keys() for v in value):
         value = {key: [v[key] for v in value] for key in ("label", "text")}
     if isinstance(value, dict) and {"label", "text"} <= value.keys():
-        return [str(v) for v in value["label"]], [str(v) for v in value["text"]]
+        parts = tables.Row(row.where, value)
+        labels, texts = (list(parts.words(key, "objective.choices")) for key in ("label", "text"))
+        if len(labels) != len(texts):
+            raise ValueError(f"{row.where}: {names[0]} has {len(labels)} labels and {len(texts)} texts; correct it")
+        return labels, texts
     return [], list(row.words(names[0], "objective.choices"))

@@ -1,12 +1,28 @@
 """Reads CoNLL columns: a line is a word and its tags, sentences end with a blank line, documents with `-DOCSTART-`."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from jaxlm.data.labelled import Split, Tagged, make_split
+from jaxlm.data.text_input import read_lines
 
 DOCUMENT = "-DOCSTART-"
+MARKS = ("B-", "I-", "E-", "S-", "L-", "U-")
+ODD_MARK = re.compile(r"[BIESLU][_:./|].+|.+[-_:./|][BIESLU]|[biesul][-_].+")
+"""Tags that mark spans in ways that scorers don't read: B_PER, PER-B, b-per."""
+
+
+def lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yields the numbered lines of a file, each as its cells, of which an empty line has none.
+
+    Tabs divide a line that has any; else blanks do, but no other white space: 10\u00a0000 is one word.
+    """
+    for number, line in read_lines(path):
+        line = line.strip(" \t\r")
+        cells = re.split("\t" if "\t" in line else " +", line) if line else []
+        yield number, [cell.strip(" ") for cell in cells]
 
 
 def read(source: str, word: int = 0, tag: int = -1) -> Split:
@@ -29,8 +45,7 @@ def read(source: str, word: int = 0, tag: int = -1) -> Split:
             words.clear()
             tags.clear()
 
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
-        cells = line.split()
+    for number, cells in lines(path):
         if not cells or cells[0].startswith(DOCUMENT):
             end_sentence()
             document += bool(cells)
@@ -42,24 +57,36 @@ def read(source: str, word: int = 0, tag: int = -1) -> Split:
             raise ValueError(f"{path}:{number}: {width} columns; objective.word or objective.tag names one beyond them")
         if not words:
             first = number
+        if not cells[word] or not cells[tag] or " " in cells[tag]:
+            raise ValueError(f"{path}:{number}: word {cells[word]!r} with tag {cells[tag]!r}; divide columns by tabs "
+                             "throughout, or by blanks throughout, and leave none empty")  # fmt: skip
         words.append(cells[word])
         tags.append(cells[tag])
     end_sentence()
-    converted = [replace(s, tags=to_iob2(s.tags, s.where)) for s in sentences]
+    _check_marks(sentences)
+    converted = [replace(s, tags=to_iob2(s.tags)) for s in sentences]
     return make_split(source, converted)
 
 
-def to_iob2(tags: Sequence[str], where: str = "") -> tuple[str, ...]:
+def _check_marks(sentences: Sequence[Tagged]) -> None:
+    """Raises ValueError for tags that mark spans in a way that isn't read, or in some sentences alone."""
+    known = {tag for s in sentences for tag in s.tags} - {"O", "o"}
+    outside = any(tag in ("O", "o") for s in sentences for tag in s.tags)
+    marked = {tag for tag in known if tag[:2] in MARKS and len(tag) > 2}
+    unread = known - marked if outside and (marked or all(map(ODD_MARK.fullmatch, known))) else set()
+    for sentence in sentences if unread else ():
+        if odd := next((tag for tag in sentence.tags if tag in unread), None):
+            raise ValueError(f"{sentence.where}: tag {odd!r} among tags of spans, which are O, or B- or I- and a name "
+                             "(B-PER, I-PER; also E-, S-, L-, U-); correct the file")  # fmt: skip
+
+
+def to_iob2(tags: Sequence[str]) -> tuple[str, ...]:
     """Returns tags in IOB2, where each span begins with B- and goes on with I-.
 
     IOB1 has B- only where spans of one kind touch; BIOES also has S- and E-, BILOU L- and U-. Tags without such marks
     (parts of speech) stay as they are.
     """
-    marks = {tag[:2] for tag in tags if tag != "O"}
-    if not marks <= {"B-", "I-", "E-", "S-", "L-", "U-"}:
-        if marks & {"B-", "I-"} and "O" in tags:
-            odd = next(t for t in tags if t != "O" and t[:2] not in ("B-", "I-", "E-", "S-", "L-", "U-"))
-            raise ValueError(f"{where}: tag {odd!r} among tags of spans; correct the file")
+    if not {tag[:2] for tag in tags if tag != "O"} <= set(MARKS):
         return tuple(tags)
     out, previous = [], "O"
     for tag in tags:

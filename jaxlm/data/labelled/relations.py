@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxlm.data.labelled import Related, Split, make_split, tables
+from jaxlm.data.text_input import read_lines
 
 MARK = re.compile(r"(</?e[12]>)")
 SENTENCE = re.compile(r'\d+\t"?(.*?)"?')
@@ -40,7 +41,7 @@ def read(source: str, names: Names | None = None, columns: Sequence[str] = ()) -
 def _semeval(source: str) -> Iterator[Related]:
     """Reads numbered sentences in quotes; the line below each is its label, followed by a comment."""
     path = tables.existing_file(source)
-    lines = path.read_text("utf-8-sig").split("\n")
+    lines = [line for _, line in read_lines(path)]
     for number, (line, label) in enumerate(itertools.zip_longest(lines, lines[1:], fillvalue=""), 1):
         if not (match := SENTENCE.fullmatch(line.strip())):
             continue
@@ -54,10 +55,13 @@ def related(row: tables.Row, names: Names, labelled: bool = True) -> Related:
     """Returns the relation of a row; its label is empty where it isn't `labelled`. ValueError: says what is missing."""
     cells, where = row.cells, row.where
     if "subj_start" in cells and "token" in cells:  # TACRED's own names; its last words are part of the entities
-        text, head, tail = _join_words(where, row.words("token", "objective.text"), *(
-            (cells[f"{side}_start"], cells[f"{side}_end"] + 1) for side in ("subj", "obj")))  # fmt: skip
+        places: list[list[Any]] = [[cells.get(f"{s}_{end}") for end in ("start", "end")] for s in ("subj", "obj")]
+        if odd := [p for p in places if not all(type(v) is int for v in p)]:
+            raise ValueError(f"{where}: an entity's start and end are {odd[0]}, where numbers of words are due")
+        words = ((start, end + 1) for start, end in places)
+        text, head, tail = _join_words(where, row.words("token", "objective.text"), *words)
         return Related(where, text, head, tail, row.text("relation", "objective.label") if labelled else "")
-    label, cell = row.text(names.label, "objective.label") if labelled else "", cells.get(names.text)
+    label, cell = row.label(names.label, "objective.label") if labelled else "", cells.get(names.text)
     if not isinstance(cells.get(names.head), list):
         text, head, tail = remove_marks(where, row.text(names.text, "objective.text"))
     elif isinstance(cell, list):
@@ -74,7 +78,7 @@ def related(row: tables.Row, names: Names, labelled: bool = True) -> Related:
 
 def _span(row: tables.Row, name: str, field: str) -> Span:
     value: Any = row.cells.get(name)
-    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(v, int) for v in value):
+    if not isinstance(value, list) or len(value) != 2 or not all(type(v) is int for v in value):
         raise ValueError(
             f"{row.where}: {name} is {value!r}, where [first, after the last] is due; set objective.{field}"
         )

@@ -4,11 +4,11 @@ The format is their nested JSON, or one question a record of JSON lines, a JSON 
 have them (`{"text": […], "answer_start": […]}`) or as a list of `{"text": …, "answer_start": …}`.
 """
 
-import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jaxlm.data.labelled import Question, Split, make_split, tables
+from jaxlm.data.text_input import kind_of, read_json
 
 
 class Names(NamedTuple):
@@ -72,10 +72,7 @@ def _nested(source: str) -> Iterator[Record] | None:
     if not source.endswith(".json"):
         return None
     path = tables.existing_file(source)
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
+    value = read_json(path)
     if not isinstance(value, dict):
         return None
     if not isinstance(value.get("data"), list):
@@ -95,7 +92,10 @@ def _paragraphs(path: str, articles: list) -> Iterator[Record]:
                         raise ValueError(f"{where} stands there twice; remove one, or give it an id of its own")
                     seen.add(where)
                     answers = [] if q.get("is_impossible") else _answers(where, q, "answers")
-                    yield where, str(q["id"]), q["question"].strip(), paragraph["context"], answers
+                    cells = tables.Row(where, {"question": q["question"], "context": paragraph["context"]})
+                    question = cells.text("question", "the file")
+                    cells.text("context", "the file")
+                    yield where, str(q["id"]), question, paragraph["context"], answers
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: not as SQuAD's files are ({type(error).__name__}: {error}); correct it") from error
 
@@ -104,11 +104,16 @@ def _answers(where: str, cells: dict[str, Any], name: str) -> list[tuple[int, st
     """Returns (first character, text) of each answer of a record."""
     value = cells.get(name)
     if isinstance(value, dict) and isinstance(value.get("text"), list):
-        value = [
-            dict(text=t, answer_start=s) for t, s in zip(value["text"], value.get("answer_start", ()), strict=False)
-        ]
+        starts = value.get("answer_start")
+        if not isinstance(starts, list) or len(starts) != len(value["text"]):
+            raise ValueError(f"{where}: {name} has {len(value['text'])} texts, and as many answer_start are due")
+        value = [dict(text=t, answer_start=s) for t, s in zip(value["text"], starts, strict=True)]
     if isinstance(value, list) and all(isinstance(a, dict) and {"text", "answer_start"} <= a.keys() for a in value):
-        return [(int(a["answer_start"]), str(a["text"])) for a in value]
+        for a in value:
+            if type(a["answer_start"]) is not int or not isinstance(a["text"], str):
+                raise ValueError(f"{where}: an answer is {kind_of(a['text'])} at {kind_of(a['answer_start'])}, where "
+                                 "a text and the number of its first character are due; correct it")  # fmt: skip
+        return [(a["answer_start"], a["text"]) for a in value]
     fields = ", ".join(cells) or "none"
     raise ValueError(
         f"{where}: no answers {name!r} with text and answer_start; columns there: {fields}. Set objective.answers"

@@ -1,12 +1,16 @@
 """Reads tables as rows with named cells: CSV, TSV, JSON lines, a JSON list, or a TFDS name."""
 
 import csv
-import json
+import io
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.data.sources import tfds
+from jaxlm.data.text_input import decode, kind_of, parse_json, read_json, read_lines, read_text
+
+LONGEST_CELL = 1 << 30  # characters of a CSV cell; Python's own limit of 131,072 is less than an article may have
 
 
 class Row(NamedTuple):
@@ -19,15 +23,29 @@ class Row(NamedTuple):
     def text(self, name: str, field: str) -> str:
         """Returns a cell as text. Raises ValueError if it is missing; `field` is the setting that names the column."""
         value = self.cells.get(name)
-        if value is None or isinstance(value, list | dict):
-            columns = ", ".join(self.cells) or "none"
-            raise ValueError(f"{self.where}: no text {name!r}; columns there: {columns}. Set {field} to one of them")
+        if not isinstance(value, str):
+            raise self._missing(name, field)
+        return value.strip()
+
+    def label(self, name: str, field: str) -> str:
+        """Returns a cell that is a text or a number as text. Raises ValueError as `text` does."""
+        value = self.cells.get(name)
+        if not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
+            raise self._missing(name, field)
         return value.strip() if isinstance(value, str) else str(value)
+
+    def _missing(self, name: str, field: str) -> ValueError:
+        columns = ", ".join(self.cells) or "none"
+        there = f" but {kind_of(self.cells[name])}" if name in self.cells else ""
+        return ValueError(f"{self.where}: no text {name!r}{there}; columns there: {columns}. Set {field} to one of them"
+                          f"{', or correct the row' if there else ''}")  # fmt: skip
 
     def words(self, name: str, field: str) -> tuple[str, ...]:
         """Returns a cell that is a list of texts. Raises ValueError if it is missing; `field` names its setting."""
         value = self.cells.get(name)
-        if not isinstance(value, list) or not all(isinstance(v, str | int) for v in value):
+        if isinstance(value, list) and (odd := [v for v in value if not isinstance(v, str | int)]):
+            raise ValueError(f"{self.where}: {name!r} holds {kind_of(odd[0])} among its texts; correct the row")
+        if not isinstance(value, list):
             lists = ", ".join(k for k, v in self.cells.items() if isinstance(v, list)) or "none"
             raise ValueError(f"{self.where}: no list {name!r}; lists there: {lists}. Set {field} to one of them")
         return tuple(map(str, value))
@@ -46,11 +64,8 @@ def read(source: str, columns: Sequence[str] = ()) -> Iterator[Row]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"data source {source} is no table: known are {', '.join(READERS)} and tfds:NAME")
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            yield from reader(str(path), file, list(columns))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start}: convert it (iconv -t utf-8)") from error
+    _check_names("objective.columns", list(columns))
+    yield from reader(path, list(columns))
 
 
 def existing_file(source: str) -> Path:
@@ -61,28 +76,31 @@ def existing_file(source: str) -> Path:
     return path
 
 
-def _csv(path: str, file: Any, columns: list[str]) -> Iterator[Row]:
-    lines = csv.reader(file)
-    # A quoted cell may hold line breaks, so the line that names a row is its last.
-    yield from _rows(path, ((lines.line_num, cells) for cells in lines), columns)
+def _csv(path: Path, columns: list[str]) -> Iterator[Row]:
+    lines = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    limit = csv.field_size_limit(LONGEST_CELL)  # of the whole process, so it is put back
+    try:
+        # A quoted cell may hold line breaks, so the line that names a row is its last.
+        numbered = [(lines.line_num, cells) for cells in lines]
+    except csv.Error as error:
+        raise ValueError(f"{path}:{lines.line_num}: not CSV: {error}; correct the line's quotes") from error
+    finally:
+        csv.field_size_limit(limit)
+    yield from _rows(path, iter(numbered), columns)
 
 
-def _tsv(path: str, file: Any, columns: list[str]) -> Iterator[Row]:
+def _tsv(path: Path, columns: list[str]) -> Iterator[Row]:
     """Reads cells that hold neither tabs nor line breaks; quotes are part of the text, as in GLUE's files."""
-    yield from _rows(path, ((n, line.rstrip("\r\n").split("\t")) for n, line in _lines(file)), columns)
+    yield from _rows(path, ((n, line.split("\t")) for n, line in read_lines(path) if line.strip()), columns)
 
 
-def _lines(file: Any) -> Iterator[tuple[int, str]]:
-    """Yields numbered lines that aren't blank. They end in "\\n" alone: other separators are part of a text."""
-    return ((n, line) for n, line in enumerate(file, 1) if line.strip())
-
-
-def _rows(path: str, numbered: Iterator[tuple[int, list[str]]], columns: list[str]) -> Iterator[Row]:
+def _rows(path: Path, numbered: Iterator[tuple[int, list[str]]], columns: list[str]) -> Iterator[Row]:
     for number, cells in numbered:
         if not cells:
             continue
         if not columns:
             columns = [cell.strip() for cell in cells]
+            _check_names(f"{path}:{number}", columns)
         elif len(cells) != len(columns):
             raise ValueError(
                 f"{path}:{number}: {len(cells)} cells, where {len(columns)} are due ({', '.join(columns)}); "
@@ -92,29 +110,30 @@ def _rows(path: str, numbered: Iterator[tuple[int, list[str]]], columns: list[st
             yield Row(f"{path}:{number}", dict(zip(columns, cells, strict=True)))
 
 
-def _jsonl(path: str, file: Any, columns: list[str]) -> Iterator[Row]:
-    for number, line in _lines(file):
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not a JSON record: {error}") from error
-        yield _record(f"{path}:{number}", value)
+def _check_names(where: str, columns: list[str]) -> None:
+    if any("\r" in name for name in columns):
+        raise ValueError(f"{where}: carriage returns alone end its lines: convert them (tr '\\r' '\\n')")
+    if twice := next((name for name in columns if name and columns.count(name) > 1), None):
+        raise ValueError(f"{where}: two columns are called {twice!r}; rename one of them")
 
 
-def _json(path: str, file: Any, columns: list[str]) -> Iterator[Row]:
-    try:
-        values = json.load(file)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
+def _jsonl(path: Path, columns: list[str]) -> Iterator[Row]:
+    for number, line in read_lines(path):
+        if line.strip():
+            yield _record(f"{path}:{number}", parse_json(line, f"{path}:{number}"))
+
+
+def _json(path: Path, columns: list[str]) -> Iterator[Row]:
+    values = read_json(path)
     if not isinstance(values, list):
-        raise ValueError(f"{path}: a {type(values).__name__}, where a list of records is due")
+        raise ValueError(f"{path}: {kind_of(values)}, where a list of records is due")
     for number, value in enumerate(values):
         yield _record(f"{path}[{number}]", value)
 
 
 def _record(where: str, value: Any) -> Row:
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: a {type(value).__name__}, where an object is due")
+        raise ValueError(f"{where}: {kind_of(value)}, where an object is due")
     return Row(where, value)
 
 
@@ -123,20 +142,21 @@ def _tfds(source: str) -> Iterator[Row]:
     name, _, part = source.removeprefix("tfds:").partition(":")
     features = tfds.builder(name).info.features
     for number, row in enumerate(tfds.rows(name, part or "train")):
-        yield Row(f"{source}[{number}]", {key: _plain(value, features[key]) for key, value in row.items()})
+        where = f"{source}[{number}]"
+        yield Row(where, {key: _plain(value, features[key], where) for key, value in row.items()})
 
 
-def _plain(value: Any, feature: Any) -> Any:
+def _plain(value: Any, feature: Any, where: str) -> Any:
     # Values and features are NumPy's and TFDS's: only some have `tolist`, `feature` (of a sequence) and `int2str`.
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, bytes):
-        return value.decode("utf-8")
+        return decode(value, where)
     if isinstance(value, list | tuple):
-        return [_plain(v, getattr(feature, "feature", feature)) for v in value]
+        return [_plain(v, getattr(feature, "feature", feature), where) for v in value]
     if isinstance(value, dict):
         inner = getattr(feature, "feature", feature)
-        return {key: _plain(v, inner[key]) for key, v in value.items()}
+        return {key: _plain(v, inner[key], where) for key, v in value.items()}
     if hasattr(feature, "int2str") and isinstance(value, int):
         return feature.int2str(value) if value >= 0 else None  # TFDS marks a missing label by -1
     return value

@@ -3,9 +3,8 @@
 import importlib
 import io
 import itertools
-import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from jaxlm.data.sources.shard import (
     missing_field,
     optional_module,
 )
+from jaxlm.data.text_input import MARK, decode_line, kind_of, parse_json
 
 
 def cut(root: Path, files: list[Path], field: Field) -> list[Shard]:
@@ -54,31 +54,29 @@ def read(shard: Shard) -> Iterator[Document]:
                 raise ValueError(f"{path} is damaged after byte {at} of its text: {error}") from error
             if not line:
                 return
-            if line.strip():
+            if line.removeprefix(MARK.encode()).strip():
                 yield Document(f"{key}@{at}", *_texts(line, shard.field, path, at))
             at += len(line)
 
 
 def _texts(line: bytes, field: Field, path: str, at: int) -> list[str]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:  # broken JSON and broken UTF-8 alike
-        raise ValueError(f"{path}:{_line_number(path, at)}: not a JSON record: {error}") from error
     names = field_names(field)
+    try:
+        return _fields(decode_line(line, ""), names)
+    except ValueError as error:  # lines are counted, which takes long, only now
+        raise ValueError(f"{path}:{_line_number(path, at)}{error}") from error
+
+
+def _fields(line: str, names: Sequence[str]) -> list[str]:
+    record = parse_json(line, "", names)
     if not isinstance(record, dict):
-        raise ValueError(
-            f"{path}:{_line_number(path, at)}: a {type(record).__name__}, where an object with {names[0]!r} is due"
-        )
+        raise ValueError(f": {kind_of(record)}, where an object with {names[0]!r} is due")
     for name in names:
-        if not isinstance(record.get(name), str):
+        if name in record and not isinstance(record[name], str):
+            raise ValueError(f": {name!r} is {kind_of(record[name])}, where a text is due; correct or remove the line")
+        if name not in record:
             existing = [name for name, value in record.items() if isinstance(value, str)]
-            raise ValueError(missing_field(f"{path}:{_line_number(path, at)}", name, existing))
-        try:
-            record[name].encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{path}:{_line_number(path, at)}: {name!r} holds half a surrogate pair: {error.reason}"
-            ) from error
+            raise ValueError(missing_field("", name, existing))
     return [record[name] for name in names]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jaxlm.data.sources import shard as shards
 from jaxlm.data.sources.shard import Document, Shard, file_shard
+from jaxlm.data.text_input import check_narrow, decode_line
 
 
 def sides(stem: str, ends: tuple[str, str]) -> list[Path]:
@@ -36,6 +37,8 @@ def _count_lines(path: Path) -> int:
     """Counts lines as `read` sees them: "\\n" alone ends one, and the last may lack it."""
     count, last = 0, b"\n"
     with open(path, "rb") as file:
+        check_narrow(file.read(4), str(path))
+        file.seek(0)
         while block := file.read(1 << 20):
             count, last = count + block.count(b"\n"), block[-1:]
     return count + (last != b"\n")
@@ -46,10 +49,6 @@ def read(shard: Shard) -> Iterator[Document]:
     with open(shard.paths[0], "rb") as first, open(shard.paths[1], "rb") as second:
         pairs = itertools.islice(zip(first, second, strict=True), shard.start, shard.stop)
         for number, lines in enumerate(pairs, shard.start):
-            texts = []
-            for path, line in zip(shard.paths, lines, strict=True):
-                try:
-                    texts.append(line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8"))
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{path}:{number + 1}: not UTF-8: convert it (iconv -t utf-8)") from error
+            texts = [decode_line(line, f"{path}:{number + 1}")
+                     for path, line in zip(shard.paths, lines, strict=True)]  # fmt: skip
             yield Document(f"{shard.keys[0]}@{number}", *texts)

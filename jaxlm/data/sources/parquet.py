@@ -34,6 +34,8 @@ def cut(root: Path, files: list[Path], field: Field) -> list[Shard]:
             for name in field_names(field):
                 if name not in strings:
                     raise ValueError(missing_field(str(file), name, strings))
+                if opened.schema_arrow.names.count(name) > 1:
+                    raise ValueError(f"{file}: two columns are called {name!r}; rename one of them")
             for group in range(opened.num_row_groups):
                 rows = opened.metadata.row_group(group).num_rows
                 result.append(file_shard("parquet", root, [file], field, start=group, stop=group + 1, size=rows))
@@ -47,4 +49,8 @@ def read(shard: Shard) -> Iterator[Document]:
         names = list(field_names(shard.field))
         table = opened.read_row_group(shard.start, columns=names)
         for row, texts in enumerate(zip(*(table.column(name) for name in names), strict=True)):
-            yield Document(f"{key}@{shard.start}.{row}", *(text.as_py() or "" for text in texts))
+            try:
+                yield Document(f"{key}@{shard.start}.{row}", *(text.as_py() or "" for text in texts))
+            except UnicodeDecodeError as error:
+                place = f"{path}: row {row} of row group {shard.start}"
+                raise ValueError(f"{place}: not UTF-8 at byte {error.start}; write the file anew") from error

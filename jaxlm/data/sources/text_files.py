@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxlm.data.sources.shard import Document, Field, Shard, file_shard
+from jaxlm.data.text_input import read_text
 
 _EXTENSIONS = """
 txt text md rst tex html xml csv tsv en de fr zh
@@ -39,12 +40,7 @@ def read(shard: Shard) -> Iterator[Document]:
     """Yields one document a file. Raises ValueError, which names the file, if it isn't UTF-8."""
     for key, path in zip(shard.keys, shard.paths, strict=True):
         # Bytes, not text mode: universal newlines would change what is learnt and scored.
-        try:
-            yield Document(key, Path(path).read_bytes().decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path} is not UTF-8 at byte {error.start}: convert it (iconv -t utf-8) or leave it out"
-            ) from error
+        yield Document(key, read_text(path))
 
 
 def cut_stdlib(field: Field) -> list[Shard]:
@@ -55,9 +51,9 @@ def cut_stdlib(field: Field) -> list[Shard]:
         if {"site-packages", "dist-packages"} & set(file.relative_to(root).parts):
             continue
         try:
-            file.read_bytes().decode("utf-8")
+            read_text(file)
             files.append(file)
-        except UnicodeDecodeError:
+        except ValueError:
             skipped += 1
     if not files:
         raise ValueError(f"data source 'stdlib': {root} holds no .py files; this Python came without its sources")

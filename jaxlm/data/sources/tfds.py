@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.data.sources.shard import Document, Field, Shard, field_names, missing_field, optional_module
+from jaxlm.data.text_input import decode
 
 MAX_SHARDS = 64
 
@@ -83,7 +84,7 @@ def _texts(row: dict[str, Any], field: Field, where: str) -> list[str]:
     for name, value in zip(field_names(field), values, strict=True):
         if not isinstance(value, bytes | str):
             raise ValueError(missing_field(where, name, [n for n, v in row.items() if isinstance(v, bytes | str)]))
-    return [value.decode("utf-8") if isinstance(value, bytes) else str(value) for value in values]
+    return [decode(value, where) if isinstance(value, bytes) else str(value) for value in values]
 
 
 def read(shard: Shard) -> Iterator[Document]:
