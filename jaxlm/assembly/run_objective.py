@@ -148,7 +148,7 @@ class BoundObjective:
     def fit(self, pairs: TextPairs, part: Cache) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int]]:
         """Returns the lengths of a cache's texts [n, 2], and what `TextPairs.fit` makes of them."""
         lengths = packing.text_lengths(part, self.tokenizer.eos_id)
-        return lengths, *pairs.fit(self.settings, self.row.kind, self.row.seq_len, lengths)
+        return lengths, *pairs.fit(self.settings, self.row.kind, self.row.seq_len, self.tokenizer, lengths)
 
     def full_example(self) -> Example:
         """Makes a row of a window that is one long document, for its shapes. ValueError: batches are made of other

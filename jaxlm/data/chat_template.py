@@ -1,21 +1,40 @@
-"""Chat templates are Jinja programs that come with a model, so they run sandboxed, in another process with limits.
+"""Chat templates are Jinja programs that come with a model, so they run sandboxed, in other processes with limits.
 
-This file is also the program of that process, which imports nothing of jaxlm.
+This file is also the program of those processes, which import nothing of jaxlm.
 """
 
+import itertools
 import json
+import re
+import secrets
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-SECONDS = 10  # time limit of the process, besides a little for each conversation
-MEMORY = 1 << 30  # bytes of address space
-MAX_CHARACTERS = 1 << 20  # that a template may write
+SECONDS = 10  # of processor time for each conversation
+MEMORY = 1 << 30  # bytes of address space of a process
+MAX_CHARACTERS = 1 << 20  # that a template may write at a time
+BATCH, BATCH_CHARACTERS = 1000, 8 << 20  # conversations, and characters of them, that a process renders
 
 
-Conversation = tuple[Sequence[Mapping[str, Any]], bool]
-"""A conversation is (messages, whether the text ends where the model's answer begins)."""
+class Request(NamedTuple):
+    """A request asks for several texts of one conversation, each of its first messages."""
+
+    messages: Sequence[Mapping[str, Any]]
+    cuts: Sequence[tuple[int, bool]]
+    """(How many messages, whether the text ends where the model's answer begins) of each text."""
+    variables: Mapping[str, Any] = {}
+    """What the template reads by name beside the messages, such as `tools`."""
+    where: str = ""
+    """File and line, for error messages."""
+
+
+class Text(NamedTuple):
+    """A text is what a template wrote, with the characters (first, after the last) of what its marks say is learned."""
+
+    text: str
+    learned: list[tuple[int, int]]
 
 
 def render(
@@ -31,52 +50,73 @@ def render(
 
     With `answer` the text ends where the model's answer begins.
     """
-    return render_all(template, [(messages, answer)], bos=bos, eos=eos, variables=variables)[0]
+    request = Request(messages, [(len(messages), answer)], variables or {})
+    return next(render_all(template, [request], bos=bos, eos=eos))[0].text
 
 
-def render_all(
-    template: str,
-    conversations: Sequence[Conversation],
-    *,
-    bos: str = "",
-    eos: str = "",
-    variables: Mapping[str, Any] | None = None,
-) -> list[str]:
-    """Returns the text of each conversation, all rendered by one process.
+def render_all(template: str, requests: Sequence[Request], *, bos: str = "", eos: str = "") -> Iterator[list[Text]]:
+    """Yields the texts of each request; a process renders a batch of them.
 
-    The template reads `bos` and `eos` as `bos_token` and `eos_token`, and `variables` by their own names. Raises
-    ValueError if it fails, writes too much, or exceeds the limits on time and memory.
+    The template reads `bos` and `eos` as `bos_token` and `eos_token`. Raises ValueError, which names the conversation,
+    if the template fails on it, writes too much, or exceeds the limits on time and memory.
     """
-    shared = dict(bos_token=bos, eos_token=eos) | dict(variables or {})
-    each = [dict(messages=list(messages), add_generation_prompt=answer) for messages, answer in conversations]
-    seconds = SECONDS + len(each) // 100
-    request = json.dumps(dict(template=template, shared=shared, each=each, seconds=seconds))
+    shared = dict(template=template, bos=bos, eos=eos, seconds=SECONDS)
+    waiting: list[tuple[str, str]] = []
+    size = 0
+    for request in requests:
+        each = json.dumps(dict(messages=list(request.messages), cuts=request.cuts, variables=request.variables))
+        if waiting and (len(waiting) == BATCH or size + len(each) > BATCH_CHARACTERS):
+            yield from _render_batch(shared, waiting)
+            waiting, size = [], 0
+        waiting.append((request.where, each))
+        size += len(each)
+    if waiting:
+        yield from _render_batch(shared, waiting)
+
+
+def _render_batch(shared: Mapping[str, Any], requests: Sequence[tuple[str, str]]) -> Iterator[list[Text]]:
+    lines = "\n".join([json.dumps(shared), *(each for _, each in requests), ""])
+    # The child limits its own time of the processor; this is for a machine that gives it too little of that.
+    patience = 6 * SECONDS + len(requests)
     try:
         # Isolated: neither the current folder nor the environment adds modules to what it imports.
-        completed = subprocess.run(
-            [sys.executable, "-I", __file__], input=request, capture_output=True, text=True, encoding="utf-8",
-            timeout=seconds,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"chat template: took more than {seconds} s; use another template") from None
-    if completed.returncode or not completed.stdout:
-        raise ValueError(f"chat template: took more than {seconds} s or {MEMORY >> 20} MiB; use another template")
-    result = json.loads(completed.stdout)
-    if "error" in result:
-        raise ValueError(f"chat template: {result['error']}")
-    return result["texts"]
+        command = [sys.executable, "-I", __file__]
+        output = subprocess.run(command, input=lines.encode(), capture_output=True, timeout=patience).stdout
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout or b""
+    answers = output.split(b"\n")[:-1]  # what stands behind the last line's end is cut off
+    for (where, _), answer in itertools.zip_longest(requests, answers, fillvalue=None):  # type: ignore[misc]
+        place = f"{where}: " if where else ""
+        if answer is None:
+            limits = f"{SECONDS} s or {MEMORY >> 20} MiB"
+            raise ValueError(f"{place}chat template: took more than {limits}; use another template")
+        result = json.loads(answer)
+        if "error" in result:
+            raise ValueError(f"{place}chat template: {result['error']}")
+        yield [Text(text, [(a, z) for a, z in learned]) for text, learned in result["texts"]]
 
 
-def _limit_resources(seconds: int) -> None:
+# ---------------------------------------------------------------------------------------------------- the other process
+
+
+def _limit_memory() -> None:
     try:
         import resource
     except ImportError:  # not a POSIX system: the parent's time limit remains
         return
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
-def _environment() -> Any:
+def _limit_seconds(seconds: float) -> None:
+    """Lets the system end this process after so much more processor time; no code of Python's must run for that."""
+    import signal
+
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def _environment(begin: str, end: str) -> Any:
+    """Returns an environment whose templates write `begin` and `end` around what they mark as the model's text."""
     from datetime import datetime
 
     import jinja2
@@ -84,14 +124,17 @@ def _environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """Renders what stands between `{% generation %}` and `{% endgeneration %}`, the marks of the model's text."""
+        """Marks what stands between `{% generation %}` and `{% endgeneration %}` in a template."""
 
         tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
+            return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+        def _mark(self, caller: Any) -> str:
+            return f"{begin}{caller()}{end}"
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -119,21 +162,49 @@ def _render(template: Any, variables: dict[str, Any]) -> str:
     return "".join(parts)
 
 
+def _unmarked(text: str, begin: str, end: str) -> tuple[str, list[tuple[int, int]]]:
+    """Returns a text without marks, and the characters that stood between them."""
+    plain, learned, opened = "", [], 0
+    for part in re.split(f"({begin}|{end})", text):
+        if part == begin:
+            opened = len(plain)
+        elif part == end:
+            learned.append((opened, len(plain)))
+        else:
+            plain += part
+    return plain, learned
+
+
 def _serve() -> None:
-    """Reads one request from standard input and writes its answer to standard output."""
-    request = json.load(sys.stdin)
+    """Reads requests from standard input, a line each, and writes a line of their texts to standard output for each."""
+    shared = json.loads(sys.stdin.buffer.readline())
+    lines = sys.stdin.buffer.readlines()
     try:
         import jinja2  # noqa: F401
     except ImportError:
         print(json.dumps({"error": "needs jinja2, which is not installed; pip install 'jaxlm[generate]'"}))
         return
-    _limit_resources(request["seconds"])
-    try:
-        template = _environment().from_string(request["template"])
-        answer: dict[str, Any] = {"texts": [_render(template, request["shared"] | each) for each in request["each"]]}
-    except Exception as error:  # whatever a hostile template can provoke becomes one line
-        answer = {"error": " ".join(str(error).split())[:300] or type(error).__name__}
-    print(json.dumps(answer))
+    token = secrets.token_hex(16)  # which nobody can write into a message
+    begin, end = f"<{token}>", f"</{token}>"
+    environment: Any = _environment(begin, end)
+    template = None
+    _limit_memory()
+    for line in lines:
+        _limit_seconds(shared["seconds"])
+        try:
+            template = template or environment.from_string(shared["template"])
+            each = json.loads(line)
+            named = dict(bos_token=shared["bos"], eos_token=shared["eos"]) | each["variables"]
+            texts = [
+                _render(template, named | dict(messages=each["messages"][:n], add_generation_prompt=answer))
+                for n, answer in each["cuts"]
+            ]
+            result: dict[str, Any] = {"texts": [_unmarked(text, begin, end) for text in texts]}
+        except Exception as error:  # whatever a hostile template can provoke becomes one line
+            result = {"error": " ".join(str(error).split())[:300] or type(error).__name__}
+        print(json.dumps(result), flush=True)
+        if "error" in result:
+            return
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""Reads conversations from files in any of the usual formats, and encodes them as tokens of which some are learned.
+"""Reads conversations from files in any of the usual formats.
 
-The formats are OpenAI's `messages`, ShareGPT's `conversations`, Alpaca's `instruction`, `input`, `output`, and pairs of
-`prompt` and `completion` or `question` and `answer`; as JSON lines or a JSON list.
+The formats are OpenAI's `messages`, ShareGPT's `conversations`, Alpaca's `instruction`, `input`, `output` with
+`history`, and pairs of `prompt` and `completion` or `question` and `answer`; as JSON lines or a JSON list. What else a
+message or a record may say that a model reads, such as `tool_calls` and `tools`, is kept for the chat template.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.data.text_input import kind_of, parse_json, read_json, read_lines, read_text
 
-Messages = list[dict[str, str]]
-Render = Callable[[Sequence[tuple[Messages, bool]]], list[str]]
-"""A chat template: it maps many (messages, whether the assistant's turn begins at the end) to their texts."""
+Messages = list[dict[str, Any]]
+"""Each message has a `role`, a text as `content`, and perhaps more that a template reads."""
 
 ROLES = {
     "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant",
@@ -20,6 +21,17 @@ ROLES = {
     "observation": "tool", "function": "tool",
 }  # fmt: skip
 PAIRS = (("prompt", "completion"), ("question", "answer"))
+SPEAKER, CONTENT = ("role", "from"), ("content", "value", "text")
+SAID = ("tool_calls", "function_call", "tool_plan", "reasoning_content", "reasoning", "thinking", "name", "citations",
+        "images", "videos", "audio")  # fmt: skip
+"""Fields of a message, beside its content, that a model may read."""
+IDS = ("id", "tool_call_id")
+"""Fields that only tell messages apart; a template may leave them out."""
+WEIGHTS = ("weight", "train", "loss")
+"""Fields that say by 0 or 1 whether an assistant's message is learned."""
+SYSTEM = ("system", "system_prompt")
+VARIABLES = ("tools", "functions", "documents", "images", "videos", "audios")
+"""Fields of a record that a model may read."""
 
 
 class Conversation(NamedTuple):
@@ -28,14 +40,14 @@ class Conversation(NamedTuple):
     where: str
     """File and line, for error messages."""
     messages: Messages
-
-
-class Tokens(NamedTuple):
-    """A conversation is encoded as token ids, each with whether it is learned."""
-
-    ids: list[int]
-    learned: list[bool]
-    """Whether the assistant said each token."""
+    variables: Mapping[str, Any] = {}
+    """What the template reads beside the messages: `tools`, `documents`, and all of `chat_template_kwargs`."""
+    settings: frozenset[str] = frozenset()
+    """Those of `variables` that are settings of the template, not content."""
+    unlearned: frozenset[int] = frozenset()
+    """Numbers of assistant messages that are read but not learned."""
+    unread: tuple[str, ...] = ()
+    """Fields of the record that are of no known meaning and are left out."""
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -65,42 +77,105 @@ def read_records(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def read(source: str | Path) -> list[Conversation]:
     """Reads all conversations of a file; see `read_records` and `parse_record`."""
-    return [Conversation(where, parse_record(where, record)) for where, record in read_records(source)]
+    return [parse_record(where, record) for where, record in read_records(source)]
 
 
-def parse_record(where: str, record: dict[str, Any]) -> Messages:
-    """Returns the messages of a record in any of the known forms.
+def unread_fields(source: str | Path, conversations: Sequence[Conversation]) -> list[str]:
+    """Returns a line that names the fields of a source that are left out, or no line if there are none."""
+    counts = {name: sum(name in c.unread for c in conversations) for c in conversations for name in c.unread}
+    named = ", ".join(f"{name} ({n:,})" for name, n in list(counts.items())[:10])
+    more = ", …" if len(counts) > 10 else ""
+    return [f"{source}: fields that are not read, with their numbers: {named}{more}"] if counts else []
 
-    Raises ValueError, which names `where`, if the form is unknown or the assistant says nothing.
+
+def parse_record(where: str, record: dict[str, Any]) -> Conversation:
+    """Returns the conversation of a record in any of the known forms.
+
+    Raises ValueError, which names `where`, if the form is unknown, the assistant says nothing that is learned, or a
+    field that a model reads isn't of its kind.
     """
+    used, messages = _turns(where, record)
+    return make(where, messages, record, used)
+
+
+def make(where: str, messages: Messages, record: dict[str, Any], used: Sequence[str]) -> Conversation:
+    """Returns a conversation of a record's messages and of what else the record says; `used` holds the messages."""
+    system = [(name, record[name]) for name in SYSTEM if record.get(name)]
+    for name, text in system:
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: {name!r} is {kind_of(text)}, where a text is due; correct the record")
+        if messages[0]["role"] != "system":
+            messages = [dict(role="system", content=text), *messages]
+        elif messages[0]["content"] != text:
+            raise ValueError(f"{where}: {name!r} and the first message are two system texts; leave one of them out")
+    variables, settings = _variables(where, record)
+    unlearned = [i for i, m in enumerate(messages) if not _is_learned(where, i, m)]
+    messages = [{k: v for k, v in m.items() if k not in WEIGHTS} for m in messages]
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if not turns:
+        raise ValueError(f"{where}: the assistant says nothing in this conversation; remove it")
+    if not set(turns) - set(unlearned):
+        raise ValueError(f"{where}: nothing the assistant says is learned, for its weights are 0; remove the record")
+    known = {*used, *SYSTEM, *VARIABLES, "chat_template_kwargs"}
+    unread = [name for name, value in record.items() if name not in known and not _is_empty(value)]
+    unread += [f"message.{k}" for k in dict.fromkeys(k for m in messages for k in m) if k not in _MESSAGE]
+    messages = [{k: v for k, v in m.items() if k in _MESSAGE} for m in messages]
+    return Conversation(where, messages, variables, settings, frozenset(unlearned), tuple(unread))
+
+
+_MESSAGE = ("role", "content", *SAID, *IDS)
+
+
+def _turns(where: str, record: dict[str, Any]) -> tuple[Sequence[str], Messages]:
+    """Returns (the fields that hold a record's messages, the messages)."""
     for name in ("messages", "conversations", "conversation"):
         if name in record:
-            messages = parse_messages(where, record[name])
-            break
-    else:
-        if "instruction" in record and "output" in record:
-            task = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
-            messages = [_message("user", task), _message("assistant", record["output"])]
-        elif pair := next((pair for pair in PAIRS if record.keys() >= set(pair)), None):
-            user, assistant = pair
-            messages = [
-                *parse_messages(where, record[user], "user"),
-                *parse_messages(where, record[assistant], "assistant"),
-            ]
-        else:
-            fields = ", ".join(record) or "none"
-            raise ValueError(
-                f"{where}: no conversation; fields there: {fields}; known are messages, conversations, "
-                "instruction with output, prompt with completion, and question with answer"
-            )
-        if record.get("system"):
-            messages = [_message("system", record["system"]), *messages]
-    if not any(m["role"] == "assistant" for m in messages):
-        raise ValueError(f"{where}: the assistant says nothing in this conversation; remove it")
-    return messages
+            if not _is_empty(record.get("history")):
+                raise ValueError(f"{where}: 'history' beside {name!r}; put its turns among the messages")
+            return (name, "history"), parse_messages(where, record[name])
+    if "instruction" in record and "output" in record:
+        for name in ("instruction", "input", "output"):
+            if not isinstance(record.get(name), str) and (name != "input" or record.get(name) is not None):
+                raise ValueError(f"{where}: {name!r} is {kind_of(record[name])}, where a text is due; correct it")
+        task = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
+        messages = [*_history(where, record.get("history")), _message("user", task)]
+        return ("instruction", "input", "output", "history"), [*messages, _message("assistant", record["output"])]
+    if pair := next((pair for pair in PAIRS if record.keys() >= set(pair)), None):
+        sides = (parse_messages(where, record[name], role, name)
+                 for name, role in zip(pair, ("user", "assistant"), strict=True))  # fmt: skip
+        return (*pair, "history"), [*_history(where, record.get("history")), *(m for side in sides for m in side)]
+    fields = ", ".join(record) or "none"
+    raise ValueError(
+        f"{where}: no conversation; fields there: {fields}; known are messages, conversations, "
+        "instruction with output, prompt with completion, and question with answer"
+    )
 
 
-def parse_messages(where: str, value: Any, role: str = "") -> Messages:
+def _history(where: str, value: Any) -> Messages:
+    """Returns the messages of earlier turns, each a pair of what the user and the assistant said."""
+    turns = [] if _is_empty(value) else value
+    if not isinstance(turns, list) or not all(
+        isinstance(t, list) and len(t) == 2 and all(isinstance(x, str) for x in t) for t in turns
+    ):
+        raise ValueError(f"{where}: 'history' is no list of [what the user said, what the assistant said]; correct it")
+    return [_message(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+
+
+def _variables(where: str, record: dict[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
+    """Returns what a template reads of a record beside its messages, and which of it are settings of the template."""
+    variables = {name: record[name] for name in VARIABLES if not _is_empty(record.get(name))}
+    for name, value in variables.items():
+        if isinstance(value, str):  # as data sets have it whose columns hold one kind of value
+            value = variables[name] = parse_json(value, f"{where}: {name!r}")
+        if not isinstance(value, list):
+            raise ValueError(f"{where}: {name!r} is {kind_of(value)}, where a list is due; correct the record")
+    settings = record.get("chat_template_kwargs") or {}
+    if not isinstance(settings, dict) or settings.keys() & {"messages", "add_generation_prompt", *variables}:
+        raise ValueError(f"{where}: 'chat_template_kwargs' is no object of settings of the template; correct it")
+    return variables | settings, frozenset(settings)
+
+
+def parse_messages(where: str, value: Any, role: str = "", field: str = "messages") -> Messages:
     """Returns the messages of a list, or of a single text that `role` says.
 
     Raises ValueError, which names `where`, if a message has no known role or no text.
@@ -108,79 +183,53 @@ def parse_messages(where: str, value: Any, role: str = "") -> Messages:
     if isinstance(value, str) and role:
         return [_message(role, value)]
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{where}: a {type(value).__name__}, where a list of messages is due")
-    messages = []
-    for i, m in enumerate(value):
-        speaker, content = (next((m[k] for k in names if k in m), None) if isinstance(m, dict) else None
-                            for names in (("role", "from"), ("content", "value", "text")))  # fmt: skip
-        if not isinstance(speaker, str) or not isinstance(content, str):
-            raise ValueError(f"{where}: message {i} has no role (role, from) or no text (content, value)")
-        if speaker.lower() not in ROLES:
-            raise ValueError(f"{where}: message {i} is of unknown role {speaker!r}; known: {', '.join(ROLES)}")
-        messages.append(_message(ROLES[speaker.lower()], content))
-    return messages
+        due = "a text or a list of messages" if role else "a list of messages"
+        raise ValueError(f"{where}: {field!r} is {'empty' if value == [] else kind_of(value)}, where {due} is due")
+    return [_parse_message(f"{where}: message {i}", m) for i, m in enumerate(value)]
+
+
+def _parse_message(where: str, m: Any) -> dict[str, Any]:
+    if not isinstance(m, dict):
+        raise ValueError(f"{where} is {kind_of(m)}, where an object with role and content is due; correct it")
+    speaker = next((m[k] for k in SPEAKER if k in m), None)
+    name = next((k for k in CONTENT if k in m), None)
+    if not isinstance(speaker, str) or (name is None and not m.get("tool_calls")):
+        raise ValueError(f"{where} has no role (role, from) or no text (content, value)")
+    if speaker.lower() not in ROLES:
+        raise ValueError(f"{where} is of unknown role {speaker!r}; known: {', '.join(ROLES)}")
+    more = {k: v for k, v in m.items() if k not in (*SPEAKER, name) and not (_is_empty(v) and k not in WEIGHTS)}
+    if "tool_calls" in more and not (isinstance(c := more["tool_calls"], list) and all(isinstance(x, dict) for x in c)):
+        raise ValueError(f"{where}: 'tool_calls' is {kind_of(c)}, where a list of objects is due; correct it")
+    content = None if name is None else _text(m[name])
+    if content is None and not ("tool_calls" in more and (name is None or m[name] is None)):
+        raise ValueError(f"{where}: {name!r} is {kind_of(m[name])}, where a text is due; correct it")
+    return dict(role=ROLES[speaker.lower()], content=content) | more
+
+
+def _text(content: Any) -> str | None:
+    """Returns a message's content if it is a text or a list of parts that are texts, else None."""
+    if isinstance(content, list) and content:
+        parts = [p.get("text") if isinstance(p, dict) and p.get("type") == "text" else None for p in content]
+        return "".join(parts) if all(isinstance(p, str) for p in parts) else None
+    return content if isinstance(content, str) else None
+
+
+def _is_learned(where: str, i: int, m: dict[str, Any]) -> bool:
+    """Returns whether the weights of a message let it be learned. Raises ValueError for any but 0 and 1."""
+    given = [(name, m[name]) for name in WEIGHTS if m.get(name) is not None]
+    for name, value in given:
+        if not isinstance(value, int | float) or math.isnan(value) or value not in (0, 1):
+            raise ValueError(f"{where}: message {i}: {name!r} is {value!r}, where 0 or 1 is due; correct it")
+        if value and m["role"] != "assistant":
+            raise ValueError(f"{where}: message {i}: {name!r} is 1, but only what the assistant says is learned; "
+                             "set it to 0")  # fmt: skip
+    return all(value for _, value in given)
+
+
+def _is_empty(value: Any) -> bool:
+    """Returns whether a field says nothing, as where a table has a column that few rows fill."""
+    return value is None or value in ("", [], {})
 
 
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
-
-
-# -------------------------------------------------------------------------------------------------------------- tokens
-
-
-def encode(conversations: Sequence[Conversation], render: Render, tokens: Any) -> list[Tokens]:
-    """Encodes conversations by a chat template; only what the assistant says is learned.
-
-    Its turns begin where the template's text ends when it is asked to let the assistant begin, so no template needs
-    marks for them. Raises ValueError if a template changes what it wrote of earlier messages.
-    """
-    requests = [request for c in conversations for request in _prefixes(c.messages)]
-    texts = iter(render(requests))
-    return [_encode_turns(c, [next(texts) for _ in _prefixes(c.messages)], tokens) for c in conversations]
-
-
-def _prefixes(messages: Messages) -> list[tuple[Messages, bool]]:
-    """Returns the whole conversation, and its prefixes up to the beginning and the end of each assistant turn."""
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    return [(messages, False), *((messages[: i + end], not end) for i in turns for end in (0, 1))]
-
-
-def _encode_turns(c: Conversation, texts: list[str], tokens: Any) -> Tokens:
-    whole, at = texts[0], 0
-    pieces: list[tuple[str, bool]] = []
-    for begin, end in zip(texts[1::2], texts[2::2], strict=True):
-        if not (whole.startswith(begin) and whole.startswith(end) and at <= len(begin) < len(end)):
-            raise ValueError(
-                f"{c.where}: the chat template does not only add to what it wrote of earlier messages, so what the "
-                f"assistant says is missing or can't be told apart (at {whole[at : at + 40]!r}); use another template"
-            )
-        pieces += [(whole[at : len(begin)], False), (whole[len(begin) : len(end)], True)]
-        at = len(end)
-    pieces.append((whole[at:], False))
-    parts = [(tokens.encode_special(text), said) for text, said in pieces if text]
-    return _concatenate(c, parts)
-
-
-def _concatenate(c: Conversation, parts: Iterable[tuple[Sequence[int], bool]]) -> Tokens:
-    ids: list[int] = []
-    learned: list[bool] = []
-    for new, said in parts:
-        ids += new
-        learned += [said] * len(new)
-    if not any(learned):
-        raise ValueError(f"{c.where}: the assistant's texts are empty; there is nothing to learn")
-    return Tokens(ids, learned)
-
-
-def encode_plainly(c: Conversation, tokens: Any) -> Tokens:
-    """Encodes a conversation with no template: BOS, then the texts, with EOS after each of the assistant's."""
-    return _concatenate(c, plain_parts(c.messages, tokens))
-
-
-def plain_parts(messages: Messages, tokens: Any) -> list[tuple[list[int], bool]]:
-    """Returns (ids, whether the assistant said it) for BOS and each message, EOS included after each assistant text."""
-    parts: list[tuple[list[int], bool]] = [([tokens.bos_id], False)]
-    for m in messages:
-        said = m["role"] == "assistant"
-        parts.append(([*tokens.encode(m["content"]), *([tokens.eos_id] if said else [])], said))
-    return parts

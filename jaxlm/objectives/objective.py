@@ -111,9 +111,9 @@ class TextPairs(Generic[C]):
 
     fields: Callable[[C], tuple[str, str]]
     """Names of the two fields, or endings of files with a text a line."""
-    fit: Callable[[C, Kind, int, np.ndarray], tuple[np.ndarray, np.ndarray, tuple[int, int]]]
-    """(settings, kind of model, seq_len, tokens of each pair [n, 2]) → tokens that stay of each pair's texts [n, 2],
-    what they take of a row's two rooms [n, 2], and the rooms."""
+    fit: Callable[[C, Kind, int, Tokenizer, np.ndarray], tuple[np.ndarray, np.ndarray, tuple[int, int]]]
+    """(settings, kind of model, seq_len, tokenizer, tokens of each pair [n, 2]) → tokens that stay of each pair's texts
+    [n, 2], what they take of a row's two rooms [n, 2], and the rooms."""
     packs: Callable[[C], bool]
     """Whether a row holds as many pairs as fit, or one."""
 

@@ -81,10 +81,11 @@ def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[l
         if not all(sides):
             names = ", ".join(values) or "none"
             raise ValueError(f"{where}: no {c.preferred!r} and {c.other!r}; fields: {names}; name them in objective")
-        prompt = conversations.parse_messages(where, values[c.prompt], "user") if values.get(c.prompt) else []
-        for side in sides:
-            answer = conversations.parse_messages(where, side, "assistant")  # some files repeat the prompt in it
-            every.append(conversations.Conversation(where, [*([] if len(answer) > 1 else prompt), *answer]))
+        prompt = conversations.parse_messages(where, values[c.prompt], "user", c.prompt) if values.get(c.prompt) else []
+        for name, side in zip((c.preferred, c.other), sides, strict=True):
+            answer = conversations.parse_messages(where, side, "assistant", name)  # some files repeat the prompt in it
+            messages = [*([] if len(answer) > 1 else prompt), *answer]
+            every.append(conversations.make(where, messages, values, (c.prompt, c.preferred, c.other)))
     texts = render_chat.encode_for_training(every, tokenizer, c.template or row.template)
     answers = [(t.ids, len(t.ids) - t.learned[::-1].index(False) if False in t.learned else 1) for t in _trimmed(texts)]
     pairs = list(zip(answers[::2], answers[1::2], strict=True))
@@ -96,11 +97,25 @@ def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[l
             several.append(([*good[0][: good[1]], *ids[begin:]], good[1]))
         records.append(Answers(where="", texts=several, reference=[0.0] * len(several)))
     room = row.seq_len // (3 if c.method == "kto" else 2)
-    long = sum(any(len(ids) - 1 > room for ids, _ in record["texts"]) for record in records)
-    note = (
-        f"{source}: in {long:,} of {len(records):,} pairs a prompt loses its beginning; raise train.seq_len to keep it"
-    )
-    return records, [note] if long else []
+    notes = conversations.unread_fields(source, every[::2])
+    both = [list(zip(r["texts"], _fitting(r["texts"], room), strict=True)) for r in records]
+    lost = [[(begin - b, len(ids) - begin - len(cut) + b) for (ids, begin), (cut, b) in pair] for pair in both]
+    for side, what in enumerate(("the prompt loses its beginning", "an answer loses its end")):
+        if n := sum(any(counts[side] for counts in pair) for pair in lost):
+            notes.append(f"{source}: in {n:,} of {len(records):,} pairs {what}; raise train.seq_len to keep it")
+    return records, notes
+
+
+def _fitting(texts: Sequence[tuple[list[int], int]], room: int) -> list[tuple[list[int], int]]:
+    """Returns the texts cut so that each has at most `room` targets.
+
+    All keep as much of their prompt: its end, as much as the longest answer leaves, which may have at least half. What
+    is too long of an answer is cut at its end.
+    """
+    longest = max(len(ids) - begin for ids, begin in texts)
+    kept = max(1, room + 1 - min(longest, (room + 1) // 2))
+    cut = [(ids[max(0, begin - kept) :], min(begin, kept)) for ids, begin in texts]
+    return [(ids[: room + 1], begin) for ids, begin in cut]
 
 
 def token_ids(record: Answers) -> list[Sequence[int]]:
@@ -108,23 +123,21 @@ def token_ids(record: Answers) -> list[Sequence[int]]:
     return [ids for ids, _ in record["texts"]]
 
 
-def _trimmed(texts: list[conversations.Tokens]) -> list[conversations.Tokens]:
+def _trimmed(texts: list[render_chat.Tokens]) -> list[render_chat.Tokens]:
     """Returns the texts up to the end of their last answer."""
     out = []
     for t in texts:
         n = len(t.ids) - t.learned[::-1].index(True)
-        out.append(conversations.Tokens(t.ids[:n], t.learned[:n]))
+        out.append(render_chat.Tokens(t.ids[:n], t.learned[:n]))
     return out
 
 
 def example(c: Config, record: Answers, row: RowShape, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:
-    """Makes a row of the answers. A text that doesn't fit its share of the row loses the beginning of its prompt."""
-    texts, room = record["texts"], row.seq_len // len(record["texts"])
+    """Makes a row of the answers, each with its prompt, which is the same for all; see `_fitting`."""
+    texts = _fitting(record["texts"], row.seq_len // len(record["texts"]))
     tokens, targets, segments, positions = (np.zeros(row.seq_len, np.int32) for _ in range(4))
     weights, at = np.zeros(row.seq_len, np.float32), 0
     for number, (ids, begin) in enumerate(texts, 1):
-        cut = max(0, len(ids) - 1 - room)
-        ids, begin = ids[cut:], max(1, begin - cut)
         n = len(ids) - 1
         part = slice(at, at + n)
         tokens[part], targets[part] = ids[:-1], ids[1:]

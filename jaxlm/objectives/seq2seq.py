@@ -32,6 +32,11 @@ class Config:
     """Encoder-decoder: tokens of a row's targets; None: as many as train.seq_len, which the sources have."""
     pack: bool = True
     """Fill rows with as many pairs as fit, none of which sees another; else one pair a row."""
+    source_language: str = ""
+    """Encoder-decoder of many languages: the tokenizer's piece for the sources' language, such as en_XX; empty: the one
+    that the tokenizer puts around a text."""
+    target_language: str = ""
+    """The piece for the targets' language."""
     separator: str = ""
     """Decoder: the tokenizer's piece between source and target; empty: its separator, else EOS."""
     decoder_start: str = ""
@@ -47,6 +52,7 @@ def check(c: Config, tokenizer: Tokenizer) -> None:
         raise ValueError(f"objective.source: {c.source!r} and objective.target {c.target!r} must be two field names")
     separator(c, tokenizer)
     start_id(c.decoder_start, tokenizer)
+    boundaries(c, tokenizer)
 
 
 def fields(c: Config) -> tuple[str, str]:
@@ -62,7 +68,36 @@ def target_positions(c: Config, seq_len: int) -> int:
     return size
 
 
-def fit(c: Config, kind: Kind, seq_len: int, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+def boundaries(c: Config, tokenizer: Tokenizer) -> tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]:
+    """Returns the ids (before, after) an encoder-decoder's source, and those of its target.
+
+    They are what the vocabulary's makers put around a text, as BART's `<s>` and `</s>` and mBART's languages; EOS alone
+    if they put nothing behind it.
+    """
+    before, after = tokenizer.boundary_ids
+    if not after:
+        before, after = [], [tokenizer.eos_id]
+    usual = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.cls_id, tokenizer.sep_id}
+    sides = []
+    for field, piece in (("source_language", c.source_language), ("target_language", c.target_language)):
+        if piece and usual >= {*before, *after}:
+            raise ValueError(f"objective.{field}: data.tokenizer puts no language around a text; leave it empty")
+        id = _named(field, piece, tokenizer) if piece else None
+        made = [[i if id is None or i in usual else id for i in ids] for ids in (before, after)]
+        sides.append((made[0], made[1]))
+    return sides[0], sides[1]
+
+
+def target_start(c: Config, tokenizer: Tokenizer, of_model: int | None) -> int:
+    """Returns the id of the token that targets begin after: a language that ends them, as mBART's, else `start_id`."""
+    last = boundaries(c, tokenizer)[1][1][-1]
+    ends_in_language = last not in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.cls_id, tokenizer.sep_id)
+    return last if ends_in_language and not c.decoder_start else start_id(c.decoder_start, tokenizer, of_model)
+
+
+def fit(
+    c: Config, kind: Kind, seq_len: int, tokenizer: Tokenizer, lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """Returns how many of each pair's tokens [n, 2] stay, what they take of a row's two rooms, and the rooms.
 
     A text that is too long loses its end, never its EOS. In a decoder's row, which both texts share, each may have at
@@ -70,8 +105,12 @@ def fit(c: Config, kind: Kind, seq_len: int, lengths: np.ndarray) -> tuple[np.nd
     """
     if kind == "encoder_decoder":
         rooms = seq_len, target_positions(c, seq_len)
-        fitting = np.minimum(lengths, np.array(rooms) - 1)
-        return fitting, fitting + 1, rooms
+        around = np.array([len(before) + len(after) for before, after in boundaries(c, tokenizer)])
+        for field, room, n in zip(("train.seq_len", "objective.target_len"), rooms, around.tolist(), strict=True):
+            if room <= n:
+                raise ValueError(f"{field}: {room} leaves no room beside the {n} tokens around a text; raise it")
+        fitting = np.minimum(lengths, np.array(rooms) - around)
+        return fitting, fitting + around, rooms
     if c.target_len is not None:
         raise ValueError("objective.target_len: a decoder's row holds both texts; leave it None")
     room = seq_len + 1 - 3  # BOS, separator, EOS
@@ -112,7 +151,8 @@ def prompt(c: Config, text: str, row: RowShape, tokenizer: Tokenizer) -> tuple[l
     ids = tokenizer.encode(text)
     if row.kind == "decoder":
         return [tokenizer.bos_id, *ids, separator(c, tokenizer)], None
-    return [start_id(c.decoder_start, tokenizer, row.decoder_start)], [*ids, tokenizer.eos_id]
+    (before, after), (begin, _) = boundaries(c, tokenizer)
+    return [target_start(c, tokenizer, row.decoder_start), *begin], [*before, *ids, *after]
 
 
 def read_prompts(
@@ -120,14 +160,15 @@ def read_prompts(
     make_prompts: MakePrompts,
 ) -> PromptSet:  # fmt: skip
     """Returns what a model reads of each pair as `make_prompts` gives it, and the true texts. A source that is too long
-    loses its end, never its last token."""
+    loses its end, never what the tokenizer puts behind it."""
     texts, true = zip(*(pair.texts for pair in sources.documents(source, field=fields(c))), strict=True)
     prompts, encoder_inputs = make_prompts(texts)
     room = row.seq_len if encoder_inputs is not None else row.seq_len - new_tokens
     if room < 3:
         raise ValueError(f"tokens: {new_tokens} leave nothing of train.seq_len {row.seq_len} to read; ask for fewer")
     whole = prompts if encoder_inputs is None else encoder_inputs
-    fitting = [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in whole]
+    n = 1 if encoder_inputs is None else len(boundaries(c, tokenizer)[0][1])
+    fitting = [ids if len(ids) <= room else [*ids[: room - n], *ids[-n:]] for ids in whole]
     cut = sum(len(ids) > room for ids in whole)
     note = f"{source}: {cut:,} of {len(true):,} sources lose their end; raise train.seq_len to keep it"
     notes = [note] if cut else []
@@ -139,15 +180,16 @@ def read_prompts(
 def example(c: Config, record: TextRow, row: RowShape, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:
     """Makes a row of the record's pairs, of an encoder-decoder or, with both texts in one sequence, of a decoder."""
     lengths = record["lengths"]
-    fitting, _, rooms = fit(c, row.kind, row.seq_len, lengths)
+    fitting, _, rooms = fit(c, row.kind, row.seq_len, tokenizer, lengths)
     begins = np.cumsum(lengths.sum(1) + 3) - lengths.sum(1) - 2  # of each source, after its BOS
     tokens, pairs = record["tokens"], []
     for begin, (whole, _), (a, b) in zip(begins, lengths, fitting, strict=True):
         pairs.append((tokens[begin : begin + a], tokens[begin + whole + 1 : begin + whole + 1 + b]))
     eos = [tokenizer.eos_id]
     if row.kind == "encoder_decoder":
-        start = start_id(c.decoder_start, tokenizer, row.decoder_start)
-        sources, targets = ([np.append(pair[side], eos) for pair in pairs] for side in (0, 1))
+        start = target_start(c, tokenizer, row.decoder_start)
+        sources, targets = ([np.concatenate([before, pair[side], after]) for pair in pairs]
+                            for side, (before, after) in enumerate(boundaries(c, tokenizer)))  # fmt: skip
         return encoder_decoder_row(sources, targets, rooms, start, tokenizer.pad_id or 0)
     bos, middle = [tokenizer.bos_id], [separator(c, tokenizer)]
     texts = [np.concatenate([bos, source, middle, target, eos]) for source, target in pairs]
@@ -160,7 +202,7 @@ def example(c: Config, record: TextRow, row: RowShape, tokenizer: Tokenizer, rng
 def encoder_decoder_row(
     sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], rooms: tuple[int, int], start: int, pad: int
 ) -> Example:
-    """Makes an encoder-decoder's row: target i, with EOS at its end, is predicted from source i, `start` and itself."""
+    """Makes an encoder-decoder's row: target i, its end included, is predicted from source i, `start` and itself."""
     source = concatenated(sources, rooms[0], pad)
     target = concatenated(targets, rooms[1], pad)
     inputs = concatenated([np.append(start, t[:-1]) for t in targets], rooms[1], pad)

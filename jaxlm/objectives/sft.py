@@ -37,7 +37,7 @@ class Config:
 class Conversations(Record):
     """A record holds the conversations that share a row."""
 
-    texts: list[conversations.Tokens]
+    texts: list[render_chat.Tokens]
 
 
 def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[list[Conversations], list[str]]:
@@ -45,12 +45,15 @@ def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[l
     every = conversations.read(source)
     texts = render_chat.encode_for_training(every, tokenizer, c.template or row.template)
     room = row.seq_len + 1
-    notes = []
+    notes = conversations.unread_fields(source, every)
+    if joined := sum(t.joined for t in texts):
+        notes.append(f"{source}: in {joined:,} of {len(texts):,} conversations an answer begins within a token, so "
+                     "prompts end otherwise than in training; end the template's prompt without a blank")  # fmt: skip
     if long := [t for t in texts if len(t.ids) > room]:
         notes.append(
             f"{source}: {len(long):,} of {len(texts):,} conversations lose their end; raise train.seq_len to keep it"
         )
-    texts = [conversations.Tokens(t.ids[:room], t.learned[:room]) for t in texts]
+    texts = [render_chat.Tokens(t.ids[:room], t.learned[:room]) for t in texts]
     usable = [t for t in texts if any(t.learned[1:])]
     if len(usable) < len(texts):
         notes.append(

@@ -61,7 +61,7 @@ def test_a_row_holds_several_conversations_that_do_not_see_each_other():
     file = Path(__file__).parents[1] / "nothing.jsonl"
     with pytest.raises(ValueError, match="does not exist"):
         sft.read(sft.Config(), str(file), row, tokens)
-    texts = [sft.conversations.Tokens([1, 2, 3, 4], [False, False, True, True])] * 3
+    texts = [sft.render_chat.Tokens([1, 2, 3, 4], [False, False, True, True])] * 3
     out = sft.example(sft.Config(), dict(texts=texts), RowShape(15), tokens, np.random.default_rng(0))
     assert out["segments"].tolist()[:12] == [1] * 4 + [2] * 4 + [3] * 4
     assert out["weights"].tolist()[:12] == [0, 1, 1, 0] * 3

@@ -96,7 +96,8 @@ def test_values_that_are_no_text(tmp_path, value):
 
 @pytest.mark.parametrize("start", ["null", '"0"', "0.5", "true"])
 def test_answers_at_no_character(tmp_path, start):
-    (tmp_path / "a.jsonl").write_text(f'{{"question":"w?","context":"Oslo","answers":{{"text":["Oslo"],"answer_start":[{start}]}}}}')
+    answers = f'{{"text":["Oslo"],"answer_start":[{start}]}}'
+    (tmp_path / "a.jsonl").write_text(f'{{"question":"w?","context":"Oslo","answers":{answers}}}')
     with pytest.raises(ValueError, match=r"a\.jsonl:1: an answer is a text at .*, where a text and the number"):
         squad.read(str(tmp_path / "a.jsonl"))
 

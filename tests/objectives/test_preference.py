@@ -158,6 +158,21 @@ def test_rows_too_long_lose_the_beginning_of_the_prompt_and_empty_rows_weigh_not
     assert float(preference.totals(one)["pairs"]) == 1
 
 
+@pytest.mark.parametrize("answers", [1, 2])
+def test_answers_share_one_prompt_and_lose_their_ends(answers):
+    """The preferred answer is short, the other one long: both keep the same prompt."""
+    prompt, good, bad = list(range(1, 9)), [9, 10], list(range(11, 31))
+    texts = [([*prompt, *answer], len(prompt)) for answer in ((good, bad), (bad, good))[answers - 1]]
+    row = preference.example(
+        PLAIN, dict(texts=texts, reference=[0.0, 0.0]), RowShape(T), None, np.random.default_rng(0)
+    )
+    for segment, answer in ((answers, good), (3 - answers, bad)):
+        mine = row["segments"] == segment
+        ids = [*row["tokens"][mine].tolist(), row["targets"][mine][-1]]
+        assert ids == [*prompt[1:], *answer[:6]], "12 targets: of 13 tokens an answer may have half"
+        assert row["targets"][mine & (row["weights"] > 0)].tolist() == answer[:6]
+
+
 @pytest.mark.parametrize(("change", "why"), [(dict(beta=0.0), "beta"), (dict(label_smoothing=0.6), "label_smoothing")])
 def test_settings(change, why):
     with pytest.raises(ValueError, match=f"objective.{why}"):

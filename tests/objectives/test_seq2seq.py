@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.data import packing, token_cache
-from jaxlm.data.tokenizer import Bytes
+from jaxlm.data.tokenizer import Bytes, HuggingFace, post_processor
 from jaxlm.models import bart, llama
 from jaxlm.objectives import seq2seq
 from jaxlm.objectives.objective import RowShape
@@ -47,7 +47,7 @@ def pairs(tmp_path):
 
 def examples(c, held, tokens, kind: str, seq_len: int, decoder_start=None) -> list[dict]:
     lengths = packing.text_lengths(held, tokens.eos_id)
-    _, takes, rooms = seq2seq.fit(c, kind, seq_len, lengths)
+    _, takes, rooms = seq2seq.fit(c, kind, seq_len, tokens, lengths)
     records = packing.texts(held, lengths, takes, rooms, pack=c.pack)
     row = RowShape(seq_len, kind, decoder_start)
     return [seq2seq.example(c, records[i], row, tokens, rng()) for i in range(len(records))]
@@ -89,6 +89,50 @@ def test_targets_begin_after_what_the_model_was_trained_with(t5_like, sentencepi
     assert seq2seq.start_id("", byte_level) == byte_level.eos_id, "no padding token either"
     assert seq2seq.start_id("", t5_like, 7) == 7, "the model's own word counts for more"
     assert seq2seq.start_id("<extra_id_3>", t5_like, 7) == t5_like.id_of("<extra_id_3>")
+
+
+def around(before: list[str], after: list[str]) -> HuggingFace:
+    """A tokenizer of letters that puts pieces around a text."""
+    from tokenizers import AddedToken, Tokenizer, models
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "en_XX", "ro_RO"]
+    made = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*special, *"bcd"])}, merges=[], unk_token="<unk>"))
+    made.add_special_tokens([AddedToken(piece, special=True) for piece in special])
+    values = json.loads(made.to_str())
+    ids = [{piece: special.index(piece) for piece in pieces} for pieces in (before, after)]
+    return HuggingFace(json.dumps(values | {"post_processor": post_processor(*ids)}), {"bos": "<s>", "eos": "</s>"})
+
+
+# Labels and decoder inputs of `b` → `c d` by transformers 5.24: BartTokenizer, MBartTokenizer, MBart50Tokenizer, and
+# `shift_tokens_right` of each model.
+PUBLISHED = {
+    "bart": (["<s>"], ["</s>"], "", "<s> b </s>", "<s> c d </s>", "</s> <s> c d"),
+    "mbart": ([], ["</s>", "en_XX"], "ro_RO", "b </s> en_XX", "c d </s> ro_RO", "ro_RO c d </s>"),
+    "mbart50": (["en_XX"], ["</s>"], "ro_RO", "en_XX b </s>", "ro_RO c d </s>", "</s> ro_RO c d"),
+    "t5": ([], ["</s>"], "", "b </s>", "c d </s>", "</s> c d"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sources_and_targets_have_what_published_tokenizers_put_around_them(name, pairs):
+    before, after, language, *expected = PUBLISHED[name]
+    tokens, c = around(before, after), seq2seq.Config(target_language=language, target_len=6)
+    (out,) = examples(c, pairs([("b", "cd")], tokens), tokens, "encoder_decoder", 8, 2)
+    rows = (("source", "source_segments"), ("targets", "segments"), ("tokens", "segments"))
+    assert [" ".join(map(tokens.piece, texts_of(out, *row)[0])) for row in rows] == expected
+    prompt, source = seq2seq.prompt(c, "b", RowShape(8, "encoder_decoder", 2), tokens)
+    assert out["tokens"][: len(prompt)].tolist() == prompt and " ".join(map(tokens.piece, source)) == expected[0]
+    long, _, _ = seq2seq.fit(c, "encoder_decoder", 8, tokens, np.array([[99, 99]]))
+    assert long.tolist() == [[8 - len(before) - len(after), 6 - len(before) - len(after)]]
+    with pytest.raises(ValueError, match=r"^objective\.target_len: 2 leaves no room|^objective\.source_language: data"):
+        if name == "t5":
+            seq2seq.check(seq2seq.Config(source_language="en_XX"), tokens)
+        seq2seq.fit(seq2seq.Config(target_len=2), "encoder_decoder", 8, around(["<s>"], ["</s>"]), np.array([[1, 1]]))
+
+
+def test_a_vocabulary_without_a_letter_keeps_what_stands_around_a_text():
+    assert around(["<s>"], ["</s>"]).boundary_ids == ([0], [2]), "it has no a"
+    assert around(["<s>"], ["</s>", "en_XX"]).boundary_ids == ([0], [2, 4])
 
 
 def test_padding_is_never_learned_though_it_may_be_eos(pairs, byte_level):
@@ -172,9 +216,9 @@ def test_a_text_that_is_too_long_loses_its_end_but_not_its_eos(kind, pack, seq_l
 
 def test_in_a_decoders_row_each_text_may_have_half():
     lengths = np.array([[3, 4], [50, 4], [4, 50], [50, 50], [10, 12]])
-    kept, takes, rooms = seq2seq.fit(C, "decoder", 22, lengths)  # 23 tokens: 20 beside BOS, separator and EOS
+    kept, takes, rooms = seq2seq.fit(C, "decoder", 22, Bytes(), lengths)  # 23 tokens: 20 beside BOS, separator and EOS
     assert kept.tolist() == [[3, 4], [16, 4], [4, 16], [10, 10], [10, 10]]
-    odd, _, _ = seq2seq.fit(C, "decoder", 21, lengths)
+    odd, _, _ = seq2seq.fit(C, "decoder", 21, Bytes(), lengths)
     assert odd.tolist()[1:] == [[15, 4], [4, 15], [10, 9], [10, 9]]
     assert rooms == (23, 1) and takes[:, 0].tolist() == [10, 23, 23, 23, 23] and not takes[:, 1].any()
 
@@ -189,7 +233,7 @@ def test_targets_may_have_a_shorter_row_than_sources(pairs, sentencepiece):
         (seq2seq.Config(target_len=1), "encoder_decoder", "objective.target_len: 1"),
     ):
         with pytest.raises(ValueError, match=words):
-            seq2seq.fit(c, kind, 96, np.array([[1, 1]]))
+            seq2seq.fit(c, kind, 96, Bytes(), np.array([[1, 1]]))
 
 
 @pytest.mark.parametrize("changes", [{"separator": "<nope>"}, {"decoder_start": "<nope>"}, {"target": "source"}])

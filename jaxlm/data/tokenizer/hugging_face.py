@@ -117,7 +117,11 @@ class HuggingFace(SpecialIds):
     @functools.cached_property
     def boundary_ids(self) -> tuple[list[int], list[int]]:
         """Returns the ids that stand (before, after) a text on its own."""
-        ids, whole = self.encode("a"), self._tokenizer.encode("a").ids
+        # Any text will do, but one that a vocabulary leaves out altogether would be nowhere between them.
+        pieces = (self.decode([id]) for id in range(self.vocab_size))
+        ids, whole = next(
+            (ids, self._tokenizer.encode(text).ids) for text in ["a", *pieces] if (ids := self.encode(text))
+        )
         at = next(i for i in range(len(whole)) if whole[i : i + len(ids)] == ids)
         return whole[:at], whole[at + len(ids) :]
 
@@ -143,6 +147,11 @@ class HuggingFace(SpecialIds):
     def encode_special(self, text: str) -> list[int]:
         """Returns the ids of a text, in which special pieces become special tokens."""
         return self._special_tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_special_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Returns the ids as `encode_special` does, and the characters (start, end) that each stands for."""
+        encoded = self._special_tokenizer.encode(text, add_special_tokens=False)
+        return encoded.ids, encoded.offsets
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text."""

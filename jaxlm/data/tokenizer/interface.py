@@ -78,6 +78,9 @@ class Tokenizer(Protocol):
     def encode_special(self, text: str) -> list[int]:
         """Encodes a text in which special tokens that are spelt out become themselves: for chat templates."""
 
+    def encode_special_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Returns the ids as `encode_special` does, and the characters (start, end) that each stands for."""
+
     def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Returns the ids of a text, and the characters (start, end) that each stands for.
 
@@ -110,11 +113,25 @@ def write_atomically(path: Path, data: bytes) -> Path:
     return path
 
 
-def split_special(text: str, special: Mapping[str, int], encode: Callable[[str], list[int]]) -> list[int]:
-    """Returns the ids of a text: pieces in `special` that it spells out have their ids there, the rest is `encode`d."""
+Offsets = tuple[list[int], list[tuple[int, int]]]
+
+
+def split_special(text: str, special: Mapping[str, int], encode: Callable[[str], Offsets]) -> Offsets:
+    """Returns the ids of a text and their characters.
+
+    Pieces in `special` that it spells out have their ids there, and `encode` gives the rest with offsets.
+    """
     names = sorted(filter(None, special), key=len, reverse=True)
     parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
-    return [id for part in parts if part for id in ([special[part]] if part in special else encode(part))]
+    ids: list[int] = []
+    spans: list[tuple[int, int]] = []
+    at = 0
+    for part in filter(None, parts):
+        new, places = ([special[part]], [(0, len(part))]) if part in special else encode(part)
+        ids += new
+        spans += [(at + a, at + z) for a, z in places]
+        at += len(part)
+    return ids, spans
 
 
 def trim_spans(text: str, spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

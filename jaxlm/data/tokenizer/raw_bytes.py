@@ -54,7 +54,11 @@ class Bytes(SpecialIds):
 
     def encode_special(self, text: str) -> list[int]:
         """Returns the ids of a text, in which special pieces become special tokens."""
-        return split_special(text, {piece: 256 + i for i, piece in enumerate(self.SPECIAL)}, self.encode)
+        return self.encode_special_offsets(text)[0]
+
+    def encode_special_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Returns the ids as `encode_special` does, and the characters (start, end) that each stands for."""
+        return split_special(text, {piece: 256 + i for i, piece in enumerate(self.SPECIAL)}, self.encode_offsets)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text."""
