@@ -4,6 +4,7 @@ R resamples, M counts.
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from jaxlm.evaluation.bootstrap import Figures, Sample
 from jaxlm.evaluation.metrics import UNSPACED, import_library
 
 KANA = re.compile(r"[\u3040-\u30ff]")
+# Thai, Lao, Tibetan, Myanmar and Khmer put no spaces between words either.
+SOUTH_EAST = re.compile(r"[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\ua9e0-\ua9ff\uaa60-\uaa7f]")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 Texts = Sequence[str]
 
@@ -27,20 +30,23 @@ class Scored(NamedTuple):
 
 
 def script(texts: Texts) -> str:
-    """Returns zh or ja where at least a third of the characters is of their scripts, which put no spaces between words.
-
-    Else it returns spaced.
-    """
-    whole = "".join(texts)
-    if 3 * len(UNSPACED.findall(whole)) < len("".join(whole.split())):
-        return "spaced"
-    return "ja" if KANA.search(whole) else "zh"
+    """Returns the kind of script that at least a third of the characters is of: zh, ja, or other for those of South
+    East Asia, all of which put no spaces between words; spaced for letters beyond Latin's; else latin."""
+    whole = "".join("".join(texts).split())
+    if whole and 3 * len(UNSPACED.findall(whole)) >= len(whole):
+        return "ja" if KANA.search(whole) else "zh"
+    if whole and 3 * len(SOUTH_EAST.findall(whole)) >= len(whole):
+        return "other"
+    beyond = sum(c > "\u024f" and unicodedata.category(c)[0] in "LM" for c in whole)
+    latin = sum(c <= "\u024f" and c.isalpha() for c in whole)
+    return "spaced" if beyond and 2 * beyond >= latin else "latin"
 
 
 def bleu(true: Texts, predicted: Texts) -> Scored:
-    """Computes BLEU and chrF by sacrebleu, from 0 to 100. Chinese is cut into characters: its words would give 0."""
+    """Computes BLEU and chrF by sacrebleu, from 0 to 100. Scripts without spaces are cut into characters: their
+    words would give 0."""
     sacrebleu = import_library("sacrebleu.metrics")
-    metric = sacrebleu.BLEU(tokenize={"zh": "zh", "ja": "char"}.get(script(true), "13a"))
+    metric = sacrebleu.BLEU(tokenize={"zh": "zh", "ja": "char", "other": "char"}.get(script(true), "13a"))
     chrf = sacrebleu.CHRF()
     whole, other = metric.corpus_score(predicted, [true]), chrf.corpus_score(predicted, [true])
     each = [metric.corpus_score([b], [[a]]) for a, b in zip(true, predicted, strict=True)]
@@ -57,21 +63,41 @@ def bleu(true: Texts, predicted: Texts) -> Scored:
     return Scored(dict(bleu=whole.score, chrf=other.score), about, Sample(counts_NM, figures, unit="texts"))
 
 
-class _Characters:
-    """Cuts texts for `rouge_score` into words, each character of a script without spaces being one."""
+class _Words:
+    """Cuts texts for `rouge_score` into words of any script: a character with its marks where none is spaced, else what
+    stands between spaces and punctuation."""
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(rf"{UNSPACED.pattern}|[a-z0-9]+", text.lower())
+        words, before = [], ""
+        for c in unicodedata.normalize("NFC", text).lower():
+            kind = "" if unicodedata.category(c)[0] not in "LMN" else "one" if self._is_unspaced(c) else "word"
+            joins = bool(words) and (kind == "word" == before or (before and kind and unicodedata.category(c)[0] == "M"))
+            if joins:
+                words[-1] += c
+            elif kind:
+                words.append(c)
+            before = before if joins else kind
+        return words
+
+    def _is_unspaced(self, c: str) -> bool:
+        return bool(UNSPACED.match(c) or SOUTH_EAST.match(c))
 
 
 def rouge(true: Texts, predicted: Texts) -> Scored:
-    """Computes ROUGE F1 by rouge-score, whose own words are a to z and 0 to 9 alone; each Chinese character is one."""
-    library, spaced = import_library("rouge_score.rouge_scorer"), script(true) == "spaced"
+    """Computes ROUGE F1 by rouge-score, whose own words are a to z and 0 to 9 alone.
+
+    A text of another script than Latin has that script's words, and each Chinese or Thai character is one.
+    """
+    library = import_library("rouge_score.rouge_scorer")
     names = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-    scorer = library.RougeScorer(names, use_stemmer=spaced, tokenizer=None if spaced else _Characters())
-    each = [scorer.score(a, b) for a, b in zip(true, predicted, strict=True)]
+    own = library.RougeScorer(names, use_stemmer=True)
+    others = library.RougeScorer(names, use_stemmer=False, tokenizer=_Words())
+    kinds = [script([text]) for text in true]
+    each = [(own if kind == "latin" else others).score(a, b) for a, b, kind in zip(true, predicted, kinds, strict=True)]
     values = {name: [s[name].fmeasure for s in each] for name in names}
-    about = f"ROUGE F1 by rouge-score, {'words by its own rules, stemmed' if spaced else 'characters'}; Lsum by lines"
+    cut = {"latin": "words by its own rules, stemmed", "spaced": "words of any script"}
+    found = dict.fromkeys(cut.get(kind, "characters") for kind in kinds)
+    about = f"ROUGE F1 by rouge-score, {', '.join(found)}; Lsum by lines"
     return Scored({name: float(np.mean(v)) for name, v in values.items()}, about, samples.means(values))
 
 

@@ -40,7 +40,38 @@ def test_summaries():
 
 
 def test_a_name_in_another_script_changes_nothing():
-    assert text_metrics.script(["The film 霸王别姬 was shown in Cannes, where it won."]) == "spaced"
+    assert text_metrics.script(["The film 霸王别姬 was shown in Cannes, where it won."]) == "latin"
+    assert text_metrics.script(["Dostoevsky (Достоевский) wrote the novel in Saint Petersburg."]) == "latin"
+
+
+SCRIPTS = {
+    "ru": ("Кошка сидит на ковре в зале", "Кошка лежит на ковре в зале", 6),
+    "ar": ("جلست القطة على السجادة في القاعة", "نامت القطة على السجادة في القاعة", 6),
+    "ko": ("고양이가 거실의 깔개 위에 앉아 있다", "고양이가 거실의 깔개 위에 누워 있다", 6),
+    "hi": ("बिल्ली हॉल में चटाई पर बैठी है", "बिल्ली हॉल में चटाई पर सोती है", 7),
+    "el": ("Η γάτα κάθεται στο χαλί", "Η γάτα κοιμάται στο χαλί", 5),
+    "he": ("החתול ישב על השטיח באולם", "החתול שכב על השטיח באולם", 5),
+    "th": ("แมวนั่งบนเสื่อ", "แมวนอนบนเสื่อ", None),
+    "km": ("ឆ្មាអង្គុយលើកន្ទេល", "ឆ្មាដេកលើកន្ទេល", None),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_texts_of_any_script_are_compared_by_its_words(name):
+    pytest.importorskip("rouge_score")
+    true, other, words = SCRIPTS[name]
+    same = text_metrics.rouge([true], [true])
+    assert same.figures == pytest.approx(dict(rouge1=1, rouge2=1, rougeL=1, rougeLsum=1))
+    found = text_metrics.rouge([true], [other]).figures
+    if words:
+        assert found["rouge1"] == pytest.approx((words - 1) / words), "one word of them is another"
+        assert "words of any script" in same.about
+    else:
+        assert 0.5 < found["rouge1"] < 1 and "characters" in same.about
+    mixed = text_metrics.rouge([true, *EN[0]], [true, *EN[1]]).figures
+    assert 3 * mixed["rouge2"] == pytest.approx(1 + 2 * text_metrics.rouge(*EN).figures["rouge2"]), "each by its own"
+    pytest.importorskip("sacrebleu")
+    assert text_metrics.bleu([true] * 2, [true] * 2).figures == pytest.approx(dict(bleu=100, chrf=100))
 
 
 def test_answers():
