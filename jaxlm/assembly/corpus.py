@@ -1,5 +1,6 @@
 """A corpus holds the tokenised training and validation data of a run, of which batches are made."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +56,14 @@ def corpus(data: config.Data, objective: BoundObjective) -> Corpus:
     train = [caches.open_cache(p["train"]) for p in paths]
     valid_paths = [prepared(s, 0.0)["train"] for s in data.valid] or [p["valid"] for p in paths]
     valid = [caches.open_cache(p) for p in valid_paths]
+    if jax.process_index() == 0:
+        for part in [*train, *valid]:
+            for note in part.notes:
+                print(note)
+        _warn_of_equal_documents(train, valid)
     if isinstance(records, TextPairs) and jax.process_index() == 0:
         for source, part in zip([*data.train, *(data.valid or data.train)], [*train, *valid], strict=True):
             _warn_of_cuts(objective, records, source, part)
-        keys = [[(c.document(i).tobytes(), "") for c in parts for i in range(len(c))] for parts in (train, valid)]
-        _warn_of_leaks(*keys)
     return Corpus(train, list(data.weights) or [float(len(c.tokens)) for c in train], valid)
 
 
@@ -98,6 +102,23 @@ def _warn_of_cuts(objective: BoundObjective, pairs: TextPairs, source: str, part
     if cut.any():
         print(f"{source}: of {len(lengths):,} pairs {cut[0]:,} sources and {cut[1]:,} targets lose their end; "
               f"raise train.seq_len to keep it")  # fmt: skip
+
+
+def _warn_of_equal_documents(train: Sequence[caches.Cache], valid: Sequence[caches.Cache]) -> None:
+    """Says how many validation documents, or pairs, are training documents too. Of the training documents only those
+    are read that are as long as one of validation."""
+
+    def digest(c: caches.Cache, i: int) -> bytes:
+        return hashlib.blake2b(c.document(i).tobytes(), digest_size=16).digest()
+
+    held = [digest(c, i) for c in valid for i in range(len(c))]
+    lengths = np.unique(np.concatenate([np.diff(c.offsets) for c in valid]))
+    wanted, seen = set(held), set()
+    for c in train:
+        for i in np.flatnonzero(np.isin(np.diff(c.offsets), lengths)).tolist():
+            if (key := digest(c, i)) in wanted:
+                seen.add(key)
+    _warn_of_leaks([(key, "") for key in seen], [(key, "") for key in held])
 
 
 def _warn_of_leaks(train: Sequence[tuple[Any, str]], valid: Sequence[tuple[Any, str]]) -> None:

@@ -33,7 +33,7 @@ from jaxlm.data import sources
 from jaxlm.data.spawn import script_hidden
 from jaxlm.data.tokenizer import Tokenizer
 
-VERSION = 1
+VERSION = 2
 BLOCK = 16 << 20
 
 
@@ -51,6 +51,7 @@ class Cache:
     vocab_size: int
     tokenizer_fingerprint: str
     pad_id: int  # 0 where the vocabulary has none; segment 0 marks padding anyway
+    notes: tuple[str, ...] = ()  # what a user should know of how the source was read
 
     def __len__(self) -> int:
         return len(self.raw_bytes)
@@ -94,6 +95,7 @@ def open_cache(path: str | Path, verify: bool = True) -> Cache:
         index["vocab_size"],
         index["tokenizer_fingerprint"],
         index["pad_id"],
+        tuple(index["notes"]),
     )
 
 
@@ -101,9 +103,12 @@ def texts(source: str, *, field: sources.Field = "text", holdout: float = 0.0, p
     """Yields the texts that a part of a cache was made of, in the cache's order: gzip and xz are compared on them."""
     if part not in ("train", "valid"):
         raise ValueError(f"part={part!r}: choose 'train' or 'valid'")
-    for document in sources.documents(source, field=field):
-        if sources.held_out(document.key, holdout) == (part == "valid"):
-            yield from document.texts
+    shards = sources.shards(source, field=field)
+    divide = sources.divides(shards, holdout)
+    for shard in shards:
+        for is_valid, document in sources.parts(shard, holdout, divide):
+            if is_valid == (part == "valid"):
+                yield from document.texts
 
 
 def prepare(
@@ -137,9 +142,10 @@ def prepare(
         return folders
     with _clear_errors(folder), _locked(folder), _removed_if_refused(folder):
         if not all((path / "index.json").is_file() for path in folders.values()):
-            _tokenise(shards, tokenizer, folder / "parts", holdout, workers, progress)
+            divide = sources.divides(shards, holdout)
+            _tokenise(shards, tokenizer, folder / "parts", (holdout, divide), workers, progress)
             for part in folders:
-                _merge(folder, part, shards, tokenizer, source)
+                _merge(folder, part, shards, tokenizer, source, divide)
             shutil.rmtree(folder / "parts")
     return folders
 
@@ -204,8 +210,12 @@ def _crc(path: Path) -> int:
 _worker_settings: dict[str, Any] = {}  # what every shard of this worker process needs, sent once
 
 
-def _start_worker(tokenizer: Tokenizer, folder: Path, holdout: float) -> None:
-    _worker_settings.update(tokenizer=tokenizer, folder=folder, holdout=holdout)
+Split = tuple[float, bool]
+"""A split is (the share that is held out, whether documents are divided for it)."""
+
+
+def _start_worker(tokenizer: Tokenizer, folder: Path, split: Split) -> None:
+    _worker_settings.update(tokenizer=tokenizer, folder=folder, split=split)
     parent = multiprocessing.parent_process()
     if parent is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
@@ -223,8 +233,8 @@ def _tokenise_shard(shard: sources.Shard) -> tuple[int, int, int]:
     tokenizer, path = _worker_settings["tokenizer"], _part_file(_worker_settings["folder"], shard)
     ids: dict[bool, list[np.ndarray]] = {False: [], True: []}
     sizes: dict[bool, list[int]] = {False: [], True: []}
-    for document in sources.read(shard):
-        is_valid = sources.held_out(document.key, _worker_settings["holdout"])
+    left_out: list[str] = []
+    for is_valid, document in sources.parts(shard, *_worker_settings["split"], left_out):
         tokens = [tokenizer.bos_id]
         for text in document.texts:
             tokens += [*tokenizer.encode(text), tokenizer.eos_id]
@@ -235,6 +245,7 @@ def _tokenise_shard(shard: sources.Shard) -> tuple[int, int, int]:
         arrays[f"{part}_tokens"] = np.concatenate([np.zeros(0, _dtype(tokenizer)), *ids[is_valid]])
         arrays[f"{part}_lengths"] = np.array([len(x) for x in ids[is_valid]], np.int64)
         arrays[f"{part}_bytes"] = np.array(sizes[is_valid], np.int64)
+    arrays["left_out"] = np.array([str(len(left_out)), *left_out[:1]])
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     _write(path, lambda file: _write_all(file, buffer.getbuffer()))
@@ -254,14 +265,14 @@ def _part_file(folder: Path, shard: sources.Shard) -> Path:
 
 
 def _tokenise(
-    shards: tuple[sources.Shard, ...], tokenizer: Tokenizer, folder: Path, holdout: float, workers: int, progress: bool
+    shards: tuple[sources.Shard, ...], tokenizer: Tokenizer, folder: Path, split: Split, workers: int, progress: bool
 ) -> None:
     """Tokenises every shard whose part isn't in `folder` yet."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = [shard for shard in shards if not _part_file(folder, shard).is_file()]
     with _progress_bar(len(missing), progress) as advance, contextlib.ExitStack() as stack:
         if workers <= 1:
-            _start_worker(tokenizer, folder, holdout)
+            _start_worker(tokenizer, folder, split)
             results: Iterator[tuple[int, int, int]] = map(_tokenise_shard, missing)
         else:
             # Spawned, not forked: JAX and the tokenizers run threads, and a fork would copy their locks.
@@ -269,7 +280,7 @@ def _tokenise(
                 min(workers, max(1, len(missing))),
                 multiprocessing.get_context("spawn"),
                 _start_worker,
-                (tokenizer, folder, holdout),
+                (tokenizer, folder, split),
             )
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
             with script_hidden((tokenizer, missing)):
@@ -305,7 +316,9 @@ def _progress_bar(total: int, progress: bool) -> Iterator[Callable[[int, int, in
 # ----------------------------------------------------------------------------------------------------- parts → a cache
 
 
-def _merge(folder: Path, part: str, shards: tuple[sources.Shard, ...], tokenizer: Tokenizer, source: str) -> None:
+def _merge(
+    folder: Path, part: str, shards: tuple[sources.Shard, ...], tokenizer: Tokenizer, source: str, divided: bool
+) -> None:
     """Joins the parts of a source in shard order into `folder/part`, which appears all at once."""
     if (folder / part / "index.json").is_file():
         return
@@ -313,6 +326,7 @@ def _merge(folder: Path, part: str, shards: tuple[sources.Shard, ...], tokenizer
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     lengths, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    left_out: list[list[str]] = []
 
     def write_tokens(file: IO[bytes]) -> None:
         for shard in shards:
@@ -320,14 +334,26 @@ def _merge(folder: Path, part: str, shards: tuple[sources.Shard, ...], tokenizer
                 file.write(arrays[f"{part}_tokens"].data)
                 lengths.append(arrays[f"{part}_lengths"])
                 sizes.append(arrays[f"{part}_bytes"])
+                left_out.append(arrays["left_out"].tolist())
 
     _write(building / "tokens.bin", write_tokens)
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
     raw = np.concatenate(sizes)
     if not len(raw):
         shutil.rmtree(building)
-        remedy = "give more text or change holdout" if part == "valid" else "name one with text, or lower holdout"
+        remedy = (
+            "raise holdout, name validation data, or give more text"
+            if part == "valid"
+            else "name one with text, or lower holdout"
+        )
         raise ValueError(f"{source}: the corpus is empty: not one document fell to {part!r}; {remedy}")
+    notes = []
+    if divided and part == "valid":
+        notes.append(f"{source}: no whole document falls to validation; {len(raw):,} pieces are held out of them, "
+                     f"{int(raw.sum()):,} bytes")  # fmt: skip
+    if (n := sum(int(count) for count, *_ in left_out)) and part == "train":
+        first = next(place for _, place in filter(lambda x: len(x) == 2, left_out))
+        notes.append(f"{source}: {n:,} pairs are left out, for one of their texts is empty (first: {first})")
     _write(building / "offsets.bin", lambda file: _write_all(file, offsets.data))
     _write(building / "raw_bytes.bin", lambda file: _write_all(file, raw.data))
     index = {
@@ -339,6 +365,7 @@ def _merge(folder: Path, part: str, shards: tuple[sources.Shard, ...], tokenizer
         "dtype": np.dtype(_dtype(tokenizer)).name,
         "vocab_size": tokenizer.vocab_size,
         "pad_id": tokenizer.pad_id or 0,
+        "notes": notes,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "files": {
             file.name: {"bytes": file.stat().st_size, "crc32": _crc(file)} for file in sorted(building.glob("*.bin"))

@@ -71,7 +71,9 @@ class _Words:
         words, before = [], ""
         for c in unicodedata.normalize("NFC", text).lower():
             kind = "" if unicodedata.category(c)[0] not in "LMN" else "one" if self._is_unspaced(c) else "word"
-            joins = bool(words) and (kind == "word" == before or (before and kind and unicodedata.category(c)[0] == "M"))
+            joins = bool(words) and (
+                kind == "word" == before or (before and kind and unicodedata.category(c)[0] == "M")
+            )
             if joins:
                 words[-1] += c
             elif kind:

@@ -161,7 +161,11 @@ def read_prompts(
 ) -> PromptSet:  # fmt: skip
     """Returns what a model reads of each pair as `make_prompts` gives it, and the true texts. A source that is too long
     loses its end, never what the tokenizer puts behind it."""
-    texts, true = zip(*(pair.texts for pair in sources.documents(source, field=fields(c))), strict=True)
+    left_out: list[str] = []
+    found = [pair.texts for pair in sources.documents(source, field=fields(c), left_out=left_out)]
+    if not found:
+        raise ValueError(f"data source {source!r} is empty: it holds no pair of which both texts say something")
+    texts, true = zip(*found, strict=True)
     prompts, encoder_inputs = make_prompts(texts)
     room = row.seq_len if encoder_inputs is not None else row.seq_len - new_tokens
     if room < 3:
@@ -172,6 +176,9 @@ def read_prompts(
     cut = sum(len(ids) > room for ids in whole)
     note = f"{source}: {cut:,} of {len(true):,} sources lose their end; raise train.seq_len to keep it"
     notes = [note] if cut else []
+    if left_out:
+        notes.append(f"{source}: {len(left_out):,} pairs are left out, for one of their texts is empty "
+                     f"(first: {left_out[0]})")  # fmt: skip
     if encoder_inputs is None:
         return PromptSet(fitting, None, list(true), notes)
     return PromptSet(prompts, fitting, list(true), notes)

@@ -89,6 +89,36 @@ def test_held_out_documents_are_the_other_part_and_come_back_as_text(corpus, tmp
     assert "choose 'train' or 'valid'" in _message(lambda: next(token_cache.texts(str(corpus), part="test")))
 
 
+@pytest.mark.parametrize("text", ["Citizen:\nSpeak é, speak.\n\n" * 400, "x" * 9000, "two words " * 900])
+def test_one_long_document_is_divided_for_validation(tmp_path, text):
+    """The classic first file: no whole document could be held out of it."""
+    for name, content in (("a.txt", text), ("a.jsonl", json.dumps(dict(text=text)))):
+        (tmp_path / name).write_text(content)
+        made = _prepare(tmp_path / name, tmp_path / "root", holdout=0.02)
+        train, valid = (token_cache.open_cache(made[part]) for part in ("train", "valid"))
+        whole = sum(int(c.raw_bytes.sum()) for c in (train, valid))
+        assert whole == len(text.encode()) and 0.01 < valid.raw_bytes.sum() / whole < 0.05
+        assert len(valid) <= 2 and len(train) <= 3, "neighbouring pieces are one document"
+        for part, opened in (("train", train), ("valid", valid)):
+            found = [bytes(opened.document(i)[1:-1].tolist()).decode() for i in range(len(opened))]
+            assert found == list(token_cache.texts(str(tmp_path / name), holdout=0.02, part=part))
+            assert all(piece in text for piece in found)
+        assert f"{tmp_path / name}: no whole document falls to validation; {len(valid)} pieces" in valid.notes[0]
+        assert token_cache.open_cache(_prepare(tmp_path / name, tmp_path / "root")["train"]).notes == ()
+
+
+def test_pairs_that_are_left_out_are_counted(tmp_path):
+    (tmp_path / "p.en").write_text("one\n\nthree\nfour\n")
+    (tmp_path / "p.de").write_text("eins\nzwei\n  \nvier\n")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(dict(en=a, de=b)) + "\n" for a, b in ("ab", ("", "c"))))
+    for name, n, first in (("p", 2, tmp_path / "p.en:2"), ("p.jsonl", 1, "p.jsonl@23")):
+        made = _prepare(tmp_path / name, tmp_path / "root", field=("en", "de"))
+        notes = token_cache.open_cache(made["train"]).notes
+        assert notes == (
+            f"{tmp_path / name}: {n} pairs are left out, for one of their texts is empty (first: {first})",
+        )
+
+
 def test_workers_change_nothing_and_the_second_call_does_no_work(corpus, tmp_path):
     one = _prepare(corpus, tmp_path / "one", Counting(), holdout=0.3)
     assert Counting.count == 60
@@ -160,7 +190,7 @@ def test_faults_are_one_clear_line(corpus, tmp_path):
 
 def test_a_worker_hands_on_the_fault_of_a_file(corpus, tmp_path):
     (corpus / "30.txt").write_bytes(b"ab\xff")
-    assert "30.txt is not UTF-8 at byte 2" in _message(lambda: _prepare(corpus, tmp_path / "root", workers=2))
+    assert "30.txt:1: not UTF-8 at byte 2" in _message(lambda: _prepare(corpus, tmp_path / "root", workers=2))
     (corpus / "30.txt").write_bytes(b"abc")
     assert len(token_cache.open_cache(_prepare(corpus, tmp_path / "root")["train"])) == 60
 

@@ -6,13 +6,17 @@ Each format has a module with two functions: `cut` makes shards of it, and `read
 import dataclasses
 import glob
 import hashlib
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from jaxlm.data.sources import jsonl, parallel_files, parquet, text_files, tfds
 from jaxlm.data.sources.shard import Document, Field, Shard
 
-__all__ = ["Document", "Field", "Shard", "documents", "held_out", "read", "shards"]
+__all__ = ["Document", "Field", "Shard", "divides", "documents", "held_out", "parts", "read", "shards"]
+
+SHORTEST_PIECE = 64  # characters of a piece that is held out of a document
 
 SUFFIXES = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl", ".parquet": "parquet"}
 CUTTERS = {"text": text_files.cut, "jsonl": jsonl.cut, "parquet": parquet.cut}
@@ -51,18 +55,87 @@ def shards(source: str, *, field: Field = "text") -> tuple[Shard, ...]:
     return tuple(dataclasses.replace(shard, name=f"{i:05d}-of-{len(result):05d}") for i, shard in enumerate(result))
 
 
-def read(shard: Shard) -> Iterator[Document]:
-    """Yields the documents of one shard in order; those without a single character, or half a pair, are left out."""
+def read(shard: Shard, left_out: list[str] | None = None) -> Iterator[Document]:
+    """Yields the documents of one shard in order; those without a single character, or half a pair, are left out.
+
+    The places of pairs that are left out are added to `left_out`.
+    """
     try:
-        yield from (document for document in READERS[shard.kind](shard) if all(document.texts))
+        for document in READERS[shard.kind](shard):
+            if document.second is None:
+                if document.text:
+                    yield document
+            elif all(text.strip() for text in document.texts):
+                yield document
+            elif left_out is not None:
+                left_out.append(_place(shard, document.key))
     except OSError as error:
         raise ValueError(f"{error.filename or shard.paths[0]} can't be read: {error.strerror or error}") from error
 
 
-def documents(source: str, *, field: Field = "text") -> Iterator[Document]:
-    """Yields all documents of a source, shard after shard."""
+def _place(shard: Shard, key: str) -> str:
+    """Returns file and line of a document where its key has them, else its key."""
+    return f"{shard.paths[0]}:{int(key.rpartition('@')[2]) + 1}" if shard.kind == "parallel" else key
+
+
+def documents(source: str, *, field: Field = "text", left_out: list[str] | None = None) -> Iterator[Document]:
+    """Yields all documents of a source, shard after shard; see `read`."""
     for shard in shards(source, field=field):
-        yield from read(shard)
+        yield from read(shard, left_out)
+
+
+def divides(shards: Sequence[Shard], holdout: float) -> bool:
+    """Returns whether documents are divided for validation, for not one whole document falls to it.
+
+    Pairs of texts can't be divided.
+    """
+    if not holdout or isinstance(shards[0].field, tuple):
+        return False
+    keys = (
+        key
+        for shard in shards
+        for key in (shard.keys if shard.kind == "text" else (document.key for document in read(shard)))
+    )
+    return not any(held_out(key, holdout) for key in keys)
+
+
+def parts(
+    shard: Shard, holdout: float, divide: bool, left_out: list[str] | None = None
+) -> Iterator[tuple[bool, Document]]:
+    """Yields (whether it is for validation, document) of one shard: whole documents, or parts of `divide`d ones."""
+    for document in read(shard, left_out):
+        if divide:
+            yield from _divided(document, holdout)
+        else:
+            yield held_out(document.key, holdout), document
+
+
+def _divided(document: Document, holdout: float) -> Iterator[tuple[bool, Document]]:
+    """Yields the parts of a document, which add up to it; those with the smallest hashes of so many are held out.
+
+    They end at a line's end where there is one, else at a blank.
+    """
+    text = document.text
+    count = min(math.ceil(2 / holdout), len(text) // SHORTEST_PIECE)
+    if count < 2:
+        yield False, document
+        return
+    bounds = sorted({0, len(text), *(_after_break(text, len(text) * i // count) for i in range(1, count))})
+    names = [f"{document.key}#{i}" for i in range(len(bounds) - 1)]
+    digests = [hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest() for name in names]
+    chosen = set(sorted(digests)[: max(1, round(holdout * len(names)))])
+    pieces = zip(names, digests, itertools.pairwise(bounds), strict=True)
+    for is_valid, several in itertools.groupby(pieces, lambda piece: piece[1] in chosen):
+        group = list(several)
+        yield is_valid, Document(group[0][0], text[group[0][2][0] : group[-1][2][1]])
+
+
+def _after_break(text: str, at: int) -> int:
+    """Returns the place after the next line's end, or else after the next blank, that isn't far; else `at`."""
+    for mark in ("\n", " "):
+        if (found := text.find(mark, at, at + 2000)) >= 0:
+            return found + 1
+    return at
 
 
 def held_out(key: str, share: float) -> bool:

@@ -101,6 +101,22 @@ def test_examples_that_stand_in_two_splits(tmp_path, monkeypatch, capsys, object
     assert f"(first: valid.{end}" in shown or objective[:3] in ("seq", "sft")
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_texts_that_are_learned_and_held_out_are_told(tmp_path, monkeypatch, capsys, whole):
+    """Plain text and records of text, of which windows are cut, as well as labelled examples."""
+    monkeypatch.chdir(tmp_path)
+    texts = [f"text {i}" for i in range(4)]
+    Path("a.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in texts))
+    Path("b.jsonl").write_text(
+        "".join(json.dumps(dict(text=t)) + "\n" for t in (texts if whole else [*texts[3:], "x y"]))
+    )
+    Path("c.py").write_text(CONFIG.format(objective="causal.Config()").replace("import answer", "import answer, causal")
+                            .replace("sft.Config |", "causal.Config | sft.Config |"))  # fmt: skip
+    assert cli.main(["data", "prepare", "c.py", "--data.train", "a.jsonl", "--data.valid", "b.jsonl"]) == 0
+    n, total = (4, 4) if whole else (1, 2)
+    assert f"{n} of {total} validation examples stand in the training data too" in capsys.readouterr().out
+
+
 def test_spans_that_stand_elsewhere(tmp_path, monkeypatch, capsys):
     wrong = ("b", 4, "Ann"), ("c", 0, "Oslo")
     status, shown = said(tmp_path, monkeypatch, capsys, "answer.Config()", asked(("a", 8, "Oslo"), *wrong))
