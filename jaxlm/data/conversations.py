@@ -209,8 +209,9 @@ def _parse_message(where: str, m: Any) -> dict[str, Any]:
 def _text(content: Any) -> str | None:
     """Returns a message's content if it is a text or a list of parts that are texts, else None."""
     if isinstance(content, list) and content:
-        parts = [p.get("text") if isinstance(p, dict) and p.get("type") == "text" else None for p in content]
-        return "".join(parts) if all(isinstance(p, str) for p in parts) else None
+        parts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type") == "text"]
+        texts = [text for text in parts if isinstance(text, str)]
+        return "".join(texts) if len(texts) == len(content) else None
     return content if isinstance(content, str) else None
 
 

@@ -35,10 +35,8 @@ def check_narrow(data: bytes, where: str) -> None:
 def _wide(data: bytes) -> str | None:
     """Returns the name of an encoding of 16 or 32 bits, by its mark, or without one by the zeros in its first bytes."""
     marked = next((name for mark, name in _WIDE.items() if data.startswith(mark)), None)
-    zeros = tuple(byte == 0 for byte in data[:4])
-    bare = {(True, True, True, False): "utf-32be", (False, True, True, True): "utf-32le",
-            (True, False, True, False): "utf-16be", (False, True, False, True): "utf-16le"}  # fmt: skip
-    return marked or bare.get(zeros)
+    zeros = "".join("0" if byte == 0 else "1" for byte in data[:4])
+    return marked or {"0001": "utf-32be", "1000": "utf-32le", "0101": "utf-16be", "1010": "utf-16le"}.get(zeros)
 
 
 def decode_line(data: bytes, where: str) -> str:

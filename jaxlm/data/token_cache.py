@@ -234,7 +234,8 @@ def _tokenise_shard(shard: sources.Shard) -> tuple[int, int, int]:
     ids: dict[bool, list[np.ndarray]] = {False: [], True: []}
     sizes: dict[bool, list[int]] = {False: [], True: []}
     left_out: list[str] = []
-    for is_valid, document in sources.parts(shard, *_worker_settings["split"], left_out):
+    holdout, divide = _worker_settings["split"]
+    for is_valid, document in sources.parts(shard, holdout, divide, left_out):
         tokens = [tokenizer.bos_id]
         for text in document.texts:
             tokens += [*tokenizer.encode(text), tokenizer.eos_id]

@@ -68,7 +68,8 @@ class _Words:
     stands between spaces and punctuation."""
 
     def tokenize(self, text: str) -> list[str]:
-        words, before = [], ""
+        words: list[str] = []
+        before = ""
         for c in unicodedata.normalize("NFC", text).lower():
             kind = "" if unicodedata.category(c)[0] not in "LMN" else "one" if self._is_unspaced(c) else "word"
             joins = bool(words) and (
