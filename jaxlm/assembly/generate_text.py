@@ -11,6 +11,7 @@ import numpy as np
 from jaxlm.assembly.model_source import Source
 from jaxlm.assembly.open_model import Place, Pretrained, open_model, source_of, with_row_adapters
 from jaxlm.data.text_input import read_text
+from jaxlm.data.tokenizer import SpelledSpecial
 from jaxlm.inference import stream
 from jaxlm.inference.chat import Chat, converse
 from jaxlm.inference.embed import Recipe, embed_texts, read_recipe
@@ -55,8 +56,11 @@ def generate(
     draft: str | None = None,
     proposals: int = 4,
     adapters: Sequence[str] = (),
+    special: bool = False,
 ) -> list[list[stream.Answer]]:
     """Returns the new texts of each prompt.
+
+    With `special`, special tokens that a prompt spells, such as `<|im_start|>`, are read as such, else as characters.
 
     `draft` is a smaller model of the same tokenizer that proposes tokens, or `lookup`, which proposes what followed the
     last two tokens before. `adapters` are those of each prompt, in one batch.
@@ -66,7 +70,7 @@ def generate(
         if len(adapters) != len(prompts) or draft is not None:
             raise ValueError("adapter: give one for each `prompt`, in their order and without `draft`; - is none")
         p = with_row_adapters(p, adapters)
-    ids, source = p.prompts(prompts)
+    ids, source = _prompts(p, prompts, special)
     with mesh.on_mesh(p.mesh):
         run = p.generator()
         weights = run.prepare(p.params)
@@ -80,6 +84,20 @@ def generate(
         fast = Speculative(run, None if proposer is None else proposer.generator(), proposals)
         completions = fast(weights, None if proposer is None else proposer.params, ids, sampling).completions
         return [[stream.Answer(p.tokens.decode(c.tokens), c) for c in several] for several in completions]
+
+
+def _prompts(p: Pretrained, texts: Sequence[str], special: bool) -> tuple[list[list[int]], list[list[int]] | None]:
+    """Returns what the model reads of prompts, and says how it reads special tokens that they spell."""
+    spelled = [set(p.tokens.encode_special(text)) - set(p.tokens.encode(text)) for text in texts]
+    if pieces := ", ".join(dict.fromkeys(p.tokens.piece(id) for ids in spelled for id in sorted(ids))):
+        how = "special tokens" if special else "characters; with `special` they are special tokens"
+        print(f"prompt: {pieces} are read as {how}", file=sys.stderr)
+    if not special:
+        return p.prompts(texts)
+    view = dataclasses.replace(p, source=dataclasses.replace(p.source, tokens=SpelledSpecial(p.tokens)))
+    ids, source = view.prompts(texts)
+    bos = p.tokens.bos_id  # a prompt that spells it has no second one
+    return [prompt[1:] if prompt[:2] == [bos, bos] else prompt for prompt in ids], source
 
 
 def chat(

@@ -1,6 +1,5 @@
 """Inputs without labels are labelled by a fine-tuned model: texts, or rows of a table."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ from jaxlm.assembly import corpus
 from jaxlm.assembly.open_model import Place, open_model, program
 from jaxlm.core.errors import one_line
 from jaxlm.data.labelled import tables
+from jaxlm.data.text_input import parse_json, read_lines
 from jaxlm.objectives.objective import Use
 from jaxlm.runtime import mesh
 
@@ -45,8 +45,8 @@ def _rows(use: Use, c: Any, inputs: Sequence[Input], data: str | None) -> Iterab
         return [_row(use, c, f"input {i}", one) for i, one in enumerate(inputs)]
     if not data.lower().endswith(".txt"):
         return use.rows(c, data)
-    with open(tables.existing_file(data), encoding="utf-8-sig") as file:
-        return [_row(use, c, f"{data}:{i}", line.strip()) for i, line in enumerate(file, 1) if line.strip()]
+    lines = read_lines(tables.existing_file(data))
+    return [_row(use, c, f"{data}:{i}", line.strip()) for i, line in lines if line.strip()]
 
 
 def _row(use: Use, c: Any, where: str, one: Input) -> tables.Row:
@@ -64,7 +64,6 @@ def parse(text: str, where: str) -> Input:
     if not text.lstrip().startswith("{"):
         return text
     try:
-        value = json.loads(text)
+        return parse_json(text, where)
     except ValueError as error:
-        raise ValueError(f"{where}: begins as JSON and isn't: {one_line(error)}") from None
-    return value
+        raise ValueError(f"{where}: begins as JSON and isn't: {one_line(error).removeprefix(f'{where}: ')}") from None

@@ -74,5 +74,6 @@ class DataInspect(OnRun):
         objective = open_model.bound_objective(run, start)
         loader = corpus.training_loader(run, objective, corpus.corpus(run.data, objective), None)
         for i in range(self.examples):
-            dry_run.show_example(loader.example(i), objective.tokenizer, f"example {i}")
+            labels = dry_run.label_names(run.objective)
+            dry_run.show_example(loader.example(i), objective.tokenizer, f"example {i}", labels)
         return 0

@@ -1,9 +1,10 @@
 """`jaxlm train --dry-run` shows the resolved run, its parameters, its memory and one decoded batch, without
 training."""
 
+import itertools
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ def show(run: config.Run, start: StartModel, origins: Mapping[str, str]) -> int:
         f"{run.train.steps * run.train.batch_size / loader.examples_per_epoch:.2f} epochs"
     )
     show_memory(p, loader)
-    show_example(loader.example(0), p.tokens, "first training example")
+    show_example(loader.example(0), p.tokens, "first training example", label_names(run.objective))
     return 0
 
 
@@ -84,13 +85,22 @@ def show_memory(p: program.Program, loader: Any) -> None:
     )
 
 
-def show_example(example: Mapping[str, np.ndarray], tokens: Any, title: str) -> None:
-    """Prints an example decoded, with the targets that count underlined and every document in its own colour."""
+def label_names(objective: Any) -> Sequence[str]:
+    """Returns the labels of an objective's settings, in the order of their numbers; none where it has no such field."""
+    return dict(vars(objective)).get("labels", ())
+
+
+def show_example(example: Mapping[str, np.ndarray], tokens: Any, title: str, labels: Sequence[str] = ()) -> None:
+    """Prints an example decoded, without its padding, with the targets that count marked and its labels by name.
+
+    On a terminal marks are lines below the text and every document has its own colour; elsewhere marks are brackets and
+    every document has its own line.
+    """
     if "source" in example:
         show_both_sides(example, tokens, title)
         return
     if "weights" not in example:
-        show_whole(example, tokens, title)
+        show_whole(example, tokens, title, labels)
         return
     ids, segments, counts = example["tokens"], example["segments"], example["weights"] > 0
     if "at" in example:
@@ -100,39 +110,73 @@ def show_example(example: Mapping[str, np.ndarray], tokens: Any, title: str) -> 
         ahead = np.array_equal(example["targets"][:-1][counts[:-1]], ids[1:][counts[:-1]])
         at = set((np.flatnonzero(counts) + ahead).tolist())
     marked = [t in at for t in range(len(ids))]
-    console.print(f"{title}: {len(ids)} tokens in {len(set(segments[segments > 0].tolist()))} document(s), "
-                  f"{sum(marked)} of them targets (underlined)")  # fmt: skip
-    console.print(decoded(ids, segments, tokens, marked))
+    real = int((segments > 0).sum())
+    console.print(f"{title}: {real} tokens{padding(len(ids) - real)} in {len(set(segments[segments > 0].tolist()))} "
+                  f"document(s), {sum(marked)} of them targets {MARKED[console.is_terminal]}")  # fmt: skip
+    print_text(decoded(ids, segments, tokens, marked))
+    if labels:
+        console.print(f"labels: {' '.join(labels[i] for i in example['targets'][counts].tolist())}", markup=False)
 
 
-def show_whole(example: Mapping[str, np.ndarray], tokens: Any, title: str) -> None:
+MARKED = {True: "(underlined)", False: "(in brackets ⟦ ⟧)"}
+
+
+def padding(n: int) -> str:
+    """Returns what is said of so many positions of padding."""
+    return f" (and {n} of padding)" if n else ""
+
+
+def print_text(text: rich.text.Text) -> None:
+    """Prints a text, which is only broken into lines where a terminal must."""
+    console.print(text, soft_wrap=not console.is_terminal)
+
+
+def show_whole(example: Mapping[str, np.ndarray], tokens: Any, title: str, labels: Sequence[str]) -> None:
     """An example that is judged as a whole: its text, or its texts, and what is wanted of it."""
     rows, segments = (np.atleast_2d(example[name]) for name in ("tokens", "segments"))
     for ids, segment in zip(rows, segments, strict=True):
         n = int((segment > 0).sum())
-        console.print(f"{title}: {n} of {len(ids)} tokens")
-        console.print(decoded(ids[:n], segment[:n], tokens, [False] * n))
-    wanted = {name: leaf for name, leaf in example.items() if np.shape(leaf) != example["tokens"].shape}
-    console.print(", ".join(f"{name} {np.asarray(leaf).tolist()}" for name, leaf in wanted.items()))
+        console.print(f"{title}: {n} tokens{padding(len(ids) - n)}")
+        print_text(decoded(ids[:n], segment[:n], tokens, [False] * n))
+    wanted = {name: np.asarray(leaf) for name, leaf in example.items() if np.shape(leaf) != example["tokens"].shape}
+    said = (f"{name} {named(leaf, labels)}" for name, leaf in wanted.items())
+    console.print(", ".join(said), markup=False)
+
+
+def named(leaf: np.ndarray, labels: Sequence[str]) -> str:
+    """Returns an array as text; one with a 1 for each label, or for the choice, that is right names them."""
+    if leaf.dtype.kind == "f" and leaf.ndim == 1 and np.isin(leaf, (0, 1)).all():
+        if len(labels) == len(leaf):
+            return " ".join(label for label, holds in zip(labels, leaf, strict=True) if holds) or "no label"
+        if not labels and leaf.sum() == 1:
+            return f"number {leaf.argmax()}"
+    return str(leaf.tolist())
 
 
 def show_both_sides(example: Mapping[str, np.ndarray], tokens: Any, title: str) -> None:
     """An encoder-decoder's row: what it reads, then what it is to write; what belongs together has one colour."""
     marked = (example["weights"] > 0).tolist()
     read, written = example["source_segments"], example["segments"]
-    console.print(
-        f"{title}, source: {(read > 0).sum()} of {len(read)} tokens, {len(set(read[read > 0].tolist()))} text(s)"
-    )
-    console.print(decoded(example["source"], read, tokens, [False] * len(read)))
-    console.print(f"{title}, target: {len(written)} tokens, {sum(marked)} of them targets (underlined)")
-    console.print(decoded(example["targets"], written, tokens, marked))
+    for side, ids, segments, marks in (("source", example["source"], read, [False] * len(read)),
+                                       ("target", example["targets"], written, marked)):  # fmt: skip
+        real = int((segments > 0).sum())
+        targets = f", {sum(marks)} of them targets {MARKED[console.is_terminal]}" if side == "target" else ""
+        texts = len(set(segments[segments > 0].tolist()))
+        console.print(f"{title}, {side}: {real} tokens{padding(len(ids) - real)} in {texts} text(s){targets}")
+        print_text(decoded(ids, segments, tokens, marks))
 
 
 def decoded(ids: np.ndarray, segments: np.ndarray, tokens: Any, marked: list[bool]) -> rich.text.Text:
-    text = rich.text.Text()
-    for id, segment, mark in zip(ids.tolist(), segments.tolist(), marked, strict=True):
-        colour = "dim" if segment == 0 else ("cyan", "green", "magenta", "yellow")[segment % 4]
+    """Returns the text of tokens without padding; special tokens are spelled."""
+    text, before = rich.text.Text(), 0
+    real = (each for each in zip(ids.tolist(), segments.tolist(), marked, strict=True) if each[1])
+    for (segment, mark), run in itertools.groupby(real, key=lambda each: each[1:]):
         # An objective may use rows of the model's vocabulary that the tokenizer doesn't know.
-        piece = tokens.piece(id) if id < tokens.vocab_size else f"<row {id}>"
-        text.append(piece, style=colour + (" underline" if mark else ""))
+        several = (tokens.token_bytes[id] if id < tokens.vocab_size else f"<row {id}>".encode() for id, *_ in run)
+        part = b"".join(several).decode("utf-8", "replace")
+        if not console.is_terminal:
+            part = ("\n" if before not in (0, segment) else "") + (f"⟦{part}⟧" if mark else part)
+        colour = ("cyan", "green", "magenta", "yellow")[segment % 4]
+        text.append(part, style=colour + (" underline" if mark else ""))
+        before = segment
     return text

@@ -54,6 +54,8 @@ class Generate(OnModel):
     """Of each prompt in turn, PEFT's files or none: one batch goes through several adapters."""
     proposals: Count = 4
     """Tokens that the draft proposes at a time."""
+    special: bool = False
+    """Reads special tokens that a prompt spells, such as <|im_start|>, as such and not as characters."""
     step: Natural | None = None
     """The checkpoint's; None: the newest."""
     json: Json = False
@@ -65,7 +67,8 @@ class Generate(OnModel):
         source, how = self.chosen(rest)
         if not self.prompt:
             raise ValueError("give a --prompt")
-        more: dict[str, Any] = dict(draft=self.draft, proposals=self.proposals, adapters=self.adapter)
+        more: dict[str, Any] = dict(draft=self.draft, proposals=self.proposals, adapters=self.adapter,
+                                    special=self.special)  # fmt: skip
         found = generate_text.generate(source, self.prompt, how, self.step, **more)
         for prompt, answers in zip(self.prompt, found, strict=True):
             for answer in answers:

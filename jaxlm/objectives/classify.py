@@ -4,12 +4,8 @@ An encoder is read at its first token (through its pooler where it has one), a d
 D model width, L labels.
 """
 
-<<<<<<< HEAD
-from collections.abc import Iterable, Sequence
-=======
 import math
-from collections.abc import Sequence
->>>>>>> 48c4f28 (Every reader decodes by one room: marks go, other encodings and values that are no text are told with their place)
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 

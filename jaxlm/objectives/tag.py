@@ -189,7 +189,7 @@ def rows(c: Config, source: str) -> Iterable[tables.Row]:
     """Yields the sentences of CoNLL columns, or the rows of a table with a `text` or a list of `words`."""
     if not source.endswith(COLUMNS):
         return tables.read(source)
-    return (tables.Row(e.where, {"words": list(e.words)}) for e in conll.read(source, c.word, c.word).examples)
+    return (tables.Row(e.where, {"words": list(e.words)}) for e in conll.read(source, c.word, None).examples)
 
 
 def unlabelled(c: Config, lines: Sequence[tables.Row], row: RowShape, tokenizer: Tokenizer) -> list[Sentence]:

@@ -86,9 +86,10 @@ def home(tmp_path: Path):
 def test_data_inspect_shows_rows_and_how_much_of_them_is_learned(objective, home, capsys):
     assert cli.main(["data", "inspect", home(objective), "--examples", "2"]) == 0
     shown = capsys.readouterr().out
-    marked = [int(n) for n in re.findall(r"(\d+) (?:of them )?targets \(underlined\)", shown)]
+    marked = [int(n) for n in re.findall(r"(\d+) (?:of them )?targets \(in brackets", shown)]
     assert len(marked) == 2 and min(marked) > 0
-    assert ("Hunde" in shown.replace("\u2581", " ")) == (objective in ("seq2seq", "translation"))
+    assert "<pad>" not in shown and "⟦" in shown and "\u2581" not in shown
+    assert ("Hunde" in shown.replace("⟦", "").replace("⟧", "")) == (objective in ("seq2seq", "translation"))
 
 
 @pytest.mark.parametrize(

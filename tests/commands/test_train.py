@@ -243,7 +243,7 @@ def test_dry_run_shows_where_values_come_from_and_writes_nothing(home: Path, cap
         "blocks/q",
         "adamw, decay 0.1",
         "MiB a device",
-        "targets (underlined)",
+        "targets (in brackets",
     ):
         assert words in shown
     assert not (home / "runs").exists()
@@ -262,13 +262,44 @@ def test_dry_run_shows_examples_that_are_judged_as_a_whole(
     record, row = dict(texts=texts, answer=1), RowShape(8, "encoder")
     dry_run.show_example(choice.example(choice.Config(most=2), record, row, tokens, rng), tokens, "first")
     shown = capsys.readouterr().out
-    assert "one" in shown and "two" in shown and "first: 3 of 8 tokens" in shown and "target [0.0, 1.0]" in shown
+    assert (
+        "one" in shown
+        and "two" in shown
+        and "first: 3 tokens (and 5 of padding)" in shown
+        and "target number 1" in shown
+    )
+    assert dry_run.named(np.array([0, 1, 1], np.float32), ("no", "yes", "so")) == "yes so"
     words = tag.Config(labels=("O", "B"))
     row = tag.example(words, dict(ids=[*b"ab cd"], firsts=[0, 3], tags=[1, 0]), RowShape(5), tokens, rng)
     marked: list[bool] = []
     monkeypatch.setattr(dry_run, "decoded", lambda ids, segments, tokens, marks: marked.extend(marks))
-    dry_run.show_example(row, tokens, "first")
+    monkeypatch.setattr(dry_run, "print_text", lambda text: None)
+    dry_run.show_example(row, tokens, "first", ("O", "B"))
+    assert "labels: B O" in capsys.readouterr().out
     assert marked == [True, False, False, True, False], "the words' own first tokens"
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "word_piece"])
+def test_examples_are_shown_as_their_text(kind: str) -> None:
+    """Whatever a vocabulary's spelling, without padding, and marked where no terminal could underline."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from jaxlm.commands import dry_run
+    from jaxlm.data.tokenizer import HuggingFace
+
+    if kind == "byte_level":
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        made = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        words = ["[UNK]", "a", "caf", "##é", "世", "##界"]
+        made = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+        made.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokens = HuggingFace(made.to_str())
+    first, second = tokens.encode("a café"), tokens.encode(" 世界")
+    ids, segments = np.array([*first, *second, 0, 0]), np.array([1] * len(first + second) + [0] * 2)
+    marked = [len(first) <= t < len(first + second) for t in range(len(ids))]
+    assert dry_run.decoded(ids, segments, tokens, marked).plain.strip() == "a café⟦ 世界⟧"
 
 
 def test_every_shipped_config_loads_and_its_weights_are_declared() -> None:
@@ -294,7 +325,7 @@ def test_the_small_commands(home: Path, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["doctor"]) == 0
     assert "jaxlib" in capsys.readouterr().out
     assert cli.main(["data", "inspect", str(home / "c.py"), "--examples", "1"]) == 0
-    assert "of them targets (underlined)" in capsys.readouterr().out
+    assert "of them targets (in brackets" in capsys.readouterr().out
     assert cli.main(["data", "prepare", str(home / "c.py")]) == 0
     assert "documents" in capsys.readouterr().out
     made = home / "made.model"

@@ -25,8 +25,8 @@ def lines(path: Path) -> Iterator[tuple[int, list[str]]]:
         yield number, [cell.strip(" ") for cell in cells]
 
 
-def read(source: str, word: int = 0, tag: int = -1) -> Split:
-    """Reads the sentences of a file; `word` and `tag` are the numbers of their columns.
+def read(source: str, word: int = 0, tag: int | None = -1) -> Split:
+    """Reads the sentences of a file; `word` and `tag` are the numbers of their columns; None: words have no tags.
 
     Tags that mark spans (IOB1, IOB2, BIOES) become IOB2. Raises ValueError, which names file and line, if lines differ
     in their count of columns or tags mix spans with others.
@@ -53,15 +53,16 @@ def read(source: str, word: int = 0, tag: int = -1) -> Split:
         width = width or len(cells)
         if len(cells) != width:
             raise ValueError(f"{path}:{number}: {len(cells)} columns, where the first line has {width}; correct it")
-        if not (-width <= word < width and -width <= tag < width):
+        if not all(-width <= column < width for column in (word, 0 if tag is None else tag)):
             raise ValueError(f"{path}:{number}: {width} columns; objective.word or objective.tag names one beyond them")
         if not words:
             first = number
-        if not cells[word] or not cells[tag] or " " in cells[tag]:
-            raise ValueError(f"{path}:{number}: word {cells[word]!r} with tag {cells[tag]!r}; divide columns by tabs "
+        label = "-" if tag is None else cells[tag]
+        if not cells[word] or not label or " " in label:
+            raise ValueError(f"{path}:{number}: word {cells[word]!r} with tag {label!r}; divide columns by tabs "
                              "throughout, or by blanks throughout, and leave none empty")  # fmt: skip
         words.append(cells[word])
-        tags.append(cells[tag])
+        tags += [] if tag is None else [label]
     end_sentence()
     _check_marks(sentences)
     converted = [replace(s, tags=to_iob2(s.tags)) for s in sentences]

@@ -6,7 +6,7 @@
 from pathlib import Path
 
 from jaxlm.data.tokenizer.hugging_face import HuggingFace, post_processor, read_tokenizer_json
-from jaxlm.data.tokenizer.interface import KINDS, SpecialIds, Tokenizer, write_atomically
+from jaxlm.data.tokenizer.interface import KINDS, SpecialIds, SpelledSpecial, Tokenizer, write_atomically
 from jaxlm.data.tokenizer.raw_bytes import Bytes
 from jaxlm.data.tokenizer.sentence_piece import SPACE, SentencePiece
 
@@ -17,6 +17,7 @@ __all__ = [
     "HuggingFace",
     "SentencePiece",
     "SpecialIds",
+    "SpelledSpecial",
     "Tokenizer",
     "load",
     "post_processor",

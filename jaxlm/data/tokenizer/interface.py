@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -102,6 +102,20 @@ class Tokenizer(Protocol):
 
     def save(self, folder: str | Path) -> Path:
         """Writes the tokenizer into a folder, from which `load` reads it; returns the path of its main file."""
+
+
+class SpelledSpecial:
+    """A tokenizer that differs from another one in this alone: special tokens that a text spells are read as such."""
+
+    def __init__(self, tokens: Tokenizer) -> None:
+        self._tokens = tokens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokens, name)
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, in which special pieces become special tokens."""
+        return self._tokens.encode_special(text)
 
 
 def write_atomically(path: Path, data: bytes) -> Path:
