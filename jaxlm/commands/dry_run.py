@@ -149,7 +149,7 @@ def named(leaf: np.ndarray, labels: Sequence[str]) -> str:
         if len(labels) == len(leaf):
             return " ".join(label for label, holds in zip(labels, leaf, strict=True) if holds) or "no label"
         if not labels and leaf.sum() == 1:
-            return f"number {leaf.argmax()}"
+            return f"number {int(np.argmax(leaf))}"
     return str(leaf.tolist())
 
 
