@@ -46,19 +46,23 @@ class Keeper:
     on_step: Callable[[int, dict[str, float]], None] | None = None
     best: float = math.inf
     """The best score of a validation so far."""
+    tokens: int = 0
+    """Tokens that were read so far, without padding."""
 
     def log_step(self, step: int, metrics: dict, data_s: float, step_s: float) -> None:
         """Shows a step, and logs every `log_every`th."""
         c = self.p.run.train
-        tokens = c.batch_size * c.seq_len
+        positions = c.batch_size * c.seq_len
+        tokens = int(metrics.get("tokens", positions))  # batches of other packages' objectives may have no segments
+        self.tokens += tokens
         self.watch.beat(data_s + step_s)
-        self.meter.update(data_s=data_s, step_s=step_s, tokens=tokens)
+        self.meter.update(data_s=data_s, step_s=step_s, tokens=tokens, positions=positions)
         reading = self.meter.read()
         self.progress.update(step, metrics, reading)
         if self.on_step is not None:
             self.on_step(step, metrics)
         if step % c.log_every == 0 or step == c.steps or not metrics["finite"]:
-            self.log.train(step, metrics | {"tokens": step * tokens}, reading)
+            self.log.train(step, metrics | {"tokens": self.tokens}, reading)
 
     def validate(self, step: int, state: Any) -> dict:
         """Returns the validation's metrics with their score."""
@@ -75,7 +79,8 @@ class Keeper:
     def save(self, step: int, state: Any, validation: dict | None, stopping: dict) -> None:
         """Saves a checkpoint."""
         run = self.p.run
-        meta = {"step": step, "loader": self.loader.state(step), "config": config_io.to_dict(run), "stopping": stopping}
+        meta = {"step": step, "loader": self.loader.state(step), "config": config_io.to_dict(run), "stopping": stopping,
+                "tokens": self.tokens}  # fmt: skip
         metrics = {"valid/score": validation["score"]} if validation else None
         self.checkpoints.save(step, run_directory.saved(state, self.p.adapter), meta, metrics=metrics)
         self.meter.pause()

@@ -164,6 +164,7 @@ def _run(
     meter, watch = _meter(p, start), _watchdog(run, compile_seconds)
     with Progress(c.steps, enabled=main) as progress, watch:
         keeper = training_hooks.Keeper(p, loader, checkpoints, log, meter, watch, progress, validate, gain, on_step)
+        keeper.tokens = int(meta.get("tokens", start * c.batch_size * c.seq_len))
         keeper.best = float(meta.get("stopping", {}).get("best", math.inf))
         hooks = loop.Hooks(
             batches=loader.iterate,

@@ -44,13 +44,14 @@ class Meter:
         now: Any = clock.perf_counter,
     ):
         self._steps, self._done, self._flops, self._peak, self._now = steps, start, flops or {}, peak, now
-        self._window: collections.deque[tuple[float, float, float, int]] = collections.deque(maxlen=window)
+        self._window: collections.deque[tuple[float, float, float, int, int]] = collections.deque(maxlen=window)
         self._begin = self._last = now()
 
-    def update(self, *, data_s: float, step_s: float, tokens: int) -> None:
-        """Records a training step: seconds waited for data, seconds in the step, and tokens of all devices in it."""
+    def update(self, *, data_s: float, step_s: float, tokens: int, positions: int | None = None) -> None:
+        """Records a training step: seconds waited for data, seconds in the step, tokens of all devices in it, and the
+        positions they stand in, which are computed whether they are padding or not; None: there is no padding."""
         now = self._now()
-        self._window.append((now - self._last, data_s, step_s, tokens))
+        self._window.append((now - self._last, data_s, step_s, tokens, tokens if positions is None else positions))
         self._last = now
         self._done += 1
 
@@ -67,10 +68,12 @@ class Meter:
         elapsed = self._now() - self._begin
         if not self._window:
             return {"elapsed_s": elapsed}
-        wall, data, step, _ = (sum(column) for column in zip(*self._window, strict=True))
-        speed = statistics.median(tokens / max(seconds, 1e-9) for seconds, _, _, tokens in self._window)
+        wall, data, step, *_ = (sum(column) for column in zip(*self._window, strict=True))
+        speed, computed = (
+            statistics.median(one[i] / max(one[0], 1e-9) for one in self._window) for i in (3, 4)
+        )  # tokens, positions
         typical = statistics.median(seconds for seconds, *_ in self._window)
-        mfu = {name: speed * flops / self._peak if self._peak else None for name, flops in self._flops.items()}
+        mfu = {name: computed * flops / self._peak if self._peak else None for name, flops in self._flops.items()}
         return {
             "tokens_per_s": speed,
             "step_s": typical,

@@ -150,10 +150,7 @@ def _median(logs: Logs, name: str) -> float | None:
 
 
 def _tokens(logs: Logs) -> float | None:
-    train = logs.config.get("train", {})
-    if not logs.train or not {"batch_size", "seq_len"} <= train.keys():
-        return None
-    return logs.train[-1]["step"] * train["batch_size"] * train["seq_len"]
+    return logs.train[-1].get("tokens") if logs.train else None
 
 
 def _elapsed(logs: Logs) -> float:

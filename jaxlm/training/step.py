@@ -112,6 +112,12 @@ def flat_metrics(sums: dict[str, dict[str, jax.Array]], totals: dict[str, jax.Ar
     return means if single else means | {"loss": sum((means[f"{name}/loss"] for name in sums), jnp.zeros(()))}
 
 
+def num_tokens(batch: Batch[jax.Array]) -> jax.Array:
+    """Returns how many tokens a batch has on both sides; padding is none."""
+    count = jnp.count_nonzero(batch["segments"])
+    return count + jnp.count_nonzero(batch["source_segments"]) if "source_segments" in batch else count
+
+
 def make_train_step(
     loss: Loss,
     totals_of: Totals,
@@ -182,6 +188,8 @@ def make_train_step(
             new = new.replace(params=constrain(new.params, shardings.weights))
         if host:
             new = new.replace(opt=_move(new.opt, jax.memory.Space.Host))
+        if "segments" in batch:
+            metrics |= {"tokens": num_tokens(batch)}
         metrics |= dict(grad_norm=norm, lr=optimizer.schedule(state.step), finite=finite.astype(jnp.float32))
         return new.replace(step=state.step + 1), metrics
 

@@ -52,6 +52,8 @@ def test_conversations_are_learned(tmp_path, capsys):
     assert train[-1]["loss"] < train[0]["loss"]
     # Only "yes N</s>" counts: 6 or 7 of some 30 tokens.
     assert train[0]["weight/tokens"] < 0.3 * 8 * 64
+    # Tokens are those that are read: rows end in padding where no whole conversation fits.
+    assert 0.5 * 8 * 64 < train[0]["tokens"] < 8 * 64 and 5 * 0.5 * 8 * 64 < train[-1]["tokens"] < 6 * 8 * 64
     assert cli.main(["eval", str(tmp_path / "r")]) == 0
 
 
