@@ -77,7 +77,7 @@ def test_the_chart_of_compressors_has_bits_per_byte_alone(page):
 
 
 def test_the_speed_is_tokens_over_time(page):
-    """40 steps of 100 tokens, in 128 positions, in 24 + 15 seconds; the median of the steps is another figure, and says so."""
+    """40 steps of 100 tokens in 128 positions took 24 + 15 seconds; the median of the steps is another figure."""
     assert f"Tokens per second {40 * 100 / 39:,.0f} a typical step 1,02" in text(page)
 
 
