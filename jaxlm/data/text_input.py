@@ -64,8 +64,14 @@ def read_text(path: str | Path) -> str:
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Yields numbered lines of a file, which end at a line feed alone: other separators are part of a text."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    """Yields numbered lines of a file, which end at a line feed alone: other separators are part of a text.
+
+    Raises ValueError, which names the file, if there are carriage returns instead of line feeds.
+    """
+    text = read_text(path)
+    if "\n" not in text and "\r" in text.rstrip("\r"):
+        raise ValueError(f"{path}: carriage returns alone end its lines: convert them (tr '\\r' '\\n')")
+    for number, line in enumerate(text.split("\n"), 1):
         yield number, line.removesuffix("\r").removeprefix(MARK)
 
 

@@ -129,7 +129,7 @@ def test_tables_of_long_cells_lone_returns_and_names_that_stand_twice(tmp_path):
         ("a.jsonl", '{"text": "a", "text": "b"}', "a.jsonl:1: two fields are called 'text'"),
         ("a.json", '[{"text": "a", "text": "b"}]', "two fields are called 'text'"),
         ("a.csv", 'text,label\n"open,yes\nb,no\n', "a.csv:3: not CSV: unexpected end of data"),
-        ("a.tsv", "text\tlabel\ra\tb\r", "a.tsv:1: carriage returns alone end its lines"),
+        ("a.tsv", "text\tlabel\ra\tb\r", "a.tsv: carriage returns alone end its lines"),
     ):
         (tmp_path / name).write_text(content, newline="")
         with pytest.raises(ValueError, match=re.escape(why)):
@@ -137,6 +137,39 @@ def test_tables_of_long_cells_lone_returns_and_names_that_stand_twice(tmp_path):
     pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet: two columns are called 'text'"):
         texts(tmp_path / "a.parquet")
+
+
+def test_lines_that_end_in_carriage_returns_alone_are_no_lines(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"Oslo B-LOC\ris O\r")
+    with pytest.raises(ValueError, match=r"a\.txt: carriage returns alone end its lines: convert them"):
+        conll.read(str(tmp_path / "a.txt"))
+    (tmp_path / "a.txt").write_bytes(b"Oslo B-LOC\r\nis O\r\n")
+    assert conll.read(str(tmp_path / "a.txt")).examples[0].tags == ("B-LOC", "O")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("Ann B_PER\nsaw O\n", ":1: tag 'B_PER' among tags of spans"),
+        ("Ann PER-B\nsaw O\n", ":1: tag 'PER-B' among tags of spans"),
+        ("Ann b-per\nsaw o\n", ":1: tag 'b-per' among tags of spans"),
+        ("Ann B-PER\n\nBob PER\nsaw O\n", ":3: tag 'PER' among tags of spans"),
+        ("EU NNP\tB-NP I-ORG\n", ":1: word 'EU NNP' with tag 'B-NP I-ORG'; divide columns by tabs throughout"),
+    ],
+)
+def test_tags_that_mark_spans_in_other_ways_are_told(tmp_path, text, why):
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(ValueError, match="a.txt" + re.escape(why)):
+        conll.read(str(tmp_path / "a.txt"))
+
+
+def test_words_may_hold_any_blank_that_divides_no_columns(tmp_path):
+    """No-break, ideographic and next-line spaces in words, and blanks where tabs divide."""
+    text = "10\u00a0000 B-NUM\nx\u3000y  O\na\x85b\tO\nNew York\tB-LOC\n\u00a0 O\n"
+    (tmp_path / "a.txt").write_text(text, "utf-8", newline="")
+    [found] = conll.read(str(tmp_path / "a.txt")).examples
+    assert found.words == ("10\u00a0000", "x\u3000y", "a\x85b", "New York", "\u00a0")
+    assert found.tags == ("B-NUM", "O", "O", "B-LOC", "O")
 
 
 def test_relations_of_words_that_are_no_numbers(tmp_path):

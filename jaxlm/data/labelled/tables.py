@@ -111,8 +111,6 @@ def _rows(path: Path, numbered: Iterator[tuple[int, list[str]]], columns: list[s
 
 
 def _check_names(where: str, columns: list[str]) -> None:
-    if any("\r" in name for name in columns):
-        raise ValueError(f"{where}: carriage returns alone end its lines: convert them (tr '\\r' '\\n')")
     if twice := next((name for name in columns if name and columns.count(name) > 1), None):
         raise ValueError(f"{where}: two columns are called {twice!r}; rename one of them")
 
