@@ -128,10 +128,10 @@ class Embed(Command):
     json: Json = False
 
     def run(self, rest: list[str]) -> int:
-        from jaxlm.data.text_input import read_text
+        from jaxlm.data.text_input import read_lines
 
-        lines = read_text(self.file).removesuffix("\n").split("\n") if self.file else []
-        texts = [*self.text, *(line.removesuffix("\r") for line in lines)]
+        lines = [line for _, line in read_lines(self.file)] if self.file else []
+        texts = [*self.text, *(lines if lines and lines[-1] else lines[:-1])]  # the last line's end begins no text
         if not texts:
             raise ValueError("embed: no text; give --text or --file")
         start_processes(self)

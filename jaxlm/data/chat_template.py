@@ -111,7 +111,7 @@ def _limit_seconds(seconds: float) -> None:
     """Lets the system end this process after so much more processor time; no code of Python's must run for that."""
     import signal
 
-    if hasattr(signal, "setitimer"):
+    if sys.platform != "win32":  # there the parent's time limit remains
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 

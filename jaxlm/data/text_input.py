@@ -48,11 +48,8 @@ def decode_line(data: bytes, where: str) -> str:
 
 
 def read_text(path: str | Path) -> str:
-    """Returns the text of a file. Raises ValueError, which names file and line, if it isn't UTF-8 or can't be read."""
-    try:
-        data = Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror or error}") from error
+    """Returns the text of a file. Raises ValueError, which names file and line, if it isn't UTF-8."""
+    data = Path(path).expanduser().read_bytes()
     if not _wide(data):
         try:
             return data.decode("utf-8").removeprefix(MARK)
