@@ -98,7 +98,8 @@ def test_the_loss_is_the_mean_over_targets_and_not_over_micro_batches():
     np.testing.assert_allclose(metrics["loss"], whole["loss"] / total, rtol=1e-5)
     np.testing.assert_allclose(metrics["accuracy"], whole["accuracy"] / total, rtol=1e-5)
     assert metrics["weight/tokens"] == total
-    assert {"loss", "nll", "accuracy", "grad_norm", "lr", "finite", "weight/tokens"} == set(metrics)
+    assert metrics["tokens"] == np.count_nonzero(batch["segments"]), "padding is none"
+    assert {"loss", "nll", "accuracy", "grad_norm", "lr", "finite", "weight/tokens", "tokens"} == set(metrics)
     parts = cut(batch, 4)
     means = [sums({k: v[i] for k, v in parts.items()})["loss"] / parts["weights"][i].sum() for i in range(4)]
     assert abs(np.mean(means) - metrics["loss"]) > 0.01, "the batch could not tell a mean of means"
