@@ -90,7 +90,7 @@ def _prompts(p: Pretrained, texts: Sequence[str], special: bool) -> tuple[list[l
     """Returns what the model reads of prompts, and says how it reads special tokens that they spell."""
     spelled = [set(p.tokens.encode_special(text)) - set(p.tokens.encode(text)) for text in texts]
     if pieces := ", ".join(dict.fromkeys(p.tokens.piece(id) for ids in spelled for id in sorted(ids))):
-        how = "special tokens" if special else "characters; with `special` they are special tokens"
+        how = "special tokens" if special else "characters; with `special` (--special) they are special tokens"
         print(f"prompt: {pieces} are read as {how}", file=sys.stderr)
     if not special:
         return p.prompts(texts)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction, arg
 
-from jaxlm.commands.arguments import Command, Json, Model, More, print_json, start_processes
+from jaxlm.commands.arguments import Command, Flag, Json, Model, More, print_json, start_processes
 from jaxlm.core import typed_arguments
 from jaxlm.core.ranges import Count, Natural
 
@@ -54,7 +54,7 @@ class Generate(OnModel):
     """Of each prompt in turn, PEFT's files or none: one batch goes through several adapters."""
     proposals: Count = 4
     """Tokens that the draft proposes at a time."""
-    special: bool = False
+    special: Flag = False
     """Reads special tokens that a prompt spells, such as <|im_start|>, as such and not as characters."""
     step: Natural | None = None
     """The checkpoint's; None: the newest."""

@@ -13,7 +13,9 @@ def test_special_tokens_of_a_prompt(tmp_path, capsys):
     [spelled], _ = generate_text._prompts(p, [text], False)
     assert spelled == [*p.boundary_ids[0], *tokens.encode(text)] and eos not in spelled
     told = capsys.readouterr().err
-    assert f"prompt: {tokens.piece(bos)}, {tokens.piece(eos)} are read as characters; with `special` they are" in told
+    assert (
+        f"prompt: {tokens.piece(bos)}, {tokens.piece(eos)} are read as characters; with `special` (--special)" in told
+    )
     [read], _ = generate_text._prompts(p, [text], True)
     assert read == [bos, *tokens.encode("a"), eos, *tokens.encode("b")], "and BOS once"
     assert f"{tokens.piece(eos)} are read as special tokens" in capsys.readouterr().err
