@@ -10,8 +10,9 @@ import numpy as np
 
 from jaxlm.assembly.model_source import Source
 from jaxlm.assembly.open_model import Place, Pretrained, open_model, source_of, with_row_adapters
+from jaxlm.assembly.run_objective import bind_run
 from jaxlm.data.text_input import read_text
-from jaxlm.data.tokenizer import SpelledSpecial
+from jaxlm.data.tokenizer import SpelledSpecial, decode_after
 from jaxlm.inference import stream
 from jaxlm.inference.chat import Chat, converse
 from jaxlm.inference.embed import Recipe, embed_texts, read_recipe
@@ -45,6 +46,13 @@ def settings(source: Source) -> Sampling:
     if left_out:
         print(f"generation_config.json: without counterpart here, left out: {', '.join(left_out)}", file=sys.stderr)
     return dataclasses.replace(s, **{name: value for name, value in advised.items() if value is not None})
+
+
+def goes_on(source: Source) -> bool:
+    """Says whether a model's text goes on from its prompt, rather than answers it as a translation does."""
+    if source.run is None:
+        return source.family.kind != "encoder_decoder"
+    return bind_run(source.run, source.tokens).goes_on
 
 
 def generate(
@@ -83,7 +91,10 @@ def generate(
             raise ValueError(f"draft {draft}: its tokenizer is another one; use a draft with the same tokenizer")
         fast = Speculative(run, None if proposer is None else proposer.generator(), proposals)
         completions = fast(weights, None if proposer is None else proposer.params, ids, sampling).completions
-        return [[stream.Answer(p.tokens.decode(c.tokens), c) for c in several] for several in completions]
+        return [
+            [stream.Answer(decode_after(p.tokens, before, c.tokens), c) for c in several]
+            for before, several in zip(ids, completions, strict=True)
+        ]
 
 
 def _prompts(p: Pretrained, texts: Sequence[str], special: bool) -> tuple[list[list[int]], list[list[int]] | None]:

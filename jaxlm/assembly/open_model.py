@@ -85,9 +85,13 @@ class Pretrained:
             if start is None:
                 raise ValueError(f"{s.path}: has no decoder_start_token_id; put one into generation_config.json")
             after = after or [tokens.eos_id]
-            return [[start] for _ in texts], [[*before, *tokens.encode(text), *after] for text in texts]
-        prompts = [[*before, *tokens.encode(text)] for text in texts]
-        return [ids or [tokens.bos_id] for ids in prompts], None
+            return [[start] for _ in texts], [[*_begun(before, tokens.encode(text)), *after] for text in texts]
+        return [_begun(before, tokens.encode(text)) or [tokens.bos_id] for text in texts], None
+
+
+def _begun(before: Sequence[int], ids: list[int]) -> list[int]:
+    """Returns ids with those that stand before every text, which special tokens of the text may have spelt out."""
+    return ids if ids[: len(before)] == list(before) else [*before, *ids]
 
 
 def starting(run: config.Run, start: StartModel) -> config.Run:
