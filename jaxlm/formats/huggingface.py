@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core import errors, tree, weight_names
+from jaxlm.core.published_config import PublishedConfig
 from jaxlm.core.spec import is_spec
 from jaxlm.formats import hf_sidecars, safetensors, shards
 from jaxlm.formats.safetensors import Files, read_json
@@ -34,7 +35,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     folder = Path(directory)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: has no config.json, so it is no Hugging Face model directory")
-    return read_json(folder / "config.json")
+    return PublishedConfig(read_json(folder / "config.json"))
 
 
 def family_of(values: Mapping[str, Any], models: Mapping[str, Family]) -> Family:

@@ -433,7 +433,7 @@ def test_what_is_not_known_or_does_not_fit_is_refused(tmp_path: Path) -> None:
     [
         (LLAMA(**BASE, model_type="mistral", window=16), "f16", "sliding_window 16 can't be told"),
         (LLAMA(**BASE, rope=Rope(scaling="dynamic", factor=2.0)), "f16", "rope_type 'dynamic' has no form"),
-        (LLAMA(**BASE, rope=Rope(share=0.5)), "f16", "rope_parameters .* can't be told"),
+        (LLAMA(**BASE, rope=Rope(share=0.5)), "f16", "rope.share: 0.5 is not in files"),
         (LLAMA(**BASE, model_type="qwen2", qkv_bias=True), "f16", "heads × head_dim = hidden_size"),
         (LLAMA(**BASE | dict(ffn=80)), "q8_0", r"blk\.0\.ffn_down\.weight has 80: choose f16"),
         (LLAMA(**BASE), "q4_0", "'q4_0' is not written, only f16, q8_0"),
