@@ -53,8 +53,7 @@ def _import(place: str, folder: Path) -> list[str]:
     p = open_model(place)
     run = dataclasses.replace(published_run(p.source), name=folder.resolve().name, out=str(folder.parent))
     notes = [f"tokenizer: {', '.join(p.source.save_text(folder / 'tokenizer'))}"]
-    if p.source.advice != Generation():
-        notes += hf_sidecars.write_generation(folder, p.source.advice, p.source.extra_files)
+    notes += p.source.save_advice(folder)
     with Checkpoints(folder / "checkpoints") as checkpoints, mesh.on_mesh(p.mesh):
         state = dict(step=jnp.zeros((), jnp.int32), params=p.params)
         checkpoints.save(0, state, {"step": 0, "imported": str(place)}, wait=True)
@@ -199,7 +198,8 @@ def _compare(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
 def _to_hf(p: Pretrained, folder: Path, dtype: str | None) -> list[str]:
     s = p.source
     kinds: Any = dtype or (huggingface.dtypes(s.path) if s.format == "hf" else "float32")
-    arguments = dict(dtype=kinds, generation=s.advice if s.advice != Generation() else None)
+    advice = dataclasses.replace(s.advice, eos=tuple(p.eos)) if s.format == "run" and s.tokens is not None else s.advice
+    arguments = dict(dtype=kinds, generation=advice if advice != Generation() else None)
     if s.format == "hf":
         arguments["generation"] = None  # its file comes along as it is
     with tempfile.TemporaryDirectory() as made:
@@ -208,10 +208,13 @@ def _to_hf(p: Pretrained, folder: Path, dtype: str | None) -> list[str]:
             extra = Path(made)
             s.save_text(extra)
         origin = f"Made from {s.path.name}." if s.format != "run" else ""
-        return huggingface.save(
+        notes = huggingface.save(
             folder, p.model.family, p.model.config, p.model.specs, p.params, extra_files_from=extra, origin=origin,
             **arguments,
         )  # fmt: skip
+        if s.format == "run" and (s.path / "generation_config.json").is_file() and p.model.family.generates:
+            hf_sidecars.keep_generation(folder, advice, s.path)
+        return notes + (hf_sidecars.keep_embedding(folder, s.path) if s.format != "gguf" else [])
 
 
 def _to_gguf(p: Pretrained, path: Path, dtype: str) -> list[str]:

@@ -39,10 +39,19 @@ def settings(source: Source) -> Sampling:
     advised: dict[str, Any] = dict(
         top_p=g.top_p, min_p=g.min_p, repetition_penalty=g.repetition_penalty, tokens=g.new_tokens
     )
-    advised |= dict(beams=g.beams, length_penalty=g.length_penalty)
+    advised |= dict(beams=g.beams, length_penalty=g.length_penalty, early_stopping=g.early_stopping)
+    advised["min_tokens"] = g.min_new_tokens
+    left_out = [*g.others, *(["no_repeat_ngram_size"] if g.no_repeat_ngram else [])]
+    if source.family.kind == "encoder_decoder":  # its prompt is the start token
+        if g.new_tokens is None and g.length is not None:
+            advised["tokens"] = max(1, g.length - 1)
+        if g.min_new_tokens is None and g.min_length is not None:
+            advised["min_tokens"] = max(0, g.min_length - 1)
+    else:  # a decoder's prompt counts, and each has another length
+        left_out += ["max_length"] if g.new_tokens is None and g.length else []
+        left_out += ["min_length"] if g.min_new_tokens is None and g.min_length else []
     if g.sample:
         advised |= dict(temperature=1.0 if g.temperature is None else g.temperature, top_k=g.top_k, beams=None)
-    left_out = [*g.others, *(["no_repeat_ngram_size"] if g.no_repeat_ngram else [])]
     if left_out:
         print(f"generation_config.json: without counterpart here, left out: {', '.join(left_out)}", file=sys.stderr)
     return dataclasses.replace(s, **{name: value for name, value in advised.items() if value is not None})

@@ -33,8 +33,8 @@ from jaxlm.weights.matrices import Matrix
 STEM, ROOT = "adapter_model", "base_model.model."
 PROMPT = "prompt_embeddings"
 SHOWN = 4  # names in an error
-# Beginnings of LoRA's matrices that leave the base as it is. PEFT's others take something from the base first, and do so
-# once more when it opens the files.
+# Beginnings of LoRA's matrices that leave the base as it is. PEFT's others take something from the base first, and do
+# so once more when it opens the files.
 PLAIN_BEGINNINGS = ("gaussian", "eva", "orthogonal")
 # Settings that say how an adapter was made or where it goes, which its tensors say too.
 HARMLESS = re.compile(
@@ -95,8 +95,8 @@ def open_files(folder: str | Path) -> Files:
     begun = values.get("init_lora_weights")
     if isinstance(begun, str) and begun.lower() not in PLAIN_BEGINNINGS:
         raise ValueError(
-            f"{file}: init_lora_weights {begun!r} changed the base model, which is not read; save it as plain LoRA with "
-            "PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…), or merge it where it was made"
+            f"{file}: init_lora_weights {begun!r} changed the base model, which is not read; save it as plain LoRA "
+            "with PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…), or merge it where it was made"
         )
     return Files(folder, values, safetensors.open_files(folder, STEM))
 

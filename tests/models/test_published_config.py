@@ -14,8 +14,9 @@ from jaxlm.core import weight_names
 from jaxlm.formats import gguf_names, huggingface
 from jaxlm.models import MODELS
 
-BAD = [None, -1, 0, 1, 3, 7, 10**20, -(10**20), 1e300, 0.5, -0.5, True, False, "", "4", "gelu", [], [4], [0, 1], {},
-       {"rope_type": "yarn"}, float("nan"), float("inf"), [None], ["full_attention"], [[]], {"factor": None}]  # fmt: skip
+NUMBERS = [-1, 0, 1, 3, 7, 10**20, -(10**20), 1e300, 0.5, -0.5, True, False, float("nan"), float("inf")]
+LISTS = [[], [4], [0, 1], [None], ["full_attention"], [[]]]
+BAD = [None, "", "4", "gelu", {}, {"rope_type": "yarn"}, {"factor": None}, *NUMBERS, *LISTS]
 
 
 def values_of(name: str) -> dict:
