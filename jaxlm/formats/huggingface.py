@@ -147,10 +147,11 @@ def _match_names(
             raise ValueError(f"{entry.file}: {names[name]} holds {due}")
     for name, of in ((name, stand_in.get(of, of)) for name, of in copies.items()):
         if name in files.entries and not _equal(files, name, of):
-            raise ValueError(
-                f"{files.entries[name].file}: {name} differs from {of}, though config.json ties them; "
-                "set tie_word_embeddings to false there"
-            )
+            head = "head" in family.names(c) and name.endswith(family.names(c)["head"].file)
+            why = "though config.json ties them; set tie_word_embeddings to false there"
+            if not head:
+                why = f"which are one in a {c.model_type} as it is read here; fetch or export its files again"
+            raise ValueError(f"{files.entries[name].file}: {name} differs from {of}, {why}")
     return names
 
 
@@ -185,7 +186,8 @@ def _copies(family: Family, c: Any, specs: Any) -> dict[str, str]:
     A head that the specs lack is the embedding; a family states others in its `FILES.tied`.
     """
     entries = family.names(c)
-    tied = dict(family.FILES.tied)
+    own = {name.file for name in entries.values()}
+    tied = {name: of for name, of in family.FILES.tied.items() if name not in own}
     if "head" in entries and "head" not in specs and "embed" in specs:
         tied[entries["head"].file] = entries["embed"].file
     return tied
