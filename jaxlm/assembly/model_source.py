@@ -70,11 +70,9 @@ class Source:
     def save_advice(self, folder: Path) -> list[str]:
         """Writes what says how the model is used into a run directory: settings of generation and of embedding; returns
         lines on the files."""
-        if self.format == "gguf":
-            return []
         advised = self.advice != Generation()
         notes = hf_sidecars.keep_generation(folder, self.advice, self.path) if advised else []
-        return notes + hf_sidecars.keep_embedding(folder, self.path)
+        return notes if self.format == "gguf" else notes + hf_sidecars.keep_embedding(folder, self.path)
 
     @property
     def extra_files(self) -> Path | None:
@@ -177,4 +175,6 @@ def _gguf(path: Path) -> Source:
     tokens = text.tokenizer
     before = [tokens.bos_id] if text.add_bos and tokens.bos_id is not None else []
     templates = {"default": text.chat_template} if text.chat_template else {}
-    return Source(path, "gguf", family, c, tokens, Generation(), templates, (before, []), files=files)
+    eos = (tokens.eos_id,) if tokens.eos_id is not None else ()
+    advice = Generation(eos=(*eos, *text.ends)) if text.ends else Generation()
+    return Source(path, "gguf", family, c, tokens, advice, templates, (before, []), files=files)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxlm.core import config, errors, spec, tree, weight_names
+from jaxlm.core import config, spec, tree, weight_names
 from jaxlm.core.weight_names import Name, Part, Tensor
 from jaxlm.formats import safetensors
 from jaxlm.formats.safetensors import read_json
@@ -87,7 +87,7 @@ def open_files(folder: str | Path) -> Files:
     file = f"{folder / 'adapter_config.json'}"
     kind, known = values.get("peft_type"), [name for m in METHODS.values() if m.peft for name in m.peft.reads]
     if kind not in known:
-        raise ValueError(f"{file}: peft_type {kind!r} is not read{errors.nearest(str(kind), known)}")
+        raise ValueError(f"{file}: peft_type {kind!r} is not read; known: {', '.join(known)}")
     usual = {"bias": "none", "num_transformer_submodules": 1}
     for name, value in values.items():
         if value and value != usual.get(name) and (name in usual or not HARMLESS.fullmatch(name)):
