@@ -159,7 +159,7 @@ def _match_names(
             head = "head" in family.names(c) and name.endswith(family.names(c)["head"].file)
             why = "though config.json ties them; set tie_word_embeddings to false there"
             if not head:
-                why = f"which are one in a {c.model_type} as it is read here; fetch or export its files again"
+                why = "which are one tensor in this model as it is read here; fetch or export its files again"
             raise ValueError(f"{files.entries[name].file}: {name} differs from {of}, {why}")
     return names
 
