@@ -1,4 +1,4 @@
-"""What follows a text is decoded after it: alone, its first token would lose its space."""
+"""Decodes and encodes what follows a text after it: alone, its first token would lose its space."""
 
 from collections.abc import Sequence
 
