@@ -17,10 +17,10 @@ import numpy as np
 from jaxlm.assembly import model_source, run_directory
 from jaxlm.assembly.model_source import Source
 from jaxlm.assembly.open_model import Place, Pretrained, open_model, published_run
-from jaxlm.core import config_io, errors
+from jaxlm.core import config_io, errors, registry
 from jaxlm.core.paths import local
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.formats import gguf, hf_sidecars, huggingface, stablehlo
+from jaxlm.formats import gguf, gguf_tokenizer, hf_sidecars, huggingface, stablehlo
 from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.formats.hf_sidecars import Generation
 from jaxlm.formats.peft import describe, load, open_files, save
@@ -53,8 +53,7 @@ def _import(place: str, folder: Path) -> list[str]:
     p = open_model(place)
     run = dataclasses.replace(published_run(p.source), name=folder.resolve().name, out=str(folder.parent))
     notes = [f"tokenizer: {', '.join(p.source.save_text(folder / 'tokenizer'))}"]
-    if p.source.advice != Generation():
-        notes += hf_sidecars.write_generation(folder, p.source.advice, p.source.extra_files)
+    notes += p.source.save_advice(folder)
     with Checkpoints(folder / "checkpoints") as checkpoints, mesh.on_mesh(p.mesh):
         state = dict(step=jnp.zeros((), jnp.int32), params=p.params)
         checkpoints.save(0, state, {"step": 0, "imported": str(place)}, wait=True)
@@ -199,7 +198,8 @@ def _compare(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
 def _to_hf(p: Pretrained, folder: Path, dtype: str | None) -> list[str]:
     s = p.source
     kinds: Any = dtype or (huggingface.dtypes(s.path) if s.format == "hf" else "float32")
-    arguments = dict(dtype=kinds, generation=s.advice if s.advice != Generation() else None)
+    advice = dataclasses.replace(s.advice, eos=tuple(p.eos)) if s.format == "run" and s.tokens is not None else s.advice
+    arguments = dict(dtype=kinds, generation=advice if advice != Generation() else None)
     if s.format == "hf":
         arguments["generation"] = None  # its file comes along as it is
     with tempfile.TemporaryDirectory() as made:
@@ -207,20 +207,43 @@ def _to_hf(p: Pretrained, folder: Path, dtype: str | None) -> list[str]:
         if s.format == "gguf":
             extra = Path(made)
             s.save_text(extra)
-        origin = f"Made from {s.path.name}." if s.format != "run" else ""
-        return huggingface.save(
+        origin = f"Made from {s.path.name}." if s.run is None else _history(s.run)
+        notes = huggingface.save(
             folder, p.model.family, p.model.config, p.model.specs, p.params, extra_files_from=extra, origin=origin,
             **arguments,
         )  # fmt: skip
+        if s.format == "run" and (s.path / "generation_config.json").is_file() and p.model.family.generates:
+            hf_sidecars.keep_generation(folder, advice, s.path)
+        return notes + (hf_sidecars.keep_embedding(folder, s.path) if s.format != "gguf" else [])
+
+
+def _history(run: Any) -> str:
+    """Returns what a run knows of how its weights came to be, as Markdown."""
+    if not run.data.train:
+        return f"Imported as {run.name}."
+    start = f"from {run.start}" if run.start else "from random weights"
+    data = ", ".join(f"`{place}`" for place in run.data.train)
+    rows = f"{run.train.batch_size} rows of {run.train.seq_len} tokens"
+    how = f"objective {registry.name_of(run.objective)}, up to {run.train.steps:,} steps of {rows}"
+    licences = "Licences of the data and of the start hold for it and were not recorded."
+    return f"Trained in the run {run.name} {start}: {how}, on {data}. {licences}"
 
 
 def _to_gguf(p: Pretrained, path: Path, dtype: str) -> list[str]:
     s, text = p.source, None
     if s.tokens is not None:
-        text = gguf.Text(_vocabulary(s), s.tokens.bos_id in s.boundary_ids[0], s.templates.get("default"))
+        first, template = s.tokens.bos_id in s.boundary_ids[0], s.templates.get("default")
+        text = gguf.Text(_vocabulary(s), first, template, tuple(p.eos))
     m = p.model
     gguf.save(path, m.family, m.config, m.specs, p.params, kind=dtype, text=text, name=s.path.stem)
-    return [f"{path.name}: {path.stat().st_size:,} bytes as {dtype}"]
+    notes = [f"{path.name}: {path.stat().st_size:,} bytes as {dtype}"]
+    if text is not None:
+        again = gguf.text(gguf.open_file(path))
+        if (differs := gguf_tokenizer.different_text(s.tokens, again.tokenizer)) is not None:
+            raise ValueError(f"{path}: its tokenizer reads {differs!r} differently, so it was removed; export as hf")
+        if lost := gguf_tokenizer.lost_settings(s.tokens):
+            notes.append(f"note: GGUF files can't say what {', '.join(lost)} do to the text beside them")
+    return notes
 
 
 def _vocabulary(s: Source) -> Any:
@@ -228,7 +251,8 @@ def _vocabulary(s: Source) -> Any:
     for name in ("tokenizer.model", "spiece.model") if s.format == "hf" else ():
         if (s.path / name).is_file():
             sentencepiece = tokenizers.load(s.path / name)
-            if sentencepiece.vocab_size == s.tokens.vocab_size:
+            same = gguf_tokenizer.different_text(sentencepiece, s.tokens) is None
+            if sentencepiece.vocab_size == s.tokens.vocab_size and same:
                 return sentencepiece
     return s.tokens
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from jaxlm.assembly.model_source import Source
 from jaxlm.assembly.open_model import Place, Pretrained, open_model, source_of, with_row_adapters
+from jaxlm.assembly.run_objective import bind_run
 from jaxlm.data.text_input import read_text
-from jaxlm.data.tokenizer import SpelledSpecial
+from jaxlm.data.tokenizer import SpelledSpecial, decode_after
 from jaxlm.inference import stream
 from jaxlm.inference.chat import Chat, converse
 from jaxlm.inference.embed import Recipe, embed_texts, read_recipe
@@ -38,13 +39,29 @@ def settings(source: Source) -> Sampling:
     advised: dict[str, Any] = dict(
         top_p=g.top_p, min_p=g.min_p, repetition_penalty=g.repetition_penalty, tokens=g.new_tokens
     )
-    advised |= dict(beams=g.beams, length_penalty=g.length_penalty)
+    advised |= dict(beams=g.beams, length_penalty=g.length_penalty, early_stopping=g.early_stopping)
+    advised["min_tokens"] = g.min_new_tokens
+    left_out = [*g.others, *(["no_repeat_ngram_size"] if g.no_repeat_ngram else [])]
+    if source.family.kind == "encoder_decoder":  # its prompt is the start token
+        if g.new_tokens is None and g.length is not None:
+            advised["tokens"] = max(1, g.length - 1)
+        if g.min_new_tokens is None and g.min_length is not None:
+            advised["min_tokens"] = max(0, g.min_length - 1)
+    else:  # a decoder's prompt counts, and each has another length
+        left_out += ["max_length"] if g.new_tokens is None and g.length else []
+        left_out += ["min_length"] if g.min_new_tokens is None and g.min_length else []
     if g.sample:
         advised |= dict(temperature=1.0 if g.temperature is None else g.temperature, top_k=g.top_k, beams=None)
-    left_out = [*g.others, *(["no_repeat_ngram_size"] if g.no_repeat_ngram else [])]
     if left_out:
         print(f"generation_config.json: without counterpart here, left out: {', '.join(left_out)}", file=sys.stderr)
     return dataclasses.replace(s, **{name: value for name, value in advised.items() if value is not None})
+
+
+def goes_on(source: Source) -> bool:
+    """Says whether a model's text goes on from its prompt, rather than answers it as a translation does."""
+    if source.run is None:
+        return source.family.kind != "encoder_decoder"
+    return bind_run(source.run, source.tokens).goes_on
 
 
 def generate(
@@ -83,7 +100,10 @@ def generate(
             raise ValueError(f"draft {draft}: its tokenizer is another one; use a draft with the same tokenizer")
         fast = Speculative(run, None if proposer is None else proposer.generator(), proposals)
         completions = fast(weights, None if proposer is None else proposer.params, ids, sampling).completions
-        return [[stream.Answer(p.tokens.decode(c.tokens), c) for c in several] for several in completions]
+        return [
+            [stream.Answer(decode_after(p.tokens, before, c.tokens), c) for c in several]
+            for before, several in zip(ids, completions, strict=True)
+        ]
 
 
 def _prompts(p: Pretrained, texts: Sequence[str], special: bool) -> tuple[list[list[int]], list[list[int]] | None]:

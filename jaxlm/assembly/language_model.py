@@ -118,14 +118,17 @@ class LanguageModel:
         texts = [each[0] if len(each) == 1 else each for each in texts]
         return texts[0] if isinstance(prompts, str) else texts
 
-    def answers(self, prompts: Sequence[str], sampling: Sampling | None = None, **settings: Any) -> list[list[Answer]]:
+    def answers(
+        self, prompts: Sequence[str], sampling: Sampling | None = None, *, special: bool = False, **settings: Any
+    ) -> list[list[Answer]]:
         """Returns the answers to each prompt with their tokens, reasons to end, and log probabilities where asked for
-        (`logprobs=0`, or the number of likeliest tokens to show)."""
+        (`logprobs=0`, or the number of likeliest tokens to show). With `special`, special tokens that a prompt spells
+        out become themselves."""
         how = generate_text.settings(self.pretrained.source) if sampling is None else sampling
         known = [f.name for f in dataclasses.fields(how)]
         if unknown := [name for name in settings if name not in known]:
             raise ValueError(f"{unknown[0]}: no such setting of Sampling; known: {', '.join(known)}")
-        return generate_text.generate(self.pretrained, prompts, dataclasses.replace(how, **settings))
+        return generate_text.generate(self.pretrained, prompts, dataclasses.replace(how, **settings), special=special)
 
     @overload
     def predict(self, inputs: str | Mapping[str, Any]) -> dict[str, Any]: ...  # type: ignore[overload-overlap]

@@ -16,6 +16,7 @@ from jaxlm.formats.peft import Files, is_adapter, open_files
 from jaxlm.formats.peft import describe as describe_adapter
 from jaxlm.models import MODELS
 from jaxlm.nn.family import Family
+from jaxlm.objectives import OBJECTIVES
 from jaxlm.weights.adapters.adapted import Adapted
 
 HUB = "hf:"
@@ -65,6 +66,13 @@ class Source:
         if self.templates:
             (folder / "chat_template.jinja").write_text(self.templates["default"], "utf-8")
         return sorted(path.name for path in folder.iterdir())
+
+    def save_advice(self, folder: Path) -> list[str]:
+        """Writes what says how the model is used into a run directory: settings of generation and of embedding; returns
+        lines on the files."""
+        advised = self.advice != Generation()
+        notes = hf_sidecars.keep_generation(folder, self.advice, self.path) if advised else []
+        return notes if self.format == "gguf" else notes + hf_sidecars.keep_embedding(folder, self.path)
 
     @property
     def extra_files(self) -> Path | None:
@@ -123,6 +131,9 @@ def _run(folder: Path) -> Source:
     run = dataclasses.replace(run, name=folder.resolve().name, out=str(folder.parent))
     tokens = run_directory.load_tokenizer(run)
     templates = hf_sidecars.chat_templates(folder) or hf_sidecars.chat_templates(folder / "tokenizer")
+    reads_chats = OBJECTIVES.of(run.objective).chat_template
+    if reads_chats is not None and (own := reads_chats(run.objective)):
+        templates["default"] = own
     family = MODELS.of(run.model)
     advice = hf_sidecars.read_generation(folder)
     return Source(
@@ -164,4 +175,6 @@ def _gguf(path: Path) -> Source:
     tokens = text.tokenizer
     before = [tokens.bos_id] if text.add_bos and tokens.bos_id is not None else []
     templates = {"default": text.chat_template} if text.chat_template else {}
-    return Source(path, "gguf", family, c, tokens, Generation(), templates, (before, []), files=files)
+    eos = (tokens.eos_id,) if tokens.eos_id is not None else ()
+    advice = Generation(eos=(*eos, *text.ends)) if text.ends else Generation()
+    return Source(path, "gguf", family, c, tokens, advice, templates, (before, []), files=files)

@@ -16,6 +16,7 @@ from jaxlm.assembly import run_directory
 from jaxlm.assembly.model_source import Source, StartModel, describe, with_adapter
 from jaxlm.assembly.run_objective import BoundObjective, bind_run
 from jaxlm.core import config, config_io, spec, tree
+from jaxlm.data.render_chat import turn_ends
 from jaxlm.formats import gguf, hf_sidecars, huggingface
 from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.formats.peft import is_adapter, load
@@ -47,11 +48,14 @@ class Pretrained:
             raise ValueError(f"{self.source.path}: has no tokenizer; put its tokenizer.json beside the weights")
         return self.source.tokens
 
-    @property
+    @cached_property
     def eos(self) -> list[int]:
-        """The tokens that end an answer."""
-        eos = self.tokens.eos_id
-        return sorted({*self.source.advice.eos, *(() if eos is None else (eos,))})
+        """The tokens that end an answer: those that the files name, and what ends a turn of the chats that a run
+        learned."""
+        s, eos = self.source, self.tokens.eos_id
+        chats = s.run is not None and OBJECTIVES.of(s.run.objective).chat_template is not None
+        turn = turn_ends(self.tokens, s.templates["default"]) if chats and "default" in s.templates else []
+        return sorted({*s.advice.eos, *turn, *(() if eos is None else (eos,))})
 
     @property
     def boundary_ids(self) -> tuple[list[int], list[int]]:
@@ -85,9 +89,13 @@ class Pretrained:
             if start is None:
                 raise ValueError(f"{s.path}: has no decoder_start_token_id; put one into generation_config.json")
             after = after or [tokens.eos_id]
-            return [[start] for _ in texts], [[*before, *tokens.encode(text), *after] for text in texts]
-        prompts = [[*before, *tokens.encode(text)] for text in texts]
-        return [ids or [tokens.bos_id] for ids in prompts], None
+            return [[start] for _ in texts], [[*_begun(before, tokens.encode(text)), *after] for text in texts]
+        return [_begun(before, tokens.encode(text)) or [tokens.bos_id] for text in texts], None
+
+
+def _begun(before: Sequence[int], ids: list[int]) -> list[int]:
+    """Returns ids with those that stand before every text, which special tokens of the text may have spelt out."""
+    return ids if ids[: len(before)] == list(before) else [*before, *ids]
 
 
 def starting(run: config.Run, start: StartModel) -> config.Run:
@@ -115,8 +123,12 @@ def save_description(run: config.Run, tokens: Any, start: StartModel) -> None:
     folder = run.folder / "tokenizer"
     if run.start and not folder.is_dir():
         start.source.save_text(folder)
+        start.source.save_advice(run.folder)
     else:
         tokens.save(folder)
+    own = OBJECTIVES.of(run.objective).chat_template
+    if own is not None and (template := own(run.objective)):
+        (folder / "chat_template.jinja").write_text(template, "utf-8")
     config_io.dump(run, run.folder / "config.json")
 
 

@@ -65,6 +65,11 @@ class BoundObjective:
         """True if a decoder's prompt tokens all see each other."""
         return self.objective.prompts_read_both_ways
 
+    @property
+    def goes_on(self) -> bool:
+        """True if what is written after a prompt goes on from it; a translation, say, answers it."""
+        return self.row.kind != "encoder_decoder" and not isinstance(self.objective.records, TextPairs)
+
     def check(self) -> None:
         """Raises a ValueError where the settings or the tokenizer will not do."""
         self.objective.check(self.settings, self.tokenizer)

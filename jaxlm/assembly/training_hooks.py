@@ -1,5 +1,6 @@
 """A run's training loop calls these: they validate, sample, log and save."""
 
+import dataclasses
 import itertools
 import math
 import time
@@ -14,6 +15,7 @@ from jaxlm.assembly import corpus, run_directory
 from jaxlm.assembly import program as programs
 from jaxlm.core import config, config_io, errors
 from jaxlm.data.loader import Loader
+from jaxlm.data.tokenizer import decode_after
 from jaxlm.evaluation import bootstrap, perplexity, task_scores
 from jaxlm.evaluation.metrics import is_lower_better
 from jaxlm.evaluation.perplexity import make_eval_step
@@ -24,7 +26,7 @@ from jaxlm.inference.sampling import Sampling
 from jaxlm.objectives.objective import DeviceBatch
 from jaxlm.runtime import processes
 from jaxlm.runtime.watchdog import Watchdog
-from jaxlm.training.log import RunLog
+from jaxlm.training.log import RunLog, shown
 from jaxlm.training.progress import Meter, Progress
 
 HOURS = 3600.0  # how long barriers wait: a process that has died is found at once, so only one that hangs takes so long
@@ -182,16 +184,20 @@ def gain_log(run: config.Run, log: RunLog) -> Callable[[int, dict[str, bootstrap
 def sampler(p: programs.Program, log: RunLog) -> Callable[[int, Any], None]:
     """Returns what continues the run's prompts and logs the texts."""
     c = p.run.train
-    how = Sampling(tokens=c.sample_tokens, temperature=0.8, top_k=min(50, p.run.model.vocab), seed=p.run.seed)
+    how = Sampling(tokens=c.sample_tokens, seed=p.run.seed)
+    if p.objective.goes_on:  # the likeliest answer is the answer, but the likeliest text repeats itself
+        how = dataclasses.replace(how, temperature=0.8, top_k=min(50, p.run.model.vocab))
     both_ways = p.objective.prompts_read_both_ways
     generate = Generator(p.model, [p.tokens.eos_id], p.objective.vocab_size, both_ways)
     prompts, source = p.objective.prompts(c.prompts)
 
     def sample(step: int, state: Any) -> None:
-        for text, [answer] in zip(c.prompts, generate(state.eval_params, prompts, how, source), strict=True):
-            new = p.tokens.decode(answer.tokens)
-            log.sample(step, text, new)
+        found = generate(state.eval_params, prompts, how, source)
+        for text, before, [answer] in zip(c.prompts, prompts, found, strict=True):
+            new = decode_after(p.tokens, before, answer.tokens)
+            log.sample(step, text, new, p.objective.goes_on)
             if jax.process_index() == 0 and step in (0, c.steps):
-                print(f"── sample {'before' if step == 0 else 'after'} training ──\n{text}{new}")
+                print(f"── sample {'before' if step == 0 else 'after'} training ──")
+                print(shown(text, new, p.objective.goes_on))
 
     return sample

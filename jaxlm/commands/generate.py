@@ -63,6 +63,7 @@ class Generate(OnModel):
     def run(self, rest: list[str]) -> int:
         start_processes(self)
         from jaxlm.assembly import generate_text
+        from jaxlm.training.log import shown
 
         source, how = self.chosen(rest)
         if not self.prompt:
@@ -72,7 +73,7 @@ class Generate(OnModel):
         found = generate_text.generate(source, self.prompt, how, self.step, **more)
         for prompt, answers in zip(self.prompt, found, strict=True):
             for answer in answers:
-                print(prompt + answer.text)
+                print(shown(prompt, answer.text, generate_text.goes_on(source)))
         texts = [[a.text for a in answers] for answers in found]
         values: dict[str, Any] = {"prompts": self.prompt, "texts": texts if how.samples > 1 else [t for [t] in texts]}
         values["reasons"] = [[a.completion.reason for a in answers] for answers in found]

@@ -42,6 +42,14 @@ def encode(tokens: Any, template: str, messages: list[dict[str, Any]], answer: b
     return tokens.encode_special(render_text(tokens, template, messages, answer))
 
 
+def turn_ends(tokens: Any, template: str) -> list[int]:
+    """Returns the special token that ends an answer in a template's text; empty: it is the same as plain text."""
+    said = "Some answer."
+    messages = [dict(role="user", content="A question?"), dict(role="assistant", content=said)]
+    _, _, rest = render_text(tokens, template, messages, answer=False).rpartition(said)
+    return [id for id in tokens.encode_special(rest) if tokens.bytes_per_token[id] == 0][:1]
+
+
 def encode_for_training(dialogues: Sequence[Conversation], tokens: Any, template: str | None) -> list[Tokens]:
     """Encodes whole conversations, by a template or plainly without one, and marks what the assistant says."""
     if not template:

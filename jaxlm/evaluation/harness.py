@@ -6,11 +6,13 @@ files put before them, else, where the harness gives no context, with one bos to
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jaxlm.core.errors import nearest
 from jaxlm.data.render_chat import render_text
+from jaxlm.data.tokenizer import encode_after
 from jaxlm.evaluation.likelihood import Request, Scorer, split, windows
 from jaxlm.inference import stream
 from jaxlm.inference.generate import Generator
@@ -75,7 +77,8 @@ class Harness:
     def _request(self, context: str, continuation: str) -> Request:
         if self.seq2seq:
             return Request(self._source(context), self.tokens.encode(continuation))
-        request = split(lambda text: self.tok_encode(text, False), context, continuation)
+        encode, encode_more = (lambda text: self.tok_encode(text, False)), partial(encode_after, self.tokens)
+        request = split(encode, encode_more, context, continuation)
         begin = self.before or ([] if request.context else [self.prefix_token_id])
         if list(request.context[: len(begin)]) == begin:
             return request

@@ -163,14 +163,16 @@ def windows(tokens: Sequence[int], prefix: int, longest: int) -> list[Request]:
     return out
 
 
-def split(encode: Callable[[str], list[int]], context: str, continuation: str) -> Request:
+def split(
+    encode: Callable[[str], list[int]], encode_more: Callable[[str], list[int]], context: str, continuation: str
+) -> Request:
     """Encodes both as they stand in the joined text; spaces that end the context belong to the continuation.
 
-    Where a token spans the two, the continuation is encoded on its own.
+    Where a token spans the two, the continuation is encoded by itself, as text that goes on: by `encode_more`.
     """
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
     before, whole = encode(stripped), encode(stripped + continuation)
     if whole[: len(before)] == before and len(whole) > len(before):
         return Request(before, whole[len(before) :])
-    return Request(before, encode(continuation))
+    return Request(before, encode_more(continuation))

@@ -236,18 +236,22 @@ def load(
 
 
 class Text(NamedTuple):
-    """A file holds these about text: the tokenizer, whether texts begin with the bos token, the chat template."""
+    """A file holds these about text: the tokenizer, whether texts begin with the bos token, the chat template, and the
+    tokens that end an answer besides eos."""
 
     tokenizer: Tokenizer
     add_bos: bool
     chat_template: str | None
+    ends: tuple[int, ...] = ()
 
 
 def text(files: Files) -> Text:
     """Reads the tokenizer and the chat template; raises a ValueError that names the file where it can't."""
     try:
         tokenizer = gguf_tokenizer.read(files.fields)
-        return Text(tokenizer, gguf_tokenizer.adds_bos(files.fields), files.fields.get("tokenizer.chat_template"))
+        template = files.fields.get("tokenizer.chat_template")
+        ends = gguf_tokenizer.end_ids(files.fields)
+        return Text(tokenizer, gguf_tokenizer.adds_bos(files.fields), template, ends)
     except ValueError as error:
         raise ValueError(f"{files.path}: {error}") from error
 
@@ -293,7 +297,7 @@ def save(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add(writer, fields)
     if text is not None:
-        tokenizer_fields = gguf_tokenizer.write(text.tokenizer, values["vocab_size"], text.add_bos)
+        tokenizer_fields = gguf_tokenizer.write(text.tokenizer, values["vocab_size"], text.add_bos, text.ends)
         _add(writer, {f"tokenizer.ggml.{key}": value for key, value in tokenizer_fields.items()})
         writer.add_string("tokenizer.chat_template", text.chat_template or "")
     for tensor, s in stored.items():

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.core.errors import nearest
+from jaxlm.core.published_config import PublishedConfig
 from jaxlm.formats import gguf_rope
 from jaxlm.formats.gguf_rope import Fields, Values
 
@@ -234,7 +235,7 @@ def architecture_of_fields(fields: Fields) -> str:
     name = fields.get("general.architecture")
     if name == "llama" and fields.get("llama.expert_count"):
         return "mixtral"
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         hint = nearest(str(name), ARCHITECTURES)
         raise ValueError(f"general.architecture is {name!r}{hint}; known are {known}")
@@ -322,14 +323,14 @@ def config(fields: Fields, shapes: Mapping[str, tuple[int, ...]], factors: np.nd
     """
     a = ARCHITECTURES[architecture_of_fields(fields)]
     name = fields["general.architecture"]
-    values: Values = {"model_type": a.model_types[0]}
+    values: Values = PublishedConfig({"model_type": a.model_types[0]}, "metadata")
     for key, theirs in a.keys.items():
         value = fields.get(f"{name}.{key}")
         if value is None and key not in OPTIONAL:
             raise ValueError(f"{name}.{key} is missing from the metadata")
         if isinstance(value, list):
-            if len(set(value)) > 1:
-                raise ValueError(f"{name}.{key} differs between layers, which no family here has")
+            if not value or any(v != value[0] for v in value):
+                raise ValueError(f"{name}.{key} is empty or differs between layers, which no family here has")
             value = value[0]
         if value is not None:
             values[theirs] = gguf_rope.shortest(value)

@@ -12,7 +12,8 @@ Values = dict[str, Any]
 
 def shortest(x: Any) -> Any:
     """Returns a number as people wrote it: the file's float32 1e-5 is 9.999999747378752e-06 as a Python float."""
-    return float(str(np.float32(x))) if isinstance(x, float) else x
+    with np.errstate(over="ignore"):  # what is beyond float32 is refused where it is read
+        return float(str(np.float32(x))) if isinstance(x, float) else x
 
 
 def read(fields: Fields, name: str, factors: np.ndarray | None) -> Values:

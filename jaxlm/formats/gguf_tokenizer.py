@@ -1,7 +1,7 @@
 """GGUF metadata hold tokenizers: byte-level BPE (`gpt2`) and SentencePiece (`llama`: BPE, `t5`: unigram)."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxlm.core.errors import nearest
@@ -18,6 +18,42 @@ SPECIAL = {
     "cls": "cls_token_id",
     "mask": "mask_token_id",
 }
+
+# Tokens that end an answer besides eos: stated, or known to llama.cpp by their names.
+ENDS = ("eot_token_id", "eom_token_id")
+END_NAMES = (
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+    "<|eot|>",
+    "[EOT]",
+    "< EOT >",
+    "_< EOT >",
+)
+# Spaces, digits, scripts, compositions and code: what tokenizers that are made alike read differently.
+HARD_TEXTS = (
+    "Hello world",
+    " two  spaces   and more",
+    "don't can't I'LL",
+    "3.14159 12345678",
+    "naïve Zürich 世界 🎉🏽",
+    "\n\n\tdef f(x):\n        return x**2\r\n",
+    "ﬁ ½ e\u0301 \u00a0 \u200b",
+    "привет мир",
+    "مرحبا",
+    "a",
+    " ",
+    "ALLCAPS camelCase snake_case",
+    "!!!??? ...",
+    "http://x.org/?a=b&c",
+)
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CASED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -67,6 +103,31 @@ def read(fields: Mapping[str, Any]) -> Tokenizer:
         if entries is not None and len(entries) != len(tokens):
             raise ValueError(f"tokenizer.ggml.{name} has {len(entries)} entries for {len(tokens)} tokens")
     return readers[kind](fields, tokens)
+
+
+def end_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """Returns the tokens that end an answer besides eos; raises a ValueError where one is no token."""
+    tokens, types = fields["tokenizer.ggml.tokens"], fields.get("tokenizer.ggml.token_type")
+    ids = []
+    for name in ENDS:
+        if (id := fields.get(f"tokenizer.ggml.{name}")) is not None:
+            if not isinstance(id, int) or not 0 <= id < len(tokens):
+                raise ValueError(f"tokenizer.ggml.{name} is {id!r}, but there are {len(tokens)} tokens")
+            ids.append(id)
+    ids += [i for i, piece in enumerate(tokens) if piece in END_NAMES and (types is None or types[i] == CONTROL)]
+    return tuple(sorted({*ids} - {fields.get("tokenizer.ggml.eos_token_id")}))
+
+
+def different_text(a: Tokenizer, b: Tokenizer) -> str | None:
+    """Returns the first of some hard texts that two tokenizers read differently; None: there is none."""
+    return next((text for text in HARD_TEXTS if a.encode(text) != b.encode(text)), None)
+
+
+def lost_settings(tokenizer: Tokenizer) -> list[str]:
+    """Returns what a file can't say of added tokens, as people read it: that they take spaces or stand for words."""
+    added = json.loads(tokenizer.json).get("added_tokens", []) if isinstance(tokenizer, HuggingFace) else []
+    flags = ("lstrip", "rstrip", "single_word")
+    return [f"{t['content']} ({', '.join(f for f in flags if t.get(f))})" for t in added if any(map(t.get, flags))]
 
 
 def adds_bos(fields: Mapping[str, Any]) -> bool:
@@ -265,10 +326,12 @@ def _write_pieces(tokenizer: SentencePiece) -> dict[str, Any]:
     return out
 
 
-def write(tokenizer: Tokenizer, rows: int, add_bos: bool) -> dict[str, Any]:
-    """Returns the fields after `tokenizer.ggml.`, for a model whose embedding has `rows` rows.
+def write(tokenizer: Tokenizer, rows: int, add_bos: bool, ends: Sequence[int] = ()) -> dict[str, Any]:
+    """Returns the fields after `tokenizer.ggml.`, for a model whose embedding has `rows` rows. `ends` are the tokens
+    that end an answer.
 
-    Raises a ValueError where the tokenizer has no GGUF form, or more tokens than the embedding has rows.
+    Raises a ValueError where the tokenizer has no GGUF form, or more tokens than the embedding has rows, or where more
+    tokens end an answer than a file can say.
     """
     if isinstance(tokenizer, HuggingFace):
         out = _write_bytes(tokenizer)
@@ -286,4 +349,9 @@ def write(tokenizer: Tokenizer, rows: int, add_bos: bool) -> dict[str, Any]:
     for kind, name in SPECIAL.items():
         if (id := getattr(tokenizer, f"{kind}_id")) is not None:
             out[name] = id
-    return out | {"add_bos_token": add_bos}
+    others = [id for id in ends if id != out.get("eos_token_id")]
+    unnamed = [id for id in others if out["tokens"][id] not in END_NAMES or out["token_type"][id] != CONTROL]
+    if len(unnamed) > len(ENDS):
+        raise ValueError(f"gguf: tokens {unnamed} all end an answer, and a file names {len(ENDS)} besides eos")
+    stated = dict(zip(ENDS, [*unnamed, *(id for id in others if id not in unnamed)], strict=False))
+    return out | stated | {"add_bos_token": add_bos}

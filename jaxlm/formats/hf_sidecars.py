@@ -23,6 +23,7 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
+EMBEDDING_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 
 # ------------------------------------------------------------------------------------------------- generation settings
 
@@ -46,7 +47,13 @@ class Generation:
     no_repeat_ngram: int | None = None
     beams: int | None = None
     length_penalty: float | None = None
+    early_stopping: str | None = None
+    """When beam search ends a prompt: `no`, `yes` or `never`."""
     new_tokens: int | None = None
+    min_new_tokens: int | None = None
+    length: int | None = None
+    """The most tokens of a prompt and its answer together; of an encoder-decoder's answer with its start token."""
+    min_length: int | None = None
     others: tuple[str, ...] = ()
     """These settings of the file are set to something and have no field here: whoever generates must say so."""
 
@@ -66,8 +73,13 @@ SETTINGS: dict[str, tuple[str, type]] = {
     "no_repeat_ngram_size": ("no_repeat_ngram", int),
     "num_beams": ("beams", int),
     "length_penalty": ("length_penalty", float),
+    "early_stopping": ("early_stopping", str),
     "max_new_tokens": ("new_tokens", int),
+    "min_new_tokens": ("min_new_tokens", int),
+    "max_length": ("length", int),
+    "min_length": ("min_length", int),
 }
+EARLY_STOPPING: dict[Any, str] = {True: "yes", False: "no", "never": "never"}
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")  # config.json has these too
 IGNORED = ("transformers_version", "_from_model_config", "use_cache", "cache_implementation")
 
@@ -80,6 +92,11 @@ def read_generation(directory: str | Path) -> Generation:
     path, main = Path(directory) / "generation_config.json", Path(directory) / "config.json"
     values = {k: v for k, v in (read_json(main) if main.is_file() else {}).items() if k in IDS}
     values |= {k: v for k, v in (read_json(path) if path.is_file() else {}).items() if v is not None}
+    if "early_stopping" in values:
+        stated = values["early_stopping"]
+        if stated not in (True, False, "never"):
+            raise ValueError(f"{path}: early_stopping is {stated!r}, and may be true, false or 'never'")
+        values["early_stopping"] = EARLY_STOPPING[stated]
     settings: dict[str, Any] = {}
     for name, (field, kind) in SETTINGS.items():
         if (value := values.get(name)) is not None:
@@ -114,6 +131,30 @@ def known_settings(source: str | Path | None) -> Generation | None:
     return Generation(eos=() if tokens.eos_id is None else (tokens.eos_id,), bos=tokens.bos_id, pad=tokens.pad_id)
 
 
+def keep_generation(folder: Path, g: Generation, source: Path) -> list[str]:
+    """Writes `generation_config.json` into a run directory: all that the one beside the model `source` says, and the
+    token ids that only its config.json does; returns a line on that."""
+    path, theirs = folder / "generation_config.json", source / "generation_config.json"
+    if not theirs.is_file():
+        return write_generation(folder, g, None)
+    values = read_json(theirs)
+    values |= {name: id for name, id in token_ids(g).items() if values.get(name) is None}
+    path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+    return [f"{path.name}: carried along"]
+
+
+def keep_embedding(folder: Path, source: Path) -> list[str]:
+    """Copies the files that say how sentence-transformers makes vectors with a model; returns a line on them."""
+    if not (source / "modules.json").is_file():
+        return []
+    names = [name for name in EMBEDDING_FILES if (source / name).is_file()]
+    names += sorted(str(path.relative_to(source)) for path in source.glob("[0-9]_*/*.json"))
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+    return [f"{', '.join(names)}: carried along"]
+
+
 def write_generation(folder: Path, g: Generation, source: str | Path | None) -> list[str]:
     """Writes `generation_config.json`, the source's byte for byte where it has one; returns a line on that."""
     path = folder / "generation_config.json"
@@ -121,6 +162,7 @@ def write_generation(folder: Path, g: Generation, source: str | Path | None) -> 
         shutil.copyfile(Path(source) / path.name, path)
         return [f"{path.name}: carried along"]
     values = {name: getattr(g, field) for name, (field, _) in SETTINGS.items() if field != "eos"} | token_ids(g)
+    values["early_stopping"] = {ours: theirs for theirs, ours in EARLY_STOPPING.items()}.get(g.early_stopping or "")
     text = json.dumps({name: value for name, value in values.items() if value is not None}, indent=2)
     path.write_text(text + "\n", "utf-8")
     return [f"{path.name}: written"]

@@ -4,6 +4,7 @@ Weights go from the file to their shards, and back, in pieces of a few megabytes
 whole tensor is ever assembled for all devices. Nothing in such a directory is run: `auto_map` and pickles are refused.
 """
 
+import difflib
 import json
 import math
 import os
@@ -17,12 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core import errors, tree, weight_names
+from jaxlm.core import tree, weight_names
+from jaxlm.core.published_config import PublishedConfig
 from jaxlm.core.spec import is_spec
 from jaxlm.formats import hf_sidecars, safetensors, shards
 from jaxlm.formats.safetensors import Files, read_json
 from jaxlm.nn.family import Family
 
+SAME_WORD = 0.88  # share of letters in common from which a name is a slip of the pen
 MAX_NAMES = 4  # tensors that an error names
 EXPORTED = ("float32", "bfloat16", "float16")
 
@@ -34,15 +37,14 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     folder = Path(directory)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: has no config.json, so it is no Hugging Face model directory")
-    return read_json(folder / "config.json")
+    return PublishedConfig(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
 def family_of(values: Mapping[str, Any], models: Mapping[str, Family]) -> Family:
     """Returns the family that reads files of this `model_type`; raises a ValueError where there is none."""
     kind, known = values.get("model_type"), {t: f for f in models.values() for t in f.MODEL_TYPES}
     if not isinstance(kind, str) or kind not in known:
-        near = errors.nearest(str(kind), known)
-        near = near if "known" in near else f"{near[:-1]}, known: {', '.join(sorted(known))}"
+        near = f"{_misspelt(str(kind), known)}known: {', '.join(sorted(known))}"
         note = "; its own code (auto_map) is never run" if "auto_map" in values else ""
         raise ValueError(f"config.json: model_type {kind!r} is not read here{near}{note}")
     if values.get("quantization_config"):
@@ -51,6 +53,14 @@ def family_of(values: Mapping[str, Any], models: Mapping[str, Family]) -> Family
             f"config.json: quantization_config: {method!r} weights are not read; bring the unquantised ones"
         )
     return known[kind]
+
+
+def _misspelt(kind: str, known: Iterable[str]) -> str:
+    """Returns what comes before the known names: the one that is meant, if it can be told. Most names that are spelt
+    alike are other architectures, above all those of other numbers."""
+    digits = lambda name: re.findall(r"\d", name)  # noqa: E731
+    close = difflib.get_close_matches(kind, list(known), 1, SAME_WORD)
+    return f"; did you mean {close[0]!r}, " if close and digits(kind) == digits(close[0]) else "; "
 
 
 def describe(directory: str | Path, models: Mapping[str, Family]) -> tuple[Family, Any]:
@@ -146,10 +156,11 @@ def _match_names(
             raise ValueError(f"{entry.file}: {names[name]} holds {due}")
     for name, of in ((name, stand_in.get(of, of)) for name, of in copies.items()):
         if name in files.entries and not _equal(files, name, of):
-            raise ValueError(
-                f"{files.entries[name].file}: {name} differs from {of}, though config.json ties them; "
-                "set tie_word_embeddings to false there"
-            )
+            head = "head" in family.names(c) and name.endswith(family.names(c)["head"].file)
+            why = "though config.json ties them; set tie_word_embeddings to false there"
+            if not head:
+                why = "which are one tensor in this model as it is read here; fetch or export its files again"
+            raise ValueError(f"{files.entries[name].file}: {name} differs from {of}, {why}")
     return names
 
 
@@ -184,7 +195,8 @@ def _copies(family: Family, c: Any, specs: Any) -> dict[str, str]:
     A head that the specs lack is the embedding; a family states others in its `FILES.tied`.
     """
     entries = family.names(c)
-    tied = dict(family.FILES.tied)
+    own = {name.file for name in entries.values()}
+    tied = {name: of for name, of in family.FILES.tied.items() if name not in own}
     if "head" in entries and "head" not in specs and "embed" in specs:
         tied[entries["head"].file] = entries["embed"].file
     return tied

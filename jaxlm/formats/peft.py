@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxlm.core import config, errors, spec, tree, weight_names
+from jaxlm.core import config, spec, tree, weight_names
 from jaxlm.core.weight_names import Name, Part, Tensor
 from jaxlm.formats import safetensors
 from jaxlm.formats.safetensors import read_json
@@ -33,6 +33,9 @@ from jaxlm.weights.matrices import Matrix
 STEM, ROOT = "adapter_model", "base_model.model."
 PROMPT = "prompt_embeddings"
 SHOWN = 4  # names in an error
+# Beginnings of LoRA's matrices that leave the base as it is. PEFT's others take something from the base first, and do
+# so once more when it opens the files.
+PLAIN_BEGINNINGS = ("gaussian", "eva", "orthogonal")
 # Settings that say how an adapter was made or where it goes, which its tensors say too.
 HARMLESS = re.compile(
     r"peft_type|task_type|peft_version|base_model_name_or_path|revision|inference_mode|auto_mapping|target_modules|"
@@ -84,11 +87,17 @@ def open_files(folder: str | Path) -> Files:
     file = f"{folder / 'adapter_config.json'}"
     kind, known = values.get("peft_type"), [name for m in METHODS.values() if m.peft for name in m.peft.reads]
     if kind not in known:
-        raise ValueError(f"{file}: peft_type {kind!r} is not read{errors.nearest(str(kind), known)}")
+        raise ValueError(f"{file}: peft_type {kind!r} is not read; known: {', '.join(known)}")
     usual = {"bias": "none", "num_transformer_submodules": 1}
     for name, value in values.items():
         if value and value != usual.get(name) and (name in usual or not HARMLESS.fullmatch(name)):
             raise ValueError(f"{file}: {name} {value!r} is not read; merge the adapter where it was made")
+    begun = values.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower() not in PLAIN_BEGINNINGS:
+        raise ValueError(
+            f"{file}: init_lora_weights {begun!r} changed the base model, which is not read; save it as plain LoRA "
+            "with PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…), or merge it where it was made"
+        )
     return Files(folder, values, safetensors.open_files(folder, STEM))
 
 

@@ -27,6 +27,8 @@ class BeamPlan(NamedTuple):
     end_ids: tuple[int, ...]
     length: int
     """This is the number of the cache's slots."""
+    logprobs: int | None = None
+    """So many of the likeliest tokens are noted at each position, with the model's log probabilities; None: none."""
 
 
 def beam_rules(s: Sampling) -> dict[str, Any]:
@@ -44,6 +46,7 @@ class Beams(struct.PyTreeNode):
 
     `scores_BK` are log probabilities, `best_scores_BK` log probabilities over length^length_penalty. `exists_BK` says
     which places of the finished hypotheses are taken, `open_B` whether an open one may yet beat the finished ones.
+    `notes` are what is known of each token, arrays `[B, K, N, …]` by name: see `_notes`.
     """
 
     cache: Cache
@@ -55,6 +58,8 @@ class Beams(struct.PyTreeNode):
     best_scores_BK: jax.Array
     exists_BK: jax.Array
     open_B: jax.Array
+    notes: dict[str, jax.Array]
+    best_notes: dict[str, jax.Array]
 
 
 class _Settings(NamedTuple):
@@ -77,11 +82,11 @@ def search(
     rules: dict[str, jax.Array],
     *,
     plan: BeamPlan,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the best finished hypotheses of each prompt, best first: (tokens, lengths, scores).
+) -> tuple[jax.Array, jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Returns the best finished hypotheses of each prompt, best first: (tokens, lengths, scores, notes).
 
-    Tokens are `[B, K, N]`, lengths `[B, K]` with the token that ended each, scores `[B, K]`. `rules` are made by
-    `beam_rules`. Penalties work on log probabilities here, as in Hugging Face's beam search.
+    Tokens are `[B, K, N]`, lengths `[B, K]` with the token that ended each, scores `[B, K]`; for notes see `_notes`.
+    `rules` are made by `beam_rules`. Penalties work on log probabilities here, as in Hugging Face's beam search.
     """
     params = prepare(model, params)
     (B, P), K = batch["tokens"].shape, plan.beams
@@ -102,13 +107,19 @@ def search(
         z_R1V, cache = extend(model, params, b.cache, last_R1, positions_R1)
         return _choose(b.replace(cache=cache), z_R1V.reshape(B, K, V), settings)
 
-    first = _choose(_start(cache, B, K, N), jnp.broadcast_to(z_BV[:, None], (B, K, V)), settings)
+    first = _choose(_start(cache, B, K, N, plan.logprobs), jnp.broadcast_to(z_BV[:, None], (B, K, V)), settings)
     end = jax.lax.while_loop(unfinished, step, first)
-    return end.best_tokens_BKN, end.best_lengths_BK, end.best_scores_BK
+    return end.best_tokens_BKN, end.best_lengths_BK, end.best_scores_BK, end.best_notes
 
 
-def _start(cache: Cache, B: int, K: int, N: int) -> Beams:
+def _start(cache: Cache, B: int, K: int, N: int, logprobs: int | None) -> Beams:
     tokens_BKN = jnp.zeros((B, K, N), jnp.int32)
+    notes: dict[str, jax.Array] = {}
+    if logprobs is not None:
+        notes["logprobs"] = jnp.zeros((B, K, N), jnp.float32)
+    if logprobs:
+        likeliest = jnp.zeros((B, K, N, logprobs), jnp.float32)
+        notes |= dict(top=likeliest, top_ids=likeliest.astype(jnp.int32))
     return Beams(
         cache=cache,
         num_generated=jnp.zeros((), jnp.int32),
@@ -120,7 +131,26 @@ def _start(cache: Cache, B: int, K: int, N: int) -> Beams:
         best_scores_BK=jnp.full((B, K), IMPOSSIBLE),
         exists_BK=jnp.zeros((B, K), bool),
         open_B=jnp.ones(B, bool),
+        notes=notes,
+        best_notes=notes,
     )
+
+
+def _notes(z_BKV: jax.Array, parent_BC: jax.Array, token_BC: jax.Array, most: int | None) -> dict[str, jax.Array]:
+    """Returns what is noted of each candidate's token, `[B, C, …]`: the model's own log probability of it, `logprobs`,
+    and those of the likeliest, `top`, with their ids, `top_ids`."""
+    if most is None:
+        return {}
+    p_BCV = jnp.take_along_axis(jax.nn.log_softmax(z_BKV, -1), parent_BC[..., None], 1)
+    out = dict(logprobs=jnp.take_along_axis(p_BCV, token_BC[..., None], -1)[..., 0])
+    if most:
+        out["top"], out["top_ids"] = jax.lax.top_k(p_BCV, most)
+    return out
+
+
+def _pick(x: jax.Array, indices_BX: jax.Array) -> jax.Array:
+    """Returns the entries of `[B, Y, …]` at `[B, X]` along its second axis."""
+    return jnp.take_along_axis(x, indices_BX.reshape(*indices_BX.shape, *[1] * (x.ndim - 2)), 1)
 
 
 def _choose(b: Beams, z_BKV: jax.Array, settings: _Settings) -> Beams:
@@ -134,6 +164,11 @@ def _choose(b: Beams, z_BKV: jax.Array, settings: _Settings) -> Beams:
     num_generated = b.num_generated + 1
     tokens_BCN = jnp.take_along_axis(b.tokens_BKN, parent_BC[..., None], 1)
     tokens_BCN = jax.lax.dynamic_update_slice_in_dim(tokens_BCN, token_BC[..., None], b.num_generated, axis=2)
+    new = _notes(z_BKV, parent_BC, token_BC, plan.logprobs)
+    notes = {
+        name: jax.lax.dynamic_update_slice_in_dim(_pick(x, parent_BC), new[name][:, :, None], b.num_generated, axis=2)
+        for name, x in b.notes.items()
+    }
     ended_BC = sampling.is_any_of(token_BC, plan.end_ids) | (num_generated >= rules["max_tokens"])
 
     # An ended candidate counts only among the best K of all; the others are there to go on from.
@@ -158,6 +193,8 @@ def _choose(b: Beams, z_BKV: jax.Array, settings: _Settings) -> Beams:
         best_lengths_BK=jnp.take_along_axis(lengths, i, 1),
         best_scores_BK=best_scores_BK,
         exists_BK=exists_BK,
+        notes={name: _pick(x, j) for name, x in notes.items()},
+        best_notes={name: _pick(jnp.concatenate([x, notes[name]], 1), i) for name, x in b.best_notes.items()},
         open_B=b.open_B & (open_scores_BK[:, 0] / max_length.astype(jnp.float32) ** length_penalty > worst_B),
     )
 

@@ -32,13 +32,15 @@ class Recipe:
     """A text is cut off after so many tokens, special ones included; None allows as many as the model can."""
     prompt: str = ""
     """It is put before each text."""
+    include_prompt: bool = True
+    """The mean counts the tokens of the prompt too, and the special one before it."""
     lower: bool = False
 
 
 def read_recipe(folder: str | Path) -> Recipe | None:
     """Reads the recipe from the files of sentence-transformers in a model's folder; None if there are none.
 
-    Raises a ValueError that names the file where a module or a pooling is not known.
+    Raises a ValueError that names the file where a module, a pooling or a setting is not known.
     """
     folder = Path(folder)
     modules = _read(folder / "modules.json")
@@ -49,16 +51,41 @@ def read_recipe(folder: str | Path) -> Recipe | None:
         raise ValueError(
             f"{folder}/modules.json: {', '.join(kinds)}: only Transformer, Pooling and Normalize are known"
         )
-    sentence = _read(folder / modules[0]["path"] / "sentence_bert_config.json") or {}
-    prompts = _read(folder / "config_sentence_transformers.json") or {}
+    sentence = _settings(folder / modules[0]["path"] / "sentence_bert_config.json", TEXT_SETTINGS)
+    prompts = _settings(folder / "config_sentence_transformers.json", PROMPT_SETTINGS)
+    pooled = _settings(folder / modules[1]["path"] / "config.json", POOLING_SETTINGS)
     name = prompts.get("default_prompt_name")
     return Recipe(
         _pooling(folder / modules[1]["path"] / "config.json"),
         normalize=len(kinds) == 3,
+        include_prompt=bool(pooled.get("include_prompt", True)),
         longest=sentence.get("max_seq_length"),
         prompt=prompts["prompts"][name] if name else "",
         lower=bool(sentence.get("do_lower_case", False)),
     )
+
+
+# Settings of sentence-transformers' files: those that are read, or that don't change a vector, and for the others the
+# only value they may have.
+ANY = object()
+STATES = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+TEXT_SETTINGS: dict[str, Any] = dict(max_seq_length=ANY, do_lower_case=ANY, transformer_task="feature-extraction")
+TEXT_SETTINGS |= dict(module_output_name="token_embeddings", modality_config=STATES)
+PROMPT_SETTINGS: dict[str, Any] = dict(prompts=ANY, default_prompt_name=ANY, similarity_fn_name=ANY, __version__=ANY)
+PROMPT_SETTINGS["model_type"] = "SentenceTransformer"
+POOLING_SETTINGS = dict.fromkeys(
+    ("word_embedding_dimension", "embedding_dimension", "include_prompt", "pooling_mode"), ANY
+)
+
+
+def _settings(file: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """Returns a file's settings. ValueError: one is set to something and is not known."""
+    values = _read(file) or {}
+    for name, value in values.items():
+        wanted = ANY if name.startswith("pooling_mode_") else known.get(name)
+        if value and wanted is not ANY and value != wanted:
+            raise ValueError(f"{file}: {name} {value!r} is not known; embed with sentence-transformers")
+    return values
 
 
 def _pooling(file: Path) -> str:
@@ -100,11 +127,12 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], recipe: Recipe, positions
 
 
 def make_embed(
-    model: Model, *, pooling: str = "mean", normalize: bool = True, batch: int = 32
+    model: Model, *, pooling: str = "mean", normalize: bool = True, batch: int = 32, skipped: int = 0
 ) -> Callable[[Any, Sequence[Sequence[int]]], np.ndarray]:
     """Returns a function `embed(params, token lists) -> float32 [N, D]` that keeps the order of the texts.
 
-    Texts of similar length go together, the longest first. Lengths are rounded up, so new ones seldom compile anew.
+    The mean leaves out the first `skipped` tokens of each text. Texts of similar length go together, the
+    longest first. Lengths are rounded up, so new ones seldom compile anew.
     """
     if model.family.kind != "encoder":
         raise ValueError("embed: this model reads from left to right; texts are embedded with an encoder such as bert")
@@ -120,6 +148,7 @@ def make_embed(
             out_BD = x_BTD[:, 0]
         else:
             real_BT = model.shard(inputs["segments"], "batch", None).astype(jnp.float32)
+            real_BT *= jnp.arange(real_BT.shape[1])[None] >= skipped
             out_BD = (x_BTD * real_BT[..., None]).sum(1) / jnp.maximum(real_BT.sum(1), 1.0)[:, None]
         if normalize:
             out_BD /= jnp.maximum(jnp.linalg.norm(out_BD, axis=-1, keepdims=True), 1e-12)
@@ -180,5 +209,7 @@ def _padded(texts: list[Sequence[int]], batch: int, devices: int) -> dict[str, n
 
 def embed_texts(model: Model, params: Any, tokenizer: Tokenizer, texts: Sequence[str], recipe: Recipe) -> np.ndarray:
     """Returns one vector for each text, `[N, D]`."""
-    run = make_embed(model, pooling=recipe.pooling, normalize=recipe.normalize)
+    # The special token before a prompt goes with it, as in sentence-transformers.
+    prompt = [] if recipe.include_prompt or not recipe.prompt else encode(tokenizer, [""], recipe)[0][:-1]
+    run = make_embed(model, pooling=recipe.pooling, normalize=recipe.normalize, skipped=len(prompt))
     return run(params, encode(tokenizer, texts, recipe, model.config.positions))

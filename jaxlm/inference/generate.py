@@ -195,13 +195,17 @@ class Generator:
         plan, batch = self.plan(s), self.batch(prompts, s.tokens, source)
         length = bucket(batch["tokens"].shape[1] + s.tokens)
         allowed_BV = self.allowed(s)
-        shape = beam.BeamPlan(s.beams, plan.end_ids, length)
+        shape = beam.BeamPlan(s.beams, plan.end_ids, length, s.logprobs)
         result = self._jit_search(
             params, batch, sampling.numeric_settings(s), allowed_BV, beam.beam_rules(s), plan=shape
         )
         out = []
-        for tokens_KN, lengths_K, scores_K in zip(*jax.device_get(result), strict=True):
-            answers = [completion_of(i, plan.end_ids, tokens_KN, lengths_K) for i in range(s.samples)]
+        tokens, lengths, scores, notes = jax.device_get(result)
+        for row, (tokens_KN, lengths_K, scores_K) in enumerate(zip(tokens, lengths, scores, strict=True)):
+            noted = {name: x[row] for name, x in notes.items()}
+            top = (noted["top"], noted["top_ids"]) if s.logprobs else None
+            known = (plan.end_ids, tokens_KN, lengths_K, noted.get("logprobs"), top)
+            answers = [completion_of(i, *known) for i in range(s.samples)]
             out.append([replace(answer, score=float(scores_K[i])) for i, answer in enumerate(answers)])
         return out
 

@@ -11,11 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlm.data.tokenizer import UNFINISHED, context, decode_after
 from jaxlm.inference import constrain
 from jaxlm.inference.generate import Completion, Generator, trimmed
 from jaxlm.inference.sampling import Sampling
-
-UNFINISHED = "\ufffd"  # tokenizers decode to it bytes that are no whole character (yet)
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,14 @@ class Answer:
 
 
 class Reader:
-    """A reader makes the text of one answer as its tokens come.
+    """A reader makes the text of one answer as its tokens come, as it follows the tokens `before`.
 
     `num_used` counts the tokens up to the end of a stop text; it is None while there was none.
     """
 
-    def __init__(self, tokens: Any, stops: Sequence[str]) -> None:
+    def __init__(self, tokens: Any, stops: Sequence[str], before: Sequence[int] = ()) -> None:
         self.tokens, self.stops = tokens, tuple(stops)
+        self.before = context(tokens, before)
         self.sent = ""
         self.text = ""
         self.num_used: int | None = None
@@ -45,11 +45,11 @@ class Reader:
         """
         if self.num_used is not None:
             return ""
-        text = self.tokens.decode(ids)
+        text = decode_after(self.tokens, self.before, ids)
         if self._stop(text if last else text.rstrip(UNFINISHED)) is not None:
             # The fewest tokens that have a whole stop text decide, however many come at once.
             for self.num_used in range(1, len(ids) + 1):
-                text = self.tokens.decode(ids[: self.num_used])
+                text = decode_after(self.tokens, self.before, ids[: self.num_used])
                 text = text if last and self.num_used == len(ids) else text.rstrip(UNFINISHED)
                 if (cut := self._stop(text)) is not None:
                     break
@@ -104,8 +104,8 @@ def stream(
     if s.beams > 1:
         return (yield from _beams(generate, tokens, params, prompts, s, source, grammar))
     rows = len(prompts) * s.samples
-    readers = [Reader(tokens, s.stop) for _ in range(rows)]
-    matchers = [grammar.start() for _ in range(rows)] if grammar else []
+    readers = [Reader(tokens, s.stop, prompt) for prompt in prompts for _ in range(s.samples)]
+    matchers = [grammar.start(after_text=bool(tokens.decode(r.before))) for r in readers] if grammar else []
     state = generate.start(params, prompts, s, source, _allowed(matchers))
     num_generated, num_read = 1, 0
     while True:
@@ -142,7 +142,7 @@ def _beams(
     for i, completions in enumerate(generate(params, prompts, s, source)):
         out.append([])
         for j, completion in enumerate(completions):
-            reader = Reader(tokens, s.stop)
+            reader = Reader(tokens, s.stop, prompts[i])
             yield i * s.samples + j, reader.read(completion.tokens, True)
             cut = completion if reader.num_used is None else trimmed(completion, reader.num_used)
             out[-1].append(Answer(reader.text, cut))

@@ -53,6 +53,9 @@ class Config(ModelConfig):
     """Embeddings are multiplied by width^1/2."""
     tied: bool = True
     """The head is the embedding."""
+    own_embeddings: bool = False
+    """Each stack has an embedding of its own, as in published files whose head isn't tied. These hold a shared one too,
+    which nothing reads."""
     head_bias: bool = False
     """Constants that published files add to the logits, zeros in most. They are not trained."""
     decoder_start: Natural | None = 2
@@ -108,6 +111,11 @@ def specs(c: Config) -> dict[str, Any]:
             **layer_norm("norm_embed", D),
             **(layer_norm("norm", D) if c.norm_first else {}),
         )
+    if c.own_embeddings:
+        if c.tied:
+            raise ValueError("model.own_embeddings: goes with a head of its own alone; set model.tied=false")
+        for side in sides(c):
+            out[side]["embed"] = spec.table(V, D, normal(0.02), "vocab")
     if not c.tied:
         out["head"] = spec.head(V, D, normal(0.02))
     if c.head_bias:
@@ -190,7 +198,7 @@ def _stack(
         return x_BTD, now
 
     p = params[side]
-    x_BTD = layers.embed(params["embed"], ids_BT, shard) * (c.width**0.5 if c.scaled else 1.0)
+    x_BTD = layers.embed(p.get("embed", params["embed"]), ids_BT, shard) * (c.width**0.5 if c.scaled else 1.0)
     x_BTD += layers.embed(p["position"], positions_BT + UNUSED, shard, rows=None)
     x_BTD = layers.dropout(norm(p, "norm_embed", x_BTD), c.dropout, k1)
     x_BTD, cache = block_stack.run_blocks(
@@ -221,6 +229,8 @@ MODEL_TYPES = tuple(ARCHITECTURES)
 def names(c: Config) -> dict[str, Name]:
     out = {"embed": same("model.shared.weight")}
     for side in ("encoder", "decoder"):
+        if c.own_embeddings:
+            out[f"{side}/embed"] = same(f"model.{side}.embed_tokens.weight")
         layer = f"model.{side}.layers." + "{layer}."
         out[f"{side}/position"] = same(f"model.{side}.embed_positions.weight")
         attention = dict(self_attn="", encoder_attn="cross_") if side == "decoder" else dict(self_attn="")
@@ -277,8 +287,10 @@ def from_hf(values: dict[str, Any]) -> Config:
 
 
 def infer_from_files(c: Config, tensors: Collection[str]) -> Config:
-    """Returns the config with the bias of the logits that the files have, which config.json leaves open."""
-    return c if "final_logits_bias" in tensors else replace(c, head_bias=False)
+    """Returns the config with the bias of the logits and the embeddings that the files have, which config.json leaves
+    open."""
+    own = not c.tied and any(name.endswith("decoder.embed_tokens.weight") for name in tensors)
+    return replace(c, head_bias=c.head_bias and "final_logits_bias" in tensors, own_embeddings=own)
 
 
 FILES = Files(

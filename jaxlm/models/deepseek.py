@@ -99,6 +99,7 @@ def attention_specs(c: Config) -> dict[str, Spec]:
 
 
 def specs(c: Config) -> dict[str, Any]:
+    rope.check(c.rope, c.rotated_width, "rotated_width")
     stacks = decoder.sparse_stacks(c, attention_specs(c))
     return decoder.model_specs(c, normal(0.02 if c.tied else 1.0), stacks)
 

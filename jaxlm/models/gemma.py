@@ -146,7 +146,8 @@ def from_hf(values: dict[str, Any]) -> Config:
             window=values.get("sliding_window", 4096),
             windowed=block_stack.pattern([t == decoder.SLIDING for t in types]),
             score_width=values.get("query_pre_attn_scalar", 256),
-            softcap_scores=values.get("attn_logit_softcapping", scores),
+            # Gemma 3's code leaves it unread.
+            softcap_scores=values.get("attn_logit_softcapping", scores) if kind == "gemma2" else None,
             softcap_logits=values.get("final_logit_softcapping", logits),
         )
     far, near = _ropes(values)
@@ -163,8 +164,9 @@ def from_hf(values: dict[str, Any]) -> Config:
 
 def _activation(values: dict[str, Any]) -> str:
     """Returns the activation's name. Early files say `gelu` and mean its tanh form."""
-    name = values.get("hidden_activation") or values.get("hidden_act") or "gelu_pytorch_tanh"
-    name = "gelu_pytorch_tanh" if name == "gelu" and values["model_type"] == "gemma" else name
+    first = values["model_type"] == "gemma"
+    name = values.get("hidden_act" if first else "hidden_activation") or "gelu_pytorch_tanh"
+    name = "gelu_pytorch_tanh" if name == "gelu" and first else name
     if name not in layers.ACTIVATIONS:
         raise ValueError(f"config.json: hidden_activation {name!r} of {values['model_type']} is not supported")
     return name

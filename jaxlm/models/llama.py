@@ -117,28 +117,31 @@ def names(c: Config) -> dict[str, Name]:
 
 
 THETA = {"smollm3": 2e6}  # where config.json leaves rope_theta out
+BIASED = ("llama", "qwen3", "smollm3")  # these alone read attention_bias
+MLP_BIASED = ("llama", "smollm3")
 EVERY_LAYER = ("mistral", "phi3")  # a window that is stated holds everywhere
 
 
 def from_hf(values: dict[str, Any]) -> Config:
     decoder.check_silu(values)
     kind, n = values["model_type"], values["num_hidden_layers"]
-    bias = bool(values.get("attention_bias", False))
+    bias = kind in BIASED and bool(values.get("attention_bias", False))
     window, windowed = _windows(kind, values, n)
-    rotated = values.get("no_rope_layers") or [
-        (i + 1) % values.get("no_rope_layer_interval", 4) != 0 if kind == "smollm3" else True for i in range(n)
-    ]
+    rotated = [True] * n
+    if kind == "smollm3":
+        every = values.get("no_rope_layer_interval", 4)
+        rotated = values.get("no_rope_layers") or [(i + 1) % every != 0 for i in range(n)]
     return Config(
         **decoder.from_hf(values, eps=1e-6, tied=kind == "smollm3", head_width=128 if kind == "qwen3" else None),
         ffn=values["intermediate_size"],
-        rope=rope.from_hf(values, THETA.get(kind, 1e4)),
+        rope=rope.from_hf(values, THETA.get(kind, 1e4), partial=kind == "phi3"),
         window=window,
         windowed=block_stack.pattern(windowed),
         rotated=block_stack.pattern([bool(r) for r in rotated]),
         qk_norm=kind == "qwen3",
         qkv_bias=bias or kind == "qwen2",
         o_bias=bias,
-        mlp_bias=bool(values.get("mlp_bias", False)),
+        mlp_bias=kind in MLP_BIASED and bool(values.get("mlp_bias", False)),
     )
 
 
@@ -162,7 +165,7 @@ def to_hf(c: Config) -> dict[str, Any]:
     kind = c.model_type
     allowed = dict(
         qk_norm=kind == "qwen3", qkv_bias=kind not in EVERY_LAYER, o_bias=kind not in ("mistral", "phi3", "qwen2"),
-        mlp_bias=kind in ("llama", "smollm3"), window=kind != "llama",
+        mlp_bias=kind in MLP_BIASED, window=kind != "llama",
     )  # fmt: skip
     for name, ok in allowed.items():
         if getattr(c, name) and not ok:
@@ -176,9 +179,9 @@ def to_hf(c: Config) -> dict[str, Any]:
     ):
         raise ValueError(f"model.model_type: {kind!r} does not have these norms and biases; set the one that fits")
     out = decoder.to_hf(c, ARCHITECTURES[kind]) | dict(intermediate_size=c.ffn)
-    if kind in ("llama", "qwen3", "smollm3"):
+    if kind in BIASED:
         out["attention_bias"] = c.o_bias
-    if kind in ("llama", "smollm3"):
+    if kind in MLP_BIASED:
         out["mlp_bias"] = c.mlp_bias
     if kind in EVERY_LAYER:
         if not all(c.windowed):

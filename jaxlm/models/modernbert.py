@@ -96,6 +96,8 @@ def block_specs(c: Config, *, first: bool) -> dict[str, Spec]:
 def specs(c: Config) -> dict[str, Any]:
     if c.width % c.heads:
         raise ValueError(f"model.width: {c.width} is not a multiple of model.heads {c.heads}")
+    for one in (c.rope, c.rope_local):
+        rope.check(one, c.width // c.heads, "width")
     if c.layers < 2:
         raise ValueError(f"model.layers: {c.layers} is too few; ModernBERT has a first layer and at least one more")
     D, back = c.width, normal(0.02 / math.sqrt(2 * c.layers))

@@ -67,6 +67,7 @@ def attention_specs(c: DecoderConfig, biases: str = "", scale: float = 1.0) -> d
     """
     if c.heads % c.kv_heads:
         raise ValueError(f"model.heads: {c.heads} is not a multiple of model.kv_heads {c.kv_heads}")
+    rope.check(c.rope, c.head_width)
     D, H, K, C = c.width, c.heads, c.kv_heads, c.head_width
     every = dict(q=bias((H, C), "heads", None), k=bias((K, C), "kv", None), v=bias((K, C), "kv", None), o=bias(D))
     return dict(
@@ -199,8 +200,8 @@ def to_hf(c: DecoderConfig, architecture: str, unlimited: int = 1 << 20) -> dict
     return dict(
         architectures=[architecture], model_type=c.model_type, vocab_size=c.vocab, num_hidden_layers=c.layers,
         hidden_size=c.width, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_width,
-        rms_norm_eps=c.eps, rope_parameters=rope.to_hf(c.rope), max_position_embeddings=c.positions or unlimited,
-        tie_word_embeddings=c.tied, hidden_act="silu",
+        rms_norm_eps=c.eps, rope_parameters=rope.to_hf(c.rope, c.model_type == "phi3"),
+        max_position_embeddings=c.positions or unlimited, tie_word_embeddings=c.tied, hidden_act="silu",
     )  # fmt: skip
 
 

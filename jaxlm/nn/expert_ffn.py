@@ -8,10 +8,12 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from jaxlm.nn.kernels import grouped_matmul
 
+UNKNOWN_BLOCK = 8  # rows of a block where nobody knows how many there are
 Gated = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -99,18 +101,22 @@ def without_capacity(w: dict, x_ND: jax.Array, expert_NK: jax.Array, act: Gated)
     order_M = jnp.argsort(expert_M, stable=True)
     slot_M = jnp.zeros(M, jnp.int32).at[order_M].set(jnp.arange(M, dtype=jnp.int32))
     size_E = (expert_M[:, None] == jnp.arange(E)[None]).sum(0, dtype=jnp.int32)
-    block, blocks = grouped_matmul.block_size(M, E), grouped_matmul.choose().method == "blocks"
-    size, rows = (block, (M // block + min(E, M)) * block) if blocks else (1, -(-M // block) * block)
+    # The rows of an exported program are not known yet: they can't be compared, and any platform must run it.
+    unknown = jax.export.is_symbolic_dim(M)
+    blocks = unknown or grouped_matmul.choose().method == "blocks"
+    block = UNKNOWN_BLOCK if unknown else grouped_matmul.block_size(M, E)
+    most = M // block + (E if unknown else min(E, M))  # blocks, of which each group's last may not be full
+    size, rows = (block, most * block) if blocks else (1, -(-M // block) * block)
     padded_E = -(-size_E // size) * size
     end_E = jnp.cumsum(padded_E)
     shift_E = end_E - padded_E - (jnp.cumsum(size_E) - size_E)
     slot_M = jnp.where(expert_M < E, slot_M + shift_E.at[expert_M].get(mode="fill", fill_value=0), rows)
     slot_NK = slot_M.reshape(expert_NK.shape)
     x_PD = _spread(x_ND, slot_NK, rows)
-    row_P = jnp.arange(0, rows, size)
+    row_P = jnp.arange(rows // size, dtype=jnp.int32) * size
     expert_P = jnp.searchsorted(end_E, row_P, side="right", method="compare_all")  # E past the last expert's rows
     if blocks:
-        y_PD = grouped_matmul.in_blocks(partial(_gated_ffn, act=act), w, x_PD, expert_P, end_E[-1] // size)
+        y_PD = grouped_matmul.in_blocks(partial(_gated_ffn, act=act), size, w, x_PD, expert_P, end_E[-1] // size)
     else:
         dot = lambda x, w: grouped_matmul.dot(x, w, size_E, block)  # noqa: E731
         # A kernel may leave anything in the rows past the last group: no bias may take a gradient from there.

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.core.published_config import PublishedConfig
 from jaxlm.core.ranges import Natural, NonNegative, Positive, Share
 
 
@@ -51,6 +52,18 @@ class Rope:
 def temperature(factor: float, mscale: float = 1.0) -> float:
     """Returns YaRN's 0.1 · m · ln s + 1 (Peng et al. 2023, section 3.4)."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def check(rope: Rope, width: int, name: str = "head_width") -> None:
+    """Raises a ValueError, which names `model.{name}`, where heads of this width can't be rotated so."""
+    rotated = int(width * rope.share)
+    if rotated % 2 or rotated < (4 if rope.scaling == "dynamic" else 2):
+        raise ValueError(f"model.{name}: {rotated} of {width} values would be rotated, in pairs; choose an even number")
+    for field in ("short_factor", "long_factor") if rope.scaling == "longrope" else ():
+        if len(getattr(rope, field)) != rotated // 2:
+            raise ValueError(
+                f"model.rope.{field}: {len(getattr(rope, field))} divisors for {rotated // 2} frequencies; give as many"
+            )
 
 
 def table(rope: Rope, width: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -140,13 +153,17 @@ SCALED = {
 }
 
 
-def from_hf(values: dict[str, Any], theta: float, parameters: dict[str, Any] | None = None) -> Rope:
+def from_hf(
+    values: dict[str, Any], theta: float, parameters: dict[str, Any] | None = None, partial: bool = False
+) -> Rope:
     """Reads a Rope from a `config.json`: today's `rope_parameters`, or `rope_theta` with `rope_scaling`.
 
-    `theta` is the default. `parameters` replaces the file's own where they are nested by layer type. Raises ValueError
-    for a kind or parameter that it doesn't know.
+    `theta` is the default. `parameters` replaces the file's own where they are nested by layer type. Only `partial`
+    models rotate a part of each head; in the files of others transformers leaves `partial_rotary_factor` unread. Raises
+    ValueError for a kind or parameter that it doesn't know.
     """
-    p = dict(parameters or values.get("rope_parameters") or values.get("rope_scaling") or {})
+    own = values.get("rope_scaling") or values.get("rope_parameters") or {}  # transformers' order
+    p = PublishedConfig(parameters or own, "config.json: rope_parameters")
     kind: Any = p.pop("rope_type", None) or p.pop("type", None) or "default"
     p.pop("type", None)
     kind = {"su": "longrope", "ntk": "dynamic"}.get(kind, kind)
@@ -159,22 +176,37 @@ def from_hf(values: dict[str, Any], theta: float, parameters: dict[str, Any] | N
         trained = longest
     theta = p.pop("rope_theta", None) or values.get("rope_theta") or theta
     share = p.pop("partial_rotary_factor", None) or values.get("partial_rotary_factor") or 1.0
+    if not partial:
+        if kind != "default" and share != 1:
+            named = f"partial_rotary_factor {share!r} with rope_type {kind!r}"
+            raise ValueError(f"config.json: {named} is not what a {values.get('model_type')} can have; leave it out")
+        share = 1.0
     unknown = p.keys() - set(SCALED.get(kind, ())) - {"finetuned", "max_position_embeddings"}
     if unknown and kind != "default":
         raise ValueError(f"config.json: rope_parameters of {kind} have unknown {', '.join(sorted(unknown))}")
     fields: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in p.items() if k in SCALED.get(kind, ()) and v is not None
+        k: tuple(v) if isinstance(v := p[k], list) else v for k in p if k in SCALED.get(kind, ()) and p[k] is not None
     }
     if kind not in ("default", "linear"):
-        fields["trained"] = int(trained or longest)
+        fields["trained"] = trained or longest
+        if not fields["trained"]:
+            raise ValueError(f"config.json: rope_type {kind!r} needs max_position_embeddings")
     if kind in ("yarn", "longrope") and "factor" not in fields:
         fields["factor"] = longest / fields["trained"]
-    return Rope(theta=float(theta), share=float(share), scaling=kind, **fields)
+    rope = Rope(theta=float(theta), share=float(share), scaling=kind, **fields)
+    if kind == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
+        raise ValueError(f"config.json: high_freq_factor {rope.high_freq_factor} must be above low_freq_factor")
+    if kind == "yarn" and rope.theta <= 1:
+        raise ValueError(f"config.json: rope_theta {theta} must be above 1 for yarn")
+    return rope
 
 
-def to_hf(rope: Rope) -> dict[str, Any]:
-    """Returns `rope_parameters` as today's `config.json` has them."""
+def to_hf(rope: Rope, partial: bool = False) -> dict[str, Any]:
+    """Returns `rope_parameters` as today's `config.json` has them. ValueError: not the whole head is rotated, which
+    only `partial` models' files say."""
     out: dict[str, Any] = {"rope_type": rope.scaling, "rope_theta": rope.theta}
+    if rope.share != 1 and not partial:
+        raise ValueError(f"model.rope.share: {rope.share} is not in files of this model_type; set 1, or phi3")
     if rope.share != 1:
         out["partial_rotary_factor"] = rope.share
     for name in SCALED.get(rope.scaling, ()):

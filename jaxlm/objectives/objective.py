@@ -249,6 +249,8 @@ class Objective(Generic[C]):
     """What becomes of padding in a batch of one text a row: it is kept; texts share rows as segments, whatever row
     `example` put them in; or the columns that are padding in every row are left out."""
 
+    chat_template: Callable[[C], str] | None = None
+    """(settings) → the chat template of their own, empty if they have none; None: it doesn't read chats."""
     prediction: Prediction[C] | None = None
     reference: Reference[C] | None = None
     read_prompts: ReadPrompts[C] | None = None

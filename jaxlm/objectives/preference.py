@@ -230,4 +230,5 @@ METHODS = {"dpo": _dpo, "ipo": _ipo, "kto": _kto, "orpo": _orpo}
 
 
 objective = Objective(Config, ExampleReader(read, token_ids), ("decoder",), example=example, totals=totals, loss=loss,
-                      check=check, reference=Reference(needs_reference, reference))  # fmt: skip
+                      check=check, reference=Reference(needs_reference, reference),
+                      chat_template=lambda c: c.template)  # fmt: skip

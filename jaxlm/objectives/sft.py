@@ -98,4 +98,4 @@ def example(c: Config, record: Conversations, row: RowShape, tokenizer: Tokenize
 
 
 objective = Objective(Config, ExampleReader(read, token_ids), ("decoder",), example=example, totals=causal.totals,
-                      loss=causal.loss, read_prompts=read_prompts)  # fmt: skip
+                      loss=causal.loss, read_prompts=read_prompts, chat_template=lambda c: c.template)  # fmt: skip

@@ -66,9 +66,9 @@ class RunLog:
         """Logs what happened once; fields that depend on the clock go into `time={…}`."""
         self._write({"kind": "event", "step": step, "name": name, **info})
 
-    def sample(self, step: int, prompt: str, text: str) -> None:
-        """Logs the `text` that the model wrote after `prompt`."""
-        line = {"kind": "sample", "step": step, "prompt": prompt, "text": text}
+    def sample(self, step: int, prompt: str, text: str, goes_on: bool = True) -> None:
+        """Logs the `text` that the model wrote after `prompt`, from which it goes on or which it answers."""
+        line = {"kind": "sample", "step": step, "prompt": prompt, "text": text, "goes_on": goes_on}
         self._write(line)
         if self._samples is not None:
             self._samples.write(_sample(line).encode())
@@ -140,7 +140,13 @@ def _plain(value: Any) -> Any:
 
 
 def _sample(line: dict) -> str:
-    return f"── step {line['step']} ── {line['prompt']!r}\n{line['prompt']}{line['text']}\n\n"
+    prompt = line["prompt"]
+    return f"── step {line['step']} ── {prompt!r}\n{shown(prompt, line['text'], line.get('goes_on', True))}\n\n"
+
+
+def shown(prompt: str, text: str, goes_on: bool = True) -> str:
+    """Returns a prompt with what a model wrote after it, on a line of its own where it doesn't go on from it."""
+    return prompt + text if goes_on else f"{prompt}\n→ {text}"
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -110,14 +110,16 @@ def _samples(samples: list[dict]) -> str:
     if not prompts:
         return ""
     pairs = []
-    for prompt, lines in prompts.items():
+    for lines in prompts.values():
         shown = [lines[0]] if len(lines) == 1 else [lines[0], lines[-1]]
-        cells = "".join(
-            f"<div><h3>step {_text(line['step'])}</h3><pre><b>{_text(prompt)}</b>{_text(line['text'])}</pre></div>"
-            for line in shown
-        )
+        cells = "".join(f"<div><h3>step {_text(line['step'])}</h3><pre>{_shown(line)}</pre></div>" for line in shown)
         pairs.append(f"<div class=pair>{cells}</div>")
     return "<h2>Samples <small>first and last</small></h2>" + "".join(pairs)
+
+
+def _shown(line: dict) -> str:
+    before = "" if line.get("goes_on", True) else "\n→ "
+    return f"<b>{_text(line['prompt'])}</b>{before}{_text(line['text'])}"
 
 
 def _sections(title: str, values: dict[str, Any]) -> str:

@@ -103,10 +103,10 @@ def test_few_programs(monkeypatch):
 
 def test_spaces_go_to_the_continuation_and_joins_hold():
     words = lambda text: [hash(w) % 1000 for w in text.replace(" ", " _").split(" ") if w]  # noqa: E731
-    assert split(words, "a b ", "c") == split(words, "a b", " c") == Request(words("a b"), words(" c"))
+    assert split(words, words, "a b ", "c") == split(words, words, "a b", " c") == Request(words("a b"), words(" c"))
     joined = lambda text: [len(text)]  # noqa: E731  # one token for any text
-    assert split(joined, "ab", "cd") == Request([2], [2])
-    assert split(joined, " ", "cd") == Request([0], [3]) or split(joined, " ", "cd").continuation == [3]
+    assert split(joined, joined, "ab", "cd") == Request([2], [2])
+    assert split(joined, joined, " ", "cd") == Request([0], [3]) or split(joined, joined, " ", "cd").continuation == [3]
 
 
 def test_a_mesh_scores_the_same():

@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from support.public_weights import smollm2
 
+from jaxlm.assembly import convert
 from jaxlm.core import config, tree
 from jaxlm.core.spec import count, init, is_spec
 from jaxlm.data import tokenizer as tokenizers
@@ -317,6 +319,48 @@ def test_digits_are_cut_one_by_one_in_smollm_and_by_three_in_llama() -> None:
     assert gguf_tokenizer.WORDS["llama-bpe"][0].count(r"\p{N}{1,3}") == 1
 
 
+def test_every_token_that_ends_an_answer_is_told() -> None:
+    fields, tokenizer = bpe("gpt-2")
+    names = fields["tokenizer.ggml.tokens"]
+    eos = fields.get("tokenizer.ggml.eos_token_id", tokenizer.eos_id)
+    others = [i for i in range(len(names)) if i != eos][5:8]
+    written = gguf_tokenizer.write(tokenizer, len(names), False, (eos, *others[:2]))
+    assert (written["eot_token_id"], written["eom_token_id"]) == tuple(others[:2])
+    again = {f"tokenizer.ggml.{key}": value for key, value in written.items()}
+    assert gguf_tokenizer.end_ids(again) == tuple(others[:2])
+    with pytest.raises(ValueError, match="all end an answer, and a file names 2 besides eos"):
+        gguf_tokenizer.write(tokenizer, len(names), False, others)
+    known = {**again, "tokenizer.ggml.tokens": [*names, "<|eot_id|>", "<|im_end|>"]}
+    known["tokenizer.ggml.token_type"] = [*again["tokenizer.ggml.token_type"], gguf_tokenizer.CONTROL, 1]
+    del known["tokenizer.ggml.eot_token_id"], known["tokenizer.ggml.eom_token_id"]
+    assert gguf_tokenizer.end_ids(known) == (len(names),), "by its name, if it is no word"
+    with pytest.raises(ValueError, match="eot_token_id is 99999"):
+        gguf_tokenizer.end_ids(known | {"tokenizer.ggml.eot_token_id": 99999})
+
+
+def test_of_two_tokenizers_the_one_that_is_used_is_written(tmp_path: Path) -> None:
+    """A tokenizer.model of the same size is believed only where it reads hard texts as the tokenizer.json does."""
+    _, tokenizer = bpe("gpt-2")
+    other = train_tokenizer.train_sentencepiece(["some words of text 12"] * 9, tmp_path / "x.model", vocab_size=300)
+    assert gguf_tokenizer.different_text(tokenizer, other) is not None
+    assert gguf_tokenizer.different_text(other, other) is None
+    source = SimpleNamespace(format="hf", path=tmp_path, tokens=tokenizer)
+    (tmp_path / "tokenizer.model").write_bytes(other.model)
+    object.__setattr__(tokenizer, "vocab_size", other.vocab_size)
+    assert convert._vocabulary(source) is tokenizer
+    source.tokens = other
+    assert convert._vocabulary(source).fingerprint == other.fingerprint
+
+
+def test_what_added_tokens_do_to_spaces_is_not_lost_in_silence() -> None:
+    _, tokenizer = bpe("gpt-2")
+    values = json.loads(tokenizer.json)
+    assert gguf_tokenizer.lost_settings(tokenizer) == []
+    flags = dict(single_word=False, lstrip=False, rstrip=True, normalized=False, special=True)
+    values["added_tokens"].append(dict(id=tokenizer.vocab_size, content="<|end|>", **flags))
+    assert gguf_tokenizer.lost_settings(tokenizers.HuggingFace(json.dumps(values))) == ["<|end|> (rstrip)"]
+
+
 def test_sentencepiece_comes_back_as_it_was(tmp_path: Path) -> None:
     text = [Path(__file__).read_text()]
     made = train_tokenizer.train_sentencepiece(text, tmp_path / "t.model", vocab_size=400)
@@ -433,7 +477,7 @@ def test_what_is_not_known_or_does_not_fit_is_refused(tmp_path: Path) -> None:
     [
         (LLAMA(**BASE, model_type="mistral", window=16), "f16", "sliding_window 16 can't be told"),
         (LLAMA(**BASE, rope=Rope(scaling="dynamic", factor=2.0)), "f16", "rope_type 'dynamic' has no form"),
-        (LLAMA(**BASE, rope=Rope(share=0.5)), "f16", "rope_parameters .* can't be told"),
+        (LLAMA(**BASE, rope=Rope(share=0.5)), "f16", "rope.share: 0.5 is not in files"),
         (LLAMA(**BASE, model_type="qwen2", qkv_bias=True), "f16", "heads × head_dim = hidden_size"),
         (LLAMA(**BASE | dict(ffn=80)), "q8_0", r"blk\.0\.ffn_down\.weight has 80: choose f16"),
         (LLAMA(**BASE), "q4_0", "'q4_0' is not written, only f16, q8_0"),

@@ -137,6 +137,8 @@ def misshapen(tensors, values):
     (lambda t, v: v.update(peft_type="LOHA"), r"peft_type 'LOHA' is not read"),
     (lambda t, v: v.update(bias="all"), r"bias 'all' is not read"),
     (lambda t, v: v.update(modules_to_save=["lm_head"]), r"modules_to_save \['lm_head'\] is not read"),
+    *((lambda t, v, begun=begun: v.update(init_lora_weights=begun), f"init_lora_weights '{begun}' changed the base")
+      for begun in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")),
     (lambda t, v: v.update(use_bdlora={"x": 1}), r"use_bdlora"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_named(change, says, tmp_path):

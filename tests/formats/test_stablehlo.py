@@ -18,6 +18,7 @@ from jaxlm.models import MODELS
 from jaxlm.models.model import Model
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.losses import logits
+from jaxlm.nn.moe import Moe
 
 pytest.importorskip("flatbuffers")
 
@@ -40,7 +41,7 @@ def make(family: str, dtype: str = "float32", sharp: float = 4, **more: Any) -> 
     specs = f.specs(c)
     weights = spec.init(specs, jax.random.key(0))
     blocks = {
-        name: w * (sharp if name in "qkv" else 1) for name, w in weights["blocks"].items()
+        name: w * sharp if name in "qkv" else w for name, w in weights["blocks"].items()
     }  # so that positions tell
     return Model(f, c, specs, Layout(execution=config.Execution(dtype=dtype))), weights | {"blocks": blocks}
 
@@ -49,6 +50,7 @@ MODELS_HERE = {
     "llama": dict(kv_heads=2, head_width=8, ffn=48),
     "gemma": dict(kv_heads=2, head_width=8, ffn=48, window=8, score_width=8),
     "bert": dict(ffn=48),
+    "mixtral": dict(kv_heads=2, head_width=8, moe=Moe(experts=4, top_k=2, ffn=16)),
 }
 
 
@@ -60,7 +62,7 @@ def alone(folder: Path) -> dict[str, Any]:
 
 
 # "gemma" has all that "llama" has, and caches of two sizes.
-@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "gemma", "bert"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "gemma", "bert", "mixtral"])
 def test_programs_compute_what_the_model_does_without_this_package(family: str, tmp_path: Path) -> None:
     model, weights = make(family, **MODELS_HERE[family])
     notes = stablehlo.save(tmp_path / "out", model, weights, lengths=(8, 16), cache=None, platforms=("cpu",))

@@ -125,6 +125,38 @@ def test_recipes_of_sentence_transformers_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("1_Pooling/config.json", {"include_prompt": False}, None),
+        ("1_Pooling/config.json", {"include_prompt": True, "weights": [1, 2]}, "weights"),
+        ("sentence_bert_config.json", {"max_seq_length": 9, "layer": 3}, "layer 3"),
+        ("config_sentence_transformers.json", {"truncate_dim": 8}, "truncate_dim 8"),
+        ("config_sentence_transformers.json", {"model_type": "SparseEncoder"}, "model_type 'SparseEncoder'"),
+    ],
+)
+def test_settings_of_their_files_are_followed_or_refused(tmp_path, file, change, message):
+    folder = sentence_folder(tmp_path, pooling="mean_tokens")
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
+    if message is None:
+        assert not embed.read_recipe(folder).include_prompt
+        return
+    with pytest.raises(ValueError, match=f"{message}.* is not known; embed with sentence-transformers"):
+        embed.read_recipe(folder)
+
+
+def test_a_mean_may_leave_the_prompt_out():
+    model, w = tiny()
+    t = tokenizer.load("bytes")
+    recipe = Recipe(prompt="q: ", include_prompt=False, normalize=False)
+    vectors = embed.embed_texts(model, w, t, ["abc", "de"], recipe)
+    for text, vector in zip(["abc", "de"], vectors, strict=True):
+        [ids] = embed.encode(t, [text], recipe)
+        batch = dict(tokens=np.array([ids]), positions=np.arange(len(ids))[None], segments=np.ones((1, len(ids)), int))
+        x_TD = np.asarray(model.forward(w, batch).x_BTD)[0]
+        np.testing.assert_allclose(vector, x_TD[4:].mean(0), atol=1e-5)  # without <cls> and "q: "
+
+
+@pytest.mark.parametrize(
     ("kinds", "pooling", "message"),
     [
         (("Transformer", "Pooling", "Dense"), "cls_token", r"modules\.json: Transformer, Pooling, Dense: only"),

@@ -125,6 +125,15 @@ def test_beams_come_whole_and_stop_texts_cut_them(generate, weights):
         c.tokens for several in generate(weights, PROMPTS, s) for c in several
     ]
     assert texts == [a.text for several in found for a in several]
+    noted = generate(weights, PROMPTS, dataclasses.replace(s, logprobs=2, length_penalty=0.0))
+    for several in noted:
+        for c in several:
+            assert len(c.logprobs) == len(c.top) == len(c.tokens) and all(len(top) == 2 for top in c.top)
+            assert all(
+                top.get(t, p) == p <= max(top.values()) for t, p, top in zip(c.tokens, c.logprobs, c.top, strict=True)
+            )
+            if c.reason == "length":
+                assert sum(c.logprobs) == pytest.approx(c.score, abs=1e-4)
 
 
 def test_stop_ids_and_min_tokens(generate, weights):

@@ -239,6 +239,7 @@ ROWS |= {
         activation_function="relu", scale_embedding=True, decoder_attention_heads=2), "encoder_decoder"),
     "bart_shallow_decoder": Row("BartForConditionalGeneration", BART | dict(
         encoder_layers=3, decoder_layers=1, decoder_ffn_dim=40, activation_function="gelu_new"), "encoder_decoder"),
+    "bart_untied": Row("BartForConditionalGeneration", BART | dict(tie_word_embeddings=False), "encoder_decoder"),
     "mbart": Row("MBartForConditionalGeneration", BART | dict(scale_embedding=True), "encoder_decoder"),
     "mbart_deep_decoder": Row("MBartForConditionalGeneration", BART | dict(
         encoder_layers=1, decoder_layers=3, encoder_attention_heads=2), "encoder_decoder"),

@@ -5,6 +5,13 @@
 
 from pathlib import Path
 
+from jaxlm.data.tokenizer.continuation import (
+    UNFINISHED,
+    carries_space,
+    context,
+    decode_after,
+    encode_after,
+)
 from jaxlm.data.tokenizer.hugging_face import HuggingFace, post_processor, read_tokenizer_json
 from jaxlm.data.tokenizer.interface import KINDS, SpecialIds, SpelledSpecial, Tokenizer, write_atomically
 from jaxlm.data.tokenizer.raw_bytes import Bytes
@@ -13,12 +20,17 @@ from jaxlm.data.tokenizer.sentence_piece import SPACE, SentencePiece
 __all__ = [
     "KINDS",
     "SPACE",
+    "UNFINISHED",
     "Bytes",
     "HuggingFace",
     "SentencePiece",
     "SpecialIds",
     "SpelledSpecial",
     "Tokenizer",
+    "carries_space",
+    "context",
+    "decode_after",
+    "encode_after",
     "load",
     "post_processor",
     "write_atomically",

@@ -91,11 +91,10 @@ def _kernel(
         return getattr(ops.backend, name)(a, b, size_G, dtype, tiles, interpret=INTERPRET, **options)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def in_blocks(run: Run, w: Any, x_PD: jax.Array, group_N: jax.Array, used: jax.Array) -> jax.Array:
-    """Returns `run(matrices of its group, rows)` of the first `used` of N blocks of rows, `[P, D]`, and zeros after
-    them."""
-    size = x_PD.shape[0] // group_N.shape[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def in_blocks(run: Run, size: int, w: Any, x_PD: jax.Array, group_N: jax.Array, used: jax.Array) -> jax.Array:
+    """Returns `run(matrices of its group, rows)` of the first `used` of N blocks of `size` rows, `[P, D]`, and zeros
+    after them."""
 
     def one(n: jax.Array, y_PD: jax.Array) -> jax.Array:
         y = run(_select(w, group_N[n]), _cut(x_PD, n, size))
@@ -104,15 +103,14 @@ def in_blocks(run: Run, w: Any, x_PD: jax.Array, group_N: jax.Array, used: jax.A
     return _loop(group_N.shape[0], used, one, _zeros(x_PD))
 
 
-def _in_blocks_forward(run, w, x_PD, group_N, used):
-    return in_blocks(run, w, x_PD, group_N, used), (w, x_PD, group_N, used)
+def _in_blocks_forward(run, size, w, x_PD, group_N, used):
+    return in_blocks(run, size, w, x_PD, group_N, used), (w, x_PD, group_N, used)
 
 
-def _in_blocks_backward(run, saved, dy_PD):
+def _in_blocks_backward(run, size, saved, dy_PD):
     """Adds up the gradient of one group's matrices at a time in float32, and stores it after each of the group's
     blocks."""
     w, x_PD, group_N, used = saved
-    size = x_PD.shape[0] // group_N.shape[0]
 
     def one(n, carry):
         sums, dw, dx_PD = carry

@@ -60,7 +60,7 @@ def test_planned_flops_are_of_the_blocks_and_not_of_all_groups():
         return x @ w
 
     def f(w, x):
-        return grouped_matmul.in_blocks(one, w, x, jnp.array([0, 2, 2, 4]), jnp.int32(3))
+        return grouped_matmul.in_blocks(one, 32, w, x, jnp.array([0, 2, 2, 4]), jnp.int32(3))
 
     w, x = jnp.ones((G, D, D)), jnp.ones((4 * 32, D))
     y = f(w, x)

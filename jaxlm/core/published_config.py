@@ -1,0 +1,122 @@
+"""The values of a published config.json are checked where they are read, before anything is computed of them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+MAX_SIZE = 1 << 31
+MAX_LAYERS = 10_000
+MAX_NUMBER = 1e30  # a float32
+MAX_TEXT = 200  # characters of a value that an error shows
+
+
+class Rule(NamedTuple):
+    """A rule says which values a key may have, besides null where it is `optional`."""
+
+    accepts: Callable[[Any], bool]
+    words: str
+    optional: bool = False
+
+
+def _whole(x: Any, least: int, most: int) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
+
+
+def _number(x: Any) -> bool:
+    return (isinstance(x, float) and abs(x) < MAX_NUMBER) or _whole(x, -MAX_SIZE, MAX_SIZE)
+
+
+def _list(x: Any, of: Callable[[Any], bool]) -> bool:
+    return isinstance(x, list | tuple) and len(x) <= MAX_LAYERS and all(map(of, x))
+
+
+SIZE = Rule(lambda x: _whole(x, 1, MAX_SIZE), "a whole number, at least 1")
+COUNT = Rule(lambda x: _whole(x, 0, MAX_SIZE), "a whole number, at least 0")
+LAYERS = Rule(lambda x: _whole(x, 1, MAX_LAYERS), f"a whole number from 1 to {MAX_LAYERS:,}")
+POSITIVE = Rule(lambda x: _number(x) and x > 0, "a number above 0")
+SHARE = Rule(lambda x: _number(x) and 0 < x <= 1, "a number above 0 and at most 1")
+DROPOUT = Rule(lambda x: _number(x) and 0 <= x < 1, "a number from 0 to below 1")
+EPSILON = Rule(lambda x: _number(x) and 0 <= x < 1, "a number from 0 to below 1")
+FLAG = Rule(lambda x: isinstance(x, bool) or x in (0, 1), "true or false", True)
+TEXT = Rule(lambda x: isinstance(x, str), "a text", True)
+TEXTS = Rule(lambda x: _list(x, lambda t: isinstance(t, str)), "a list of texts", True)
+FLAGS = Rule(lambda x: _list(x, lambda t: isinstance(t, bool) or t in (0, 1)), "a list of 0 and 1", True)
+COUNTS = Rule(lambda x: _list(x, lambda n: _whole(n, 0, MAX_SIZE)), "a list of whole numbers", True)
+NUMBERS = Rule(lambda x: _list(x, lambda n: _number(n) and n > 0), "a list of numbers above 0", True)
+IDS = Rule(lambda x: COUNT.accepts(x) or COUNTS.accepts(x), "a token id or a list of them", True)
+OBJECT = Rule(lambda x: isinstance(x, dict), "an object", True)
+
+
+def _keys(rule: Rule, optional: str = "", required: str = "") -> dict[str, Rule]:
+    return {k: rule._replace(optional=True) for k in optional.split()} | dict.fromkeys(required.split(), rule)
+
+
+RULES: dict[str, Rule] = {
+    **_keys(LAYERS, "num_decoder_layers",
+            "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers"),
+    **_keys(SIZE, "num_key_value_heads head_dim max_position_embeddings original_max_position_embeddings n_inner "
+            "sliding_window sliding_window_pattern q_lora_rank n_group topk_group no_rope_layer_interval "
+            "moe_layer_freq n_ctx",
+            "vocab_size hidden_size intermediate_size num_attention_heads n_embd n_head n_positions d_model num_heads "
+            "d_kv d_ff encoder_attention_heads decoder_attention_heads encoder_ffn_dim decoder_ffn_dim dim n_heads "
+            "hidden_dim moe_intermediate_size qk_nope_head_dim qk_rope_head_dim v_head_dim kv_lora_rank "
+            "num_local_experts num_experts n_routed_experts num_experts_per_tok experts_per_token "
+            "relative_attention_num_buckets relative_attention_max_distance local_attention "
+            "global_attn_every_n_layers"),
+    **_keys(COUNT, "n_shared_experts first_k_dense_replace pad_token_id decoder_start_token_id",
+            "type_vocab_size max_window_layers decoder_sparse_step"),
+    **_keys(POSITIVE, "rope_theta local_rope_theta global_rope_theta rope_local_base_freq attn_logit_softcapping "
+            "final_logit_softcapping factor attention_factor low_freq_factor high_freq_factor beta_fast beta_slow "
+            "short_mscale long_mscale",
+            "query_pre_attn_scalar routed_scaling_factor swiglu_alpha swiglu_limit"),
+    **_keys(Rule(lambda x: _number(x) and x >= 0, "a number, at least 0"), "mscale mscale_all_dim"),
+    **_keys(SHARE, "partial_rotary_factor"),
+    **_keys(EPSILON, "", "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps"),
+    **_keys(DROPOUT, "", "dropout dropout_rate resid_pdrop embd_pdrop attn_pdrop hidden_dropout_prob "
+            "attention_dropout mlp_dropout embedding_dropout"),
+    **_keys(FLAG, "attention_bias mlp_bias tie_word_embeddings norm_topk_prob use_sliding_window scale_embedding "
+            "scale_decoder_outputs use_bidirectional_attention add_pooling_layer rope_interleave norm_bias "
+            "classifier_bias decoder_bias truncate"),
+    **_keys(TEXT, "hidden_act hidden_activation activation activation_function feed_forward_proj topk_method "
+            "scoring_func classifier_activation rope_type type position_embedding_type", "model_type"),
+    **_keys(TEXTS, "layer_types architectures"),
+    **_keys(FLAGS, "no_rope_layers"),
+    **_keys(COUNTS, "mlp_only_layers"),
+    **_keys(NUMBERS, "short_factor long_factor"),
+    **_keys(IDS, "eos_token_id bos_token_id"),
+    **_keys(OBJECT, "rope_parameters rope_scaling full_attention sliding_attention"),
+}  # fmt: skip
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
+BY_LAYER = ("layer_types", "no_rope_layers")  # lists that have an entry for each layer
+
+
+class PublishedConfig(dict[str, Any]):
+    """A config.json's content, whose values are checked by `RULES` when they are read; so are objects in it.
+
+    `where` says whose values these are. Reading one that its rule doesn't allow raises a ValueError that names the key.
+    """
+
+    def __init__(self, values: dict[str, Any], where: str = "config.json") -> None:
+        super().__init__(values)
+        self.where = where
+
+    def __getitem__(self, key: str) -> Any:
+        return self._checked(key, super().__getitem__(key))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Returns the value of a key, `default` where there is none."""
+        return self[key] if key in self else default  # noqa: SIM401  it would not end
+
+    def pop(self, key: str, default: Any = None) -> Any:
+        """Takes out the value of a key and returns it, `default` where there is none."""
+        return self._checked(key, super().pop(key)) if key in self else default
+
+    def _checked(self, key: str, value: Any) -> Any:
+        rule = RULES.get(key)
+        if rule is not None and not (value is None and rule.optional) and not rule.accepts(value):
+            shown = repr(value) if len(repr(value)) <= MAX_TEXT else f"{repr(value)[:MAX_TEXT]}…"
+            raise ValueError(f"{self.where}: {key} is {shown}; it must be {rule.words}")
+        if key in BY_LAYER and value:
+            depth = next((self[name] for name in DEPTHS if name in self), len(value))
+            if len(value) != depth:
+                raise ValueError(f"{self.where}: {key} has {len(value)} entries for {depth} layers; give one for each")
+        return PublishedConfig(value, f"{self.where}: {key}") if isinstance(value, dict) else value
