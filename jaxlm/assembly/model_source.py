@@ -128,7 +128,8 @@ def fetch(name: str) -> Path:
 
 def _run(folder: Path) -> Source:
     run = run_directory.read_config(folder)
-    run = dataclasses.replace(run, name=folder.resolve().name, out=str(folder.parent))
+    objective, _ = OBJECTIVES.of(run.objective).as_published(run.objective, {})  # and so `open_model.read` reads it
+    run = dataclasses.replace(run, name=folder.resolve().name, out=str(folder.parent), objective=objective)
     tokens = run_directory.load_tokenizer(run)
     templates = hf_sidecars.chat_templates(folder) or hf_sidecars.chat_templates(folder / "tokenizer")
     reads_chats = OBJECTIVES.of(run.objective).chat_template

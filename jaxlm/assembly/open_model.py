@@ -288,6 +288,8 @@ def read(
         weights = checkpoints.restore_params(wanted, step) if jax.tree.leaves(wanted) else wanted
     for part in (averaged, base):
         weights = weights if part is None else tree.merge(weights, part)
+    stored = run_directory.read_config(source.path).objective
+    _, weights = OBJECTIVES.of(stored).as_published(stored, weights)
     return weights if transform is None else tree.map_named(transform, weights)
 
 

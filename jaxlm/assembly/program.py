@@ -178,7 +178,7 @@ class Program:
 
         def met(path: str, s: spec.Spec) -> float:
             name = path.rpartition("/")[2]
-            if not s.is_matrix or s.is_bias or s.role in ("table", "head"):
+            if not s.is_matrix or s.role in ("table", "head"):
                 return 0.0
             part = c.moe.top_k / c.moe.experts if "experts" in s.axes else 1.0
             on_targets = path.startswith("decoder/") and name not in ("cross_k", "cross_v")

@@ -30,13 +30,25 @@ from jaxlm.weights.adapters.old_settings import upgraded
 BASE = "base"  # folder of a run: the weights that its adapter rests on
 
 
+FORMER = {"next_sentence": {"next_label": 1}}
+"""Fields of objectives that did not always exist, with what held in runs whose `config.json` lacks them."""
+
+
+def _with_former(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values of a `config.json` in which the objective states what it was before there was a choice."""
+    objective = values.get("objective")
+    if not isinstance(objective, dict):
+        return values
+    return values | {"objective": FORMER.get(str(objective.get("family")), {}) | objective}
+
+
 def read_config(folder: Path) -> config.Run:
     """Reads the configuration of a run directory."""
     file = folder / "config.json"
     if not file.exists():
         raise ValueError(f"{folder}: not a run directory (it has no config.json)")
     try:
-        return config_io.from_dict(upgraded(json.loads(file.read_text())), MODELS, OBJECTIVES, METHODS)
+        return config_io.from_dict(_with_former(upgraded(json.loads(file.read_text()))), MODELS, OBJECTIVES, METHODS)
     except json.JSONDecodeError as e:
         raise ValueError(f"{file}: not JSON ({e}); restore it, or delete the run directory") from None
 

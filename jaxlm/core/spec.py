@@ -13,18 +13,25 @@ from jaxlm.core import tree
 Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 Axes = tuple[str | None, ...]
 
-Role = Literal["matrix", "absorbed", "table", "head", "router", "norm", "norm_bias", "bias", "selection_bias"]
+Role = Literal[
+    "matrix", "absorbed", "table", "head", "router", "norm", "norm_bias", "scale", "bias", "selection_bias"
+]  # fmt: skip
 """A role says what a weight does in its model:
 
 - `matrix`: activations are multiplied with it; also whatever has no role of its own below.
 - `absorbed`: a matrix that decoding multiplies in another order than training, so that no adapter may change it.
-- `table`: its rows are looked up by token, position or token type.
+- `table`: its rows are looked up by token, position or token type, or are virtual tokens.
 - `head`: makes the vocabulary's logits; a tied head is the table.
 - `router`: scores experts.
 - `norm`, `norm_bias`: scale and bias of a normalisation.
+- `scale`: multiplies activations number by number, outside of normalisations.
 - `bias`: is added to a product, or to attention's scores by distance.
 - `selection_bias`: counts in the choice of experts alone, and moves against their load.
 """
+
+
+VECTORS: tuple[Role, ...] = ("norm", "norm_bias", "scale", "bias", "selection_bias")
+"""Roles of weights that act number by number: they stay float32 whatever a model computes in, and aren't decayed."""
 
 
 class Spec(NamedTuple):
@@ -41,13 +48,16 @@ class Spec(NamedTuple):
 
     @property
     def is_matrix(self) -> bool:
-        """Says whether one layer's weight has two or more dimensions."""
-        return len(self.shape) - ("layers" in self.axes) >= 2
+        """Says whether one layer's weight has two or more dimensions and is no vector."""
+        return not self.is_vector
 
     @property
-    def is_bias(self) -> bool:
-        """Says whether the weight is added. Biases of heads and of experts have two dimensions too."""
-        return self.role in ("bias", "norm_bias", "selection_bias")
+    def is_vector(self) -> bool:
+        """Says whether the weight is added to activations or multiplies them number by number.
+
+        Biases of heads and of experts, and norms of all heads together, are such whatever their shape is.
+        """
+        return self.role in VECTORS or len(self.shape) - ("layers" in self.axes) < 2
 
 
 def is_spec(x: Any) -> bool:

@@ -24,13 +24,13 @@ BUCKET = 64  # the least length of prompts and caches; one program serves all le
 
 
 def prepare(model: Model, params: Any) -> Any:
-    """Returns weights as decoding reads them: in the dtype that layers compute in, stacked layers as a tuple of layers.
+    """Returns weights as decoding reads them: matrices in the dtype that layers compute in, stacked layers as a tuple.
 
     A stack would be sliced anew for each token. Weights that are prepared already stay as they are.
     """
 
     def cast(s: Spec, p: Any) -> Any:
-        return leaf.cast(p, layout_of(s, model.shard).dtype)
+        return p if s.is_vector else leaf.cast(p, layout_of(s, model.shard).dtype)
 
     def walk(p: Any, s: Any) -> Any:
         if isinstance(p, tuple):

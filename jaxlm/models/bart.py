@@ -198,7 +198,8 @@ def _stack(
         return x_BTD, now
 
     p = params[side]
-    x_BTD = layers.embed(p.get("embed", params["embed"]), ids_BT, shard) * (c.width**0.5 if c.scaled else 1.0)
+    embedded = layers.embed(p.get("embed", params["embed"]), ids_BT, shard)
+    x_BTD = layers.times(embedded, c.width**0.5) if c.scaled else embedded
     x_BTD += layers.embed(p["position"], positions_BT + UNUSED, shard, rows=None)
     x_BTD = layers.dropout(norm(p, "norm_embed", x_BTD), c.dropout, k1)
     x_BTD, cache = block_stack.run_blocks(

@@ -29,7 +29,7 @@ from jaxlm.nn.cache import Cache, empty_cache, read_on
 from jaxlm.nn.family import Batch, Family, Files, Key, Kind, ModelConfig, RunsItself
 from jaxlm.nn.flax_modules import FLOAT32, GIVEN, Description, FlaxModules, LinenModules, NnxModules
 from jaxlm.nn.flax_specs import AXES, named_axes, role_of, unnamed_axes
-from jaxlm.nn.layers import Output
+from jaxlm.nn.layers import Output, times
 from jaxlm.nn.layout import STORE, Layout
 from jaxlm.nn.logit_factors import LogitFactors, ending_at, logit_factors
 from jaxlm.nn.losses import Readout
@@ -206,7 +206,7 @@ class FlaxFamily(RunsItself):
         w = shard.gather(tree.at(params, path), tree.at(plan.specs, path))
         bias_V = None if f.bias is None else tree.at(params, plan.paths[f.bias]).astype(jnp.float32) * f.bias_scale
         x_BTD = x_BTD.astype(shard.dtype)
-        return Readout(x_BTD if f.scale == 1 else x_BTD * f.scale, w if f.vocab_first else w.T, bias_V, f.softcap)
+        return Readout(x_BTD if f.scale == 1 else times(x_BTD, f.scale), w if f.vocab_first else w.T, bias_V, f.softcap)
 
     def init_cache(self, c: Any, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
         """Returns a cache of the tokens themselves: a module has no cache that we know of, so each new token is a pass

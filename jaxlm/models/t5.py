@@ -186,7 +186,7 @@ def _stack(
 
 
 def readout(c: Config, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layout) -> Readout:
-    return decoder.readout(c, specs, params, x_BTD * c.width**-0.5 if c.scaled else x_BTD, shard=shard)
+    return decoder.readout(c, specs, params, layers.times(x_BTD, c.width**-0.5) if c.scaled else x_BTD, shard=shard)
 
 
 def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:

@@ -169,9 +169,9 @@ def _xla(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_BHTS, sinks_H, in_bl
     """
     B, T, H, C = q_BTHC.shape
     S, K = k_BSKC.shape[1:3]
-    q_BKTGC = (q_BTHC * jnp.asarray(scale, q_BTHC.dtype)).reshape(B, T, K, H // K, C).transpose(0, 2, 1, 3, 4)
+    q_BKTGC = q_BTHC.reshape(B, T, K, H // K, C).transpose(0, 2, 1, 3, 4)
     k_BKCS, v_BKSC = k_BSKC.transpose(0, 2, 3, 1), v_BSKC.transpose(0, 2, 1, 3)
-    block: Any = partial(_block, softcap=softcap)
+    block: Any = partial(_block, scale=scale, softcap=softcap)
     if S > KEEP_SCORES:
         block = jax.checkpoint(block)
     outputs = []
@@ -199,13 +199,14 @@ def query_blocks(T: int, S: int, mask: Mask) -> list[tuple[int, int, int, int]]:
     return blocks
 
 
-def _block(q_BKTGC, k_BKCS, v_BKSC, visible, bias_BHTS, sinks_H, softcap):
+def _block(q_BKTGC, k_BKCS, v_BKSC, visible, bias_BHTS, sinks_H, scale, softcap):
     B, K, T, G, C = q_BKTGC.shape
     # Positions and a group's heads make the rows of one matrix. On a mesh either may be sharded, so XLA merges them.
     row_shape = (T * G,) if jax.sharding.get_abstract_mesh().empty else (T, G)
     q_BKRC = q_BKTGC.reshape(B, K, *row_shape, C)
     s_BKRS = jnp.einsum("bk...c,bkcs->bk...s", q_BKRC, k_BKCS, preferred_element_type=jnp.float32)
-    s_BKTGS = s_BKRS.reshape(B, K, T, G, -1)
+    # Queries are not scaled before: most widths have no 1/√C in bfloat16, and the products would be rounded again.
+    s_BKTGS = s_BKRS.reshape(B, K, T, G, -1) * scale
     if softcap is not None:
         s_BKTGS = softcap * jnp.tanh(s_BKTGS / softcap)
     if bias_BHTS is not None:

@@ -65,7 +65,8 @@ def self_attention(
 def _prepend(first_PKC: jax.Array, x_BSKC: jax.Array, shard: Layout) -> jax.Array:
     """Returns `[B, P + S, K, C]`: keys or values that all rows share, then each row's own."""
     axes = ("batch", None, "kv", None)
-    shared_BPKC = jnp.broadcast_to(first_PKC[None].astype(x_BSKC.dtype), (x_BSKC.shape[0], *first_PKC.shape))
+    # Cast after, so that gradients of all rows add up in the dtype that the shared ones rest in.
+    shared_BPKC = jnp.broadcast_to(first_PKC[None], (x_BSKC.shape[0], *first_PKC.shape)).astype(x_BSKC.dtype)
     return jnp.concatenate([shard(shared_BPKC, *axes), shard(x_BSKC, *axes)], 1)
 
 

@@ -12,6 +12,7 @@ import jax.export
 import jax.numpy as jnp
 
 from jaxlm.nn.kernels import grouped_matmul
+from jaxlm.nn.layers import add_bias
 
 UNKNOWN_BLOCK = 8  # rows of a block where nobody knows how many there are
 Gated = Callable[[jax.Array, jax.Array], jax.Array]
@@ -57,7 +58,7 @@ def _gated_ffn(
 ) -> jax.Array:
     def linear(x: jax.Array, name: str) -> jax.Array:
         y = multiply(x, w[name])
-        return y + per_row(w[f"{name}_bias"]) if f"{name}_bias" in w else y
+        return add_bias(y, per_row(w[f"{name}_bias"])) if f"{name}_bias" in w else y
 
     return linear(act(linear(x, "gate"), linear(x, "up")), "down")
 

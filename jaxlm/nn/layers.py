@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from jaxlm.nn.cache import Cache
@@ -65,8 +66,23 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """Adds a bias to the last dimensions of `x`, in the dtype of `x`."""
-    return x + bias.reshape((1,) * (x.ndim - bias.ndim) + bias.shape).astype(x.dtype)
+    """Adds a bias, rounded to the dtype of `x`, to the last dimensions of `x`, in that dtype.
+
+    The sum is one of float32 numbers, which is rounded to the same as one in a narrower dtype, but lets the bias's
+    gradient add up over tokens in float32.
+    """
+    kind = jnp.finfo(x.dtype)
+    bias = jax.lax.reduce_precision(bias.astype(jnp.float32), kind.nexp, kind.nmant)
+    return (x.astype(jnp.float32) + bias.reshape((1,) * (x.ndim - bias.ndim) + bias.shape)).astype(x.dtype)
+
+
+def times(x: jax.Array, by: jax.Array | float) -> jax.Array:
+    """Multiplies the last dimensions of `x` by a vector or a number in float32, and returns the dtype of `x`.
+
+    A factor in bfloat16 would be wrong by up to 0.4 %, and its gradient would stop growing after some hundred tokens.
+    """
+    by = jnp.asarray(by, jnp.float32)
+    return (x.astype(jnp.float32) * by.reshape((1,) * (x.ndim - by.ndim) + by.shape)).astype(x.dtype)
 
 
 def embed(table_VD: Any, ids_BT: jax.Array, shard: Layout, rows: str | None = "vocab") -> jax.Array:
@@ -104,11 +120,26 @@ def _by_width(shard: Layout, width: int) -> Layout:
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a share `rate` of the elements and scales the rest; without a key (evaluation) it is the identity."""
+    """Zeroes a share `rate` of the elements and scales the rest; without a key (evaluation) it is the identity.
+
+    In bfloat16 1 / (1 - rate) lies between two numbers, which are drawn such that the mean stays as it was.
+    """
     if key is None or rate == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
+    low, high = (float(x) for x in _around(1 / (1 - rate), x.dtype))
+    share = (high - 1 / (1 - rate)) / (high - low) if high > low else 1.0
+    drawn = jax.random.uniform(key, x.shape)
+    scale = jnp.where(drawn < (1 - rate) * share, low, high)
+    return x * jnp.where(drawn < 1 - rate, scale, 0.0).astype(x.dtype)
+
+
+def _around(value: float, dtype: Any) -> tuple[Any, Any]:
+    """Returns the numbers of a dtype next to a value: the largest one up to it, and the least one from it."""
+    nearest = np.asarray(value, dtype)
+    if dtype == np.float32 or float(nearest) == value:
+        return nearest, nearest
+    other = np.nextafter(nearest, np.asarray(np.inf if float(nearest) < value else -np.inf, dtype))
+    return (nearest, other) if float(nearest) < value else (other, nearest)
 
 
 def subkeys(key: jax.Array | None, n: int) -> list[jax.Array | None]:

@@ -204,13 +204,13 @@ class Layout:
         return not mesh.empty and any(mesh.shape[a] > 1 for a in over)
 
     def gather(self, params: Any, specs: Any) -> Any:
-        """Returns weights as a block uses them: cast to the compute dtype, then gathered over the axes that only
-        store."""
+        """Returns weights as a block uses them: matrices cast to the compute dtype, then all gathered over the axes
+        that only store. Vectors stay float32: their rounding would be an error of whole columns."""
 
         def one(w: Any, s: Spec) -> Any:
             if is_leaf(w):
                 return w.gathered(s, self)
-            return self.whole(w.astype(self.dtype), *s.axes[-w.ndim :])[0]
+            return self.whole(w.astype(jnp.float32 if s.is_vector else self.dtype), *s.axes[-w.ndim :])[0]
 
         return jax.tree.map(one, params, specs, is_leaf=is_leaf)
 

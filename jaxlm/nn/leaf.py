@@ -5,7 +5,7 @@ subclass of `Leaf` and overrides what differs. Layers ask `leaf_of(w)`, so no la
 `shard` is always the `Layout` in use.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ from jaxlm.core.spec import Spec
 
 class Leaf(struct.PyTreeNode):
     """A weight that answers for itself. Its own methods are those of an array that is multiplied and no more."""
+
+    vectors: ClassVar[tuple[str, ...]] = ()
+    """Names of its arrays that act number by number: they stay float32."""
 
     def einsum(self, eq: str, x: jax.Array, shard: Any, *axes: str | None) -> jax.Array:
         """Returns `x` contracted with the weight, laid out along logical `axes`; called by `Layout.einsum`."""
@@ -38,8 +41,9 @@ class Leaf(struct.PyTreeNode):
         return bias
 
     def cast(self, dtype: Any) -> "Leaf":
-        """Returns the leaf with its floating-point arrays in `dtype`, as decoding reads them."""
-        return jax.tree.map(lambda w: cast(w, dtype), self, is_leaf=lambda w: is_leaf(w) and w is not self)
+        """Returns the leaf with its floating-point arrays but for vectors in `dtype`, as decoding reads them."""
+        changed: Leaf = jax.tree.map(lambda w: cast(w, dtype), self, is_leaf=lambda w: is_leaf(w) and w is not self)
+        return changed.replace(**{name: getattr(self, name) for name in self.vectors})
 
     def after(self, y: jax.Array, shard: Any) -> jax.Array:
         """Returns what becomes of the layer's output once its bias is added."""

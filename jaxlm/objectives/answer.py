@@ -203,9 +203,8 @@ def logits(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Ar
     """Computes `[B, T, 2]` in float32 (start, end), very low where nothing may begin or end, and the model's output."""
     body, head = (None, None) if key is None else jax.random.split(key)
     out = classify.states(model, params, batch, body)
-    w_D2 = model.shard(params["answer"].astype(out.x_BTD.dtype), None, None)
-    z_BT2 = model.shard.einsum("btd,dl->btl", dropout(out.x_BTD, c.dropout, head), w_D2, "batch", "seq", None)
-    z_BT2 = model.shard(z_BT2.astype(jnp.float32), "batch", None, None) + params["answer_bias"][None, None]
+    z_BT2 = classify.linear(model, params["answer"], dropout(out.x_BTD, c.dropout, head))
+    z_BT2 = model.shard(z_BT2, "batch", None, None) + params["answer_bias"][None, None]
     return jnp.where(model.shard(batch["allowed"], "batch", None)[..., None] > 0, z_BT2, -1e9), out
 
 

@@ -209,10 +209,13 @@ def states_at(model: Model, x_BTD: jax.Array, at_BN: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x_BTD, at_BN[..., None], axis=1)
 
 
-def linear(model: Model, w_DL: jax.Array, x_BD: jax.Array) -> jax.Array:
-    """Multiplies with a head's weights, to `[B, L]` in float32."""
-    w_DL = model.shard(w_DL.astype(x_BD.dtype), None, None)
-    return model.shard.einsum("bd,dl->bl", x_BD, w_DL, "batch", None).astype(jnp.float32)
+def linear(model: Model, w_DL: jax.Array, x: jax.Array) -> jax.Array:
+    """Multiplies states `[B, D]` or `[B, T, D]` with a head's weights, in float32: two texts that differ little would
+    get the same of the few numbers that bfloat16 has."""
+    w_DL, x = model.shard(w_DL.astype(jnp.float32), None, None), x.astype(jnp.float32)
+    if x.ndim == 2:
+        return model.shard.einsum("bd,dl->bl", x, w_DL, "batch", None)
+    return model.shard.einsum("btd,dl->btl", x, w_DL, "batch", "seq", None)
 
 
 def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> Sums:

@@ -1,7 +1,8 @@
 """Next-sentence prediction, alone or with masked language modelling as BERT was trained (Devlin et al. 2019)."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,7 @@ import numpy as np
 from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data.packing import Pair
 from jaxlm.models.model import Model
-from jaxlm.nn.layers import add_bias
-from jaxlm.objectives import masked
+from jaxlm.objectives import classify, masked
 from jaxlm.objectives.objective import DeviceBatch, Example, Objective, RowShape, Sums, Tokenizer
 
 
@@ -20,6 +20,17 @@ class Config:
     masked_too: bool = True
     """Add the masked-LM loss, as BERT did."""
     mask: masked.Config = field(default_factory=masked.Config)
+    next_label: Literal[0, 1] = 0
+    """The head's output that says that the second text goes on with the first: 0 as in published files. Runs of version
+    0.1.0 have 1."""
+
+
+def as_published(c: Config, weights: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """Returns the settings and the weights of the same head with its outputs in the order of published files."""
+    if c.next_label == 0:
+        return c, dict(weights)
+    turned = {n: weights[n][..., ::-1] for n in ("next_sentence", "next_sentence_bias") if n in weights}
+    return replace(c, next_label=0), {**weights, **turned}
 
 
 def specs(c: Config, width: int) -> dict[str, Spec]:
@@ -66,16 +77,15 @@ def totals(batch: DeviceBatch) -> dict[str, jax.Array]:
 def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> Sums:
     x_BTD = model.forward(params, batch, key=key).x_BTD
     first_BD = model.pooled(params, x_BTD)
-    w_D2 = model.shard(params["next_sentence"].astype(first_BD.dtype), None, None)
-    z_B2 = add_bias(first_BD @ w_D2, params["next_sentence_bias"]).astype(jnp.float32)
+    z_B2 = classify.linear(model, params["next_sentence"], first_BD) + params["next_sentence_bias"][None]
     log_p_B2 = jax.nn.log_softmax(z_B2)
-    yes_B = batch["is_next"]
-    nll_B = -jnp.where(yes_B == 1, log_p_B2[:, 1], log_p_B2[:, 0])
-    hit_B = (z_B2[:, 1] > z_B2[:, 0]) == (yes_B == 1)
+    follows_B, yes, no = batch["is_next"] == 1, c.next_label, 1 - c.next_label
+    nll_B = -jnp.where(follows_B, log_p_B2[:, yes], log_p_B2[:, no])
+    hit_B = (z_B2[:, yes] > z_B2[:, no]) == follows_B
     rows_B = batch["rows"]
     out = {"pairs": dict(loss=(nll_B * rows_B).sum(), accuracy=(hit_B * rows_B).sum())}
     return out | {"masked": masked.sums(c.mask, model, params, x_BTD, batch)} if c.masked_too else out
 
 
 objective = Objective(Config, "pairs", ("encoder",), example=example, totals=totals, loss=loss, specs=specs,
-                      check=check, window=window)  # fmt: skip
+                      check=check, window=window, as_published=as_published)  # fmt: skip

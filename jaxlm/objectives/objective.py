@@ -4,7 +4,7 @@
 default, and what belongs together is one optional part.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, TypeVar
 
@@ -196,6 +196,11 @@ def unchanged(c: C, sources: Sequence[str]) -> C:
     return c
 
 
+def same_order(c: C, weights: Mapping[str, Any]) -> tuple[C, Mapping[str, Any]]:
+    """Returns the settings and the weights as they are."""
+    return c, weights
+
+
 def whole_row(c: Any, seq_len: int) -> int:
     """Returns the length of a row."""
     return seq_len
@@ -251,6 +256,9 @@ class Objective(Generic[C]):
 
     chat_template: Callable[[C], str] | None = None
     """(settings) → the chat template of their own, empty if they have none; None: it doesn't read chats."""
+    as_published: Callable[[C, Mapping[str, Any]], tuple[C, Mapping[str, Any]]] = same_order
+    """(settings, weights of a model) → both as published files have them, where an older version of the objective read
+    the outputs of its head in another order."""
     prediction: Prediction[C] | None = None
     reference: Reference[C] | None = None
     read_prompts: ReadPrompts[C] | None = None

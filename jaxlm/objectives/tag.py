@@ -17,6 +17,7 @@ from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data.labelled import Tagged, check_labels, conll, tables
 from jaxlm.models.model import Model
 from jaxlm.nn.layers import Output, dropout
+from jaxlm.objectives import classify
 from jaxlm.objectives.objective import (
     DeviceBatch,
     Example,
@@ -143,10 +144,8 @@ def logits(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Ar
     """Computes the head's outputs `[B, T, L]` in float32, and the model's."""
     body, head = (None, None) if key is None else jax.random.split(key)
     out = model.forward(params, batch, key=body)
-    x_BTD = dropout(out.x_BTD, c.dropout, head)
-    w_DL = model.shard(params["tag"].astype(x_BTD.dtype), None, None)
-    z_BTL = model.shard.einsum("btd,dl->btl", x_BTD, w_DL, "batch", "seq", None)
-    return z_BTL.astype(jnp.float32) + params["tag_bias"][None, None], out
+    z_BTL = classify.linear(model, params["tag"], dropout(out.x_BTD, c.dropout, head))
+    return z_BTL + params["tag_bias"][None, None], out
 
 
 def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> Sums:

@@ -156,7 +156,7 @@ class _Step:
             self.bubble = pipeline.bubble(self.stages, micro_batches, run.mesh.rounds)
         self.matrices = {
             path: s for path, s in self.flat.items()
-            if s.is_matrix and not s.is_bias and s.role != "table"
+            if s.is_matrix and s.role != "table"
         }  # fmt: skip
         self.layered = {path: s for path, s in self.matrices.items() if "layers" in s.axes}
         c: Any = run.model

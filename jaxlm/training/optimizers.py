@@ -102,16 +102,13 @@ def make(
     if all(frozen(p) for p in flat):
         raise ValueError("optim.freeze: every parameter is frozen; nothing would be trained")
 
-    def is_matrix(path: str) -> bool:
-        return flat[path].is_matrix and not flat[path].is_bias
-
     def decays(path: str) -> bool:
-        return is_matrix(path) and not without_decay(path)
+        return flat[path].is_matrix and not without_decay(path)
 
     def group(path: str) -> str:
         if flat[path].role == "selection_bias":
             return "balance"
-        hidden = "layers" in flat[path].axes and is_matrix(path)
+        hidden = "layers" in flat[path].axes and flat[path].is_matrix and flat[path].role != "table"
         return "muon" if c.name == "muon" and hidden and not to_adamw(path) else "adamw" if c.name == "muon" else c.name
 
     rate = schedule(c, steps)

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlm.core.spec import Spec, zeros
 from jaxlm.nn.block_stack import scanned
+from jaxlm.nn.layers import times
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.leaf import Leaf
 
@@ -105,8 +106,7 @@ class Int8(Quantized):
     def einsum(self, eq: str, x: jax.Array, shard: Layout, *axes: str | None) -> jax.Array:
         def product(x: jax.Array, w: Int8) -> jax.Array:
             y = shard.einsum(eq, x, w.int8.astype(x.dtype), *axes)
-            scale = w.scale.reshape(w.scale.shape[w.scale.ndim - w.outs :])
-            return y * scale.reshape((1,) * (y.ndim - w.outs) + scale.shape).astype(y.dtype)
+            return times(y, w.scale.reshape(w.scale.shape[w.scale.ndim - w.outs :]))
 
         return _product(product, shard)(x, self)
 

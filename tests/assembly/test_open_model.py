@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 from support.tiny_models import random_weights
 
-from jaxlm.assembly import convert, generate_text, model_source, open_model
+from jaxlm.assembly import convert, generate_text, model_source, open_model, run_directory
 from jaxlm.commands import cli
 from jaxlm.core import config, spec
 from jaxlm.data.tokenizer import Bytes, load
@@ -391,3 +391,13 @@ def test_heads_that_the_model_lacks_are_fresh(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["export", str(tmp_path / "r"), str(tmp_path / "whole")]) == 0
     assert "BertForPreTraining" in (tmp_path / "whole" / "config.json").read_text()
+
+    # A run of version 0.1.0 has no word on the order of the head's outputs, and "is next" at 1 where files have 0.
+    settings = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert settings["objective"].pop("next_label") == 0
+    (tmp_path / "r" / "config.json").write_text(json.dumps(settings))
+    assert run_directory.read_config(tmp_path / "r").objective.next_label == 1
+    old = open_model.open_model(tmp_path / "r")
+    assert old.source.run.objective.next_label == 0
+    for name in ("next_sentence", "next_sentence_bias"):
+        np.testing.assert_array_equal(old.params[name], opened.params[name][..., ::-1])

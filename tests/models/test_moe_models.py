@@ -34,7 +34,7 @@ def make_weights(specs) -> dict:
     rng = np.random.default_rng(0)
 
     def one(s: spec.Spec) -> np.ndarray:
-        size = 0.0 if s.role == "norm" or s.is_bias else 0.25
+        size = 0.0 if s.role in spec.VECTORS else 0.25
         return (rng.normal(0, size, s.shape) + (s.role == "norm")).astype(np.float32)
 
     return jax.tree.map(one, specs, is_leaf=is_spec)

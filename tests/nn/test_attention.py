@@ -166,6 +166,18 @@ def test_scores_and_softmax_are_formed_in_float32():
     np.testing.assert_allclose(np.asarray(run(same, same, ones)).astype(np.float32), 1.0, atol=0.01)
 
 
+@pytest.mark.parametrize("width", [64, 80, 96, 128])
+def test_queries_are_not_rounded_by_scaling_them(width):
+    """At most widths 1/√C is no number of bfloat16; the scores of bfloat16's queries and keys are those of float32."""
+    rng = np.random.default_rng(width)
+    q, k = (jnp.asarray(2 * rng.standard_normal((1, 64, 1, width)), jnp.bfloat16) for _ in range(2))
+    v = jnp.eye(64, dtype=jnp.bfloat16)[None, :, None]  # the result is the shares themselves
+    out = attend(q, k, v, Mask(False), shard=LAYOUT).astype(jnp.float32)
+    exact = attend(*(x.astype(jnp.float32) for x in (q, k, v)), Mask(False), shard=LAYOUT)
+    error = np.abs(out - exact)[exact > 1e-3] / exact[exact > 1e-3]
+    assert error.max() < 0.005, "more than the rounding of the shares themselves"
+
+
 def test_queries_and_keys_of_different_lengths():
     q, _, _ = inputs(5)
     _, k, v = inputs(9)

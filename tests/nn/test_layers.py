@@ -57,6 +57,53 @@ def test_embed_adds_up_the_gradients_of_repeated_tokens_in_float32():
     np.testing.assert_array_equal(g[1:], 0.0)
 
 
+@pytest.mark.parametrize("tokens", [2048, 131072])
+@pytest.mark.parametrize("layer", [layers.add_bias, layers.times], ids=["added", "multiplied"])
+def test_gradients_of_vectors_add_up_in_float32(layer, tokens):
+    """In bfloat16 a sum of ones stops growing long before."""
+    x = jnp.ones((tokens, 1), jnp.bfloat16)
+    slope = jax.jit(jax.grad(lambda w: layer(x, w).astype(jnp.float32).sum()))(jnp.ones(1))
+    np.testing.assert_array_equal(slope, tokens)
+
+
+def test_a_bias_is_added_as_in_the_dtype_of_what_it_is_added_to():
+    x, b = (jnp.asarray(RNG.standard_normal(shape), jnp.float32) for shape in ((64, 4, 8), (4, 8)))
+    for dtype in (jnp.bfloat16, jnp.float32):
+        plain = x.astype(dtype) + b.astype(dtype)[None]
+        np.testing.assert_array_equal(jax.jit(layers.add_bias)(x.astype(dtype), b), plain)
+
+
+def test_a_factor_is_not_rounded_to_the_dtype_of_what_it_multiplies():
+    x = jnp.asarray(RNG.standard_normal(4096), jnp.bfloat16)
+    exact = x.astype(jnp.float32) * 1.003
+    for by in (1.003, jnp.full(4096, 1.003)):
+        np.testing.assert_array_equal(layers.times(x, by), exact.astype(jnp.bfloat16))
+    assert float((layers.times(x, 1.003) != x).mean()) > 0.3  # bfloat16's 1.003 is 1
+
+
+def test_blocks_get_vectors_in_float32_and_matrices_in_the_compute_dtype():
+    head = ("layers", "heads", None)
+    specs = dict(
+        matrix=Spec((1, 4, 8), ("layers", "embed", "ffn"), None), sinks=Spec((1, 4), ("layers", "heads"), None),
+        norm=Spec((1, 4, 8), head, None, role="norm"), scale=Spec((1, 4, 8), head, None, role="scale"),
+        bias=Spec((1, 4, 8), head, None, role="bias"),
+    )  # fmt: skip
+    found = shard(dtype="bfloat16").gather({name: jnp.full(s.shape[1:], 1.003) for name, s in specs.items()}, specs)
+    assert {name for name, w in found.items() if w.dtype == jnp.bfloat16} == {"matrix"}
+    assert all((w == np.float32(1.003)).all() for name, w in found.items() if name != "matrix")
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.15, 0.5])
+def test_dropout_in_bfloat16_keeps_the_mean_and_the_rate(rate):
+    """1 / 0.9 is 1.109 there, with which the mean of ones is 0.9984."""
+    x, key = jnp.ones(1 << 22, jnp.bfloat16), jax.random.key(1)
+    y = np.asarray(jax.jit(lambda x: layers.dropout(x, rate, key).astype(jnp.float32))(x), np.float64)
+    noise = 4 * np.sqrt(rate / (1 - rate) / x.size)
+    assert y.mean() == pytest.approx(1.0, abs=noise)
+    assert (y == 0).mean() == pytest.approx(rate, abs=noise)
+    np.testing.assert_allclose(y[y > 0], 1 / (1 - rate), rtol=0.01)
+
+
 def test_dropout():
     x, key = jnp.ones((200, 200)), jax.random.key(0)
     y = layers.dropout(x, 0.25, key)

@@ -33,6 +33,9 @@ def test_a_cast_reaches_into_leaves_but_not_into_scales():
     leaf = low_rank.LowRank(base, jnp.ones((64, 2)), jnp.ones((2, 4)), 1.0, 1)
     made = cast(leaf, jnp.bfloat16)
     assert made.a.dtype == made.b.dtype == jnp.bfloat16
+    vectors = made.replace(e=jnp.full(2, 1.003), g=jnp.full(4, 1.003), m=jnp.full(4, 1.003))
+    for name in ("e", "g", "m"):
+        np.testing.assert_array_equal(getattr(cast(vectors, jnp.bfloat16), name), np.float32(1.003))
     assert (made.base.low.dtype, made.base.step.dtype, made.base.nf4.dtype) == (jnp.float32, jnp.float32, jnp.uint8)
 
 

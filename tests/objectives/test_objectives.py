@@ -234,14 +234,17 @@ def test_losses_metrics_and_weights_of_rows_add_up(objective):
     assert all("loss" in part for part in whole[0].values())
 
 
-def test_next_sentence_label_means_what_it_says():
-    """With a head that says "yes" whatever it reads, pairs that do follow cost nothing and the others much."""
+@pytest.mark.parametrize("label", [0, 1])
+def test_next_sentence_label_means_what_it_says(label):
+    """With a head that says "yes" whatever it reads, pairs that do follow cost nothing and the others much. Label 0 is
+    "is next" in Google's and Hugging Face's files, which the default reads; runs of version 0.1.0 had it at 1."""
+    assert next_sentence.Config().next_label == 0
     model, weights = make("next_sentence")
     weights = weights | {
         "next_sentence": np.zeros((8, 2), np.float32),
-        "next_sentence_bias": np.array([0.0, 20.0], np.float32),
+        "next_sentence_bias": np.where(np.arange(2) == label, 20.0, 0.0).astype(np.float32),
     }
-    c = dataclasses.replace(SETTINGS["next_sentence"], masked_too=False)
+    c = dataclasses.replace(SETTINGS["next_sentence"], masked_too=False, next_label=label)
     for is_next, loss, hit in ((1, 0.0, 1.0), (0, 20.0, 0.0)):
         row = next_sentence.example(c, pair(is_next=is_next), RowShape(24, "encoder"), TOKENS, rng())
         out = next_sentence.loss(c, model, weights, {k: v[None] for k, v in row.items()}, None)["pairs"]

@@ -34,7 +34,7 @@ def batch_of(name: str, rows: int = 4, length: int = 16) -> dict[str, jax.Array]
 def make(name: str, c: config.Adapter, mesh: config.Mesh = ONE, **execution) -> Model:
     family, model = MODELS[name], CONFIGS[name]
     adapted = Adapted(c, family, model)
-    layout = Layout.of(mesh, config.Execution(dtype="float32", **execution))
+    layout = Layout.of(mesh, config.Execution(**{"dtype": "float32"} | execution))
     return Model(family, model, adapted.base, layout, adapted)
 
 

@@ -9,8 +9,8 @@ import math
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 
+from jaxlm.nn.layers import times
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.mask import Mask
 
@@ -45,7 +45,7 @@ def attend(
     """Computes `attention.attend` where rows are whole on each device; batch and heads are split by `shard`."""
     heads, kv = ("batch", None, "heads", None), ("batch", None, "kv", None)
     inputs = dict(
-        q=(q_BTHC * jnp.asarray(scale, q_BTHC.dtype), heads), k=(k_BSKC, kv), v=(v_BSKC, kv),
+        q=(times(q_BTHC, scale), heads), k=(k_BSKC, kv), v=(v_BSKC, kv),
         sinks=(sinks_H, ("heads",)), own_segments=(mask.segments_BT, ("batch", None)),
         key_segments=(mask.segments_BS, ("batch", None)),
     )  # fmt: skip

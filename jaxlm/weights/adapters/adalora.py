@@ -48,7 +48,7 @@ class AdaLora(LowRankAdapter):
 
 
 def specs(c: AdaLora, target: Matrix) -> Specs:
-    return low_rank.pair(c, target, normal(0.02), normal(0.02)) | dict(e=Spec((c.rank,), (None,), zeros))
+    return low_rank.pair(c, target, normal(0.02), normal(0.02)) | dict(e=Spec((c.rank,), (None,), zeros, role="scale"))
 
 
 class State(NamedTuple):

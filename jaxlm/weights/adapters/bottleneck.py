@@ -55,6 +55,7 @@ class Bottleneck(Wrapped):
     scale: float = struct.field(pytree_node=False)
     """What the network's output is multiplied by."""
     parallel: bool = struct.field(pytree_node=False)
+    vectors = ("down_bias", "up_bias")
 
     def after(self, y_BTD: jax.Array, shard: Layout) -> jax.Array:
         return y_BTD if self.parallel else y_BTD + self._network(y_BTD, shard)
@@ -69,7 +70,8 @@ class Bottleneck(Wrapped):
 
     def gathered(self, s: Spec, shard: Layout) -> "Bottleneck":
         parts = dict(down=self.down, down_bias=self.down_bias, up=self.up, up_bias=self.up_bias)
-        used = {n: shard(w.astype(shard.dtype), *[None] * w.ndim) for n, w in parts.items()}
+        used = {n: w if n in self.vectors else w.astype(shard.dtype) for n, w in parts.items()}
+        used = {n: shard(w, *[None] * w.ndim) for n, w in used.items()}
         return self.replace(base=shard.gather(self.base, s), **used)
 
 

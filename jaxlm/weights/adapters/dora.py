@@ -19,7 +19,7 @@ class Dora(ScaledLowRank):
 
 
 def specs(c: Dora, target: Matrix) -> Specs:
-    return low_rank.pair(c, target) | dict(m=Spec(target.out_shape, target.out_axes, ones))
+    return low_rank.pair(c, target) | dict(m=Spec(target.out_shape, target.out_axes, ones, role="scale"))
 
 
 def initial_values(c: Dora, target: Matrix, base: Any, adapter: Weights) -> Weights:

@@ -11,6 +11,7 @@ import numpy as np
 from flax import struct
 
 from jaxlm.core.spec import Spec, ones
+from jaxlm.nn.layers import times
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.leaf import Wrapped, dense
 from jaxlm.weights.adapters.method import Method, Specs, TargetedAdapter, Weights
@@ -29,17 +30,18 @@ class Scaled(Wrapped):
     by: jax.Array
     ins: int = struct.field(pytree_node=False)
     inputs: bool = struct.field(pytree_node=False)
+    vectors = ("by",)
 
     def einsum(self, eq: str, x: jax.Array, shard: Layout, *axes: str | None) -> jax.Array:
-        return shard.einsum(eq, _times(x, self.by) if self.inputs else x, self.base, *axes)
+        return shard.einsum(eq, times(x, self.by) if self.inputs else x, self.base, *axes)
 
     def after(self, y: jax.Array, shard: Layout) -> jax.Array:
-        return y if self.inputs else _times(y, self.by)
+        return y if self.inputs else times(y, self.by)
 
     def gathered(self, s: Spec, shard: Layout) -> "Scaled":
         axes = s.axes[1:] if s.axes[:1] == ("layers",) else s.axes
         home = axes[: self.ins] if self.inputs else axes[self.ins :]
-        return self.replace(base=shard.gather(self.base, s), by=shard(self.by.astype(shard.dtype), *home))
+        return self.replace(base=shard.gather(self.base, s), by=shard(self.by, *home))
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
         w, by = dense(self.base), self.by.astype(jnp.float32)
@@ -52,10 +54,6 @@ class Scaled(Wrapped):
         return bias if self.inputs else bias * self.by
 
 
-def _times(x: jax.Array, by: jax.Array) -> jax.Array:
-    return x * by.astype(x.dtype).reshape((1,) * (x.ndim - by.ndim) + by.shape)
-
-
 def scales_inputs(target: Matrix) -> bool:
     """Returns whether a matrix has its inputs scaled: the last ones of attention and ffn, others have their outputs."""
     return target.path.rpartition("/")[2] in ("o", "cross_o", "down")
@@ -63,8 +61,8 @@ def scales_inputs(target: Matrix) -> bool:
 
 def specs(c: Ia3, target: Matrix) -> Specs:
     if scales_inputs(target):
-        return dict(by=Spec(target.in_shape, target.in_axes, ones))
-    return dict(by=Spec(target.out_shape, target.out_axes, ones))
+        return dict(by=Spec(target.in_shape, target.in_axes, ones, role="scale"))
+    return dict(by=Spec(target.out_shape, target.out_axes, ones, role="scale"))
 
 
 def bind(

@@ -15,9 +15,9 @@ from flax import struct
 
 from jaxlm.core.ranges import BelowOne, Count
 from jaxlm.core.spec import Init, Spec, zeros
-from jaxlm.nn.layers import dropout
+from jaxlm.nn.layers import dropout, times
 from jaxlm.nn.layout import Layout
-from jaxlm.nn.leaf import Wrapped, dense
+from jaxlm.nn.leaf import Leaf, Wrapped, dense, is_leaf
 from jaxlm.weights.adapters.method import Specs, TargetedAdapter, Weights
 from jaxlm.weights.adapters.peft_format import Layer
 from jaxlm.weights.matrices import Matrix
@@ -54,6 +54,8 @@ class LowRank(Wrapped):
     """Factors of the outputs."""
     m: jax.Array | None = None
     """Magnitudes of the outputs (DoRA)."""
+    length: jax.Array | None = None
+    """Lengths of the outputs' columns, where the weights were rounded since; None: those of the weights."""
     a0: jax.Array | None = None
     b0: jax.Array | None = None
     """What a and b began as, where the base has it already (PiSSA): it doesn't count."""
@@ -62,6 +64,7 @@ class LowRank(Wrapped):
     key: jax.Array | None = None
     """The key of dropout."""
     rate: float = struct.field(pytree_node=False, default=0.0)
+    vectors = ("e", "g", "m", "length")
 
     def einsum(self, eq: str, x: jax.Array, shard: Layout, *axes: str | None) -> jax.Array:
         y = shard.einsum(eq, x, self.base, *axes)
@@ -71,12 +74,29 @@ class LowRank(Wrapped):
             update -= self._through(eq, kept, self.a0, self.b0, shard, axes)
         if self.m is None:
             return y + update
-        # The norm is no path for gradients (Liu et al. 2024, section 4.3).
-        share = self.m.astype(jnp.float32) / jax.lax.stop_gradient(self.norm())
-        share = shard(share, *axes[len(axes) - share.ndim :]).astype(y.dtype)
+        share = self._share()
+        share = shard(share, *axes[len(axes) - share.ndim :])
         share = share.reshape((1,) * (y.ndim - share.ndim) + share.shape)
         plain = y if self.key is None or not self.rate else shard.einsum(eq, kept, self.base, *axes)
-        return y + (share - 1) * plain + share * update
+        y32, plain, update = (x.astype(jnp.float32) for x in (y, plain, update))
+        return (y32 + (share - 1) * plain + share * update).astype(y.dtype)
+
+    def _share(self) -> jax.Array:
+        """Returns what DoRA multiplies outputs by: magnitudes over the lengths of columns, float32.
+
+        The length is no path for gradients (Liu et al. 2024, section 4.3), and that of weights before they are rounded,
+        so that a fresh adapter multiplies by one.
+        """
+        assert self.m is not None
+        norm = self.norm() if self.length is None else self.length
+        return self.m.astype(jnp.float32) / jax.lax.stop_gradient(norm)
+
+    def _measured(self) -> "LowRank":
+        """Returns the leaf with the lengths of its columns, which need the numbers that are about to be rounded."""
+        return self if self.m is None or self.length is not None else self.replace(length=self.norm())
+
+    def cast(self, dtype: Any) -> Leaf:
+        return Wrapped.cast(self._measured(), dtype)
 
     def _through(self, eq: str, x: jax.Array, a: Any, b: Any, shard: Layout, axes: tuple) -> jax.Array:
         left, _, out = eq.partition("->")
@@ -84,25 +104,28 @@ class LowRank(Wrapped):
         rows, inner, outer = xs[: len(xs) - self.ins], ws[: self.ins], ws[self.ins :]
         z = shard.einsum(f"{xs},{inner}R->{rows}R", x, a, *axes[: len(rows)], None)
         if self.e is not None:
-            z *= self.e.astype(z.dtype).reshape((1,) * len(rows) + (-1,))
+            z = times(z, self.e)
         if self.rows_BR is not None:
             mask = jnp.repeat(self.rows_BR, z.shape[0] // self.rows_BR.shape[0], 0).astype(z.dtype)
             z *= mask.reshape(z.shape[0], *[1] * (len(rows) - 1), -1)
-        y = shard.einsum(f"{rows}R,R{outer}->{out}", z, b, *axes) * self.scale
-        return y if self.g is None else y * self.g.astype(y.dtype).reshape((1,) * len(rows) + self.g.shape)
+        y = shard.einsum(f"{rows}R,R{outer}->{out}", z, b, *axes)
+        return times(y, self.scale if self.g is None else self.scale * self.g.astype(jnp.float32))
 
     def gathered(self, s: Spec, shard: Layout) -> "LowRank":
         axes = s.axes[1:] if s.axes[:1] == ("layers",) else s.axes
         ins, outs = axes[: self.ins], axes[self.ins :]
+        base = shard.gather(self.base, s)
+        measured = (self.replace(base=base) if is_leaf(base) else self)._measured()  # few bits aren't rounded again
         parts = dict(
             a=(self.a, (*ins, None)), b=(self.b, (None, *outs)),
             a0=(self.a0, (*ins, None)), b0=(self.b0, (None, *outs)),
-            e=(self.e, (None,)), g=(self.g, outs), m=(self.m, outs),
+            e=(self.e, (None,)), g=(self.g, outs), m=(self.m, outs), length=(measured.length, outs),
         )  # fmt: skip
-        used = {n: shard(x.astype(shard.dtype), *home) for n, (x, home) in parts.items() if x is not None}
+        present = {n: (x, home) for n, (x, home) in parts.items() if x is not None}
+        used = {n: shard(x if n in self.vectors else x.astype(shard.dtype), *home) for n, (x, home) in present.items()}
         if self.rows_BR is not None:
             used["rows_BR"] = shard(self.rows_BR, "batch", None)
-        return self.replace(base=shard.gather(self.base, s), **used)
+        return self.replace(base=base, **used)
 
     def norm(self) -> jax.Array:
         """Returns the length of each output's column of base and update in float32, for one layer or a stack."""

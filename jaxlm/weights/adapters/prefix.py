@@ -34,14 +34,14 @@ class Prefixed(Wrapped):
         return self.keys_PKC, self.values_PKC
 
     def gathered(self, s: Spec, shard: Layout) -> "Prefixed":
-        keys, values = (shard(x.astype(shard.dtype), None, "kv", None) for x in (self.keys_PKC, self.values_PKC))
+        keys, values = (shard(x, None, "kv", None) for x in (self.keys_PKC, self.values_PKC))  # cast for each row
         return self.replace(base=shard.gather(self.base, s), keys_PKC=keys, values_PKC=values)
 
 
 def specs(c: Prefix, target: Matrix) -> Specs:
     if len(target.out_shape) != 2:
         raise ValueError(f"adapter: prefix needs keys of heads, which {target.path} does not make; choose another")
-    one = Spec((c.tokens, *target.out_shape), (None, *target.out_axes), normal(0.02))
+    one = Spec((c.tokens, *target.out_shape), (None, *target.out_axes), normal(0.02), role="table")
     return dict(keys=one, values=one)
 
 

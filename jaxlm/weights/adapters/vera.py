@@ -23,8 +23,8 @@ class Vera(LowRankAdapter):
 
 
 def specs(c: Vera, target: Matrix) -> Specs:
-    e = Spec((c.rank,), (None,), lambda key, shape: jnp.full(shape, 0.1))
-    return dict(e=e, g=Spec(target.out_shape, target.out_axes, zeros))
+    e = Spec((c.rank,), (None,), lambda key, shape: jnp.full(shape, 0.1), role="scale")
+    return dict(e=e, g=Spec(target.out_shape, target.out_axes, zeros, role="scale"))
 
 
 def shared(c: Vera, targets: Mapping[str, Matrix]) -> Specs:

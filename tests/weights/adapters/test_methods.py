@@ -90,6 +90,26 @@ def on_one_device(method: str, name: str, base: str):
     return model, jax.jit(functools.partial(trained, model))
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_fresh_adapter_does_nothing_in_bfloat16_either(method):
+    """DoRA's magnitudes are those of the weights before they are rounded, in training and as decoding reads them."""
+    model = make("llama", adapter(method, targets=("all",)), dtype="bfloat16")
+    weights, batch = started(model, "llama"), batch_of("llama")
+    plain = make("llama", config.Adapter(), dtype="bfloat16")
+    expected = jax.jit(lambda w: logits(plain, w, batch))(base_weights("llama"))
+    for prepare in (lambda w: w, functools.partial(decode.prepare, model)):
+        np.testing.assert_array_equal(jax.jit(lambda w, p=prepare: logits(model, p(w), batch))(weights), expected)
+
+
+def test_factors_of_ia3_are_not_rounded():
+    model = make("llama", adapter("ia3"), dtype="bfloat16")
+    weights, batch = started(model, "llama"), batch_of("llama")
+    run = jax.jit(lambda w: logits(model, w, batch))
+    at_first = run(weights)
+    by = jax.tree.map(lambda x: 1.003 * x, weights["adapter"])
+    assert float((run(weights | {"adapter": by}) != at_first).mean()) > 0.5
+
+
 @pytest.mark.parametrize(("method", "name", "base"), list(cases()))
 def test_one_device(method, name, base):
     """The base and the merged model run unrolled, so that both ways to run the layers are compared too."""
