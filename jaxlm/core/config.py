@@ -82,9 +82,11 @@ class Optim:
     """Paths that are not trained: no gradient, no optimizer state, no decay."""
     layer_decay: Positive = 1.0
     """Learning rate of each layer as a share of that of the layer above it; embeddings count as the layer below the
-    first, heads as that above the last (0.65–0.95 in fine-tuning, as in ULMFiT and ELECTRA)."""
+    first, heads as that above the last (0.65–0.95 in fine-tuning, as in ULMFiT and ELECTRA). Layers of an encoder and a
+    decoder are each counted from their own last one."""
     top_layers: Natural | None = None
-    """Number of last layers that are trained, with the heads; None: all. `freeze` leaves out whole kinds of weights."""
+    """Number of last layers that are trained, with the heads, of an encoder-decoder on both sides; None: all. `freeze`
+    leaves out whole kinds of weights."""
     clip: NonNegative = 1.0
     """Global gradient norm above which gradients are scaled down; 0: off."""
     ema: BelowOne = 0.0

@@ -45,6 +45,8 @@ class Spec(NamedTuple):
     role: Role = "matrix"
     below_layers: bool = False
     """Stands below the first layer, so learning rates that fall from layer to layer are lowest for it."""
+    layers_above: int = 0
+    """How many layers stand above those of this stack: an encoder's and a decoder's are counted apart."""
 
     @property
     def is_matrix(self) -> bool:
@@ -107,9 +109,10 @@ def norm_bias(width: int) -> Spec:
     return Spec((width,), (None,), zeros, role="norm_bias")
 
 
-def layer_norm(name: str, width: int) -> dict[str, Spec]:
+def layer_norm(name: str, width: int, below_layers: bool = False) -> dict[str, Spec]:
     """Returns the specs of a LayerNorm: its scale `name` and its bias `name_bias`."""
-    return {name: norm(width), f"{name}_bias": norm_bias(width)}
+    made = {name: norm(width), f"{name}_bias": norm_bias(width)}
+    return {n: s._replace(below_layers=below_layers) for n, s in made.items()}
 
 
 def bias(shape: int | tuple[int, ...], *axes: str | None) -> Spec:
@@ -118,14 +121,15 @@ def bias(shape: int | tuple[int, ...], *axes: str | None) -> Spec:
     return Spec(shape, axes or (None,) * len(shape), zeros, role="bias")
 
 
-def stacked(n: int, specs: Any) -> Any:
-    """Returns the specs of `n` equal layers as one tree whose weights have a leading `layers` axis."""
+def stacked(n: int, specs: Any, above: int = 0) -> Any:
+    """Returns the specs of `n` equal layers as one tree whose weights have a leading `layers` axis. `above`: how many
+    layers of other stacks stand above them."""
 
     def one(s: Spec) -> Spec:
         def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             return jax.vmap(lambda k: s.init(k, s.shape))(jax.random.split(key, n))
 
-        return s._replace(shape=(n, *s.shape), axes=("layers", *s.axes), init=init)
+        return s._replace(shape=(n, *s.shape), axes=("layers", *s.axes), init=init, layers_above=above)
 
     return jax.tree.map(one, specs, is_leaf=is_spec)
 

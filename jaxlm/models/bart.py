@@ -108,7 +108,7 @@ def specs(c: Config) -> dict[str, Any]:
         out[side] = dict(
             position=spec.table(UNUSED + c.positions, D, normal(0.02)),
             blocks=stacked(n, block_specs(D, heads, ffn, side == "decoder")),
-            **layer_norm("norm_embed", D),
+            **layer_norm("norm_embed", D, below_layers=True),
             **(layer_norm("norm", D) if c.norm_first else {}),
         )
     if c.own_embeddings:

@@ -89,13 +89,13 @@ def specs(c: Config) -> dict[str, Any]:
     out: dict[str, Any] = dict(
         embed=table(c.vocab, D, w, "vocab"),
         position=table(c.positions + c.offset, D, w),
-        **layer_norm("norm", D),
+        **layer_norm("norm", D, below_layers=True),
         blocks=stacked(c.layers, block_specs(c)),
     )
     if c.types:
         out["type"] = table(c.types, D, w)
     if c.relative:
-        out["relative"] = Spec((BUCKETS, c.heads), (None, "heads"), w)
+        out["relative"] = Spec((BUCKETS, c.heads), (None, "heads"), w, below_layers=True)
     if c.pooler:
         out |= dict(pooler=Spec((D, D), ("embed", None), w), pooler_bias=bias(D))
     if c.head:  # a dense layer before the tied embedding

@@ -65,8 +65,9 @@ def attention_width(c: Config) -> int:
     return c.layers * c.width
 
 
-def norm_specs(c: Config, name: str) -> dict[str, Spec]:
-    return spec.layer_norm(name, c.width) if c.norm_bias else {name: spec.norm(c.width)}
+def norm_specs(c: Config, name: str, below_layers: bool = False) -> dict[str, Spec]:
+    both = spec.layer_norm(name, c.width, below_layers)
+    return both if c.norm_bias else {name: both[name]}
 
 
 def block_specs(c: Config, *, first: bool) -> dict[str, Spec]:
@@ -103,8 +104,8 @@ def specs(c: Config) -> dict[str, Any]:
     D, back = c.width, normal(0.02 / math.sqrt(2 * c.layers))
     out: dict[str, Any] = dict(
         embed=spec.table(c.vocab, D, normal(0.02), "vocab"),
-        **{name: s._replace(below_layers=True) for name, s in norm_specs(c, "embed_norm").items()},
-        first=stacked(1, block_specs(c, first=True)),
+        **norm_specs(c, "embed_norm", below_layers=True),
+        first=stacked(1, block_specs(c, first=True), above=c.layers - 1),
         blocks=stacked(c.layers - 1, block_specs(c, first=False)),
         **norm_specs(c, "norm"),
     )

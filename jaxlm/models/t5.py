@@ -93,7 +93,7 @@ def specs(c: Config) -> dict[str, Any]:
     def stack(n: int, cross: bool) -> dict[str, Any]:
         return dict(
             blocks=stacked(n, block_specs(c, cross)),
-            bias=Spec((c.buckets, c.heads), (None, "heads"), normal(c.width**-0.5), role="bias"),
+            bias=Spec((c.buckets, c.heads), (None, "heads"), normal(c.width**-0.5), role="bias", below_layers=True),
             norm=norm(c.width),
         )
 

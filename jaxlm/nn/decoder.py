@@ -95,7 +95,7 @@ def sparse_stacks(c: Any, attention: dict[str, Spec]) -> dict[str, Any]:
         raise ValueError(f"model.dense: {c.dense} of {c.layers} layers would be dense; leave one with experts")
     out = dict(blocks=stacked(c.layers - c.dense, attention | moe.specs(c.moe, c.width, deep=deep(c))))
     if c.dense:
-        out["dense"] = stacked(c.dense, attention | gated_specs(c.width, c.ffn, deep(c)))
+        out["dense"] = stacked(c.dense, attention | gated_specs(c.width, c.ffn, deep(c)), above=c.layers - c.dense)
     return out
 
 

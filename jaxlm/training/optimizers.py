@@ -14,6 +14,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from jaxlm.core import config, tree
 from jaxlm.core.registry import Table
 from jaxlm.core.spec import Spec, is_spec
+from jaxlm.training import adafactor
 
 Schedule = Callable[[Any], Any]
 """From the update t = 0, 1, … to its learning rate."""
@@ -78,6 +79,8 @@ class Optimizer:
     """Whether the parameter of a path is trained."""
     groups: dict[str, str]
     """Path of every parameter → what happens to it, such as `muon, decay 0.1` or `frozen`."""
+    moved: Callable[[Any], Any] = lambda grads: grads
+    """Gradients → the same with zeros for layers that stay as they are, which count in no norm."""
 
 
 def make(
@@ -118,27 +121,33 @@ def make(
     used = set(tree.flatten(labels).values())
     chains = {name: (BY_ROLE.get(name) or OPTIMIZERS[name])(c, rate, _mask_for(mask), specs) for name in sorted(used)}
     tx = chains[next(iter(used))] if len(used) == 1 else optax.partition(chains, labels)
-    rates = {path: rate_of(path) for path in flat}
+    rates, moved = {path: rate_of(path) for path in flat}, lambda grads: grads
     if c.layer_decay != 1 or c.top_layers is not None or set(rates.values()) != {1.0}:
         depths, _ = tree.partition(depth_scales(c, specs), lambda path: not frozen(path))
         scales = tree.map_named(lambda path, scale: scale * rates[path], depths)
         tx = optax.chain(tx, optax.stateless(lambda u, _: jax.tree.map(jnp.multiply, u, scales)))
+        still = lambda g, x: g if np.all(x) else jnp.where(np.asarray(x) == 0, jnp.zeros((), g.dtype), g)  # noqa: E731
+        moved = lambda grads: jax.tree.map(still, grads, scales)  # noqa: E731
     groups = {
         path: "frozen"
         if frozen(path)
         else f"{group(path)}, " + (f"decay {c.weight_decay:g}" if decays(path) and c.weight_decay else "no decay")
         for path in flat
     }
-    return Optimizer(wrap(tx, steps), rate, lambda path: not frozen(path), groups)
+    return Optimizer(wrap(tx, steps), rate, lambda path: not frozen(path), groups, moved)
 
 
 def depth_scales(c: config.Optim, specs: Any) -> Any:
-    """Returns what each weight's updates are multiplied by for its height: embeddings, the layers of a stack, heads.
+    """Returns what each weight's updates are multiplied by for its height: embeddings, layers, heads.
 
-    Weight decay is part of an update, so a weight that is multiplied by 0 stays as it was. Raises ValueError where
-    `optim.top_layers` is more than there are.
+    Stacks whose layers follow each other are one sequence; an encoder and a decoder are two, both of which end below
+    the heads. Weight decay is part of an update, so a weight that is multiplied by 0 stays as it was. Raises ValueError
+    where `optim.top_layers` is more than there are.
     """
-    deepest = max((s.shape[0] for s in tree.flatten(specs, is_spec).values() if s.axes[:1] == ("layers",)), default=0)
+    stacks = [s for s in tree.flatten(specs, is_spec).values() if s.axes[:1] == ("layers",)]
+    deepest = max((s.shape[0] + s.layers_above for s in stacks), default=0)
+    if c.layer_decay != 1 and not deepest:
+        raise ValueError("optim.layer_decay: this model's weights name no layers to count; set it to 1")
     if c.top_layers is not None and not 0 <= c.top_layers <= deepest:
         raise ValueError(f"optim.top_layers: {c.top_layers} of {deepest} layers can't be trained")
 
@@ -147,10 +156,10 @@ def depth_scales(c: config.Optim, specs: Any) -> Any:
             if not s.below_layers:
                 return 1.0
             return 0.0 if c.top_layers is not None else c.layer_decay ** (deepest + 1)
-        n = s.shape[0]
-        scale = c.layer_decay ** np.arange(n, 0, -1.0)
+        height = s.layers_above + np.arange(s.shape[0], 0, -1.0)  # 1 for the last layer
+        scale = c.layer_decay**height
         if c.top_layers is not None:
-            scale[: n - c.top_layers] = 0.0
+            scale[height > c.top_layers] = 0.0
         return scale.astype(np.float32).reshape(-1, *[1] * (len(s.shape) - 1))
 
     return tree.map_named(one, specs)
@@ -160,6 +169,11 @@ def _finish(c: config.Optim, rate: Schedule, decays: DecayMask) -> optax.Gradien
     """Applies decoupled weight decay (Loshchilov & Hutter 2019), then the learning rate."""
     decay = optax.add_decayed_weights(c.weight_decay, mask=decays) if c.weight_decay else optax.identity()
     return optax.chain(decay, optax.scale_by_learning_rate(rate))
+
+
+def _in_proportion(c: config.Optim, rate: Schedule, peak: float) -> Schedule:
+    """Returns the schedule with another peak; with `optim.lr` 0 nothing moves."""
+    return lambda t: rate(t) * (peak / c.lr if c.lr else 0.0)
 
 
 def _mask_for(mask: Any) -> DecayMask:
@@ -189,18 +203,13 @@ def _lion(c: config.Optim, rate: Schedule, decays: DecayMask, specs: Any) -> opt
 def _adafactor(c: config.Optim, rate: Schedule, decays: DecayMask, specs: Any) -> optax.GradientTransformation:
     """Builds Adafactor (Shazeer & Stern 2018): factored second moments, updates clipped to RMS 1 and scaled by each
     weight's own RMS."""
-    return optax.chain(
-        optax.scale_by_factored_rms(),
-        optax.clip_by_block_rms(1.0),
-        optax.scale_by_param_block_rms(),
-        _finish(c, rate, decays),
-    )
+    return optax.chain(adafactor.chain(specs), _finish(c, rate, decays))
 
 
 def matrix_dimensions(s: Spec) -> MuonDimensionNumbers:
     """Returns which dimensions of a stacked weight are its matrix's input and output; layers and experts are a
     batch."""
-    dims = [i for i, a in enumerate(s.axes) if a not in ("layers", "experts")]
+    dims = adafactor.own_axes(s)
     inputs = dims[:-1] if s.axes[dims[-1]] == "embed" else dims[:1]
     return MuonDimensionNumbers(tuple(inputs), tuple(i for i in dims if i not in inputs))
 
@@ -227,7 +236,7 @@ def _muon(c: config.Optim, rate: Schedule, decays: DecayMask, specs: Any) -> opt
     return optax.chain(
         scale_by_muon(beta=c.muon_momentum, weight_dimension_numbers=numbers),
         optax.stateless(rescale),
-        _finish(c, lambda t: rate(t) * (c.muon_lr / c.lr), decays),
+        _finish(c, _in_proportion(c, rate, c.muon_lr), decays),
     )
 
 
@@ -249,7 +258,7 @@ def _balance(c: config.Optim, rate: Schedule, decays: DecayMask, specs: Any) -> 
     """
     return optax.chain(
         optax.stateless(lambda g, _: jax.tree.map(jnp.sign, g)),
-        optax.scale_by_learning_rate(lambda t: rate(t) * (BALANCE_RATE / c.lr)),
+        optax.scale_by_learning_rate(_in_proportion(c, rate, BALANCE_RATE)),
     )
 
 

@@ -101,6 +101,13 @@ def _move(opt: Any, space: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, opt)
 
 
+def _with_clocks_of(moved: Any, opt: Any) -> Any:
+    """Returns an optimizer's state whose schedules stand where those of `moved` do: at the step, which goes on where an
+    update is left out. Moments and what they are corrected by count the updates made."""
+    is_clock = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
+    return jax.tree.map(lambda a, b: a if is_clock(a) else b, moved, opt, is_leaf=is_clock)
+
+
 def flat_metrics(sums: dict[str, dict[str, jax.Array]], totals: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Returns means `{"loss", "nll", "accuracy"}`, prefixed by the loss's name where an objective has several."""
     single = len(sums) == 1
@@ -133,9 +140,9 @@ def make_train_step(
     batch, …]`.
 
     Micro-batches add up sums, each divided by the weight of the whole batch, so 1, 2 or 4 of them are the same update.
-    An update whose loss or gradient is not finite is left out: `finite` is 0 and the state but for `step` is unchanged.
-    With `shardings` (on a mesh) each device reduces and updates the part of the weights that it keeps moments of. With
-    `host` the optimizer's state comes from the host's memory for the update, and goes back.
+    An update whose loss or gradient is not finite is left out: `finite` is 0, and the state is unchanged but for `step`
+    and schedules, which go on. With `shardings` (on a mesh) each device reduces and updates the part of the weights that
+    it keeps moments of. With `host` the optimizer's state comes from the host's memory for the update, and goes back.
     """
 
     def train_step(state: State, batch: Batch[jax.Array]) -> tuple[State, dict[str, jax.Array]]:
@@ -170,6 +177,7 @@ def make_train_step(
             state = state.replace(params=constrain(state.params, shardings.moments))
         if host:
             state = state.replace(opt=_move(state.opt, jax.memory.Space.Device))
+        grads = optimizer.moved(grads)
         metrics = flat_metrics(sums, totals) | {f"weight/{name}": total for name, total in totals.items()}
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
@@ -184,6 +192,7 @@ def make_train_step(
         # Frozen weights are left out: not every compiler sees that both choices are the same, and some write them anew.
         moved, unmoved = new.replace(frozen=None), state.replace(frozen=None)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), moved, unmoved).replace(frozen=state.frozen)
+        new = new.replace(opt=_with_clocks_of(opt, new.opt))
         if shardings is not None:
             new = new.replace(params=constrain(new.params, shardings.weights))
         if host:

@@ -57,9 +57,11 @@ def test_roles_agree_with_names(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_decided_by_roles_is_what_names_would_decide(name):
-    """By names as they were read before weights stated a role: runs of that time must go on as they began."""
+    """By names as they would be read if weights stated no role."""
     family, c, flat = specs_of(name)
-    matrices = {p for p, s in flat.items() if len(s.shape) - ("layers" in s.axes) >= 2 and not p.endswith("bias")}
+    matrices = {
+        p for p, s in flat.items() if len(s.shape) - ("layers" in s.axes) >= 2 and role_by_name(p) not in spec.VECTORS
+    }
     hidden = {p for p in matrices if "layers" in flat[p].axes}
     balanced = {p for p in flat if p.endswith("selection_bias")}
     groups = optimizers.make(config.Optim(name="muon", warmup=1), 10, family.specs(c)).groups
@@ -67,9 +69,13 @@ def test_what_is_decided_by_roles_is_what_names_would_decide(name):
     assert {p for p, g in groups.items() if g.startswith("muon")} == hidden
     assert {p for p, g in groups.items() if g.startswith("balance")} == balanced
 
-    below = {p for p in flat if re.match(r"(.*/)?(embed|position|type)(_|$)", p) and "layers" not in flat[p].axes}
+    lowest = {"bert": "norm|norm_bias|relative", "bart": ".*/norm_embed.*", "t5": ".*/bias"}
+    lowest = lowest.get(family.__name__.rpartition(".")[2], "-")
+    found = {p for p in flat if re.fullmatch(rf"(.*/)?(embed|position|type)(_.*)?|{lowest}", p)}
+    below = {p for p in found if "layers" not in flat[p].axes}
     scales = tree.flatten(optimizers.depth_scales(config.Optim(layer_decay=0.5), family.specs(c)))
-    deepest = max(s.shape[0] for s in flat.values() if s.axes[0] == "layers")
+    deepest = max(s.shape[0] + s.layers_above for s in flat.values() if s.axes[0] == "layers")
+    assert deepest == max(c.layers, getattr(c, "decoder_layers", 0) or 0)
     assert {p for p, x in scales.items() if np.min(x) == 0.5 ** (deepest + 1)} == below
 
     names = family.names(c)

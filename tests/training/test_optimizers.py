@@ -11,8 +11,9 @@ import pytest
 
 from jaxlm.core import config, spec, tree
 from jaxlm.core.spec import Spec, fan_in, normal, ones, stacked, table
-from jaxlm.models import llama
+from jaxlm.models import deepseek, llama, modernbert, t5
 from jaxlm.nn.layout import Layout
+from jaxlm.nn.moe import Moe
 from jaxlm.runtime.mesh import make_mesh, on_mesh, replicated
 from jaxlm.training import optimizers, step
 
@@ -92,21 +93,33 @@ def test_adamw_equals_pytorch():
         np.testing.assert_allclose(weights["w"], after, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "sgd"])
-def test_stacked_layers_are_updated_as_separate_ones(name):
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+def test_stacked_layers_and_experts_are_updated_as_separate_ones(name):
+    """However small the numbers of one of them are. Of 160 layers, too, which are a side as long as those that
+    Adafactor factors its moments over."""
     c = dataclasses.replace(CONSTANT, name=name)
-    one = {"up": Spec((16, 32), ("embed", "ffn"), fan_in(0)), "norm": Spec((16,), (None,), ones)}
-    both = stacked(2, one)
-    weights, gradients = numbers(both), numbers(both, 1)
+    one = {
+        "wide": Spec((130, 140), ("embed", "ffn"), fan_in(0)), "norm": Spec((4,), (None,), ones),
+        "expert": Spec((3, 4, 8), ("experts", "embed", "ffn"), fan_in(1)),
+    }  # fmt: skip
+    many = {"many": Spec((4, 130), ("embed", "ffn"), fan_in(0))}
+    specs = stacked(2, one) | stacked(160, many)
+    weights, gradients = numbers(specs), numbers(specs, 1)
+    smaller = lambda x: x * 0.1 ** np.arange(x.shape[0]).clip(0, 2).reshape(-1, *[1] * (x.ndim - 1))  # noqa: E731
+    weights, gradients = jax.tree.map(smaller, weights), jax.tree.map(lambda x: smaller(smaller(x)), gradients)
+    weights["expert"] *= jnp.arange(1.0, 4.0).reshape(1, 3, 1, 1)
 
-    def updates(specs, w, g):
+    def updates(specs, weights, gradients):
         tx = make(c, specs).tx
-        return tx.update(g, tx.init(w), w)[0]
+        return jax.jit(lambda w, g: tx.update(g, tx.init(w), w)[0])(weights, gradients)
 
-    whole = updates(both, weights, gradients)
-    for i in range(2):
-        part = updates(one, *(jax.tree.map(lambda x, i=i: x[i], t) for t in (weights, gradients)))
-        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-6), whole, part)
+    whole = updates(specs, weights, gradients)
+    alone = dict.fromkeys(specs, (1,)) | {"expert": (1, 2)}
+    plain = {n: s._replace(shape=s.shape[-2:], axes=s.axes[-2:]) for n, s in (one | many).items()}
+    cut = lambda t: {name: x[alone[name]][None] for name, x in t.items()}  # noqa: E731
+    separate = updates(stacked(1, plain), cut(weights), cut(gradients))
+    for name, u in cut(whole).items():
+        np.testing.assert_allclose(u, separate[name], rtol=1e-4, atol=1e-9, err_msg=name)
 
 
 # ---------------------------------------------------------------------------------------------------------------- muon
@@ -277,6 +290,11 @@ def test_the_end_is_reached_even_after_a_long_warmup(name):
     assert r.max() <= 1 + 1e-6
 
 
+def test_a_learning_rate_of_zero_moves_nothing():
+    updates = muon_updates(c=dataclasses.replace(MUON, lr=0.0))
+    assert not any(np.any(u) for u in jax.tree.leaves(updates))
+
+
 def test_muon_follows_the_schedule():
     c = dataclasses.replace(MUON, schedule="linear", lr=0.2, final=0.0)
     optimizer, w = make(c, steps=3), numbers(SPECS)
@@ -316,6 +334,33 @@ def test_only_the_top_layers_move():
     assert got["blocks/q"][2].all() and got["norm"].all() and "blocks/up" not in got
     with pytest.raises(ValueError, match=r"optim.top_layers: 4 of 3 layers"):
         make(config.Optim(top_layers=4, warmup=0))
+
+
+@pytest.mark.parametrize("name", ["deepseek", "modernbert", "t5"])
+def test_height_counts_the_layers_of_all_stacks(name):
+    """Dense layers below those with experts, ModernBERT's first one; an encoder and a decoder each by itself."""
+    tiny = dict(vocab=8, layers=4, width=8, heads=2)
+    model, own = {
+        "deepseek": (deepseek, dict(dense=2, ffn=8, moe=Moe(experts=2, top_k=1, ffn=8), latent=4)),
+        "modernbert": (modernbert, dict(ffn=8)),
+        "t5": (t5, dict(decoder_layers=2, ffn=8)),
+    }[name]
+    specs = model.specs(model.Config(**tiny, **own))
+    scales = {p: np.ravel(x) for p, x in tree.flatten(optimizers.depth_scales(
+        config.Optim(layer_decay=0.5), specs)).items()}  # fmt: skip
+    top = {p: np.ravel(x) for p, x in tree.flatten(optimizers.depth_scales(config.Optim(top_layers=1), specs)).items()}
+    every, last = [0.0625, 0.125, 0.25, 0.5], [0, 0, 0, 1]
+    stacks = {
+        "deepseek": {"dense/norm1": slice(0, 2), "blocks/norm1": slice(2, 4), "blocks/router": slice(2, 4)},
+        "modernbert": {"first/norm2": slice(0, 1), "blocks/norm2": slice(1, 4)},
+        "t5": {"encoder/blocks/q": slice(0, 4), "decoder/blocks/q": slice(2, 4)},
+    }[name]
+    for path, layers in stacks.items():
+        np.testing.assert_allclose(scales[path], every[layers])
+        np.testing.assert_array_equal(top[path], last[layers])
+    assert (scales["embed"], top["embed"]) == (0.5**5, 0)
+    with pytest.raises(ValueError, match=r"optim.top_layers: 5 of 4 layers"):
+        optimizers.depth_scales(config.Optim(top_layers=5), specs)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm.core import config, spec, tree
-from jaxlm.core.spec import Spec, normal, ones
+from jaxlm.core.spec import Spec, normal, ones, stacked
 from jaxlm.models import MODELS, bert, llama
 from jaxlm.models.model import Model
 from jaxlm.nn.layout import Layout, batch_sharding
@@ -157,6 +157,37 @@ def test_clipping_by_the_global_norm(clip, size):
     np.testing.assert_allclose(m["grad_norm"], 1.5 * 6**0.5, rtol=1e-6)  # as it was before clipping
 
 
+def test_the_rate_is_that_of_the_step_after_an_update_was_left_out():
+    """And the one that is logged."""
+    c = config.Optim(name="sgd", momentum=0.0, lr=0.5, warmup=0, schedule="linear", final=0.0, weight_decay=0.0)
+    f, state = toy(c)
+    rates = []
+    for x in (2.0, float("nan"), 2.0, 2.0):
+        after, m = f(state, batch_of(x))
+        rates.append((float((state.params["w"] - after.params["w"]).max()), float(m["lr"])))
+        state = after
+    np.testing.assert_allclose([rates[i][0] for i in (0, 2, 3)], [rates[i][1] for i in (0, 2, 3)], rtol=1e-4)
+    assert rates[1][0] == 0
+
+
+def test_layers_that_stay_do_not_count_in_the_norm():
+    """However large their gradients are, or none at all."""
+    specs = {"blocks": stacked(2, {"w": Spec((2,), (None,), ones)})}
+    c = config.Optim(name="sgd", momentum=0.0, lr=1.0, warmup=0, schedule="constant", weight_decay=0.0, top_layers=1)
+    optimizer = optimizers.make(c, 100, specs)
+    size = np.array([[1000.0], [3.0]], np.float32)
+
+    def loss(p, b, key):
+        return {"tokens": {"loss": (p["blocks"]["w"] * size * b["x"][..., None]).sum()}}
+
+    f = jax.jit(step.make_train_step(loss, lambda b: {"tokens": b["n"].sum()}, optimizer, seed=0, clip=1.0, ema=0.0))
+    before = step.init_state(specs, optimizer, jax.random.key(0), False)
+    after, m = f(before, batch_of(1.0, 1.0))
+    moved = before.params["blocks"]["w"] - after.params["blocks"]["w"]
+    np.testing.assert_allclose(moved, [[0, 0], [0.5**0.5] * 2], rtol=1e-5)
+    np.testing.assert_allclose(m["grad_norm"], 3 * 2**0.5, rtol=1e-6)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_an_update_that_is_not_finite_is_left_out(bad):
     c = config.Optim(lr=0.1, warmup=5)
@@ -164,7 +195,10 @@ def test_an_update_that_is_not_finite_is_left_out(bad):
     state, _ = f(state, batch_of(1.0))
     after, m = f(state, batch_of(bad))
     assert m["finite"] == 0 and after.step == 2
-    jax.tree.map(np.testing.assert_array_equal, after.replace(step=state.step), state)
+    clocks = [int(s.opt[1][1].count) for s in (state, after)]
+    assert clocks == [1, 2]
+    kept = after.replace(step=state.step, opt=state.opt[:1])
+    jax.tree.map(np.testing.assert_array_equal, kept, state.replace(opt=after.opt[:1]))
     again, m = f(after, batch_of(1.0))
     assert m["finite"] == 1 and again.step == 3
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(again))

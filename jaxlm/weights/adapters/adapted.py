@@ -88,7 +88,8 @@ class Adapted:
                 out = tree.put(out, path, quantized.specs(m.spec, m.ins, m.outs, c.base))
         adapter: dict[str, Any] = {}
         for path, target in self.targets.items():
-            adapter = tree.put(adapter, path, stacked(target.layers, method.specs(c, target)))
+            made = stacked(target.layers, method.specs(c, target), above=target.spec.layers_above)
+            adapter = tree.put(adapter, path, made)
         if self.targets and (shared := method.shared(c, self.targets)):
             adapter["shared"] = shared
         if method.virtual_tokens is not None and self.num_virtual_tokens:
