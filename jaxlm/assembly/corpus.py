@@ -24,6 +24,7 @@ class Corpus:
 
     train: list[Any]
     weights: list[float]
+    """Shares of the training sources; empty: those of their records, so that all are read equally often."""
     valid: list[Any]
 
 
@@ -64,7 +65,7 @@ def corpus(data: config.Data, objective: BoundObjective) -> Corpus:
     if isinstance(records, TextPairs) and jax.process_index() == 0:
         for source, part in zip([*data.train, *(data.valid or data.train)], [*train, *valid], strict=True):
             _warn_of_cuts(objective, records, source, part)
-    return Corpus(train, list(data.weights) or [float(len(c.tokens)) for c in train], valid)
+    return Corpus(train, list(data.weights), valid)
 
 
 def _read_examples(data: config.Data, objective: BoundObjective, reader: ExampleReader) -> Corpus:
@@ -92,7 +93,7 @@ def _read_examples(data: config.Data, objective: BoundObjective, reader: Example
         keys = [[(tuple(ids), record["where"]) for part in parts for record in part for ids in reader.texts(record)]
                 for parts in (train, valid)]  # fmt: skip
         _warn_of_leaks(*keys)
-    return Corpus(train, list(data.weights) or [float(len(records)) for records in train], valid)
+    return Corpus(train, list(data.weights), valid)
 
 
 def _warn_of_cuts(objective: BoundObjective, pairs: TextPairs, source: str, part: caches.Cache) -> None:
@@ -169,9 +170,10 @@ def predictions(p: Program, weights: Any, part: Sequence[Any]) -> list[np.ndarra
 
 def training_loader(run: config.Run, objective: BoundObjective, data: Corpus, rows: list[int] | None) -> loader.Loader:
     """Returns the loader of a run's training batches, of which this process makes `rows` (None: all)."""
+    parts = [as_records(objective, part, document_mask=run.data.document_mask, seed=run.seed) for part in data.train]
     return loader.Loader(
-        [as_records(objective, part, document_mask=run.data.document_mask, seed=run.seed) for part in data.train],
-        data.weights,
+        parts,
+        data.weights or [float(len(part)) for part in parts],
         objective.example,
         batch_size=run.train.batch_size,
         micro_batches=run.train.micro_batches,

@@ -124,7 +124,8 @@ class Program:
 
     def batch_shardings(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """Returns the shardings of a batch's leaves `[micro, rows, …]` from the leaves of this process."""
-        return {k: batch_sharding(self.layout, self.mesh, v.shape, self.run.train.seq_len) for k, v in batch.items()}
+        length = lambda name: self.run.train.seq_len if name in packing.BY_POSITION else -1  # noqa: E731
+        return {name: batch_sharding(self.layout, self.mesh, x.shape, length(name)) for name, x in batch.items()}
 
     def rows(self, batch_size: int) -> list[int] | None:
         """Returns the rows of a micro-batch that this process must make; None: all."""
@@ -168,26 +169,43 @@ class Program:
 
     def flops_per_token(self) -> dict[str, float]:
         """Returns the FLOPs of one of a row's `seq_len` tokens: those of the experts that it meets, and in an
-        encoder-decoder also the decoder's, which runs over `target_positions` other tokens a row."""
+        encoder-decoder also the decoder's, which runs over `target_positions` other tokens a row.
+
+        What stands above the layers is multiplied where the vocabulary is predicted; a task's own head, of a few
+        numbers for each, is left out. A third of the work on a frozen
+        weight, its gradient, isn't done, and two thirds where gradients reach nothing that is trained.
+        """
         from jaxlm.training import progress
 
-        c, flat = self.run.model, tree.flatten(self.model.specs, spec.is_spec)
+        c, trained = self.run.model, self.optimizer.trainable
+        flat = tree.flatten(self.adapter.base, spec.is_spec)
+        if "adapter" in self.specs:
+            flat |= tree.flatten(self.specs["adapter"], spec.is_spec, prefix="adapter/")
+        below = {
+            path for path, s in flat.items() if "layers" in s.axes or s.below_layers or path.startswith("adapter/")
+        }
+        backward = any(map(trained, below))
         share = 1.0
         if self.run.train.seq_len:
             share = self.objective.target_positions / self.run.train.seq_len
 
+        def work(path: str) -> float:
+            return (1 + backward + trained(path)) / 3
+
         def met(path: str, s: spec.Spec) -> float:
-            name = path.rpartition("/")[2]
-            if not s.is_matrix or s.role in ("table", "head"):
+            name, in_layers = path.rpartition("/")[2], "layers" in s.axes
+            if not s.is_matrix or s.role in ("table", "head") or (path.startswith("adapter/") and not in_layers):
                 return 0.0
             part = c.moe.top_k / c.moe.experts if "experts" in s.axes else 1.0
-            on_targets = path.startswith("decoder/") and name not in ("cross_k", "cross_v")
-            return part * math.prod(s.shape) * (share if on_targets else 1.0)
+            on_targets = not in_layers or ("decoder/" in path and name not in ("cross_k", "cross_v"))
+            return part * math.prod(s.shape) * (share if on_targets else 1.0) * work(path)
 
         matrices = sum(met(path, s) for path, s in flat.items())
+        heads = [path for path, s in flat.items() if s.role == "head"] or ["embed"]
+        head = share * c.vocab * c.width * work(heads[0])
         width = self.model.family.attention_width(c) // c.layers
         return progress.flops_per_token(
-            int(matrices + share * c.vocab * c.width), c.layers, width, self.run.train.seq_len
+            round(matrices + head), c.layers, width, self.run.train.seq_len, backward=backward
         )
 
 

@@ -24,7 +24,7 @@ class Data:
     train: tuple[str, ...] = ("stdlib",)
     """Sources: stdlib, a file, folder or glob of text, JSONL (.gz, .zst), Parquet, tfds:NAME/CONFIG[:split]."""
     weights: tuple[NonNegative, ...] = ()
-    """Mixture weight of each training source; empty: its size."""
+    """Mixture weight of each training source: its share of a batch's rows; empty: the rows that it fills."""
     valid: tuple[str, ...] = ()
     """Validation sources; empty: `holdout` of the whole documents of every training source."""
     holdout: BelowOne = 0.02

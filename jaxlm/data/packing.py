@@ -224,19 +224,32 @@ def texts(cache: Cache, lengths: np.ndarray, takes: np.ndarray, rooms: tuple[int
 # ------------------------------------------------------------------------------------------------------------- batches
 
 
+BY_POSITION = frozenset({
+    "tokens", "segments", "positions", "types", "prefix", "source", "source_segments", "source_positions", "targets",
+    "weights", "allowed",
+})  # fmt: skip
+"""Keys of a batch that have a number for each position: how long the others are says nothing of what they hold."""
+
+
 def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Assigns texts to rows of `room` tokens, the longest first; returns the indices of the texts in each row."""
-    free: list[int] = []  # tokens left in each row
+    """Assigns texts to rows of `room` tokens, the longest first; returns the indices of the texts in each row.
+
+    A text goes to the first row that has room for it, which a tree of the most room left finds in log2(texts) steps.
+    """
+    leaves = 1 << max(0, len(lengths) - 1).bit_length()
+    most = [room] * (2 * leaves)  # node i has children 2i and 2i + 1; its leaves are rows, most of which stay empty
     out: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        n = min(lengths[i], room)
-        row = next((r for r, left in enumerate(free) if left >= n), None)
-        if row is None:
-            free.append(room)
+        n, node = min(lengths[i], room), 1
+        while node < leaves:
+            node = 2 * node if most[2 * node] >= n else 2 * node + 1
+        if node - leaves == len(out):
             out.append([])
-            row = len(out) - 1
-        free[row] -= n
-        out[row].append(i)
+        out[node - leaves].append(i)
+        most[node] -= n
+        while node > 1:
+            node //= 2
+            most[node] = max(most[2 * node], most[2 * node + 1])
     return out
 
 
@@ -270,4 +283,4 @@ def trim_padding(batch: dict[str, np.ndarray], multiple: int = 32) -> dict[str, 
     """Cuts off the columns of a batch `[micro, rows, …, T]` that are padding in every row, down to a `multiple`."""
     segments = batch["segments"]
     n = -(-max(1, int(np.max((segments > 0).sum(-1)))) // multiple) * multiple
-    return {name: leaf[..., :n] if leaf.shape == segments.shape else leaf for name, leaf in batch.items()}
+    return {name: leaf[..., :n] if name in BY_POSITION else leaf for name, leaf in batch.items()}

@@ -33,6 +33,7 @@ from jaxlm.objectives.objective import (
     Sums,
     Tokenizer,
     Use,
+    no_tokens,
 )  # fmt: skip
 
 
@@ -296,5 +297,6 @@ def told(c: Config, records: Sequence[Window], predictions: Sequence[np.ndarray]
 use = Use[Config](rows, lambda c: "", unlabelled, told)
 objective = Objective(
     Config, ExampleReader(read), ("encoder",), example=example, totals=totals, loss=loss, specs=specs, check=check,
-    infer_from_data=infer_from_data, padding="trim", prediction=Prediction(predict, answers, "spans", use),
+    infer_from_data=infer_from_data, target_positions=no_tokens, padding="trim",
+    prediction=Prediction(predict, answers, "spans", use),
 )  # fmt: skip

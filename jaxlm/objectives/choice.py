@@ -29,6 +29,7 @@ from jaxlm.objectives.objective import (
     Sums,
     Tokenizer,
     Use,
+    no_tokens,
 )  # fmt: skip
 
 
@@ -204,6 +205,6 @@ def told(c: Config, records: Sequence[Question], predictions: Sequence[np.ndarra
 use = Use[Config](classify.rows, lambda c: "", unlabelled, told)
 objective = Objective(
     Config, ExampleReader(read, token_ids), ("encoder", "decoder"), example=example, totals=totals, loss=loss,
-    specs=specs, check=check, infer_from_data=infer_from_data, padding="trim",
+    specs=specs, check=check, infer_from_data=infer_from_data, target_positions=no_tokens, padding="trim",
     prediction=Prediction(predict, answers, "choices", use),
 )  # fmt: skip

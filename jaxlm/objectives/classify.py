@@ -30,6 +30,7 @@ from jaxlm.objectives.objective import (
     Sums,
     Tokenizer,
     Use,
+    no_tokens,
 )  # fmt: skip
 
 
@@ -307,6 +308,6 @@ def rows(c: Any, source: str) -> Iterable[tables.Row]:
 use = Use[Config](rows, lambda c: "" if c.text2 else c.text, unlabelled, told)
 objective = Objective(
     Config, ExampleReader(read), ("encoder", "decoder"), example=example, totals=totals, loss=loss, specs=specs,
-    check=check, infer_from_data=infer_from_data, padding="trim",
+    check=check, infer_from_data=infer_from_data, target_positions=no_tokens, padding="trim",
     prediction=Prediction(predict, answers, "classes", use),
 )  # fmt: skip

@@ -69,6 +69,11 @@ def example(c: Config, record: Pair, row: RowShape, tokenizer: Tokenizer, rng: n
     return out | masked.corrupt(c.mask, out["tokens"], real, tokenizer, rng) if c.masked_too else out
 
 
+def target_positions(c: Config, seq_len: int) -> int:
+    """Returns the number of predictions a row of the masked-LM loss, if there is one."""
+    return masked.target_positions(c.mask, seq_len) if c.masked_too else 0
+
+
 def totals(batch: DeviceBatch) -> dict[str, jax.Array]:
     out = {"pairs": batch["rows"].sum()}
     return out | masked.totals(batch) if "at" in batch else out
@@ -88,4 +93,5 @@ def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Arra
 
 
 objective = Objective(Config, "pairs", ("encoder",), example=example, totals=totals, loss=loss, specs=specs,
-                      check=check, window=window, as_published=as_published)  # fmt: skip
+                      check=check, window=window, target_positions=target_positions,
+                      as_published=as_published)  # fmt: skip

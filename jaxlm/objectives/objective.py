@@ -206,6 +206,11 @@ def whole_row(c: Any, seq_len: int) -> int:
     return seq_len
 
 
+def no_tokens(c: Any, seq_len: int) -> int:
+    """Returns 0: a head of its own is read, and not that of the vocabulary."""
+    return 0
+
+
 def tokenizer_size(c: Any, tokenizer: tokenizers.Tokenizer) -> int:
     """Returns the size of the tokenizer's vocabulary."""
     return tokenizer.vocab_size
@@ -244,7 +249,7 @@ class Objective(Generic[C]):
     window: Callable[[C, int], int] = whole_row
     """(settings, seq_len) → tokens of text in a record."""
     target_positions: Callable[[C, int], int] = whole_row
-    """(settings, seq_len) → positions of a row that are predicted."""
+    """(settings, seq_len) → positions of a row where tokens of the vocabulary are predicted."""
     vocab_size: Callable[[C, Tokenizer], int] = tokenizer_size
     """(settings, tokenizer) → token ids in use: the tokenizer's, and those that it adds."""
     prompt: MakePrompt[C] = text_after_bos

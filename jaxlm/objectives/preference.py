@@ -20,7 +20,9 @@ import numpy as np
 from jaxlm.core.ranges import BelowOne, NonNegative
 from jaxlm.data import conversations, render_chat
 from jaxlm.models.model import Model
+from jaxlm.nn.layers import Output
 from jaxlm.nn.losses import Readout, cross_entropy, log_likelihoods
+from jaxlm.objectives.causal import row_sums
 from jaxlm.objectives.objective import (
     DeviceBatch,
     Example,
@@ -156,14 +158,15 @@ def totals(batch: DeviceBatch) -> dict[str, jax.Array]:
 
 def likelihoods(
     model: Model, params: Any, batch: DeviceBatch, answers: int, key: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array, Readout]:
-    """Computes the log likelihood of each answer `[B, A]`, without gradients, its tokens `[B, A]`, and the readout."""
+) -> tuple[jax.Array, jax.Array, Readout, Output]:
+    """Computes the log likelihood of each answer `[B, A]`, without gradients, its tokens `[B, A]`, the readout, and the
+    model's output."""
     out = model.forward(params, batch, key=key)
     readout = model.readout(params, out.x_BTD)
     log_BT = log_likelihoods(readout, batch["targets"], shard=model.shard) * batch["weights"]
     mine_BAT = batch["segments"][:, None] == jnp.arange(1, answers + 1)[None, :, None]
     log_BA = jnp.where(mine_BAT, log_BT[:, None], 0.0).sum(-1)
-    return log_BA, jnp.where(mine_BAT, batch["weights"][:, None], 0.0).sum(-1), readout
+    return log_BA, jnp.where(mine_BAT, batch["weights"][:, None], 0.0).sum(-1), readout, out
 
 
 def reference(c: Config, model: Model, params: Any, batch: DeviceBatch) -> jax.Array:
@@ -172,7 +175,7 @@ def reference(c: Config, model: Model, params: Any, batch: DeviceBatch) -> jax.A
 
 
 def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> Sums:
-    log_BA, count_BA, readout = likelihoods(model, params, batch, batch["reference"].shape[-1], key)
+    log_BA, count_BA, readout, out = likelihoods(model, params, batch, batch["reference"].shape[-1], key)
     real_B = (batch["segments"] == PREFERRED).any(-1)
     zero = jnp.zeros_like(log_BA)
 
@@ -187,7 +190,11 @@ def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Arra
     slope_BAT = jnp.where(batch["segments"][:, None] == jnp.arange(1, zero.shape[-1] + 1)[None, :, None],
                           slope_BA[..., None], 0.0)  # fmt: skip
     pulled = cross_entropy(readout, batch["targets"], -slope_BAT.sum(1) * batch["weights"], shard=model.shard).loss
-    return {"pairs": dict(loss=total + pulled - jax.lax.stop_gradient(pulled), **metrics)}
+    values = dict(loss=total + pulled - jax.lax.stop_gradient(pulled), **metrics)
+    values |= row_sums(out, real_B[:, None].astype(jnp.float32))
+    if "aux" in values:
+        values["loss"] += values["aux"]
+    return {"pairs": values}
 
 
 def _dpo(c: Config, log_BA: Any, ref_BA: Any, count_BA: Any, real_B: Any) -> tuple[jax.Array, jax.Array]:

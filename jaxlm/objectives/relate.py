@@ -27,6 +27,7 @@ from jaxlm.objectives.objective import (
     Sums,
     Tokenizer,
     Use,
+    no_tokens,
 )  # fmt: skip
 
 # Names that the field has for no relation.
@@ -208,5 +209,6 @@ def told(c: Config, records: Sequence[MarkedText], predictions: Sequence[np.ndar
 use = Use[Config](classify.rows, lambda c: c.text, unlabelled, told)
 objective = Objective(
     Config, ExampleReader(read), ("encoder",), example=example, totals=totals, loss=loss, specs=specs, check=check,
-    infer_from_data=infer_from_data, padding="trim", prediction=Prediction(predict, answers, "relations", use),
+    infer_from_data=infer_from_data, target_positions=no_tokens, padding="trim",
+    prediction=Prediction(predict, answers, "relations", use),
 )  # fmt: skip

@@ -30,6 +30,7 @@ from jaxlm.objectives.objective import (
     Sums,
     Tokenizer,
     Use,
+    no_tokens,
 )  # fmt: skip
 
 
@@ -236,5 +237,6 @@ def spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 use = Use[Config](rows, lambda c: "text", unlabelled, told)
 objective = Objective(
     Config, ExampleReader(read), ("encoder", "decoder"), example=example, totals=totals, loss=loss, specs=specs,
-    check=check, infer_from_data=infer_from_data, padding="pack", prediction=Prediction(predict, answers, "tags", use),
+    check=check, infer_from_data=infer_from_data, target_positions=no_tokens, padding="pack",
+    prediction=Prediction(predict, answers, "tags", use),
 )  # fmt: skip

@@ -12,7 +12,9 @@ import rich.live
 import rich.text
 
 
-def flops_per_token(matmul_params: int, layers: int, attention_width: int, seq_len: int) -> dict[str, float]:
+def flops_per_token(
+    matmul_params: int, layers: int, attention_width: int, seq_len: int, *, backward: bool = True
+) -> dict[str, float]:
     """Returns the training FLOPs (forward and backward, nothing recomputed) of one token, by the two conventions in
     use.
 
@@ -21,8 +23,11 @@ def flops_per_token(matmul_params: int, layers: int, attention_width: int, seq_l
     products of weights cost 6 per weight. Attention costs 12·L·S·d if every pair of positions counts ("full": PaLM's
     appendix B, Levanter, torchtitan, nanoGPT) and half of it if only the pairs of a causal mask count ("causal":
     Megatron, today's MaxText). The same run has a higher MFU by "full": never compare across conventions.
+
+    Where weights are frozen, `matmul_params` counts two thirds of those that gradients pass through, and one third of
+    the others; `backward` says whether any pass through attention.
     """
-    pairs = layers * seq_len * attention_width
+    pairs = layers * seq_len * attention_width * (1 if backward else 1 / 3)
     return {"causal": 6.0 * matmul_params + 6.0 * pairs, "full": 6.0 * matmul_params + 12.0 * pairs}
 
 

@@ -141,8 +141,9 @@ def make_train_step(
 
     Micro-batches add up sums, each divided by the weight of the whole batch, so 1, 2 or 4 of them are the same update.
     An update whose loss or gradient is not finite is left out: `finite` is 0, and the state is unchanged but for `step`
-    and schedules, which go on. With `shardings` (on a mesh) each device reduces and updates the part of the weights that
-    it keeps moments of. With `host` the optimizer's state comes from the host's memory for the update, and goes back.
+    and schedules, which go on. With `shardings` (on a mesh) each device reduces and updates the part of the weights
+    that it keeps moments of. With `host` the optimizer's state comes from the host's memory for the update, and goes
+    back.
     """
 
     def train_step(state: State, batch: Batch[jax.Array]) -> tuple[State, dict[str, jax.Array]]:

@@ -185,32 +185,45 @@ def test_texts_that_lose_their_end_are_counted(home, capsys):
     assert "lose their end" not in capsys.readouterr().out
 
 
-def flops(model, objective, **more) -> float:
-    """Weights that a token of a row is multiplied with, by 6 FLOPs each; attention left out."""
+def flops(model, objective, attention: bool = False, **more) -> float:
+    """Weights that a token of a row is multiplied with, by 6 FLOPs each; attention left out, or alone."""
     run = config.Run("r", model, objective, train=config.Train(seq_len=32, batch_size=8), **more)
     family, bound = MODELS.of(model), run_objective.bind_run(run, None)
-    specs = family.specs(model) | bound.specs(model.width)
-    p = program.Program(run, None, layout.Layout(), specs, Model(family, model, specs, layout.Layout()),
-                         adapted.Adapted(config.Adapter(), family, model), bound, None, {})  # fmt: skip
+    adapter = adapted.Adapted(run.adapter, family, model)
+    specs = adapter.specs() | bound.specs(model.width)
+    own = family.specs(model) | bound.specs(model.width)
+    p = program.Program(run, None, layout.Layout(), specs, Model(family, model, own, layout.Layout()), adapter, bound,
+                         program.optimizer(run, specs, adapter), {})  # fmt: skip
     found = p.flops_per_token()
-    return (2 * found["causal"] - found["full"]) / 6
+    return (found["full"] - found["causal"]) / 6 if attention else (2 * found["causal"] - found["full"]) / 6
 
 
 def test_flops_count_the_weights_that_a_token_meets():
     from jaxlm.models import bert, llama, mixtral, t5
     from jaxlm.nn.moe import Moe
-    from jaxlm.objectives import causal, masked, seq2seq
+    from jaxlm.objectives import causal, classify, masked, next_sentence, seq2seq
+    from jaxlm.weights.adapters import Lora
 
     D, F, V, A = 16, 24, 64, 4 * 16 * 16  # q, k, v, o of four heads of four
     shape = dict(vocab=V, layers=2, width=D, heads=4, head_width=4, ffn=F)
     assert flops(llama.Config(**shape, kv_heads=4), causal.Config()) == 2 * (A + 3 * D * F) + V * D
     assert flops(llama.Config(**shape, kv_heads=4, tied=True), causal.Config()) == 2 * (A + 3 * D * F) + V * D
+    layers, head = 2 * (A + 3 * D * F), V * D
+    whole, attention = llama.Config(**shape, kv_heads=4), 2 * 32 * D
+    lora = 2 * 2 * (D * 4 + 4 * D)  # of q and v, trained themselves: gradients pass all, and are taken of nothing else
+    assert flops(whole, causal.Config(), adapter=Lora(rank=4)) == pytest.approx(lora + (layers + head) * 2 / 3, abs=1)
+    assert flops(whole, causal.Config(), attention=True) == attention
+    above = config.Optim(freeze=("blocks", "embed"))
+    assert flops(whole, causal.Config(), optim=above) == pytest.approx(layers / 3 + head * 2 / 3, abs=1)
+    assert flops(whole, causal.Config(), attention=True, optim=above) == pytest.approx(attention / 3)
     experts = Moe(experts=8, top_k=2, ffn=F)
     expected = 2 * (A + D * 8 + 2 * 3 * D * F) + V * D
     assert flops(mixtral.Config(**shape, kv_heads=4, moe=experts), causal.Config()) == expected
     encoder = bert.Config(vocab=V, layers=2, width=D, heads=4, ffn=F, pooler=False)
     share = masked.target_positions(masked.Config(), 32) / 32
-    assert flops(encoder, masked.Config()) == int(2 * (A + 2 * D * F) + D * D + share * V * D)
+    assert flops(encoder, masked.Config()) == 2 * (A + 2 * D * F) + share * (D * D + V * D)
+    assert flops(encoder, next_sentence.Config()) == 2 * (A + 2 * D * F) + share * (D * D + V * D)
+    assert flops(encoder, classify.Config(labels=("a", "b"))) == 2 * (A + 2 * D * F), "no vocabulary"
     both = t5.Config(**shape, gated=False)
     decoder = 2 * (A + 2 * D * D + 2 * D * F) * 0.25 + 2 * 2 * D * D  # keys and values of the source are its tokens'
     expected = 2 * (A + 2 * D * F) + decoder + 0.25 * V * D

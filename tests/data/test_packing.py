@@ -1,5 +1,7 @@
 """Packing: every token is a target once, no segment mixes documents, and pairs are half true."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -194,6 +196,35 @@ def test_rows_are_filled_and_nothing_is_lost():
     assert sorted(i for row in rows for i in row) == list(range(7))
     assert all(sum(min(lengths[i], 10) for i in row) <= 10 for row in rows)
     assert len(rows) == 4 and packing.first_fit(lengths, 10) == rows
+    assert packing.first_fit([], 10) == [] and packing.first_fit([3], 10) == [[0]]
+
+
+def test_texts_go_to_the_first_row_with_room_however_many_there_are():
+    """20,000 texts would take 10 s and more if each looked at every row."""
+    rng, lengths = np.random.default_rng(0), [0, 0, *np.random.default_rng(1).integers(1, 90, 300).tolist()]
+    free: list[int] = []
+    expected: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        row = next((r for r, left in enumerate(free) if left >= lengths[i]), len(free))
+        if row == len(free):
+            free, expected = [*free, 100], [*expected, []]
+        free[row] -= lengths[i]
+        expected[row].append(i)
+    assert packing.first_fit(lengths, 100) == expected
+    steps = 0
+
+    def count(frame, event, arg):
+        nonlocal steps
+        steps += 1
+        return count
+
+    many = rng.integers(50, 100, 2000).tolist()  # each in a row of its own
+    sys.settrace(count)
+    try:
+        packing.first_fit(many, 100)
+    finally:
+        sys.settrace(None)
+    assert steps < 200 * len(many)
 
 
 def test_texts_of_a_batch_are_laid_out_in_fewer_rows():
@@ -209,5 +240,8 @@ def test_texts_of_a_batch_are_laid_out_in_fewer_rows():
         assert sorted(whole) == sorted(x for x in found if x)
     assert got["weights"].sum() == batch["weights"].sum()
     assert packing.pack_batch(batch, ways=8)["tokens"].shape == (2, 8, 8)
-    short = packing.trim_padding({k: v[:, 2:3] for k, v in batch.items()} | {"labels": np.zeros((2, 1))}, multiple=4)
-    assert short["tokens"].shape == (2, 1, 4) and short["labels"].shape == (2, 1)
+    of_rows = {"target": np.zeros((2, 1, 8)), "at": np.zeros((2, 1, 8), np.int32), "rows": np.zeros((2, 1))}
+    short = packing.trim_padding({k: v[:, 2:3] for k, v in batch.items()} | of_rows, multiple=4)
+    assert {k: v.shape[2:] for k, v in short.items()} == {
+        "tokens": (4,), "segments": (4,), "weights": (4,), "target": (8,), "at": (8,), "rows": (),
+    }  # fmt: skip

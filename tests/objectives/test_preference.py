@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -114,6 +115,25 @@ def test_loss_and_gradient_of_plain_formulas(method):
     for (path, a), of_logs in zip(tree.flatten(gradient).items(), tree.flatten(jacobian).values(), strict=True):
         b = np.tensordot(slope_BN, of_logs[:, : len(texts[0])], 2)
         np.testing.assert_allclose(a, b, atol=2e-5 * float(np.abs(b).max() + 1), err_msg=path)
+
+
+def test_what_a_router_adds_to_the_loss_is_part_of_it():
+    """Of each pair once; rows of padding add nothing."""
+    real, weights = make()
+    aux_B = 0.1 * np.arange(1.0, B + 2, dtype=np.float32)
+    batch, _ = rows("dpo")
+    batch = {name: np.concatenate([x, np.zeros_like(x[:1])]) for name, x in batch.items()}
+
+    def pairs(aux_B):
+        model = SimpleNamespace(
+            forward=lambda *args, **more: real.forward(*args, **more).replace(aux_B=aux_B),
+            readout=real.readout, shard=real.shard,
+        )  # fmt: skip
+        return preference.loss(preference.Config(), model, weights, batch, None)["pairs"]
+
+    with_router, without = jax.jit(lambda: (pairs(jnp.asarray(aux_B)), pairs(None)))()
+    np.testing.assert_allclose(with_router["aux"], aux_B[:B].sum(), rtol=1e-6)
+    np.testing.assert_allclose(with_router["loss"] - without["loss"], aux_B[:B].sum(), rtol=1e-5)
 
 
 def test_the_reference_is_what_the_model_finds_at_first():

@@ -174,11 +174,11 @@ class LowRank(Wrapped):
         return a, b
 
 
-def kaiming(*axes: int) -> Init:
-    """Returns an initializer that is uniform in ±1 / √inputs, as PyTorch's Linear begins."""
+def kaiming(*axes: int, gain: float = 1.0) -> Init:
+    """Returns an initializer that is uniform in ±gain / √inputs; 1 is how PyTorch's Linear begins."""
 
     def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        bound = math.prod(shape[a] for a in axes) ** -0.5
+        bound = gain * math.prod(shape[a] for a in axes) ** -0.5
         return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
     return init

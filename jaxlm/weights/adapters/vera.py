@@ -28,10 +28,12 @@ def specs(c: Vera, target: Matrix) -> Specs:
 
 
 def shared(c: Vera, targets: Mapping[str, Matrix]) -> Specs:
-    """Returns one pair of matrices at random for all targets, of which each takes its part."""
+    """Returns one pair of matrices at random for all targets, of which each takes its part: uniform with variance 2 /
+    inputs (He et al. 2015), as in the paper, since they are never trained to another size."""
+    projection = kaiming(0, gain=6**0.5)
     ins = max(math.prod(t.in_shape) for t in targets.values())
     outs = max(math.prod(t.out_shape) for t in targets.values())
-    return dict(a=Spec((ins, c.rank), (None, None), kaiming(0)), b=Spec((c.rank, outs), (None, None), kaiming(0)))
+    return dict(a=Spec((ins, c.rank), (None, None), projection), b=Spec((c.rank, outs), (None, None), projection))
 
 
 def _with_matrices(c: Vera, target: Matrix, adapter: Weights, shared: Weights) -> Weights:
