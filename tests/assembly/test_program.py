@@ -1,5 +1,6 @@
 """From a run to its parts: every objective shows, learns and validates; what can't go together is refused."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -119,6 +120,28 @@ def test_it_learns_and_validates_on_a_mesh(objective, home):
         valid = perplexity.total(perplexity.parts(evaluate, state.params, corpus.validation_batches(p, data)))
     assert valid["targets"] > 0 and valid["perplexity"] > 1
     assert ("bits_per_byte" in valid) == (name == "tokens"), "spans are no whole text"
+
+
+@pytest.mark.parametrize("objective", ["seq2seq", "next_sentence"])
+def test_every_record_is_read_equally_often_where_sources_have_no_weights(objective, home, tmp_path):
+    """However long their texts are: by tokens the few long ones would be read many times an epoch."""
+    for name, n, words in (("short", 80, 1), ("long", 20, 12)):
+        text = "two dogs " * words
+        lines = [{"text": f"{text} {i}", "source": f"{text} {i}", "target": f"zwei {i}"} for i in range(n)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = config_io.load(home(objective))
+    tokens = run_directory.load_tokenizer(run)
+    sources = tuple(str(tmp_path / f"{name}.jsonl") for name in ("short", "long"))
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, train=sources))
+    bound = run_objective.bind_run(run, tokens)
+    made = corpus.training_loader(run, bound, corpus.corpus(run.data, bound), None)
+    sizes = np.array([len(part) for part in made.mixture.parts])
+    np.testing.assert_allclose(made.mixture.shares, sizes / sizes.sum())
+    given = dataclasses.replace(run, data=dataclasses.replace(run.data, weights=(3.0, 1.0)))
+    made = corpus.training_loader(given, bound, corpus.corpus(given.data, bound), None)
+    np.testing.assert_allclose(made.mixture.shares, [0.75, 0.25])
+    with pytest.raises(ValueError, match=r"^data.weights: 1 weights for 2 training sources"):
+        corpus.corpus(dataclasses.replace(run.data, weights=(1.0,)), bound)
 
 
 @pytest.mark.slow

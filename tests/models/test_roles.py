@@ -89,6 +89,24 @@ def test_what_is_decided_by_roles_is_what_names_would_decide(name):
         assert {p for p in flat if adapter.trainable(p)} == {p for p in flat if part in p.rpartition("/")[2]}
 
 
+@pytest.mark.parametrize("method", ["dora", "ia3", "vera", "adalora", "prefix"])
+def test_what_adapters_multiply_with_is_neither_decayed_nor_made_orthogonal(method):
+    """Though factors of heads, like OLMo's norms, have two dimensions. Keys and values of a prefix are rows of a
+    table."""
+    family, c = MODELS["llama"], MODELS["llama"].Config(vocab=8, layers=2, width=8, heads=2, kv_heads=2, ffn=8)
+    adapter = adapted.Adapted(METHODS[method].Config(), family, c)
+    specs = adapter.specs()["adapter"]
+    groups = optimizers.make(
+        config.Optim(name="muon", warmup=1), 10, specs, trainable=lambda p: "shared" not in p
+    ).groups
+    factors = {p: g for p, g in groups.items() if p.rpartition("/")[2] in ("m", "by", "g", "e")}
+    assert bool(factors) == (method != "prefix") and set(factors.values()) <= {"adamw, no decay"}
+    rows = {g for p, g in groups.items() if p.rpartition("/")[2] in ("keys", "values")}
+    assert rows == ({"adamw, decay 0.1"} if method == "prefix" else set())
+    others = {g for p, g in groups.items() if p.rpartition("/")[2] in ("a", "b")}
+    assert others <= {"muon, decay 0.1", "frozen"} and (method in ("ia3", "prefix") or others)
+
+
 def test_stacking_keeps_the_role():
     layer = dict(norm=spec.norm(4), bias=spec.bias((2, 3), "heads", None), w=spec.Spec((4, 4), (None, None), spec.ones))
     assert {n: s.role for n, s in spec.stacked(3, layer).items()} == dict(norm="norm", bias="bias", w="matrix")
