@@ -19,10 +19,10 @@ Gated = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def assign_places(
-    chosen_BTK: jax.Array, real_BT: jax.Array, experts: int, places: int, seq: tuple[str, ...]
+    chosen_BTK: jax.Array, real_BT: jax.Array, experts: int, places_B: jax.Array, seq: tuple[str, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns whether a choice finds one of an expert's `places` for its row, and which of this device's places it
-    takes.
+    """Returns whether a choice finds one of the places that an expert has for its row, and which of this device's
+    places it takes.
 
     First choices come before second ones, then earlier tokens before later ones. Over the mesh axes `seq` a row's
     positions are split. Both results are `[B, T, K]`.
@@ -45,7 +45,7 @@ def assign_places(
     def place(offset_BKE: jax.Array) -> jax.Array:
         return ((within_BKTE + offset_BKE[:, :, None]) * hit_BKTE).sum(-1).swapaxes(1, 2)
 
-    placed_BTK = (place(before(all_BKE) + earlier_BKE) < places) & real_BT[..., None]
+    placed_BTK = (place(before(all_BKE) + earlier_BKE) < places_B[:, None, None]) & real_BT[..., None]
     return placed_BTK, place(before(count_BKE))
 
 

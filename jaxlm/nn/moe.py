@@ -44,8 +44,9 @@ class Moe:
     selection_bias: bool = False
     """Experts are balanced by a bias that counts in the choice alone and that moves against the load (DeepSeek V3)."""
     capacity: Positive | None = None
-    """Places an expert has for a row's tokens, as a multiple of an equal share; tokens beyond skip the expert. First
-    choices come before second ones, then earlier tokens before later ones. None: no token is ever dropped."""
+    """Places an expert has for a row's tokens, as a multiple of an equal share of those that are no padding; tokens
+    beyond skip the expert. First choices come before second ones, then earlier tokens before later ones. None: no token
+    is ever dropped."""
     balance: NonNegative = 0.01
     """Weight of the balance loss E · Σ f·P of each row (Fedus et al. 2021), with f the share of choices, P of scores;
     1 · `balance` where experts are used evenly."""
@@ -281,10 +282,13 @@ def _local(
         logits_BTE += p["router_bias"].astype(jnp.float32)[None, None]
     bias_E = p["selection_bias"].astype(jnp.float32) if "selection_bias" in p else None
     weights_BTK, chosen_BTK, scores_BTE = route(c, logits_BTE, bias_E)
-    places = 0 if c.capacity is None else math.ceil(c.capacity * T * _ways(axes.seq) * c.top_k / c.experts)
-    placed_BTK = place_BTK = None
-    if places:
-        placed_BTK, place_BTK = expert_ffn.assign_places(chosen_BTK, real_BT, c.experts, places, axes.seq)
+    places, placed_BTK, place_BTK = 0, None, None
+    if c.capacity is not None:
+        # A row has places by its real tokens, so that what it drops doesn't depend on how far it is padded.
+        by_tokens = [math.ceil(c.capacity * n * c.top_k / c.experts) for n in range(T * _ways(axes.seq) + 1)]
+        places, n_B = by_tokens[-1], _sum(real_BT.sum(1, dtype=jnp.int32), axes.seq)
+        places_B = jnp.asarray(by_tokens, jnp.int32)[n_B]
+        placed_BTK, place_BTK = expert_ffn.assign_places(chosen_BTK, real_BT, c.experts, places_B, axes.seq)
     tally = _tally(c, logits_BTE, scores_BTE, chosen_BTK, real_BT, bias_E, placed_BTK, axes.seq)
 
     every = tuple(dict.fromkeys(axes.batch + axes.seq + axes.experts + axes.ffn))

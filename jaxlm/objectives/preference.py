@@ -41,6 +41,7 @@ PREFERRED, OTHER, FOREIGN = 1, 2, 3  # segments
 @dataclass(frozen=True)
 class Config:
     method: Literal["dpo", "ipo", "kto", "orpo"] = "dpo"
+    """kto estimates the drift from its reference anew in each micro-batch, for which these should not be too small."""
     beta: NonNegative = 0.1
     """How strongly the model is bound to its reference; orpo: weight of the odds ratio."""
     label_smoothing: BelowOne = 0.0
@@ -212,7 +213,8 @@ def _ipo(c: Config, log_BA: Any, ref_BA: Any, count_BA: Any, real_B: Any) -> tup
 
 
 def _kto(c: Config, log_BA: Any, ref_BA: Any, count_BA: Any, real_B: Any) -> tuple[jax.Array, jax.Array]:
-    """Compares each answer with the drift from the reference, which the batch's answers to other prompts estimate."""
+    """Compares each answer with the drift from the reference, which the answers to other prompts estimate: those of the
+    micro-batch, as another one's aren't known yet. So cutting a batch into more of them changes the update."""
     gain_BA = log_BA - ref_BA
     drift = jnp.where(real_B, gain_BA[:, FOREIGN - 1], 0.0).sum() / jnp.maximum(real_B.sum(), 1)
     drift = jax.lax.stop_gradient(jnp.maximum(drift, 0.0))

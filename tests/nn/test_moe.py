@@ -148,10 +148,10 @@ def test_any_number_of_tokens(tokens, how, monkeypatch):
 
 def with_capacity(c: Moe, p, x, segments):
     """By a loop: (output, share of choices dropped in each row)."""
-    places = int(np.ceil(c.capacity * T * c.top_k / c.experts))
     out, dropped = np.zeros_like(x), np.zeros(B)
     for b in range(B):
         picks = [route_one(c, x[b, t] @ p["router"], None) for t in range(T)]
+        places = int(np.ceil(c.capacity * (segments[b] > 0).sum() * c.top_k / c.experts))
         taken = np.zeros(c.experts, int)
         for k in range(c.top_k):
             for t in range(T):
@@ -176,6 +176,10 @@ def test_capacity_drops_what_finds_no_place_and_says_how_much(capacity):
     np.testing.assert_allclose(y, expected, atol=2e-5)
     np.testing.assert_allclose(tally.dropped_B, dropped, atol=1e-6)
     assert (dropped.max() > 0.2) == (capacity < 1)
+    longer = ((0, 0), (0, 5))
+    wider, behind = np.pad(x, (*longer, (0, 0)), constant_values=1), np.pad(segments, longer)
+    _, more = jax.jit(lambda p, x: moe.mixture(c, p, x, behind, shard=LAYOUT))(p, wider)
+    np.testing.assert_allclose(more.dropped_B, dropped, atol=1e-6, err_msg="padding makes no places")
     free, _ = jax.jit(lambda p, x: moe.mixture(c, p, x, segments, shard=LAYOUT, may_drop=False))(p, x)
     np.testing.assert_allclose(free, plain_loop(c, p, x), atol=2e-5)
 
