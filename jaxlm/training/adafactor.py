@@ -80,7 +80,7 @@ def _scale_by_factored_rms(specs: Any) -> optax.GradientTransformation:
         decay = 1 - (state.count + 1.0) ** -DECAY
 
         def averaged(old: Any, over: int | None) -> Any:
-            """Averages squares over one of the two factored dimensions, or not at all."""
+            """Returns averages of squares over one of the two factored dimensions, or of the squares themselves."""
 
             def one(g: jax.Array, m: jax.Array, s: Spec) -> jax.Array:
                 dims, square = _factored(s), jnp.square(g) + EPSILON
