@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from jaxlm.commands.arguments import Command, Flag, start_processes
-from jaxlm.core.ranges import Count, Natural, NonNegative, Share
+from jaxlm.core.ranges import Count, Natural, NonNegative, PositiveShare
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Augment(Command):
     """The column of CoNLL tags; -1 is the last."""
     entities: Flag = False
     """Replace words of entities too, which else stay."""
-    share: Share = 0.15
+    share: PositiveShare = 0.15
     """mask: the share of the words that is replaced."""
     top_k: Count = 10
     """mask: draw from so many of the likeliest words."""

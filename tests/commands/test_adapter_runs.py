@@ -158,7 +158,7 @@ def test_what_can_not_be_is_refused(home, tmp_path, capsys):
     assert "adapter.targets: pattern 'wq' matches no parameter; there are: blocks/down" in refused(
         *settings("lora"), "--adapter.targets", "wq"
     )
-    assert "adapter.rank: 0 does not fit blocks/q" in refused(*settings("lora"), "--adapter.rank", "0")
+    assert "adapter.rank: 0 is out of range; it must be at least 1" in refused(*settings("lora"), "--adapter.rank", "0")
     assert "adapter.rank: 99 does not fit blocks/q, whose rank is at most 16" in refused(
         *settings("pissa"), "--adapter.rank", "99"
     )

@@ -162,7 +162,7 @@ def test_bad_requests_get_one_line(bert, tmp_path, capsys):
     assert "name it *.tsv" in complaint(capsys, old, *args, "--out", tmp_path / "b.csv")
     assert "does not exist" in complaint(capsys, tmp_path / "no.tsv", *args, "--out", tmp_path / "b.tsv")
     assert "Set --text to one of them" in complaint(capsys, old, *args[:-1], "words", "--out", tmp_path / "b.tsv")
-    assert "--share is above 0" in complaint(capsys, old, *args, "--share", "2", "--out", tmp_path / "b.tsv")
+    assert "--share: 2.0 is out of range" in complaint(capsys, old, *args, "--share", "2", "--out", tmp_path / "b.tsv")
     assert "--top-k: only 14" in complaint(capsys, old, *args, "--top-k", "50", "--out", tmp_path / "b.tsv")
     llama = published(tmp_path / "llama")
     assert "fills no masks" in complaint(

@@ -160,4 +160,4 @@ def test_the_command_line_compares_two_models(tmp_path, capsys, monkeypatch):
     (tmp_path / "u.txt").write_text("other text and more of it\n" * 3000)
     assert cli.main([*args, "--against", str(a)]) == 0 and "1.0000" in capsys.readouterr().out
     assert cli.main(["eval", str(a), "--data", "t.txt", "--resamples", "5"]) == 2
-    assert "--resamples: 5 are too few" in capsys.readouterr().err
+    assert "--resamples: 5 is out of range; it must be at least 100" in capsys.readouterr().err

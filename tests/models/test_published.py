@@ -91,7 +91,7 @@ def test_the_documentation_lists_what_is_compared_here():
     spec = importlib.util.spec_from_file_location("make_table", root / "tests" / "golden" / "make_table.py")
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)
-    page = (root / "docs" / "models-and-files.md").read_text("utf-8")
+    page = (root / "docs" / "how-to" / "models-and-files.md").read_text("utf-8")
     shown = page.split(table.BEGIN)[1].split(table.END)[0].splitlines()
     lines = [line for line in shown if "`" in line and "`model_type`" not in line]
     assert [line.rsplit("|", 2)[0].rstrip() + " |" for line in lines] == table.without_figures()
