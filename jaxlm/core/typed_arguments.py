@@ -109,12 +109,8 @@ def parse(kind: Any, args: Sequence[str], default: Any = None) -> Any:
         raise ValueError(f"unknown option {argument.partition('=')[0]}{_nearest_option(_named(argument), known)}")
     hints = typing.get_type_hints(kind, include_extras=True)
     for option, after in itertools.pairwise([*own, "--"]):
-        if (
-            _is_option(option)
-            and "=" not in option
-            and after.startswith("--")
-            and _bare(hints[_named(option)]) is not bool
-        ):
+        takes_next = _is_option(option) and "=" not in option and _bare(hints[_named(option)]) is not bool
+        if takes_next and after.startswith("--"):
             raise ValueError(f"{option}: give a value")
     if default is None:
         _require(kind, own)
