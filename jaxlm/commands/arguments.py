@@ -8,6 +8,7 @@ import inspect
 import itertools
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,17 +42,17 @@ class More(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Command:
-    """A command that takes no options but its own fields."""
+class Command(ABC):
+    """A Command has its arguments as fields; without more said it takes no other options."""
 
     takes_more: ClassVar[bool] = False
     """Whether options that aren't fields are given to `run`; else they are errors."""
     hint: ClassVar[str] = ""
     """What help says of more options where it can't show them, for no positional argument is given."""
 
+    @abstractmethod
     def run(self, rest: list[str]) -> int:
         """Does what the command says and returns the exit status. `rest` are the options that aren't fields."""
-        raise NotImplementedError
 
     @classmethod
     def more(cls, place: str, rest: Sequence[str] = ()) -> More | None:
@@ -62,7 +63,7 @@ class Command:
 
 @dataclass(frozen=True)
 class OnRun(Command):
-    """A command on a run: every field of its config is an option too."""
+    """An OnRun command works on a run: every field of its config is an option too."""
 
     takes_more = True
     hint = "Every field of a config is an option too; see those of one: jaxlm train quickstart --help"

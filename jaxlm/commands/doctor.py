@@ -105,7 +105,7 @@ def _version(package: str) -> str | None:
 
 
 def _declared() -> list[str]:
-    """What jaxlm requires, as its metadata has it; nothing for a checkout that isn't installed."""
+    """Returns what jaxlm requires, as its metadata has it; nothing for a checkout that isn't installed."""
     try:
         return importlib.metadata.requires("jaxlm") or []
     except importlib.metadata.PackageNotFoundError:

@@ -17,7 +17,7 @@ Texts = UseAppendAction[tuple[str, ...]]
 
 @dataclass(frozen=True)
 class OnModel(Command):
-    """A command that makes text with a model: every field of `Sampling` is an option too."""
+    """An OnModel command makes text with a model: every field of `Sampling` is an option too."""
 
     takes_more = True
     model: Model
