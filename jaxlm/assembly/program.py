@@ -172,8 +172,8 @@ class Program:
         encoder-decoder also the decoder's, which runs over `target_positions` other tokens a row.
 
         What stands above the layers is multiplied where the vocabulary is predicted; a task's own head, of a few
-        numbers for each, is left out. A third of the work on a frozen
-        weight, its gradient, isn't done, and two thirds where gradients reach nothing that is trained.
+        numbers for each, is left out. A third of the work on a frozen weight, its gradient, isn't done, and two thirds
+        where gradients reach nothing that is trained.
         """
         from jaxlm.training import progress
 
