@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.assembly import corpus as corpora
-from jaxlm.assembly.open_model import Place, Pretrained, open_model, program
+from jaxlm.assembly.generation_advice import advice
+from jaxlm.assembly.open_model import Place, Pretrained, open_model, program, source_of
 from jaxlm.core.errors import nearest
 from jaxlm.evaluation import bootstrap, harness, pass_at_k, perplexity, sandbox, task_scores, text_metrics
 from jaxlm.evaluation.bootstrap import Sample
 from jaxlm.evaluation.samples import is_loss, keyed, of_losses, of_tasks
 from jaxlm.inference import stream
-from jaxlm.inference.sampling import Sampling
+from jaxlm.inference.sampling import Sampling, room
 from jaxlm.runtime import mesh
 
 
@@ -62,6 +63,17 @@ def evaluate(
     return result._replace(figures=figures, report=judged.report, samples=samples, examples=judged.examples)
 
 
+def sampling_for(place: Place, usual: int, tokens: int | None = None, **changes: Any) -> Sampling:
+    """Returns how a model writes texts that are judged: as its files advise, with `changes`. The most new tokens are
+    `tokens`, or else what the files say, or else the `usual` number. Tells what of the files is followed."""
+    own = advice(source_of(place))
+    if tokens is None and not own.followed.keys() & {"tokens", "length"}:
+        tokens = usual
+    how = own.chosen(**changes, **({} if tokens is None else {"tokens": tokens}))
+    own.tell(how)
+    return how
+
+
 def evaluate_tasks(
     place: Place, tasks: Sequence[str], out: Path, *, step: int | None = None, shots: int | None = None,
     limit: int | None = None, folder: Path | None = None, chats: bool = False, rows: int = 16,
@@ -74,6 +86,8 @@ def evaluate_tasks(
     s = p.source
     if chats and not s.templates:
         raise ValueError(f"{s.path}: the model has no chat template; leave out `chat`")
+    if line := advice(s).line(Sampling()):
+        print(f"{line}; the tasks' own settings stand before it, and nothing of it is used here", file=sys.stderr)
     with mesh.on_mesh(p.mesh):
         run = p.generator()
         lm = harness.Harness(
@@ -160,7 +174,7 @@ def evaluate_texts(
     read: list[list[int]] = []
     true: list[str] = []
     for source in p.run.data.valid:
-        ids, sources, several, notes = p.objective.read_prompts(source, how.tokens, opened.prompts)
+        ids, sources, several, notes = p.objective.read_prompts(source, room(how), opened.prompts)
         for note in notes:
             print(note)
         n = len(several) if limit is None else limit

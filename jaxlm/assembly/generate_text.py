@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.assembly.generation_advice import advice
 from jaxlm.assembly.model_source import Source
 from jaxlm.assembly.open_model import Place, Pretrained, open_model, source_of, with_row_adapters
 from jaxlm.assembly.run_objective import bind_run
@@ -33,28 +34,13 @@ def embed(model: Place, texts: Sequence[str], pooling: str | None = None, step: 
         return embed_texts(p.model, p.params, p.tokens, texts, recipe)
 
 
-def settings(source: Source) -> Sampling:
-    """Returns the sampling that the model's own files advise, with defaults where they say nothing."""
-    g, s = source.advice, Sampling()
-    advised: dict[str, Any] = dict(
-        top_p=g.top_p, min_p=g.min_p, repetition_penalty=g.repetition_penalty, tokens=g.new_tokens
-    )
-    advised |= dict(beams=g.beams, length_penalty=g.length_penalty, early_stopping=g.early_stopping)
-    advised["min_tokens"] = g.min_new_tokens
-    left_out = [*g.others, *(["no_repeat_ngram_size"] if g.no_repeat_ngram else [])]
-    if source.family.kind == "encoder_decoder":  # its prompt is the start token
-        if g.new_tokens is None and g.length is not None:
-            advised["tokens"] = max(1, g.length - 1)
-        if g.min_new_tokens is None and g.min_length is not None:
-            advised["min_tokens"] = max(0, g.min_length - 1)
-    else:  # a decoder's prompt counts, and each has another length
-        left_out += ["max_length"] if g.new_tokens is None and g.length else []
-        left_out += ["min_length"] if g.min_new_tokens is None and g.min_length else []
-    if g.sample:
-        advised |= dict(temperature=1.0 if g.temperature is None else g.temperature, top_k=g.top_k, beams=None)
-    if left_out:
-        print(f"generation_config.json: without counterpart here, left out: {', '.join(left_out)}", file=sys.stderr)
-    return dataclasses.replace(s, **{name: value for name, value in advised.items() if value is not None})
+def settings(source: Source, **changes: Any) -> Sampling:
+    """Returns the sampling that the model's own files advise, with `changes`; tells on stderr what of them is followed
+    and what is not."""
+    own = advice(source)
+    how = own.chosen(**changes)
+    own.tell(how)
+    return how
 
 
 def goes_on(source: Source) -> bool:

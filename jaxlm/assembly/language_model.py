@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxlm.assembly import convert, generate_text, predict
+from jaxlm.assembly.generation_advice import advice
 from jaxlm.assembly.open_model import Pretrained
 from jaxlm.core import tree
 from jaxlm.inference.sampling import Sampling
@@ -124,11 +125,24 @@ class LanguageModel:
         """Returns the answers to each prompt with their tokens, reasons to end, and log probabilities where asked for
         (`logprobs=0`, or the number of likeliest tokens to show). With `special`, special tokens that a prompt spells
         out become themselves."""
-        how = generate_text.settings(self.pretrained.source) if sampling is None else sampling
-        known = [f.name for f in dataclasses.fields(how)]
+        known = [f.name for f in dataclasses.fields(Sampling)]
         if unknown := [name for name in settings if name not in known]:
             raise ValueError(f"{unknown[0]}: no such setting of Sampling; known: {', '.join(known)}")
-        return generate_text.generate(self.pretrained, prompts, dataclasses.replace(how, **settings), special=special)
+        how = self._with_advice(settings) if sampling is None else dataclasses.replace(sampling, **settings)
+        return generate_text.generate(self.pretrained, prompts, how, special=special)
+
+    def _with_advice(self, settings: dict[str, Any]) -> Sampling:
+        """Returns what the files advise, with a user's own settings. What is followed is told the first time."""
+        own = advice(self.pretrained.source)
+        how = own.chosen(**settings)
+        if (line := own.line(how)) and line not in self._told:
+            self._told.append(line)
+            own.tell(how)
+        return how
+
+    @cached_property
+    def _told(self) -> list[str]:
+        return []
 
     @overload
     def predict(self, inputs: str | Mapping[str, Any]) -> dict[str, Any]: ...  # type: ignore[overload-overlap]

@@ -35,8 +35,8 @@ class Eval(Command):
     metric: str | None = None
     """Let the model write and compare it with the data's texts: bleu (and chrF), rouge, exact, number (the last of a
     text)."""
-    beams: Count = 1
-    """--metric: beams of the search; 1 is none."""
+    beams: Count | None = None
+    """--metric: beams of the search; 1 is none. None: what the model's files say, or 1."""
     code: str | None = None
     """A file of problems in HumanEval's format instead of text: pass@k."""
     run_generated_code: Flag = False
@@ -52,7 +52,7 @@ class Eval(Command):
     top_p: PositiveShare = 1.0
     """--code: of the samples."""
     tokens: Count | None = None
-    """The most new tokens of a text; None: 512 with --code, 128 with --metric."""
+    """The most new tokens of a text; None: what the model's files say, or 512 with --code, 128 with --metric."""
     seconds: Positive = 5.0
     """--code: a program's, at most."""
     memory: Count = 1024
@@ -128,13 +128,15 @@ def _code(args: Eval, file: str, out: Path) -> tuple[dict, dict, dict | None]:
         ks = [int(k) for k in args.k.split(",")]
     except ValueError:
         raise ValueError(f"--k: {args.k!r} are no whole numbers with commas between; give, for example, 1,10") from None
-    how = evaluate_model.Sampling(tokens=args.tokens or 512, temperature=args.temperature, top_p=args.top_p,
-                             samples=args.samples, stop=STOPS, seed=args.seed)  # fmt: skip
+    asked: dict[str, Any] = dict(temperature=args.temperature, top_p=args.top_p, samples=args.samples, stop=STOPS,
+                                 seed=args.seed, beams=1)  # fmt: skip
+    how = evaluate_model.sampling_for(args.model, 512, args.tokens, **asked)
     more: dict[str, Any] = dict(weak=args.weak_sandbox, seconds=args.seconds, memory=args.memory << 20)
     values, sample = evaluate_model.evaluate_code(args.model, file, out, how, ks, step=args.step, **more)
     print(f"{out}: results.json and code.jsonl, every answer and what became of it")
     others = None
     if args.against:
+        how = evaluate_model.sampling_for(args.against, 512, args.tokens, **asked)
         other = evaluate_model.evaluate_code(args.against, file, out / "against", how, ks, **more)[1]
         others = {"problems": other}
     return values, {"problems": sample}, others
@@ -144,11 +146,13 @@ def _texts(args: Eval, metric: str, out: Path) -> tuple[dict, dict, dict | None]
     """(results, what they may be resampled from, the other model's)."""
     from jaxlm.assembly import evaluate_model
 
-    how = evaluate_model.Sampling(tokens=args.tokens or 128, beams=args.beams)
+    asked: dict[str, Any] = dict(temperature=0.0) | ({} if args.beams is None else {"beams": args.beams})
+    how = evaluate_model.sampling_for(args.model, 128, args.tokens, **asked)
     more: dict[str, Any] = dict(data=args.data or None, limit=args.limit)
     values, about, sample = evaluate_model.evaluate_texts(args.model, metric, out, how, step=args.step, **more)
     print(f"{about}\n{out}: results.json and texts.jsonl, every text beside the true one")
     others = None
     if args.against:
+        how = evaluate_model.sampling_for(args.against, 128, args.tokens, **asked)
         others = {"texts": evaluate_model.evaluate_texts(args.against, metric, out / "against", how, **more)[2]}
     return values, {"texts": sample}, others

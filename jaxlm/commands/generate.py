@@ -24,19 +24,22 @@ class OnModel(Command):
 
     @classmethod
     def more(cls, place: str, rest: Sequence[str] = ()) -> More | None:
-        from jaxlm.assembly import generate_text, model_source
+        from jaxlm.assembly import generation_advice, model_source
         from jaxlm.inference.sampling import Sampling
 
-        own = generate_text.settings(model_source.describe(place)) if place else Sampling()
+        own = generation_advice.advice(model_source.describe(place)).sampling if place else Sampling()
         return More("sampling", Sampling, own)
 
     def chosen(self, rest: list[str]) -> tuple[Any, Any]:
-        """Returns the described model, and its own settings with those of the options."""
-        from jaxlm.assembly import generate_text, model_source
+        """Returns the described model, and its own settings with those of the options; tells which are followed."""
+        from jaxlm.assembly import generation_advice, model_source
         from jaxlm.inference.sampling import Sampling
 
         source = model_source.describe(self.model)
-        return source, typed_arguments.parse(Sampling, rest, generate_text.settings(source))
+        own = generation_advice.advice(source)
+        how = own.changed(typed_arguments.parse(Sampling, rest, own.sampling))
+        own.tell(how)
+        return source, how
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,15 @@ class Generation:
     length: int | None = None
     """The most tokens of a prompt and its answer together; of an encoder-decoder's answer with its start token."""
     min_length: int | None = None
+    """The least tokens of the same."""
+    forced_bos: int | None = None
+    """An encoder-decoder's answer begins with it."""
+    forced_eos: int | None = None
+    """An answer that becomes as long as it may ends with it."""
+    banned: tuple[int, ...] = ()
+    """These tokens are never chosen."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer."""
     others: tuple[str, ...] = ()
     """These settings of the file are set to something and have no field here: whoever generates must say so."""
 
@@ -78,10 +87,27 @@ SETTINGS: dict[str, tuple[str, type]] = {
     "min_new_tokens": ("min_new_tokens", int),
     "max_length": ("length", int),
     "min_length": ("min_length", int),
+    "forced_bos_token_id": ("forced_bos", int),
+    "forced_eos_token_id": ("forced_eos", int),
+    "suppress_tokens": ("banned", int),
+    "stop_strings": ("stop", str),
 }
+SEVERAL = ("eos", "banned", "stop")  # these may be lists
 EARLY_STOPPING: dict[Any, str] = {True: "yes", False: "no", "never": "never"}
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")  # config.json has these too
-IGNORED = ("transformers_version", "_from_model_config", "use_cache", "cache_implementation")
+# These settings change how fast text comes or what else is returned, never the text.
+IGNORED = (
+    "transformers_version", "_from_model_config", "use_cache", "cache_implementation", "cache_config", "max_cache_len",
+    "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate",
+    "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+    "assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "prompt_lookup_num_tokens",
+    "max_matching_ngram_size", "compile_config", "disable_compile", "continuous_batching_config", "low_memory",
+    "prefill_chunk_size", "use_mtp", "speculation_type", "remove_invalid_values", "renormalize_logits",
+)  # fmt: skip
+# These values say nothing, as false, 0 and empty ones do. (Renormalising after each filter changes no draw.)
+NEUTRAL = dict(
+    typical_p=1.0, encoder_repetition_penalty=1.0, guidance_scale=1, num_beam_groups=1, num_return_sequences=1
+)
 
 
 def read_generation(directory: str | Path) -> Generation:
@@ -97,15 +123,36 @@ def read_generation(directory: str | Path) -> Generation:
         if stated not in (True, False, "never"):
             raise ValueError(f"{path}: early_stopping is {stated!r}, and may be true, false or 'never'")
         values["early_stopping"] = EARLY_STOPPING[stated]
+    forced = values.get("forced_eos_token_id")
+    if isinstance(forced, list) and len(forced) == 1:
+        values["forced_eos_token_id"] = forced[0]
+    several_ends = ["forced_eos_token_id of several"] if isinstance(forced, list) and len(forced) > 1 else []
     settings: dict[str, Any] = {}
     for name, (field, kind) in SETTINGS.items():
-        if (value := values.get(name)) is not None:
-            entries = value if field == "eos" and isinstance(value, list) else [value]
+        if (value := values.get(name)) is not None and not (field == "forced_eos" and several_ends):
+            entries = value if field in SEVERAL and isinstance(value, list) else [value]
             if not all(_has_type(v, kind) for v in entries):
                 raise ValueError(f"{path}: {name} is {value!r}, which is not of type {kind.__name__}")
-            settings[field] = tuple(entries) if field == "eos" else kind(value)
-    others = sorted(k for k, v in values.items() if k not in SETTINGS and k not in IGNORED and v not in (False, [], {}))
-    return Generation(**settings, others=tuple(others))
+            settings[field] = tuple(entries) if field in SEVERAL else kind(value)
+    settings["banned"], longer = _banned(path, values, settings)
+    unknown = {k: v for k, v in values.items() if k not in (*SETTINGS, *IGNORED, "bad_words_ids")}
+    others = sorted(k for k, v in unknown.items() if v not in (False, [], {}, NEUTRAL.get(k)))
+    return Generation(**settings, others=(*others, *longer, *several_ends))
+
+
+def _banned(path: Path, values: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[tuple[int, ...], list[str]]:
+    """Returns the tokens that are never chosen, and what is said of longer bad words. As in transformers a bad word
+    that is an end token counts for nothing."""
+    words = values.get("bad_words_ids") or []
+    if not isinstance(words, list) or not all(isinstance(w, list) and w and all(map(_is_id, w)) for w in words):
+        raise ValueError(f"{path}: bad_words_ids is {words!r}, which is not a list of lists of token ids")
+    single = [w[0] for w in words if len(w) == 1 and w[0] not in settings.get("eos", ())]
+    longer = [f"bad_words_ids of several tokens ({n})"] if (n := sum(len(w) > 1 for w in words)) else []
+    return tuple(dict.fromkeys([*settings.get("banned", ()), *single])), longer
+
+
+def _is_id(value: Any) -> bool:
+    return _has_type(value, int) and value >= 0
 
 
 def _has_type(value: Any, kind: type) -> bool:
@@ -162,6 +209,7 @@ def write_generation(folder: Path, g: Generation, source: str | Path | None) -> 
         shutil.copyfile(Path(source) / path.name, path)
         return [f"{path.name}: carried along"]
     values = {name: getattr(g, field) for name, (field, _) in SETTINGS.items() if field != "eos"} | token_ids(g)
+    values["suppress_tokens"], values["stop_strings"] = list(g.banned) or None, list(g.stop) or None
     values["early_stopping"] = {ours: theirs for theirs, ours in EARLY_STOPPING.items()}.get(g.early_stopping or "")
     text = json.dumps({name: value for name, value in values.items() if value is not None}, indent=2)
     path.write_text(text + "\n", "utf-8")

@@ -29,6 +29,7 @@ class BeamPlan(NamedTuple):
     """This is the number of the cache's slots."""
     logprobs: int | None = None
     """So many of the likeliest tokens are noted at each position, with the model's log probabilities; None: none."""
+    no_repeat_ngram: int = 0
 
 
 def beam_rules(s: Sampling) -> dict[str, Any]:
@@ -71,6 +72,11 @@ class _Settings(NamedTuple):
     rules: dict[str, jax.Array]
     prompt_BV: jax.Array
     """It says which tokens each prompt has."""
+    prompt: tuple[jax.Array, jax.Array]
+    """Each prompt and which of its places are real, `[B, P]`."""
+    prompt_lengths_B: jax.Array
+    most_B: jax.Array
+    """The most new tokens of each prompt's answer."""
 
 
 def search(
@@ -93,9 +99,15 @@ def search(
     z_BV, cache = prefill(model, params, batch, plan.length)
     V, N = z_BV.shape[1], plan.length - P
     cache = cache.replace(layers=_repeat(cache.layers, K), real_BS=jnp.repeat(cache.real_BS, K, axis=0))
-    prompt_lengths_R = jnp.repeat((batch["segments"] > 0).sum(-1), K)
+    real_BP = batch["segments"] > 0
+    prompt_lengths_B = real_BP.sum(-1)
+    prompt_lengths_R = jnp.repeat(prompt_lengths_B, K)
+    most_B = jnp.broadcast_to(rules["max_tokens"], (B,))
+    if (by_length_B := sampling.answer_limits(numeric_settings, prompt_lengths_B)[1]) is not None:
+        most_B = jnp.minimum(most_B, by_length_B)
     prompt_BV = jnp.zeros((B, V), jnp.int32).at[jnp.arange(B)[:, None], batch["tokens"]].max(batch["segments"])
-    settings = _Settings(plan, numeric_settings, allowed_1V, rules, prompt_BV)
+    prompt = (batch["tokens"], real_BP)
+    settings = _Settings(plan, numeric_settings, allowed_1V, rules, prompt_BV, prompt, prompt_lengths_B, most_B)
 
     def unfinished(b: Beams) -> jax.Array:
         full = b.exists_BK.all() & rules["stop_when_full"]
@@ -169,7 +181,7 @@ def _choose(b: Beams, z_BKV: jax.Array, settings: _Settings) -> Beams:
         name: jax.lax.dynamic_update_slice_in_dim(_pick(x, parent_BC), new[name][:, :, None], b.num_generated, axis=2)
         for name, x in b.notes.items()
     }
-    ended_BC = sampling.is_any_of(token_BC, plan.end_ids) | (num_generated >= rules["max_tokens"])
+    ended_BC = sampling.is_any_of(token_BC, plan.end_ids) | (num_generated >= settings.most_B)[:, None]
 
     # An ended candidate counts only among the best K of all; the others are there to go on from.
     finished_BC = ended_BC & (jnp.arange(ended_BC.shape[1])[None] < K)
@@ -182,7 +194,7 @@ def _choose(b: Beams, z_BKV: jax.Array, settings: _Settings) -> Beams:
 
     open_scores_BK, j = jax.lax.top_k(jnp.where(ended_BC, scores_BC + IMPOSSIBLE, scores_BC), K)
     parent_R = (jnp.arange(B)[:, None] * K + jnp.take_along_axis(parent_BC, j, 1)).reshape(-1)
-    max_length = jnp.where(rules["any_length"] & (length_penalty > 0), rules["max_tokens"], num_generated)
+    longest_B = jnp.where(rules["any_length"] & (length_penalty > 0), settings.most_B, num_generated)
     worst_B = jnp.where(exists_BK, best_scores_BK.min(-1, keepdims=True), IMPOSSIBLE).min(-1)
     return Beams(
         cache=b.cache.replace(layers=jax.tree.map(lambda x: _take(x, parent_R), b.cache.layers)),
@@ -195,7 +207,9 @@ def _choose(b: Beams, z_BKV: jax.Array, settings: _Settings) -> Beams:
         exists_BK=exists_BK,
         notes={name: _pick(x, j) for name, x in notes.items()},
         best_notes={name: _pick(jnp.concatenate([x, notes[name]], 1), i) for name, x in b.best_notes.items()},
-        open_B=b.open_B & (open_scores_BK[:, 0] / max_length.astype(jnp.float32) ** length_penalty > worst_B),
+        open_B=b.open_B
+        & (num_generated < settings.most_B)
+        & (open_scores_BK[:, 0] / longest_B.astype(jnp.float32) ** length_penalty > worst_B),
     )
 
 
@@ -206,7 +220,15 @@ def _log_probabilities(b: Beams, z_BKV: jax.Array, settings: _Settings) -> jax.A
     counts_BKV = _counts(b.tokens_BKN, b.num_generated, V) if numeric_settings.keys() & PENALTIES else None
     seen_BKV = None if counts_BKV is None else (settings.prompt_BV[:, None] + counts_BKV) > 0
     p_RV = sampling.penalise(p_BKV, numeric_settings, seen_BKV, counts_BKV).reshape(B * K, V)
-    p_RV = sampling.restrict(p_RV, numeric_settings, settings.allowed_1V, settings.plan.end_ids, b.num_generated)
+    at, end_ids = b.num_generated, settings.plan.end_ids
+    if n := settings.plan.no_repeat_ngram:
+        tokens_RN = b.tokens_BKN.reshape(B * K, -1)
+        prompt_RP, real_RP = (jnp.repeat(x, K, axis=0) for x in settings.prompt)
+        history_RH = jnp.concatenate([prompt_RP, tokens_RN], 1)
+        real_RH = jnp.concatenate([real_RP, jnp.ones(tokens_RN.shape, bool)], 1)
+        p_RV = sampling.forbid_repeats(p_RV, history_RH, real_RH, prompt_RP.shape[1] + at, n)
+    prompt_lengths_R = jnp.repeat(settings.prompt_lengths_B, K)
+    p_RV = sampling.restrict(p_RV, numeric_settings, settings.allowed_1V, end_ids, at, prompt_lengths_R)
     return p_RV.reshape(B, K, V)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxlm.data.render_chat import encode
-from jaxlm.inference import stream
+from jaxlm.inference import sampling, stream
 from jaxlm.inference.generate import Generator
 from jaxlm.inference.sampling import Sampling
 
@@ -53,18 +53,21 @@ class Chat:
 
     def _encode_prompt(self) -> list[int]:
         """Returns the prompt's tokens, without the oldest turns where all don't fit the model's positions."""
-        limit, messages = self.generate.model.config.positions, self.messages
+        s, messages = self.sampling, self.messages
+        limits = [n for n in (self.generate.model.config.positions, s.length) if n is not None]
+        limit, room = min(limits) if limits else None, sampling.room(s)
         system = [dict(role="system", content=self.system)] if self.system else []
         while True:
             ids = encode(self.tokens, self.template, system + messages)
-            if limit is None or len(ids) + self.sampling.tokens <= limit:
+            if limit is None or len(ids) + room <= limit:
                 self.dropped, self.messages = self.dropped + len(self.messages) - len(messages), messages
                 return ids
             turns = [i for i, m in enumerate(messages) if m["role"] == "user" and i]
             if not turns:
                 raise ValueError(
-                    f"chat: this message takes {len(ids)} tokens, an answer up to {self.sampling.tokens}, and the "
-                    f"model has {limit} positions; shorten it, or set `tokens` lower"
+                    f"chat: this message takes {len(ids)} tokens, an answer up to {room}, and "
+                    f"{'`length` allows' if limit == s.length else 'the model has'} {limit} positions; shorten it, "
+                    "or set `tokens` lower"
                 )
             messages = messages[turns[0] :]
 

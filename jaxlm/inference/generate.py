@@ -40,6 +40,8 @@ class State(struct.PyTreeNode):
     top: tuple[jax.Array, jax.Array] | None
     seen_BV: jax.Array | None
     counts_BV: jax.Array | None
+    prompt: tuple[jax.Array, jax.Array] | None = None
+    """This is each prompt and which of its places are real, `[B, P]`, where repeated tokens are forbidden."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Plan:
     logprobs: int | None
     needs_seen: bool
     needs_counts: bool
+    no_repeat_ngram: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,12 +101,14 @@ class Generator:
         needs_counts = "presence_penalty" in numeric_settings or "frequency_penalty" in numeric_settings
         end_ids = tuple(sorted({*self.eos, *s.stop_ids}))
         top_k = s.top_k if s.temperature else 0
-        return Plan(top_k, end_ids, s.logprobs, "repetition_penalty" in numeric_settings, needs_counts)
+        needs_seen = "repetition_penalty" in numeric_settings
+        return Plan(top_k, end_ids, s.logprobs, needs_seen, needs_counts, s.no_repeat_ngram)
 
     def __call__(
         self, params: Any, prompts: Sequence[Sequence[int]], s: Sampling, source: Sequence[Sequence[int]] | None = None
     ) -> list[list[Completion]]:
         """Returns `s.samples` answers to each prompt. `source` is what an encoder reads for each prompt."""
+        s = sampling.capped(s, prompts)
         if s.beams > 1:
             return self._beam_search(params, prompts, s, source)
         state = self.start(params, prompts, s, source)
@@ -118,8 +123,9 @@ class Generator:
         allowed_BV: np.ndarray | None = None,
     ) -> State:
         """Reads the prompts and chooses each answer's first token. The samples of a prompt are neighbouring rows."""
+        s = sampling.capped(s, prompts)
         plan = self.plan(s)
-        batch = self.batch(prompts, s.tokens, source)
+        batch = self.batch(prompts, s, source)
         length = bucket(batch["tokens"].shape[1] + s.tokens)
         key, allowed_BV = jax.random.key(s.seed), self.allowed(s, allowed_BV)
         return self._jit_start(
@@ -134,15 +140,15 @@ class Generator:
         )
 
     def batch(
-        self, prompts: Sequence[Sequence[int]], tokens: int, source: Sequence[Sequence[int]] | None = None
+        self, prompts: Sequence[Sequence[int]], s: Sampling, source: Sequence[Sequence[int]] | None = None
     ) -> dict[str, np.ndarray]:
         """Returns the arrays that a prefill reads, with the prompts padded on the left.
 
-        Raises a ValueError where a prompt is empty or prompt and `tokens` new ones don't fit the model's positions.
+        Raises a ValueError where a prompt is empty or prompt and answer don't fit the model's positions.
         """
         if not prompts or not all(len(p) for p in prompts):
             raise ValueError("generate: an empty prompt; give at least one token")
-        need, most = max(map(len, prompts)) + tokens, self.model.config.positions
+        need, most = sampling.num_places(s, prompts), self.model.config.positions
         if most is not None and need > most:
             raise ValueError(
                 f"generate: prompt and new tokens take {need} positions and the model has {most}; "
@@ -192,10 +198,10 @@ class Generator:
     def _beam_search(
         self, params: Any, prompts: Sequence[Sequence[int]], s: Sampling, source: Any
     ) -> list[list[Completion]]:
-        plan, batch = self.plan(s), self.batch(prompts, s.tokens, source)
+        plan, batch = self.plan(s), self.batch(prompts, s, source)
         length = bucket(batch["tokens"].shape[1] + s.tokens)
         allowed_BV = self.allowed(s)
-        shape = beam.BeamPlan(s.beams, plan.end_ids, length, s.logprobs)
+        shape = beam.BeamPlan(s.beams, plan.end_ids, length, s.logprobs, s.no_repeat_ngram)
         result = self._jit_search(
             params, batch, sampling.numeric_settings(s), allowed_BV, beam.beam_rules(s), plan=shape
         )
@@ -230,8 +236,9 @@ class Generator:
                 jnp.zeros((B, V), jnp.int32).at[jnp.arange(B)[:, None], batch["tokens"]].max(batch["segments"]) > 0
             )
         prompt_lengths_B = (batch["segments"] > 0).sum(-1)
+        prompt = (batch["tokens"], batch["segments"] > 0) if plan.no_repeat_ngram else None
         repeat = partial(jnp.repeat, repeats=rows // B, axis=0, total_repeat_length=rows)
-        z_BV, prompt_lengths_B, seen_BV = jax.tree.map(repeat, (z_BV, prompt_lengths_B, seen_BV))
+        z_BV, prompt_lengths_B, seen_BV, prompt = jax.tree.map(repeat, (z_BV, prompt_lengths_B, seen_BV, prompt))
         if rows != B:
             cache = cache.replace(layers=jax.tree.map(repeat, cache.layers), real_BS=repeat(cache.real_BS))
         n = plan.logprobs
@@ -247,6 +254,7 @@ class Generator:
             top=(jnp.zeros((rows, N, n), jnp.float32), jnp.zeros((rows, N, n), jnp.int32)) if n else None,
             seen_BV=seen_BV,
             counts_BV=jnp.zeros((rows, V), jnp.int32) if plan.needs_counts else None,
+            prompt=prompt,
         )
         return choose(state, z_BV, numeric_settings, allowed_BV, plan)
 
@@ -282,7 +290,12 @@ def choose(state: State, z_BV: jax.Array, numeric_settings: dict, allowed_BV: ja
     B, at = len(z_BV), state.num_generated
     model_BV = z_BV  # log probabilities are of the model's logits, before penalties and filters
     z_BV = sampling.penalise(z_BV, numeric_settings, state.seen_BV, state.counts_BV)
-    z_BV = sampling.restrict(z_BV, numeric_settings, allowed_BV, plan.end_ids, at)
+    if state.prompt is not None:
+        history_BH = jnp.concatenate([state.prompt[0], state.tokens_BN], 1)
+        real_BH = jnp.concatenate([state.prompt[1], jnp.ones(state.tokens_BN.shape, bool)], 1)
+        end = state.prompt[0].shape[1] + at
+        z_BV = sampling.forbid_repeats(z_BV, history_BH, real_BH, end, plan.no_repeat_ngram)
+    z_BV = sampling.restrict(z_BV, numeric_settings, allowed_BV, plan.end_ids, at, state.prompt_lengths_B)
     keys_B = None
     if "temperature" in numeric_settings:
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(state.key, at), jnp.arange(B))
@@ -299,10 +312,12 @@ def choose(state: State, z_BV: jax.Array, numeric_settings: dict, allowed_BV: ja
         new["seen_BV"] = state.seen_BV.at[chosen].set(True)
     if state.counts_BV is not None:
         new["counts_BV"] = state.counts_BV.at[chosen].add(1)
+    done_B = state.done_B | sampling.is_any_of(next_B, plan.end_ids)
+    _, most_B = sampling.answer_limits(numeric_settings, state.prompt_lengths_B)
     return state.replace(
         num_generated=at + 1,
         answer_lengths_B=jnp.where(state.done_B, state.answer_lengths_B, at + 1),
-        done_B=state.done_B | sampling.is_any_of(next_B, plan.end_ids),
+        done_B=done_B if most_B is None else done_B | (at + 1 >= most_B),
         **new,
     )
 

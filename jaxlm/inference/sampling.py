@@ -3,7 +3,8 @@
 B rows, V vocabulary, K candidates that are left.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -21,6 +22,11 @@ class Sampling:
     """The most new tokens of an answer."""
     min_tokens: Natural = 0
     """An answer has at least so many new tokens before it may end."""
+    length: Count | None = None
+    """The most tokens of a prompt and its answer together; an encoder-decoder's prompt is its start token. None: only
+    `tokens` counts."""
+    min_length: Natural = 0
+    """A prompt and its answer together have at least so many tokens before the answer may end."""
     temperature: NonNegative = 0.0
     """Logits are divided by it; 0 is greedy: always the likeliest token."""
     top_k: Natural = 0
@@ -35,6 +41,8 @@ class Sampling:
     """Subtracted from the logit of each token that the answer has."""
     frequency_penalty: Finite = 0.0
     """Subtracted from the logit of a token for each time the answer has it."""
+    no_repeat_ngram: Natural = 0
+    """No so many tokens in a row come twice in a prompt and its answer; 0 allows all."""
     beams: Count = 1
     """Beam search keeps so many hypotheses; 1 is no beam search."""
     length_penalty: Finite = 1.0
@@ -52,6 +60,10 @@ class Sampling:
     """These tokens and those that end an answer are the only ones chosen; empty allows all."""
     banned_ids: tuple[int, ...] = ()
     """These tokens are never chosen."""
+    first_id: Natural | None = None
+    """An answer to a prompt of one token, such as an encoder-decoder's start, begins with this one."""
+    last_id: Natural | None = None
+    """An answer that becomes as long as it may ends with this token."""
     regex: str | None = None
     """The answer matches this regular expression as a whole."""
     json_schema: str | None = None
@@ -71,6 +83,9 @@ def check(s: Sampling, vocab: int) -> None:
         for id in getattr(s, name):
             if not 0 <= id < vocab:
                 raise ValueError(f"sampling.{name}: {id} is not a token; the vocabulary has {vocab}")
+    for name in ("first_id", "last_id"):
+        if (getattr(s, name) or 0) >= vocab:
+            raise ValueError(f"sampling.{name}: {getattr(s, name)} is not a token; the vocabulary has {vocab}")
     if any(not text for text in s.stop):
         raise ValueError("sampling.stop: an empty text would end every answer at once; leave it out")
     if s.beams > 1:
@@ -81,14 +96,56 @@ def check(s: Sampling, vocab: int) -> None:
         raise ValueError("sampling.samples: greedy answers are all the same; set temperature above 0")
 
 
+def capped(s: Sampling, prompts: Sequence[Sequence[int]]) -> Sampling:
+    """Returns the settings with `tokens` as many as the answer to the shortest prompt may have.
+
+    Raises a ValueError where a prompt leaves no room for an answer.
+    """
+    if s.length is None or not prompts:
+        return s
+    if (longest := max(map(len, prompts))) >= s.length:
+        raise ValueError(
+            f"sampling.length: a prompt has {longest} tokens, and prompt and answer may have {s.length} together; "
+            "set `tokens`, or raise `length`"
+        )
+    return replace(s, tokens=min(s.tokens, s.length - min(map(len, prompts))))
+
+
+def num_places(s: Sampling, prompts: Sequence[Sequence[int]]) -> int:
+    """Returns how many tokens the longest prompt and its answer may have together."""
+    need = max(map(len, prompts)) + s.tokens
+    return need if s.length is None else min(need, s.length)
+
+
+def room(s: Sampling) -> int:
+    """Returns how many places had best be free for an answer: `tokens`, or where these may be as many as prompt and
+    answer together, half of those and no more than usual."""
+    return s.tokens if s.length is None else max(1, min(s.tokens, s.length // 2, Sampling.tokens))
+
+
+def answer_limits(
+    numeric_settings: dict[str, Any], prompt_lengths_B: jax.Array
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Returns the least and the most new tokens of each row's answer, `[B]`; None where nothing is asked for."""
+    least_B = most_B = None
+    if numeric_settings.keys() & {"min_tokens", "min_length"}:
+        by_length_B = numeric_settings.get("min_length", 0) - prompt_lengths_B
+        least_B = jnp.maximum(by_length_B, numeric_settings.get("min_tokens", 0))
+    if "length" in numeric_settings:
+        most_B = numeric_settings["length"] - prompt_lengths_B
+    return least_B, most_B
+
+
 def numeric_settings(s: Sampling) -> dict[str, float]:
     """Returns the numeric settings that differ from their neutral values, by name.
 
     They are arguments of the program, so that another value doesn't compile it again.
     """
-    neutral = dict(temperature=0.0, top_p=1.0, min_p=0.0)
+    neutral: dict[str, float | None] = dict(temperature=0.0, top_p=1.0, min_p=0.0)
     neutral |= dict(repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, min_tokens=0)
+    neutral |= dict(length=None, min_length=0, first_id=None, last_id=None)
     used = {name: getattr(s, name) for name, value in neutral.items() if getattr(s, name) != value}
+    used |= {"tokens": s.tokens} if s.last_id is not None else {}
     return used if s.temperature else {k: v for k, v in used.items() if k not in ("top_p", "min_p")}
 
 
@@ -119,18 +176,49 @@ def restrict(
     allowed_BV: jax.Array | None,
     end_ids: tuple[int, ...],
     num_generated: Any,
+    prompt_lengths_B: jax.Array,
 ) -> jax.Array:
     """Sets the logits of tokens that may not be chosen to -inf.
 
-    `allowed_BV` is bool `[B or 1, V]`; None allows all. Where fewer than `min_tokens` were generated, no token of
-    `end_ids` may be chosen.
+    `allowed_BV` is bool `[B or 1, V]`; None allows all. Where an answer is shorter than it must be, no token of
+    `end_ids` may be chosen. `first_id` and `last_id` are the only choice at their places, as transformers has it.
     """
+    ids_V = jnp.arange(z_BV.shape[-1])
     if allowed_BV is not None:
         z_BV = jnp.where(allowed_BV, z_BV, -jnp.inf)
-    if "min_tokens" in numeric_settings and end_ids:
-        early = (num_generated < numeric_settings["min_tokens"]) & is_any_of(jnp.arange(z_BV.shape[-1]), end_ids)
-        z_BV = jnp.where(early[None], -jnp.inf, z_BV)
+    least_B, most_B = answer_limits(numeric_settings, prompt_lengths_B)
+    if least_B is not None and end_ids:
+        early_BV = (num_generated < least_B)[:, None] & is_any_of(ids_V, end_ids)[None]
+        z_BV = jnp.where(early_BV, -jnp.inf, z_BV)
+    if "first_id" in numeric_settings:
+        z_BV = _only(z_BV, ids_V == numeric_settings["first_id"], (num_generated == 0) & (prompt_lengths_B == 1))
+    if "last_id" in numeric_settings:
+        most = numeric_settings["tokens"] if most_B is None else jnp.minimum(most_B, numeric_settings["tokens"])
+        z_BV = _only(z_BV, ids_V == numeric_settings["last_id"], jnp.atleast_1d(num_generated == most - 1))
     return z_BV
+
+
+def _only(z_BV: jax.Array, chosen_V: jax.Array, where_B: jax.Array) -> jax.Array:
+    """Returns the logits with a certain choice in some rows."""
+    return jnp.where(where_B[:, None], jnp.where(chosen_V, 0.0, -jnp.inf)[None], z_BV)
+
+
+def forbid_repeats(z_BV: jax.Array, history_BH: jax.Array, real_BH: jax.Array, end: Any, n: int) -> jax.Array:
+    """Sets the logits of tokens to -inf that would end `n` tokens in a row which a row's history has already.
+
+    `history_BH` is read up to `end`; `real_BH` says which places hold a token of the prompt or the answer.
+    """
+    B, H = history_BH.shape
+    places_H = jnp.arange(H)
+    met_BH = (
+        real_BH & (places_H < end)[None]
+    )  # whether the n - 1 tokens before a place are those before `end`, all real
+    for k in range(1, n):
+        last_B1 = jax.lax.dynamic_slice_in_dim(history_BH, jnp.maximum(end - k, 0), 1, axis=1)
+        before_BH, real_before_BH = (jnp.roll(x, k, axis=1) for x in (history_BH, real_BH))
+        met_BH &= (before_BH == last_B1) & real_before_BH & (places_H >= k)[None]
+    banned_BV = jnp.zeros(z_BV.shape, bool).at[jnp.arange(B)[:, None], history_BH].max(met_BH)
+    return jnp.where(banned_BV, -jnp.inf, z_BV)
 
 
 def is_any_of(ids: jax.Array, these: tuple[int, ...]) -> jax.Array:

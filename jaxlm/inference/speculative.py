@@ -24,6 +24,10 @@ from jaxlm.nn.cache import Cache
 # These settings change the distribution with what was generated before, which a draft would have to follow.
 UNSUPPORTED = (
     "min_tokens",
+    "min_length",
+    "no_repeat_ngram",
+    "first_id",
+    "last_id",
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
@@ -82,15 +86,17 @@ class Speculative:
         """Returns one answer for each prompt. `draft_params` is None without a draft."""
         if s.beams > 1 or s.samples > 1 or any(getattr(s, name) != getattr(Sampling(), name) for name in UNSUPPORTED):
             raise ValueError(f"speculative: does not go with beams, samples, {', '.join(UNSUPPORTED)}; leave them out")
-        plan, batch = self.target.plan(s), self.target.batch(prompts, s.tokens)
+        s = sampling.capped(s, prompts)
+        plan, batch = self.target.plan(s), self.target.batch(prompts, s)
         length = bucket(batch["tokens"].shape[1] + s.tokens + self.k + 1)
         numeric_settings, allowed_1V = sampling.numeric_settings(s), self.target.allowed(s)
         state = self._jit_run(
             params, draft_params, batch, jax.random.key(s.seed), numeric_settings, allowed_1V, np.int32(s.tokens),
             plan=plan, length=length,
         )  # fmt: skip
+        most_B = [s.tokens if s.length is None else min(s.tokens, s.length - len(prompt)) for prompt in prompts]
         tokens, lengths, rounds = jax.device_get((state.history_BH, state.answer_lengths_B, state.rounds))
-        tokens, lengths = tokens[:, batch["tokens"].shape[1] :], np.minimum(lengths, s.tokens)
+        tokens, lengths = tokens[:, batch["tokens"].shape[1] :], np.minimum(lengths, most_B)
         return Answers([[completion_of(i, plan.end_ids, tokens, lengths)] for i in range(len(prompts))], int(rounds))
 
     def _run(

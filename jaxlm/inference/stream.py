@@ -14,7 +14,7 @@ import numpy as np
 from jaxlm.data.tokenizer import UNFINISHED, context, decode_after
 from jaxlm.inference import constrain
 from jaxlm.inference.generate import Completion, Generator, trimmed
-from jaxlm.inference.sampling import Sampling
+from jaxlm.inference.sampling import Sampling, capped
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def stream(
     The samples of a prompt are neighbouring rows. Beams come when they are whole. `params` had best be prepared by
     `generate.prepare`. `source` is what an encoder reads for each prompt.
     """
+    s = capped(s, prompts)
     grammar = constrain.open_grammar(tokens, s, generate.model.config.vocab, generate.plan(s).end_ids)
     if s.beams > 1:
         return (yield from _beams(generate, tokens, params, prompts, s, source, grammar))

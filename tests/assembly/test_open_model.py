@@ -203,7 +203,7 @@ def test_a_prefix_model_reads_its_prompt_both_ways(tmp_path):
         model = open_model.Model(MODELS["llama"], run.model, specs, layout.Layout(execution=run.execution))
         weights = random_weights(specs)
         generate = open_model.Pretrained(source, model, weights, None).generator()
-        batch = generate.batch([[5, 6, 7]], 4)
+        batch = generate.batch([[5, 6, 7]], Sampling(tokens=4))
         forward = jax.jit(lambda weights, batch, model=model: model.forward(weights, batch).x_BTD)
         x_BTD = forward(weights, batch)
         moved = forward(weights, batch | {"tokens": np.where(batch["tokens"] == 7, 9, batch["tokens"])})

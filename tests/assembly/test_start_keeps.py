@@ -79,19 +79,3 @@ def test_files_of_sentence_transformers_are_kept(tmp_path):
     found = described(tmp_path, classify.Config(labels=("a", "b")), "bert", bert)
     recipe = generate_text.read_recipe(found.source.path)
     assert (recipe.pooling, recipe.normalize, recipe.longest) == ("cls", False, 11)
-
-
-@pytest.mark.parametrize(
-    ("kind", "values", "expected"),
-    [
-        ("t5", dict(max_length=20, min_length=5, early_stopping="never"), (19, 4, "never")),
-        ("t5", dict(max_length=20, max_new_tokens=3, min_new_tokens=2, early_stopping=False), (3, 2, "no")),
-        ("llama", dict(max_length=20, min_new_tokens=2), (128, 2, "no")),
-    ],
-)
-def test_lengths_and_early_stopping_are_followed(kind, values, expected, tmp_path, capsys):
-    folder = published(tmp_path / "x", kind)
-    (folder / "generation_config.json").write_text(json.dumps(values | {"decoder_start_token_id": 0}))
-    how = generate_text.settings(model_source.describe(folder))
-    assert (how.tokens, how.min_tokens, how.early_stopping) == expected
-    assert ("max_length" in capsys.readouterr().err) == (kind == "llama")

@@ -56,7 +56,7 @@ def test_settings_with_ids_from_both_files(tmp_path):
     )
     assert read_generation(tmp_path) == Generation(
         eos=(5, 6), bos=1, pad=4, start=0, sample=True, temperature=1.0, top_k=20, top_p=0.9, repetition_penalty=1.05,
-        new_tokens=64, others=("penalty_alpha", "suppress_tokens"),
+        new_tokens=64, banned=(3,), others=("penalty_alpha",),
     )  # fmt: skip
     (tmp_path / "generation_config.json").unlink()
     assert read_generation(tmp_path) == Generation(eos=(2,), bos=1, pad=4, start=0)

@@ -36,7 +36,15 @@ CASES = [
     ("llama", BEAMS, []),
     ("t5", BEAMS, ENDS),
     ("bart", BEAMS | dict(early_stopping="yes"), ENDS),
+    ("llama", dict(tokens=64, length=10, min_length=8, no_repeat_ngram=2), ENDS),
+    ("llama", dict(tokens=64, length=9, no_repeat_ngram=1, last_id=7), []),
+    ("llama", BEAMS | dict(tokens=64, length=9, min_length=7, no_repeat_ngram=2, early_stopping="never"), ENDS),
+    ("t5", dict(tokens=64, length=9, first_id=7, last_id=3), ENDS),
+    ("t5", BEAMS | dict(tokens=64, length=9, min_length=5, no_repeat_ngram=1, first_id=7, last_id=5), ENDS),
+    ("bart", BEAMS | dict(tokens=64, length=12, min_length=8, no_repeat_ngram=3, first_id=0, last_id=61), ENDS),
 ]
+# transformers counts padding as part of a prompt, and forces tokens by the length of a batch: these prompts go alone.
+ALONE = {"length", "no_repeat_ngram", "first_id", "last_id"}
 STARTS = {"t5": 0, "bart": 2}
 EARLY = {"no": False, "yes": True, "never": "never"}
 LOGITS = [
@@ -63,6 +71,10 @@ def prompts(seed: int, n: int = 3) -> list[list[int]]:
 
 
 def generated(name: str, setting: dict, ends: list[int], given: list[list[int]]) -> dict:
+    if len(given) > 1 and setting.keys() & ALONE:
+        each = [generated(name, setting, ends, [one]) for one in given]
+        several = {key: [one for found in each for one in found[key]] for key in ("tokens", "scores") if key in each[0]}
+        return each[0] | dict(prompts=given) | several
     model = model_of(name)
     whole = max(map(len, given))
     encoder_decoder = model.config.is_encoder_decoder
@@ -74,7 +86,12 @@ def generated(name: str, setting: dict, ends: list[int], given: list[list[int]])
     ]
     start = STARTS.get(name)
     c = transformers.GenerationConfig(
-        max_new_tokens=setting["tokens"],
+        max_new_tokens=None if "length" in setting else setting["tokens"],
+        max_length=setting.get("length"),
+        min_length=setting.get("min_length"),
+        no_repeat_ngram_size=setting.get("no_repeat_ngram"),
+        forced_bos_token_id=setting.get("first_id"),
+        forced_eos_token_id=setting.get("last_id"),
         min_new_tokens=setting.get("min_tokens"),
         repetition_penalty=setting.get("repetition_penalty", 1.0),
         suppress_tokens=setting.get("banned_ids"),

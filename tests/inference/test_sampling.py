@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.inference.sampling import Sampling, check, numeric_settings, penalise, pick
+from jaxlm.inference.sampling import Sampling, check, forbid_repeats, numeric_settings, penalise, pick
 
 Z = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))
 
@@ -64,6 +64,20 @@ def test_penalties():
     np.testing.assert_allclose(penalise(z, used, seen, counts), [[1.0, -4.0, 1.0, 0.25]])
     used = numeric_settings(Sampling(presence_penalty=0.5, frequency_penalty=1.0))
     np.testing.assert_allclose(penalise(z, used, seen, counts), [[-0.5, -2.0, 1.0, -1.0]])
+
+
+def test_repeats_are_forbidden_over_real_tokens_alone():
+    history = jnp.array([[0, 0, 1, 2, 3, 0, 9, 9], [1, 2, 3, 1, 2, 0, 9, 9]])  # 9 lies beyond what is read
+    real = jnp.array([[False, False] + 6 * [True], 8 * [True]])
+
+    def forbidden(n: int) -> list[list[int]]:
+        z = forbid_repeats(jnp.zeros((2, 10)), history, real, 6, n)
+        return [np.flatnonzero(np.isinf(row)).tolist() for row in z]
+
+    assert forbidden(1) == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    assert forbidden(2) == [[], []]  # padding before 1 is no 0
+    history = history.at[:, 5].set(jnp.array([2, 3]))
+    assert forbidden(2) == [[3], [1]] and forbidden(3) == [[], [1]] and forbidden(5) == [[], []]
 
 
 def test_only_what_is_used_is_computed():
