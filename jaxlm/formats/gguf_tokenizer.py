@@ -124,10 +124,12 @@ def different_text(a: Tokenizer, b: Tokenizer) -> str | None:
 
 
 def lost_settings(tokenizer: Tokenizer) -> list[str]:
-    """Returns what a file can't say of added tokens, as people read it: that they take spaces or stand for words."""
-    added = json.loads(tokenizer.json).get("added_tokens", []) if isinstance(tokenizer, HuggingFace) else []
-    flags = ("lstrip", "rstrip", "single_word")
-    return [f"{t['content']} ({', '.join(f for f in flags if t.get(f))})" for t in added if any(map(t.get, flags))]
+    """Returns what a file can't say of added tokens, as people read it: that they take spaces, stand for words, or are
+    found in normalised text."""
+    values = json.loads(tokenizer.json) if isinstance(tokenizer, HuggingFace) else {}
+    flags = ["lstrip", "rstrip", "single_word", *(["normalized"] if values.get("normalizer") else [])]
+    kept = [(t["content"], [f for f in flags if t.get(f)]) for t in values.get("added_tokens") or []]
+    return [f"{piece} ({', '.join(names)})" for piece, names in kept if names]
 
 
 def adds_bos(fields: Mapping[str, Any]) -> bool:

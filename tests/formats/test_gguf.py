@@ -359,6 +359,10 @@ def test_what_added_tokens_do_to_spaces_is_not_lost_in_silence() -> None:
     flags = dict(single_word=False, lstrip=False, rstrip=True, normalized=False, special=True)
     values["added_tokens"].append(dict(id=tokenizer.vocab_size, content="<|end|>", **flags))
     assert gguf_tokenizer.lost_settings(tokenizers.HuggingFace(json.dumps(values))) == ["<|end|> (rstrip)"]
+    values["normalizer"] = {"type": "NFC"}
+    values["added_tokens"][-1] |= dict(single_word=True, rstrip=False, normalized=True)
+    told = gguf_tokenizer.lost_settings(tokenizers.HuggingFace(json.dumps(values)))
+    assert told == ["<|end|> (single_word, normalized)"]
 
 
 def test_sentencepiece_comes_back_as_it_was(tmp_path: Path) -> None:

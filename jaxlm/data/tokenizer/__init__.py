@@ -12,7 +12,7 @@ from jaxlm.data.tokenizer.continuation import (
     decode_after,
     encode_after,
 )
-from jaxlm.data.tokenizer.hugging_face import HuggingFace, post_processor, read_tokenizer_json
+from jaxlm.data.tokenizer.hugging_face import HuggingFace, configured_tokens, post_processor, read_tokenizer_json
 from jaxlm.data.tokenizer.interface import KINDS, SpecialIds, SpelledSpecial, Tokenizer, write_atomically
 from jaxlm.data.tokenizer.raw_bytes import Bytes
 from jaxlm.data.tokenizer.sentence_piece import SPACE, SentencePiece
@@ -64,9 +64,26 @@ def load(spec: str | Path) -> Tokenizer:
         return Bytes()
     try:
         if path.suffix == ".model":
-            return SentencePiece(path.read_bytes())
+            return _sentence_piece(path)
         if path.suffix == ".json":
             return read_tokenizer_json(path)
     except (ValueError, OSError) as error:
         raise ValueError(f"tokenizer {path}: {error}") from error
     raise ValueError(f"tokenizer {path} is of an unknown kind: give 'bytes', a .model file or a tokenizer.json")
+
+
+def _sentence_piece(path: Path) -> SentencePiece:
+    """Reads a .model file. ValueError: the files beside it add tokens, or say of some what a .model can't hold."""
+    tokenizer = SentencePiece(path.read_bytes())
+    for id, entry in configured_tokens(path.parent / "tokenizer_config.json").items():
+        if id >= tokenizer.vocab_size or tokenizer.piece(id) != entry["content"]:
+            what = f"adds the token {entry['content']}"
+        elif taken := [flag for flag in ("lstrip", "rstrip", "single_word") if entry[flag]]:
+            what = f"sets {', '.join(taken)} of {entry['content']}"
+        else:
+            continue
+        raise ValueError(
+            f"tokenizer_config.json {what}, which only a tokenizer.json can hold; make one with transformers: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    return tokenizer

@@ -211,15 +211,61 @@ def post_processor(before: Mapping[str, int | None], after: Mapping[str, int | N
 
 def read_tokenizer_json(path: Path) -> HuggingFace:
     """Reads a tokenizer.json and the names of special pieces beside it."""
-    return HuggingFace(_with_configured_bos(path), _special_names(path.parent))
+    try:
+        source = _with_configured_tokens(path.read_text("utf-8"), path.parent / "tokenizer_config.json")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not a Hugging Face tokenizer.json: {error}") from error
+    return HuggingFace(_with_configured_bos(source, path), _special_names(path.parent))
 
 
-def _with_configured_bos(path: Path) -> str:
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def configured_tokens(sidecar: Path) -> dict[int, dict[str, Any]]:
+    """Returns the added tokens that a `tokenizer_config.json` describes, by id, as a tokenizer.json would.
+
+    A token is normalised unless it is special, where the file doesn't say. ValueError: an entry is damaged.
+    """
+    values = json.loads(sidecar.read_text("utf-8")) if sidecar.is_file() else {}
+    out: dict[int, dict[str, Any]] = {}
+    for id, entry in (values.get("added_tokens_decoder") or {}).items():
+        flags = {f: entry.get(f, False) for f in FLAGS} if isinstance(entry, dict) else {"": None}
+        fits = isinstance(entry, dict) and isinstance(entry.get("content"), str) and entry["content"]
+        if not (fits and id.isdecimal() and all(isinstance(flag, bool) for flag in flags.values())):
+            raise ValueError(
+                f"{sidecar}: added_tokens_decoder[{id}] is {entry!r}, not a content and true or false flags"
+            )
+        flags["normalized"] = entry.get("normalized", not flags["special"])
+        out[int(id)] = {"id": int(id), "content": entry["content"]} | flags
+    return dict(sorted(out.items()))
+
+
+def _with_configured_tokens(source: str, sidecar: Path) -> str:
+    """Returns a tokenizer.json with the added tokens that the file beside it describes: as in transformers, what that
+    one says of spaces and words around a token stands before what the tokenizer.json says."""
+    stated = configured_tokens(sidecar)
+    if not stated:
+        return source
+    values = json.loads(source)
+    added = {entry["id"]: entry for entry in values.get("added_tokens") or []}
+    if all(id in added and {k: added[id].get(k) for k in entry} == entry for id, entry in stated.items()):
+        return source
+    pieces = dict(values["model"]["vocab"]) if isinstance(values["model"]["vocab"], dict) else {}
+    pieces |= {entry["content"]: id for id, entry in added.items()}
+    for id, entry in stated.items():
+        if pieces.get(entry["content"], id) != id:
+            at = pieces[entry["content"]]
+            raise ValueError(f"{sidecar}: {entry['content']} has id {id}, and {at} in tokenizer.json; correct one")
+    values["added_tokens"] = [entry for _, entry in sorted((added | stated).items())]
+    return json.dumps(values, ensure_ascii=False)
+
+
+def _with_configured_bos(source: str, path: Path) -> str:
     """Returns a tokenizer.json, to which the begin-of-text token is added if only `tokenizer_config.json` asks for it.
 
     transformers' Llama and Gemma tokenizers put it before a text whatever the file says; DeepSeek relies on that.
     """
-    source, sidecar = path.read_text("utf-8"), path.parent / "tokenizer_config.json"
+    sidecar = path.parent / "tokenizer_config.json"
     settings = json.loads(sidecar.read_text("utf-8")) if sidecar.is_file() else {}
     if not settings.get("add_bos_token") or not str(settings.get("tokenizer_class")).startswith(("Llama", "Gemma")):
         return source
