@@ -20,7 +20,7 @@ from jaxlm.assembly.open_model import Place, Pretrained, open_model, published_r
 from jaxlm.core import config_io, errors, registry
 from jaxlm.core.paths import local
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.formats import gguf, gguf_tokenizer, hf_sidecars, huggingface, stablehlo
+from jaxlm.formats import gguf, gguf_tokenizer, hf_sidecars, huggingface, model_card, stablehlo
 from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.formats.hf_sidecars import Generation
 from jaxlm.formats.peft import describe, load, open_files, save
@@ -111,7 +111,7 @@ def _export(p: Pretrained, path: Path, format: str, dtype: str | None) -> tuple[
     except BaseException:
         _remove(path)
         raise
-    record = {"source": str(p.source.path), "format": format, "dtype": dtype or "as it was", **difference}
+    record = {"source": p.source.path.name, "format": format, "dtype": dtype or "as it was", **difference}
     file = path / "export.json" if path.is_dir() else path.with_name(f"{path.name}.json")
     file.write_text(json.dumps(record, indent=1) + "\n")
     return [*notes, f"{file.name}: the comparison of logits before and after"], record
@@ -207,9 +207,8 @@ def _to_hf(p: Pretrained, folder: Path, dtype: str | None) -> list[str]:
         if s.format == "gguf":
             extra = Path(made)
             s.save_text(extra)
-        origin = f"Made from {s.path.name}." if s.run is None else _history(s.run)
         notes = huggingface.save(
-            folder, p.model.family, p.model.config, p.model.specs, p.params, extra_files_from=extra, origin=origin,
+            folder, p.model.family, p.model.config, p.model.specs, p.params, extra_files_from=extra, about=_about(s),
             **arguments,
         )  # fmt: skip
         if s.format == "run" and (s.path / "generation_config.json").is_file() and p.model.family.generates:
@@ -217,16 +216,21 @@ def _to_hf(p: Pretrained, folder: Path, dtype: str | None) -> list[str]:
         return notes + (hf_sidecars.keep_embedding(folder, s.path) if s.format != "gguf" else [])
 
 
-def _history(run: Any) -> str:
-    """Returns what a run knows of how its weights came to be, as Markdown."""
+def _about(s: Source) -> model_card.About:
+    """Returns what is known of how a model's weights came to be, for its card. No path of this machine is in it."""
+    run, licence = s.run, s.licence
+    if run is None:
+        return model_card.About(f"Made from {s.path.name}.", s.path.name, licence)
     if not run.data.train:
-        return f"Imported as {run.name}."
-    start = f"from {run.start}" if run.start else "from random weights"
-    data = ", ".join(f"`{place}`" for place in run.data.train)
+        return model_card.About(f"Imported as {run.name}.", licence=licence)
+    start = model_card.name_of(run.start) if run.start else ""
+    data = ", ".join(f"`{model_card.name_of(place)}`" for place in run.data.train)
     rows = f"{run.train.batch_size} rows of {run.train.seq_len} tokens"
     how = f"objective {registry.name_of(run.objective)}, up to {run.train.steps:,} steps of {rows}"
-    licences = "Licences of the data and of the start hold for it and were not recorded."
-    return f"Trained in the run {run.name} {start}: {how}, on {data}. {licences}"
+    unknown = "data" if licence or not start else "data and of the start"
+    terms = f"The licence of the {unknown} holds for it too and was not recorded."
+    made = f"Trained in the run {run.name} from {start or 'random weights'}: {how}, on {data}. {terms}"
+    return model_card.About(made, start, licence)
 
 
 def _to_gguf(p: Pretrained, path: Path, dtype: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from jaxlm.assembly import run_directory
 from jaxlm.core import config
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.formats import gguf, hf_sidecars, huggingface
+from jaxlm.formats import gguf, hf_sidecars, huggingface, model_card
 from jaxlm.formats.hf_sidecars import Generation
 from jaxlm.formats.peft import Files, is_adapter, open_files
 from jaxlm.formats.peft import describe as describe_adapter
@@ -58,8 +58,9 @@ class Source:
         """Writes the files that say how text is read into a folder; returns their names."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.format == "hf":
-            names = [name for name in hf_sidecars.TOKENIZER_FILES if (self.path / name).is_file()]
+            names = hf_sidecars.text_files(self.path)
             for name in names:
+                (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(self.path / name, folder / name)
             return names
         self.tokens.save(folder)
@@ -68,11 +69,20 @@ class Source:
         return sorted(path.name for path in folder.iterdir())
 
     def save_advice(self, folder: Path) -> list[str]:
-        """Writes what says how the model is used into a run directory: settings of generation and of embedding; returns
-        lines on the files."""
+        """Writes what says how the model is used into a run directory: settings of generation and of embedding, and its
+        card; returns lines on the files."""
+        model_card.keep(folder, self.path, self.licence)
         advised = self.advice != Generation()
         notes = hf_sidecars.keep_generation(folder, self.advice, self.path) if advised else []
         return notes if self.format == "gguf" else notes + hf_sidecars.keep_embedding(folder, self.path)
+
+    @property
+    def licence(self) -> str:
+        """The licence that the model's card or GGUF file states; empty where none does."""
+        if self.files is None:
+            return model_card.licence(self.path)
+        stated = self.files.fields.get("general.license")
+        return stated if isinstance(stated, str) else ""
 
     @property
     def extra_files(self) -> Path | None:

@@ -67,8 +67,15 @@ class BoundObjective:
 
     @property
     def goes_on(self) -> bool:
-        """True if what is written after a prompt goes on from it; a translation, say, answers it."""
-        return self.row.kind != "encoder_decoder" and not isinstance(self.objective.records, TextPairs)
+        """True if what is written after a prompt goes on from it; a translation or a chat, say, answers it."""
+        answers = isinstance(self.objective.records, TextPairs) or self.objective.chat_template is not None
+        return self.row.kind != "encoder_decoder" and not answers
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template that prompts of people are put into; None: there is none, or it reads no chats."""
+        own = self.objective.chat_template
+        return None if own is None else own(self.settings) or self.row.template
 
     def check(self) -> None:
         """Raises a ValueError where the settings or the tokenizer will not do."""

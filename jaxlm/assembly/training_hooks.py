@@ -15,6 +15,7 @@ from jaxlm.assembly import corpus, run_directory
 from jaxlm.assembly import program as programs
 from jaxlm.core import config, config_io, errors
 from jaxlm.data.loader import Loader
+from jaxlm.data.render_chat import encode, turn_ends
 from jaxlm.data.tokenizer import decode_after
 from jaxlm.evaluation import bootstrap, perplexity, task_scores
 from jaxlm.evaluation.metrics import is_lower_better
@@ -182,14 +183,17 @@ def gain_log(run: config.Run, log: RunLog) -> Callable[[int, dict[str, bootstrap
 
 
 def sampler(p: programs.Program, log: RunLog) -> Callable[[int, Any], None]:
-    """Returns what continues the run's prompts and logs the texts."""
-    c = p.run.train
+    """Returns what continues the run's prompts, or answers them as messages of a chat, and logs the texts."""
+    c, template = p.run.train, p.objective.chat_template
     how = Sampling(tokens=c.sample_tokens, seed=p.run.seed)
     if p.objective.goes_on:  # the likeliest answer is the answer, but the likeliest text repeats itself
         how = dataclasses.replace(how, temperature=0.8, top_k=min(50, p.run.model.vocab))
     both_ways = p.objective.prompts_read_both_ways
-    generate = Generator(p.model, [p.tokens.eos_id], p.objective.vocab_size, both_ways)
+    ends = [p.tokens.eos_id, *(turn_ends(p.tokens, template) if template else [])]
+    generate = Generator(p.model, ends, p.objective.vocab_size, both_ways)
     prompts, source = p.objective.prompts(c.prompts)
+    if template:
+        prompts = [encode(p.tokens, template, [dict(role="user", content=text)]) for text in c.prompts]
 
     def sample(step: int, state: Any) -> None:
         found = generate(state.eval_params, prompts, how, source)

@@ -1,4 +1,4 @@
-"""A Hugging Face directory has sidecars of the weights: generation settings, chat template, tokenizer, card."""
+"""A Hugging Face directory has sidecars of the weights: generation settings, chat template, tokenizer."""
 
 import json
 import shutil
@@ -22,6 +22,7 @@ TOKENIZER_FILES = (
     "spiece.model",
     "tokenizer.model",
     "chat_template.jinja",
+    "chat_template.json",
 )
 EMBEDDING_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 
@@ -179,13 +180,13 @@ def known_settings(source: str | Path | None) -> Generation | None:
 
 
 def keep_generation(folder: Path, g: Generation, source: Path) -> list[str]:
-    """Writes `generation_config.json` into a run directory: all that the one beside the model `source` says, and the
-    token ids that only its config.json does; returns a line on that."""
+    """Writes `generation_config.json`: all that the one beside the model `source` says, with the token ids of `g`;
+    returns a line on that."""
     path, theirs = folder / "generation_config.json", source / "generation_config.json"
     if not theirs.is_file():
         return write_generation(folder, g, None)
     values = read_json(theirs)
-    values |= {name: id for name, id in token_ids(g).items() if values.get(name) is None}
+    values |= token_ids(g)  # a run's answers may end in more tokens
     path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
     return [f"{path.name}: carried along"]
 
@@ -241,6 +242,12 @@ def chat_templates(directory: str | Path) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
+def text_files(folder: Path) -> list[str]:
+    """Returns the names of a model's files that say how its text is read."""
+    names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return names + [str(path.relative_to(folder)) for path in sorted(folder.glob("additional_chat_templates/*.jinja"))]
+
+
 def copy_tokenizer(folder: Path, source: str | Path | None, kind: str = "decoder") -> list[str]:
     """Copies the tokenizer for a model of a `kind` into `folder`; returns lines on what was copied.
 
@@ -251,8 +258,7 @@ def copy_tokenizer(folder: Path, source: str | Path | None, kind: str = "decoder
     origin = Path(source)
     if not origin.is_dir():
         raise ValueError(f"{origin}: not a directory with a tokenizer")
-    files = [name for name in TOKENIZER_FILES if (origin / name).is_file()]
-    files += [str(path.relative_to(origin)) for path in sorted(origin.glob("additional_chat_templates/*.jinja"))]
+    files = text_files(origin)
     for name in files:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(origin / name, folder / name)
@@ -279,31 +285,3 @@ def _write_run_tokenizer(folder: Path, tokens: tokenizers.Tokenizer, kind: str) 
     text = json.dumps(tokenizer_json.settings(tokens), indent=2, ensure_ascii=False)
     path.write_text(text + "\n", "utf-8")
     return ["tokenizer.json, tokenizer_config.json: made from the run's tokenizer, checked to read text the same"]
-
-
-def write_card(folder: Path, values: Mapping[str, Any], count: int, origin: str) -> None:
-    """Writes `README.md`: what this is, where it came from, how it is loaded."""
-    architecture = (values.get("architectures") or ["AutoModel"])[0]
-    text = f"""---
-library_name: transformers
-tags:
-- {values["model_type"]}
-- jaxlm
----
-
-# {folder.resolve().name}
-
-{architecture} with {count:,} parameters, written by jaxlm as {values["dtype"]} safetensors.
-
-{origin or "Where its weights come from, what they were trained on and under which licence was not recorded."}
-
-```python
-from transformers import {architecture}
-
-model = {architecture}.from_pretrained("{folder.resolve().name}")
-```
-
-jaxlm reads it too: `jaxlm eval {folder.resolve().name}`.
-Nothing about its quality is claimed here: evaluate it on your own task before you rely on it.
-"""
-    (folder / "README.md").write_text(text, "utf-8")

@@ -21,7 +21,7 @@ import numpy as np
 from jaxlm.core import tree, weight_names
 from jaxlm.core.published_config import PublishedConfig
 from jaxlm.core.spec import is_spec
-from jaxlm.formats import hf_sidecars, safetensors, shards
+from jaxlm.formats import hf_sidecars, model_card, safetensors, shards
 from jaxlm.formats.safetensors import Files, read_json
 from jaxlm.nn.family import Family
 
@@ -224,14 +224,14 @@ def save(
     extra_files_from: str | Path | None = None,
     generation: hf_sidecars.Generation | None = None,
     card: bool = True,
-    origin: str = "",
+    about: model_card.About | None = None,
     max_bytes: int = 5_000_000_000,
 ) -> list[str]:
     """Writes a directory that transformers and `load` read; returns a line on each thing that was written.
 
     `dtype`: float32, bfloat16 or float16, or a dict that says it for each tensor of the file (see `dtypes`).
     `extra_files_from`: a directory or a run's tokenizer folder whose tokenizer and settings come along.
-    `origin`: a sentence for the model card. `config.json` comes last: after a kill there is no model here.
+    `about`: what the model card says of its making. `config.json` comes last: after a kill there is no model here.
     """
     folder, values = Path(directory), family.to_hf(c)
     if (folder / "config.json").exists():
@@ -258,7 +258,7 @@ def save(
     ids = {"pad_token_id": None} if settings is None else hf_sidecars.token_ids(settings)
     values = {**ids, **values, "dtype": str(common)}
     if card:
-        hf_sidecars.write_card(folder, values, count, origin)
+        model_card.write(folder, values, count, about or model_card.About())
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     partial_file = folder / f".config.json.{os.getpid()}.partial"
     partial_file.write_text(text, "utf-8")

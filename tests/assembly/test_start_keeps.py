@@ -1,11 +1,12 @@
 """A run that starts from a model keeps what lies beside its weights: how it ends, what it advises, how chats read."""
 
+import dataclasses
 import json
 
 import pytest
 from support.tiny_models import published
 
-from jaxlm.assembly import generate_text, model_source, open_model
+from jaxlm.assembly import convert, generate_text, model_source, open_model
 from jaxlm.core import config
 from jaxlm.models import bert, llama
 from jaxlm.objectives import causal, classify, preference, sft
@@ -79,3 +80,33 @@ def test_files_of_sentence_transformers_are_kept(tmp_path):
     found = described(tmp_path, classify.Config(labels=("a", "b")), "bert", bert)
     recipe = generate_text.read_recipe(found.source.path)
     assert (recipe.pooling, recipe.normalize, recipe.longest) == ("cls", False, 11)
+
+
+def test_what_is_kept_reaches_chats_and_exports(llama_files, tmp_path):
+    """A run's export says what the model that it started from said: stop ids, settings, templates, its licence; and
+    nothing of where files lie here."""
+    pytest.importorskip("jinja2")
+    (llama_files / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}"}))
+    (llama_files / "additional_chat_templates").mkdir()
+    (llama_files / "additional_chat_templates" / "tools.jinja").write_text("tools of {{ messages[0].content }}")
+    (llama_files / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base")
+    found = described(tmp_path, sft.Config(template=TEMPLATE))
+    data = config.Data(train=(str(tmp_path / "mail.jsonl"), "stdlib"), tokenizer="bytes")
+    run = dataclasses.replace(found.source.run, data=data)
+    source = dataclasses.replace(found.source, run=run)
+    base = open_model.open_model(llama_files)
+    tuned = open_model.Pretrained(source, base.model, base.params, base.mesh)
+    templates = {"default": TEMPLATE, "tools": "tools of {{ messages[0].content }}"}
+    assert source.templates == templates
+    convert.export(tuned, tmp_path / "out")
+    out = model_source.describe(tmp_path / "out")
+    assert out.templates == templates and out.licence == "apache-2.0"
+    ends = {65, 66, found.tokens.eos_id, found.tokens.sep_id}
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written | ADVICE | {"eos_token_id": sorted(ends)} == written and out.advice.pad == 9
+    assert set(tuned.eos) == set(out.advice.eos) == ends, "the end of the run's own turns too"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: apache-2.0" in card and "objective sft" in card and "on `mail.jsonl`, `stdlib`" in card
+    assert "from llama:" in card and "The card of llama states the licence apache-2.0" in card
+    for file in ("README.md", "export.json"):
+        assert str(tmp_path) not in (tmp_path / "out" / file).read_text()

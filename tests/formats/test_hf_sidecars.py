@@ -12,7 +12,7 @@ import tokenizers as library
 from jaxlm.core import spec
 from jaxlm.core.weight_names import vector
 from jaxlm.data import tokenizer, train_tokenizer
-from jaxlm.formats import huggingface
+from jaxlm.formats import huggingface, model_card
 from jaxlm.formats.hf_sidecars import Generation, chat_templates, read_generation
 
 SPECS = {"x": spec.Spec((2,), (None,), spec.zeros)}
@@ -217,7 +217,7 @@ def test_a_runs_tokenizer_json_gets_a_class_that_takes_it_as_it_is(tmp_path):
 
 
 def test_the_card_says_what_is_known(tmp_path):
-    save(tmp_path / "my-model", origin="Trained on tiny stories.")
+    save(tmp_path / "my-model", about=model_card.About("Trained on tiny stories."))
     text = (tmp_path / "my-model/README.md").read_text()
     assert "# my-model" in text and "2 parameters" in text and "Trained on tiny stories." in text
     assert "ToyForCausalLM.from_pretrained" in text and "float32" in text

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from jaxlm.core import config, spec, tree, weight_names
 from jaxlm.core.spec import Spec, stacked, zeros
 from jaxlm.core.weight_names import fused, linear, same, vector
-from jaxlm.formats import hf_sidecars, huggingface, safetensors, shards
+from jaxlm.formats import huggingface, model_card, safetensors, shards
 from jaxlm.models import MODELS, bert, gpt2, llama
 from jaxlm.nn.family import Files
 from jaxlm.nn.layout import Layout
@@ -414,7 +414,7 @@ def test_an_export_that_dies_leaves_no_model(tmp_path, monkeypatch):
     def die(*a):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hf_sidecars, "write_card", die)
+    monkeypatch.setattr(model_card, "write", die)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, zero_weights())
     assert not (tmp_path / "config.json").exists()
