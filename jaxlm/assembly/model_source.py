@@ -81,8 +81,7 @@ class Source:
         """The licence that the model's card or GGUF file states; empty where none does."""
         if self.files is None:
             return model_card.licence(self.path)
-        stated = self.files.fields.get("general.license")
-        return stated if isinstance(stated, str) else ""
+        return self.files.fields.get("general.license", "")
 
     @property
     def extra_files(self) -> Path | None:

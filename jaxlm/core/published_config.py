@@ -46,14 +46,15 @@ IDS = Rule(lambda x: COUNT.accepts(x) or COUNTS.accepts(x), "a token id or a lis
 OBJECT = Rule(lambda x: isinstance(x, dict), "an object", True)
 
 
-def _keys(rule: Rule, optional: str = "", required: str = "") -> dict[str, Rule]:
+def keys(rule: Rule, optional: str = "", required: str = "") -> dict[str, Rule]:
+    """Returns the rule by each key of two texts, whose keys blanks part; the value of an optional one may be null."""
     return {k: rule._replace(optional=True) for k in optional.split()} | dict.fromkeys(required.split(), rule)
 
 
 RULES: dict[str, Rule] = {
-    **_keys(LAYERS, "num_decoder_layers",
+    **keys(LAYERS, "num_decoder_layers",
             "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers"),
-    **_keys(SIZE, "num_key_value_heads head_dim max_position_embeddings original_max_position_embeddings n_inner "
+    **keys(SIZE, "num_key_value_heads head_dim max_position_embeddings original_max_position_embeddings n_inner "
             "sliding_window sliding_window_pattern q_lora_rank n_group topk_group no_rope_layer_interval "
             "moe_layer_freq n_ctx",
             "vocab_size hidden_size intermediate_size num_attention_heads n_embd n_head n_positions d_model num_heads "
@@ -62,31 +63,41 @@ RULES: dict[str, Rule] = {
             "num_local_experts num_experts n_routed_experts num_experts_per_tok experts_per_token "
             "relative_attention_num_buckets relative_attention_max_distance local_attention "
             "global_attn_every_n_layers"),
-    **_keys(COUNT, "n_shared_experts first_k_dense_replace pad_token_id decoder_start_token_id",
+    **keys(COUNT, "n_shared_experts first_k_dense_replace pad_token_id decoder_start_token_id extra_pos_embeddings",
             "type_vocab_size max_window_layers decoder_sparse_step"),
-    **_keys(POSITIVE, "rope_theta local_rope_theta global_rope_theta rope_local_base_freq attn_logit_softcapping "
+    **keys(POSITIVE, "rope_theta local_rope_theta global_rope_theta rope_local_base_freq attn_logit_softcapping "
             "final_logit_softcapping factor attention_factor low_freq_factor high_freq_factor beta_fast beta_slow "
             "short_mscale long_mscale",
             "query_pre_attn_scalar routed_scaling_factor swiglu_alpha swiglu_limit"),
-    **_keys(Rule(lambda x: _number(x) and x >= 0, "a number, at least 0"), "mscale mscale_all_dim"),
-    **_keys(SHARE, "partial_rotary_factor"),
-    **_keys(EPSILON, "", "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps"),
-    **_keys(DROPOUT, "", "dropout dropout_rate resid_pdrop embd_pdrop attn_pdrop hidden_dropout_prob "
+    **keys(Rule(lambda x: _number(x) and x >= 0, "a number, at least 0"), "mscale mscale_all_dim"),
+    **keys(SHARE, "partial_rotary_factor"),
+    **keys(EPSILON, "", "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps"),
+    **keys(DROPOUT, "", "dropout dropout_rate resid_pdrop embd_pdrop attn_pdrop hidden_dropout_prob "
             "attention_dropout mlp_dropout embedding_dropout"),
-    **_keys(FLAG, "attention_bias mlp_bias tie_word_embeddings norm_topk_prob use_sliding_window scale_embedding "
+    **keys(FLAG, "attention_bias mlp_bias tie_word_embeddings norm_topk_prob use_sliding_window scale_embedding "
             "scale_decoder_outputs use_bidirectional_attention add_pooling_layer rope_interleave norm_bias "
-            "classifier_bias decoder_bias truncate"),
-    **_keys(TEXT, "hidden_act hidden_activation activation activation_function feed_forward_proj topk_method "
-            "scoring_func classifier_activation rope_type type position_embedding_type", "model_type"),
-    **_keys(TEXTS, "layer_types architectures"),
-    **_keys(FLAGS, "no_rope_layers"),
-    **_keys(COUNTS, "mlp_only_layers"),
-    **_keys(NUMBERS, "short_factor long_factor"),
-    **_keys(IDS, "eos_token_id bos_token_id"),
-    **_keys(OBJECT, "rope_parameters rope_scaling full_attention sliding_attention"),
+            "classifier_bias decoder_bias truncate add_cross_attention is_decoder scale_attn_weights "
+            "scale_attn_by_inverse_layer_idx normalize_before normalize_embedding add_final_layer_norm "
+            "static_position_embeddings add_bias_logits"),
+    **keys(TEXT, "hidden_act hidden_activation activation activation_function feed_forward_proj topk_method "
+            "scoring_func classifier_activation quant_method rope_type type position_embedding_type", "model_type"),
+    **keys(TEXTS, "layer_types architectures"),
+    **keys(FLAGS, "no_rope_layers"),
+    **keys(COUNTS, "mlp_only_layers"),
+    **keys(NUMBERS, "short_factor long_factor"),
+    **keys(IDS, "eos_token_id bos_token_id"),
+    **keys(OBJECT, "rope_parameters rope_scaling full_attention sliding_attention quantization_config"),
 }  # fmt: skip
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 BY_LAYER = ("layer_types", "no_rope_layers")  # lists that have an entry for each layer
+
+
+def checked(rule: Rule | None, where: str, key: str, value: Any) -> Any:
+    """Returns the value of a key; raises a ValueError that names `where` and the key if the rule doesn't allow it."""
+    if rule is not None and not (value is None and rule.optional) and not rule.accepts(value):
+        shown = repr(value) if len(repr(value)) <= MAX_TEXT else f"{repr(value)[:MAX_TEXT]}…"
+        raise ValueError(f"{where}: {key} is {shown}; it must be {rule.words}")
+    return value
 
 
 class PublishedConfig(dict[str, Any]):
@@ -110,11 +121,12 @@ class PublishedConfig(dict[str, Any]):
         """Takes out the value of a key and returns it, `default` where there is none."""
         return self._checked(key, super().pop(key)) if key in self else default
 
+    def without(self, *keys: str) -> "PublishedConfig":
+        """Returns the values without those of some keys."""
+        return PublishedConfig({k: v for k, v in dict.items(self) if k not in keys}, self.where)
+
     def _checked(self, key: str, value: Any) -> Any:
-        rule = RULES.get(key)
-        if rule is not None and not (value is None and rule.optional) and not rule.accepts(value):
-            shown = repr(value) if len(repr(value)) <= MAX_TEXT else f"{repr(value)[:MAX_TEXT]}…"
-            raise ValueError(f"{self.where}: {key} is {shown}; it must be {rule.words}")
+        checked(RULES.get(key), self.where, key, value)
         if key in BY_LAYER and value:
             depth = next((self[name] for name in DEPTHS if name in self), len(value))
             if len(value) != depth:

@@ -18,6 +18,7 @@ import numpy as np
 from jaxlm.core import tree, weight_names
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.formats import gguf_names, gguf_tokenizer, huggingface, shards
+from jaxlm.formats.gguf_metadata import Metadata
 from jaxlm.formats.gguf_names import Fields, Place, Values
 from jaxlm.nn.family import Family
 
@@ -134,7 +135,7 @@ def open_file(path: str | Path) -> Files:
         raise ValueError(f"{path}: no such file")
     try:
         reader = _reader()(path)
-        fields = {name: stored.contents() for name, stored in reader.fields.items()}
+        fields = Metadata({name: stored.contents() for name, stored in reader.fields.items()})
         tensors = {t.name: t for t in reader.tensors}
         shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}
         if fields.get("split.count", 1) > 1:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxlm.core.errors import nearest
 from jaxlm.core.published_config import PublishedConfig
 from jaxlm.formats import gguf_rope
+from jaxlm.formats.gguf_metadata import Metadata
 from jaxlm.formats.gguf_rope import Fields, Values
 
 
@@ -321,6 +322,7 @@ def config(fields: Fields, shapes: Mapping[str, tuple[int, ...]], factors: np.nd
     `shapes` are those of the file's tensors, `factors` its `rope_freqs.weight`, if any. Raises a ValueError that names
     the key where one is missing or says what no family here does.
     """
+    fields = Metadata({k: gguf_rope.shortest(v) for k, v in fields.items()})
     a = ARCHITECTURES[architecture_of_fields(fields)]
     name = fields["general.architecture"]
     values: Values = PublishedConfig({"model_type": a.model_types[0]}, "metadata")
@@ -333,7 +335,7 @@ def config(fields: Fields, shapes: Mapping[str, tuple[int, ...]], factors: np.nd
                 raise ValueError(f"{name}.{key} is empty or differs between layers, which no family here has")
             value = value[0]
         if value is not None:
-            values[theirs] = gguf_rope.shortest(value)
+            values[theirs] = value
     if fields.get(f"{name}.expert_count") and "expert_count" not in a.keys:
         raise ValueError(f"{name}.expert_count: a mixture of experts in a GGUF file is not read")
     if "token_embd.weight" not in shapes:
@@ -348,7 +350,7 @@ def config(fields: Fields, shapes: Mapping[str, tuple[int, ...]], factors: np.nd
         if width != values["head_dim"] or rotated != values["head_dim"]:
             raise ValueError(f"{name}: heads whose keys, values and rotated parts differ in width are not read")
     values["tensors"] = shapes.keys()
-    values |= a.read_extra({k: gguf_rope.shortest(v) for k, v in fields.items()}, values)
+    values |= a.read_extra(fields, values)
     del values["tensors"]
     return values
 

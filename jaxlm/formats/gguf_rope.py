@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.formats.gguf_metadata import Metadata
+
 Fields = Mapping[str, Any]
 Values = dict[str, Any]
 """Values are the content of a config.json."""
@@ -21,7 +23,7 @@ def read(fields: Fields, name: str, factors: np.ndarray | None) -> Values:
 
     Raises a ValueError where the scaling is of a kind that is not read.
     """
-    rope_fields = {k: shortest(v) for k, v in fields.items() if k.startswith(f"{name}.rope.")}
+    rope_fields = Metadata({k: shortest(v) for k, v in fields.items() if k.startswith(f"{name}.rope.")})
     out: Values = {"rope_type": "default", "rope_theta": rope_fields.get(f"{name}.rope.freq_base", 10000.0)}
     scaling = f"{name}.rope.scaling."
     kind = rope_fields.get(scaling + "type", "none")

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxlm.core.errors import nearest
 from jaxlm.data.tokenizer import HuggingFace, SentencePiece, Tokenizer
+from jaxlm.formats.gguf_metadata import Metadata
 
 # Kinds of tokens, in GGUF as in SentencePiece.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -91,12 +92,13 @@ def read(fields: Mapping[str, Any]) -> Tokenizer:
 
     Raises a ValueError that names the key where one is missing, damaged or not known.
     """
+    fields = Metadata(fields)
     kind = str(fields.get("tokenizer.ggml.model"))
     readers: dict[str, Callable[..., Tokenizer]] = {"gpt2": _read_bytes, "llama": _read_pieces, "t5": _read_pieces}
     if kind not in readers:
         raise ValueError(f"tokenizer.ggml.model is {kind!r}, not one of {', '.join(readers)}")
     tokens = fields.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens:
+    if not tokens:
         raise ValueError("tokenizer.ggml.tokens is missing or empty")
     for name in ("scores", "token_type"):
         entries = fields.get(f"tokenizer.ggml.{name}")

@@ -48,7 +48,7 @@ def family_of(values: Mapping[str, Any], models: Mapping[str, Family]) -> Family
         note = "; its own code (auto_map) is never run" if "auto_map" in values else ""
         raise ValueError(f"config.json: model_type {kind!r} is not read here{near}{note}")
     if values.get("quantization_config"):
-        method = dict(values["quantization_config"]).get("quant_method", "unknown")
+        method = values["quantization_config"].get("quant_method", "unknown")
         raise ValueError(
             f"config.json: quantization_config: {method!r} weights are not read; bring the unquantised ones"
         )

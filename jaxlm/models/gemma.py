@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.core import spec
+from jaxlm.core.published_config import PublishedConfig
 from jaxlm.core.ranges import Count, NonNegative, Positive
 from jaxlm.core.spec import Spec, normal, stacked, zeros
 from jaxlm.core.weight_names import Name, vector
@@ -179,7 +180,7 @@ def _ropes(values: dict[str, Any]) -> tuple[Rope, Rope]:
     nested = values.get("rope_parameters") or {}
     far = nested.get("full_attention") or values.get("rope_scaling")
     near = {"rope_theta": values.get("rope_local_base_freq") or 1e4} | (nested.get("sliding_attention") or {})
-    plain = {k: v for k, v in values.items() if k not in ("rope_theta", "rope_scaling", "rope_parameters")}
+    plain = PublishedConfig(values).without("rope_theta", "rope_scaling", "rope_parameters")
     return rope.from_hf(values, 1e6, far or {"rope_type": "default"}), rope.from_hf(plain, 1e4, near)
 
 
