@@ -52,7 +52,8 @@ def load(source: run_source.RunSource, *, start: str = "", overrides: str | Path
     first = {} if overrides is None else config_io.read_overrides(Path(overrides))
     base = run_source.load_base(source, start or str(first.get("start", "")))
     run = run_source.overridden(base.run, first)
-    return run_source.completed(run_source.overridden(run, changes))
+    run = run_source.overridden(run, changes)
+    return run_source.completed(run, base.start if base.start.place == run.start else StartModel(run.start))
 
 
 def train(run: Run, *, on_step: Callable[[int, dict[str, float]], None] | None = None) -> RunDirectory:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.assembly import model_source, run_directory
+from jaxlm.assembly import model_source, run_directory, task_heads
 from jaxlm.assembly.model_source import Source
 from jaxlm.assembly.open_model import Place, Pretrained, open_model, published_run
 from jaxlm.core import config_io, errors, registry
@@ -26,6 +26,8 @@ from jaxlm.formats.hf_sidecars import Generation
 from jaxlm.formats.peft import describe, load, open_files, save
 from jaxlm.models.model import Model
 from jaxlm.nn import losses
+from jaxlm.objectives import OBJECTIVES
+from jaxlm.objectives.objective import TaskHead
 from jaxlm.runtime import mesh
 from jaxlm.weights.adapters import adapted
 
@@ -85,7 +87,19 @@ def export(
         raise ValueError(f"{path}: name a file that ends in .gguf")
     _fresh(path)
     with run_directory.removed_if_refused(path):
-        return _export(_published(open_model(model, step)), path, format, dtype)
+        p = open_model(model, step)
+        head = _task_head(p)
+        if head is None:
+            return _export(_published(p), path, format, dtype)
+        if format != "hf":
+            raise ValueError(f"format {format}: has no place for the head {head.weight} of {p.source.path}; choose hf")
+        task_heads.export(p.model.family, p.model.config, p.source.objective, p.params)  # refuses before any work
+        return _export(p, path, format, dtype)
+
+
+def _task_head(p: Pretrained) -> TaskHead | None:
+    """Returns the head of a labelled task that the model has; None: it has none that published files have too."""
+    return None if p.source.objective is None else OBJECTIVES.of(p.source.objective).head
 
 
 def _export(p: Pretrained, path: Path, format: str, dtype: str | None) -> tuple[list[str], dict[str, Any]]:
@@ -167,19 +181,25 @@ def probe(p: Pretrained) -> dict[str, np.ndarray]:
 
 def logits(p: Pretrained, vectors: bool = False) -> np.ndarray:
     """Computes the probe's logits `[rows, T, V]` in float32; or with `vectors`, and for a model without a head, what
-    comes before the head, `[rows, T, D]`."""
+    comes before the head, `[rows, T, D]`; or what the head of a labelled task gives."""
     execution = dataclasses.replace(p.model.shard.execution, dtype="float32", attention="xla")
     model = dataclasses.replace(p.model, shard=dataclasses.replace(p.model.shard, execution=execution))
 
-    vectors = vectors or not model.config.head
+    vectors, head = vectors or not model.config.head, _task_head(p)
 
     @jax.jit
-    def run(params: Any, batch: dict) -> jax.Array:
+    def run(params: Any, batch: Any) -> jax.Array:
+        if head is not None:
+            return head.logits(p.source.objective, model, params, batch)
         x_BTD = model.forward(params, batch).x_BTD
         return x_BTD if vectors else losses.logits(model.readout(params, x_BTD), model.shard)
 
     with mesh.on_mesh(p.mesh), jax.default_matmul_precision("highest"):
-        batch = {name: np.repeat(x, jax.device_count(), 0) for name, x in probe(p).items()}  # rows for all devices
+        batch = probe(p)
+        if head is not None:
+            at = 0 if model.family.kind == "encoder" else batch["tokens"].shape[1] - 1
+            batch |= dict(at=np.full(ROWS, at, np.int32), types=np.zeros_like(batch["tokens"]))
+        batch = {name: np.repeat(x, jax.device_count(), 0) for name, x in batch.items()}  # rows for all devices
         return np.asarray(jax.device_get(run(p.params, batch)))[:: jax.device_count()]
 
 
@@ -199,7 +219,7 @@ def _to_hf(p: Pretrained, folder: Path, dtype: str | None) -> list[str]:
     s = p.source
     kinds: Any = dtype or (huggingface.dtypes(s.path) if s.format == "hf" else "float32")
     advice = dataclasses.replace(s.advice, eos=tuple(p.eos)) if s.format == "run" and s.tokens is not None else s.advice
-    arguments = dict(dtype=kinds, generation=advice if advice != Generation() else None)
+    arguments: dict[str, Any] = dict(dtype=kinds, generation=advice if advice != Generation() else None)
     if s.format == "hf":
         arguments["generation"] = None  # its file comes along as it is
     with tempfile.TemporaryDirectory() as made:
@@ -207,10 +227,18 @@ def _to_hf(p: Pretrained, folder: Path, dtype: str | None) -> list[str]:
         if s.format == "gguf":
             extra = Path(made)
             s.save_text(extra)
+        m, weights, left = p.model, p.params, []
+        c, specs = m.config, m.specs
+        if _task_head(p) is not None:
+            task = task_heads.export(m.family, c, s.objective, weights)
+            c, specs, left = task.config, task.specs, task.left_out
+            weights = {name: weights[name] for name in specs}
+            arguments |= dict(names=task.names, values=task.values)
         notes = huggingface.save(
-            folder, p.model.family, p.model.config, p.model.specs, p.params, extra_files_from=extra, about=_about(s),
-            **arguments,
-        )  # fmt: skip
+            folder, m.family, c, specs, weights, extra_files_from=extra, about=_about(s), **arguments
+        )
+        if left:
+            notes.append(f"left out, because the head doesn't read it: {', '.join(left)}")
         if s.format == "run" and (s.path / "generation_config.json").is_file() and p.model.family.generates:
             hf_sidecars.keep_generation(folder, advice, s.path)
         return notes + (hf_sidecars.keep_embedding(folder, s.path) if s.format != "gguf" else [])

@@ -18,6 +18,7 @@ from jaxlm.evaluation.bootstrap import Sample
 from jaxlm.evaluation.samples import is_loss, keyed, of_losses, of_tasks
 from jaxlm.inference import stream
 from jaxlm.inference.sampling import Sampling, room
+from jaxlm.objectives import OBJECTIVES
 from jaxlm.runtime import mesh
 
 
@@ -42,7 +43,10 @@ def evaluate(
     if batches < 0:
         raise ValueError(f"batches: {batches} is out of range; give 1 or more, or 0 for all")
     opened = open_model(place, step)
-    p = program(opened, data)
+    settings = opened.source.head
+    if settings is not None and data:  # what a published head leaves open
+        settings = OBJECTIVES.of(settings).infer_from_data(settings, data)
+    p = program(opened, data, settings=settings)
     corpus = corpora.corpus(p.run.data, p.objective)
     keys: list[int] = []
     with mesh.on_mesh(p.mesh):

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jaxlm.assembly import run_directory
+from jaxlm.assembly import run_directory, task_heads
 from jaxlm.core import config
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.formats import gguf, hf_sidecars, huggingface, model_card
@@ -44,10 +44,17 @@ class Source:
     """The ids that stand before and after a text."""
     run: config.Run | None = None
     """The run, if the model is a run directory."""
+    head: Any = None
+    """The settings of the objective that a published model's own head belongs to; None: it has none."""
     files: gguf.Files | None = None
     adapter: config.Adapter = field(default_factory=config.Adapter)
     adapter_files: Files | None = None
     """None: a run's own adapter lies in its checkpoints."""
+
+    @property
+    def objective(self) -> Any:
+        """The settings of the objective whose weights the files hold; None: they hold a bare or a language model."""
+        return self.head if self.run is None else self.run.objective
 
     @property
     def adapted(self) -> Adapted:
@@ -171,11 +178,12 @@ def with_adapter(base: Source, folder: Path) -> Source:
 
 def _hf(folder: Path) -> Source:
     family, c = huggingface.describe(folder, MODELS)
+    c, head = task_heads.describe(folder, family, c)
     names = ("tokenizer.json", "tokenizer.model", "spiece.model")
     tokens = tokenizers.load(folder) if any((folder / name).is_file() for name in names) else None
     boundary_ids: tuple[list[int], list[int]] = tokens.boundary_ids if tokens is not None else ([], [])
     advice, templates = hf_sidecars.read_generation(folder), hf_sidecars.chat_templates(folder)
-    return Source(folder, "hf", family, c, tokens, advice, templates, boundary_ids)
+    return Source(folder, "hf", family, c, tokens, advice, templates, boundary_ids, head=head)
 
 
 def _gguf(path: Path) -> Source:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from jaxlm.assembly import program as programs
-from jaxlm.assembly import run_directory
+from jaxlm.assembly import run_directory, task_heads
 from jaxlm.assembly.model_source import Source, StartModel, describe, with_adapter
 from jaxlm.assembly.run_objective import BoundObjective, bind_run
 from jaxlm.core import config, config_io, spec, tree
@@ -104,7 +104,8 @@ def starting(run: config.Run, start: StartModel) -> config.Run:
     if source.tokens is None:
         raise ValueError(f"start: {start.place} has no tokenizer; put its tokenizer.json beside the weights")
     adapter = source.adapter if run.adapter == config.Adapter() else run.adapter
-    return dataclasses.replace(run, model=source.config, adapter=adapter, start=start.place)
+    model = task_heads.fitting(source.config, source.family, run.objective)
+    return dataclasses.replace(run, model=model, adapter=adapter, start=start.place)
 
 
 def load_tokenizer(run: config.Run, start: StartModel) -> Any:
@@ -150,8 +151,13 @@ def first_params(p: programs.Program, start: StartModel) -> Any:
     adapter. ValueError: the model does not fit the run."""
     source = start.source
     stored = specs_of(source)
+    head = task_heads.continued(p.run.objective, source.objective, p.run.start)
+    if head.note and jax.process_index() == 0:
+        print(head.note)
+    new = set() if head.kept else p.objective.specs(p.run.model.width).keys()
     differing = [path for path, s in tree.flatten(p.specs, spec.is_spec).items()
-                 if (other := tree.flatten(stored, spec.is_spec).get(path)) and other.shape != s.shape]  # fmt: skip
+                 if (other := tree.flatten(stored, spec.is_spec).get(path)) and other.shape != s.shape
+                 and path not in new]  # fmt: skip
     if source.family is not p.model.family or differing:
         where = f": {differing[0]} has another shape" if differing else ""
         raise ValueError(f"start: {source.path} does not fit this run's model{where}; leave the model to `start`")
@@ -167,7 +173,7 @@ def first_params(p: programs.Program, start: StartModel) -> Any:
         )
     transform = _quantizer(p) if theirs.base != ours.base else None
     weights = read(source, stored, p.layout.shardings(stored, p.mesh), transform=transform)
-    return {name: value for name, value in weights.items() if name in p.specs}
+    return {name: value for name, value in weights.items() if name in p.specs and name not in new}
 
 
 def _quantizer(p: programs.Program) -> Callable[[str, jax.Array], Any] | None:
@@ -190,9 +196,8 @@ def _quantizer(p: programs.Program) -> Callable[[str, jax.Array], Any] | None:
 def specs_of(source: Source) -> Any:
     """Returns the specs of the weights that a model's files hold."""
     specs = source.adapted.specs()
-    if source.run is not None:
-        objective = OBJECTIVES.of(source.run.objective)
-        specs |= objective.specs(source.run.objective, source.config.width)
+    if source.objective is not None:
+        specs |= OBJECTIVES.of(source.objective).specs(source.objective, source.config.width)
     return specs
 
 
@@ -267,7 +272,12 @@ def read(
     if source.run is None:
         if source.files is not None:
             return gguf.load(source.files, source.family, source.config, specs, shardings, transform=transform)
-        return huggingface.load(source.path, source.family, source.config, specs, shardings, transform=transform)
+        names, ignore = None, tuple[str, ...]()
+        if source.head is not None:
+            names, ignore = task_heads.names_in(source.family, source.config, source.head)
+        return huggingface.load(
+            source.path, source.family, source.config, specs, shardings, names=names, ignore=ignore, transform=transform
+        )
     run, adapted = source.run, source.adapted
     wanted = spec.abstract(specs, shardings)
     with Checkpoints(source.path / "checkpoints") as checkpoints:
@@ -298,12 +308,14 @@ def published_execution() -> config.Execution:
     return config.Execution(dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
-def program(p: Pretrained, data: Sequence[str] | None, objective: str | None = None) -> programs.Program:
+def program(
+    p: Pretrained, data: Sequence[str] | None, objective: str | None = None, settings: Any = None
+) -> programs.Program:
     """Returns the program that evaluates on the validation data of the run, or on `data`. A published model is
-    evaluated by `objective`, if given."""
+    evaluated by `objective`, if given, or by `settings` of one."""
     run, n = p.source.run or published_run(p.source), jax.device_count()
-    if p.source.run is None and objective is not None:
-        run = dataclasses.replace(run, objective=OBJECTIVES[objective].Config())
+    if p.source.run is None and (objective is not None or settings is not None):
+        run = dataclasses.replace(run, objective=OBJECTIVES[objective].Config() if objective else settings)
     own_head = OBJECTIVES.of(run.objective).specs(run.objective, p.model.config.width)
     if not p.model.config.head and not own_head:
         raise ValueError(f"{p.source.path}: its files have no language-model head; use it with: jaxlm embed")
@@ -323,7 +335,7 @@ def published_run(source: Source) -> config.Run:
     return config.Run(
         name=source.path.stem,
         model=c,
-        objective=OBJECTIVES[OBJECTIVE[kind]].Config(),
+        objective=OBJECTIVES[OBJECTIVE[kind]].Config() if source.head is None else source.head,
         data=config.Data(train=(), tokenizer=str(source.path)),
         train=config.Train(batch_size=8, seq_len=length),
         execution=published_execution(),

@@ -6,8 +6,10 @@ from typing import Any
 from jaxlm.assembly import corpus
 from jaxlm.assembly.open_model import Place, open_model, program
 from jaxlm.core.errors import one_line
+from jaxlm.core.registry import name_of
 from jaxlm.data.labelled import tables
 from jaxlm.data.text_input import parse_json, read_lines
+from jaxlm.objectives import OBJECTIVES
 from jaxlm.objectives.objective import Use
 from jaxlm.runtime import mesh
 
@@ -24,16 +26,20 @@ def predict(
     ValueError: the model wasn't fine-tuned for a labelled task, or an input lacks a part.
     """
     opened = open_model(place, step)
-    # Inputs have no labels: the run's own validation data is not read.
-    p = program(opened, ["inputs"])
-    objective = p.objective
-    use: Use | None = objective.prediction.use if objective.predicts else None
+    source = opened.source
+    settings = source.objective
+    prediction = None if settings is None else OBJECTIVES.of(settings).prediction
+    use: Use | None = None if prediction is None else prediction.use
     if use is None:
-        raise ValueError(f"model: {opened.source.path} predicts no labels: it was trained for {objective.name}; "
-                         f"fine-tune it for a labelled task, or generate text with it")  # fmt: skip
-    rows = list(_rows(use, objective.settings, inputs or [], data))
+        what = "its files hold no head for a task" if settings is None else f"it was trained for {name_of(settings)}"
+        raise ValueError(f"model: {source.path} predicts no labels: {what}; fine-tune it for a labelled task, or "
+                         "generate text with it")  # fmt: skip
+    rows = list(_rows(use, settings, inputs or [], data))
     if not rows:
         raise ValueError(f"data: {data} holds no input" if data else "inputs: there are none")
+    # Inputs have no labels: the run's own validation data is not read.
+    p = program(opened, ["inputs"], settings=use.fit(settings, rows) if source.run is None else None)
+    objective = p.objective
     records = use.records(objective.settings, rows, objective.row, objective.tokenizer)
     with mesh.on_mesh(p.mesh):
         predictions = corpus.predictions(p, opened.params, records)

@@ -30,7 +30,12 @@ from jaxlm.weights.adapters.old_settings import upgraded
 BASE = "base"  # folder of a run: the weights that its adapter rests on
 
 
-FORMER = {"next_sentence": {"next_label": 1}}
+FORMER: dict[str, dict[str, Any]] = {
+    "next_sentence": {"next_label": 1},
+    "classify": {"bias": True, "bos": True},
+    "tag": {"bos": True},
+    "choice": {"bias": False},
+}
 """Fields of objectives that did not always exist, with what held in runs whose `config.json` lacks them."""
 
 
@@ -39,7 +44,7 @@ def _with_former(values: dict[str, Any]) -> dict[str, Any]:
     objective = values.get("objective")
     if not isinstance(objective, dict):
         return values
-    return values | {"objective": FORMER.get(str(objective.get("family")), {}) | objective}
+    return values | {"objective": {**FORMER.get(str(objective.get("family")), {}), **objective}}
 
 
 def read_config(folder: Path) -> config.Run:

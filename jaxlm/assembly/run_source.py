@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm.assembly import open_model, run_directory, run_objective
+from jaxlm.assembly import open_model, run_directory, run_objective, task_heads
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.core import config, config_io, registry
+from jaxlm.models import MODELS
 from jaxlm.training import optimizers
 from jaxlm.weights.adapters import METHODS
 
@@ -68,12 +69,16 @@ def overridden(run: config.Run, changes: Mapping[str, Any]) -> config.Run:
     return config_io.changed(run, changes)
 
 
-def completed(run: config.Run) -> config.Run:
-    """Returns the run with what its objective takes from the training data, such as the names of labels.
+def completed(run: config.Run, start: StartModel) -> config.Run:
+    """Returns the run with what its objective takes from the training data, such as the names of labels, and from the
+    head of the model that it starts from.
 
-    ValueError: a field of the run is out of its range, or names no optimizer or schedule.
+    ValueError: a field of the run is out of its range, or names no optimizer or schedule; or the data has other labels
+    than that head.
     """
     config_io.check(run)
     optimizers.OPTIMIZERS.find(run.optim.name, "optim.name")
     optimizers.SCHEDULES.find(run.optim.schedule, "optim.schedule")
-    return run_objective.infer_from_data(run)
+    if start.place:
+        run = task_heads.with_labels_of(run, lambda: start.source.objective, start.place)
+    return task_heads.with_published_bias(run_objective.infer_from_data(run), MODELS.of(run.model))

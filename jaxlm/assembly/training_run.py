@@ -153,7 +153,11 @@ def _run(
     loader = corpus.training_loader(run, p.objective, data, rows)
     compiled, compile_seconds = _compile(p, state, p.to_device(loader.batch(start), rows), log, start)
     validate, gain = training_hooks.validator(p, data, log), training_hooks.gain_log(run, log)
-    sample = training_hooks.sampler(p, log) if p.model.family.generates and c.prompts else lambda step, state: None
+    sample = (
+        training_hooks.sampler(p, log)
+        if p.model.family.generates and p.model.config.head and c.prompts
+        else lambda step, state: None
+    )
     if start == 0:
         sample(0, state)
         metrics, samples = validate(0, state)

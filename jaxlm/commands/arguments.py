@@ -94,7 +94,7 @@ class OnRun(Command):
         run = config_io.override(*config_io.choose_adapter(changed, rest, METHODS))
         if start.place != run.start:
             start = StartModel(run.start)
-        whole = run_source.completed(run)
+        whole = run_source.completed(run, start)
         stages = {"config file": written, "start model": base, "overrides file": changed, "command line": run,
                   "training data": whole}  # fmt: skip
         return LoadedRun(whole, start, _origins(stages, rest))

@@ -63,7 +63,8 @@ RULES: dict[str, Rule] = {
             "num_local_experts num_experts n_routed_experts num_experts_per_tok experts_per_token "
             "relative_attention_num_buckets relative_attention_max_distance local_attention "
             "global_attn_every_n_layers"),
-    **keys(COUNT, "n_shared_experts first_k_dense_replace pad_token_id decoder_start_token_id extra_pos_embeddings",
+    **keys(COUNT, "n_shared_experts first_k_dense_replace pad_token_id decoder_start_token_id extra_pos_embeddings "
+            "num_labels",
             "type_vocab_size max_window_layers decoder_sparse_step"),
     **keys(POSITIVE, "rope_theta local_rope_theta global_rope_theta rope_local_base_freq attn_logit_softcapping "
             "final_logit_softcapping factor attention_factor low_freq_factor high_freq_factor beta_fast beta_slow "
@@ -80,13 +81,15 @@ RULES: dict[str, Rule] = {
             "scale_attn_by_inverse_layer_idx normalize_before normalize_embedding add_final_layer_norm "
             "static_position_embeddings add_bias_logits"),
     **keys(TEXT, "hidden_act hidden_activation activation activation_function feed_forward_proj topk_method "
-            "scoring_func classifier_activation quant_method rope_type type position_embedding_type", "model_type"),
+            "scoring_func classifier_activation quant_method rope_type type position_embedding_type problem_type",
+            "model_type"),
+    **keys(Rule(lambda x: x in ("cls", "mean"), "cls or mean"), "", "classifier_pooling"),
     **keys(TEXTS, "layer_types architectures"),
     **keys(FLAGS, "no_rope_layers"),
     **keys(COUNTS, "mlp_only_layers"),
     **keys(NUMBERS, "short_factor long_factor"),
     **keys(IDS, "eos_token_id bos_token_id"),
-    **keys(OBJECT, "rope_parameters rope_scaling full_attention sliding_attention quantization_config"),
+    **keys(OBJECT, "rope_parameters rope_scaling full_attention sliding_attention quantization_config id2label"),
 }  # fmt: skip
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 BY_LAYER = ("layer_types", "no_rope_layers")  # lists that have an entry for each layer

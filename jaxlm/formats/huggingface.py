@@ -23,7 +23,7 @@ from jaxlm.core.published_config import PublishedConfig
 from jaxlm.core.spec import is_spec
 from jaxlm.formats import hf_sidecars, model_card, safetensors, shards
 from jaxlm.formats.safetensors import Files, read_json
-from jaxlm.nn.family import Family
+from jaxlm.nn.family import Family, Outputs
 
 SAME_WORD = 0.88  # share of letters in common from which a name is a slip of the pen
 MAX_NAMES = 4  # tensors that an error names
@@ -94,25 +94,56 @@ def load(
     shardings: Any,
     *,
     dtype: Any = jnp.float32,
+    names: Mapping[str, weight_names.Name] | None = None,
     ignore: Iterable[str] = (),
     transform: Callable[[str, jax.Array], Any] | None = None,
 ) -> Any:
     """Loads the weights of a directory, each device's share straight onto it.
 
-    Tensors that match a pattern of `ignore` are left out. `transform` takes (path, weight) and returns what takes its
-    place before the next one is read. The host holds a piece or two; every process reads what its own devices need.
+    `names` says where they stand; None: as the family does for models without a task's head. Tensors that match a
+    pattern of `ignore` are left out. `transform` takes (path, weight) and returns what takes its place before the next
+    one is read. The host holds a piece or two; every process reads what its own devices need.
     Raises a ValueError that names the tensors where they don't fit the model.
     """
     files = safetensors.open_files(directory)
-    table = weight_names.tensors(family.names(c), specs)
-    names = _match_names(files, table, family, c, specs, ignore)
+    entries = family.names(c) if names is None else names
+    table = weight_names.tensors(entries, specs)
+    found = _match_names(files, table, family, entries, specs, ignore)
     sources: dict[str, list[shards.Source]] = {}
     for name, tensor in table.items():
         for part, view in zip(tensor.parts, tensor.views, strict=True):
-            read = partial(files.read, names[name], shape=view.shape)
-            source = shards.Source(part, view, read, files.entries[names[name]].dtype)
+            read = partial(files.read, found[name], shape=view.shape)
+            source = shards.Source(part, view, read, files.entries[found[name]].dtype)
             sources.setdefault(part.path, []).append(source)
     return shards.fill(specs, shardings, sources, dtype, transform)
+
+
+# ------------------------------------------------------------------------------------------------------- a task's head
+
+
+def read_outputs(values: Mapping[str, Any]) -> Outputs:
+    """Returns what config.json says of the outputs of a task's head; where it names none they are LABEL_0, LABEL_1 …
+
+    ValueError: it says it twice, or leaves one out.
+    """
+    stated, count = values.get("id2label"), values.get("num_labels")
+    if not stated:
+        return Outputs(tuple(f"LABEL_{i}" for i in range(count or 2)), values.get("problem_type") or "")
+    if sorted(stated, key=str) != sorted(map(str, range(len(stated)))):
+        raise ValueError(f"id2label has the keys {', '.join(map(str, stated))}; give one for each output, from 0 on")
+    labels = tuple(str(stated[str(i)]) for i in range(len(stated)))
+    if twice := next((label for label in labels if labels.count(label) > 1), None):
+        raise ValueError(f"id2label has the label {twice!r} twice; give each output a name of its own")
+    if count is not None and count != len(labels):
+        raise ValueError(f"num_labels is {count}, and id2label names {len(labels)} outputs; correct one of them")
+    return Outputs(labels, values.get("problem_type") or "")
+
+
+def output_values(out: Outputs) -> dict[str, Any]:
+    """Returns what config.json says of the outputs of a task's head."""
+    named = {str(i): label for i, label in enumerate(out.labels)}
+    values: dict[str, Any] = dict(id2label=named, label2id={label: i for i, label in enumerate(out.labels)})
+    return values | ({"problem_type": out.problem_type} if out.problem_type else {})
 
 
 # ------------------------------------------------------------------------------------------- do the files fit the model
@@ -122,7 +153,7 @@ def _match_names(
     files: Files,
     table: Mapping[str, weight_names.Tensor],
     family: Family,
-    c: Any,
+    entries: Mapping[str, weight_names.Name],
     specs: Any,
     ignore: Iterable[str],
 ) -> dict[str, str]:
@@ -131,7 +162,7 @@ def _match_names(
     Raises a ValueError for tensors that are missing, left over or misshapen.
     """
     spell = _spelling(files, family.FILES.prefixes)
-    copies = {spell(name): spell(original) for name, original in _copies(family, c, specs).items()}
+    copies = {spell(name): spell(original) for name, original in _copies(family, entries, specs).items()}
     # Early files may hold any one of the copies, which then stands for the original.
     stand_in = {of: name for name, of in copies.items() if name in files.entries and of not in files.entries}
     names = {name: stand_in.get(spell(name), spell(name)) for name in table}
@@ -156,7 +187,7 @@ def _match_names(
             raise ValueError(f"{entry.file}: {names[name]} holds {due}")
     for name, of in ((name, stand_in.get(of, of)) for name, of in copies.items()):
         if name in files.entries and not _equal(files, name, of):
-            head = "head" in family.names(c) and name.endswith(family.names(c)["head"].file)
+            head = "head" in entries and name.endswith(entries["head"].file)
             why = "though config.json ties them; set tie_word_embeddings to false there"
             if not head:
                 why = "which are one tensor in this model as it is read here; fetch or export its files again"
@@ -189,12 +220,11 @@ def _listed(names: list[str], what: str) -> str:
     return f"{len(names)} tensor{'s are' * (len(names) > 1) or ' is'} {what} ({', '.join(names[:MAX_NAMES])}{rest})"
 
 
-def _copies(family: Family, c: Any, specs: Any) -> dict[str, str]:
+def _copies(family: Family, entries: Mapping[str, weight_names.Name], specs: Any) -> dict[str, str]:
     """Returns the tensors that a file may hold though the model has them once, and which one each must equal.
 
     A head that the specs lack is the embedding; a family states others in its `FILES.tied`.
     """
-    entries = family.names(c)
     own = {name.file for name in entries.values()}
     tied = {name: of for name, of in family.FILES.tied.items() if name not in own}
     if "head" in entries and "head" not in specs and "embed" in specs:
@@ -221,6 +251,8 @@ def save(
     params: Any,
     *,
     dtype: Any,
+    names: Mapping[str, weight_names.Name] | None = None,
+    values: Mapping[str, Any] | None = None,
     extra_files_from: str | Path | None = None,
     generation: hf_sidecars.Generation | None = None,
     card: bool = True,
@@ -229,15 +261,17 @@ def save(
 ) -> list[str]:
     """Writes a directory that transformers and `load` read; returns a line on each thing that was written.
 
+    `names` and `values` (of config.json) are those of a model with a task's head; None: the family's own.
     `dtype`: float32, bfloat16 or float16, or a dict that says it for each tensor of the file (see `dtypes`).
     `extra_files_from`: a directory or a run's tokenizer folder whose tokenizer and settings come along.
     `about`: what the model card says of its making. `config.json` comes last: after a kill there is no model here.
     """
-    folder, values = Path(directory), family.to_hf(c)
+    folder, generates = Path(directory), family.generates and values is None
+    values = family.to_hf(c) if values is None else values
     if (folder / "config.json").exists():
         raise ValueError(f"{folder}: holds a config.json already; choose another directory or remove it")
     flat = _weights(specs, params)
-    table = weight_names.tensors(family.names(c), specs)
+    table = weight_names.tensors(family.names(c) if names is None else names, specs)
     settings = generation or hf_sidecars.known_settings(extra_files_from)
     kinds = {name: _export_dtype(dtype, name) for name in table}
     common = max(sorted(set(kinds.values()), key=str), key=list(kinds.values()).count)
@@ -251,7 +285,7 @@ def save(
     files = written[0].name if len(written) == 1 else f"{len(written) - 1} shards"
     notes = [f"{files}: {len(table)} tensors, {count:,} parameters as {common}"]
     notes += hf_sidecars.copy_tokenizer(folder, extra_files_from, family.kind)
-    if settings is not None and family.generates:
+    if settings is not None and generates:
         source = None if generation else extra_files_from
         notes += hf_sidecars.write_generation(folder, settings, source)
     # transformers' own default of pad_token_id may lie beyond the vocabulary.

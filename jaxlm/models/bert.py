@@ -17,7 +17,7 @@ from jaxlm.core.spec import Spec, bias, layer_norm, normal, stacked, table
 from jaxlm.core.weight_names import Name, linear, same, vector
 from jaxlm.nn import attention_layers, block_stack, layers
 from jaxlm.nn.cache import Cache
-from jaxlm.nn.family import Batch, Files, Key, Kind, ModelConfig, no_cache
+from jaxlm.nn.family import Batch, Files, Key, Kind, ModelConfig, Task, TaskFiles, TaskLayer, no_cache
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.losses import Readout
@@ -44,6 +44,7 @@ class Config(ModelConfig):
     activation: str = "gelu"
     pooler: bool = True
     """A dense layer on the first token."""
+    pooler_activation: Literal["tanh", "relu"] = "tanh"
     head: bool = True
     """The masked-LM head."""
     next_sentence: bool = False
@@ -52,6 +53,11 @@ class Config(ModelConfig):
     eps: NonNegative = 1e-12
     model_type: Literal["bert", "roberta", "xlm-roberta", "distilbert", "mpnet"] = "bert"
     """What published files of this model call its architecture."""
+
+    @property
+    def task_layer(self) -> TaskLayer | None:
+        """The pooler, which heads that read a text as a whole read, if there is one."""
+        return TaskLayer("pooler", self.pooler_activation) if self.pooler else None
 
 
 BUCKETS, LONGEST = 32, 128  # of the bias by distance; MPNet has no others
@@ -186,9 +192,15 @@ HEADS = {
 }
 
 
+PREFIXES = {"xlm-roberta": "roberta"}  # of names in files, where it is not the model_type
+
+
 def names(c: Config) -> dict[str, Name]:
-    stem = {"xlm-roberta": "roberta"}.get(c.model_type, c.model_type)
-    trunk = f"{stem}." if c.head else ""  # a bare model's files leave it out
+    return _names(c, f"{PREFIXES.get(c.model_type, c.model_type)}." if c.head else "")  # a bare model leaves it out
+
+
+def _names(c: Config, trunk: str) -> dict[str, Name]:
+    stem = PREFIXES.get(c.model_type, c.model_type)
     layer = trunk + ("transformer.layer.{layer}." if stem == "distilbert" else "encoder.layer.{layer}.")
     transform, transform_norm, head, head_bias = HEADS[stem if stem in HEADS else "roberta"]
     modules = {f"blocks/{ours}": layer + theirs for ours, theirs in LAYER[c.model_type].items()} | {
@@ -265,11 +277,38 @@ def infer_from_files(c: Config, files: Collection[str]) -> Config:
     return replace(c, head=head, pooler=has("pooler.dense"), next_sentence=head and has("cls.seq_relationship"))
 
 
+def task_files(c: Config, task: Task) -> TaskFiles:
+    """Returns how files with a task's head look. Heads of whole texts read the pooler, which stands elsewhere in files
+    of DistilBERT and of RoBERTa's and MPNet's classifiers."""
+    stem, distilled = PREFIXES.get(c.model_type, c.model_type), c.model_type == "distilbert"
+    whole = task in ("SequenceClassification", "MultipleChoice")
+    c = replace(c, head=False, next_sentence=False, pooler=whole)
+    c = replace(c, pooler_activation="relu" if distilled else "tanh") if whole else c
+    table, last = _names(c, f"{stem}."), "qa_outputs" if task == "QuestionAnswering" else "classifier"
+    if whole and distilled:
+        pooler = "pre_classifier"
+    elif task == "SequenceClassification" and c.model_type != "bert":
+        pooler, last = "classifier.dense", "classifier.out_proj"
+    else:
+        pooler = f"{stem}.pooler.dense"
+    del table["head"]
+    table |= {"pooler": linear(f"{pooler}.weight"), "pooler_bias": vector(f"{pooler}.bias")}
+    table |= {"task": linear(f"{last}.weight"), "task_bias": vector(f"{last}.bias")}
+
+    def values() -> dict[str, Any]:
+        said = to_hf(replace(c, pooler=False)) | dict(architectures=[f"{STEMS[c.model_type]}For{task}"])
+        return {name: value for name, value in said.items() if name != "add_pooling_layer"}
+
+    unread = () if pooler.startswith(stem) and whole else (r"(.*\.)?pooler\.dense\.(weight|bias)",)
+    return TaskFiles(c, table, values, unread)
+
+
 FILES = Files(
     prefixes=("bert.", "roberta.", "distilbert.", "mpnet."),
     ignored=(r"(.*\.)?embeddings\.position_ids",),
     tied={"cls.predictions.decoder.bias": "cls.predictions.bias", "lm_head.decoder.bias": "lm_head.bias"},
     infer_from_files=infer_from_files,
+    task=task_files,
 )
 
 
@@ -281,6 +320,7 @@ def to_hf(c: Config) -> dict[str, Any]:
         offset={"bert": c.offset == 0, "distilbert": c.offset == 0, "mpnet": c.offset == 2}.get(kind, c.offset > 0),
         relative=c.relative == (kind == "mpnet"),
         pooler=not (c.pooler and kind == "distilbert"),
+        pooler_activation=not c.pooler or c.pooler_activation == "tanh",
         next_sentence=not c.next_sentence or (kind == "bert" and c.head and c.pooler),
         eps=c.eps == 1e-12 or kind != "distilbert",
     )

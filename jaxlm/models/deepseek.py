@@ -18,7 +18,7 @@ from jaxlm.core.weight_names import Name, fused, linear, vector
 from jaxlm.nn import block_stack, decoder, layers, moe, rope
 from jaxlm.nn.attention import attend
 from jaxlm.nn.cache import Cache, empty_cache, remember
-from jaxlm.nn.family import Batch, Files, Key, Kind, ModelConfig
+from jaxlm.nn.family import Batch, Files, Key, Kind, ModelConfig, Task, TaskFiles
 from jaxlm.nn.layers import Output, project, rms_norm
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.mask import Mask
@@ -62,6 +62,8 @@ class Config(ModelConfig):
     """The head is the embedding."""
     dropout: BelowOne = 0.0
     eps: NonNegative = 1e-6
+    head: bool = True
+    """It predicts tokens; false: files with a task's head have no other."""
     model_type: Literal["deepseek_v3", "deepseek_v2"] = "deepseek_v3"
     """What published files of this model call its architecture."""
 
@@ -198,8 +200,15 @@ readout = decoder.readout
 
 ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
 MODEL_TYPES = tuple(ARCHITECTURES)
+OF_TOKENS = {"deepseek_v2": "", "deepseek_v3": "score"}  # the matrix of a head on each token
+
+
+def task_files(c: Config, task: Task) -> TaskFiles | None:
+    return decoder.task_files(c, task, names(c), to_hf, of_tokens=OF_TOKENS[c.model_type])
+
+
 # The layer after the last one of V3's files predicts a second token, which nothing here uses.
-FILES = Files(ignored=(*decoder.FILES.ignored, r"model\.layers\.61\..*"))
+FILES = Files(ignored=(*decoder.FILES.ignored, r"model\.layers\.61\..*"), task=task_files)
 
 
 def names(c: Config) -> dict[str, Name]:

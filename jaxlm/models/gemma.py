@@ -19,7 +19,7 @@ from jaxlm.core.spec import Spec, normal, stacked, zeros
 from jaxlm.core.weight_names import Name, vector
 from jaxlm.nn import attention_layers, block_stack, decoder, layers, rope
 from jaxlm.nn.cache import Cache
-from jaxlm.nn.family import Batch, Key, Kind
+from jaxlm.nn.family import Batch, Key, Kind, Task, TaskFiles
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.losses import Readout
@@ -117,7 +117,16 @@ attention_width, init_cache = decoder.attention_width, decoder.init_cache
 
 ARCHITECTURES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
 MODEL_TYPES = tuple(ARCHITECTURES)
-FILES = decoder.FILES
+# Of classes with a task's head: how their names begin, and the matrix on each token.
+STEMS = {"gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3Text"}
+OF_TOKENS = {"gemma": "score", "gemma2": "score", "gemma3_text": ""}
+
+
+def task_files(c: Config, task: Task) -> TaskFiles | None:
+    return decoder.task_files(c, task, names(c), to_hf, stem=STEMS[c.model_type], of_tokens=OF_TOKENS[c.model_type])
+
+
+FILES = replace(decoder.FILES, task=task_files)
 
 
 def names(c: Config) -> dict[str, Name]:

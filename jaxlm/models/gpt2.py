@@ -16,7 +16,7 @@ from jaxlm.core.spec import Spec, bias, layer_norm, normal, stacked
 from jaxlm.core.weight_names import Name, fused, linear, same, vector
 from jaxlm.nn import attention_layers, block_stack, decoder, layers
 from jaxlm.nn.cache import Cache, empty_cache
-from jaxlm.nn.family import Batch, Files, Key, Kind, ModelConfig
+from jaxlm.nn.family import Batch, Files, Key, Kind, ModelConfig, Task, TaskFiles
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.mask import Mask
@@ -40,6 +40,8 @@ class Config(ModelConfig):
     dropout: BelowOne = 0.0
     """Share of embeddings, attention outputs and ffn outputs that is dropped."""
     eps: NonNegative = 1e-5
+    head: bool = True
+    """It predicts tokens; false: files with a task's head have no other."""
     model_type = "gpt2"
 
 
@@ -77,7 +79,7 @@ def specs(c: Config) -> dict[str, Any]:
         blocks=stacked(c.layers, block_specs(c)),
         **layer_norm("norm", c.width),
     )
-    if not c.tied:
+    if not c.tied and c.head:
         out["head"] = spec.head(c.vocab, c.width, normal(0.02))
     return out
 
@@ -118,7 +120,14 @@ def init_cache(c: Config, rows: int, length: int, dtype: Any, slack: int = 0) ->
 # Published files.
 
 MODEL_TYPES = ("gpt2",)
-FILES = Files(prefixes=("transformer.",), ignored=(r".*\.attn\.(masked_)?bias",))  # causal masks as buffers
+
+
+def task_files(c: Config, task: Task) -> TaskFiles | None:
+    return decoder.task_files(c, task, names(c), to_hf, stem="GPT2", of_tokens="classifier")
+
+
+# Causal masks are kept as buffers.
+FILES = Files(prefixes=("transformer.",), ignored=(r".*\.attn\.(masked_)?bias",), task=task_files)
 
 
 def names(c: Config) -> dict[str, Name]:

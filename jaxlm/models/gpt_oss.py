@@ -15,7 +15,7 @@ from jaxlm.core.spec import Spec, norm, normal, stacked, zeros
 from jaxlm.core.weight_names import Name, fused, linear, vector
 from jaxlm.nn import attention_layers, block_stack, decoder, layers, moe, rope
 from jaxlm.nn.cache import Cache
-from jaxlm.nn.family import Batch, Files, Key, Kind
+from jaxlm.nn.family import Batch, Files, Key, Kind, Task, TaskFiles
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.moe import Moe
@@ -97,7 +97,13 @@ attention_width, readout, init_cache = decoder.attention_width, decoder.readout,
 # Published files.
 
 MODEL_TYPES = ("gpt_oss",)
-FILES = Files()
+
+
+def task_files(c: Config, task: Task) -> TaskFiles | None:
+    return decoder.task_files(c, task, names(c), to_hf)
+
+
+FILES = Files(task=task_files)
 
 
 def names(c: Config) -> dict[str, Name]:

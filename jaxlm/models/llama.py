@@ -16,7 +16,7 @@ from jaxlm.core.spec import Spec, norm, normal, stacked
 from jaxlm.core.weight_names import Name, fused, linear
 from jaxlm.nn import attention_layers, block_stack, decoder, layers, rope
 from jaxlm.nn.cache import Cache
-from jaxlm.nn.family import Batch, Key, Kind
+from jaxlm.nn.family import Batch, Key, Kind, Task, TaskFiles
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 
@@ -105,7 +105,13 @@ ARCHITECTURES = {
     "phi3": "Phi3ForCausalLM",
 }
 MODEL_TYPES = tuple(ARCHITECTURES)
-FILES = decoder.FILES
+
+
+def task_files(c: Config, task: Task) -> TaskFiles | None:
+    return decoder.task_files(c, task, names(c), to_hf)
+
+
+FILES = replace(decoder.FILES, task=task_files)
 
 
 def names(c: Config) -> dict[str, Name]:

@@ -4,7 +4,7 @@ Qwen 3 MoE adds norms on queries and keys and may begin with dense layers.
 B batch, T position, D model width.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from jaxlm.core.spec import Spec, norm, normal
 from jaxlm.core.weight_names import Name, linear
 from jaxlm.nn import attention_layers, block_stack, decoder, layers, moe, rope
 from jaxlm.nn.cache import Cache
-from jaxlm.nn.family import Batch, Key, Kind
+from jaxlm.nn.family import Batch, Key, Kind, Task, TaskFiles
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.moe import Moe
@@ -90,7 +90,13 @@ attention_width, readout, init_cache = decoder.attention_width, decoder.readout,
 
 ARCHITECTURES = {"mixtral": "MixtralForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 MODEL_TYPES = tuple(ARCHITECTURES)
-FILES = decoder.FILES
+
+
+def task_files(c: Config, task: Task) -> TaskFiles | None:
+    return decoder.task_files(c, task, names(c), to_hf)
+
+
+FILES = replace(decoder.FILES, task=task_files)
 
 
 def names(c: Config) -> dict[str, Name]:

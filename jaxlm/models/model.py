@@ -50,7 +50,16 @@ class Model:
         """Returns `[B, D]`, the pooler's summary of each row. ValueError: the model has no pooler."""
         if not self.config.pooler:
             raise ValueError("model.pooler: this model has none; set it to true, or choose an objective without it")
-        return layers.pooled(self.bound(params), self.specs, x_BTD, self.shard)
+        return self.task_states(params, self.shard(x_BTD, "batch", None, None)[:, :1])[:, 0]
+
+    def task_states(self, params: Any, x_BTD: jax.Array, seq: str | None = None) -> jax.Array:
+        """Returns states as heads of tasks read them: through the model's task layer if it has one. `seq` is the
+        logical axis of their positions."""
+        if (layer := self.config.task_layer) is None:
+            return x_BTD
+        p = self.bound(params)
+        y_BTD = layers.dense_layer(p, self.specs, layer.weight, layer.activation, x_BTD, self.shard, seq)
+        return layers.layer_norm(y_BTD, p[layer.norm], p.get(f"{layer.norm}_bias"), layer.eps) if layer.norm else y_BTD
 
     def init_cache(self, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
         """Returns an empty cache for rows of `length`, and for the adapter's virtual tokens."""

@@ -17,7 +17,7 @@ from jaxlm.core.spec import Spec, bias, normal, stacked
 from jaxlm.core.weight_names import Name, fused, linear, same, vector
 from jaxlm.nn import attention_layers, block_stack, layers, rope
 from jaxlm.nn.cache import Cache
-from jaxlm.nn.family import Batch, Files, Key, Kind, ModelConfig, no_cache
+from jaxlm.nn.family import Batch, Files, Key, Kind, ModelConfig, Task, TaskFiles, TaskLayer, no_cache
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.losses import Readout
@@ -47,6 +47,10 @@ class Config(ModelConfig):
     """The head's last matrix is the embedding."""
     head: bool = True
     """The masked-LM head."""
+    task_transform: bool = False
+    """Heads of tasks read states through the masked-LM head's dense layer and its norm."""
+    mean_pooling: bool = False
+    """Heads of whole texts read the mean of the states; false: that of the first token."""
     activation: str = "gelu"
     head_activation: str = "gelu"
     norm_bias: bool = False
@@ -59,6 +63,12 @@ class Config(ModelConfig):
     dropout: BelowOne = 0.0
     eps: NonNegative = 1e-5
     model_type: Literal["modernbert"] = "modernbert"
+
+    @property
+    def task_layer(self) -> TaskLayer | None:
+        """The masked-LM head's dense layer and norm, where heads of tasks read them."""
+        layer = TaskLayer("transform", self.head_activation, "transform_norm", self.eps, each=True)
+        return layer if self.task_transform else None
 
 
 def attention_width(c: Config) -> int:
@@ -109,10 +119,11 @@ def specs(c: Config) -> dict[str, Any]:
         blocks=stacked(c.layers - 1, block_specs(c, first=False)),
         **norm_specs(c, "norm"),
     )
-    if c.head:  # a dense layer and a norm before the embedding, or a matrix of its own
+    if c.head or c.task_transform:
         out |= dict(transform=Spec((D, D), ("embed", None), back), **norm_specs(c, "transform_norm"))
         if c.transform_bias:
             out["transform_bias"] = bias(D)
+    if c.head:  # the dense layer and the norm stand before the embedding, or a matrix of its own
         if c.head_bias:
             out["head_bias"] = bias(c.vocab, "vocab")
         if not c.tied:
@@ -175,7 +186,10 @@ MODEL_TYPES = ("modernbert",)
 
 
 def names(c: Config) -> dict[str, Name]:
-    trunk = "model." if c.head else ""  # a bare model's files leave it out
+    return _names("model." if c.head else "")  # a bare model's files leave it out
+
+
+def _names(trunk: str) -> dict[str, Name]:
     out = {
         "embed": same(trunk + "embeddings.tok_embeddings.weight"),
         "embed_norm": vector(trunk + "embeddings.norm.weight"),
@@ -238,6 +252,7 @@ def from_hf(values: dict[str, Any]) -> Config:
         rope_local=_rope(values, "sliding_attention", values.get("local_rope_theta", 10_000.0)),
         window=values.get("local_attention", 128) // 2 + 1,
         windowed=block_stack.pattern([t == "sliding_attention" for t in types]),
+        mean_pooling=values.get("classifier_pooling", "cls") == "mean",
         head=architecture == "ModernBertForMaskedLM",
     )
 
@@ -247,7 +262,18 @@ def infer_from_files(c: Config, files: Collection[str]) -> Config:
     return replace(c, head="head.dense.weight" in files and ("decoder.bias" in files or not c.head_bias))
 
 
-FILES = Files(prefixes=("model.",), infer_from_files=infer_from_files)
+def task_files(c: Config, task: Task) -> TaskFiles:
+    c = replace(c, head=False, task_transform=True)
+    table = _names("model.") | {"task": linear("classifier.weight"), "task_bias": vector("classifier.bias")}
+    del table["head"]
+
+    def values() -> dict[str, Any]:
+        return to_hf(replace(c, task_transform=False)) | dict(architectures=[f"ModernBertFor{task}"])
+
+    return TaskFiles(c, table, values)
+
+
+FILES = Files(prefixes=("model.",), infer_from_files=infer_from_files, task=task_files)
 
 
 def _rope(values: dict[str, Any], kind: str, theta: float) -> Rope:
@@ -258,11 +284,14 @@ def _rope(values: dict[str, Any], kind: str, theta: float) -> Rope:
 
 def to_hf(c: Config) -> dict[str, Any]:
     """Returns what config.json says of the architecture."""
+    if c.task_transform and not c.head:
+        raise ValueError("model.task_transform: not in files of a bare model; export it with its task's head")
     windowed = block_stack.repeated(c.windowed, c.layers)
     small = {} if c.vocab > 50283 else dict(pad_token_id=None)  # transformers refuses its default where it doesn't fit
     return small | dict(
         architectures=["ModernBertForMaskedLM" if c.head else "ModernBertModel"], model_type="modernbert",
         **{name: getattr(c, ours) for ours, name in (FIELDS | OPTIONS).items()},
+        classifier_pooling="mean" if c.mean_pooling else "cls",
         local_attention=2 * (c.window - 1), embedding_dropout=c.dropout, attention_dropout=c.dropout,
         layer_types=["sliding_attention" if w else "full_attention" for w in windowed],
         rope_parameters=dict(full_attention=rope.to_hf(c.rope), sliding_attention=rope.to_hf(c.rope_local)),

@@ -3,7 +3,7 @@
 B batch, T position, D model width, H heads, K key/value heads, C head width.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from jaxlm.core.spec import Spec, norm, normal, stacked
 from jaxlm.core.weight_names import Name, vector
 from jaxlm.nn import attention_layers, block_stack, decoder, layers, rope
 from jaxlm.nn.cache import Cache
-from jaxlm.nn.family import Batch, Key, Kind
+from jaxlm.nn.family import Batch, Key, Kind, Task, TaskFiles
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.rope import Rope
@@ -85,7 +85,13 @@ attention_width, readout, init_cache = decoder.attention_width, decoder.readout,
 # Published files.
 
 MODEL_TYPES = ("olmo2",)
-FILES = decoder.FILES
+
+
+def task_files(c: Config, task: Task) -> TaskFiles | None:
+    return decoder.task_files(c, task, names(c), to_hf, of_tokens="")
+
+
+FILES = replace(decoder.FILES, task=task_files)
 
 
 def names(c: Config) -> dict[str, Name]:

@@ -4,8 +4,8 @@ Each family writes its blocks and its `forward` out in its own file.
 D model width, H heads, K key/value heads, C head width, F ffn width.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jaxlm.core.spec import Init, Spec, bias, fan_in, norm, ones, stacked
 from jaxlm.core.weight_names import Name, linear, same, vector
 from jaxlm.nn import attention_layers, block_stack, moe, rope
 from jaxlm.nn.cache import Cache, empty_cache, read_on
-from jaxlm.nn.family import Batch, Files, ModelConfig
+from jaxlm.nn.family import Batch, Files, ModelConfig, Task, TaskFiles
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.losses import Readout
 from jaxlm.nn.mask import Mask
@@ -40,6 +40,8 @@ class DecoderConfig(ModelConfig):
     """The head is the embedding."""
     dropout: BelowOne = 0.0
     eps: NonNegative = 1e-5
+    head: bool = True
+    """It predicts tokens; false: files with a task's head have no other."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def model_specs(c: Any, embed: Init, stacks: dict[str, Any], scale: Init = ones)
     `embed` and `scale` initialize the embedding and the norm.
     """
     out = dict(embed=spec.table(c.vocab, c.width, embed, "vocab"), **stacks, norm=norm(c.width, init=scale))
-    return out if c.tied else out | dict(head=spec.head(c.vocab, c.width, fan_in(1)))
+    return out if c.tied or not c.head else out | dict(head=spec.head(c.vocab, c.width, fan_in(1)))
 
 
 # What a family needs besides its blocks.
@@ -130,6 +132,8 @@ def mask_and_cache(batch: Batch, cache: Cache | None, window: int | None = None)
 
 def readout(c: ModelConfig, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layout) -> Readout:
     """Returns what the logits are made of: the states, and the head or the embedding that it is tied to."""
+    if not c.head:
+        raise ValueError("model.head: this model has none, so it predicts no tokens; start from one that does")
     head = "embed" if c.tied else "head"
     return Readout(x_BTD.astype(shard.dtype), shard.gather(params[head], specs[head]))
 
@@ -203,6 +207,30 @@ def to_hf(c: DecoderConfig, architecture: str, unlimited: int = 1 << 20) -> dict
         rms_norm_eps=c.eps, rope_parameters=rope.to_hf(c.rope, c.model_type == "phi3"),
         max_position_embeddings=c.positions or unlimited, tie_word_embeddings=c.tied, hidden_act="silu",
     )  # fmt: skip
+
+
+def task_files(
+    c: Any, task: Task, names: Mapping[str, Name], to_hf: Callable[[Any], dict[str, Any]], *, stem: str = "",
+    of_tokens: str = "score",
+) -> TaskFiles | None:  # fmt: skip
+    """Returns how files with a task's head look: a matrix without bias on a text's last token, or one with a bias on
+    each token; None: there is no such head.
+
+    `names` and `to_hf` are those of the family. `stem` begins the names of the classes, and `of_tokens` is the matrix
+    on each token, empty where there is none.
+    """
+    matrices = {"SequenceClassification": "score", "TokenClassification": of_tokens}
+    if not (matrix := matrices.get(task)):
+        return None
+    table = {ours: name for ours, name in names.items() if ours != "head"} | {"task": linear(f"{matrix}.weight")}
+    if task == "TokenClassification":
+        table["task_bias"] = vector(f"{matrix}.bias")
+
+    def values() -> dict[str, Any]:
+        said = to_hf(c)
+        return said | dict(architectures=[f"{stem or said['architectures'][0].removesuffix('ForCausalLM')}For{task}"])
+
+    return TaskFiles(replace(c, head=False), table, values)
 
 
 SLIDING = "sliding_attention"

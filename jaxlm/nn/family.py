@@ -6,7 +6,7 @@ They stand below `models` because whatever takes a family is typed by them, adap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 
@@ -22,6 +22,32 @@ Batch = Mapping[str, Any]
 """Arrays `[B, T]` by name; see `Family.forward`."""
 Key = jax.Array | None
 """A key turns dropout on; None is evaluation."""
+
+
+Task = Literal["SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"]
+"""What published models with a head of a task's own are for, as the names of their classes end after "For"."""
+
+
+class Outputs(NamedTuple):
+    """Outputs are what a published config.json says of a task's head."""
+
+    labels: tuple[str, ...]
+    """The name of each output, in their order; empty: they are not known yet."""
+    problem_type: str = ""
+    """regression, single_label_classification or multi_label_classification; empty: it says nothing."""
+
+
+class TaskLayer(NamedTuple):
+    """A task layer is a dense layer that heads of tasks read the model's states through."""
+
+    weight: str
+    """Path of its matrix; its bias is `{weight}_bias`."""
+    activation: str
+    norm: str = ""
+    """Path of the scale of a LayerNorm behind it; empty: none."""
+    eps: float = 0.0
+    each: bool = False
+    """Heads that read every token read it through this too, not only those that read a text as a whole."""
 
 
 class ModelConfig:
@@ -44,6 +70,8 @@ class ModelConfig:
     """Segment (token type) embeddings; 0: none."""
     pooler: bool = False
     """A dense layer on the first token: the weights `pooler` and `pooler_bias`."""
+    mean_pooling: bool = False
+    """Heads of tasks read the mean of a text's states, not the state of one token."""
     window: int | None = None
     """Sliding-window attention over this many positions, in the layers that `windowed` names."""
     windowed: tuple[bool, ...] = (True,)
@@ -54,6 +82,11 @@ class ModelConfig:
     """Id of the token that an encoder-decoder's targets begin after; None: it has none of its own."""
     model_type: str = ""
     """What published files of this model call its architecture."""
+
+    @property
+    def task_layer(self) -> TaskLayer | None:
+        """The layer before heads of tasks; None: these read the states as they are."""
+        return None
 
     @property
     def target_start(self) -> int:
@@ -68,6 +101,26 @@ def _unchanged(c: Any, tensors: Collection[str]) -> Any:
 
 
 @dataclass(frozen=True)
+class TaskFiles:
+    """A TaskFiles says what published files of a model with a task's head hold."""
+
+    config: Any
+    """The model beneath the head: with the layers that the head reads, without heads of other tasks."""
+    names: Mapping[str, Name]
+    """Where each weight stands, by our paths; `task` and `task_bias` are the head's matrix and its bias, if it has
+    one."""
+    values: Callable[[], dict[str, Any]]
+    """() → what config.json says of the architecture. ValueError: files of its `model_type` can't express the model."""
+    ignored: tuple[str, ...] = ()
+    """Patterns of tensors that early files hold and no output depends on."""
+
+
+def no_task_files(c: Any, task: Task) -> TaskFiles | None:
+    """Returns None: no published file has a head of this task."""
+    return None
+
+
+@dataclass(frozen=True)
 class Files:
     """A Files says how published files of a family differ from what its table of names and their config.json say."""
 
@@ -79,6 +132,8 @@ class Files:
     """Names of copies, and of the tensor that each must equal."""
     infer_from_files: Callable[[Any, Collection[str]], Any] = _unchanged
     """(config, names of the files' tensors) → config with the heads that the files have."""
+    task: Callable[[Any, Task], TaskFiles | None] = no_task_files
+    """(config, task) → how files of a model with the task's head look; None: there are none."""
 
 
 class Published(Protocol):

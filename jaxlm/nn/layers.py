@@ -40,6 +40,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
 }
 
 
@@ -155,12 +156,13 @@ def project(p: dict, name: str, eq: str, x: jax.Array, shard: Layout, *axes: str
     return leaf_of(p[name]).after(y, shard)
 
 
-def pooled(p: dict, specs: Any, x_BTD: jax.Array, shard: Layout) -> jax.Array:
-    """Returns `[B, D]`: tanh of the dense layer `pooler` on the first token ([CLS])."""
-    w_DD = shard.gather(p["pooler"], specs["pooler"])
-    first_B1D = shard(x_BTD, "batch", None, None)[:, :1]
-    out_B1D = shard.einsum("btd,de->bte", first_B1D, w_DD, "batch", None, None)
-    return jnp.tanh(add_bias(out_B1D, p["pooler_bias"]))[:, 0]
+def dense_layer(
+    p: dict, specs: Any, name: str, activation: str, x_BTD: jax.Array, shard: Layout, seq: str | None = None
+) -> jax.Array:
+    """Applies the dense layer `name` and an activation to states. `seq` is the logical axis of their positions."""
+    w_DD = shard.gather(p[name], specs[name])
+    y_BTD = shard.einsum("btd,de->bte", x_BTD, w_DD, "batch", seq, None)
+    return ACTIVATIONS[activation](add_bias(y_BTD, p[f"{name}_bias"]) if f"{name}_bias" in p else y_BTD)
 
 
 def mlp(p: dict, x_BTD: jax.Array, activation: str, shard: Layout) -> jax.Array:

@@ -20,6 +20,7 @@ from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data import labelled
 from jaxlm.data.labelled import Question, squad, tables
 from jaxlm.models.model import Model
+from jaxlm.nn.family import Outputs
 from jaxlm.nn.layers import Output, dropout
 from jaxlm.objectives import classify
 from jaxlm.objectives.objective import (
@@ -31,6 +32,7 @@ from jaxlm.objectives.objective import (
     Record,
     RowShape,
     Sums,
+    TaskHead,
     Tokenizer,
     Use,
     no_tokens,
@@ -204,7 +206,8 @@ def logits(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Ar
     """Computes `[B, T, 2]` in float32 (start, end), very low where nothing may begin or end, and the model's output."""
     body, head = (None, None) if key is None else jax.random.split(key)
     out = classify.states(model, params, batch, body)
-    z_BT2 = classify.linear(model, params["answer"], dropout(out.x_BTD, c.dropout, head))
+    x_BTD = classify.token_states(model, params, out)
+    z_BT2 = classify.linear(model, params["answer"], dropout(x_BTD, c.dropout, head))
     z_BT2 = model.shard(z_BT2, "batch", None, None) + params["answer_bias"][None, None]
     return jnp.where(model.shard(batch["allowed"], "batch", None)[..., None] > 0, z_BT2, -1e9), out
 
@@ -294,9 +297,26 @@ def told(c: Config, records: Sequence[Window], predictions: Sequence[np.ndarray]
     return out
 
 
+def head_logits(c: Config, model: Model, params: Any, batch: DeviceBatch) -> jax.Array:
+    """Computes scores of where an answer begins and ends at any place of plain rows, `[B, T, 2]`."""
+    anywhere = jnp.ones_like(batch["tokens"])
+    return logits(c, model, params, batch | DeviceBatch(allowed=anywhere), None)[0]
+
+
+def read_outputs(out: Outputs) -> Config:
+    """Returns the settings of a published head, which gives an answer in any case: its files don't say that a text may
+    hold none."""
+    if len(out.labels) != 2:
+        raise ValueError(f"{len(out.labels)} outputs where a beginning and an end are due")
+    return Config(no_answer=False)
+
+
 use = Use[Config](rows, lambda c: "", unlabelled, told)
+head = TaskHead[Config](
+    "QuestionAnswering", "answer", head_logits, read_outputs, lambda c: Outputs(("LABEL_0", "LABEL_1"))
+)
 objective = Objective(
     Config, ExampleReader(read), ("encoder",), example=example, totals=totals, loss=loss, specs=specs, check=check,
     infer_from_data=infer_from_data, target_positions=no_tokens, padding="trim",
-    prediction=Prediction(predict, answers, "spans", use),
+    prediction=Prediction(predict, answers, "spans", use), head=head,
 )  # fmt: skip

@@ -6,16 +6,17 @@ softmax (Radford et al. 2018). B questions, N choices, T positions, D model widt
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core.ranges import BelowOne, Natural
-from jaxlm.core.spec import Spec, normal
+from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data.labelled import Choice, Split, choices, tables
 from jaxlm.models.model import Model
+from jaxlm.nn.family import Outputs
 from jaxlm.nn.layers import dropout
 from jaxlm.objectives import classify
 from jaxlm.objectives.objective import (
@@ -27,6 +28,7 @@ from jaxlm.objectives.objective import (
     Record,
     RowShape,
     Sums,
+    TaskHead,
     Tokenizer,
     Use,
     no_tokens,
@@ -49,6 +51,9 @@ class Config:
     """Names of the columns of a CSV or TSV file whose first line is no header."""
     dropout: BelowOne = 0.1
     """Before the head."""
+    bias: bool | None = None
+    """The head has a bias, which no answer depends on; None: as published heads of the model's family, or no where
+    there are none."""
 
 
 def _choices(c: Config, source: str) -> Split:
@@ -78,7 +83,8 @@ def infer_from_data(c: Config, sources: Sequence[str]) -> Config:
 
 
 def specs(c: Config, width: int) -> dict[str, Spec]:
-    return dict(choice=Spec((width, 1), ("embed", None), normal(0.02)))
+    head = dict(choice=Spec((width, 1), ("embed", None), normal(0.02)))
+    return head | dict(choice_bias=bias(1)) if c.bias else head
 
 
 def check(c: Config, tokenizer: Tokenizer) -> None:
@@ -165,7 +171,8 @@ def logits(
     )  # fmt: skip
     out = classify.states(model, params, flat, body)
     x_BD = dropout(classify.summary(model, params, flat, out), c.dropout, head)
-    z_BN = _split(model, classify.linear(model, params["choice"], x_BD)[:, 0], N)
+    z_B1 = classify.linear(model, params["choice"], x_BD)
+    z_BN = _split(model, (z_B1 + params["choice_bias"][None] if c.bias else z_B1)[:, 0], N)
     aux_B = None if out.aux_B is None else _split(model, out.aux_B, N).mean(-1)
     return jnp.where(batch["choice_mask"] > 0, z_BN, -1e9), aux_B
 
@@ -202,9 +209,26 @@ def told(c: Config, records: Sequence[Question], predictions: Sequence[np.ndarra
     return [{"choice": int(np.argmax(p)) + c.first, "probabilities": [float(x) for x in p]} for p in each]
 
 
-use = Use[Config](classify.rows, lambda c: "", unlabelled, told)
+def head_logits(c: Config, model: Model, params: Any, batch: DeviceBatch) -> jax.Array:
+    """Computes the number that each plain row gets as the only choice of a question, `[B, 1]`."""
+    rows: dict[str, Any] = {"types": jnp.zeros_like(batch["tokens"]), **batch}
+    one = {name: x[:, None] for name, x in rows.items()} | {"choice_mask": jnp.ones_like(batch["tokens"][:, :1])}
+    return logits(c, model, params, cast(DeviceBatch, one), None)[0]
+
+
+def fit(c: Config, lines: Sequence[tables.Row]) -> Config:
+    """Returns the settings for as many choices as the inputs have."""
+    names = choices.Names(c.context, c.choices, c.answer)
+    return replace(c, most=max(len(choices.choice(line, names, c.first, labelled=False).choices) for line in lines))
+
+
+use = Use[Config](classify.rows, lambda c: "", unlabelled, told, fit)
+head = TaskHead[Config](
+    "MultipleChoice", "choice", head_logits, lambda out: Config(), lambda c: Outputs(("LABEL_0", "LABEL_1")),
+    lambda c, bias: replace(c, bias=bias) if c.bias is None else c,
+)  # fmt: skip
 objective = Objective(
     Config, ExampleReader(read, token_ids), ("encoder", "decoder"), example=example, totals=totals, loss=loss,
     specs=specs, check=check, infer_from_data=infer_from_data, target_positions=no_tokens, padding="trim",
-    prediction=Prediction(predict, answers, "choices", use),
+    prediction=Prediction(predict, answers, "choices", use), head=head,
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Classification gives a text or a pair of texts one label, several at once, or a number.
 
-An encoder is read at its first token (through its pooler where it has one), a decoder at its last. B rows, T positions,
-D model width, L labels.
+An encoder is read at its first token or at the mean of all (through its pooler or task layer where it has one), a
+decoder at its last token. B rows, T positions, D model width, L labels.
 """
 
 import math
@@ -17,6 +17,7 @@ from jaxlm.core.ranges import BelowOne, NonNegative
 from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data.labelled import check_labels, make_split, tables
 from jaxlm.models.model import Model
+from jaxlm.nn.family import Outputs
 from jaxlm.nn.layers import Output, dropout
 from jaxlm.objectives.objective import (
     DeviceBatch,
@@ -28,6 +29,7 @@ from jaxlm.objectives.objective import (
     Record,
     RowShape,
     Sums,
+    TaskHead,
     Tokenizer,
     Use,
     no_tokens,
@@ -49,6 +51,10 @@ class Config:
     """Names of the columns of a CSV or TSV file whose first line is no header."""
     dropout: BelowOne = 0.1
     """Before the head."""
+    bias: bool | None = None
+    """The head has a bias; None: as published heads of the model's family, or yes where there are none."""
+    bos: bool = False
+    """A decoder reads BOS before every text, also where its tokenizer puts none there; runs of version 0.1.0 do."""
     label_smoothing: BelowOne = 0.0
     class_weights: tuple[NonNegative, ...] = ()
     """How much each label counts, in the order of `labels`; empty: all the same."""
@@ -87,7 +93,8 @@ def outputs(c: Config) -> int:
 
 def specs(c: Config, width: int) -> dict[str, Spec]:
     n = outputs(c)
-    return dict(classify=Spec((width, n), ("embed", None), normal(0.02)), classify_bias=bias(n))
+    head = dict(classify=Spec((width, n), ("embed", None), normal(0.02)))
+    return head if c.bias is False else head | dict(classify_bias=bias(n))
 
 
 def check(c: Config, tokenizer: Tokenizer) -> None:
@@ -119,8 +126,10 @@ def _records(
     encoded = [tokenizer.encode_batch(several) for several in texts]
     records, cut = [], 0
     for line, target, *parts in zip(lines, targets, *encoded, strict=True):
-        ids, types, whole = joined([list(part) for part in parts], row, tokenizer)
+        ids, types, whole = joined([list(part) for part in parts], row, marks(tokenizer, row.kind, c.bos))
         cut += not whole
+        if not ids:
+            raise ValueError(f"{line.where}: a text without tokens; remove it")
         records.append(Text(ids=ids, types=types, target=target, where=line.where))
     return records, cut
 
@@ -138,19 +147,26 @@ def _target(c: Config, line: tables.Row) -> np.ndarray:
     return np.isin(c.labels, _labels(c, line)).astype(np.float32)
 
 
-def marks(tokenizer: Tokenizer, kind: Kind) -> tuple[list[int], list[int], list[int]]:
-    """Returns the ids that stand before a text, between two texts, and at the end."""
+def marks(tokenizer: Tokenizer, kind: Kind, bos: bool = True) -> tuple[list[int], list[int], list[int]]:
+    """Returns the ids that stand before a text, between two texts, and at the end. A decoder's are BOS with `bos`, else
+    what its tokenizer puts there."""
     if kind == "encoder":
         first = tokenizer.bos_id if tokenizer.cls_id is None else tokenizer.cls_id
         sep = tokenizer.eos_id if tokenizer.sep_id is None else tokenizer.sep_id
         twice = tokenizer.piece(first) == "<s>"  # RoBERTa separates two texts by two of them
         return [first], [sep] * (2 if twice else 1), [sep]
-    return [tokenizer.bos_id], [tokenizer.eos_id], []
+    if bos:
+        return [tokenizer.bos_id], [tokenizer.eos_id], []
+    before, after = tokenizer.boundary_ids
+    return before, [tokenizer.eos_id], after
 
 
-def joined(parts: list[list[int]], row: RowShape, tokenizer: Tokenizer) -> tuple[list[int], list[int], bool]:
-    """Returns ids, the number of the text each belongs to, and whether all fits. A pair's longer text loses its end."""
-    first, between, last = marks(tokenizer, row.kind)
+def joined(
+    parts: list[list[int]], row: RowShape, marks: tuple[list[int], list[int], list[int]]
+) -> tuple[list[int], list[int], bool]:
+    """Returns ids with their `marks`, the number of the text each belongs to, and whether all fits. A pair's longer
+    text loses its end."""
+    first, between, last = marks
     room = row.seq_len - len(first) - len(last) - (len(between) if len(parts) > 1 else 0)
     whole = sum(map(len, parts)) <= room
     while sum(map(len, parts)) > room:
@@ -188,7 +204,7 @@ def logits(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Ar
     body, head = (None, None) if key is None else jax.random.split(key)
     out = states(model, params, batch, body)
     z_BL = linear(model, params["classify"], dropout(summary(model, params, batch, out), c.dropout, head))
-    return z_BL + params["classify_bias"][None], out
+    return z_BL if c.bias is False else z_BL + params["classify_bias"][None], out
 
 
 def states(model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> Output:
@@ -198,10 +214,19 @@ def states(model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None)
 
 
 def summary(model: Model, params: Any, batch: DeviceBatch, out: Output) -> jax.Array:
-    """Returns `[B, D]`, the pooled state of each row, or the state at the position where it is read."""
-    if model.config.pooler:
-        return model.pooled(params, out.x_BTD)
-    return states_at(model, out.x_BTD, batch["at"][:, None])[:, 0]
+    """Returns `[B, D]`, the state where each row is read, or the mean of its text's, as heads read it."""
+    if not model.config.mean_pooling:
+        return model.task_states(params, states_at(model, out.x_BTD, batch["at"][:, None]))[:, 0]
+    x_BTD = model.shard(out.x_BTD, "batch", None, None)
+    w_BT = model.shard(batch["segments"] > 0, "batch", None).astype(jnp.float32)
+    mean_BD = (x_BTD.astype(jnp.float32) * w_BT[..., None]).sum(1) / jnp.maximum(w_BT.sum(1), 1)[:, None]
+    return model.task_states(params, mean_BD.astype(x_BTD.dtype)[:, None])[:, 0]
+
+
+def token_states(model: Model, params: Any, out: Output) -> jax.Array:
+    """Returns `[B, T, D]`, the states of all tokens as heads read them."""
+    layer = model.config.task_layer
+    return model.task_states(params, out.x_BTD, "seq") if layer is not None and layer.each else out.x_BTD
 
 
 def states_at(model: Model, x_BTD: jax.Array, at_BN: jax.Array) -> jax.Array:
@@ -305,9 +330,36 @@ def rows(c: Any, source: str) -> Iterable[tables.Row]:
     return tables.read(source, c.columns)
 
 
-use = Use[Config](rows, lambda c: "" if c.text2 else c.text, unlabelled, told)
+PROBLEMS = dict(single="single_label_classification", multi="multi_label_classification", regression="regression")
+
+
+def fit(c: Config, lines: Sequence[tables.Row]) -> Config:
+    """Returns the settings that read pairs where the inputs have a `text2`."""
+    return replace(c, text2="text2") if any("text2" in line.cells for line in lines) else c
+
+
+def read_outputs(out: Outputs) -> Config:
+    """Returns the settings of a published head. As transformers has it, one output is a regression if config.json names
+    no other problem."""
+    usual = "regression" if len(out.labels) == 1 else PROBLEMS["single"]
+    kind = next((ours for ours, theirs in PROBLEMS.items() if theirs == (out.problem_type or usual)), None)
+    if kind is None:
+        raise ValueError(f"problem_type {out.problem_type!r} is unknown; known: {', '.join(PROBLEMS.values())}")
+    if kind == "regression":
+        if len(out.labels) > 1:
+            raise ValueError(f"a regression with {len(out.labels)} outputs is not read, only one number")
+        return Config(kind="regression")
+    return Config(kind=kind, labels=out.labels)  # type: ignore[arg-type]
+
+
+use = Use[Config](rows, lambda c: "" if c.text2 else c.text, unlabelled, told, fit)
+head = TaskHead[Config](
+    "SequenceClassification", "classify", lambda c, model, params, batch: logits(c, model, params, batch, None)[0],
+    read_outputs, lambda c: Outputs(("LABEL_0",) if c.kind == "regression" else c.labels, PROBLEMS[c.kind]),
+    lambda c, bias: replace(c, bias=bias) if c.bias is None else c, lambda c, labels: replace(c, labels=labels),
+)  # fmt: skip
 objective = Objective(
     Config, ExampleReader(read), ("encoder", "decoder"), example=example, totals=totals, loss=loss, specs=specs,
     check=check, infer_from_data=infer_from_data, target_positions=no_tokens, padding="trim",
-    prediction=Prediction(predict, answers, "classes", use),
+    prediction=Prediction(predict, answers, "classes", use), head=head,
 )  # fmt: skip

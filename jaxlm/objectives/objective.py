@@ -16,6 +16,7 @@ from jaxlm.core.spec import Spec
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.labelled import tables
 from jaxlm.models.model import Model
+from jaxlm.nn.family import Outputs, Task
 
 C = TypeVar("C")
 C_in = TypeVar("C_in", contravariant=True)
@@ -133,6 +134,9 @@ class Use(Generic[C]):
     """(settings, inputs, row, tokenizer) → records without a label; several may belong to one input."""
     told: Callable[[C, Sequence[Any], Sequence[np.ndarray]], list[dict[str, Any]]]
     """(settings, records, predictions) → plain values of each input, such as `label` and `probabilities`."""
+    fit: Callable[[C, Sequence[tables.Row]], C] = lambda c, lines: c
+    """(settings of a published model's head, inputs) → the settings that read these inputs: a published model's files
+    don't say what a table's columns are called."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,24 @@ class Prediction(Generic[C]):
     """The row of `evaluation/task_scores.py` that scores them."""
     use: Use[C] | None = None
     """How inputs without labels are predicted; None: only labelled examples are."""
+
+
+@dataclass(frozen=True)
+class TaskHead(Generic[C]):
+    """A task head is one that published models have too."""
+
+    task: Task
+    weight: str
+    """Path of its matrix among `specs`; its bias is `{weight}_bias`."""
+    logits: Callable[[C, Model, Any, DeviceBatch], jax.Array]
+    """(settings, model, params, rows of one text that is read at `at`) → its outputs, `[B, L]` or `[B, T, L]`."""
+    read: Callable[[Outputs], C]
+    """(what config.json says) → settings. ValueError: there is no such head here."""
+    write: Callable[[C], Outputs]
+    with_bias: Callable[[C, bool], C] = lambda c, bias: c
+    """(settings, whether published heads of the model's family have a bias) → settings that leave it open no more."""
+    with_labels: Callable[[C, tuple[str, ...]], C] | None = None
+    """(settings, labels) → settings with these labels; None: outputs have no names of their own."""
 
 
 @dataclass(frozen=True)
@@ -265,5 +287,6 @@ class Objective(Generic[C]):
     """(settings, weights of a model) → both as published files have them, where an older version of the objective read
     the outputs of its head in another order."""
     prediction: Prediction[C] | None = None
+    head: TaskHead[C] | None = None
     reference: Reference[C] | None = None
     read_prompts: ReadPrompts[C] | None = None

@@ -16,18 +16,19 @@ from jaxlm.core.ranges import BelowOne, NonNegative
 from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data.labelled import Tagged, check_labels, conll, tables
 from jaxlm.models.model import Model
+from jaxlm.nn.family import Outputs
 from jaxlm.nn.layers import Output, dropout
 from jaxlm.objectives import classify
 from jaxlm.objectives.objective import (
     DeviceBatch,
     Example,
     ExampleReader,
-    Kind,
     Objective,
     Prediction,
     Record,
     RowShape,
     Sums,
+    TaskHead,
     Tokenizer,
     Use,
     no_tokens,
@@ -44,6 +45,8 @@ class Config:
     """Column of the tags."""
     dropout: BelowOne = 0.1
     """Before the head."""
+    bos: bool = False
+    """A decoder reads BOS before every text, also where its tokenizer puts none there; runs of version 0.1.0 do."""
     label_smoothing: BelowOne = 0.0
     class_weights: tuple[NonNegative, ...] = ()
     """How much each label counts, in the order of `labels`; empty: all the same."""
@@ -93,7 +96,7 @@ def read(c: Config, source: str, row: RowShape, tokenizer: Tokenizer) -> tuple[l
 def _records(c: Config, examples: Sequence[Tagged], row: RowShape, tokenizer: Tokenizer) -> tuple[list[Sentence], int]:
     """Returns sentences as tokens with the first token of each word, and how many lose their end."""
     number = {label: i for i, label in enumerate(c.labels)}
-    first, last = _boundaries(tokenizer, row.kind)
+    first, _, last = classify.marks(tokenizer, row.kind, c.bos)
     room = row.seq_len - len(first) - len(last)
     records, cut = [], 0
     words = [word if i == 0 else f" {word}" for e in examples for i, word in enumerate(e.words)]
@@ -110,15 +113,6 @@ def _records(c: Config, examples: Sequence[Tagged], row: RowShape, tokenizer: To
         tags = [number[tag] for tag in e.tags]
         records.append(Sentence(ids=[*first, *ids, *last], firsts=firsts, tags=tags, where=e.where, words=e.words))
     return records, cut
-
-
-def _boundaries(tokenizer: Tokenizer, kind: Kind) -> tuple[list[int], list[int]]:
-    """Returns the ids that stand before and after a sentence."""
-    if kind == "encoder":
-        first = tokenizer.bos_id if tokenizer.cls_id is None else tokenizer.cls_id
-        last = tokenizer.eos_id if tokenizer.sep_id is None else tokenizer.sep_id
-        return [first], [last]
-    return [tokenizer.bos_id], []
 
 
 def example(c: Config, record: Sentence, row: RowShape, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:
@@ -145,7 +139,8 @@ def logits(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Ar
     """Computes the head's outputs `[B, T, L]` in float32, and the model's."""
     body, head = (None, None) if key is None else jax.random.split(key)
     out = model.forward(params, batch, key=body)
-    z_BTL = classify.linear(model, params["tag"], dropout(out.x_BTD, c.dropout, head))
+    x_BTD = classify.token_states(model, params, out)
+    z_BTL = classify.linear(model, params["tag"], dropout(x_BTD, c.dropout, head))
     return z_BTL + params["tag_bias"][None, None], out
 
 
@@ -235,8 +230,13 @@ def spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 
 
 use = Use[Config](rows, lambda c: "text", unlabelled, told)
+head = TaskHead[Config](
+    "TokenClassification", "tag", lambda c, model, params, batch: logits(c, model, params, batch, None)[0],
+    lambda out: Config(labels=out.labels), lambda c: Outputs(c.labels),
+    with_labels=lambda c, labels: replace(c, labels=labels),
+)  # fmt: skip
 objective = Objective(
     Config, ExampleReader(read), ("encoder", "decoder"), example=example, totals=totals, loss=loss, specs=specs,
     check=check, infer_from_data=infer_from_data, target_positions=no_tokens, padding="pack",
-    prediction=Prediction(predict, answers, "tags", use),
+    prediction=Prediction(predict, answers, "tags", use), head=head,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Writes tests/golden/hf: what Hugging Face transformers computes for each row of tests/published.py.
+"""Writes tests/golden/hf: what Hugging Face transformers computes for each row of tests/support.
 
 Run it where PyTorch and transformers are installed: `python tests/golden/make_hf.py [row …]` (default: rows that have
 no file yet; `all`: every row). The tests read the files and need neither.
@@ -16,7 +16,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support import hf_rows
+from support import head_rows, hf_rows
 
 HERE = Path(__file__).parent / "hf"
 
@@ -39,13 +39,14 @@ def make(name: str, row: hf_rows.Row) -> None:
     given = hf_rows.inputs(row.inputs)
     with torch.no_grad():
         out = model.eval()(**{k: torch.from_numpy(v).long() for k, v in given.items()})
-    expected = out[row.output].numpy()
+    expected = hf_rows.compared(out, row.output)
     assert np.isfinite(expected).all() and np.abs(expected).max() < 1e3, name
     np.savez_compressed(HERE / f"{name}.npz", config=json.dumps(config), shapes=json.dumps(shapes), expected=expected)
     print(f"{name}: {sum(int(np.prod(s)) for s in shapes.values()):,} weights, largest {np.abs(expected).max():.2f}")
 
 
 if __name__ == "__main__":
-    wanted = sys.argv[1:] or [name for name in hf_rows.ROWS if not (HERE / f"{name}.npz").exists()]
-    for name in hf_rows.ROWS if wanted == ["all"] else wanted:
-        make(name, hf_rows.ROWS[name])
+    rows = hf_rows.ROWS | head_rows.ROWS
+    wanted = sys.argv[1:] or [name for name in rows if not (HERE / f"{name}.npz").exists()]
+    for name in rows if wanted == ["all"] else wanted:
+        make(name, rows[name])

@@ -23,8 +23,9 @@ def model() -> SimpleNamespace:
     rng = np.random.default_rng(0)
     x_BTD = jnp.asarray(1 + 0.02 * rng.standard_normal((B, T, D)), jnp.bfloat16)
     return SimpleNamespace(
-        config=SimpleNamespace(types=0, pooler=False), shard=Layout(),
-        forward=lambda params, batch, key=None: Output(x_BTD), pooled=lambda params, x_BTD: x_BTD[:, 0],
+        config=SimpleNamespace(types=0, mean_pooling=False, task_layer=None), shard=Layout(),
+        forward=lambda params, batch, key=None: Output(x_BTD), task_states=lambda params, x_BTD: x_BTD,
+        pooled=lambda params, x_BTD: x_BTD[:, 0],
     )  # fmt: skip
 
 

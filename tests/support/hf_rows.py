@@ -23,7 +23,8 @@ class Row(NamedTuple):
     config: dict[str, Any]
     """Keyword arguments of its configuration class."""
     inputs: str = "decoder"
-    """decoder, encoder (ragged), types (encoder with token types), or encoder_decoder (ragged source)."""
+    """decoder, padded (a ragged decoder), encoder (ragged), types (encoder with token types), choices (the same as the
+    choices of one question), or encoder_decoder (ragged source)."""
     output: str = "logits"
     """What is compared: an attribute of transformers' output."""
     more: dict[str, tuple[int, ...]] = {}  # noqa: RUF012
@@ -46,11 +47,20 @@ def inputs(kind: str, vocab: int = V) -> dict[str, np.ndarray]:
         mask = (np.arange(S)[None] < np.array([[S], [S - 4]])).astype(np.int32)
         return dict(input_ids=ids(S), attention_mask=mask, decoder_input_ids=ids(T))
     out = dict(input_ids=ids(T))
-    if kind in ("encoder", "types"):
+    if kind in ("encoder", "types", "choices", "padded"):
         out["attention_mask"] = (np.arange(T)[None] < np.array([[T], [T - 4]])).astype(np.int32)
-    if kind == "types":
+    if kind in ("types", "choices"):
         out["token_type_ids"] = np.broadcast_to((np.arange(T) >= 5).astype(np.int32), (ROWS_, T)).copy()
-    return out
+    if kind == "padded":
+        out["input_ids"] *= out["attention_mask"]
+    return {name: x[None] for name, x in out.items()} if kind == "choices" else out
+
+
+def compared(out: Any, output: str) -> Any:
+    """What is compared of an output of transformers: an attribute, or several side by side."""
+    if output == "spans":
+        return np.stack([out["start_logits"].numpy(), out["end_logits"].numpy()], -1)
+    return out[output].numpy()
 
 
 def directory(name: str, folder: Path) -> dict[str, np.ndarray]:
@@ -65,7 +75,7 @@ def directory(name: str, folder: Path) -> dict[str, np.ndarray]:
 
 def batch_of(kind: str, vocab: int = 64) -> dict[str, np.ndarray]:
     """transformers' inputs under our names."""
-    given = inputs(kind, vocab)
+    given = {name: x.reshape(-1, x.shape[-1]) for name, x in inputs(kind, vocab).items()}
     count = lambda a: np.broadcast_to(np.arange(a.shape[1], dtype=np.int32), a.shape)  # noqa: E731
     tokens = given.get("decoder_input_ids", given["input_ids"])
     out = dict(tokens=tokens, positions=count(tokens))
@@ -77,6 +87,8 @@ def batch_of(kind: str, vocab: int = 64) -> dict[str, np.ndarray]:
         out["segments"] = given["attention_mask"]
     if "token_type_ids" in given:
         out["types"] = given["token_type_ids"]
+    if kind == "padded":
+        out["at"] = given["attention_mask"].sum(1, dtype=np.int32) - 1
     return out
 
 
