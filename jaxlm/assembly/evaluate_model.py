@@ -43,7 +43,7 @@ def evaluate(
     if batches < 0:
         raise ValueError(f"batches: {batches} is out of range; give 1 or more, or 0 for all")
     opened = open_model(place, step)
-    settings = opened.source.head
+    settings = None if opened.source.is_trained_here else opened.source.objective
     if settings is not None and data:  # what a published head leaves open
         settings = OBJECTIVES.of(settings).infer_from_data(settings, data)
     p = program(opened, data, settings=settings)

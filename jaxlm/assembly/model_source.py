@@ -57,6 +57,11 @@ class Source:
         return self.head if self.run is None else self.run.objective
 
     @property
+    def is_trained_here(self) -> bool:
+        """True for a run that has training data; an imported model has none."""
+        return self.run is not None and bool(self.run.data.train)
+
+    @property
     def adapted(self) -> Adapted:
         """The model's weights as its adapter changes them."""
         return Adapted(self.adapter, self.family, self.config)

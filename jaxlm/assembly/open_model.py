@@ -312,10 +312,12 @@ def program(
     p: Pretrained, data: Sequence[str] | None, objective: str | None = None, settings: Any = None
 ) -> programs.Program:
     """Returns the program that evaluates on the validation data of the run, or on `data`. A published model is
-    evaluated by `objective`, if given, or by `settings` of one."""
+    evaluated by `objective`, if given. `settings` of an objective take the place of those that the model has."""
     run, n = p.source.run or published_run(p.source), jax.device_count()
-    if p.source.run is None and (objective is not None or settings is not None):
-        run = dataclasses.replace(run, objective=OBJECTIVES[objective].Config() if objective else settings)
+    if settings is not None:
+        run = dataclasses.replace(run, objective=settings)
+    elif p.source.run is None and objective is not None:
+        run = dataclasses.replace(run, objective=OBJECTIVES[objective].Config())
     own_head = OBJECTIVES.of(run.objective).specs(run.objective, p.model.config.width)
     if not p.model.config.head and not own_head:
         raise ValueError(f"{p.source.path}: its files have no language-model head; use it with: jaxlm embed")

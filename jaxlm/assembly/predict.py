@@ -38,7 +38,7 @@ def predict(
     if not rows:
         raise ValueError(f"data: {data} holds no input" if data else "inputs: there are none")
     # Inputs have no labels: the run's own validation data is not read.
-    p = program(opened, ["inputs"], settings=use.fit(settings, rows) if source.run is None else None)
+    p = program(opened, ["inputs"], settings=settings if source.is_trained_here else use.fit(settings, rows))
     objective = p.objective
     records = use.records(objective.settings, rows, objective.row, objective.tokenizer)
     with mesh.on_mesh(p.mesh):

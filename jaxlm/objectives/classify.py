@@ -54,7 +54,7 @@ class Config:
     bias: bool | None = None
     """The head has a bias; None: as published heads of the model's family, or yes where there are none."""
     bos: bool = False
-    """A decoder reads BOS before every text, also where its tokenizer puts none there; runs of version 0.1.0 do."""
+    """A decoder reads BOS before every text, also where its tokenizer puts none there, as earlier runs do."""
     label_smoothing: BelowOne = 0.0
     class_weights: tuple[NonNegative, ...] = ()
     """How much each label counts, in the order of `labels`; empty: all the same."""

@@ -46,7 +46,7 @@ class Config:
     dropout: BelowOne = 0.1
     """Before the head."""
     bos: bool = False
-    """A decoder reads BOS before every text, also where its tokenizer puts none there; runs of version 0.1.0 do."""
+    """A decoder reads BOS before every text, also where its tokenizer puts none there, as earlier runs do."""
     label_smoothing: BelowOne = 0.0
     class_weights: tuple[NonNegative, ...] = ()
     """How much each label counts, in the order of `labels`; empty: all the same."""
