@@ -164,7 +164,8 @@ def _merged(p: Pretrained) -> Pretrained:
     """Returns the model with its adapter merged into plain weights."""
     with mesh.on_mesh(p.mesh):
         weights = jax.jit(p.model.adapter.merged)(p.params)
-    return dataclasses.replace(p, model=dataclasses.replace(p.model, adapter=None), params=weights)
+    heads = {name: w for name, w in p.params.items() if name not in (*p.model.adapter.base, "adapter")}
+    return dataclasses.replace(p, model=dataclasses.replace(p.model, adapter=None), params=weights | heads)
 
 
 def probe(p: Pretrained) -> dict[str, np.ndarray]:

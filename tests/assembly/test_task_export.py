@@ -11,10 +11,11 @@ from support import tiny_published
 from support.tiny_published import VOCAB
 
 import jaxlm
-from jaxlm.assembly import convert, model_source, open_model, task_heads
+from jaxlm.assembly import convert, model_source, open_model, run_directory, task_heads
 from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.commands import cli
+from jaxlm.core import config_io
 from jaxlm.core.config import Data, Execution, Optim, Run, Train
 from jaxlm.models import MODELS, bert, gpt2, llama, modernbert, t5
 from jaxlm.objectives import answer, choice, classify, tag
@@ -53,10 +54,11 @@ def run(folder: Path, start: Path, data: str, settings=classify.Config(), **chan
 
 
 @pytest.mark.slow
-def test_a_fine_tuned_classifier_is_exported_and_labels_as_before(one_device, tmp_path):
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_a_fine_tuned_classifier_is_exported_and_labels_as_before(adapter, one_device, tmp_path):
     """It starts from a masked LM without a pooler, and gets the dense layer that RoBERTa's classifiers have."""
     start = tiny_published.directory(tmp_path / "start", of_bert("roberta", head=True, pooler=False, types=1, offset=1))
-    made = run(tmp_path, start, table(tmp_path, LABELS))
+    made = run(tmp_path, start, table(tmp_path, LABELS), adapter=adapter)
     assert made.model.pooler and made.objective.bias and made.objective.labels == LABELS
     trained = jaxlm.train(made).open()
     _, record = convert.export(tmp_path / "r", tmp_path / "hf")
@@ -95,6 +97,33 @@ def test_heads_that_no_published_class_has(c, settings, why):
         return
     with pytest.raises(ValueError, match=why):
         task_heads.export(MODELS.of(c), c, settings, {})
+
+
+@pytest.mark.slow
+def test_a_decoder_that_learned_classes_reads_texts_as_its_tokenizer_does(one_device, tmp_path):
+    """From a language model, then on from its own export, which has no head for tokens."""
+    start = tiny_published.directory(tmp_path / "start", dataclasses.replace(LLAMA, tied=False))
+    trained = jaxlm.train(run(tmp_path, start, table(tmp_path, LABELS))).open()
+    assert "classify_bias" not in trained.params and not trained.pretrained.objective.settings.bos
+    notes, _ = convert.export(tmp_path / "r", tmp_path / "hf")
+    assert "left out, because the head doesn't read it: head" in notes
+    told = jaxlm.open(tmp_path / "hf").predict(TEXTS)
+    for before, after in zip(trained.predict(TEXTS), told, strict=True):
+        np.testing.assert_allclose(list(before["probabilities"].values()), list(after["probabilities"].values()), 1e-5)
+    on = run(tmp_path / "on", tmp_path / "hf", table(tmp_path, LABELS))
+    assert not on.model.head and jaxlm.train(on).finished
+
+
+def test_earlier_runs_go_on_as_they_were(tmp_path):
+    """Their configurations lack the settings of the head, and had other values than those that are usual now."""
+    config_io.dump(Run("r", LLAMA, classify.Config(labels=LABELS, bias=False)), tmp_path / "config.json")
+    values = json.loads((tmp_path / "config.json").read_text())
+    for name in ("bias", "bos"):
+        del values["objective"][name]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    earlier = run_directory.read_config(tmp_path).objective
+    assert earlier.bias is True and earlier.bos is True
+    assert task_heads.with_published_bias(Run("r", LLAMA, earlier), llama).objective.bias is True
 
 
 def test_what_a_published_classifier_says_from_the_command_line(classifier, tmp_path, capsys):
