@@ -261,7 +261,7 @@ MISTAKES = [
     using("a schema that is no JSON", r"json_schema: ", json_schema="{"),
     Mistake(
         "vectors of nothing",
-        r"texts: there are none|no text; give --text or --file",
+        r"texts: there are none|--file: empty\.py holds no text",
         lambda: jaxlm.open("encoder").embed([]),
         ["embed", "encoder", "--file", "empty.py"],
     ),

@@ -73,6 +73,8 @@ def augment(
     table = path.suffix.lower() in tables.READERS
     _check(path, out, method, back, table, share, top_k, copies)
     items = _rows(source, columns, text) if table else _sentences(source, word, tag, entities)
+    if not items:
+        raise ValueError(f"augment: {source} holds no example; name a file that has some")
     if method == "mask":
         made, said = _masked(open_model(model), items, share, top_k, copies, seed)
     else:

@@ -29,6 +29,7 @@ from jaxlm.nn import losses
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.objectives.objective import TaskHead
 from jaxlm.runtime import mesh
+from jaxlm.training import run_logs
 from jaxlm.weights.adapters import adapted
 
 FORMATS = ("hf", "gguf", "stablehlo", "peft")
@@ -259,7 +260,17 @@ def _about(s: Source) -> model_card.About:
     unknown = "data" if licence or not start else "data and of the start"
     terms = f"The licence of the {unknown} holds for it too and was not recorded."
     made = f"Trained in the run {run.name} from {start or 'random weights'}: {how}, on {data}. {terms}"
-    return model_card.About(made, start, licence)
+    return model_card.About("\n".join([made, *_scores(run, s.path)]), start, licence)
+
+
+def _scores(run: config.Run, folder: Path) -> list[str]:
+    """Returns the lines of a card that say how good a run's model is, and on which rows."""
+    found = run_logs.results(run_logs.read(folder)) if (folder / "metrics.jsonl").is_file() else []
+    places = {part: ", ".join(f"`{model_card.name_of(place)}`" for place in getattr(run.data, part))
+              for part in ("valid", "test")}  # fmt: skip
+    places["valid"] = places["valid"] or "documents held out of the training data"
+    scores = [f"- {places[result.part]}: {run_logs.said(result)}" for result in found]
+    return ["", "Scores, with 95 % intervals where they are known:", *scores] if scores else []
 
 
 def _to_gguf(p: Pretrained, path: Path, dtype: str) -> list[str]:

@@ -1,10 +1,10 @@
-"""A corpus holds the tokenised training and validation data of a run, of which batches are made."""
+"""A corpus holds the tokenised training, validation and test data of a run, of which batches are made."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -16,31 +16,59 @@ from jaxlm.data import loader, packing
 from jaxlm.data import token_cache as caches
 from jaxlm.objectives.objective import DeviceBatch, ExampleReader, TextPairs
 
+Part = Literal["train", "valid", "test"]
+PARTS: tuple[Part, ...] = ("train", "valid", "test")
+ROLES = {"train": "", "valid": ", which may choose the checkpoint", "test": ", scored once at the end"}
+NAMES = {"train": "training", "valid": "validation", "test": "test"}
+
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenised training and validation data of a run: caches, or lists of records for an objective that reads its
-    sources itself."""
+    """Tokenised training, validation and test data of a run: caches, or lists of records for an objective that reads
+    its sources itself."""
 
     train: list[Any]
     weights: list[float]
     """Shares of the training sources; empty: those of their records, so that all are read equally often."""
     valid: list[Any]
+    test: list[Any] = field(default_factory=list)
+    """Empty: the run has no test data."""
+
+    def sizes(self, data: config.Data) -> list[dict[str, Any]]:
+        """Returns the part and the name of each source, and how much it holds: documents, tokens and bytes, or
+        records."""
+        out = []
+        for part in PARTS:
+            names = getattr(data, part) or [f"held out of {source}" for source in data.train]
+            for name, c in zip(names, getattr(self, part), strict=False):
+                size = dict(records=len(c))
+                if isinstance(c, caches.Cache):
+                    size = dict(documents=len(c), tokens=len(c.tokens), bytes=int(c.raw_bytes.sum()))
+                out.append({"part": part, "source": name, **size})
+        return out
+
+    def described(self, data: config.Data) -> list[str]:
+        """Returns the same as lines of text, which say what the part's rows are for."""
+        lines = []
+        for values in self.sizes(data):
+            sizes = ", ".join(f"{n:,} {name}" for name, n in values.items() if isinstance(n, int))
+            lines.append(f"{values['part']:12} {values['source']}: {sizes}{ROLES[values['part']]}")
+        return lines
 
 
-def corpus(data: config.Data, objective: BoundObjective) -> Corpus:
-    """Tokenises what isn't yet, and opens it by memory map."""
+def corpus(data: config.Data, objective: BoundObjective, parts: Collection[Part] = PARTS) -> Corpus:
+    """Tokenises what isn't yet, and opens it by memory map. Only `parts` are read; the others stay empty."""
     share = 0.0 if data.valid else data.holdout
-    if not data.valid and not share:
+    if "valid" in parts and not data.valid and not share:
         raise ValueError("data.holdout: 0 leaves nothing to validate on; set it above 0 or name data.valid")
-    if data.weights and (len(data.weights) != len(data.train) or not any(data.weights)):
+    if "train" in parts and data.weights and (len(data.weights) != len(data.train) or not any(data.weights)):
         raise ValueError(
             f"data.weights: {data.weights} is not a weight for each of {len(data.train)} training sources; give as "
             "many numbers, not all of them 0"
         )
     records = objective.records
     if isinstance(records, ExampleReader):
-        return _read_examples(data, objective, records)
+        return _read_examples(data, objective, records, parts)
 
     def prepared(source: str, holdout: float) -> dict[str, Path]:
         return caches.prepare(
@@ -53,23 +81,33 @@ def corpus(data: config.Data, objective: BoundObjective) -> Corpus:
             progress=jax.process_index() == 0,
         )
 
-    paths = [prepared(source, share) for source in data.train]
-    train = [caches.open_cache(p["train"]) for p in paths]
-    valid_paths = [prepared(s, 0.0)["train"] for s in data.valid] or [p["valid"] for p in paths]
-    valid = [caches.open_cache(p) for p in valid_paths]
+    def opened(sources: Sequence[str], holdout: float = 0.0, part: str = "train") -> list[tuple[str, caches.Cache]]:
+        return [(source, caches.open_cache(prepared(source, holdout)[part])) for source in sources]
+
+    found: dict[Part, list[tuple[str, caches.Cache]]] = {part: [] for part in PARTS}
+    if "train" in parts:
+        found["train"] = opened(data.train, share)
+    if "valid" in parts:
+        found["valid"] = opened(data.valid) if data.valid else opened(data.train, share, "valid")
+    if "test" in parts:
+        found["test"] = opened(data.test)
+    made = {part: [cache for _, cache in several] for part, several in found.items()}
     if jax.process_index() == 0:
-        for part in [*train, *valid]:
-            for note in part.notes:
-                print(note)
-        _warn_of_equal_documents(train, valid)
-    if isinstance(records, TextPairs) and jax.process_index() == 0:
-        for source, part in zip([*data.train, *(data.valid or data.train)], [*train, *valid], strict=True):
-            _warn_of_cuts(objective, records, source, part)
-    return Corpus(train, list(data.weights), valid)
+        for several in found.values():
+            for source, cache in several:
+                for note in cache.notes:
+                    print(note)
+                if isinstance(records, TextPairs):
+                    _warn_of_cuts(objective, records, source, cache)
+        for seen, held in OVERLAPS:
+            _warn_of_equal_documents(made[seen], made[held], seen, held)
+    return Corpus(made["train"], list(data.weights), made["valid"], made["test"])
 
 
-def _read_examples(data: config.Data, objective: BoundObjective, reader: ExampleReader) -> Corpus:
-    """Reads all sources by the objective's reader, and holds examples out for validation where no source is for it."""
+def _read_examples(
+    data: config.Data, objective: BoundObjective, reader: ExampleReader, parts: Collection[Part]
+) -> Corpus:
+    """Reads sources by the objective's reader, and holds examples out for validation where no source is for it."""
 
     def read(source: str) -> list[Any]:
         records, notes = reader.read(objective.settings, source, objective.row, objective.tokenizer)
@@ -77,8 +115,11 @@ def _read_examples(data: config.Data, objective: BoundObjective, reader: Example
             print(note)
         return records
 
-    train, valid = [read(source) for source in data.train], [read(source) for source in data.valid]
-    if not valid:
+    holds_out = "valid" in parts and not data.valid
+    train = [read(source) for source in data.train] if "train" in parts or holds_out else []
+    valid = [read(source) for source in data.valid] if "valid" in parts else []
+    test = [read(source) for source in data.test] if "test" in parts else []
+    if holds_out:
         for i, records in enumerate(train):
             # What comes from one place of a file, such as the windows of a long text, stays together.
             groups = [record["where"] or j for j, record in enumerate(records)]
@@ -89,11 +130,13 @@ def _read_examples(data: config.Data, objective: BoundObjective, reader: Example
             held_out = {names[j] for j in np.random.default_rng(0).permutation(len(names))[:n]}
             valid.append([record for record, group in zip(records, groups, strict=True) if group in held_out])
             train[i] = [record for record, group in zip(records, groups, strict=True) if group not in held_out]
+    made: dict[Part, list[Any]] = {"train": train if "train" in parts else [], "valid": valid, "test": test}
     if jax.process_index() == 0:
-        keys = [[(tuple(ids), record["where"]) for part in parts for record in part for ids in reader.texts(record)]
-                for parts in (train, valid)]  # fmt: skip
-        _warn_of_leaks(*keys)
-    return Corpus(train, list(data.weights), valid)
+        keys = {name: [(tuple(ids), record["where"]) for part in several for record in part
+                       for ids in reader.texts(record)] for name, several in made.items()}  # fmt: skip
+        for seen, held in OVERLAPS:
+            _warn_of_leaks(keys[seen], keys[held], seen, held)
+    return Corpus(made["train"], list(data.weights), valid, test)
 
 
 def _warn_of_cuts(objective: BoundObjective, pairs: TextPairs, source: str, part: caches.Cache) -> None:
@@ -105,9 +148,17 @@ def _warn_of_cuts(objective: BoundObjective, pairs: TextPairs, source: str, part
               f"raise train.seq_len to keep it")  # fmt: skip
 
 
-def _warn_of_equal_documents(train: Sequence[caches.Cache], valid: Sequence[caches.Cache]) -> None:
-    """Says how many validation documents, or pairs, are training documents too. Of the training documents only those
-    are read that are as long as one of validation."""
+OVERLAPS: tuple[tuple[Part, Part], ...] = (("train", "valid"), ("train", "test"), ("valid", "test"))
+"""What must not share an example: the part that was seen first, and the part whose scores would tell nothing."""
+
+
+def _warn_of_equal_documents(
+    train: Sequence[caches.Cache], valid: Sequence[caches.Cache], seen_in: Part, held_in: Part
+) -> None:
+    """Says how many documents, or pairs, of the part `held_in` are in the part `seen_in` too. Of the latter only those
+    are read that are as long as one of the former."""
+    if not train or not valid:
+        return
 
     def digest(c: caches.Cache, i: int) -> bytes:
         return hashlib.blake2b(c.document(i).tobytes(), digest_size=16).digest()
@@ -119,11 +170,13 @@ def _warn_of_equal_documents(train: Sequence[caches.Cache], valid: Sequence[cach
         for i in np.flatnonzero(np.isin(np.diff(c.offsets), lengths)).tolist():
             if (key := digest(c, i)) in wanted:
                 seen.add(key)
-    _warn_of_leaks([(key, "") for key in seen], [(key, "") for key in held])
+    _warn_of_leaks([(key, "") for key in seen], [(key, "") for key in held], seen_in, held_in)
 
 
-def _warn_of_leaks(train: Sequence[tuple[Any, str]], valid: Sequence[tuple[Any, str]]) -> None:
-    """Says how many validation examples are learned, whose scores tell nothing.
+def _warn_of_leaks(
+    train: Sequence[tuple[Any, str]], valid: Sequence[tuple[Any, str]], seen_in: Part, held_in: Part
+) -> None:
+    """Says how many examples of the part `held_in` were seen in the part `seen_in`, so that their scores tell nothing.
 
     Each example is a key that tells it from others, and its file and line or nothing.
     """
@@ -131,8 +184,8 @@ def _warn_of_leaks(train: Sequence[tuple[Any, str]], valid: Sequence[tuple[Any, 
     if both := [(key, where) for key, where in valid if key in seen]:
         key, where = both[0]
         first = f" (first: {where} is {seen[key]})" if where else ""
-        print(f"{len(both):,} of {len(valid):,} validation examples stand in the training data too{first}; scores on "
-              "them tell nothing: remove them from one of the two")  # fmt: skip
+        print(f"{len(both):,} of {len(valid):,} {NAMES[held_in]} examples stand in the {NAMES[seen_in]} data "
+              f"too{first}; scores on them tell nothing: remove them from one of the two")  # fmt: skip
 
 
 def as_records(objective: BoundObjective, part: Any, *, document_mask: bool, seed: int) -> packing.Records:
@@ -185,14 +238,20 @@ def training_loader(run: config.Run, objective: BoundObjective, data: Corpus, ro
 
 def validation_batches(p: Program, data: Corpus, limit: int = 0) -> Iterator[DeviceBatch]:
     """Yields every validation record once, in order, on the devices; `limit` batches of each source if not 0."""
-    for part in data.valid:
+    return batches_of(p, data.valid, limit)
+
+
+def batches_of(p: Program, several: Sequence[Any], limit: int = 0) -> Iterator[DeviceBatch]:
+    """Yields every record of the sources of a part once, in order, on the devices; `limit` batches of each source if
+    not 0. The last batch of a source is filled up."""
+    for part in several:
         yield from _batches(p, part, limit)
 
 
-def batches_by_part(p: Program, data: Corpus) -> Iterator[Iterator[DeviceBatch]]:
-    """Yields the batches of each part, training first: its records once, in order; the last batch is filled up."""
-    for part in [*data.train, *data.valid]:
-        yield _batches(p, part)
+def batches_by_source(p: Program, data: Corpus) -> Iterator[Iterator[DeviceBatch]]:
+    """Yields the batches of each source, those of training first, then of validation, then of the test."""
+    for source in [*data.train, *data.valid, *data.test]:
+        yield _batches(p, source)
 
 
 def _batches(p: Program, part: Any, limit: int = 0) -> Iterator[DeviceBatch]:

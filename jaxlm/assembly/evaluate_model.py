@@ -7,19 +7,24 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxlm.assembly import corpus as corpora
+from jaxlm.assembly import scoring
 from jaxlm.assembly.generation_advice import advice
 from jaxlm.assembly.open_model import Place, Pretrained, open_model, program, source_of
+from jaxlm.core import config
 from jaxlm.core.errors import nearest
-from jaxlm.evaluation import bootstrap, harness, pass_at_k, perplexity, sandbox, task_scores, text_metrics
+from jaxlm.evaluation import bootstrap, harness, pass_at_k, sandbox, text_metrics
 from jaxlm.evaluation.bootstrap import Sample
-from jaxlm.evaluation.samples import is_loss, keyed, of_losses, of_tasks
+from jaxlm.evaluation.samples import of_tasks
 from jaxlm.inference import stream
 from jaxlm.inference.sampling import Sampling, room
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.runtime import mesh
+from jaxlm.training import run_logs
+
+Rows = Literal["valid", "test"]
 
 
 class Evaluation(NamedTuple):
@@ -31,15 +36,21 @@ class Evaluation(NamedTuple):
     samples: dict[str, Sample]
     """The samples that the figures may be resampled from."""
     data: tuple[str, ...]
-    """Validation sources; empty: held out of the run's training data."""
+    """Sources; empty: held out of the run's training data."""
+    part: str
+    """What the rows are to the run: valid, test, or data that was named."""
+    role: str
+    """Whether the run was trained on the rows, or its checkpoint chosen by them."""
     examples: list[dict[str, Any]]
     """The true and the predicted answer of each example, where the objective makes predictions."""
 
 
 def evaluate(
-    place: Place, *, data: Sequence[str] | None = None, step: int | None = None, batches: int = 0
-) -> Evaluation:
-    """Evaluates on the validation data of the run, or on `data`; on `batches` of each source if not 0."""
+    place: Place, *, data: Sequence[str] | None = None, rows: Rows | None = None, step: int | None = None,
+    batches: int = 0,
+) -> Evaluation:  # fmt: skip
+    """Evaluates on the run's `rows`, or on `data`; on `batches` of each source if not 0. `rows` are those of its test
+    data, where it has some and nothing else is said, or of its validation data."""
     if batches < 0:
         raise ValueError(f"batches: {batches} is out of range; give 1 or more, or 0 for all")
     opened = open_model(place, step)
@@ -47,24 +58,46 @@ def evaluate(
     if settings is not None and data:  # what a published head leaves open
         settings = OBJECTIVES.of(settings).infer_from_data(settings, data)
     p = program(opened, data, settings=settings)
-    corpus = corpora.corpus(p.run.data, p.objective)
-    keys: list[int] = []
+    part = _part(p.run.data, data, rows)
+    corpus = corpora.corpus(p.run.data, p.objective, (part,))
     with mesh.on_mesh(p.mesh):
-        eval_step = perplexity.make_eval_step(p.loss, p.objective.totals, p.tokens.bytes_per_token)
-        inputs = keyed(corpora.validation_batches(p, corpus, batches), keys)
-        parts = perplexity.parts(eval_step, opened.params, inputs)
-        samples = {"losses": of_losses(parts, keys, whole=not p.objective.predicts)}
-        result = Evaluation(perplexity.total(parts), "", samples, tuple(p.run.data.valid), [])
-        if not p.objective.predicts:
-            return result
-        records = [record for part in corpus.valid for record in part]
-        predictions = corpora.predictions(p, opened.params, records)
-    true, predicted = p.objective.answers(records, predictions)
-    judged = task_scores.judge(p.objective.prediction.scores, p.run.objective, records, true, predicted)
-    # The task's own scores come first. Accuracy and perplexity of tokens would only be taken for them.
-    figures = judged.figures | {name: value for name, value in result.figures.items() if is_loss(name)}
-    samples = {"answers": judged.sample} | samples
-    return result._replace(figures=figures, report=judged.report, samples=samples, examples=judged.examples)
+        found = scoring.Scorer(p)(opened.params, scoring.HeldOut(p, getattr(corpus, part)), batches)
+    sources = tuple(getattr(p.run.data, part))
+    name, role = _role(opened, part, data)
+    return Evaluation(found.figures, found.report, found.samples, sources, name, role, found.examples)
+
+
+def _part(own: config.Data, data: Sequence[str] | None, rows: Rows | None) -> Rows:
+    """Returns the part of a run's data that is scored; `data` takes the place of the validation data."""
+    if data and rows:
+        raise ValueError("rows: is for the run's own data; leave it out, or `data`")
+    if rows == "test" and not own.test:
+        raise ValueError("rows: the run has no test data (data.test); name some with `data`")
+    return "valid" if data else rows or ("test" if own.test else "valid")
+
+
+def _role(p: Pretrained, part: Rows, data: Sequence[str] | None) -> tuple[str, str]:
+    """Returns the name of the rows that are scored, and what they were to the run; empty: nothing is known of it."""
+    run = p.source.run
+    if run is None:
+        return "data", ""
+    if data:
+        named = {_resolved(source) for source in data}
+        if named & {_resolved(source) for source in run.data.train}:
+            return "data", "the run was trained on them: their scores tell nothing"
+        parts: tuple[Rows, ...] = ("valid", "test")
+        part_of = [name for name in parts if named & {_resolved(source) for source in getattr(run.data, name)}]
+        if not part_of:
+            return "data", ""
+        part = part_of[0]
+    if not (p.source.path / "metrics.jsonl").is_file():  # a loop of the user's own trained it
+        return part, "never seen" if part == "test" else "held out"
+    return part, run_logs.role(run_logs.read(p.source.path), part)
+
+
+def _resolved(source: str) -> str:
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
 
 
 def sampling_for(place: Place, usual: int, tokens: int | None = None, **changes: Any) -> Sampling:
@@ -160,10 +193,10 @@ def evaluate_code(
 
 def evaluate_texts(
     place: Place, metric: str, out: Path, how: Sampling, *, data: Sequence[str] | None = None, step: int | None = None,
-    limit: int | None = None, rows: int = 32,
+    rows: Rows | None = None, limit: int | None = None, at_once: int = 32,
 ) -> tuple[dict[str, Any], str, Sample]:  # fmt: skip
-    """Compares what the model writes with the true texts of `data`, or of the run's validation data; returns results,
-    how they were counted, and what they may be resampled from. `out` gets every text."""
+    """Compares what the model writes with the true texts of `data`, or of the run's `rows` as in `evaluate`; returns
+    results, how they were counted, and what they may be resampled from. `out` gets every text."""
     if metric not in text_metrics.METRICS:
         raise ValueError(f"metric: unknown {metric!r}{nearest(metric, text_metrics.METRICS)}")
     opened = open_model(place, step)
@@ -172,21 +205,24 @@ def evaluate_texts(
     p = program(opened, data, "sft" if opened.model.family.kind == "decoder" else None)
     if not p.objective.reads_prompts:
         raise ValueError(f"metric: {path} learned no pairs of texts and no conversations; leave `metric` out")
-    if not p.run.data.valid:
+    several = getattr(p.run.data, _part(p.run.data, data, rows))
+    if not several:
         raise ValueError(f"metric: {path} has no validation data of its own; name some with `data`")
+    name, role = _role(opened, _part(p.run.data, data, rows), data)
     prompts: list[list[int]] = []
     read: list[list[int]] = []
     true: list[str] = []
-    for source in p.run.data.valid:
-        ids, sources, several, notes = p.objective.read_prompts(source, room(how), opened.prompts)
+    for source in several:
+        ids, sources, answers, notes = p.objective.read_prompts(source, room(how), opened.prompts)
         for note in notes:
             print(note)
-        n = len(several) if limit is None else limit
-        prompts, read, true = prompts + ids[:n], read + (sources or [])[:n], true + several[:n]
-    written = _written(opened, prompts, read or None, how, rows)
+        n = len(answers) if limit is None else limit
+        prompts, read, true = prompts + ids[:n], read + (sources or [])[:n], true + answers[:n]
+    written = _written(opened, prompts, read or None, how, at_once)
     scored = text_metrics.METRICS[metric](true, written)
     write_lines(out / "texts.jsonl", [dict(true=a, found=b) for a, b in zip(true, written, strict=True)])
-    about = dict(model=str(path), texts=len(true), tokens=how.tokens, beams=how.beams, counted=scored.about)
+    about = dict(model=str(path), rows=name, role=role, texts=len(true), tokens=how.tokens, beams=how.beams)
+    about |= dict(counted=scored.about)
     return about | dict(figures=scored.figures), scored.about, scored.sample._replace(keys=true)
 
 
@@ -224,7 +260,7 @@ def against(
     record: dict[str, Any] = {"resamples": resamples, "seed": seed, "sizes": {}, "intervals": {}}
     shown = []
     for name, sample in samples.items():
-        record["sizes"][name] = f"{len(sample.counts_NM)} {sample.unit}"
+        record["sizes"][name] = bootstrap.size(sample)
         record["intervals"][name] = bootstrap.intervals(sample, resamples, seed)
         if others is not None and (len(samples) == 1 or name != "losses"):
             if name not in others:

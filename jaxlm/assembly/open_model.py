@@ -176,6 +176,12 @@ def first_params(p: programs.Program, start: StartModel) -> Any:
     return {name: value for name, value in weights.items() if name in p.specs and name not in new}
 
 
+def new_head(p: programs.Program, start: StartModel) -> list[str]:
+    """Returns the names of the weights of the objective's own head that the model which a run starts from lacks."""
+    stored = specs_of(start.source)
+    return [name for name in p.objective.specs(p.run.model.width) if name not in stored]
+
+
 def _quantizer(p: programs.Program) -> Callable[[str, jax.Array], Any] | None:
     """Returns what quantizes a weight that has just been read: one by one, so that they are never all in float32."""
     base, matrices = p.run.adapter.base, p.adapter.matrices

@@ -9,8 +9,8 @@ import jax
 from jaxlm.assembly import corpus, open_model, run_directory
 from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import StartModel
+from jaxlm.assembly.program import HOURS
 from jaxlm.assembly.trained_run import RunDirectory
-from jaxlm.assembly.training_hooks import HOURS
 from jaxlm.core import config, config_io
 from jaxlm.evaluation import perplexity
 from jaxlm.formats.checkpoint import Checkpoints
@@ -92,13 +92,13 @@ class Program:
     @cached_property
     def _eval_step(self) -> Any:
         p = self.parts
-        return perplexity.make_eval_step(p.loss, p.objective.totals, p.tokens.bytes_per_token)
+        return perplexity.make_eval_step(p.loss, p.objective.totals, p.tokens.bytes_per_token, p.whole)
 
     def validate(self, state: State, batches: int = 0) -> dict[str, float]:
         """Returns the metrics of the validation data; on `batches` of each source if not 0."""
         with mesh.on_mesh(self.mesh):
             inputs = corpus.validation_batches(self.parts, self.corpus, batches)
-            return perplexity.total(perplexity.parts(self._eval_step, state.eval_params, inputs))
+            return perplexity.tally(self._eval_step, state.eval_params, inputs).figures()
 
     def save(self, state: State) -> RunDirectory:
         """Writes the run directory with a checkpoint of this state; every command then works on it.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, cast
@@ -22,9 +23,11 @@ from jaxlm.objectives import OBJECTIVES
 from jaxlm.objectives.objective import DeviceBatch, ExampleReader, Objective, Sums, TextPairs, Tokenizer
 from jaxlm.runtime import compiler_options as compiler
 from jaxlm.runtime import mesh as meshes
+from jaxlm.runtime import processes
 from jaxlm.training import optimizers, step
 from jaxlm.weights.adapters import adapted
 
+HOURS = 3600.0  # how long barriers wait: a process that has died is found at once, so only one that hangs takes so long
 LARGE = 1 << 20  # elements from which a weight must not rest unsharded on a mesh that could shard it
 
 
@@ -244,6 +247,24 @@ def program(run: config.Run, tokens: Any, template: str | None = None) -> Progra
     made = choices.choose(run, family, layout, mesh, specs, adapter, own, options)
     model = Model(family, run.model, adapter.base | heads, layout, adapter if adapter.changes else None)
     return Program(run, mesh, layout, specs, model, adapter, objective, own, made, options)
+
+
+def once_a_shape(program: Any, what: str) -> tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]:
+    """Returns the jitted `(state, batch) → …` to run, and what gives it compiled for a batch.
+
+    Processes wait for each other before a new program first runs: one that compiles while the others find theirs in a
+    cache would be missed by a collective on CPUs after 30 s.
+    """
+    compiled: dict[tuple, Any] = {}
+
+    def get(state: Any, batch: Any) -> Any:
+        shapes = tuple(leaf.shape for leaf in batch.values())
+        if shapes not in compiled:
+            compiled[shapes] = program.lower(state, batch).compile()
+            processes.barrier(what, HOURS)
+        return compiled[shapes]
+
+    return lambda state, batch: get(state, batch)(state, batch), get
 
 
 def optimizer(run: config.Run, specs: Any, adapter: adapted.Adapted) -> optimizers.Optimizer:

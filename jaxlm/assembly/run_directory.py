@@ -83,7 +83,7 @@ def load_tokenizer(run: config.Run, say: Callable[[str], None] = print) -> Any:
         texts = (
             text for source in run.data.train for text in caches.texts(source, field=field, holdout=share, part="train")
         )
-        vocabularies.train_sentencepiece(texts, path, vocab_size=vocab)
+        vocabularies.train_sentencepiece(texts, path, vocab_size=vocab, name=", ".join(run.data.train))
         say(f"tokenizer: {path} ({time.perf_counter() - started:.0f} s)")
     processes.barrier("the tokenizer", 6 * 3600)
     if not path.exists():
@@ -117,6 +117,21 @@ def restored(values: dict[str, Any], base: Any, optimizer: optimizers.Optimizer)
     whole = values["params"] if base is None else tree.merge(values["params"], base)
     trainable, frozen = tree.partition(whole, optimizer.trainable)
     return step.State(values["step"], trainable, frozen, values["opt"], values["ema"])
+
+
+def saved_weights(
+    checkpoints: Checkpoints, number: int, abstract: step.State, now: step.State, adapter: adapted.Adapted,
+    optimizer: optimizers.Optimizer,
+) -> dict[str, Any]:  # fmt: skip
+    """Returns the weights to evaluate of an earlier step of a run, averaged where it keeps an average. `abstract`: a
+    state's shapes and shardings; `now`: the present state, whose weights that no checkpoint holds are the same."""
+    weights = checkpoints.restore_params(saved(abstract, adapter)["params"], number)
+    base = frozen_base(adapter, now.all_params)
+    weights = weights if base is None else tree.merge(weights, base)
+    if abstract.ema is None:
+        return weights
+    _, frozen = tree.partition(weights, optimizer.trainable)
+    return tree.merge(checkpoints.restore_params(abstract.ema, number, item="ema"), frozen)
 
 
 # What may differ between a run directory and the run that continues it: nothing that changes the mathematics.

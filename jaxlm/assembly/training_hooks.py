@@ -11,16 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.assembly import corpus, run_directory
+from jaxlm.assembly import corpus, run_directory, scoring
 from jaxlm.assembly import program as programs
 from jaxlm.core import config, config_io, errors
 from jaxlm.data.loader import Loader
 from jaxlm.data.render_chat import encode, turn_ends
 from jaxlm.data.tokenizer import decode_after
-from jaxlm.evaluation import bootstrap, perplexity, task_scores
+from jaxlm.evaluation import bootstrap
 from jaxlm.evaluation.metrics import is_lower_better
-from jaxlm.evaluation.perplexity import make_eval_step
-from jaxlm.evaluation.samples import of_losses
 from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.inference.generate import Generator
 from jaxlm.inference.sampling import Sampling
@@ -30,7 +28,10 @@ from jaxlm.runtime.watchdog import Watchdog
 from jaxlm.training.log import RunLog, shown
 from jaxlm.training.progress import Meter, Progress
 
-HOURS = 3600.0  # how long barriers wait: a process that has died is found at once, so only one that hangs takes so long
+Samples = dict[str, bootstrap.Sample]
+"""What the figures of a validation are resampled from, by kind; under `CLASSES` what those of each class are."""
+CLASSES = "classes"
+CLASS_RESAMPLES = 1_000  # for three figures of each class, at every validation
 
 
 @dataclass
@@ -44,8 +45,8 @@ class Keeper:
     meter: Meter
     watch: Watchdog
     progress: Progress
-    validation: Callable[[int, Any], tuple[dict, dict[str, bootstrap.Sample]]]
-    gain: Callable[[int, dict[str, bootstrap.Sample], bool], None]
+    validation: Callable[[int, Any], tuple[dict, Samples]]
+    gain: Callable[[int, Samples, bool], None]
     on_step: Callable[[int, dict[str, float]], None] | None = None
     best: float = math.inf
     """The best score of a validation so far."""
@@ -103,24 +104,6 @@ def announcing(
     return update
 
 
-def once_a_shape(program: Any, what: str) -> tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]:
-    """Returns the jitted `(state, batch) → …` to run, and what gives it compiled for a batch.
-
-    Processes wait for each other before a new program first runs: one that compiles while the others find theirs in a
-    cache would be missed by a collective on CPUs after 30 s.
-    """
-    compiled: dict[tuple, Any] = {}
-
-    def get(state: Any, batch: Any) -> Any:
-        shapes = tuple(leaf.shape for leaf in batch.values())
-        if shapes not in compiled:
-            compiled[shapes] = program.lower(state, batch).compile()
-            processes.barrier(what, HOURS)
-        return compiled[shapes]
-
-    return lambda state, batch: get(state, batch)(state, batch), get
-
-
 def score(run: config.Run, metrics: dict[str, float]) -> float:
     """Returns the score of a validation; lower is better. ValueError: `train.metric` is not among the metrics, or
     nothing says whether more or less of it is better."""
@@ -138,36 +121,28 @@ def run_metric(run: config.Run) -> str:
     return run.train.metric.rpartition(":")[2]
 
 
-def validator(p: programs.Program, data: corpus.Corpus, log: RunLog) -> Callable[[int, Any], tuple[dict, dict]]:
+def validator(
+    p: programs.Program, data: corpus.Corpus, log: RunLog, scorer: scoring.Scorer
+) -> Callable[[int, Any], tuple[dict, Samples]]:
     """Returns the validation: `(step, state) → (metrics, what they may be resampled from)`."""
-    step = make_eval_step(p.loss, p.objective.totals, p.tokens.bytes_per_token)
-    evaluate_batch, _ = once_a_shape(step, "compile the validation")
+    held = scoring.HeldOut(p, data.valid)
 
-    def validate(step: int, state: Any) -> tuple[dict, dict[str, bootstrap.Sample]]:
+    def validate(step: int, state: Any) -> tuple[dict, Samples]:
         started = time.perf_counter()
-        batches = corpus.validation_batches(p, data, p.run.train.eval_batches)
-        parts = perplexity.parts(evaluate_batch, state.eval_params, batches)
-        metrics, samples = perplexity.total(parts), {"losses": of_losses(parts, whole=not p.objective.predicts)}
-        if p.objective.predicts:
-            most = p.run.train.eval_batches * (p.run.train.batch_size // p.run.train.micro_batches) or None
-            records = [record for part in data.valid for record in part[:most]]
-            predictions = corpus.predictions(p, state.eval_params, records)
-            true, predicted = p.objective.answers(records, predictions)
-            judged = task_scores.judge(p.objective.prediction.scores, p.run.objective, records, true, predicted)
-            metrics |= judged.figures
-            samples = {"answers": judged.sample} | samples
+        found = scorer(state.eval_params, held, p.run.train.eval_batches)
+        metrics = found.losses | found.task
         log.valid(step, metrics, {"seconds": time.perf_counter() - started})
-        return metrics, samples
+        return metrics, found.samples if found.classes is None else found.samples | {CLASSES: found.classes}
 
     return validate
 
 
-def gain_log(run: config.Run, log: RunLog) -> Callable[[int, dict[str, bootstrap.Sample], bool], None]:
+def gain_log(run: config.Run, log: RunLog) -> Callable[[int, Samples, bool], None]:
     """Returns what logs each validation beside the one before the first step, which a file keeps; it does nothing for a
     run that doesn't start from a model."""
     file = run.folder / "start.npz"
 
-    def gain(step: int, samples: dict[str, bootstrap.Sample], best: bool) -> None:
+    def gain(step: int, samples: Samples, best: bool) -> None:
         if not run.start or jax.process_index():
             return
         if step == 0:
@@ -175,9 +150,13 @@ def gain_log(run: config.Run, log: RunLog) -> Callable[[int, dict[str, bootstrap
             np.savez_compressed(file, **counts)
         elif file.is_file():
             with np.load(file) as before:
-                gains = bootstrap.gains(samples, before)
+                figures = {name: sample for name, sample in samples.items() if name != CLASSES}
+                gains = bootstrap.gains(figures, before)
+                each = {CLASSES: samples[CLASSES]} if CLASSES in samples else {}
+                classes = bootstrap.by_class(bootstrap.gains(each, before, CLASS_RESAMPLES))
+            more = {"classes": classes, "class_resamples": CLASS_RESAMPLES} if classes else {}
             if gains:
-                log.event(step, "gain", figures=gains, resamples=bootstrap.RESAMPLES, best=best)
+                log.event(step, "gain", figures=gains, resamples=bootstrap.RESAMPLES, best=best, **more)
 
     return gain
 

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.assembly import corpus, open_model, run_directory, training_hooks
+from jaxlm.assembly import corpus, open_model, run_directory, scoring, training_hooks
 from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import StartModel
+from jaxlm.assembly.program import HOURS
 from jaxlm.assembly.run_directory import claim, has_ended
-from jaxlm.assembly.training_hooks import HOURS
 from jaxlm.core import config
 from jaxlm.data import token_cache as caches
 from jaxlm.evaluation import bootstrap
@@ -77,6 +77,8 @@ def _train(
             print(f"continuing {run.folder} after step {step}")
         ended = step == run.train.steps  # but its end was cut off
         with RunLog(run.folder, resume_step=step if meta else -1, ended=ended, enabled=main) as log:
+            if run.start and not meta:
+                log.event(0, "start", model=run.start, new_head=open_model.new_head(p, start))
             if before is not None:
                 _give_more_steps(p, before, step, meta, log)
             status = _run(p, data, state, meta, checkpoints, log, begins, on_step)
@@ -125,13 +127,13 @@ def _remember_reference(p: programs.Program, data: corpus.Corpus, weights: Any |
         compute = jax.jit(partial(p.objective.reference, p.model), out_shardings=p.whole)
         references = [
             np.concatenate([jax.device_get(compute(weights, jax.tree.map(lambda x: x[0], batch))) for batch in batches])
-            for batches in corpus.batches_by_part(p, data)
+            for batches in corpus.batches_by_source(p, data)
         ]
         if jax.process_index() == 0:
             np.savez(file, **{f"part{i}": values for i, values in enumerate(references)})
-    for items, values in zip([*data.train, *data.valid], references, strict=True):
+    for items, values in zip([*data.train, *data.valid, *data.test], references, strict=True):
         if len(values) < len(items):
-            raise ValueError(f"{file}: is of other data than data.train and data.valid now hold; train anew")
+            raise ValueError(f"{file}: is of other data than data.train, data.valid and data.test now hold; train anew")
         for item, value in zip(items, values, strict=False):
             item["reference"] = value
 
@@ -152,7 +154,8 @@ def _run(
     rows = p.rows(c.batch_size // c.micro_batches)
     loader = corpus.training_loader(run, p.objective, data, rows)
     compiled, compile_seconds = _compile(p, state, p.to_device(loader.batch(start), rows), log, start)
-    validate, gain = training_hooks.validator(p, data, log), training_hooks.gain_log(run, log)
+    scorer = scoring.Scorer(p)
+    validate, gain = training_hooks.validator(p, data, log, scorer), training_hooks.gain_log(run, log)
     sample = (
         training_hooks.sampler(p, log)
         if p.model.family.generates and p.model.config.head and c.prompts
@@ -203,7 +206,12 @@ def _run(
         if main:
             print(f"interrupted after step {end.step}; saved. Go on with: jaxlm train {run.folder}")
         return 1
-    _finish(p, end, sample, log)
+    sample(end.step, end.state)
+    used = (checkpoints.best() if c.use == "best" else None) or end.step
+    if data.test:
+        _test(p, data, scorer, checkpoints, end, used, log)
+    if main:
+        _finish(p, end, used, log)
     return 0
 
 
@@ -234,7 +242,7 @@ def _compile(
 
     Batches of packed texts have a few shapes; those that come later compile when they come.
     """
-    program, get = training_hooks.once_a_shape(p.train_step(), "compile the step")
+    program, get = programs.once_a_shape(p.train_step(), "compile the step")
     started = time.perf_counter()
     memory = get(state, batch).memory_analysis()
     seconds = time.perf_counter() - started
@@ -247,11 +255,26 @@ def _compile(
     return program, seconds
 
 
-def _finish(p: programs.Program, end: loop.Outcome, sample: Callable[[int, Any], None], log: RunLog) -> None:
-    """Writes the last sample, the end of the log and the report."""
-    sample(end.step, end.state)
-    if jax.process_index():
-        return
+def _test(
+    p: programs.Program, data: corpus.Corpus, scorer: scoring.Scorer, checkpoints: Checkpoints, end: loop.Outcome,
+    used: int, log: RunLog,
+) -> None:  # fmt: skip
+    """Scores the weights that the run uses, those of the step `used`, on the test data."""
+    weights = end.state.eval_params
+    if used != end.step:
+        weights = run_directory.saved_weights(checkpoints, used, p.abstract_state(), end.state, p.adapter, p.optimizer)
+    found = scorer(weights, scoring.HeldOut(p, data.test))
+    intervals: dict[str, Any] = {}
+    for sample in found.samples.values():
+        intervals |= {n: ends for n, ends in bootstrap.intervals(sample).items() if n not in intervals}
+    figures = {name: value for name, value in found.figures.items() if name.rpartition("/")[2] != "targets"}
+    log.event(end.step, "test", used=used, figures=figures, resamples=bootstrap.RESAMPLES,
+              intervals={name: ends for name, ends in intervals.items() if name in figures},
+              over=bootstrap.size(next(iter(found.samples.values()))))  # fmt: skip
+
+
+def _finish(p: programs.Program, end: loop.Outcome, used: int, log: RunLog) -> None:
+    """Writes the end of the log and the report, and says what came out. `used`: the step that the run uses."""
     run = p.run
     if run.data.compare_compression:
         compressed = compression(run)
@@ -264,10 +287,15 @@ def _finish(p: programs.Program, end: loop.Outcome, sample: Callable[[int, Any],
     skipped = sum(line.get("finite") == 0 for line in read_lines(run.folder / "metrics.jsonl"))
     if skipped:
         print(f"{skipped} updates were left out because their loss or gradient was not finite")
-    if gain := run_logs.gain(run_logs.read(run.folder)):
-        note = f"step {gain['step']} beside the model it starts from, {gain['resamples']:,} resamples"
+    log.event(end.step, "end", reason=end.reason, best=end.best, skipped=skipped, used=used)
+    logs = run_logs.read(run.folder)
+    if gain := run_logs.gain(logs):
+        head = ", whose head is new" if logs.events.get("start", {}).get("new_head") else ""
+        note = f"step {gain['step']} beside the model it starts from{head}, {gain['resamples']:,} resamples"
         print(bootstrap.table(gain["figures"], note, ("after", "before")))
-    log.event(end.step, "end", reason=end.reason, best=end.best, skipped=skipped)
+    found = run_logs.results(logs)
+    for line in filter(None, [*map(run_logs.said, found), run_logs.advice(found)]):
+        print(line)
     page = report.build(run.folder)
     print(f"{end.reason} at step {end.step}; report: {page}")
 

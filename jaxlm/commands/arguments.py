@@ -168,7 +168,7 @@ def with_flags(message: str, kind: type[Command]) -> str:
     """Returns an error of the library with the command's options where it names arguments: at its beginning before a
     colon, and between backquotes."""
     options = {f.name for f in dataclasses.fields(kind)} - set(typed_arguments.positional(kind))
-    first = re.match(r"([a-z_]+)(?=[: ])", message)
+    first = re.match(r"(?!data source)([a-z_]+)(?=[: ])", message)
     if first and first[1] in options and ":" in message:
         message = typed_arguments.flag(first[1]) + message[first.end() :]
     if kind.takes_more and "`" in message:

@@ -29,7 +29,7 @@ class TokenizerTrain(Command):
         from jaxlm.data import token_cache, train_tokenizer
 
         texts = (text for source in self.source for text in token_cache.texts(source, field=self.field, part="train"))
-        made = train_tokenizer.train_sentencepiece(texts, self.out, vocab_size=self.vocab)
+        made = train_tokenizer.train_sentencepiece(texts, self.out, vocab_size=self.vocab, name=", ".join(self.source))
         print(f"{self.out}: {made.vocab_size} pieces")
         return 0
 
@@ -44,15 +44,9 @@ class DataPrepare(OnRun):
     def run(self, rest: list[str]) -> int:
         run, start, _ = self.load(rest)
         from jaxlm.assembly import corpus, open_model
-        from jaxlm.data.token_cache import Cache
 
         data = corpus.corpus(run.data, open_model.bound_objective(run, start))
-        for name, caches in (("train", data.train), ("valid", data.valid)):
-            for c in caches:
-                if isinstance(c, Cache):
-                    print(f"{name}: {len(c):,} documents, {len(c.tokens):,} tokens, {c.raw_bytes.sum():,} bytes")
-                else:
-                    print(f"{name}: {len(c):,} records")
+        print(*data.described(run.data), sep="\n")
         return 0
 
 
@@ -72,7 +66,9 @@ class DataInspect(OnRun):
         from jaxlm.commands import dry_run
 
         objective = open_model.bound_objective(run, start)
-        loader = corpus.training_loader(run, objective, corpus.corpus(run.data, objective), None)
+        data = corpus.corpus(run.data, objective)
+        print(*data.described(run.data), sep="\n")
+        loader = corpus.training_loader(run, objective, data, None)
         for i in range(self.examples):
             labels = dry_run.label_names(run.objective)
             dry_run.show_example(loader.example(i), objective.tokenizer, f"example {i}", labels)

@@ -27,7 +27,10 @@ def show(run: config.Run, start: StartModel, origins: Mapping[str, str]) -> int:
     for name, note in p.notes.items():
         console.print(f"{name:12} {note}")
     show_parameters(p)
-    loader = corpus.training_loader(run, p.objective, corpus.corpus(run.data, p.objective), None)
+    data = corpus.corpus(run.data, p.objective)
+    for line in data.described(run.data):
+        console.print(line, soft_wrap=True)
+    loader = corpus.training_loader(run, p.objective, data, None)
     console.print(
         f"data         {loader.examples_per_epoch:,} windows an epoch; "
         f"{run.train.steps * run.train.batch_size / loader.examples_per_epoch:.2f} epochs"

@@ -1,8 +1,9 @@
 """`jaxlm eval` computes losses and scores of tasks, written texts and programs, with their intervals."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from jaxlm.commands.arguments import Command, Flag, Json, Model, print_json, start_processes
 from jaxlm.core.ranges import Count, Natural, NonNegative, Positive, PositiveShare, Range
@@ -17,7 +18,9 @@ class Eval(Command):
 
     model: Model
     data: tuple[str, ...] = ()
-    """Other text to evaluate on than the run's validation data."""
+    """Other text to evaluate on than the run's own."""
+    rows: Literal["valid", "test"] | None = None
+    """Which of the run's own; None: test where the run has data.test, else valid."""
     step: Natural | None = None
     """The checkpoint's; None: the newest."""
     batches: Natural = 0
@@ -77,6 +80,7 @@ def _evaluate(args: Eval) -> int:
 
     others, out = None, args.out or Path("evals") / Path(args.model).name
     written: Path | None = out
+    about_rows: dict[str, str] = {}
     if args.code:
         values, samples, others = _code(args, args.code, out)
     elif args.metric:
@@ -90,19 +94,23 @@ def _evaluate(args: Eval) -> int:
             _, shown, others = evaluate_model.evaluate_tasks(args.against, tasks, out / "against", **more)
             print(shown)
     else:
-        found = evaluate_model.evaluate(args.model, data=args.data or None, step=args.step, batches=args.batches)
+        found = evaluate_model.evaluate(
+            args.model, data=args.data or None, rows=args.rows, step=args.step, batches=args.batches
+        )
         values, samples = dict(found.figures), found.samples
+        print(": ".join(filter(None, (found.part, found.role))) + _said_sources(found.data))
         if found.report:
             print(found.report)
         if args.out and found.examples:
             evaluate_model.write_lines(args.out / "examples.jsonl", found.examples)
+        about_rows = {"rows": found.part, "role": found.role}
         if args.against:
             data = args.data or found.data
             others = evaluate_model.evaluate(args.against, data=data, batches=args.batches).samples
         else:
             written = args.out
     plain = not args.tasks and not args.code and not args.metric
-    about: dict[str, Any] = {"model": args.model, "figures": values} if plain else dict(values)
+    about: dict[str, Any] = {"model": args.model, **about_rows, "figures": values} if plain else dict(values)
     about |= {"against": args.against} if args.against else {}
     record, shown = evaluate_model.against(samples, others, written, args.resamples, args.seed, about)
     if not args.tasks:
@@ -114,7 +122,12 @@ def _evaluate(args: Eval) -> int:
         print(f"in brackets 95 % intervals: bootstrap, {args.resamples:,} resamples, {sizes}")
     if shown:
         print(f"\n{args.model} against {args.against}\n{shown}\n{out / 'results.json'}")
-    return print_json(args.json, values | record)
+    return print_json(args.json, values | about_rows | record)
+
+
+def _said_sources(data: Sequence[str]) -> str:
+    """Returns the names of sources as they are shown."""
+    return f" ({', '.join(data)})" if data else " (held out of the training data)"
 
 
 def _code(args: Eval, file: str, out: Path) -> tuple[dict, dict, dict | None]:
@@ -148,8 +161,9 @@ def _texts(args: Eval, metric: str, out: Path) -> tuple[dict, dict, dict | None]
 
     asked: dict[str, Any] = dict(temperature=0.0) | ({} if args.beams is None else {"beams": args.beams})
     how = evaluate_model.sampling_for(args.model, 128, args.tokens, **asked)
-    more: dict[str, Any] = dict(data=args.data or None, limit=args.limit)
+    more: dict[str, Any] = dict(data=args.data or None, rows=args.rows, limit=args.limit)
     values, about, sample = evaluate_model.evaluate_texts(args.model, metric, out, how, step=args.step, **more)
+    print(": ".join(filter(None, (values["rows"], values["role"]))))
     print(f"{about}\n{out}: results.json and texts.jsonl, every text beside the true one")
     others = None
     if args.against:

@@ -137,7 +137,9 @@ class Embed(Command):
         lines = [line for _, line in read_lines(self.file)] if self.file else []
         texts = [*self.text, *(lines if lines and lines[-1] else lines[:-1])]  # the last line's end begins no text
         if not texts:
-            raise ValueError("embed: no text; give --text or --file")
+            raise ValueError(
+                f"file: {self.file} holds no text" if self.file else "embed: no text; give --text or --file"
+            )
         start_processes(self)
         import numpy as np
 

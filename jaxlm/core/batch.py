@@ -27,6 +27,14 @@ class Batch(TypedDict, Generic[Array], total=False):
     """int32, the shape of `tokens`: from 0 in each segment."""
     types: Array
     """int32, the shape of `tokens`: 0 for the first text of a pair, 1 for the second (BERT's token types)."""
+    origin: Array
+    """int32, the shape of `targets`: the segment of its record that each target is of, where `segments` has another
+    order."""
+    unit: Array
+    """int32, the shape of `segments`, in evaluation: the number of the document or example that each position belongs
+    to, from 1; 0: none."""
+    checksum: Array
+    """int32, the shape of `unit`: of the row, to tell whether two models read the same."""
     prefix: Array
     """bool [T]: tokens that all of their segment sees, as a prefix LM reads its beginning both ways."""
 

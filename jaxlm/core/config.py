@@ -27,6 +27,9 @@ class Data:
     """Mixture weight of each training source: its share of a batch's rows; empty: the rows that it fills."""
     valid: tuple[str, ...] = ()
     """Validation sources; empty: `holdout` of the whole documents of every training source."""
+    test: tuple[str, ...] = ()
+    """Test sources, which neither train the model nor choose its checkpoint: the checkpoint that the run uses is scored
+    on them once, at the end; empty: none."""
     holdout: BelowOne = 0.02
     """Share of documents held out for validation where `valid` is empty."""
     text_field: str = "text"

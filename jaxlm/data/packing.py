@@ -226,7 +226,7 @@ def texts(cache: Cache, lengths: np.ndarray, takes: np.ndarray, rooms: tuple[int
 
 BY_POSITION = frozenset({
     "tokens", "segments", "positions", "types", "prefix", "source", "source_segments", "source_positions", "targets",
-    "weights", "allowed",
+    "weights", "allowed", "origin", "unit", "checksum",
 })  # fmt: skip
 """Keys of a batch that have a number for each position: how long the others are says nothing of what they hold."""
 

@@ -38,11 +38,12 @@ TRAINER: dict[str, Any] = {
 
 
 def train_sentencepiece(
-    texts: Iterable[str], path: str | Path, *, vocab_size: int = 8192, seed: int = 0, max_bytes: int = 8 << 20
-) -> SentencePiece:
+    texts: Iterable[str], path: str | Path, *, vocab_size: int = 8192, seed: int = 0, max_bytes: int = 8 << 20,
+    name: str = "",
+) -> SentencePiece:  # fmt: skip
     """Learns a lossless vocabulary from a sample of at most `max_bytes` of the texts and writes it to `path` (.model).
 
-    Raises ValueError if the texts are empty or too short for `vocab_size` pieces.
+    Raises ValueError if the texts are empty or too short for `vocab_size` pieces; `name` says whose they are.
     """
     import sentencepiece
 
@@ -51,7 +52,7 @@ def train_sentencepiece(
         raise ValueError(f"tokenizer path {path} must end in .model, so that `load` knows its kind")
     sample = _sample(texts, seed, max_bytes)
     if not sample:
-        raise ValueError("tokenizer training got no text: the source is empty")
+        raise ValueError(f"{name or 'texts'}: the corpus is empty: no text to train a tokenizer on; name one with text")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -61,7 +62,8 @@ def train_sentencepiece(
         size = sum(len(chunk.encode()) for chunk in sample)
         reason = str(error).rpartition("] ")[2].strip()  # without the library's own file and line
         raise ValueError(
-            f"tokenizer: a vocabulary of {vocab_size} does not fit {size} bytes of text: {reason}"
+            f"tokenizer: a vocabulary of {vocab_size} does not fit {size} bytes of text"
+            f"{f' in {name}' if name else ''}: {reason}"
         ) from error
     write_atomically(path, model.getvalue())
     return SentencePiece(model.getvalue())

@@ -1,4 +1,9 @@
-"""Loss, perplexity, bits per byte and accuracy over a validation set are sums with weights, divided once at the end."""
+"""Loss, perplexity, bits per byte and accuracy over held-out data are sums with weights, divided once at the end. Each
+document or example keeps its own sums, so that figures can be resampled over them.
+
+The sums of an objective are linear in the weights of its targets and rows, and each of these belongs to one unit: what
+it adds to a sum is the sum's derivative by its weight, times the weight. U units, C columns (metrics and totals).
+"""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,54 +13,151 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Sums = dict[str, dict[str, float]]
-Part = tuple[Sums, dict[str, float]]
+Column = tuple[str, str]
+"""(name of the loss, its metric), or (name of the total, empty)."""
+COUNTED = ("weights", "rows")
+"""Keys of a batch that sums are linear in."""
+TOLERANCE = 1e-3
+"""By how much of a sum, in float32, its shares may differ from it."""
 
 
-def make_eval_step(loss: Any, totals_of: Any, bytes_per_token: np.ndarray) -> Callable[[Any, Any], Any]:
-    """Returns a jitted `(params, batch) → (sums, totals)`.
+def make_eval_step(loss: Any, totals_of: Any, bytes_per_token: np.ndarray, whole: Any = None) -> Callable[..., Any]:
+    """Returns a jitted `(params, batch) → (values, shares)`: the value of each column, and by key of `COUNTED` what
+    each target or row adds to it, with its unit and that unit's checksum.
 
-    Batch leaves are `[1, batch, …]`; padding rows weigh nothing. `bytes` among the totals counts the raw text bytes of
-    the target tokens, special tokens none.
+    Batch leaves are `[1, batch, …]`; padding rows weigh nothing. The total `bytes` counts the raw text bytes of the
+    target tokens, special tokens none. `whole`: the sharding of what every device holds whole.
     """
     table_V = np.asarray(bytes_per_token, np.float32)
 
     def step(params: Any, batch: dict) -> tuple[dict, dict]:
         batch = jax.tree.map(lambda x: x[0], batch)
-        totals = totals_of(batch)
-        if "targets" in batch:
-            size_BT = jnp.asarray(table_V)[batch["targets"]]
-            totals = totals | {"bytes": (size_BT * (batch["weights"] > 0)).sum()}
-        return loss(params, batch, None), totals
+        counted = {name: batch[name] for name in COUNTED if name in batch}
 
-    return jax.jit(step)
+        def values(counted: dict) -> dict[Column, jax.Array]:
+            these = batch | counted
+            out = {(name, ""): value for name, value in totals_of(these).items()}
+            if "targets" in batch:
+                w = batch["weights"]
+                share = jnp.where(w > 0, counted["weights"] / jnp.where(w > 0, w, 1), 0)  # 1 each, and linear
+                out["bytes", ""] = (jnp.asarray(table_V)[batch["targets"]] * share).sum()
+            sums = loss(params, these, None)
+            return out | {(name, metric): v for name, part in sums.items() for metric, v in part.items()}
+
+        if "unit" not in batch or not counted:
+            return values(counted), {}
+        found, pull = jax.vjp(values, counted)
+        shares: dict[str, Any] = {name: {"values": {}} | _owners(batch, x) for name, x in counted.items()}
+        for column in found:
+            (slope,) = pull({c: jnp.full_like(v, c == column) for c, v in found.items()})
+            for name, x in counted.items():
+                shares[name]["values"][column] = slope[name] * x
+        return found, shares
+
+    return jax.jit(step, out_shardings=whole)
 
 
-def parts(step: Callable[[Any, Any], Any], params: Any, batches: Iterable[Mapping[str, Any]]) -> list[Part]:
-    """Returns (sums, totals) of each batch, on the host."""
-    return [jax.device_get(step(params, batch)) for batch in batches]
+def _owners(batch: Mapping[str, jax.Array], counted: jax.Array) -> dict[str, jax.Array]:
+    """Returns the unit of each weight, numbered from 1, and its checksum."""
+    out = {}
+    for name in ("unit", "checksum"):
+        x = batch[name]
+        if (at := batch.get("at")) is not None and at.shape == counted.shape and at.ndim > 1:
+            x = jnp.take_along_axis(x, at, axis=1)
+        elif x.shape != counted.shape:  # all of a row belongs together
+            row_B = x.reshape(len(x), -1).max(-1)
+            x = jnp.broadcast_to(row_B.reshape(-1, *(1,) * (counted.ndim - 1)), counted.shape)
+        out[name] = x
+    return out
 
 
-def total(parts: Sequence[Part]) -> dict[str, float]:
-    """Returns the means over all parts, added up in float64.
+class Tally:
+    """A Tally adds up what a model did on held-out data: by unit, where batches tell units, and as a whole.
 
-    Raises a ValueError where there is no batch, or not a single target.
+    Sums are float64 and each unit's come in the order of its tokens, so that they don't depend on how many rows a batch
+    has but for the rounding of float32 within a row. Memory: 8 (C + 1) bytes a unit.
     """
-    sums: Sums = {}
-    totals: dict[str, float] = {}
-    for part, weight in parts:
-        for name, values in part.items():
-            for metric, value in values.items():
-                added = sums.setdefault(name, {})
-                added[metric] = added.get(metric, 0.0) + float(value)
-        for name, value in weight.items():
-            totals[name] = totals.get(name, 0.0) + float(value)
-    if not sums:
-        raise ValueError("data.valid: no validation batches; raise data.holdout or name validation sources")
-    for name in sums:
-        if totals[name] == 0:
-            raise ValueError(f"data.valid: not a single target ({name}) in the validation set")
-    return {name: float(value) for name, value in means(sums, totals).items()}
+
+    def __init__(self, units: int, unit: str) -> None:
+        """`units`: how many there are at most; `unit` names them: documents, examples."""
+        self.unit = unit
+        self.columns: list[Column] = []
+        self._batches: list[list[float]] = []
+        self._size = units
+        self._table_UC = np.zeros((0, 0))
+        self._keys_U = np.zeros(units, np.uint64)
+        self._by_unit = True
+
+    def add(self, values: Mapping[Column, Any], shares: Mapping[str, Any]) -> None:
+        """Adds a batch, as the step returned it."""
+        if not self._batches:
+            self.columns = list(values)
+            self._table_UC = np.zeros((self._size, len(self.columns)))
+        sums = [float(values[column]) for column in self.columns]
+        self._batches.append(sums)
+        added_C, size_C = np.zeros(len(sums)), np.zeros(len(sums))
+        for part in shares.values():
+            units = np.asarray(part["unit"]).ravel()
+            real = units > 0
+            units = units[real] - 1
+            np.add.at(self._keys_U, units, np.asarray(part["checksum"]).ravel()[real].astype(np.uint64))
+            if not len(units):
+                continue
+            low = int(units.min())  # a batch's units lie near each other
+            for i, column in enumerate(self.columns):
+                each = np.asarray(part["values"][column], np.float64).ravel()
+                added_C[i], size_C[i] = added_C[i] + each.sum(), size_C[i] + np.abs(each).sum()
+                mine = np.bincount(units - low, each[real])
+                self._table_UC[low : low + len(mine), i] += mine
+        self._by_unit &= bool(np.all(np.abs(added_C - sums) <= TOLERANCE * (np.abs(sums) + size_C) + 1e-6))
+
+    @property
+    def is_by_unit(self) -> bool:
+        """Returns whether each unit's sums are known. Not so for an objective whose sums aren't linear in weights or
+        rows, such as one that compares the rows of a batch with each other: its units are batches."""
+        return self._by_unit
+
+    def table(self) -> tuple[np.ndarray, list[int], str]:
+        """Returns the sums of each unit that has targets `[N, C]`, a key of each that is equal where two models read
+        the same, and what the units are."""
+        if not self._by_unit:
+            return np.array(self._batches), [], "batches"
+        totals = [i for i, (_, metric) in enumerate(self.columns) if not metric]
+        has = (self._table_UC[:, totals] > 0).any(1)
+        return self._table_UC[has], self._keys_U[has].tolist(), self.unit
+
+    def figures(self) -> dict[str, float]:
+        """Returns the means over all. ValueError: there is no batch, or not a single target."""
+        if not self._batches:
+            raise ValueError("data.valid: no validation batches; raise data.holdout or name validation sources")
+        whole_C = self._table_UC.sum(0) if self._by_unit else np.array(self._batches).sum(0)
+        sums, totals = nested(self.columns, whole_C)
+        for name in sums:
+            if totals[name] == 0:
+                raise ValueError(f"data.valid: not a single target ({name}) in the validation set")
+        return {name: float(value) for name, value in means(sums, totals).items()}
+
+
+def tally(
+    step: Callable[..., Any], params: Any, batches: Iterable[Mapping[str, Any]], units: int = 0, unit: str = "examples"
+) -> Tally:
+    """Returns what a model does on batches, added up on the host."""
+    out = Tally(units, unit)
+    for batch in batches:
+        out.add(*jax.device_get(step(params, batch)))
+    return out
+
+
+def nested(columns: Sequence[Column], values: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Returns (sums, totals) of the values of columns, numbers or arrays `[R]` of each."""
+    sums: dict[str, dict[str, Any]] = {}
+    totals: dict[str, Any] = {}
+    for (name, metric), value in zip(columns, values, strict=True):
+        if metric:
+            sums.setdefault(name, {})[metric] = value
+        else:
+            totals[name] = value
+    return sums, totals
 
 
 def means(sums: dict[str, dict[str, Any]], totals: dict[str, Any]) -> dict[str, Any]:

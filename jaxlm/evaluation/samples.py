@@ -4,8 +4,7 @@ The figures are those of `metrics` (a test says so); where a field has none here
 right stands for it. N examples, M counts, R resamples, L labels.
 """
 
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,12 +117,64 @@ def _tags(c: Any, true: Sequence[Sequence[str]], predicted: Sequence[Sequence[st
     return Sample(np.hstack([spans_N3, words_NM]), figures)
 
 
-def _relations(c: Any, true: Sequence[str], predicted: Sequence[str]) -> Sample:
+def _entity_counts(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], kinds: Sequence[str]
+                   ) -> np.ndarray:  # fmt: skip
+    """Counts in each text the entities of each kind that are rightly predicted, are true, are predicted: `[N, 3 L]`."""
+    out = np.zeros((len(true), 3, len(kinds)))
+    number = {kind: i for i, kind in enumerate(kinds)}
+    for i, (a, b) in enumerate(zip(true, predicted, strict=True)):
+        for row, found in enumerate((entities(a) & entities(b), entities(a), entities(b))):
+            for kind, *_ in found:
+                out[i, row, number[kind]] += 1
+    return out.reshape(len(true), -1)
+
+
+def _relation_counts(c: Any, true: Sequence[str], predicted: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Returns the relations without their directions, and how often each is rightly predicted, is true, is predicted in
+    each example: `[N, 3, L]`."""
     kinds = sorted({metrics.relation(label) for label in c.labels if label != c.negative})
     counts_N3L = np.zeros((len(true), 3, len(kinds)))
     for i, pair in enumerate(zip(true, predicted, strict=True)):
         for kind, *each in metrics.related(*pair, c.negative or ""):
             counts_N3L[i, :, kinds.index(kind)] = each
+    return kinds, counts_N3L
+
+
+def by_class(scores: str, c: Any, true: Sequence[Any], predicted: Sequence[Any]) -> Sample | None:
+    """Returns the sample of each class's figures: `CLASS/precision`, `CLASS/recall`, `CLASS/f1` and `CLASS/support`,
+    the number of true ones. None: the task has no classes.
+
+    Classes are labels, relations without their directions and without the negative label, kinds of entities where tags
+    mark them, else tags.
+    """
+    if scores == "classes" and c.kind == "single":
+        names, counts = c.labels, _label_counts((([a], [b]) for a, b in zip(true, predicted, strict=True)), c.labels)
+    elif scores == "classes" and c.kind == "multi":
+        names = c.labels
+        a_NL, b_NL = (np.array([[label in text for label in names] for text in texts]) for texts in (true, predicted))
+        counts = np.hstack([a_NL & b_NL, a_NL, b_NL]).astype(float)
+    elif scores == "relations":
+        names, counts = _relation_counts(c, true, predicted)
+        counts = counts.reshape(len(true), -1)
+    elif scores == "tags" and metrics.is_spans(c.labels):
+        names = sorted({label[2:] for label in c.labels if label != "O"})
+        counts = _entity_counts(true, predicted, names)
+    elif scores == "tags":
+        names, counts = c.labels, _label_counts(zip(true, predicted, strict=True), c.labels)
+    else:
+        return None
+
+    def figures(sums_RM: np.ndarray) -> Figures:
+        right_RL, true_RL, predicted_RL, f1_RL = _per_label(sums_RM)
+        each = dict(precision=_ratio(right_RL, predicted_RL), recall=_ratio(right_RL, true_RL), f1=f1_RL,
+                    support=true_RL)  # fmt: skip
+        return {f"{name}/{metric}": x_RL[:, i] for i, name in enumerate(names) for metric, x_RL in each.items()}
+
+    return Sample(counts, figures)
+
+
+def _relations(c: Any, true: Sequence[str], predicted: Sequence[str]) -> Sample:
+    _, counts_N3L = _relation_counts(c, true, predicted)
     right_N = np.array([float(a == b) for a, b in zip(true, predicted, strict=True)])
 
     def figures(sums_RM: np.ndarray) -> Figures:
@@ -188,35 +239,21 @@ def of_answers(scores: str, c: Any, items: Sequence[dict], true: Sequence[Any], 
     return means({"exact": [float(a == b) for a, b in zip(true, predicted, strict=True)]}, keys)
 
 
-def of_losses(parts: Sequence[perplexity.Part], keys: Sequence[Any] = (), whole: bool = True) -> Sample:
-    """Returns the sample of losses by batch (from `perplexity.parts`), so few batches say little of chance: the `whole`
-    of their figures or, for a task that has scores of its own, the loss alone."""
-    sums, totals = parts[0]
-    columns = [(name, metric) for name, values in sums.items() for metric in values]
-    table = [[s[name][metric] for name, metric in columns] + [t[name] for name in totals] for s, t in parts]
+def of_losses(found: perplexity.Tally, whole: bool = True) -> Sample:
+    """Returns the sample of losses by document or example: the `whole` of their figures or, for a task that has scores
+    of its own, the loss alone."""
+    counts_NM, keys, unit = found.table()
 
     def figures(sums_RM: np.ndarray) -> Figures:
-        added: dict[str, dict[str, Any]] = {name: {} for name in sums}
-        for (name, metric), value_R in zip(columns, sums_RM.T, strict=False):
-            added[name][metric] = value_R
-        weights = dict(zip(totals, sums_RM[:, len(columns) :].T, strict=True))
-        means = perplexity.means(added, weights)
+        means = perplexity.means(*perplexity.nested(found.columns, sums_RM.T))
         return {k: v for k, v in means.items() if (k.rpartition("/")[2] != "targets" if whole else is_loss(k))}
 
-    return Sample(np.array(table, float), figures, keys, "batches")
+    return Sample(counts_NM, figures, keys, unit)
 
 
 def is_loss(name: str) -> bool:
     """Returns whether a figure is a loss that is minimised."""
     return name.rpartition("/")[2] == "loss"
-
-
-def keyed(batches: Iterable[Mapping[str, Any]], keys: list[int]) -> Iterator[Mapping[str, Any]]:
-    """Yields the batches and appends a checksum of each to `keys`."""
-    for batch in batches:
-        arrays = [np.asarray(shard.data) for name in sorted(batch) for shard in batch[name].addressable_shards]
-        keys.append(zlib.crc32(b"".join(x.tobytes() for x in arrays)))
-        yield batch
 
 
 # The harness's metrics that are not means over examples, computed from summed pairs (log likelihood, size).

@@ -23,6 +23,8 @@ class Judged(NamedTuple):
     """What the figures are resampled from."""
     examples: list[dict[str, Any]]
     """The file and line, the true answer and the predicted one of each example."""
+    classes: Sample | None
+    """What the figures of each class are resampled from; None: the task has no classes."""
 
 
 def judge(scores: str, c: Any, records: Sequence[Any], true: Sequence[Any], predicted: Sequence[Any]) -> Judged:
@@ -35,4 +37,4 @@ def judge(scores: str, c: Any, records: Sequence[Any], true: Sequence[Any], pred
     sample = samples.of_answers(scores, c, records, true, predicted)
     examples = [dict(where=where, true=a, found=b)
                 for where, a, b in zip(samples.places(records, len(true)), true, predicted, strict=True)]  # fmt: skip
-    return Judged(figures, report, sample, examples)
+    return Judged(figures, report, sample, examples, samples.by_class(scores, c, true, predicted))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.nn.layout import Layout
@@ -61,6 +62,9 @@ def cross_entropy(
     formed in the same forward pass, so no logits are kept or computed twice. A head may be sharded by vocabulary: each
     device reduces its own columns. `z_loss` weighs log²Z (Chowdhery et al. 2022, section 5). Raises ValueError where
     `mesh.context` doesn't divide the positions.
+
+    The derivative by a weight is what its target adds to each sum; it is there where nothing else is differentiated,
+    and zero beside other derivatives.
     """
     mesh = jax.sharding.get_abstract_mesh()
     bias_V = r.bias_V if r.bias_V is not None else jnp.zeros(r.w_VD.shape[:1], jnp.float32)
@@ -146,40 +150,51 @@ def _chunk(n: int, vocab: int, requested: int) -> int:
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _sums(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan):
     """Returns the sums without gradients: for evaluation, and whatever is not differentiated."""
-    return _everywhere(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan, False)
+    return _everywhere(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan, "sums")
 
 
 def _forward(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan):
-    return _everywhere(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan, True)
+    factors = (x_BTD, w_VD, bias_V)
+    want = "gradients" if any(a.perturbed for a in factors) else "targets"
+    x, w, bias, targets, weights = (a.value for a in (*factors, targets_BT, weights_BT))
+    sums, more = _everywhere(x, w, bias, targets, weights, plan, want)
+    return sums, (more, None) if want == "gradients" else (None, more)
 
 
-def _backward(plan, gradients, cotangent):
-    g = cotangent.loss  # nll and correct are for reading only
-    dx_BTD, dw_VD, db_V = gradients
-    dx_BTD, dw_VD = ((d.astype(jnp.float32) * g).astype(d.dtype) for d in (dx_BTD, dw_VD))
-    return dx_BTD, dw_VD, db_V * g, None, None
+def _backward(plan, residuals, cotangent):
+    gradients, each = residuals
+    g = Sums(*(jnp.zeros((), jnp.float32) if isinstance(c, SymbolicZero) else c for c in cotangent))
+    if gradients is None:
+        return None, None, None, None, g.loss * each.loss + g.nll * each.nll + g.correct * each.correct
+    dx_BTD, dw_VD, db_V = gradients  # of the loss: nll and correct are for reading only
+    dx_BTD, dw_VD = ((d.astype(jnp.float32) * g.loss).astype(d.dtype) for d in (dx_BTD, dw_VD))
+    return dx_BTD, dw_VD, db_V * g.loss, None, None
 
 
-_sums.defvjp(_forward, _backward)
+_sums.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _everywhere(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan, want_gradients):
+def _everywhere(x_BTD, w_VD, bias_V, targets_BT, weights_BT, plan, want):
     """Lets every device scan its own tokens against its own part of the vocabulary; sums and gradients meet at the
-    end."""
-    local = partial(_scan, plan=plan, want_gradients=want_gradients)
+    end. `want`: the sums alone, with the gradients of the factors, or with what each target adds if its weight is 1."""
+    local = partial(_scan, plan=plan, want=want)
     if not plan.tokens and not plan.vocab:
         return local(x_BTD, w_VD, bias_V, targets_BT, weights_BT)
     x, w, t = P(*plan.tokens, None), P(*plan.vocab, None), plan.tokens
     sums = Sums(P(), P(), P())
+    more = {
+        "gradients": (x, P(*(plan.vocab or (None,)), plan.width or None), plan.vocab),
+        "targets": Sums(t, t, t),
+    }
     return jax.shard_map(
         local,
         in_specs=(x, w, plan.vocab, t, t),
-        out_specs=(sums, (x, P(*(plan.vocab or (None,)), plan.width or None), plan.vocab)) if want_gradients else sums,
+        out_specs=(sums, more[want]) if want in more else sums,
         check_vma=False,  # each result is reduced by hand over exactly the axes its spec leaves out
     )(x_BTD, w_VD, bias_V, targets_BT, weights_BT)
 
 
-def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want_gradients):
+def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want):
     label_smoothing, z_loss, vocab_axes, token_axes = (
         plan.label_smoothing,
         plan.z_loss,
@@ -218,8 +233,9 @@ def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want_gradients):
             (loss_N * weights_N).sum(), (nll_N * weights_N).sum(), jnp.where(picked_N >= top_N, weights_N, 0.0).sum()
         )
         sums = jax.tree.map(jnp.add, sums, new)
-        if not want_gradients:
-            return (sums, dw_VD, db_V), None
+        if want != "gradients":
+            each = Sums(loss_N, nll_N, (picked_N >= top_N).astype(jnp.float32))
+            return (sums, dw_VD, db_V), each if want == "targets" else None
         factor_N = weights_N * (1 + 2 * z_loss * log_z_N) / total_N
         d_NV = e_NV * factor_N[:, None] - jnp.where(hit_NV, ((1 - label_smoothing) * weights_N)[:, None], 0.0)
         if label_smoothing:
@@ -233,12 +249,14 @@ def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want_gradients):
         return (sums, dw_VD, db_V), dx_ND.astype(x_ND.dtype if not vocab_axes else jnp.float32)
 
     zero = jnp.zeros((), jnp.float32)
-    shape = (V, D) if want_gradients else (0, 0)
+    shape = (V, D) if want == "gradients" else (0, 0)
     start = (Sums(zero, zero, zero), jnp.zeros(shape, jnp.float32), jnp.zeros(V, jnp.float32))
     (sums, dw_VD, db_V), dx = jax.lax.scan(add_chunk, start, tuple(parts))
     sums = jax.tree.map(lambda s: _reduce(jax.lax.psum, s, token_axes), sums)
-    if not want_gradients:
+    if want == "sums":
         return sums
+    if want == "targets":
+        return sums, jax.tree.map(lambda each: each.reshape(-1)[: B * T].reshape(B, T), dx)
     db_V, dw_VD = _reduce(jax.lax.psum, db_V, token_axes), dw_VD.astype(w_VD.dtype)
     if plan.width:
         dw_VD = jax.lax.psum_scatter(dw_VD, plan.width, scatter_dimension=1, tiled=True)

@@ -104,6 +104,8 @@ class ExampleReader(Generic[C]):
     read: ReadExamples[C]
     texts: Callable[[Any], list[Sequence[int]]] = record_ids
     """(record) → token ids of each of its texts: validation texts that are training texts too are reported."""
+    shares_rows: bool = False
+    """Whether each of a record's texts is an example by itself, a segment of the record's row."""
 
 
 @dataclass(frozen=True)

@@ -149,12 +149,12 @@ def example(c: Config, record: Answers, row: RowShape, tokenizer: Tokenizer, rng
         at += n
     return Example(
         tokens=tokens, targets=targets, segments=segments, positions=positions, weights=weights,
-        reference=np.asarray(record["reference"], np.float32),
+        reference=np.asarray(record["reference"], np.float32), rows=np.array(1, np.float32),
     )  # fmt: skip
 
 
 def totals(batch: DeviceBatch) -> dict[str, jax.Array]:
-    return {"pairs": (batch["segments"] == PREFERRED).any(-1).sum().astype(jnp.float32)}
+    return {"pairs": batch["rows"].sum()}
 
 
 def likelihoods(
@@ -164,10 +164,11 @@ def likelihoods(
     model's output."""
     out = model.forward(params, batch, key=key)
     readout = model.readout(params, out.x_BTD)
-    log_BT = log_likelihoods(readout, batch["targets"], shard=model.shard) * batch["weights"]
+    weights_BT = jax.lax.stop_gradient(batch["weights"])  # a row counts as a whole, by `rows`
+    log_BT = log_likelihoods(readout, batch["targets"], shard=model.shard) * weights_BT
     mine_BAT = batch["segments"][:, None] == jnp.arange(1, answers + 1)[None, :, None]
     log_BA = jnp.where(mine_BAT, log_BT[:, None], 0.0).sum(-1)
-    return log_BA, jnp.where(mine_BAT, batch["weights"][:, None], 0.0).sum(-1), readout, out
+    return log_BA, jnp.where(mine_BAT, weights_BT[:, None], 0.0).sum(-1), readout, out
 
 
 def reference(c: Config, model: Model, params: Any, batch: DeviceBatch) -> jax.Array:
@@ -177,22 +178,24 @@ def reference(c: Config, model: Model, params: Any, batch: DeviceBatch) -> jax.A
 
 def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> Sums:
     log_BA, count_BA, readout, out = likelihoods(model, params, batch, batch["reference"].shape[-1], key)
-    real_B = (batch["segments"] == PREFERRED).any(-1)
-    zero = jnp.zeros_like(log_BA)
+    real_B, zero = batch["rows"] > 0, jnp.zeros_like(log_BA)
 
     def of(log_BA: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         loss_B, margin_B = METHODS[c.method](c, log_BA, batch["reference"], jnp.maximum(count_BA, 1), real_B)
-        metrics = dict(margin=margin_B, accuracy=(margin_B > 0).astype(jnp.float32))
-        metrics |= dict(preferred=log_BA[:, 0], other=log_BA[:, 1])
-        return jnp.where(real_B, loss_B, 0.0).sum(), {n: jnp.where(real_B, m, 0.0).sum() for n, m in metrics.items()}
+        each = dict(loss=loss_B, margin=margin_B, accuracy=(margin_B > 0).astype(jnp.float32))
+        each |= dict(preferred=log_BA[:, 0], other=log_BA[:, 1])
+        each = {name: jnp.where(real_B, x_B, 0.0) for name, x_B in each.items()}
+        return each["loss"].sum(), each
 
-    (total, metrics), slope_BA = jax.value_and_grad(of, has_aux=True)(log_BA)
+    (_, each), slope_BA = jax.value_and_grad(of, has_aux=True)(log_BA)
     # The chain rule by hand: each target weighs as much as the loss depends on its answer's likelihood.
     slope_BAT = jnp.where(batch["segments"][:, None] == jnp.arange(1, zero.shape[-1] + 1)[None, :, None],
                           slope_BA[..., None], 0.0)  # fmt: skip
-    pulled = cross_entropy(readout, batch["targets"], -slope_BAT.sum(1) * batch["weights"], shard=model.shard).loss
-    values = dict(loss=total + pulled - jax.lax.stop_gradient(pulled), **metrics)
-    values |= row_sums(out, real_B[:, None].astype(jnp.float32))
+    pulls_BT = jax.lax.stop_gradient(-slope_BAT.sum(1) * batch["weights"])
+    pulled = cross_entropy(readout, batch["targets"], pulls_BT, shard=model.shard).loss
+    values = {name: (x_B * batch["rows"]).sum() for name, x_B in each.items()}
+    values["loss"] += pulled - jax.lax.stop_gradient(pulled)
+    values |= row_sums(out, batch["rows"][:, None])
     if "aux" in values:
         values["loss"] += values["aux"]
     return {"pairs": values}

@@ -97,5 +97,7 @@ def example(c: Config, record: Conversations, row: RowShape, tokenizer: Tokenize
     return out | Example(weights=out["weights"] * learned[1:].astype(np.float32))
 
 
-objective = Objective(Config, ExampleReader(read, token_ids), ("decoder",), example=example, totals=causal.totals,
-                      loss=causal.loss, read_prompts=read_prompts, chat_template=lambda c: c.template)  # fmt: skip
+objective = Objective(
+    Config, ExampleReader(read, token_ids, shares_rows=True), ("decoder",), example=example, totals=causal.totals,
+    loss=causal.loss, read_prompts=read_prompts, chat_template=lambda c: c.template,
+)  # fmt: skip

@@ -100,7 +100,9 @@ def example(c: Config, record: Window, row: RowShape, tokenizer: Tokenizer, rng:
     rooms = room, target_room = row.seq_len, target_positions(c, row.seq_len)
     is_text = (segments > 0) & ~np.isin(tokens, [tokenizer.bos_id, tokenizer.eos_id])
     marks, eos = sentinels(c, tokenizer), tokenizer.eos_id
-    sources, targets = [], []
+    sources: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    origin = np.zeros(rooms[1], np.int32)
     for segment in rng.permutation(np.unique(segments[is_text])):
         text = tokens[is_text & (segments == segment)]
         if len(text) < 2:
@@ -110,10 +112,13 @@ def example(c: Config, record: Window, row: RowShape, tokenizer: Tokenizer, rng:
         if size <= room and target_size <= target_room:
             room, target_room = room - size, target_room - target_size
             source, target = corrupt(c, text, marks, rng)
+            at = sum(len(t) for t in targets)
+            origin[at : at + len(target) + 1] = segment
             sources.append(np.append(source, eos))
             targets.append(np.append(target, eos))
     start = seq2seq.start_id(c.decoder_start, tokenizer, row.decoder_start)
-    return seq2seq.encoder_decoder_row(sources, targets, rooms, start, tokenizer.pad_id or 0)
+    out = seq2seq.encoder_decoder_row(sources, targets, rooms, start, tokenizer.pad_id or 0)
+    return out | Example(origin=origin)
 
 
 def prompt(c: Config, text: str, row: RowShape, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

@@ -6,7 +6,7 @@ import math
 import statistics
 from typing import Any
 
-from jaxlm.training.run_logs import Logs, gain, metric
+from jaxlm.training.run_logs import Logs, advice, gain, metric, results, role
 
 
 def page(logs: Logs, charts: list[str]) -> str:
@@ -18,7 +18,9 @@ def page(logs: Logs, charts: list[str]) -> str:
     body = [
         f"<header><h1>{_text(logs.name)}</h1><p>{_text(subtitle)}</p></header>",
         _summary(logs),
+        _results(logs),
         _before_and_after(logs),
+        _classes(logs),
         _compression(logs),
         "<h2>Curves</h2><div class=charts>" + "".join(f"<figure>{chart}</figure>" for chart in charts) + "</div>",
         _samples(logs.samples),
@@ -54,6 +56,23 @@ def _summary(logs: Logs) -> str:
     return f"<dl class=summary>{cells}</dl>"
 
 
+def _results(logs: Logs) -> str:
+    """Shows the run's figures, and which rows they are of: those that chose its checkpoint, or those never seen."""
+    found = results(logs)
+    names = list(dict.fromkeys(name for result in found for name in result.figures))
+    if not names:
+        return ""
+    rows = []
+    for result in found:
+        rows_were = f"{_text(result.part)} <small>{_text(result.role)}</small>"
+        cells = [_within(result.figures[n], result.intervals.get(n)) if n in result.figures else "" for n in names]
+        rows.append(f"<tr><th>{rows_were}</th>{''.join(f'<td>{c}</td>' for c in (*cells, _text(result.over)))}</tr>")
+    heads = "".join(f"<td>{_text(head)}</td>" for head in (*names, "over"))
+    note = f"<p>{_text(advice(found))}</p>" if advice(found) else ""
+    table = f"<table class=gain><tr><th></th>{heads}</tr>{''.join(rows)}</table>"
+    return f"<h2>Result <small>of the checkpoint in use, with 95 % intervals</small></h2>{table}{note}"
+
+
 def _before_and_after(logs: Logs) -> str:
     """Compares the step that the run uses with the model it started from."""
     change = gain(logs)
@@ -70,18 +89,42 @@ def _before_and_after(logs: Logs) -> str:
         ]
         rows.append(f"<tr><th>{_text(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     heads = "".join(f"<td>{head}</td>" for head in ("before", "after", "difference", "p", "over"))
-    note = f"{_text(logs.config.get('start') or 'its start')} and step {change['step']}; "
-    note += "95 % intervals, paired bootstrap"
-    if change.get("best") and logs.config.get("train", {}).get("use") == "best":
+    note = f"{_before(logs)} and step {change['step']}; 95 % intervals, paired bootstrap"
+    if role(logs, "valid").startswith("chose the checkpoint"):
         note += "; the step was chosen on these very examples, which flatters it"
     table = f"<table class=gain><tr><th></th>{heads}</tr>{''.join(rows)}</table>"
     return f"<h2>Before and after <small>{note}</small></h2>{table}"
 
 
-def _within(value: Any, ends: list, sign: str = "") -> str:
-    """Formats a value and its interval. Numbers like NaN come as text."""
-    shown = [f"{x:{sign}.4g}" if isinstance(x, int | float) else _text(x) for x in (value, *ends)]
-    return f"{shown[0]} <small>{shown[1]} … {shown[2]}</small>"
+def _before(logs: Logs) -> str:
+    """Returns the name of the model that a run starts from, and whether its head was new, and knew nothing, then."""
+    new = logs.events.get("start", {}).get("new_head")
+    return _text(logs.config.get("start") or "its start") + (" with a new head" if new else "")
+
+
+def _classes(logs: Logs) -> str:
+    """Compares each class of the task before training and after it."""
+    change = gain(logs)
+    if change is None or not change.get("classes"):
+        return ""
+    names = ("precision", "recall", "f1")
+    new = " (new head)" if logs.events.get("start", {}).get("new_head") else ""
+    heads = "".join(f"<td>{name} {when}</td>" for name in names for when in (f"before{new}", "after"))
+    rows = []
+    for name, figures in change["classes"].items():
+        cells = [_within(figures[n][value], figures[n][ends]) for n in names
+                 for value, ends in (("against", "against_interval"), ("value", "interval"))]  # fmt: skip
+        cells = [*cells, f"{figures['support']:g}"]
+        rows.append(f"<tr><th>{_text(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    note = f"{_before(logs)} and step {change['step']}; 95 % intervals, {change['class_resamples']:,} resamples"
+    table = f"<table class=gain><tr><th></th>{heads}<td>support</td></tr>{''.join(rows)}</table>"
+    return f"<h2>Classes, before and after <small>{note}</small></h2>{table}"
+
+
+def _within(value: Any, ends: list | None, sign: str = "") -> str:
+    """Formats a value and its interval, if there is one. Numbers like NaN come as text."""
+    shown = [f"{x:{sign}.4g}" if isinstance(x, int | float) else _text(x) for x in (value, *(ends or ()))]
+    return f"{shown[0]} <small>{shown[1]} … {shown[2]}</small>" if ends else shown[0]
 
 
 def _compression(logs: Logs) -> str:

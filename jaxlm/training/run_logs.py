@@ -22,6 +22,8 @@ class Logs:
     environment: dict[str, Any]
     gains: list[dict]
     """Comparisons of validations with that before the first step, of a run that starts from a model."""
+    tests: list[dict]
+    """Scores on the test data, one for each end of the run."""
 
 
 def read(folder: Path) -> Logs:
@@ -37,8 +39,8 @@ def read(folder: Path) -> Logs:
     config, environment = (_json(folder / name) for name in ("config.json", "environment.json"))
     events = {line.get("name", ""): line for line in kinds["event"]}
     name = str(config.get("name") or folder.resolve().name)
-    gains = [line for line in kinds["event"] if line.get("name") == "gain"]
-    return Logs(name, kinds["train"], kinds["valid"], kinds["sample"], events, config, environment, gains)
+    gains, tests = ([line for line in kinds["event"] if line.get("name") == name] for name in ("gain", "test"))
+    return Logs(name, kinds["train"], kinds["valid"], kinds["sample"], events, config, environment, gains, tests)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -51,11 +53,86 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def gain(logs: Logs) -> dict | None:
-    """Returns what the run's step changed that is used: the best one's gain where the run uses the best, else the last
-    one's; or None."""
+    """Returns what the run's step changed that is used: while it is trained the best one's gain where the run uses the
+    best, else the last one's; or None."""
+    used = logs.events.get("end", {}).get("used")
+    if exact := [line for line in logs.gains if line["step"] == used]:
+        return exact[-1]
     best = [line for line in logs.gains if line.get("best")]
     gains = best if best and logs.config.get("train", {}).get("use") == "best" else logs.gains
     return gains[-1] if gains else None
+
+
+def role(logs: Logs, part: str) -> str:
+    """Returns what the rows of a part, valid or test, were to the run: whether they chose its checkpoint."""
+    if part == "test":
+        n = len(logs.tests)
+        return "never seen" + (f"; scored {n} times, as the run was given more steps after its end" if n > 1 else "")
+    train, end = logs.config.get("train", {}), logs.events.get("end", {})
+    steps = {line["step"] for line in logs.valid} - {0}
+    if train.get("use") == "best" and len(steps) > 1:
+        chosen = f": step {end['used']}" if "used" in end else ""
+        return f"chose the checkpoint{chosen} by the best {train.get('metric')} of {len(steps)} validations"
+    if end.get("reason") == "stopped early":
+        return f"chose the checkpoint: training stopped at step {end['step']}, for they got no better"
+    return "held out, and chose nothing"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A Result holds a run's figures on the rows of a part, at the step that the run uses."""
+
+    part: str
+    role: str
+    figures: dict[str, Any]
+    intervals: dict[str, Any]
+    """The ends of the 95 % intervals that are known."""
+    over: str
+    """How many examples or documents; empty: not known."""
+
+
+def results(logs: Logs) -> list[Result]:
+    """Returns the figures of a run that has ended: on its validation rows and, if it has some, on its test rows."""
+    end = logs.events.get("end")
+    if end is None or not logs.valid:
+        return []
+    used = end.get("used", end["step"])
+    line = next((line for line in reversed(logs.valid) if line["step"] == used), logs.valid[-1])
+    known: dict[str, Any] = next((x["figures"] for x in logs.gains if x["step"] == used), {})
+    test = logs.tests[-1] if logs.tests else None
+    own = logs.config.get("train", {}).get("metric", "loss").rpartition(":")[2]
+    names = test["figures"] if test else known or (own, "loss", "bits_per_byte")
+    names = [name for name in dict.fromkeys(names) if name in line]
+    found = Result("valid", role(logs, "valid"), {n: line[n] for n in names},
+                   {n: known[n]["interval"] for n in names if n in known},
+                   known[names[0]]["over"] if names and names[0] in known else "")  # fmt: skip
+    if test is None:
+        return [found]
+    return [found, Result("test", role(logs, "test"), test["figures"], test["intervals"], test["over"])]
+
+
+def said(result: Result) -> str:
+    """Returns a result as a line of text."""
+
+    def value(name: str, x: Any) -> str:
+        ends = result.intervals.get(name)
+        shown = f" [{', '.join(_number(e) for e in ends)}]" if ends else ""
+        return f"{name} {_number(x)}{shown}"
+
+    over = f", {result.over}" if result.over else ""
+    figures = ", ".join(value(name, x) for name, x in result.figures.items())
+    return f"{result.part} ({result.role}{over}): {figures}"
+
+
+def advice(found: list[Result]) -> str:
+    """Returns what to do about scores on rows that chose the checkpoint, if there are no others; empty: nothing."""
+    if len(found) == 1 and found[0].role.startswith("chose the checkpoint"):
+        return "scores on rows that chose the checkpoint flatter it; name rows that were never seen as data.test"
+    return ""
+
+
+def _number(x: Any) -> str:
+    return f"{x:.4g}" if isinstance(x, int | float) else str(x)
 
 
 @dataclass(frozen=True)

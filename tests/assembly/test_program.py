@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxlm.assembly import corpus, program, run_directory, run_objective
+from jaxlm.assembly import corpus, program, run_directory, run_objective, scoring
 from jaxlm.commands import cli
 from jaxlm.core import config, config_io
-from jaxlm.evaluation import perplexity
 from jaxlm.models import MODELS
 from jaxlm.models.model import Model
 from jaxlm.nn import layout
@@ -116,8 +115,9 @@ def test_it_learns_and_validates_on_a_mesh(objective, home):
             losses.append(float(metrics["loss"]))
             assert metrics["finite"] == 1 and metrics[f"weight/{name}"] == np.asarray(batch["weights"]).sum()
         assert losses[-1] < losses[0]
-        evaluate = perplexity.make_eval_step(p.loss, p.objective.totals, tokens.bytes_per_token)
-        valid = perplexity.total(perplexity.parts(evaluate, state.params, corpus.validation_batches(p, data)))
+        found = scoring.Scorer(p)(state.params, scoring.HeldOut(p, data.valid))
+    valid, sample = found.figures, found.samples["losses"]
+    assert sample.unit == "documents" and 1 < len(sample.counts_NM) <= 60
     assert valid["targets"] > 0 and valid["perplexity"] > 1
     assert ("bits_per_byte" in valid) == (name == "tokens"), "spans are no whole text"
 

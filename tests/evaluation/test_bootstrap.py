@@ -70,8 +70,8 @@ def test_other_examples_are_refused():
         bootstrap.paired(one, one._replace(keys=["a", "c"]))
     single = samples.means({"x": [1.0]})
     assert bootstrap.intervals(single) == {}
-    with pytest.raises(ValueError, match="tells nothing of chance"):
-        bootstrap.paired(single, single)
+    alone = bootstrap.paired(single, single)["x"]
+    assert alone["p"] is None and alone["interval"] is None and alone["difference"] == 0
 
 
 def test_counts_add_up_to_the_libraries_figures():
@@ -120,17 +120,47 @@ def test_what_no_table_knows_is_right_or_wrong():
     assert whole(sample) == {"exact": 0.5}
 
 
-def test_losses_are_resampled_by_batch():
-    parts = [
-        ({"tokens": {"loss": n * v, "nll": n * v}}, {"tokens": n, "bytes": 3 * n}) for n, v in ((2, 1.0), (6, 2.0))
-    ]
-    sample = samples.of_losses(parts)
-    expected = perplexity.total(parts)
-    del expected["targets"]
-    assert whole(sample) == pytest.approx(expected) and sample.unit == "batches"
-    assert expected["loss"] == 1.75 and expected["bits_per_byte"] == pytest.approx(1.75 / math.log(2) / 3)
-    low, high = bootstrap.intervals(sample)["loss"]
-    assert (low, high) == (1, 2)
+def tallied(documents: list[tuple[float, float]], rows: int) -> perplexity.Tally:
+    """Documents of so many tokens with so many nats each, `rows` in a batch."""
+    out = perplexity.Tally(len(documents), "documents")
+    for at in range(0, len(documents), rows):
+        n, v = np.array(documents[at : at + rows]).T
+        each = {("tokens", "nll"): n * v, ("tokens", "loss"): n * v, ("tokens", ""): n, ("bytes", ""): 3 * n}
+        unit = np.arange(at, at + len(n)) + 1
+        shares = {"weights": dict(values=each, unit=unit, checksum=7 * unit)}
+        out.add({column: x.sum() for column, x in each.items()}, shares)
+    return out
+
+
+def test_losses_are_resampled_by_document():
+    for rows in (1, 2):
+        found = tallied([(2, 1.0), (6, 2.0)], rows)
+        sample, expected = samples.of_losses(found), found.figures()
+        del expected["targets"]
+        assert whole(sample) == pytest.approx(expected) and bootstrap.size(sample) == "2 documents"
+        assert expected["loss"] == 1.75 and expected["bits_per_byte"] == pytest.approx(1.75 / math.log(2) / 3)
+        assert bootstrap.intervals(sample)["loss"] == [1, 2]
+
+
+def test_few_documents_give_no_p_and_their_number_is_known():
+    """All of N documents have the same sign by chance with a probability of 2^(1 - N)."""
+    for n, p in ((1, None), (5, None), (6, 2**-5), (7, 2**-6)):
+        better, worse = ([(2, loss + 0.1 * i) for i in range(n)] for loss in (1.0, 2.0))
+        a, b = (samples.of_losses(tallied(each, 4)) for each in (better, worse))
+        loss = bootstrap.paired(a, b, 5000)["loss"]
+        assert loss["p"] == p and loss["difference"] == pytest.approx(-1) and a.keys == [7 * i for i in range(1, n + 1)]
+        assert bootstrap.size(a) == ("1 document" if n == 1 else f"{n} documents")
+        assert loss["interval"] is None if n == 1 else loss["difference_interval"] == pytest.approx([-1, -1])
+    one = a._replace(counts_NM=a.counts_NM[:1], keys=[])
+    assert "too few" in bootstrap.table(bootstrap.paired(one, one))
+
+
+def test_many_examples_are_drawn_in_groups():
+    """A mean of 25,000 has the standard error that it has by the formula."""
+    x = RNG.normal(size=25_000)
+    low, high = bootstrap.intervals(samples.means({"x": x}), 2000)["x"]
+    assert high - low == pytest.approx(2 * 1.96 * x.std() / math.sqrt(len(x)), rel=0.1)
+    assert low < x.mean() < high and bootstrap._grouped(np.ones((25_000, 1))).sum() == 25_000
 
 
 def test_tasks_by_filter_and_with_ratios():
@@ -146,9 +176,10 @@ def test_tasks_by_filter_and_with_ratios():
 
 def test_the_command_line_compares_two_models(tmp_path, capsys, monkeypatch):
     a, b = published(tmp_path / "a"), published(tmp_path / "b", seed=1)
-    (tmp_path / "t.txt").write_text("some text and more of it\n" * 3000)
+    lines = [json.dumps({"text": f"some text and {i} of it " * 300}) for i in range(8)]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
     monkeypatch.chdir(tmp_path)
-    args = ["eval", str(a), "--data", "t.txt", "--resamples", "500"]
+    args = ["eval", str(a), "--data", "t.jsonl", "--resamples", "500"]
     assert cli.main([*args, "--against", str(b), "--json"]) == 0
     shown = capsys.readouterr().out
     record = json.loads(shown.splitlines()[-1])
@@ -156,8 +187,7 @@ def test_the_command_line_compares_two_models(tmp_path, capsys, monkeypatch):
     assert held["differences"] == record["differences"] and held["against"] == str(b)
     loss = record["differences"]["losses"]["loss"]
     assert loss["value"] == pytest.approx(record["loss"]) and loss["difference"] != 0
-    assert "95 % of it" in shown and "500 paired resamples, seed 0" in shown
-    (tmp_path / "u.txt").write_text("other text and more of it\n" * 3000)
+    assert "the same 8 documents, 500 paired resamples, seed 0" in shown and loss["p"] is not None
     assert cli.main([*args, "--against", str(a)]) == 0 and "1.0000" in capsys.readouterr().out
-    assert cli.main(["eval", str(a), "--data", "t.txt", "--resamples", "5"]) == 2
+    assert cli.main(["eval", str(a), "--data", "t.jsonl", "--resamples", "5"]) == 2
     assert "--resamples: 5 is out of range; it must be at least 100" in capsys.readouterr().err

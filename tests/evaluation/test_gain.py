@@ -7,7 +7,7 @@ import shutil
 import pytest
 from support.tiny_models import published
 
-from jaxlm.assembly import corpus
+from jaxlm.assembly import convert, corpus, run_directory
 from jaxlm.commands import cli
 from jaxlm.training.log import read_lines
 
@@ -34,12 +34,13 @@ def gains(folder) -> list[dict]:
 
 @pytest.mark.usefixtures("one_device")
 def test_a_run_says_what_it_changed_and_a_continued_run_says_the_same(tmp_path, capsys):
-    file = tmp_path / "t.tsv"
-    rows = [f"{'yes' if i % 3 else 'no'} {i}\t{'pos' if i % 3 else 'neg'}" for i in range(60)]
-    file.write_text("\n".join(["text\tlabel", *rows]))
+    file, test = tmp_path / "t.tsv", tmp_path / "test.tsv"
+    rows = [f"{'yes' if i % 3 else 'no'} {i}\t{'pos' if i % 3 else 'neg'}" for i in range(90)]
+    file.write_text("\n".join(["text\tlabel", *rows[:60]]))
+    test.write_text("\n".join(["text\tlabel", *rows[60:80], "yes 90\tneg", "no 91\tpos"]))
     (tmp_path / "c.py").write_text(CONFIG.format(file=str(file), out=str(tmp_path)))
     start = published(tmp_path / "bert", "bert")
-    command = ["train", str(tmp_path / "c.py"), "--start", str(start)]
+    command = ["train", str(tmp_path / "c.py"), "--start", str(start), "--data.test", str(test)]
     assert cli.main(command) == 0
     shown = capsys.readouterr().out
     found = gains(tmp_path / "r")
@@ -48,12 +49,20 @@ def test_a_run_says_what_it_changed_and_a_continued_run_says_the_same(tmp_path, 
     accuracy = found[-1]["figures"]["accuracy"]
     assert accuracy["against"] == pytest.approx(before["accuracy"]) and accuracy["over"] == "60 examples"
     assert accuracy["value"] == 1 and accuracy["difference_interval"][0] > 0 and accuracy["p"] < 0.05
-    assert found[-1]["figures"]["loss"]["over"] == "8 batches"
+    assert found[-1]["figures"]["loss"]["over"] == "60 examples"
     assert list(found[-1]["figures"]) == ["accuracy", "f1_macro", "f1_weighted", "mcc", "loss"], "its own scores first"
-    used = [line["step"] for line in found if line["best"]][-1]
+    classes = found[-1]["classes"]
+    assert classes["neg"]["support"] == 20 and classes["pos"]["support"] == 40 and classes["neg"]["f1"]["value"] == 1
+    chosen = "pos" if before["accuracy"] > 0.5 else "neg"  # by the head at the start, which knows nothing
+    recalls = [classes[name]["recall"]["against"] for name in ("neg", "pos")]
+    assert (20 * recalls[0] + 40 * recalls[1]) / 60 == pytest.approx(before["accuracy"])
+    assert classes[chosen]["recall"]["against"] > 0.5 and len(classes[chosen]["precision"]["against_interval"]) == 2
+    used = 30  # as good as step 15, and newer
     page = re.sub(r"<[^>]*>", " ", (tmp_path / "r" / "report.html").read_text())
     assert "Before and after" in page and f"and step {used};" in page
-    assert f"step {used} beside the model it starts from, 10,000 resamples" in shown
+    assert "bert with a new head and step" in page and "f1 before (new head)" in page and "Classes" in page
+    assert f"step {used} beside the model it starts from, whose head is new, 10,000 resamples" in shown
+    _check_test_data(tmp_path, file, test, shown, page, capsys)
     shutil.rmtree(tmp_path / "r" / "checkpoints" / "checkpoint-30")
     file = tmp_path / "r" / "metrics.jsonl"
     file.write_text("".join(json.dumps(x) + "\n" for x in read_lines(file) if x.get("name") != "end"))
@@ -61,7 +70,32 @@ def test_a_run_says_what_it_changed_and_a_continued_run_says_the_same(tmp_path, 
     assert gains(tmp_path / "r") == found
 
 
-def test_a_run_from_nothing_says_nothing_of_it(tmp_path, monkeypatch):
+def _check_test_data(folder, file, test, shown, page, capsys) -> None:
+    """The run says everywhere which rows chose its checkpoint and which were never seen, and keeps their scores apart;
+    scoring the latter reads no other data."""
+    [told] = [line for line in read_lines(folder / "r" / "metrics.jsonl") if line.get("name") == "test"]
+    assert told["used"] == 30 and told["figures"]["accuracy"] < 1 and told["over"] == "22 examples"
+    low, high = told["intervals"]["accuracy"]
+    assert low < told["figures"]["accuracy"] <= high
+    chose = "chose the checkpoint: step 30 by the best accuracy of 2 validations"
+    assert f"valid ({chose}, 60 examples): accuracy 1 [1, 1]" in shown
+    assert f"test (never seen, 22 examples): accuracy {told['figures']['accuracy']:.4g} [" in shown
+    assert re.search(f"valid +{chose}", page) and re.search("test +never seen", page) and "flatter it" not in shown
+    assert "60 of 60 validation examples stand in the training data too" in shown
+    assert "20 of 22 test examples" not in shown, "none of them was seen"
+    file.rename(folder / "away")
+    assert cli.main(["eval", str(folder / "r"), "--json"]) == 0
+    shown = capsys.readouterr().out
+    record = json.loads(shown.splitlines()[-1])
+    assert (record["rows"], record["role"]) == ("test", "never seen")
+    assert {name: record[name] for name in told["figures"]} == pytest.approx(told["figures"], rel=1e-5)
+    assert cli.main(["eval", str(folder / "r"), "--data", str(test), "--rows", "valid"]) == 2
+    (folder / "away").rename(file)
+    card = convert.history(run_directory.read_config(folder / "r"), folder / "r")
+    assert chose in card and f"test (never seen, 22 examples): accuracy {told['figures']['accuracy']:.4g}" in card
+
+
+def test_a_run_from_nothing_says_nothing_of_it(tmp_path, monkeypatch, capsys):
     predict, counts = corpus.predictions, []
     monkeypatch.setattr(corpus, "predictions", lambda p, w, part: counts.append(len(part)) or predict(p, w, part))
     file = tmp_path / "t.tsv"
@@ -69,5 +103,7 @@ def test_a_run_from_nothing_says_nothing_of_it(tmp_path, monkeypatch):
     (tmp_path / "c.py").write_text(CONFIG.format(file=str(file), out=str(tmp_path)))
     assert cli.main(["train", str(tmp_path / "c.py"), "--train.steps", "2", "--train.eval-batches", "1"]) == 0
     assert counts == [8, 8], "the limit is for predictions too"
+    shown = capsys.readouterr().out
+    assert "valid (held out, and chose nothing): accuracy" in shown, "one validation is no choice"
     assert not gains(tmp_path / "r") and not (tmp_path / "r" / "start.npz").exists()
     assert "Before and after" not in (tmp_path / "r" / "report.html").read_text()

@@ -1,0 +1,143 @@
+"""A model is scored on held-out data: its losses by document or example, and the scores of its task. Training and
+`jaxlm eval` do it in the same way."""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlm.assembly import corpus
+from jaxlm.assembly.program import Program, once_a_shape
+from jaxlm.assembly.run_objective import BoundObjective
+from jaxlm.data import loader, packing
+from jaxlm.evaluation import perplexity, task_scores
+from jaxlm.evaluation.bootstrap import Sample
+from jaxlm.evaluation.samples import is_loss, of_losses
+from jaxlm.objectives.objective import DeviceBatch, ExampleReader
+
+
+@dataclass(frozen=True)
+class Units:
+    """Units say which documents or examples the records of a source hold, numbered from 0."""
+
+    name: str
+    firsts: np.ndarray
+    """int64 [records]: the number of the first unit of each record."""
+    count: int
+    several: bool
+    """Whether each segment of a record is a unit of its own, or all of it is one."""
+
+
+def units_of(objective: BoundObjective, source: Any, records: packing.Records) -> Units:
+    """Returns the units of a source's records: documents of packed windows, pairs of texts, labelled examples. Windows
+    of one question, which come from the same place of a file, are one unit; a window is one where nothing keeps its
+    documents apart."""
+    reader = objective.records
+    if isinstance(records, packing.Packed):
+        if not records.document_mask:
+            return Units("windows", np.arange(len(records)), len(records), False)
+        starts = np.arange(len(records)) * records.seq_len
+        firsts = np.searchsorted(records.cache.offsets, starts, side="right") - 1
+        return Units("documents", firsts, len(records.cache), True)
+    if isinstance(records, packing.Texts):
+        return Units("examples", records.firsts[:-1], int(records.firsts[-1]), True)
+    if isinstance(reader, ExampleReader) and reader.shares_rows:
+        counts = [len(reader.texts(record)) for record in source]
+        return Units("examples", np.cumsum([0, *counts[:-1]]), sum(counts), True)
+    if isinstance(reader, ExampleReader):
+        numbers: dict[Any, int] = {}
+        each = [numbers.setdefault(record["where"] or i, len(numbers)) for i, record in enumerate(source)]
+        return Units("examples", np.array(each), len(numbers), False)
+    return Units("examples", np.arange(len(records)), len(records), False)
+
+
+class HeldOut:
+    """A HeldOut is a part of a corpus that models are scored on: the records of its sources, with their units."""
+
+    def __init__(self, p: Program, sources: Sequence[Any]) -> None:
+        self.sources = sources
+        data = p.run.data
+        self.records = [corpus.as_records(p.objective, s, document_mask=data.document_mask, seed=p.run.seed)
+                        for s in sources]  # fmt: skip
+        self.units = [units_of(p.objective, s, records) for s, records in zip(sources, self.records, strict=True)]
+        self.count = sum(units.count for units in self.units)
+        self.unit = self.units[0].name if self.units else "examples"
+
+    def batches(self, p: Program, limit: int = 0) -> Iterator[DeviceBatch]:
+        """Yields every record once, in order, on the devices, each position with its unit; `limit` batches of each
+        source if not 0."""
+        size = p.run.train.batch_size // p.run.train.micro_batches
+        rows, offset = p.rows(size), 0
+        for records, units in zip(self.records, self.units, strict=True):
+            made = loader.evaluation_batches(
+                records, p.objective.example, batch_size=size, rows=rows, limit=limit * size if limit else None
+            )
+            for number, batch in enumerate(made):
+                at = number * size + np.array(range(size) if rows is None else rows)
+                yield p.to_device(batch | owners(batch, at, units, offset), rows)
+            offset += units.count
+
+
+def owners(batch: dict[str, np.ndarray], at: np.ndarray, units: Units, offset: int) -> dict[str, np.ndarray]:
+    """Returns the unit and the checksum of each position of a batch whose rows are the records `at`, some of them
+    beyond the last record. Units are numbered from 1 + `offset`."""
+    real = at < len(units.firsts)
+    segments = batch["origin"] if "origin" in batch else batch.get("segments")
+    if segments is None:  # of another package's objective
+        segments = real.astype(np.int32)[None, :, None]
+    within = segments if units.several else np.minimum(segments, 1)
+    first = offset + units.firsts[np.where(real, at, 0)].reshape(1, -1, *(1,) * (segments.ndim - 2))
+    sums = [zlib.crc32(b"".join(batch[name][0, row].tobytes() for name in sorted(batch))) for row in range(len(at))]
+    checksum = np.array(sums, np.uint32).view(np.int32).reshape(first.shape)
+    return dict(
+        unit=np.where(within > 0, first + within, 0).astype(np.int32),
+        checksum=np.broadcast_to(checksum, segments.shape).copy(),
+    )
+
+
+class Scored(NamedTuple):
+    """A Scored holds what a model does on held-out data."""
+
+    losses: dict[str, float]
+    """Losses, and what comes with them."""
+    task: dict[str, float]
+    """The scores of the task; empty: the objective makes no predictions."""
+    samples: dict[str, Sample]
+    """What the figures are resampled from; the task's own first."""
+    report: str
+    """The task's scores as text."""
+    classes: Sample | None
+    """What figures of each class are resampled from, where the task has classes."""
+    examples: list[dict[str, Any]]
+    """The place, the true and the predicted answer of each example, where the objective makes predictions."""
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Returns the task's own scores and the loss; or the losses, where there is no task. Accuracy and perplexity
+        of tokens would only be taken for the task's."""
+        return self.task | {n: v for n, v in self.losses.items() if is_loss(n)} if self.task else self.losses
+
+
+class Scorer:
+    """A Scorer scores weights; it compiles its programs once."""
+
+    def __init__(self, p: Program) -> None:
+        self.p = p
+        step = perplexity.make_eval_step(p.loss, p.objective.totals, p.tokens.bytes_per_token, p.whole)
+        self._step, _ = once_a_shape(step, "compile the validation")
+
+    def __call__(self, weights: Any, held: HeldOut, limit: int = 0) -> Scored:
+        """Scores weights on held-out data, or on `limit` batches of each of its sources if not 0."""
+        p = self.p
+        found = perplexity.tally(self._step, weights, held.batches(p, limit), held.count, held.unit)
+        losses, samples = found.figures(), {"losses": of_losses(found, whole=not p.objective.predicts)}
+        if not p.objective.predicts:
+            return Scored(losses, {}, samples, "", None, [])
+        most = limit * (p.run.train.batch_size // p.run.train.micro_batches) or None
+        records = [record for source in held.sources for record in source[:most]]
+        true, predicted = p.objective.answers(records, corpus.predictions(p, weights, records))
+        judged = task_scores.judge(p.objective.prediction.scores, p.run.objective, records, true, predicted)
+        samples = {"answers": judged.sample} | samples
+        return Scored(losses, judged.figures, samples, judged.report, judged.classes, judged.examples)
