@@ -6,7 +6,7 @@ of `jaxlm` are the same functions with options and printing.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jaxlm.assembly import convert, evaluate_model, run_directory, run_source, training_run
 from jaxlm.assembly.as_flax import as_linen, as_nnx
@@ -84,15 +84,17 @@ def open(place: str | Path, step: int | None = None) -> LanguageModel:
 
 
 def evaluate(
-    model: LanguageModel | RunDirectory | str | Path, data: str | Sequence[str] | None = None, *, batches: int = 0
-) -> dict[str, float]:
-    """Returns the figures of a model on the validation data of its run, or on `data`: loss, perplexity, bits per byte
-    and accuracy, and the scores of the objective's predictions. `batches` limits each source if not 0.
+    model: LanguageModel | RunDirectory | str | Path, data: str | Sequence[str] | None = None, *,
+    rows: Literal["valid", "test"] | None = None, batches: int = 0,
+) -> dict[str, float]:  # fmt: skip
+    """Returns the figures of a model on `rows` of its run, or on `data`: loss, perplexity, bits per byte and accuracy,
+    and the scores of the objective's predictions. `rows` None: the test data where the run has some, which chose no
+    checkpoint, else its validation data. `batches` limits each source if not 0.
 
     ValueError: the model has no validation data of its own and none is named.
     """
     sources = [data] if isinstance(data, str) else data
-    return dict(evaluate_model.evaluate(_place(model), data=sources, batches=batches).figures)
+    return dict(evaluate_model.evaluate(_place(model), data=sources, rows=rows, batches=batches).figures)
 
 
 def start_processes(run: Run | None = None) -> None:

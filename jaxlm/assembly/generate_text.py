@@ -116,8 +116,9 @@ def chat(
     template: Path | None = None,
     step: int | None = None,
     prompt: str = "",
-) -> None:
-    """Answers lines by the model's chat template until there are none; `say` shows text as it comes."""
+) -> list[dict[str, Any]]:
+    """Answers lines by the model's chat template until there are none; `say` shows text as it comes. Returns the
+    messages that were not forgotten."""
     source = source_of(model)
     templates = {"default": read_text(template)} if template else source.templates
     if not templates:
@@ -126,4 +127,6 @@ def chat(
     p = open_model(model if isinstance(model, Pretrained) else source, step)
     with mesh.on_mesh(p.mesh):
         run = p.generator()
-        converse(Chat(run, p.tokens, run.prepare(p.params), text, sampling, system), lines, say, prompt)
+        talk = Chat(run, p.tokens, run.prepare(p.params), text, sampling, system)
+        converse(talk, lines, say, prompt)
+        return talk.messages

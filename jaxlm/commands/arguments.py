@@ -3,14 +3,17 @@
 The docstring of a command ends with an example of its use, on a line that begins with `example: `.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
 import json
+import math
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -28,7 +31,14 @@ _CONFIG = "a config file, the name of one of the package, or a run directory"
 Model = Annotated[Positional[str], arg(metavar="MODEL", help=_MODEL)]
 Config = Annotated[Positional[str], arg(metavar="CONFIG|RUN_DIR", help=_CONFIG)]
 Flag = FlagCreatePairsOff[bool]
-Json = Annotated[FlagCreatePairsOff[bool], arg(help="End with one line of JSON.")]
+Json = Annotated[FlagCreatePairsOff[bool], arg(help="Print the results as one line of JSON; all else goes to stderr.")]
+
+
+class Done(NamedTuple):
+    """A command that is done has results, which are what it printed as values that JSON has, and an exit status."""
+
+    values: dict[str, Any]
+    status: int = 0
 
 
 class More(NamedTuple):
@@ -50,9 +60,20 @@ class Command(ABC):
     hint: ClassVar[str] = ""
     """What help says of more options where it can't show them, for no positional argument is given."""
 
+    json: Json = field(default=False, kw_only=True)
+
     @abstractmethod
-    def run(self, rest: list[str]) -> int:
-        """Does what the command says and returns the exit status. `rest` are the options that aren't fields."""
+    def run(self, rest: list[str]) -> Done:
+        """Does what the command says and prints it for people. `rest` are the options that aren't fields."""
+
+    def main(self, rest: list[str]) -> int:
+        """Does what the command says and returns the exit status. With `json` the results are all of the output."""
+        if not self.json:
+            return self.run(rest).status
+        with contextlib.redirect_stdout(sys.stderr):
+            done = self.run(rest)
+        print(json.dumps(as_json(done.values), ensure_ascii=False, allow_nan=False))
+        return done.status
 
     @classmethod
     def more(cls, place: str, rest: Sequence[str] = ()) -> More | None:
@@ -183,8 +204,14 @@ def start_processes(command: Command, run: Any = None) -> None:
     processes.start(dataclasses.asdict(command) if run is None else config_io.flatten(run))
 
 
-def print_json(wanted: bool, values: dict) -> int:
-    """Prints the values as one last line of JSON where it is wanted; returns the exit status 0."""
-    if wanted:
-        print(json.dumps(values))
-    return 0
+def as_json(value: Any) -> Any:
+    """Returns a value in JSON's own types: paths as texts, arrays as lists, and null for numbers that JSON lacks."""
+    if isinstance(value, Mapping):
+        return {str(k): as_json(v) for k, v in value.items()}
+    if hasattr(value, "tolist"):  # an array or a number of numpy or JAX
+        value = value.tolist()
+    if isinstance(value, list | tuple | set | frozenset):
+        return [as_json(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

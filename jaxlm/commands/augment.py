@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from jaxlm.commands.arguments import Command, Flag, start_processes
+from jaxlm.commands.arguments import Command, Done, Flag, start_processes
 from jaxlm.core.ranges import Count, Natural, NonNegative, PositiveShare
 
 
@@ -55,7 +55,7 @@ class Augment(Command):
     """back_translate: the most new tokens of a text."""
     seed: Natural = 0
 
-    def run(self, rest: list[str]) -> int:
+    def run(self, rest: list[str]) -> Done:
         start_processes(self)
         from jaxlm.assembly import augment
         from jaxlm.inference.sampling import Sampling
@@ -68,4 +68,4 @@ class Augment(Command):
             prefixes=(self.prefix, self.back_prefix), how=how, seed=self.seed,
         )  # fmt: skip
         print(said)
-        return 0
+        return Done({"out": self.out, "said": said})

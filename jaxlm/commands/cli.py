@@ -111,7 +111,7 @@ def _run(kind: "type[Command]", name: str, arguments: list[str]) -> int:
         shared.show_help(kind, name, arguments)
         return 0
     args, rest = shared.parse(kind, arguments)
-    return args.run(rest)
+    return args.main(rest)
 
 
 def _named(arguments: list[str]) -> tuple[str, list[str]]:

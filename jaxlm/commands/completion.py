@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from jaxlm.commands.arguments import Command, OnRun
+from jaxlm.commands.arguments import Command, Done, OnRun
 from jaxlm.core import config_io, typed_arguments
 
 # tyro's function completes commands, options and their choices; this adds names of configs and files.
@@ -47,7 +47,7 @@ class Completion(Command):
 
     shell: Annotated[Positional[Literal["bash", "zsh", "fish"]], arg(metavar="bash|zsh|fish", help="the shell")]
 
-    def run(self, rest: list[str]) -> int:
+    def run(self, rest: list[str]) -> Done:
         from jaxlm.commands import cli
 
         kinds = {name: cli.command(name) for name in cli.COMMANDS}
@@ -67,4 +67,4 @@ class Completion(Command):
         ):
             own = own.replace(mark, words)
         print(script + own)
-        return 0
+        return Done({"shell": self.shell, "script": script + own})

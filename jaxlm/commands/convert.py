@@ -5,7 +5,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from jaxlm.commands.arguments import Command, Json, Model, print_json, start_processes
+from jaxlm.commands.arguments import Command, Done, Model, start_processes
 from jaxlm.core.ranges import Natural
 
 
@@ -19,12 +19,13 @@ class Import(Command):
     model: Model
     target: Annotated[Positional[str], arg(metavar="RUN_DIR", help="a new directory")]
 
-    def run(self, rest: list[str]) -> int:
+    def run(self, rest: list[str]) -> Done:
         start_processes(self)
         from jaxlm.assembly import convert
 
-        print(*convert.import_model(self.model, self.target), sep="\n")
-        return 0
+        notes = convert.import_model(self.model, self.target)
+        print(*notes, sep="\n")
+        return Done({"folder": self.target, "notes": notes})
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,8 @@ class Export(Command):
     """hf: float32, bfloat16, float16 (None: as it is); gguf: f16 (None), q8_0; stablehlo: float32 (None), bfloat16."""
     step: Natural | None = None
     """The checkpoint's; None: the newest."""
-    json: Json = False
 
-    def run(self, rest: list[str]) -> int:
+    def run(self, rest: list[str]) -> Done:
         start_processes(self)
         from jaxlm.assembly import convert
 
@@ -55,4 +55,4 @@ class Export(Command):
             f"logits before and after: off by {record['relative_difference']:.2g} of their deviation, at most by "
             f"{record['max_abs_difference']:.2g}; same likeliest token at {record['same_top_token']:.1%} of places"
         )
-        return print_json(self.json, record)
+        return Done(record)

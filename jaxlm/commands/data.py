@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from jaxlm.commands.arguments import Command, OnRun
+from jaxlm.commands.arguments import Command, Done, OnRun
 from jaxlm.core.ranges import Count
 
 
@@ -25,13 +25,13 @@ class TokenizerTrain(Command):
     field: str = "text"
     """The field that holds the text in JSONL, Parquet and TFDS records."""
 
-    def run(self, rest: list[str]) -> int:
+    def run(self, rest: list[str]) -> Done:
         from jaxlm.data import token_cache, train_tokenizer
 
         texts = (text for source in self.source for text in token_cache.texts(source, field=self.field, part="train"))
         made = train_tokenizer.train_sentencepiece(texts, self.out, vocab_size=self.vocab, name=", ".join(self.source))
         print(f"{self.out}: {made.vocab_size} pieces")
-        return 0
+        return Done({"out": self.out, "pieces": made.vocab_size})
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class DataPrepare(OnRun):
     example: jaxlm data prepare quickstart
     """
 
-    def run(self, rest: list[str]) -> int:
+    def run(self, rest: list[str]) -> Done:
         run, start, _ = self.load(rest)
         from jaxlm.assembly import corpus, open_model
 
         data = corpus.corpus(run.data, open_model.bound_objective(run, start))
         print(*data.described(run.data), sep="\n")
-        return 0
+        return Done({"sources": data.sizes(run.data)})
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class DataInspect(OnRun):
     examples: Count = 2
     """How many are shown."""
 
-    def run(self, rest: list[str]) -> int:
+    def run(self, rest: list[str]) -> Done:
         run, start, _ = self.load(rest)
         from jaxlm.assembly import corpus, open_model
         from jaxlm.commands import dry_run
@@ -69,7 +69,7 @@ class DataInspect(OnRun):
         data = corpus.corpus(run.data, objective)
         print(*data.described(run.data), sep="\n")
         loader = corpus.training_loader(run, objective, data, None)
-        for i in range(self.examples):
-            labels = dry_run.label_names(run.objective)
-            dry_run.show_example(loader.example(i), objective.tokenizer, f"example {i}", labels)
-        return 0
+        examples = [loader.example(i) for i in range(self.examples)]
+        for i, example in enumerate(examples):
+            dry_run.show_example(example, objective.tokenizer, f"example {i}", dry_run.label_names(run.objective))
+        return Done({"sources": data.sizes(run.data), "examples": examples})

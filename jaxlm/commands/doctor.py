@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxlm.commands.arguments import Command
+from jaxlm.commands.arguments import Command, Done
 from jaxlm.core.errors import one_line
 
 Status = Literal["ok", "note", "bad"]
@@ -59,10 +59,10 @@ class Doctor(Command):
     example: jaxlm doctor
     """
 
-    def run(self, rest: list[str]) -> int:
+    def run(self, rest: list[str]) -> Done:
         rows, ok = doctor()
         print_rows(rows)
-        return 0 if ok else 1
+        return Done({"ok": ok, "findings": [vars(row) for row in rows]}, 0 if ok else 1)
 
 
 def doctor(*, cache: str | os.PathLike = "~/.cache/jaxlm") -> tuple[list[Row], bool]:

@@ -20,8 +20,8 @@ from jaxlm.runtime import mesh
 console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
-def show(run: config.Run, start: StartModel, origins: Mapping[str, str]) -> int:
-    """Shows what would run; `origins` says where each field's value comes from."""
+def show(run: config.Run, start: StartModel, origins: Mapping[str, str]) -> dict[str, Any]:
+    """Shows what would run, and returns it as values; `origins` says where each field's value comes from."""
     show_config(run, origins)
     p = program.program(run, open_model.load_tokenizer(run, start), open_model.template_of(run, start))
     for name, note in p.notes.items():
@@ -35,9 +35,13 @@ def show(run: config.Run, start: StartModel, origins: Mapping[str, str]) -> int:
         f"data         {loader.examples_per_epoch:,} windows an epoch; "
         f"{run.train.steps * run.train.batch_size / loader.examples_per_epoch:.2f} epochs"
     )
-    show_memory(p, loader)
+    memory = show_memory(p, loader)
     show_example(loader.example(0), p.tokens, "first training example", label_names(run.objective))
-    return 0
+    count, trained = p.parameters
+    return {
+        "config": config_io.flatten(run), "notes": p.notes, "parameters": count, "trainable": trained,
+        "sources": data.sizes(run.data), "memory_bytes": memory,
+    }  # fmt: skip
 
 
 def show_config(run: config.Run, origins: Mapping[str, str]) -> None:
@@ -70,8 +74,9 @@ def show_parameters(p: program.Program) -> None:
     console.print(f"parameters   {count:,}, of which {trained:,} are trained")
 
 
-def show_memory(p: program.Program, loader: Any) -> None:
-    """Prints what the compiler says of this very step: nothing is guessed, and nothing runs."""
+def show_memory(p: program.Program, loader: Any) -> int | None:
+    """Prints what the compiler says of this very step: nothing is guessed, and nothing runs. Returns the bytes that a
+    device needs; None: the compiler doesn't say."""
     c = p.run.train
     rows = p.rows(c.batch_size // c.micro_batches)
     with mesh.on_mesh(p.mesh):
@@ -80,12 +85,13 @@ def show_memory(p: program.Program, loader: Any) -> None:
     m = compiled.memory_analysis()
     if m is None:
         console.print("memory       this backend's compiler gives no memory analysis")
-        return
+        return None
     mib = 1 << 20
     console.print(
         f"memory       {(m.argument_size_in_bytes + m.temp_size_in_bytes) / mib:,.0f} MiB a device: "
         f"state and batch {m.argument_size_in_bytes / mib:,.0f}, temporaries {m.temp_size_in_bytes / mib:,.0f}"
     )
+    return m.argument_size_in_bytes + m.temp_size_in_bytes
 
 
 def label_names(objective: Any) -> Sequence[str]:

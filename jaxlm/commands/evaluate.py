@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from jaxlm.commands.arguments import Command, Flag, Json, Model, print_json, start_processes
+from jaxlm.commands.arguments import Command, Done, Flag, Model, start_processes
 from jaxlm.core.ranges import Count, Natural, NonNegative, Positive, PositiveShare, Range
 
 
@@ -68,13 +68,12 @@ class Eval(Command):
     """Of the bootstrap, and of samples."""
     out: Path | None = None
     """Where results.json and examples go; None: evals/NAME where there are examples or another model."""
-    json: Json = False
 
-    def run(self, rest: list[str]) -> int:
+    def run(self, rest: list[str]) -> Done:
         return _evaluate(self)
 
 
-def _evaluate(args: Eval) -> int:
+def _evaluate(args: Eval) -> Done:
     start_processes(args)
     from jaxlm.assembly import evaluate_model
 
@@ -122,7 +121,7 @@ def _evaluate(args: Eval) -> int:
         print(f"in brackets 95 % intervals: bootstrap, {args.resamples:,} resamples, {sizes}")
     if shown:
         print(f"\n{args.model} against {args.against}\n{shown}\n{out / 'results.json'}")
-    return print_json(args.json, values | about_rows | record)
+    return Done(values | about_rows | record)
 
 
 def _said_sources(data: Sequence[str]) -> str:

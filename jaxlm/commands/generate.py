@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction, arg
 
-from jaxlm.commands.arguments import Command, Flag, Json, Model, More, print_json, start_processes
+from jaxlm.commands.arguments import Command, Done, Flag, Model, More, start_processes
 from jaxlm.core import typed_arguments
 from jaxlm.core.ranges import Count, Natural
 
@@ -61,9 +61,8 @@ class Generate(OnModel):
     """Reads special tokens that a prompt spells, such as <|im_start|>, as such and not as characters."""
     step: Natural | None = None
     """The checkpoint's; None: the newest."""
-    json: Json = False
 
-    def run(self, rest: list[str]) -> int:
+    def run(self, rest: list[str]) -> Done:
         start_processes(self)
         from jaxlm.assembly import generate_text
         from jaxlm.training.log import shown
@@ -83,7 +82,7 @@ class Generate(OnModel):
         if how.logprobs is not None:
             values["logprobs"] = [[a.completion.logprobs for a in answers] for answers in found]
             values["likeliest"] = [[a.completion.top for a in answers] for answers in found]
-        return print_json(self.json, values)
+        return Done(values)
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class Chat(OnModel):
     step: Natural | None = None
     """The checkpoint's; None: the newest."""
 
-    def run(self, rest: list[str]) -> int:
+    def run(self, rest: list[str]) -> Done:
         start_processes(self)
         from jaxlm.assembly import generate_text
 
@@ -109,8 +108,7 @@ class Chat(OnModel):
 
         (source, how), prompt = self.chosen(rest), "> " if sys.stdin.isatty() else ""
         more: dict[str, Any] = dict(system=self.system, template=self.template, step=self.step, prompt=prompt)
-        generate_text.chat(source, iter(sys.stdin.readline, ""), say, how, **more)
-        return 0
+        return Done({"messages": generate_text.chat(source, iter(sys.stdin.readline, ""), say, how, **more)})
 
 
 @dataclass(frozen=True)
@@ -129,9 +127,8 @@ class Embed(Command):
     """None: what the model's files say, or mean."""
     out: Path | None = None
     """The new .npy file: float32, one row a text."""
-    json: Json = False
 
-    def run(self, rest: list[str]) -> int:
+    def run(self, rest: list[str]) -> Done:
         from jaxlm.data.text_input import read_lines
 
         lines = [line for _, line in read_lines(self.file)] if self.file else []
@@ -149,7 +146,7 @@ class Embed(Command):
         if self.out:
             np.save(self.out, vectors)
             print(f"{self.out}: {vectors.shape[0]} vectors of {vectors.shape[1]}")
-            return print_json(self.json, {"out": str(self.out), "shape": vectors.shape})
+            return Done({"out": self.out, "shape": vectors.shape})
         for text, vector in zip(texts, vectors, strict=True):
             print(f"{text}\t{' '.join(f'{x:.6f}' for x in vector)}")
-        return print_json(self.json, {"texts": texts, "vectors": vectors.tolist()})
+        return Done({"texts": texts, "vectors": vectors})

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxlm.commands.arguments import Flag, Json, OnRun, print_json
+from jaxlm.commands.arguments import Done, Flag, OnRun
 from jaxlm.core.ranges import Count, Natural
 
 
@@ -24,9 +24,8 @@ class Plan(OnRun):
     """--search: compile so many of the best."""
     out: Path | None = None
     """--search: write the best as a config file for jaxlm train."""
-    json: Json = False
 
-    def run(self, rest: list[str]) -> int:
+    def run(self, rest: list[str]) -> Done:
         if (self.compile or self.out) and not self.search:
             raise ValueError(f"--{'compile' if self.compile else 'out'}: is for --search; add it, or leave this out")
         run = self.load(rest).run
@@ -38,8 +37,7 @@ class Plan(OnRun):
             values, ok = plan_report.search(run, target, self.compile, self.out)
         else:
             values, ok = plan_report.plan_one(run, target, not self.analytic)
-        print_json(self.json, values)
-        return 0 if ok else 1
+        return Done(values, 0 if ok else 1)
 
 
 @dataclass(frozen=True)
@@ -55,10 +53,9 @@ class Tune(OnRun):
     """Steps that are measured of each, after two that aren't."""
     out: Path | None = None
     """Write the fastest as a config file for jaxlm train."""
-    json: Json = False
 
-    def run(self, rest: list[str]) -> int:
+    def run(self, rest: list[str]) -> Done:
         run = self.load(rest).run
         from jaxlm.commands import plan_report
 
-        return print_json(self.json, plan_report.measured(run, self.candidates, self.steps, self.out))
+        return Done(plan_report.measured(run, self.candidates, self.steps, self.out))

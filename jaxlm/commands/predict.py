@@ -8,7 +8,7 @@ from typing import Any
 
 from tyro.conf import UseAppendAction
 
-from jaxlm.commands.arguments import Command, Model, start_processes
+from jaxlm.commands.arguments import Command, Done, Model, start_processes
 from jaxlm.core.ranges import Natural
 
 
@@ -32,7 +32,7 @@ class Predict(Command):
     out: Path | None = None
     """A new .jsonl file of the inputs with what the model says of each."""
 
-    def run(self, rest: list[str]) -> int:
+    def run(self, rest: list[str]) -> Done:
         if self.text and self.data:
             raise ValueError("--data: leave it out, or --text")
         if self.out and self.out.exists():
@@ -47,11 +47,12 @@ class Predict(Command):
         if self.out:
             self.out.write_text("".join(lines), "utf-8")
             print(f"{self.out}: {len(lines):,} inputs")
-        elif sys.stdout.isatty():
+            return Done({"out": self.out, "inputs": len(lines)})
+        if sys.stdout.isatty():
             _show(cells, told)
         else:
             sys.stdout.writelines(lines)
-        return 0
+        return Done({"inputs": cells, "predictions": told})
 
 
 def _show(cells: list[dict[str, Any]], told: list[dict[str, Any]]) -> None:

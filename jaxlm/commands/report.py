@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from jaxlm.commands.arguments import Command
+from jaxlm.commands.arguments import Command, Done
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,11 @@ class Report(Command):
 
     folder: Annotated[Positional[Path], arg(metavar="RUN_DIR", help="a run directory")]
 
-    def run(self, rest: list[str]) -> int:
-        from jaxlm.training import report
+    def run(self, rest: list[str]) -> Done:
+        from jaxlm.training import report, run_logs
 
-        print(report.build(self.folder))
-        return 0
+        page = report.build(self.folder)
+        print(page)
+        found = run_logs.results(run_logs.read(self.folder))
+        print(*map(run_logs.said, found), sep="\n", end="\n" if found else "")
+        return Done({"report": page, "results": [vars(result) for result in found]})

@@ -1,8 +1,10 @@
 """`jaxlm train` trains a config, or continues a run directory."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from jaxlm.commands.arguments import Flag, OnRun, start_processes
+from jaxlm.commands.arguments import Done, Flag, OnRun, start_processes
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class Train(OnRun):
     dry_run: Flag = False
     """Show the config, the memory and one example of what would run, and don't run it."""
 
-    def run(self, rest: list[str]) -> int:
+    def run(self, rest: list[str]) -> Done:
         run, start, origins = self.load(rest)
         start_processes(self, run)
         from jaxlm.assembly import run_directory, training_run
@@ -23,5 +25,18 @@ class Train(OnRun):
 
         run_directory.check_place(run)
         if self.dry_run:
-            return dry_run.show(run, start, origins)
-        return training_run.train(run, start)
+            return Done(dry_run.show(run, start, origins))
+        status = training_run.train(run, start)
+        return Done(_results(run.folder), status)
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    """Returns what a run has come to."""
+    from jaxlm.training import run_logs
+
+    logs = run_logs.read(folder)
+    end = logs.events.get("end", {})
+    figures = [vars(result) for result in run_logs.results(logs)]
+    step = max(line["step"] for line in [*logs.train, *logs.valid])
+    return {"folder": folder, "step": step, "reason": end.get("reason", "interrupted"), "used": end.get("used"),
+            "results": figures, "gain": (run_logs.gain(logs) or {}).get("figures", {})}  # fmt: skip

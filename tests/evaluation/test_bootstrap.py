@@ -181,8 +181,8 @@ def test_the_command_line_compares_two_models(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = ["eval", str(a), "--data", "t.jsonl", "--resamples", "500"]
     assert cli.main([*args, "--against", str(b), "--json"]) == 0
-    shown = capsys.readouterr().out
-    record = json.loads(shown.splitlines()[-1])
+    out, shown = capsys.readouterr()
+    record = json.loads(out)
     held = json.loads((tmp_path / "evals/a/results.json").read_text())
     assert held["differences"] == record["differences"] and held["against"] == str(b)
     loss = record["differences"]["losses"]["loss"]

@@ -85,8 +85,7 @@ def _check_test_data(folder, file, test, shown, page, capsys) -> None:
     assert "20 of 22 test examples" not in shown, "none of them was seen"
     file.rename(folder / "away")
     assert cli.main(["eval", str(folder / "r"), "--json"]) == 0
-    shown = capsys.readouterr().out
-    record = json.loads(shown.splitlines()[-1])
+    record = json.loads(capsys.readouterr().out)
     assert (record["rows"], record["role"]) == ("test", "never seen")
     assert {name: record[name] for name in told["figures"]} == pytest.approx(told["figures"], rel=1e-5)
     assert cli.main(["eval", str(folder / "r"), "--data", str(test), "--rows", "valid"]) == 2

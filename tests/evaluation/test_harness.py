@@ -100,9 +100,9 @@ def test_the_command_line_leaves_results_and_every_example(home, tmp_path, monke
     out = tmp_path / "out"
     args = ["eval", str(home / "model"), "--tasks", "choice,whole,answer", "--task-folder", str(home), "--json"]
     assert cli.main([*args, "--out", str(out)]) == 0
-    shown = capsys.readouterr().out
+    printed, shown = capsys.readouterr()
     assert "begin of text: every text begins with <s>" in shown and "|choice" in shown
-    found = json.loads(shown.splitlines()[-1])
+    found = json.loads(printed)
     assert found["results"] == json.loads((out / "results.json").read_text())["results"]
     assert found["n-samples"]["choice"]["effective"] == 3
     examples = [json.loads(line) for line in (out / "choice.jsonl").read_text().splitlines()]

@@ -118,8 +118,8 @@ def test_pairs_are_written_and_compared(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     args = ["eval", "runs/pairs", "--metric", "bleu", "--tokens", "8"]
     assert cli.main([*args, "--data", "p", "--json"]) == 0
-    shown = capsys.readouterr().out
-    found = json.loads(shown.splitlines()[-1])
+    out, shown = capsys.readouterr()
+    found = json.loads(out)
     assert found["figures"]["chrf"] == 100 and found["sizes"] == {"texts": "3 texts"} and "tok:13a" in shown
     assert "p: 1 of 3 sources lose their end; raise train.seq_len" in shown
     rows = [json.loads(line) for line in Path("evals/pairs/texts.jsonl").read_text().splitlines()]
@@ -163,4 +163,4 @@ def test_conversations_are_gone_on_with_and_compared(tmp_path, capsys, monkeypat
     assert cli.main([*args, "--tokens", "48"]) == 2
     assert "--tokens: 48 leave nothing of train.seq_len 48 to read" in capsys.readouterr().err
     assert cli.main([*args, "--tokens", "46"]) == 0
-    assert "2 of 2 conversations lose their beginning" in capsys.readouterr().out
+    assert "2 of 2 conversations lose their beginning" in capsys.readouterr().err

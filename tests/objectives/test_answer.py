@@ -223,8 +223,8 @@ def test_from_the_command_line_to_a_report(file, one_device, tmp_path, capsys):
     assert cli.main(["train", str(tmp_path / "c.py"), "--optim.freeze", "^position$"]) == 0
     assert "4 of 4 texts are read in several windows" in capsys.readouterr().out
     assert cli.main(["eval", str(tmp_path / "r"), "--data", file, "--out", str(tmp_path / "out"), "--json"]) == 0
-    shown = capsys.readouterr().out
-    found = json.loads(shown.splitlines()[-1])
+    printed, shown = capsys.readouterr()
+    found = json.loads(printed)
     assert found["f1"] == found["hasans_exact"] == found["noans_exact"] == 1 and "with objective.threshold" in shown
     assert found["sizes"]["answers"] == "4 questions"
     kept = [json.loads(line) for line in (tmp_path / "out" / "examples.jsonl").read_text().splitlines()]

@@ -154,8 +154,8 @@ def test_from_the_command_line_to_a_report(file, one_device, tmp_path, capsys, m
     assert cli.main(["train", str(tmp_path / "c.py"), "--optim.freeze", "^position$"]) == 0
     capsys.readouterr()
     assert cli.main(["eval", str(tmp_path / "r"), "--data", file, "--json"]) == 0
-    shown = capsys.readouterr().out
-    assert json.loads(shown.splitlines()[-1])["accuracy"] == 1 and "chosen" in shown
+    printed, shown = capsys.readouterr()
+    assert json.loads(printed)["accuracy"] == 1 and "chosen" in shown
     unanswered = [json.dumps({k: v for k, v in row.items() if k != "answer"}) for row in ROWS]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(unanswered)))
     assert cli.main(["predict", str(tmp_path / "r")]) == 0

@@ -162,8 +162,8 @@ def test_from_the_command_line_to_a_report(file, one_device, tmp_path, capsys):
     assert cli.main(["train", str(tmp_path / "c.py")]) == 0
     capsys.readouterr()
     assert cli.main(["eval", str(tmp_path / "r"), "--data", file, "--json"]) == 0
-    shown = capsys.readouterr().out
-    assert "weighted avg" in shown and json.loads(shown.splitlines()[-1])["f1_macro"] == 1
+    printed, shown = capsys.readouterr()
+    assert "weighted avg" in shown and json.loads(printed)["f1_macro"] == 1
     (tmp_path / "new.csv").write_text("id,text\n7,so good\n8,bad bad\n")
     assert cli.main(["predict", str(tmp_path / "r"), "--data", str(tmp_path / "new.csv")]) == 0
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -157,7 +157,7 @@ def test_a_mesh_and_micro_batches_give_the_same(axis_type):
     homes = there.shard.shardings(there.specs, mesh)
     with on_mesh(mesh):
         placed = jax.device_put(weights, homes)
-        rows_home = {k: NamedSharding(mesh, there.shard.spec(("batch", None))) for k in batch}
+        rows_home = {k: NamedSharding(mesh, there.shard.spec(("batch", None)[: v.ndim])) for k, v in batch.items()}
         whole = lambda w, b: preference.loss(preference.Config(), there, w, b, None)["pairs"]["loss"]  # noqa: E731
         got = jax.jit(jax.value_and_grad(whole))(placed, jax.device_put(batch, rows_home))
     np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)

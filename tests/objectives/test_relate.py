@@ -170,8 +170,8 @@ def test_from_the_command_line_to_a_report(file, one_device, tmp_path, capsys):
     assert cli.main(["train", str(tmp_path / "c.py"), "--optim.freeze", "^position$"]) == 0
     capsys.readouterr()
     assert cli.main(["eval", str(tmp_path / "r"), "--data", file, "--json"]) == 0
-    shown = capsys.readouterr().out
-    found = json.loads(shown.splitlines()[-1])
+    printed, shown = capsys.readouterr()
+    found = json.loads(printed)
     assert found["f1_macro"] == found["f1_micro"] == 1 and "relations, without 'other'" in shown
     (tmp_path / "new.txt").write_text("<e1>Di</e1> saw <e2>Ed</e2>\n<e1>Flo</e1> and <e2>Gus</e2>\n")
     out = tmp_path / "told.jsonl"
