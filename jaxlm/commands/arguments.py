@@ -206,9 +206,11 @@ def start_processes(command: Command, run: Any = None) -> None:
 
 def as_json(value: Any) -> Any:
     """Returns a value in JSON's own types: paths as texts, arrays as lists, and null for numbers that JSON lacks."""
+    import numpy as np  # `--help` answers without it
+
     if isinstance(value, Mapping):
         return {str(k): as_json(v) for k, v in value.items()}
-    if hasattr(value, "tolist"):  # an array or a number of numpy or JAX
+    if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, list | tuple | set | frozenset):
         return [as_json(v) for v in value]

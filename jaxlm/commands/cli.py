@@ -51,6 +51,7 @@ options that every command takes:
     -h, --help       what a command takes, with an example
     --plugin MODULE  a module, or a Python file, that registers models, objectives, adapters, optimizers or schedules;
                      may be given several times. The variable JAXLM_PLUGINS names some too
+    --json           print the results as one line of JSON; all else goes to stderr
     --debug          show a traceback for every error
 
 example: jaxlm train quickstart --train.steps 100

@@ -63,7 +63,11 @@ class Record(TypedDict):
 
 
 class Loss(Protocol[C_in]):
-    """Computes sums over the tokens or rows of a batch, so that micro-batches, shards and hosts just add."""
+    """Computes sums over the tokens or rows of a batch, so that micro-batches, shards and hosts just add.
+
+    They, and the totals, are linear in `weights` or `rows`: an evaluation learns from that what each document or
+    example adds. Where they aren't, figures are resampled by batch.
+    """
 
     def __call__(self, c: C_in, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None, /) -> Sums: ...
 

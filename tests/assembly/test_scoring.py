@@ -108,6 +108,25 @@ def tally(task: BoundObjective, source) -> perplexity.Tally:
     return perplexity.tally(step, weights, batches(), units.count, units.name)
 
 
+def test_documents_that_stand_in_two_parts_are_told_and_only_what_is_asked_for_is_read(tmp_path, capsys):
+    run = text_run(tmp_path)
+    for name, texts in {"a": WORDS[:6], "b": WORDS[5:9], "c": WORDS[4:6] + WORDS[8:11]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    a, b, c = ((str(tmp_path / f"{name}.jsonl"),) for name in "abc")
+    task = program.program(run, Bytes()).objective
+    made = corpus.corpus(dataclasses.replace(run.data, train=a, valid=b, test=c), task)
+    shown = capsys.readouterr().out
+    assert "1 of 4 validation examples stand in the training data too;" in shown
+    assert "2 of 5 test examples stand in the training data too;" in shown
+    assert "2 of 5 test examples stand in the validation data too;" in shown
+    assert [len(part[0]) for part in (made.train, made.valid, made.test)] == [6, 4, 5]
+    lost = dataclasses.replace(run.data, train=("gone.txt",), valid=("gone.txt",), test=c)
+    made = corpus.corpus(lost, task, ("test",))
+    assert len(made.test[0]) == 5 and not made.train and not made.valid
+    with pytest.raises(ValueError, match="does not exist"):
+        corpus.corpus(lost, task)
+
+
 def test_an_objective_that_compares_rows_has_batches_for_units():
     """Its sums aren't what its rows add to them."""
 

@@ -115,6 +115,46 @@ def test_counts_of_relations_and_spans_add_up_too():
     assert whole(sample) == pytest.approx(expected) and len(sample.keys) == 12 and sample.unit == "questions"
 
 
+def test_figures_of_classes_are_the_libraries():
+    sklearn, seqeval = pytest.importorskip("sklearn.metrics"), pytest.importorskip("seqeval.metrics")
+    true, found = ([list(RNG.choice(TAGS, 9)) for _ in range(40)] for _ in range(2))
+
+    def figures(scores: str, c: SimpleNamespace, *answers) -> dict[str, list[float]]:
+        sample = samples.by_class(scores, c, *answers)
+        assert sample is not None
+        several: dict[str, list[float]] = {}
+        for name, value in whole(sample).items():
+            several.setdefault(name.rpartition("/")[2], []).append(value)
+        return several
+
+    flat = [[str(tag) for row in rows for tag in row] for rows in (true, found)]
+    names = ("precision", "recall", "f1", "support")
+    expected = dict(zip(names, sklearn.precision_recall_fscore_support(*flat, labels=TAGS), strict=True))
+    single = figures("classes", SimpleNamespace(kind="single", labels=TAGS), *flat)
+    untagged = figures("tags", SimpleNamespace(labels=[*TAGS, "X"]), true, found)  # no spans: words
+    for name in names:
+        assert single[name] == pytest.approx(list(expected[name]))
+        assert untagged[name][:-1] == pytest.approx(list(expected[name])) and untagged[name][-1] == 0
+    from seqeval.scheme import IOB2
+
+    report = seqeval.classification_report(
+        *([list(map(str, row)) for row in rows] for rows in (true, found)), mode="strict", scheme=IOB2, output_dict=True
+    )
+    kinds = sorted({tag[2:] for tag in TAGS if tag != "O"})
+    spans = figures("tags", SimpleNamespace(labels=TAGS), true, found)
+    for name, key in zip(names, ("precision", "recall", "f1-score", "support"), strict=True):
+        assert spans[name] == pytest.approx([report[kind][key] for kind in kinds])
+    multi = [[sorted(set(map(str, row[:2]))) for row in rows] for rows in (true, found)]
+    table = [[[tag in row for tag in TAGS] for row in rows] for rows in multi]
+    expected = dict(zip(names, sklearn.precision_recall_fscore_support(*table, zero_division=0), strict=True))
+    several = figures("classes", SimpleNamespace(kind="multi", labels=TAGS), *multi)
+    assert all(several[name] == pytest.approx(list(expected[name])) for name in names)
+    assert samples.by_class("classes", SimpleNamespace(kind="regression"), [1.0], [2.0]) is None
+    related = figures("relations", SimpleNamespace(labels=["X(e1,e2)", "X(e2,e1)", "no"], negative="no"),
+                      ["X(e1,e2)", "X(e1,e2)", "no"], ["X(e1,e2)", "X(e2,e1)", "X(e1,e2)"])  # fmt: skip
+    assert related == {"precision": [pytest.approx(1 / 3)], "recall": [0.5], "f1": [0.4], "support": [2]}
+
+
 def test_what_no_table_knows_is_right_or_wrong():
     sample = samples.of_answers("answers", None, [{}, {}], ["Paris", "Rome"], ["Paris", "Roma"])
     assert whole(sample) == {"exact": 0.5}
