@@ -94,15 +94,22 @@ def _check_test_data(folder, file, test, shown, page, capsys) -> None:
     assert chose in card and f"test (never seen, 22 examples): accuracy {told['figures']['accuracy']:.4g}" in card
 
 
-def test_a_run_from_nothing_says_nothing_of_it(tmp_path, monkeypatch, capsys):
+def test_a_run_from_nothing_says_nothing_of_it_and_tests_the_step_that_it_uses(tmp_path, monkeypatch, capsys):
     predict, counts = corpus.predictions, []
     monkeypatch.setattr(corpus, "predictions", lambda p, w, part: counts.append(len(part)) or predict(p, w, part))
-    file = tmp_path / "t.tsv"
+    file, test = tmp_path / "t.tsv", tmp_path / "test.tsv"
     file.write_text("text\tlabel\n" + "a\tx\nb\ty\n" * 8)
+    test.write_text("text\tlabel\n" + "a\tx\nb\ty\n" * 4)  # the rows that are validated
     (tmp_path / "c.py").write_text(CONFIG.format(file=str(file), out=str(tmp_path)))
-    assert cli.main(["train", str(tmp_path / "c.py"), "--train.steps", "2", "--train.eval-batches", "1"]) == 0
-    assert counts == [8, 8], "the limit is for predictions too"
-    shown = capsys.readouterr().out
-    assert "valid (held out, and chose nothing): accuracy" in shown, "one validation is no choice"
+    options = ["--train.steps", "2", "--train.eval-batches", "1", "--train.eval-every", "1", "--data.test", str(test)]
+    assert cli.main(["train", str(tmp_path / "c.py"), *options, "--train.metric", "max:loss"]) == 0
+    assert counts == [8, 8, 8, 8], "the limit is for predictions too"
+    assert "test (never seen, 8 examples): accuracy" in capsys.readouterr().out
+    lines = read_lines(tmp_path / "r" / "metrics.jsonl")
+    losses = {line["step"]: line["loss"] for line in lines if line["kind"] == "valid" and line["step"]}
+    [told] = [line for line in lines if line.get("name") == "test"]
+    worst = max(losses, key=losses.__getitem__)
+    assert worst == 1 == told["used"] and told["figures"]["loss"] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[1] > losses[2] + 1e-4
     assert not gains(tmp_path / "r") and not (tmp_path / "r" / "start.npz").exists()
     assert "Before and after" not in (tmp_path / "r" / "report.html").read_text()
