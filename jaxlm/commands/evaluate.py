@@ -118,7 +118,10 @@ def _evaluate(args: Eval) -> Done:
             low, high = known.get(name, (None, None))
             print(f"{name:16} {value:<10.6g} {f'[{low:.6g}, {high:.6g}]' if low is not None else ''}".rstrip())
         sizes = ", ".join(f"{name} over {n}" for name, n in record["sizes"].items())
-        print(f"in brackets 95 % intervals: bootstrap, {args.resamples:,} resamples, {sizes}")
+        if known:
+            print(f"in brackets 95 % intervals: bootstrap, {args.resamples:,} resamples, {sizes}")
+        else:
+            print(f"no intervals, for one tells nothing of chance: {sizes}")
     if shown:
         print(f"\n{args.model} against {args.against}\n{shown}\n{out / 'results.json'}")
     return Done(values | about_rows | record)
