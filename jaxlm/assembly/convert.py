@@ -263,7 +263,7 @@ def _about(s: Source) -> model_card.About:
     return model_card.About("\n".join([made, *_scores(run, s.path)]), start, licence)
 
 
-def _scores(run: config.Run, folder: Path) -> list[str]:
+def _scores(run: Any, folder: Path) -> list[str]:
     """Returns the lines of a card that say how good a run's model is, and on which rows."""
     found = run_logs.results(run_logs.read(folder)) if (folder / "metrics.jsonl").is_file() else []
     places = {part: ", ".join(f"`{model_card.name_of(place)}`" for place in getattr(run.data, part))

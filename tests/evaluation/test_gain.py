@@ -7,7 +7,7 @@ import shutil
 import pytest
 from support.tiny_models import published
 
-from jaxlm.assembly import convert, corpus, run_directory
+from jaxlm.assembly import convert, corpus, model_source
 from jaxlm.commands import cli
 from jaxlm.training.log import read_lines
 
@@ -90,7 +90,7 @@ def _check_test_data(folder, file, test, shown, page, capsys) -> None:
     assert {name: record[name] for name in told["figures"]} == pytest.approx(told["figures"], rel=1e-5)
     assert cli.main(["eval", str(folder / "r"), "--data", str(test), "--rows", "valid"]) == 2
     (folder / "away").rename(file)
-    card = convert.history(run_directory.read_config(folder / "r"), folder / "r")
+    card = convert._about(model_source.describe(folder / "r")).origin
     assert chose in card and f"test (never seen, 22 examples): accuracy {told['figures']['accuracy']:.4g}" in card
 
 
