@@ -20,7 +20,7 @@ from jaxlm.assembly.open_model import Place, Pretrained, open_model, published_r
 from jaxlm.core import config_io, errors, registry
 from jaxlm.core.paths import local
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.formats import gguf, gguf_tokenizer, hf_sidecars, huggingface, model_card, stablehlo
+from jaxlm.formats import gguf, gguf_tokenizer, hf_sidecars, huggingface, model_card, multimodal, stablehlo
 from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.formats.hf_sidecars import Generation
 from jaxlm.formats.peft import describe, load, open_files, save
@@ -311,6 +311,11 @@ def _to_peft(p: Pretrained, folder: Path, dtype: str) -> list[str]:
     start = p.source.run.start if p.source.run else str(p.source.path)
     if not start:
         raise ValueError(f"format peft: {p.source.path} began from no published model; export it as hf")
+    if (Path(start) / "config.json").is_file() and multimodal.is_wrapper(huggingface.read_config(start)):
+        raise ValueError(
+            f"format peft: {start} is multimodal, and the adapter is its text model's; export the merged model as hf, "
+            "or begin a run from the text model that `jaxlm export` makes of it"
+        )
     notes = save(folder, p.model.adapter, p.params.get("adapter", {}), start.removeprefix(model_source.HUB))
     if Path(start).suffix == ".gguf":
         notes.append(f"note: PEFT can't read {start}; give it the same model as a Hugging Face directory")

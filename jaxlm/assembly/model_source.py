@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -184,6 +185,8 @@ def with_adapter(base: Source, folder: Path) -> Source:
 def _hf(folder: Path) -> Source:
     family, c = huggingface.describe(folder, MODELS)
     c, head = task_heads.describe(folder, family, c)
+    if line := huggingface.left_out(folder, c):
+        print(line, file=sys.stderr)
     names = ("tokenizer.json", "tokenizer.model", "spiece.model")
     tokens = tokenizers.load(folder) if any((folder / name).is_file() for name in names) else None
     boundary_ids: tuple[list[int], list[int]] = tokens.boundary_ids if tokens is not None else ([], [])

@@ -89,7 +89,8 @@ RULES: dict[str, Rule] = {
     **keys(COUNTS, "mlp_only_layers"),
     **keys(NUMBERS, "short_factor long_factor"),
     **keys(IDS, "eos_token_id bos_token_id"),
-    **keys(OBJECT, "rope_parameters rope_scaling full_attention sliding_attention quantization_config id2label"),
+    **keys(OBJECT, "rope_parameters rope_scaling full_attention sliding_attention quantization_config id2label "
+            "text_config"),
 }  # fmt: skip
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 BY_LAYER = ("layer_types", "no_rope_layers")  # lists that have an entry for each layer

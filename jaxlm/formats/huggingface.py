@@ -21,7 +21,7 @@ import numpy as np
 from jaxlm.core import tree, weight_names
 from jaxlm.core.published_config import PublishedConfig
 from jaxlm.core.spec import is_spec
-from jaxlm.formats import hf_sidecars, model_card, safetensors, shards
+from jaxlm.formats import hf_sidecars, model_card, multimodal, safetensors, shards
 from jaxlm.formats.safetensors import Files, read_json
 from jaxlm.nn.family import Family, Outputs
 
@@ -32,7 +32,7 @@ EXPORTED = ("float32", "bfloat16", "float16")
 # ------------------------------------------------------------------------------------------------------------- opening
 
 
-def read_config(directory: str | Path) -> dict[str, Any]:
+def read_config(directory: str | Path) -> PublishedConfig:
     """Reads `config.json`; raises a ValueError where there is none."""
     folder = Path(directory)
     if not (folder / "config.json").is_file():
@@ -44,15 +44,33 @@ def family_of(values: Mapping[str, Any], models: Mapping[str, Family]) -> Family
     """Returns the family that reads files of this `model_type`; raises a ValueError where there is none."""
     kind, known = values.get("model_type"), {t: f for f in models.values() for t in f.MODEL_TYPES}
     if not isinstance(kind, str) or kind not in known:
-        near = f"{_misspelt(str(kind), known)}known: {', '.join(sorted(known))}"
+        near = f"{_misspelt(str(kind), known)}known: {', '.join(sorted([*known, *multimodal.WRAPPERS]))}"
         note = "; its own code (auto_map) is never run" if "auto_map" in values else ""
         raise ValueError(f"config.json: model_type {kind!r} is not read here{near}{note}")
+    refuse_quantized(values)
+    return known[kind]
+
+
+def refuse_quantized(values: Mapping[str, Any]) -> None:
+    """Refuses a config.json whose weights are quantized."""
     if values.get("quantization_config"):
         method = values["quantization_config"].get("quant_method", "unknown")
         raise ValueError(
             f"config.json: quantization_config: {method!r} weights are not read; bring the unquantised ones"
         )
-    return known[kind]
+
+
+def _open_tensors(directory: str | Path) -> Files:
+    """Opens the tensors of a directory: of a multimodal model those of its text model, as in files of its own."""
+    files = safetensors.open_files(directory)
+    wrapped = (Path(directory) / "config.json").is_file() and multimodal.is_wrapper(read_config(directory))
+    return multimodal.text_tensors(files) if wrapped else files
+
+
+def left_out(directory: str | Path, c: Any) -> str:
+    """Returns a line on what of a directory's files isn't read; empty: everything is."""
+    values = read_config(directory)
+    return multimodal.left_out(directory, values["model_type"], c) if multimodal.is_wrapper(values) else ""
 
 
 def _misspelt(kind: str, known: Iterable[str]) -> str:
@@ -69,6 +87,10 @@ def describe(directory: str | Path, models: Mapping[str, Family]) -> tuple[Famil
     Raises a ValueError that names the key where one is missing or unusable.
     """
     values = read_config(directory)
+    if multimodal.is_wrapper(values):
+        refuse_quantized(values)
+        here = any(Path(directory).glob("*.safetensors"))
+        values = multimodal.text_config(values, _open_tensors(directory) if here else None)
     family = family_of(values, models)
     try:
         c = family.from_hf(values)
@@ -79,7 +101,7 @@ def describe(directory: str | Path, models: Mapping[str, Family]) -> tuple[Famil
     except (TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{directory}/config.json: a value is not what it should be ({error})") from error
     if any(Path(directory).glob("*.safetensors")):
-        c = family.FILES.infer_from_files(c, safetensors.open_files(directory).entries)
+        c = family.FILES.infer_from_files(c, _open_tensors(directory).entries)
     return family, c
 
 
@@ -105,7 +127,7 @@ def load(
     one is read. The host holds a piece or two; every process reads what its own devices need.
     Raises a ValueError that names the tensors where they don't fit the model.
     """
-    files = safetensors.open_files(directory)
+    files = _open_tensors(directory)
     entries = family.names(c) if names is None else names
     table = weight_names.tensors(entries, specs)
     found = _match_names(files, table, family, entries, specs, ignore)
@@ -309,7 +331,7 @@ def _tensor(name: str, tensor: weight_names.Tensor, flat: Mapping[str, jax.Array
 
 def dtypes(directory: str | Path) -> dict[str, str]:
     """Returns the dtype of each tensor of a directory, for `save` to write the same."""
-    return {name: str(entry.dtype) for name, entry in safetensors.open_files(directory).entries.items()}
+    return {name: str(entry.dtype) for name, entry in _open_tensors(directory).entries.items()}
 
 
 def _export_dtype(dtype: Any, name: str) -> np.dtype:

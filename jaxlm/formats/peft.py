@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxlm.core import config, spec, tree, weight_names
 from jaxlm.core.weight_names import Name, Part, Tensor
-from jaxlm.formats import safetensors
+from jaxlm.formats import multimodal, safetensors
 from jaxlm.formats.safetensors import read_json
 from jaxlm.nn.family import Family
 from jaxlm.weights import matrices
@@ -139,7 +139,8 @@ def _modules(matrices: Mapping[str, Matrix]) -> Iterator[tuple[str, tuple[Part, 
 
 
 def _short(name: str, family: Family) -> str:
-    """Returns a name without what names of a bare model lack."""
+    """Returns a name without what names of a bare model lack; of a multimodal model's that of its text model."""
+    name = multimodal.text_name(name)
     for prefix in family.FILES.prefixes:
         name = name.removeprefix(prefix)
     return name

@@ -325,10 +325,13 @@ FAMILIES = {"toy": TOY, "llama": llama}
 @pytest.mark.parametrize(
     ("values", "why"),
     [
-        ({"model_type": "lama"}, r"model_type 'lama' is not read here; did you mean 'llama', known: llama, .*, toy$"),
+        (
+            {"model_type": "lama"},
+            r"model_type 'lama' is not read here; did you mean 'llama', known: gemma3, .*, llama, .*, toy, vipllava$",
+        ),
         ({"model_type": "lama2"}, r"is not read here; known: "),
         ({"model_type": "deepseek_v9"}, r"is not read here; known: "),
-        ({"model_type": "zzz"}, r"model_type 'zzz' is not read here; known: .*llama.*, toy$"),
+        ({"model_type": "zzz"}, r"model_type 'zzz' is not read here; known: .*llama.*, toy, vipllava$"),
         ({}, "model_type None is not read here"),
         ({"model_type": ["toy"]}, "is not read here"),
         ({"model_type": "own", "auto_map": {"AutoModel": "own.py"}}, r"its own code \(auto_map\) is never run"),

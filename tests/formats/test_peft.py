@@ -148,6 +148,17 @@ def test_what_does_not_fit_is_named(change, says, tmp_path):
     assert re.search(r"adapter_(model|config)", str(error.value))
 
 
+@pytest.mark.parametrize("body", ["model.language_model.", "language_model.model."])
+def test_an_adapter_of_a_multimodal_model_goes_onto_its_text_model(body, tmp_path):
+    def wrap(tensors, values):
+        for key in list(tensors):
+            tensors[key.replace("base_model.model.model.", f"base_model.model.{body}")] = tensors.pop(key)
+
+    model, weights = opened(tmp_path, spoilt(tmp_path, wrap))
+    expected = np.load(GOLDEN / "lora_llama.npz")["expected"]
+    np.testing.assert_allclose(logits("lora_llama", model, weights), expected, atol=TOLERANCE, rtol=0)
+
+
 def test_an_adapter_of_a_wider_model_is_refused(tmp_path):
     own = directory("prompt_llama", tmp_path)
     safetensors.numpy.save_file({"prompt_embeddings": np.zeros((3, 8), np.float32)}, own / "adapter_model.safetensors")

@@ -46,7 +46,7 @@ def make(name: str, row: hf_rows.Row) -> None:
 
 
 if __name__ == "__main__":
-    rows = hf_rows.ROWS | head_rows.ROWS
+    rows = hf_rows.ROWS | hf_rows.WRAPPED | head_rows.ROWS
     wanted = sys.argv[1:] or [name for name in rows if not (HERE / f"{name}.npz").exists()]
     for name in rows if wanted == ["all"] else wanted:
         make(name, rows[name])

@@ -313,3 +313,33 @@ ROWS |= {
         layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
         rope_parameters=dict(rope_type="default", rope_theta=1e4))),
 }  # fmt: skip
+
+# Multimodal models, whose text part is read. What is asked of them is text.
+SIGLIP = dict(
+    hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+)  # fmt: skip
+PIXELS = dict(image_token_id=5, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8)
+
+WRAPPED: dict[str, Row] = {
+    "multimodal_gemma3": Row("Gemma3ForConditionalGeneration", dict(  # a cap that only the text model alone has
+        text_config=GEMMA | dict(
+            model_type="gemma3_text", num_hidden_layers=3, sliding_window=4, sliding_window_pattern=3,
+            query_pre_attn_scalar=8, final_logit_softcapping=1.0, rope_scaling=dict(rope_type="linear", factor=8.0)),
+        vision_config=SIGLIP | dict(model_type="siglip_vision_model"), mm_tokens_per_image=4, image_token_index=5)),
+    "multimodal_mistral3": Row("Mistral3ForConditionalGeneration", dict(  # tied, whatever its text_config says
+        text_config=LLAMA | dict(model_type="mistral", head_dim=8, sliding_window=4),
+        vision_config=SIGLIP | dict(model_type="pixtral", head_dim=4), image_token_index=5)),
+    "multimodal_llava": Row("LlavaForConditionalGeneration", dict(
+        text_config=LLAMA | dict(model_type="llama"),
+        vision_config=SIGLIP | dict(model_type="clip_vision_model", projection_dim=4), image_token_index=5)),
+    "multimodal_smolvlm": Row("SmolVLMForConditionalGeneration", dict(
+        text_config=LLAMA | dict(model_type="llama", pad_token_id=0), vision_config=SIGLIP, image_token_id=5)),
+    "multimodal_qwen2_vl": Row("Qwen2VLForConditionalGeneration", dict(
+        text_config=LLAMA | dict(rope_scaling=dict(type="mrope", mrope_section=[1, 1, 0])),
+        vision_config=dict(depth=1, embed_dim=8, hidden_size=16, num_heads=2, patch_size=4), **PIXELS)),
+    "multimodal_qwen3_vl": Row("Qwen3VLForConditionalGeneration", dict(
+        text_config=LLAMA | dict(head_dim=8, use_sliding_window=True, sliding_window=2, max_window_layers=0,
+                                 rope_scaling=dict(rope_type="default", mrope_section=[2, 1, 1])),
+        vision_config=dict(depth=1, hidden_size=8, intermediate_size=8, num_heads=2, out_hidden_size=16, patch_size=4,
+                           deepstack_visual_indexes=[0], num_position_embeddings=4), **PIXELS)),
+}  # fmt: skip
