@@ -166,7 +166,9 @@ def _merged(p: Pretrained) -> Pretrained:
     with mesh.on_mesh(p.mesh):
         weights = jax.jit(p.model.adapter.merged)(p.params)
     heads = {name: w for name, w in p.params.items() if name not in (*p.model.adapter.base, "adapter")}
-    return dataclasses.replace(p, model=dataclasses.replace(p.model, adapter=None), params=weights | heads)
+    c = p.model.adapter.merged_config
+    model = dataclasses.replace(p.model, config=c, specs={**p.model.specs, **p.model.family.specs(c)}, adapter=None)
+    return dataclasses.replace(p, model=model, params=weights | heads)
 
 
 def probe(p: Pretrained) -> dict[str, np.ndarray]:
@@ -328,7 +330,7 @@ def _peft_logits(p: Pretrained, folder: Path) -> np.ndarray:
     c = describe(files, p.model.family, p.model.config)
     adapter = adapted.Adapted(dataclasses.replace(c, base=p.model.adapter.c.base), p.model.family, p.model.config)
     with mesh.on_mesh(p.mesh):
-        loaded = load(files, adapter, p.model.shard.shardings(adapter.specs()["adapter"], p.mesh))
+        loaded = load(files, adapter, p.model.shard.shardings(adapter.specs()["adapter"], p.mesh), p.params)
     weights = p.params | {"adapter": loaded}
     return logits(dataclasses.replace(p, model=dataclasses.replace(p.model, adapter=adapter), params=weights))
 

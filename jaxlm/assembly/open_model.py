@@ -258,7 +258,7 @@ def with_row_adapters(p: Pretrained, adapters: Sequence[str]) -> Pretrained:
         source = with_adapter(dataclasses.replace(p.source, adapter=config.Adapter()), Path(folder).expanduser())
         shardings = p.model.shard.shardings(source.adapted.specs()["adapter"], p.mesh)
         assert source.adapter_files is not None
-        each.append((source.adapted, load(source.adapter_files, source.adapted, shardings)))
+        each.append((source.adapted, load(source.adapter_files, source.adapted, shardings, p.params)))
     rows = [None if name == "-" else folders.index(name) for name in adapters]
     adapter, own = per_row.mix(each, rows, p.source.adapted)
     model = dataclasses.replace(p.model, adapter=adapter)
@@ -271,10 +271,10 @@ def read(
 ) -> Any:  # fmt: skip
     """Reads the weights, each device's share straight onto it. `transform` changes a weight of a published file."""
     if source.adapter_files is not None:
-        loaded = load(source.adapter_files, source.adapted, shardings["adapter"])
         bare = dataclasses.replace(source, adapter=config.Adapter(), adapter_files=None)
-        specs, shardings = ({name: x for name, x in parts.items() if name != "adapter"} for parts in (specs, shardings))
-        return read(bare, specs, shardings, step, transform) | {"adapter": loaded}
+        specs, own = ({name: x for name, x in parts.items() if name != "adapter"} for parts in (specs, shardings))
+        base = read(bare, specs, own, step, transform)
+        return base | {"adapter": load(source.adapter_files, source.adapted, shardings["adapter"], base)}
     if source.run is None:
         if source.files is not None:
             return gguf.load(source.files, source.family, source.config, specs, shardings, transform=transform)

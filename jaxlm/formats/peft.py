@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxlm.core import config, spec, tree, weight_names
 from jaxlm.core.weight_names import Name, Part, Tensor
-from jaxlm.formats import multimodal, safetensors
+from jaxlm.formats import multimodal, peft_initial, safetensors
 from jaxlm.formats.safetensors import read_json
 from jaxlm.nn.family import Family
 from jaxlm.weights import matrices
@@ -32,10 +32,10 @@ from jaxlm.weights.matrices import Matrix
 
 STEM, ROOT = "adapter_model", "base_model.model."
 PROMPT = "prompt_embeddings"
+COPY = "base_layer.weight"
+"""How the copy of the base's own table ends that PEFT keeps beside an adapter on it."""
 SHOWN = 4  # names in an error
-# Beginnings of LoRA's matrices that leave the base as it is. PEFT's others take something from the base first, and do
-# so once more when it opens the files.
-PLAIN_BEGINNINGS = ("gaussian", "eva", "orthogonal")
+ROUNDING = 2.0**-7  # of a table that one of both sides keeps in bfloat16
 # Settings that say how an adapter was made or where it goes, which its tensors say too.
 HARMLESS = re.compile(
     r"peft_type|task_type|peft_version|base_model_name_or_path|revision|inference_mode|auto_mapping|target_modules|"
@@ -57,6 +57,9 @@ class Files:
     folder: Path
     values: dict[str, Any]
     tensors: safetensors.Files
+    begun: str = ""
+    """What LoRA's matrices began as, where the base has lost it, see `peft_initial`; empty: the base is as it was.
+    The adapter is read as what it adds to the base as it was: an update of twice the rank."""
 
     @property
     def base(self) -> str:
@@ -92,13 +95,8 @@ def open_files(folder: str | Path) -> Files:
     for name, value in values.items():
         if value and value != usual.get(name) and (name in usual or not HARMLESS.fullmatch(name)):
             raise ValueError(f"{file}: {name} {value!r} is not read; merge the adapter where it was made")
-    begun = values.get("init_lora_weights")
-    if isinstance(begun, str) and begun.lower() not in PLAIN_BEGINNINGS:
-        raise ValueError(
-            f"{file}: init_lora_weights {begun!r} changed the base model, which is not read; save it as plain LoRA "
-            "with PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…), or merge it where it was made"
-        )
-    return Files(folder, values, safetensors.open_files(folder, STEM))
+    begun = peft_initial.kind(values.get("init_lora_weights"), file)
+    return Files(folder, values, safetensors.open_files(folder, STEM), begun)
 
 
 def describe(files: Files, family: Family, c: Any) -> config.Adapter:
@@ -114,7 +112,7 @@ def describe(files: Files, family: Family, c: Any) -> config.Adapter:
     rank = max((files.tensors.entries[name].shape[0] for name, t in placed.items() if t.key.kind == "a"), default=0)
     if files.format.shared:
         rank = _entry(files, files.format.shared["a"], files.format.shared_remedy).shape[0]
-    return files.format.config(files.values, targets, rank)
+    return files.format.config(files.values, targets, 2 * rank if files.begun else rank)
 
 
 class Placed(NamedTuple):
@@ -123,19 +121,27 @@ class Placed(NamedTuple):
     name: str
     """The weight's name here, such as `a`."""
     key: PeftTensor
-    parts: tuple[Part, ...]
-    """Parts of the base's weights: one layer of each that share the module."""
-    entry: Name
-    """The entry of the module's matrix."""
+    module: Tensor
+    """The module's own matrix in the base's files."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Returns the parts of the base's weights: one layer of each that share the module."""
+        return self.module.parts
+
+    @property
+    def entry(self) -> Name:
+        """Returns the entry of the module's matrix."""
+        return self.module.entry
 
 
-def _modules(matrices: Mapping[str, Matrix]) -> Iterator[tuple[str, tuple[Part, ...], Name]]:
-    """Yields (module, its parts of our weights, its entry) of every matrix."""
+def _modules(matrices: Mapping[str, Matrix]) -> Iterator[tuple[str, Tensor]]:
+    """Yields (module, its own tensor in the base's files) of every matrix."""
     specs: dict[str, Any] = {}
     for path, m in matrices.items():
         specs = tree.put(specs, path, m.spec)
     for file, t in weight_names.tensors({path: m.name for path, m in matrices.items()}, specs).items():
-        yield file.removesuffix(".weight"), t.parts, t.entry
+        yield file.removesuffix(".weight"), t
 
 
 def _short(name: str, family: Family) -> str:
@@ -146,22 +152,38 @@ def _short(name: str, family: Family) -> str:
     return name
 
 
-def _without_experts(matrices: Mapping[str, Matrix]) -> dict[str, Matrix]:
-    return {path: m for path, m in matrices.items() if not m.experts}
+def _candidates(family: Family, c: Any) -> dict[str, Matrix]:
+    """Returns the matrices that PEFT's files can have adapters of: those of the layers but experts, the table of
+    embeddings and the head."""
+    every = matrices.matrices(family, c) | matrices.tables(family, c)
+    return {path: m for path, m in every.items() if not m.experts}
+
+
+def _tensors_of(form: PeftFormat[Any], m: Matrix) -> Mapping[str, PeftTensor]:
+    return form.on_table if m.spec.role == "table" and m.path == matrices.TABLE else form.tensors
 
 
 def _placed(files: Files, family: Family, c: Any) -> dict[str, Placed]:
     """Returns every tensor of the file with its place."""
     stored = {_short(name.removeprefix(ROOT), family): name for name in files.tensors.entries}
     out: dict[str, Placed] = {}
-    for module, parts, entry in _modules(_without_experts(matrices.matrices(family, c))):
-        for ours, key in files.format.tensors.items():
+    candidates = _candidates(family, c)
+    for module, t in _modules(candidates):
+        for ours, key in _tensors_of(files.format, candidates[t.parts[0].path]).items():
             if (name := stored.get(f"{_short(module, family)}.{key.ending}")) is not None:
-                out[name] = Placed(ours, key, parts, entry)
-    _refuse_others(files, {*out, *files.format.shared.values()})
+                out[name] = Placed(ours, key, t)
+    _refuse_others(files, {*out, *files.format.shared.values(), *_copies(files, family, c)})
     if not out:
         raise ValueError(f"{_file(files)}: holds nothing of an adapter; save it anew")
     return out
+
+
+def _copies(files: Files, family: Family, c: Any) -> dict[str, str]:
+    """Returns the tensors of the file that are copies of the base's table and head, with the paths of these."""
+    stored = {_short(name.removeprefix(ROOT), family): name for name in files.tensors.entries}
+    found = {path: stored.get(f"{_short(module, family)}.{COPY}")
+             for module, t in _modules(matrices.tables(family, c)) for path in [t.parts[0].path]}  # fmt: skip
+    return {name: path for path, name in found.items() if name}
 
 
 def _refuse_others(files: Files, known: set[str]) -> None:
@@ -183,14 +205,14 @@ def _file(files: Files) -> Path:
     return next((entry.file for entry in files.tensors.entries.values()), files.folder)
 
 
-def load(files: Files, adapted: Adapted, shardings: Any) -> Any:
+def load(files: Files, adapted: Adapted, shardings: Any, base: Any) -> Any:
     """Returns the adapter's weights, each device's share onto it, where `shardings`, a tree as
-    `adapted.specs()["adapter"]`, says."""
+    `adapted.specs()["adapter"]`, says. `base`: the weights of the base model."""
     specs, where = adapted.specs()["adapter"], tree.flatten(shardings)
     if adapted.method.virtual_tokens is not None:
         arrays = {"prompt/rows": np.asarray(files.tensors.read(PROMPT), np.float32)}
     else:
-        arrays = _arrays(files, adapted, tree.flatten(specs, spec.is_spec))
+        arrays = _arrays(files, adapted, tree.flatten(specs, spec.is_spec), base)
 
     def put(path: str, s: spec.Spec) -> jax.Array:
         x = arrays[path].astype(s.dtype)
@@ -199,18 +221,23 @@ def load(files: Files, adapted: Adapted, shardings: Any) -> Any:
     return tree.map_named(put, specs)
 
 
-def _arrays(files: Files, adapted: Adapted, specs: Mapping[str, spec.Spec]) -> dict[str, np.ndarray]:
+def _arrays(files: Files, adapted: Adapted, specs: Mapping[str, spec.Spec], base: Any) -> dict[str, np.ndarray]:
     # A module that the file leaves out in some layer does nothing there, nor do directions that it lacks.
     form = files.format
     out = {path: np.full(s.shape, form.left_out, np.float32) for path, s in specs.items()}
-    missing = {
+    missing: set[tuple[Any, ...]] = {
         (path, layer) for path, s in specs.items() for layer in range(s.shape[0])
         if path.rpartition("/")[2] in form.required
     }  # fmt: skip
-    for name, placed in _placed(files, adapted.family, adapted.config).items():
+    every, candidates = _placed(files, adapted.family, adapted.config), _candidates(adapted.family, adapted.config)
+    for name, path in _copies(files, adapted.family, adapted.config).items():
+        _check_copy(files, name, base[matrices.stored_at(path, base)])
+    first = _first_values(files, adapted, every, base) if files.begun else {}
+    for name, placed in every.items():
         x = np.asarray(files.tensors.read(name), np.float32)
         rank = x.shape[0] if placed.key.kind in ("a", "rank") else x.shape[-1]
-        t = _tensor(placed, adapted.matrices, rank)
+        x = np.concatenate([x, first[name]], 0 if placed.key.kind == "a" else 1) if name in first else x
+        t = _tensor(placed, candidates, rank * 2 if name in first else rank)
         if x.size != math.prod(t.shape) or (x.ndim == 2 and x.shape != t.shape and not placed.key.column):
             due = f"{list(x.shape)}, and {placed.parts[0].path} of the base model makes it {list(t.shape)}"
             raise ValueError(f"{_file(files)}: {name} is {due}; check that the adapter was made for it")
@@ -221,7 +248,7 @@ def _arrays(files: Files, adapted: Adapted, specs: Mapping[str, spec.Spec]) -> d
                 value = value * form.b_factor(adapted.c, files.values, module, rank)
             path = f"{part.path}/{placed.name}"
             out[path][part.index][tuple(slice(n) for n in value.shape)] = value
-            missing.discard((path, part.index[0]))
+            missing.discard((path, *part.index))
     if missing:
         path, layer = min(missing)
         target, _, name = path.rpartition("/")
@@ -232,6 +259,47 @@ def _arrays(files: Files, adapted: Adapted, specs: Mapping[str, spec.Spec]) -> d
             need = out[path].shape[::-1]
             raise ValueError(f"{_file(files)}: {theirs} is {list(x.shape[::-1])}, too small for {list(need)}")
         out[path] = np.ascontiguousarray(x[tuple(slice(n) for n in out[path].shape)])
+    return out
+
+
+def _check_copy(files: Files, name: str, table: Any) -> None:
+    """Refuses a copy of the base's table that is another one: PEFT would put it in the base's place."""
+    x, w = np.asarray(files.tensors.read(name), np.float32), peft_initial.whole(table, name, "such")
+    if x.shape != w.shape or not np.allclose(x, w, rtol=ROUNDING, atol=ROUNDING * np.abs(w).mean()):
+        raise ValueError(
+            f"{_file(files)}: {name} is another table than the base model's; merge the adapter where it was made"
+        )
+
+
+def _whole(base: Any, path: str, name: str) -> np.ndarray:
+    w = base[matrices.stored_at(path, base)] if path in (matrices.TABLE, matrices.HEAD) else tree.at(base, path)
+    return peft_initial.whole(w, path, name)
+
+
+def _first_values(
+    files: Files, adapted: Adapted, every: Mapping[str, Placed], base: Any
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Returns what each matrix of the file began as, by its name, such that it counts against what it is now."""
+    c: Any = adapted.c
+    form, out = files.format, {}
+    for name, placed in every.items():
+        if placed.key.kind != "a":
+            continue
+        if placed.key in form.on_table.values():
+            raise ValueError(
+                f"{_file(files)}: {name}: {files.begun} of a table is not read; merge it where it was made"
+            )
+        t, rank = placed.module, files.tensors.entries[name].shape[0]
+        w = t.join([_whole(base, p.path, files.begun)[p.index] for p in t.parts])
+        w = w if t.entry.order == "out_in" else w.T
+        module = name.removeprefix(ROOT).rpartition(".lora_")[0]
+        factor = 1.0 if form.b_factor is None else form.b_factor(adapted.c, files.values, module, rank)
+        try:
+            a, b = peft_initial.COMPUTED[files.begun](w, rank, factor * c.scale)
+        except ValueError as error:
+            raise ValueError(f"{_file(files)}: {name}: {files.begun}: {error}; merge it where it was made") from None
+        stem = name.removesuffix(form.tensors["a"].ending)
+        out[name], out[stem + form.tensors["b"].ending] = a, -b
     return out
 
 
@@ -290,38 +358,40 @@ def _layers(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:  # fmt: skip
     """Returns settings and tensors of an adapter of the layers' matrices."""
     flat = {path: np.asarray(x, np.float32) for path, x in tree.flatten(weights).items()}
-    matrices = _without_experts(adapted.matrices)
+    candidates = _candidates(adapted.family, adapted.config)
     tensors: dict[str, np.ndarray] = {}
     chosen: list[str] = []
     other_ranks: dict[str, int] = {}
     rank = 0
-    for module, parts, entry in _modules(matrices):
-        if not any(p.path in adapted.targets for p in parts):
+    targets = adapted.targets | adapted.tables
+    for module, own in _modules(candidates):
+        parts = own.parts
+        if not any(p.path in targets for p in parts):
             continue
         chosen.append(module)
-        layers = {p.path: _layer(flat, form, p) for p in parts if p.path in adapted.targets}
+        layers = {p.path: _layer(flat, form, p) for p in parts if p.path in targets}
         if len(parts) > 1:
             if form.fused is None:
                 raise ValueError(
                     f"format peft: {', '.join(p.path for p in parts)} are one module in published files, which PEFT "
                     f"has no {adapted.name} for; export the merged model as hf"
                 )
-            layers, other_ranks[module] = form.fused([matrices[p.path] for p in parts], layers)
-        for ours, key in form.tensors.items():
+            layers, other_ranks[module] = form.fused([candidates[p.path] for p in parts], layers)
+        for ours, key in _tensors_of(form, candidates[parts[0].path]).items():
             arrays = [layers[p.path][ours] for p in parts if ours in layers.get(p.path, {})]
             if not arrays:
                 continue
             n = arrays[0].shape[-1] if key.kind in ("a", "rank") else arrays[0].shape[0]
             rank = n if key.kind == "a" and len(parts) == 1 else rank
-            t = _tensor(Placed(ours, key, parts, entry), matrices, n)
+            t = _tensor(Placed(ours, key, own), candidates, n)
             x = t.join(arrays[:1] if len(t.parts) == 1 else arrays)
-            column = (1, -1) if key.scales_inputs(matrices[parts[0].path]) else (-1, 1)
+            column = (1, -1) if key.scales_inputs(candidates[parts[0].path]) else (-1, 1)
             tensors[f"{ROOT}{module}.{key.ending}"] = x.reshape(column) if key.column else x
     values = form.settings(adapted.c, rank, other_ranks) | dict(target_modules=_targets(chosen, adapted))
-    values["fan_in_fan_out"] = any(m.name.order == "in_out" for m in adapted.targets.values())
+    values["fan_in_fan_out"] = any(m.name.order == "in_out" for m in targets.values())
     if form.inputs_setting:
-        scaled = {p.path for p in matrices.values() if any(k.scales_inputs(p) for k in form.tensors.values())}
-        inputs = [m for m, parts, _ in _modules(matrices) if m in chosen and parts[0].path in scaled]
+        scaled = {p.path for p in candidates.values() if any(k.scales_inputs(p) for k in form.tensors.values())}
+        inputs = [m for m, t in _modules(candidates) if m in chosen and t.parts[0].path in scaled]
         values[form.inputs_setting] = _targets(inputs, adapted) if inputs else []
     return values, tensors | {theirs: flat[f"shared/{ours}"].T for ours, theirs in form.shared.items()}
 
@@ -338,7 +408,7 @@ def _targets(chosen: list[str], adapted: Adapted) -> list[str] | str:
     """Returns what PEFT finds just these modules by: the ends of their names where those are no others', else an
     expression."""
     every = {n.file.removesuffix(".weight") for n in adapted.family.names(adapted.config).values()}
-    every |= {module for module, _, _ in _modules(adapted.matrices)}
+    every |= {module for module, _ in _modules(adapted.matrices)}
     ends = sorted({module.rpartition(".")[2] for module in chosen})
     if {m for m in every if m.rpartition(".")[2] in ends and "{" not in m} <= set(chosen):
         return ends

@@ -14,7 +14,7 @@ from jaxlm.core import spec
 from jaxlm.core.ranges import BelowOne, Count, NonNegative
 from jaxlm.core.spec import Init, Spec, bias, fan_in, norm, ones, stacked
 from jaxlm.core.weight_names import Name, linear, same, vector
-from jaxlm.nn import attention_layers, block_stack, moe, rope
+from jaxlm.nn import attention_layers, block_stack, losses, moe, rope
 from jaxlm.nn.cache import Cache, empty_cache, read_on
 from jaxlm.nn.family import Batch, Files, ModelConfig, Task, TaskFiles
 from jaxlm.nn.layout import Layout
@@ -135,7 +135,7 @@ def readout(c: ModelConfig, specs: Any, params: Any, x_BTD: jax.Array, *, shard:
     if not c.head:
         raise ValueError("model.head: this model has none, so it predicts no tokens; start from one that does")
     head = "embed" if c.tied else "head"
-    return Readout(x_BTD.astype(shard.dtype), shard.gather(params[head], specs[head]))
+    return losses.factors(x_BTD.astype(shard.dtype), params[head], specs[head], shard)
 
 
 def init_cache(c: DecoderConfig, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:

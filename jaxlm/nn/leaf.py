@@ -32,9 +32,17 @@ class Leaf(struct.PyTreeNode):
         """Returns the weight as a block uses it: in the compute dtype, gathered over the axes that only store it."""
         raise NotImplementedError(f"{type(self).__name__} can't be gathered")
 
+    def readout(self, x_BTD: jax.Array, s: Spec, shard: Any) -> tuple[jax.Array, jax.Array]:
+        """Returns states and a plain head `[V, D]` whose product are the logits; called by `losses.factors`."""
+        return x_BTD, self.gathered(s, shard)
+
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
         """Returns one plain array that does the same."""
         raise NotImplementedError(f"{type(self).__name__} is no single matrix")
+
+    def dense_head(self, dtype: Any = jnp.float32) -> jax.Array:
+        """Returns one plain array that does the same as a head, which may be more than what it does as a table."""
+        return self.dense(dtype)
 
     def dense_bias(self, bias: jax.Array) -> jax.Array:
         """Returns the bias that goes with `dense`."""
@@ -83,6 +91,11 @@ def leaf_of(w: Any) -> Leaf:
 def dense(w: Any) -> jax.Array:
     """Returns the numbers of any weight as one float32 array."""
     return w.dense() if isinstance(w, Leaf) else w.astype(jnp.float32)
+
+
+def dense_head(w: Any) -> jax.Array:
+    """Returns the numbers of any head as one float32 array."""
+    return w.dense_head() if isinstance(w, Leaf) else w.astype(jnp.float32)
 
 
 def cast(w: Any, dtype: Any) -> Any:

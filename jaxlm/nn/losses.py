@@ -13,7 +13,9 @@ from flax import struct
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
+from jaxlm.core.spec import Spec
 from jaxlm.nn.layout import Layout
+from jaxlm.nn.leaf import is_leaf
 from jaxlm.runtime.mesh import platform
 
 
@@ -27,6 +29,14 @@ class Readout:
     bias_V: jax.Array | None = None
     softcap: float | None = struct.field(pytree_node=False, default=None)
     """Logits are squashed as cap·tanh(logit / cap) (Gemma 2)."""
+
+
+def factors(x_BTD: jax.Array, w: Any, s: Spec, shard: Layout) -> Readout:
+    """Returns the factors of the logits of states and a head, or the table that it is tied to, as `s` declares it. A
+    `Leaf` answers for itself."""
+    if is_leaf(w):
+        return Readout(*w.readout(x_BTD, s, shard))
+    return Readout(x_BTD, shard.gather(w, s))
 
 
 def logits(r: Readout, shard: Layout) -> jax.Array:

@@ -8,12 +8,18 @@ from typing import Any
 from jaxlm.core import tree
 from jaxlm.core.spec import Spec, is_spec
 from jaxlm.core.weight_names import Name
-from jaxlm.nn.family import Family
+from jaxlm.nn.family import Family, RunsItself
+
+TABLE, HEAD = "embed", "head"
+"""Paths of a decoder's table of embeddings and of its head, which has its own name here where it is tied too."""
+TABLE_PATTERNS = {f"{before}{path}{after}": path for path in (TABLE, HEAD) for before, after in (("", ""), "^$")}
+"""What of an adapter's targets means these two: their whole names alone."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A `Matrix` describes one matrix of each layer of a stack. Its first dimensions are inputs, the others outputs."""
+    """A `Matrix` describes one matrix of each layer of a stack: its first dimensions are inputs, the others outputs. Or
+    a table, whose input is a row's number; or a head, whose input comes last."""
 
     path: str
     spec: Spec
@@ -24,13 +30,18 @@ class Matrix:
     """The entry of the family's table of names."""
 
     @property
+    def is_table(self) -> bool:
+        """Says whether it stands outside of the layers: a table, or a head, tied or of its own."""
+        return self.spec.axes[:1] != ("layers",)
+
+    @property
     def outs(self) -> int:
         return len(self.spec.shape) - self.lead - self.ins
 
     @property
     def lead(self) -> int:
         """How many dimensions stand before the inputs: layers, and experts."""
-        return 2 if self.experts else 1
+        return 0 if self.is_table else 2 if self.experts else 1
 
     @property
     def layers(self) -> int:
@@ -42,19 +53,25 @@ class Matrix:
 
     @property
     def in_shape(self) -> tuple[int, ...]:
-        return self.spec.shape[self.lead : self.lead + self.ins]
+        return self._inputs(self.spec.shape)
 
     @property
     def out_shape(self) -> tuple[int, ...]:
-        return self.spec.shape[self.lead + self.ins :]
+        return self._outputs(self.spec.shape)
 
     @property
     def in_axes(self) -> tuple[str | None, ...]:
-        return self.spec.axes[self.lead : self.lead + self.ins]
+        return self._inputs(self.spec.axes)
 
     @property
     def out_axes(self) -> tuple[str | None, ...]:
-        return self.spec.axes[self.lead + self.ins :]
+        return self._outputs(self.spec.axes)
+
+    def _inputs(self, dims: tuple[Any, ...]) -> tuple[Any, ...]:
+        return dims[-1:] if self.path == HEAD else dims[self.lead : self.lead + self.ins]
+
+    def _outputs(self, dims: tuple[Any, ...]) -> tuple[Any, ...]:
+        return dims[:-1] if self.path == HEAD else dims[self.lead + self.ins :]
 
 
 def matrices(family: Family, c: Any) -> dict[str, Matrix]:
@@ -67,6 +84,20 @@ def matrices(family: Family, c: Any) -> dict[str, Matrix]:
         if name.ins is not None:
             found[path] = Matrix(path, s, name.ins, name)
     return found
+
+
+def tables(family: Family, c: Any) -> dict[str, Matrix]:
+    """Returns a decoder's table of embeddings and its head; of others, and of modules that run themselves, nothing."""
+    specs, names = family.specs(c), family.names(c)
+    if family.kind != "decoder" or isinstance(family, RunsItself) or not is_spec(specs.get(TABLE)):
+        return {}
+    own = {path: specs.get(path, specs[TABLE]) for path in (TABLE, HEAD)}
+    return {path: Matrix(path, s, 1, names.get(path) or Name(path)) for path, s in own.items()}
+
+
+def stored_at(path: str, specs: Mapping[str, Any]) -> str:
+    """Returns where the weight lies: a tied head is the table."""
+    return path if path in specs else TABLE
 
 
 def _num_inputs(s: Spec) -> int | None:

@@ -24,7 +24,7 @@ HERE = Path(__file__).parent / "peft"
 def make(name: str, row: peft_rows.Row) -> None:
     base = hf_rows.ROWS[row.base]
     with tempfile.TemporaryDirectory() as folder:
-        hf_rows.directory(row.base, Path(folder) / "base")
+        tensors = hf_rows.directory(row.base, Path(folder) / "base")
         load = lambda: getattr(transformers, base.model).from_pretrained(  # noqa: E731
             Path(folder) / "base", dtype=torch.float32, attn_implementation="eager"
         )
@@ -40,7 +40,7 @@ def make(name: str, row: peft_rows.Row) -> None:
                 for part in "ABE":
                     key = f"base_model.model.{module.removesuffix('E')}{part}"
                     shapes[key][1 if part == "B" else 0] = sum(left)
-        safetensors.numpy.save_file({k: peft_rows.values(k, tuple(s)) for k, s in shapes.items()}, file)
+        safetensors.numpy.save_file(peft_rows.values(shapes, tensors), file)
         (own / "adapter_config.json").write_text(json.dumps(config))
         model = peft.PeftModel.from_pretrained(load(), own).eval()
         given = {k: torch.from_numpy(v).long() for k, v in hf_rows.inputs(base.inputs).items()}

@@ -22,7 +22,22 @@ class Row(NamedTuple):
 SIZES = {"lora_E": 5.0, "vera_lambda": 2.0}  # so that what an adapter changes is far above the tolerance
 
 
-def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
+def values(shapes: dict[str, list[int]], base: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of an adapter's file: its own, and its copies of the base's table and head."""
+    return {name: copied(name, base) if name.endswith(COPY) else value(name, tuple(shape))
+            for name, shape in shapes.items()}  # fmt: skip
+
+
+COPY = ".base_layer.weight"
+
+
+def copied(name: str, base: dict[str, np.ndarray]) -> np.ndarray:
+    own = f"{name.removeprefix('base_model.model.').removesuffix(COPY)}.weight"
+    tied = next(n for n in base if n.endswith(("embed_tokens.weight", "wte.weight")))
+    return base.get(own, base[tied]).astype(np.float32)
+
+
+def value(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Of a tensor of an adapter: a function of its name. Magnitudes are positive, factors lie around one."""
     x = draw(name, shape).astype(np.float32)
     if "magnitude" in name or "ia3" in name:
@@ -41,6 +56,21 @@ ROWS = {
     "lora_llama_second_layer": Row("llama", "LoraConfig", dict(target_modules=Q_V, layers_to_transform=[1])),
     "lora_gpt2_one_module_of_three": Row("gpt2", "LoraConfig", dict(
         target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, **CAUSAL)),
+    "lora_llama_pissa_patterns": Row("llama", "LoraConfig", dict(
+        r=4, lora_alpha=6, init_lora_weights="pissa", target_modules=[*Q_V, "down_proj"], rank_pattern={"v_proj": 2},
+        alpha_pattern={"v_proj": 5}, **CAUSAL)),
+    "lora_gpt2_pissa": Row("gpt2", "LoraConfig", dict(
+        r=2, init_lora_weights="pissa", target_modules=["c_attn"], fan_in_fan_out=True, **CAUSAL)),
+    "lora_llama_olora": Row("llama", "LoraConfig", dict(
+        r=3, init_lora_weights="olora", use_rslora=True, target_modules=[*Q_V, "o_proj"], **CAUSAL)),
+    "dora_llama_pissa": Row("llama", "LoraConfig", dict(
+        r=3, use_dora=True, init_lora_weights="pissa", target_modules=Q_V, **CAUSAL)),
+    "lora_llama_table_and_head": Row("llama", "LoraConfig", dict(
+        r=3, lora_alpha=5, target_modules=["embed_tokens", "lm_head", "q_proj"], alpha_pattern={"lm_head": 9},
+        **CAUSAL)),
+    "lora_gpt2_tied_head": Row("gpt2", "LoraConfig", dict(target_modules=["lm_head"], **CAUSAL)),
+    "lora_gemma2_tied_table_and_head": Row("gemma2", "LoraConfig", dict(
+        r=2, target_modules=["embed_tokens", "lm_head"], use_rslora=True, **CAUSAL)),
     "lora_phi3": Row("phi3", "LoraConfig", dict(r=2, target_modules=["qkv_proj", "gate_up_proj", "down_proj"])),
     "lora_bert": Row("bert", "LoraConfig", dict(r=4, target_modules=["query", "value"])),
     "lora_t5": Row("t5", "LoraConfig", dict(r=4, target_modules=["q", "v", "wo"], **SEQ2SEQ)),

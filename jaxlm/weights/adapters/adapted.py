@@ -22,7 +22,8 @@ from jaxlm.runtime.mesh import platform
 from jaxlm.weights import quantized
 from jaxlm.weights.adapters import METHODS, prompt
 from jaxlm.weights.adapters.method import Method, TargetedAdapter
-from jaxlm.weights.matrices import Matrix, matrices, select
+from jaxlm.weights.matrices import HEAD, TABLE, TABLE_PATTERNS, Matrix, matrices, select, stored_at
+from jaxlm.weights.matrices import tables as tables_of
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,29 @@ class Adapted:
         """Returns the matrices that get an adapter."""
         if not isinstance(self.c, TargetedAdapter):
             return {}
+        patterns = tuple(t for t in self.c.targets if t not in TABLE_PATTERNS)
+        if not patterns and self.c.targets:
+            return {}
+        patterns = patterns or self.method.targets
         if not self.matrices:
             raise ValueError(
                 f"adapter: {self.name}: this model's layers have no matrices that adapters could be put on; choose "
                 "bitfit or norms, which train weights of its own"
             )
-        return select(self.matrices, self.c.targets or self.method.targets)
+        return select(self.matrices, patterns)
+
+    @cached_property
+    def tables(self) -> dict[str, Matrix]:
+        """Returns the table of embeddings and the head, if they get an adapter."""
+        names = set(self.c.targets if isinstance(self.c, TargetedAdapter) else ()) & TABLE_PATTERNS.keys()
+        found = tables_of(self.family, self.config) if names else {}
+        chosen = {TABLE_PATTERNS[name] for name in names}
+        if chosen - found.keys() or (names and self.method.bind_table is None):
+            raise ValueError(
+                f"adapter.targets: {min(chosen)}: {self.name} can't be put on it in this model; leave it out, or put "
+                "lora on a decoder"
+            )
+        return {path: m for path, m in found.items() if path in chosen}
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -89,6 +107,9 @@ class Adapted:
         adapter: dict[str, Any] = {}
         for path, target in self.targets.items():
             made = stacked(target.layers, method.specs(c, target), above=target.spec.layers_above)
+            adapter = tree.put(adapter, path, made)
+        for path, target in self.tables.items():
+            made = {n: s._replace(below_layers=path == TABLE) for n, s in method.specs(c, target).items()}
             adapter = tree.put(adapter, path, made)
         if self.targets and (shared := method.shared(c, self.targets)):
             adapter["shared"] = shared
@@ -140,7 +161,8 @@ class Adapted:
         flat = tree.flatten(specs, is_spec)
         trained = sum(math.prod(s.shape) for path, s in flat.items() if trainable(path))
         whole = weights.count(self.base)
-        on = f" on {' '.join(self.targets)}" if self.targets else ""
+        names = [*self.targets, *self.tables]
+        on = f" on {' '.join(names)}" if names else ""
         stored = f", matrices of the layers as {self.c.base}" if self.c.base != "float32" else ""
         return (
             f"{self.name}{on}: {trained:,} weights are trained, {trained / whole:.2%} of the model's {whole:,}{stored}"
@@ -206,6 +228,11 @@ class Adapted:
         for (path, target), k in zip(self.targets.items(), keys, strict=False):
             bound = method.bind(c, target, tree.at(out, path), tree.at(adapter, path), adapter.get("shared", {}), k)
             out = tree.put(out, path, bound)
+        for path in {stored_at(path, self.base) for path in self.tables}:
+            assert method.bind_table is not None
+            parts = [adapter.get(t) if stored_at(t, self.base) == path else None
+                     for t in (TABLE, HEAD)]  # fmt: skip
+            out[path] = method.bind_table(c, out[path], *parts)
         if method.virtual_tokens is not None and self.num_virtual_tokens:
             out["embed"] = prompt.Prompted(out["embed"], method.virtual_tokens.rows(adapter["prompt"]))
         return out
@@ -259,7 +286,17 @@ class Adapted:
             if (bias := tree.at(out, f"{path}_bias")) is not None:
                 out = tree.put(out, f"{path}_bias", leaf.leaf_of(w).dense_bias(bias))
             out = tree.put(out, path, leaf.dense(w))
+        if self.tables:
+            table, head = (bound[stored_at(t, self.base)] for t in (TABLE, HEAD))
+            out |= {TABLE: leaf.dense(table), HEAD: leaf.dense_head(head)}
         return out
+
+    @property
+    def merged_config(self) -> Any:
+        """The configuration of the model that `merged` makes: a head that had another update than its table is a head
+        of its own."""
+        tied = self.tables and HEAD not in self.base
+        return dataclasses.replace(self.config, tied=False) if tied else self.config
 
     @property
     def disabled(self) -> "Adapted":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from jaxlm.core.ranges import NonNegative, Positive
-from jaxlm.weights.adapters import low_rank
+from jaxlm.weights.adapters import low_rank, on_tables
 from jaxlm.weights.adapters.low_rank import LowRankAdapter
 from jaxlm.weights.adapters.method import Method
 from jaxlm.weights.adapters.peft_format import PeftFormat, PeftTensor
@@ -90,6 +90,7 @@ method = Method[Lora](
     bind=low_rank.bind,
     rate=rate,
     factors=low_rank.factors,
+    bind_table=on_tables.bind,
     defining=DEFINING,
     peft=PeftFormat[Lora](
         reads=("LORA",),
@@ -97,6 +98,7 @@ method = Method[Lora](
         config=peft_config(Lora),
         settings=peft_settings,
         tensors=TENSORS,
+        on_table=dict(a=PeftTensor("lora_embedding_A", "a"), b=PeftTensor("lora_embedding_B", "b")),
         b_factor=peft_b_factor,
         fused=low_rank.side_by_side,
     ),

@@ -32,7 +32,9 @@ class TargetedAdapter(Adapter):
     """Settings of a method that adds weights to matrices of the layers."""
 
     targets: tuple[str, ...] = ()
-    """Patterns of the weights that get an adapter; `all`: every matrix of the layers; empty: those usual for it."""
+    """Patterns of the weights that get an adapter; `all`: every matrix of the layers; empty: those usual for it. A
+    decoder's `embed` and `head` are named by these words alone: lora's own dropout leaves them out, and a head that is
+    tied to the table has an update of its own, so merging unties them."""
 
 
 @dataclass(frozen=True)
@@ -110,5 +112,8 @@ class Method(Generic[C]):
     weight; None: it is no such product, so rows of a batch can't have different adapters."""
     defining: tuple[str, ...] = ()
     """Settings without which trained weights mean nothing: a run that goes on from them must have the same."""
+    bind_table: Callable[[C, Any, Weights | None, Weights | None], Leaf] | None = None
+    """(settings, a table or a head, the table's adapter, the head's) → what takes its place; None: neither can be a
+    target. Their weights are those of `specs`."""
     peft: PeftFormat[C] | None = None
     """How Hugging Face PEFT's files hold it; None: PEFT has none."""

@@ -53,6 +53,8 @@ class PeftFormat(Generic[C]):
     """Whether these settings of one of the types in `reads` are this method's and not those of its kin."""
     tensors: Mapping[str, PeftTensor] = field(default_factory=dict)
     """Our weights of a target, by their names, in the file."""
+    on_table: Mapping[str, PeftTensor] = field(default_factory=dict)
+    """The same of a table whose rows are looked up."""
     shared: Mapping[str, str] = field(default_factory=dict)
     """Names of tensors in the file that hold the weights which all targets share; each is transposed there."""
     shared_remedy: str = ""

@@ -77,7 +77,8 @@ def mix(
 def _pairs(adapted: Adapted, weights: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Returns two matrices for each target whose product is what the adapter adds, all of one rank."""
     factors = adapted.method.factors
-    if factors is None:
-        raise ValueError(f"adapter: {adapted.name} can't be mixed with others in a batch; use it alone")
+    if factors is None or adapted.tables:
+        on = f" on {' and '.join(adapted.tables)}" if adapted.tables else ""
+        raise ValueError(f"adapter: {adapted.name}{on} can't be mixed with others in a batch; use it alone")
     shared = weights.get("shared", {})
     return {path: factors(adapted.c, t, tree.at(weights, path), shared) for path, t in adapted.targets.items()}
