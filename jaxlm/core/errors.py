@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable
 
 FAULTS = {
@@ -16,6 +17,7 @@ FAULTS = {
     errno.ENOENT: "there is no such file: check the path",
 }
 """What went wrong with files and what helps, by the number of the system's error."""
+SAME_WORD = 0.88  # share of letters in common from which a name is a slip of the pen
 FEW = 20  # names that an error lists whole
 
 
@@ -28,6 +30,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if len(names) <= FEW:
         return f"; known: {', '.join(names)}"
     return f"; nearest of {len(names)}: {', '.join(difflib.get_close_matches(name, names, 3, 0.0))}"
+
+
+def misspelt(name: str, known: Iterable[str]) -> str:
+    """Returns a suggestion that follows the unknown name of an architecture or of a part of one: the known name that is
+    meant, or nothing. Most names that are spelt alike are other architectures, above all those of other numbers and
+    those that add letters to a known name (mllama, gemma3n, ministral3)."""
+    close = difflib.get_close_matches(name, sorted(known), 1, SAME_WORD)
+    meant = close and len(name) <= len(close[0]) and _digits(name) == _digits(close[0])
+    return f"; did you mean {close[0]!r}" if meant else ""
+
+
+def _digits(name: str) -> list[str]:
+    return re.findall(r"\d", name)
 
 
 def of_system(error: OSError) -> str:

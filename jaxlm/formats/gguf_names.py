@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.core.errors import nearest
+from jaxlm.core.errors import misspelt
 from jaxlm.core.published_config import PublishedConfig
 from jaxlm.formats import gguf_rope
 from jaxlm.formats.gguf_metadata import Metadata
@@ -237,9 +237,8 @@ def architecture_of_fields(fields: Fields) -> str:
     if name == "llama" and fields.get("llama.expert_count"):
         return "mixtral"
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        hint = nearest(str(name), ARCHITECTURES)
-        raise ValueError(f"general.architecture is {name!r}{hint}; known are {known}")
+        hint = misspelt(str(name), ARCHITECTURES)
+        raise ValueError(f"general.architecture is {name!r}{hint}; known are {', '.join(ARCHITECTURES)}")
     return str(name)
 
 

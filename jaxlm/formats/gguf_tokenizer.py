@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxlm.core.errors import nearest
+from jaxlm.core.errors import misspelt
 from jaxlm.data.tokenizer import HuggingFace, SentencePiece, Tokenizer
 from jaxlm.formats.gguf_metadata import Metadata
 
@@ -168,7 +168,7 @@ def _read_bytes(fields: Mapping[str, Any], tokens: list[str]) -> HuggingFace:
     if pre not in WORDS:
         named = fields.get("tokenizer.ggml.pre")
         known = [*WORDS, *ALIASES]
-        hint = nearest(str(named), known)
+        hint = misspelt(str(named), known)
         raise ValueError(f"tokenizer.ggml.pre is {named!r}{hint}; known are {', '.join(known)}")
     special = special_pieces(fields, tokens)
     types = fields.get("tokenizer.ggml.token_type") or [

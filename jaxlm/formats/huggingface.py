@@ -4,7 +4,6 @@ Weights go from the file to their shards, and back, in pieces of a few megabytes
 whole tensor is ever assembled for all devices. Nothing in such a directory is run: `auto_map` and pickles are refused.
 """
 
-import difflib
 import json
 import math
 import os
@@ -19,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core import tree, weight_names
+from jaxlm.core.errors import misspelt
 from jaxlm.core.published_config import PublishedConfig
 from jaxlm.core.spec import is_spec
 from jaxlm.formats import hf_sidecars, model_card, multimodal, safetensors, shards
 from jaxlm.formats.safetensors import Files, read_json
 from jaxlm.nn.family import Family, Outputs
 
-SAME_WORD = 0.88  # share of letters in common from which a name is a slip of the pen
 MAX_NAMES = 4  # tensors that an error names
 EXPORTED = ("float32", "bfloat16", "float16")
 
@@ -44,7 +43,9 @@ def family_of(values: Mapping[str, Any], models: Mapping[str, Family]) -> Family
     """Returns the family that reads files of this `model_type`; raises a ValueError where there is none."""
     kind, known = values.get("model_type"), {t: f for f in models.values() for t in f.MODEL_TYPES}
     if not isinstance(kind, str) or kind not in known:
-        near = f"{_misspelt(str(kind), known)}known: {', '.join(sorted([*known, *multimodal.WRAPPERS]))}"
+        every = [*known, *multimodal.WRAPPERS]
+        hint = misspelt(str(kind), every)
+        near = f"{f'{hint}, ' if hint else '; '}known: {', '.join(sorted(every))}"
         note = "; its own code (auto_map) is never run" if "auto_map" in values else ""
         raise ValueError(f"config.json: model_type {kind!r} is not read here{near}{note}")
     refuse_quantized(values)
@@ -71,14 +72,6 @@ def left_out(directory: str | Path, c: Any) -> str:
     """Returns a line on what of a directory's files isn't read; empty: everything is."""
     values = read_config(directory)
     return multimodal.left_out(directory, values["model_type"], c) if multimodal.is_wrapper(values) else ""
-
-
-def _misspelt(kind: str, known: Iterable[str]) -> str:
-    """Returns what comes before the known names: the one that is meant, if it can be told. Most names that are spelt
-    alike are other architectures, above all those of other numbers."""
-    digits = lambda name: re.findall(r"\d", name)  # noqa: E731
-    close = difflib.get_close_matches(kind, list(known), 1, SAME_WORD)
-    return f"; did you mean {close[0]!r}, " if close and digits(kind) == digits(close[0]) else "; "
 
 
 def describe(directory: str | Path, models: Mapping[str, Family]) -> tuple[Family, Any]:

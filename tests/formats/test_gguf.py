@@ -396,7 +396,8 @@ def test_text_travels_with_the_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"pre": "smolm"}, "tokenizer.ggml.pre is 'smolm'.*smollm"),
+        ({"pre": "smolm"}, "tokenizer.ggml.pre is 'smolm'; did you mean 'smollm'; known are gpt-2, "),
+        ({"pre": "deepseek-v3"}, "tokenizer.ggml.pre is 'deepseek-v3'; known are gpt-2, "),
         ({"model": "rwkv"}, "tokenizer.ggml.model is 'rwkv', not one of gpt2"),
         ({"tokens": []}, "tokens is missing or empty"),
         ({"token_type": [1]}, "token_type has 1 entries for"),
@@ -457,7 +458,15 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
 def test_what_is_not_known_or_does_not_fit_is_refused(tmp_path: Path) -> None:
     kinds = gguf.GGUFValueType
     faults: list[tuple[dict[str, Any], str, str]] = [
-        ({"general.architecture": ("lama", kinds.STRING)}, "", "general.architecture is 'lama'.*llama"),
+        ({"general.architecture": ("lama", kinds.STRING)}, "", "is 'lama'; did you mean 'llama'; known are llama, "),
+        *(
+            (
+                {"general.architecture": (other, kinds.STRING)},
+                "",
+                f"general.architecture is '{other}'; known are llama, ",
+            )
+            for other in ("qwen2moe", "llama4", "gemma3n", "gemma4", "olmo", "qwen3vlmoe")
+        ),
         ({"llama.expert_count": (8, kinds.UINT32)}, "", "llama.expert_used_count is missing"),
         ({"llama.rope.scaling.type": ("longrope", kinds.STRING)}, "", "rope.scaling.type 'longrope'"),
         ({"llama.rope.dimension_count": (32, kinds.UINT32)}, "", "differ in width"),

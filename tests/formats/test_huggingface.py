@@ -331,6 +331,10 @@ FAMILIES = {"toy": TOY, "llama": llama}
         ),
         ({"model_type": "lama2"}, r"is not read here; known: "),
         ({"model_type": "deepseek_v9"}, r"is not read here; known: "),
+        *(
+            ({"model_type": other}, rf"'{other}' is not read here; known: ")
+            for other in ("mllama", "gemma3n_text", "ministral3")
+        ),
         ({"model_type": "zzz"}, r"model_type 'zzz' is not read here; known: .*llama.*, toy, vipllava$"),
         ({}, "model_type None is not read here"),
         ({"model_type": ["toy"]}, "is not read here"),
