@@ -25,6 +25,7 @@ from jaxlm.runtime import compiler_options as compiler
 from jaxlm.runtime import mesh as meshes
 from jaxlm.runtime import processes
 from jaxlm.training import optimizers, step
+from jaxlm.weights import matrices
 from jaxlm.weights.adapters import adapted
 
 HOURS = 3600.0  # how long barriers wait: a process that has died is found at once, so only one that hangs takes so long
@@ -184,9 +185,11 @@ class Program:
         flat = tree.flatten(self.adapter.base, spec.is_spec)
         if "adapter" in self.specs:
             flat |= tree.flatten(self.specs["adapter"], spec.is_spec, prefix="adapter/")
+        above = f"adapter/{matrices.HEAD}/"
         below = {
-            path for path, s in flat.items() if "layers" in s.axes or s.below_layers or path.startswith("adapter/")
-        }
+            path for path, s in flat.items()
+            if "layers" in s.axes or s.below_layers or (path.startswith("adapter/") and not path.startswith(above))
+        }  # fmt: skip
         backward = any(map(trained, below))
         share = 1.0
         if self.run.train.seq_len:
@@ -203,12 +206,15 @@ class Program:
             on_targets = not in_layers or ("decoder/" in path and name not in ("cross_k", "cross_v"))
             return part * math.prod(s.shape) * (share if on_targets else 1.0) * work(path)
 
-        matrices = sum(met(path, s) for path, s in flat.items())
+        products = sum(met(path, s) for path, s in flat.items())
+        for path, n in self.adapter.products().items():
+            through = 1.0 if path == f"{above}b" else work(path)  # gradients pass it to reach a
+            products += (share if path.startswith(above) or "decoder/" in path else 1.0) * n * through
         heads = [path for path, s in flat.items() if s.role == "head"] or ["embed"]
         head = share * c.vocab * c.width * work(heads[0])
         width = self.model.family.attention_width(c) // c.layers
         return progress.flops_per_token(
-            round(matrices + head), c.layers, width, self.run.train.seq_len, backward=backward
+            round(products + head), c.layers, width, self.run.train.seq_len, backward=backward
         )
 
 

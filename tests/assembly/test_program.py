@@ -225,7 +225,7 @@ def test_flops_count_the_weights_that_a_token_meets():
     from jaxlm.models import bert, llama, mixtral, t5
     from jaxlm.nn.moe import Moe
     from jaxlm.objectives import causal, classify, masked, next_sentence, seq2seq
-    from jaxlm.weights.adapters import Lora
+    from jaxlm.weights.adapters import Lora, Vera
 
     D, F, V, A = 16, 24, 64, 4 * 16 * 16  # q, k, v, o of four heads of four
     shape = dict(vocab=V, layers=2, width=D, heads=4, head_width=4, ffn=F)
@@ -236,6 +236,11 @@ def test_flops_count_the_weights_that_a_token_meets():
     lora = 2 * 2 * (D * 4 + 4 * D)  # of q and v, trained themselves: gradients pass all, and are taken of nothing else
     assert flops(whole, causal.Config(), adapter=Lora(rank=4)) == pytest.approx(lora + (layers + head) * 2 / 3, abs=1)
     assert flops(whole, causal.Config(), attention=True) == attention
+    shared = 2 * 2 * (D * 4 + 4 * D) * 2 / 3  # of q and v in each layer, of which nothing learns but factors
+    assert flops(whole, causal.Config(), adapter=Vera(rank=4)) == pytest.approx(shared + (layers + head) * 2 / 3, abs=1)
+    on = lambda *targets: flops(whole, causal.Config(), adapter=Lora(rank=4, targets=targets))  # noqa: E731
+    assert on("embed") == pytest.approx(4 * D + (layers + head) * 2 / 3, abs=1), "rows of a are looked up"
+    assert on("head") == pytest.approx(4 * (D * 2 / 3 + V) + (layers + head) / 3, abs=1), "gradients end at the head"
     above = config.Optim(freeze=("blocks", "embed"))
     assert flops(whole, causal.Config(), optim=above) == pytest.approx(layers / 3 + head * 2 / 3, abs=1)
     assert flops(whole, causal.Config(), attention=True, optim=above) == pytest.approx(attention / 3)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -131,6 +131,22 @@ class Adapted:
         """The paths of the base's own weights that are trained."""
         roles = self.method.trained_roles
         return {path for path, s in tree.flatten(self.base, is_spec).items() if s.role in roles}
+
+    def products(self) -> dict[str, int]:
+        """Returns of weights under `adapter/` which are no layer's own how many numbers a token is multiplied with, by
+        their paths: of those that targets share each target's part, of a table's update that which isn't looked up."""
+        adapter = self.specs().get("adapter", {})
+        out = {f"adapter/{path}/{name}": math.prod(s.shape) for path, m in self.tables.items()
+               for name, s in tree.at(adapter, path).items() if (path, name) != (TABLE, "a")}  # fmt: skip
+        for path, target in self.targets.items() if "shared" in adapter else ():
+            own, shared = (weights.abstract(x) for x in (tree.at(adapter, path), adapter["shared"]))
+            bind = partial(self.method.bind, self.c, target, None)
+            made = jax.eval_shape(lambda own, shared, bind=bind: bind(own, shared, None), own, shared)
+            arrays = jax.tree_util.tree_flatten_with_path(made)[0]
+            out[f"adapter/shared/{path}"] = sum(
+                math.prod(x.shape) for (field, *_), x in arrays if field.name not in (*own, *made.vectors)
+            )
+        return out
 
     def trainable(self, path: str) -> bool:
         """Returns whether a weight is trained. What is neither the model's nor the adapter's, a task's head, always
