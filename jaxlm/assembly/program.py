@@ -251,7 +251,7 @@ def program(run: config.Run, tokens: Any, template: str | None = None) -> Progra
     own = optimizer(run, specs, adapter)
     options = compiler.options(run.execution.flags, meshes.local_device())
     made = choices.choose(run, family, layout, mesh, specs, adapter, own, options)
-    model = Model(family, run.model, adapter.base | heads, layout, adapter if adapter.changes else None)
+    model = Model(family, run.model, adapter.base | heads, layout, adapter if adapter.changes else None, used)
     return Program(run, mesh, layout, specs, model, adapter, objective, own, made, options)
 
 

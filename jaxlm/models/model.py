@@ -25,6 +25,8 @@ class Model:
     shard: Layout
     adapter: Any = None
     """An `Adapted`: weights then become the leaves that do its work, whatever is called."""
+    ids_in_use: int | None = None
+    """How many rows of the vocabulary are tokens; the others pad it. None: all."""
 
     def bound(self, params: Any, key: jax.Array | None = None) -> Any:
         """Returns the weights as the family multiplies with them: with the adapter on them."""
@@ -44,7 +46,8 @@ class Model:
 
     def readout(self, params: Any, x_BTD: jax.Array) -> Readout:
         """Returns what the logits of these states are made of."""
-        return self.family.readout(self.config, self.specs, self.bound(params), x_BTD, shard=self.shard)
+        made = self.family.readout(self.config, self.specs, self.bound(params), x_BTD, shard=self.shard)
+        return made.replace(ids_in_use=self.ids_in_use)
 
     def pooled(self, params: Any, x_BTD: jax.Array) -> jax.Array:
         """Returns `[B, D]`, the pooler's summary of each row. ValueError: the model has no pooler."""

@@ -29,6 +29,8 @@ class Readout:
     bias_V: jax.Array | None = None
     softcap: float | None = struct.field(pytree_node=False, default=None)
     """Logits are squashed as cap·tanh(logit / cap) (Gemma 2)."""
+    ids_in_use: int | None = struct.field(pytree_node=False, default=None)
+    """Rows from here on are padding of the vocabulary, to which smoothing gives no share; None: there is none."""
 
 
 def factors(x_BTD: jax.Array, w: Any, s: Spec, shard: Layout) -> Readout:
@@ -93,7 +95,9 @@ def cross_entropy(
             shard(arrays[2], "vocab"),
             *(shard(a, "batch", "seq") for a in arrays[3:]),
         )
-    return _sums(*arrays, _Plan(label_smoothing, z_loss, r.softcap, shard.execution.loss_chunk, tokens, vocab, width))
+    used = r.ids_in_use if r.ids_in_use is not None else r.w_VD.shape[0]
+    chunk = shard.execution.loss_chunk
+    return _sums(*arrays, _Plan(label_smoothing, z_loss, r.softcap, chunk, tokens, vocab, width, used))
 
 
 def log_likelihoods(r: Readout, targets_BT: jax.Array, *, shard: Layout) -> jax.Array:
@@ -133,6 +137,8 @@ class _Plan(NamedTuple):
     vocab: P
     width: tuple[str, ...]
     """Mesh axes that the head's gradient is cut over by its width when it is summed."""
+    used: int
+    """Rows of the whole vocabulary that smoothing shares itself out among."""
 
     @property
     def token_axes(self) -> tuple[str, ...]:
@@ -219,7 +225,7 @@ def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want):
             (x_BTD, targets_BT, weights_BT)]  # fmt: skip
     parts = [a.reshape(-1, size, *a.shape[1:]) for a in flat]
     first = _vocab_start(vocab_axes) * V
-    total_vocab = V * _ways(vocab_axes)
+    padded = plan.used < V * _ways(vocab_axes)
 
     def add_chunk(carry, part):
         sums, dw_VD, db_V = carry
@@ -237,7 +243,9 @@ def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want):
         nll_N = log_z_N - picked_N
         loss_N = nll_N + z_loss * jnp.square(log_z_N)
         if label_smoothing:
-            mean_N = _reduce(jax.lax.psum, z_NV.sum(-1), vocab_axes) / total_vocab
+            real_NV = jax.lax.broadcasted_iota(jnp.int32, z_NV.shape, 1) < plan.used - first
+            shared_NV = jnp.where(real_NV, z_NV, 0.0) if padded else z_NV
+            mean_N = _reduce(jax.lax.psum, shared_NV.sum(-1), vocab_axes) / plan.used
             loss_N += label_smoothing * (picked_N - mean_N)
         new = Sums(
             (loss_N * weights_N).sum(), (nll_N * weights_N).sum(), jnp.where(picked_N >= top_N, weights_N, 0.0).sum()
@@ -249,7 +257,8 @@ def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want):
         factor_N = weights_N * (1 + 2 * z_loss * log_z_N) / total_N
         d_NV = e_NV * factor_N[:, None] - jnp.where(hit_NV, ((1 - label_smoothing) * weights_N)[:, None], 0.0)
         if label_smoothing:
-            d_NV -= (label_smoothing / total_vocab) * weights_N[:, None]
+            share_N1 = (label_smoothing / plan.used) * weights_N[:, None]
+            d_NV -= jnp.where(real_NV, share_N1, 0.0) if padded else share_N1
         if plan.softcap is not None:
             d_NV *= 1 - jnp.square(t_NV)
         db_V += d_NV.sum(0)

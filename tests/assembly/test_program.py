@@ -104,6 +104,7 @@ def test_it_learns_and_validates_on_a_mesh(objective, home):
     run = config_io.load(home(objective))
     tokens = run_directory.load_tokenizer(run)
     p = program.program(run, tokens)
+    assert p.model.ids_in_use == p.objective.vocab_size <= run.model.vocab  # which smoothing keeps to
     data = corpus.corpus(run.data, p.objective)
     name = "spans" if objective == "span_corruption" else "tokens"
     with mesh.on_mesh(p.mesh):

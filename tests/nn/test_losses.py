@@ -32,8 +32,8 @@ def layout(chunk: int = 0) -> Layout:
     return Layout(execution=config.Execution(dtype="float32", loss_chunk=chunk))
 
 
-def ours(x, w, b, *, chunk: int = 0, softcap=None, **kw):
-    return cross_entropy(Readout(x, w, b, softcap), TARGETS, WEIGHTS, shard=layout(chunk), **kw)
+def ours(x, w, b, *, chunk: int = 0, softcap=None, ids_in_use=None, **kw):
+    return cross_entropy(Readout(x, w, b, softcap, ids_in_use), TARGETS, WEIGHTS, shard=layout(chunk), **kw)
 
 
 def reference(x, w, b, label_smoothing=0.0, z_loss=0.0, softcap=None):
@@ -91,6 +91,30 @@ def test_shards_of_tokens_and_vocabulary_equal_the_whole(name, axis_type):
         got = values_and_grads(lambda *a: ours(*a, chunk=3, **smooth), X, W, BIAS)
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5)  # noqa: E731
     jax.tree.map(close, got, expected(True, **smooth))
+
+
+def test_padding_of_the_vocabulary_has_no_share_of_smoothing():
+    """By hand: one token whose logits are 0, of three ids and one row of padding, smoothed by 0.3. Each id's share is
+    0.1: the loss is log 4 whatever the shares are, and gradients are 1/4 less 0.8, 0.1, 0.1 and 0."""
+    x, w = jnp.ones((1, 1, 1)), jnp.zeros((4, 1))
+
+    def loss(w):
+        r, zeros, ones = Readout(x, w, None, None, 3), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1))
+        return cross_entropy(r, zeros, ones, shard=layout(), label_smoothing=0.3).loss
+
+    value, slope = jax.jit(jax.value_and_grad(loss))(w)
+    np.testing.assert_allclose(value, np.log(4), rtol=1e-6)
+    np.testing.assert_allclose(slope[:, 0], [0.25 - 0.8, 0.25 - 0.1, 0.25 - 0.1, 0.25], rtol=1e-6)
+    value = jax.jit(loss)(jnp.asarray([[0.0], [0.0], [0.0], [2.0]]))  # 0.8·log Z + 2·0.1·log Z, for Z = 3 + e²
+    np.testing.assert_allclose(value, np.log(3 + np.exp(2.0)), rtol=1e-6)
+
+
+def test_a_sharded_vocabulary_knows_its_padding():
+    smooth = {"label_smoothing": 0.1, "ids_in_use": 33}
+    expected = values_and_grads(lambda *a: ours(*a, **smooth), X, W, BIAS)
+    with on_mesh(make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))):
+        got = values_and_grads(lambda *a: ours(*a, chunk=3, **smooth), X, W, BIAS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5), got, expected)
 
 
 def test_positions_that_do_not_divide_over_context_are_refused():
