@@ -194,7 +194,8 @@ class Execution:
     """Says how a run's mathematics is executed; this changes results by no more than rounding."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of matrix products and activations. Weights, norms, softmax and losses stay in float32."""
+    """Type of matrix products and activations, and of sums over devices of matrices' gradients. Weights, norms, softmax
+    and losses stay in float32."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """auto: the fused kernel if it supports the run (cudnn on GPUs, splash on TPUs), else xla."""
     remat: Literal["none", "dots", "attention", "qkv", "full"] = "none"
