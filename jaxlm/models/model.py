@@ -1,7 +1,7 @@
 """`Model` binds a family to its configuration, specs and layout."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -47,7 +47,7 @@ class Model:
     def readout(self, params: Any, x_BTD: jax.Array) -> Readout:
         """Returns what the logits of these states are made of."""
         made = self.family.readout(self.config, self.specs, self.bound(params), x_BTD, shard=self.shard)
-        return made.replace(ids_in_use=self.ids_in_use)
+        return replace(made, ids_in_use=self.ids_in_use)
 
     def pooled(self, params: Any, x_BTD: jax.Array) -> jax.Array:
         """Returns `[B, D]`, the pooler's summary of each row. ValueError: the model has no pooler."""
