@@ -46,11 +46,11 @@ VERBS = """
     describes dispatches divides do does doesn't don't draws embed encodes end ends estimates evaluates exports find
     finds fine-tune fit fits forgets gives go goes groups had has have hold holds implements imports initializes
     interleaves is isn't joins keep keeps lays learns lets loads logs looks make makes maps may mean means measures
-    move moves multiplies multiply must name names need needs opens packs parses predict predicts prints provides
-    put puts raises read reads rebuilds records refuses renders replaces rest rests restores returns rotate rotates
-    rounds runs samples saves say says scale scales scores see sees sends sets share shares show shows splits stand
-    stands start starts states store stored stores sums take takes teaches tell tells tokenises tokenizes train
-    trains translates travel turns updates use uses waits was were wraps write writes yields
+    merge merges move moves multiplies multiply must name names need needs opens packs parses predict predicts
+    prints provides put puts raises read reads rebuilds records refuses renders replaces rest rests restores returns
+    rotate rotates rounds runs samples saves say says scale scales scores see sees sends sets share shares show
+    shows splits stand stands start starts states store stored stores sums take takes teaches tell tells tokenises
+    tokenizes train trains translates travel turns updates use uses waits was were wraps write writes yields
 """.split()  # noqa: SIM905
 
 
