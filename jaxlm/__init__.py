@@ -20,8 +20,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter", "Data", "Execution", "LanguageModel", "Mesh", "Optim", "Plan", "Program", "Run", "RunDirectory",
     "Sampling", "Train", "as_linen", "as_nnx", "evaluate", "from_linen", "from_nnx", "import_model", "load",
-    "load_plugin", "open", "plan", "register_adapter", "register_model", "register_objective", "register_optimizer",
-    "register_schedule", "start_processes", "train",
+    "load_plugin", "merge", "open", "plan", "register_adapter", "register_model", "register_objective",
+    "register_optimizer", "register_schedule", "start_processes", "train",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         import_model,
         load,
         load_plugin,
+        merge,
         open,
         plan,
         register_adapter,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxlm.assembly import convert, evaluate_model, run_directory, run_source, training_run
+from jaxlm.assembly import merge as merges
 from jaxlm.assembly.as_flax import as_linen, as_nnx
 from jaxlm.assembly.language_model import LanguageModel
 from jaxlm.assembly.model_source import StartModel
@@ -30,10 +31,11 @@ from jaxlm.runtime import processes
 from jaxlm.training.optimizers import OPTIMIZERS, SCHEDULES
 from jaxlm.weights.adapters import METHODS
 from jaxlm.weights.adapters.method import Method
+from jaxlm.weights.merging import MethodName, Rescale, Settings
 
 __all__ = [
     "LanguageModel", "Plan", "Program", "RunDirectory", "Sampling", "as_linen", "as_nnx", "evaluate", "from_linen",
-    "from_nnx", "import_model", "load", "load_plugin", "open", "plan", "register_adapter", "register_model",
+    "from_nnx", "import_model", "load", "load_plugin", "merge", "open", "plan", "register_adapter", "register_model",
     "register_objective", "register_optimizer", "register_schedule", "start_processes", "train",
 ]  # fmt: skip
 
@@ -126,6 +128,40 @@ def import_model(model: str | Path, target: str | Path) -> RunDirectory:
     that can be read exactly."""
     convert.import_model(str(model), target)
     return RunDirectory(Path(target))
+
+
+def merge(
+    models: Sequence[str | Path],
+    out: str | Path,
+    *,
+    method: MethodName = "linear",
+    base: str | Path | None = None,
+    weights: Sequence[float] = (),
+    t: float | None = None,
+    density: float | None = None,
+    gamma: float | None = None,
+    scale: float | None = None,
+    rescale: Rescale | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    any_tokenizer: bool = False,
+) -> Path:
+    """Merges models of one shape, which lie on disk, into a new Hugging Face directory and returns its path.
+
+    `models` are run directories or Hugging Face directories, and `base` the one they began from, which every method but
+    `linear` and `slerp` needs. `weights`: one for each model, 1 if empty. `t`: how far `slerp` goes from the first to
+    the second. `density`: the share of each model's changes that is kept, and `gamma` that of the largest which
+    `breadcrumbs` drops. `scale` multiplies the merged change, and `rescale` says how DARE makes up for what it drops,
+    by chance, as `seed` says. None is the method's own value. `dtype`: what is written; None: as it is in the base or
+    the first model, whose tokenizer and settings the result has. Models whose tokenizers differ are refused, unless
+    `any_tokenizer`. A tensor and some megabytes are in memory at a time; while a run directory is read, about three
+    times a weight of all its layers.
+
+    ValueError: a setting doesn't fit the method, or a model differs in shape or meaning, or holds numbers that aren't
+    finite; nothing is left then.
+    """
+    settings = Settings(method, tuple(weights), t, density, gamma, scale, rescale, seed)
+    return merges.merge(models, out, settings, base, dtype=dtype, any_tokenizer=any_tokenizer).path
 
 
 def load_plugin(*names: str) -> None:

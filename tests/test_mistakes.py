@@ -23,6 +23,7 @@ import jaxlm
 from jaxlm.assembly.run_directory import removed_if_refused
 from jaxlm.commands import cli
 from jaxlm.core import config, ranges
+from jaxlm.formats import safetensors
 from jaxlm.inference.sampling import Sampling
 from jaxlm.models import MODELS
 from jaxlm.objectives import OBJECTIVES
@@ -89,6 +90,15 @@ def using(name: str, message: str, place: str = "published", **settings: Any) ->
     prompt = settings.pop("prompt", "the")
     argv = ["generate", place, "--prompt", prompt, *(f"--{key}={value}" for key, value in settings.items())]
     return Mistake(name, message, lambda: jaxlm.open(place).generate(prompt, **settings), argv)
+
+
+def merging(name: str, message: str, *others: str, **settings: Any) -> Mistake:
+    """Returns the mistake of merging the published model with others."""
+    models, settings = ["published", *others], {"out": "new/out"} | settings
+    argv = ["merge", *models]
+    for key, value in settings.items():
+        argv += [f"--{key}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return Mistake(f"a merge: {name}", message, lambda: jaxlm.merge(models, **settings), argv)
 
 
 MISTAKES = [
@@ -360,6 +370,15 @@ MISTAKES = [
         lambda: jaxlm.import_model("nowhere", "new/run"),
         ["import", "nowhere", "new/run"],
     ),
+    merging("other sizes", r"models: ffn is 32 in wide and 24 in published; only models of one shape", "wide"),
+    merging("another architecture", r"models: encoder and published are of different architectures", "encoder"),
+    merging("one model", r"models: linear merges 2 or more, and here are 1"),
+    merging("changes since nothing", r"base: ties merges what models changed since their base", "tiny", method="ties"),
+    merging("a share above one", r"density: 1\.5 is out of range", "tiny", method="ties", density=1.5),
+    merging("a setting of another method", r"t: linear has no such setting; leave it out", "tiny", t=0.25),
+    merging("a weight for one of two", r"weights: 1 for 2 models; give one for each", "tiny", weights=(1.0,)),
+    merging("numbers that are none", r"spoilt/model\.safetensors: model\.norm\.weight holds NaN or infinity", "spoilt"),
+    merging("onto what is there", r"texts: is there already", "tiny", out="texts"),
     Mistake(
         "a report of no run",
         r"hollow has no metrics\.jsonl: name the directory of a run",
@@ -385,9 +404,11 @@ def place(tmp_path_factory):
         _write_files(folder)
         published(folder / "published")
         published(folder / "encoder", "bert")
-        for name in ("broken", "pickled", "unknown"):
+        published(folder / "wide", ffn=32)
+        for name in ("broken", "pickled", "unknown", "spoilt"):
             shutil.copytree("published", name)
         Path("broken/model.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{")
+        safetensors.place(safetensors.open_files("spoilt"), "model.norm.weight")[0] = np.nan
         Path("pickled/model.safetensors").rename("pickled/pytorch_model.bin")
         _change("unknown/config.json", model_type="llamma", architectures=["Llamma"])
         jaxlm.import_model("published", "tiny")

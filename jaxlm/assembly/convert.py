@@ -7,6 +7,8 @@ import importlib.util
 import json
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping, Sequence, Set
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from jaxlm.formats.hf_sidecars import Generation
 from jaxlm.formats.peft import describe, load, open_files, save
 from jaxlm.models.model import Model
 from jaxlm.nn import losses
+from jaxlm.nn.family import Family
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.objectives.objective import TaskHead
 from jaxlm.runtime import mesh
@@ -47,7 +50,7 @@ ROWS, LENGTH = 2, 32  # of the probe
 
 def import_model(place: str, target: str | Path) -> list[str]:
     """Writes a run directory that holds the model; returns a line on each thing written."""
-    folder = _fresh(target)
+    folder = fresh(target)
     with run_directory.removed_if_refused(folder):
         return _import(place, folder)
 
@@ -86,21 +89,21 @@ def export(
     path = Path(target)
     if format == "gguf" and path.suffix != ".gguf":
         raise ValueError(f"{path}: name a file that ends in .gguf")
-    _fresh(path)
+    fresh(path)
     with run_directory.removed_if_refused(path):
         p = open_model(model, step)
-        head = _task_head(p)
+        head = task_head(p.source)
         if head is None:
             return _export(_published(p), path, format, dtype)
         if format != "hf":
             raise ValueError(f"format {format}: has no place for the head {head.weight} of {p.source.path}; choose hf")
-        task_heads.export(p.model.family, p.model.config, p.source.objective, p.params)  # refuses before any work
+        published_form(p.source, p.model.config, p.params)  # refuses before any work
         return _export(p, path, format, dtype)
 
 
-def _task_head(p: Pretrained) -> TaskHead | None:
+def task_head(s: Source) -> TaskHead | None:
     """Returns the head of a labelled task that the model has; None: it has none that published files have too."""
-    return None if p.source.objective is None else OBJECTIVES.of(p.source.objective).head
+    return None if s.objective is None else OBJECTIVES.of(s.objective).head
 
 
 def _export(p: Pretrained, path: Path, format: str, dtype: str | None) -> tuple[list[str], dict[str, Any]]:
@@ -132,8 +135,9 @@ def _export(p: Pretrained, path: Path, format: str, dtype: str | None) -> tuple[
     return [*notes, f"{file.name}: the comparison of logits before and after"], record
 
 
-def _fresh(target: str | Path) -> Path:
-    path = local("target", target)
+def fresh(target: str | Path, argument: str = "target") -> Path:
+    """Returns the path of what is to be written. ValueError, which names the argument: something is there."""
+    path = local(argument, target)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path}: is there already; choose another name or remove it")
     return path
@@ -150,15 +154,30 @@ def _remove(path: Path) -> None:
 
 def _published(p: Pretrained) -> Pretrained:
     """Returns the model with the weights that published files have: of an objective's heads those the family knows."""
-    c: Any = p.model.config
     family = p.model.family
-    heads = [f.name for f in dataclasses.fields(c) if getattr(c, f.name) is False and f.name in p.params]
-    c = dataclasses.replace(c, **dict.fromkeys(heads, True))
-    specs = family.specs(c)
-    if extra := sorted(p.params.keys() - specs.keys() - {"adapter"}):
-        raise ValueError(f"{', '.join(extra)}: no place for it in published files of {c.model_type}")
+    c, specs = published_specs(family, p.model.config, p.params.keys() - {"adapter"})
     adapter = p.model.adapter and dataclasses.replace(p.model.adapter, config=c)
     return dataclasses.replace(p, model=Model(family, c, specs, p.model.shard, adapter))
+
+
+def published_specs(family: Family, c: Any, weights: Set[str]) -> tuple[Any, Any]:
+    """Returns the configuration that has the heads of these weights, as published files do, and its specs. ValueError:
+    the family's published files have no place for one."""
+    heads = [f.name for f in dataclasses.fields(c) if getattr(c, f.name) is False and f.name in weights]
+    c = dataclasses.replace(c, **dict.fromkeys(heads, True))
+    specs = family.specs(c)
+    if extra := sorted(weights - specs.keys()):
+        raise ValueError(f"{', '.join(extra)}: no place for it in published files of {c.model_type}")
+    return c, specs
+
+
+def published_form(s: Source, c: Any, weights: Mapping[str, Any]) -> task_heads.Export:
+    """Returns how published files have a model of these weights (or their specs): with the head of its labelled task,
+    or those that the family knows. ValueError: they can't express it."""
+    if task_head(s) is not None:
+        return task_heads.export(s.family, c, s.objective, weights)
+    c, specs = published_specs(s.family, c, weights.keys() - {"adapter"})
+    return task_heads.Export(c, specs, s.family.names(c), s.family.to_hf(c), [])
 
 
 def _merged(p: Pretrained) -> Pretrained:
@@ -189,7 +208,7 @@ def logits(p: Pretrained, vectors: bool = False) -> np.ndarray:
     execution = dataclasses.replace(p.model.shard.execution, dtype="float32", attention="xla")
     model = dataclasses.replace(p.model, shard=dataclasses.replace(p.model.shard, execution=execution))
 
-    vectors, head = vectors or not model.config.head, _task_head(p)
+    vectors, head = vectors or not model.config.head, task_head(p.source)
 
     @jax.jit
     def run(params: Any, batch: Any) -> jax.Array:
@@ -220,32 +239,36 @@ def _compare(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
 
 
 def _to_hf(p: Pretrained, folder: Path, dtype: str | None) -> list[str]:
-    s = p.source
+    s, m = p.source, p.model
     kinds: Any = dtype or (huggingface.dtypes(s.path) if s.format == "hf" else "float32")
-    advice = dataclasses.replace(s.advice, eos=tuple(p.eos)) if s.format == "run" and s.tokens is not None else s.advice
-    arguments: dict[str, Any] = dict(dtype=kinds, generation=advice if advice != Generation() else None)
-    if s.format == "hf":
-        arguments["generation"] = None  # its file comes along as it is
+    arguments: dict[str, Any] = dict(dtype=kinds, about=_about(s))
+    c, specs, weights, left = m.config, m.specs, p.params, []
+    if task_head(s) is not None:
+        form = published_form(s, c, weights)
+        c, specs, left = form.config, form.specs, form.left_out
+        weights = {name: weights[name] for name in specs}
+        arguments |= dict(names=form.names, values=form.values)
+    write = partial(huggingface.save, folder, m.family, c, specs, weights, **arguments)
+    return with_sidecars(s, folder, write, left)
+
+
+def with_sidecars(s: Source, folder: Path, write: Callable[..., list[str]], left_out: Sequence[str]) -> list[str]:
+    """Writes a Hugging Face directory by `write`, with the tokenizer and the settings of the model `s`; returns lines
+    on what was written and `left_out`. `write` takes `extra_files_from` and `generation` as `huggingface.save` does."""
+    advice = dataclasses.replace(s.advice, eos=tuple(s.eos)) if s.format == "run" and s.tokens is not None else s.advice
+    # A directory's own file comes along as it is.
+    generation = advice if s.format != "hf" and advice != Generation() else None
     with tempfile.TemporaryDirectory() as made:
         extra = s.extra_files
         if s.format == "gguf":
             extra = Path(made)
             s.save_text(extra)
-        m, weights, left = p.model, p.params, []
-        c, specs = m.config, m.specs
-        if _task_head(p) is not None:
-            task = task_heads.export(m.family, c, s.objective, weights)
-            c, specs, left = task.config, task.specs, task.left_out
-            weights = {name: weights[name] for name in specs}
-            arguments |= dict(names=task.names, values=task.values)
-        notes = huggingface.save(
-            folder, m.family, c, specs, weights, extra_files_from=extra, about=_about(s), **arguments
-        )
-        if left:
-            notes.append(f"left out, because the head doesn't read it: {', '.join(left)}")
-        if s.format == "run" and (s.path / "generation_config.json").is_file() and p.model.family.generates:
-            hf_sidecars.keep_generation(folder, advice, s.path)
-        return notes + (hf_sidecars.keep_embedding(folder, s.path) if s.format != "gguf" else [])
+        notes = write(extra_files_from=extra, generation=generation)
+    if left_out:
+        notes.append(f"left out, because the head doesn't read it: {', '.join(left_out)}")
+    if s.format == "run" and (s.path / "generation_config.json").is_file() and s.family.generates:
+        hf_sidecars.keep_generation(folder, advice, s.path)
+    return notes + (hf_sidecars.keep_embedding(folder, s.path) if s.format != "gguf" else [])
 
 
 def _about(s: Source) -> model_card.About:

@@ -11,6 +11,7 @@ from typing import Any
 from jaxlm.assembly import run_directory, task_heads
 from jaxlm.core import config
 from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.render_chat import turn_ends
 from jaxlm.formats import gguf, hf_sidecars, huggingface, model_card
 from jaxlm.formats.hf_sidecars import Generation
 from jaxlm.formats.peft import Files, is_adapter, open_files
@@ -66,6 +67,15 @@ class Source:
     def adapted(self) -> Adapted:
         """The model's weights as its adapter changes them."""
         return Adapted(self.adapter, self.family, self.config)
+
+    @property
+    def eos(self) -> list[int]:
+        """The tokens that end an answer: those that the files name, and what ends a turn of the chats that a run
+        learned."""
+        eos = None if self.tokens is None else self.tokens.eos_id
+        chats = self.run is not None and OBJECTIVES.of(self.run.objective).chat_template is not None
+        turn = turn_ends(self.tokens, self.templates["default"]) if chats and "default" in self.templates else []
+        return sorted({*self.advice.eos, *turn, *(() if eos is None else (eos,))})
 
     def save_text(self, folder: Path) -> list[str]:
         """Writes the files that say how text is read into a folder; returns their names."""

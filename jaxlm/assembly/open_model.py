@@ -3,7 +3,7 @@ file; and any of them with an adapter of Hugging Face PEFT: `MODEL+DIRECTORY`, o
 model."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +16,6 @@ from jaxlm.assembly import run_directory, task_heads
 from jaxlm.assembly.model_source import Source, StartModel, describe, with_adapter
 from jaxlm.assembly.run_objective import BoundObjective, bind_run
 from jaxlm.core import config, config_io, spec, tree
-from jaxlm.data.render_chat import turn_ends
 from jaxlm.formats import gguf, hf_sidecars, huggingface
 from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.formats.peft import is_adapter, load
@@ -50,12 +49,9 @@ class Pretrained:
 
     @cached_property
     def eos(self) -> list[int]:
-        """The tokens that end an answer: those that the files name, and what ends a turn of the chats that a run
-        learned."""
-        s, eos = self.source, self.tokens.eos_id
-        chats = s.run is not None and OBJECTIVES.of(s.run.objective).chat_template is not None
-        turn = turn_ends(self.tokens, s.templates["default"]) if chats and "default" in s.templates else []
-        return sorted({*s.advice.eos, *turn, *(() if eos is None else (eos,))})
+        """The tokens that end an answer. ValueError: the files hold no tokenizer."""
+        _ = self.tokens
+        return self.source.eos
 
     @property
     def boundary_ids(self) -> tuple[list[int], list[int]]:
@@ -287,10 +283,7 @@ def read(
     run, adapted = source.run, source.adapted
     wanted = spec.abstract(specs, shardings)
     with Checkpoints(source.path / "checkpoints") as checkpoints:
-        if checkpoints.latest() is None:
-            raise ValueError(f"{source.path}: no checkpoint yet; train it with: jaxlm train {source.path}")
-        if step is None and run.train.use == "best":
-            step = checkpoints.best()
+        step = _step(source, checkpoints, step)
         base = None
         if (source.path / run_directory.BASE).is_dir():
             base, wanted = tree.partition(wanted, adapted.in_frozen_base)
@@ -301,12 +294,39 @@ def read(
             trainable = programs.optimizer(run, specs, adapted).trainable
             averaged, wanted = tree.partition(wanted, trainable)
             averaged = checkpoints.restore_params(averaged, step, item="ema")
-        weights = checkpoints.restore_params(wanted, step) if jax.tree.leaves(wanted) else wanted
+        weights = wanted
+        if jax.tree.leaves(wanted):
+            weights = checkpoints.restore_params(wanted, step, partial=averaged is not None)
     for part in (averaged, base):
         weights = weights if part is None else tree.merge(weights, part)
     stored = run_directory.read_config(source.path).objective
     _, weights = OBJECTIVES.of(stored).as_published(stored, weights)
     return weights if transform is None else tree.map_named(transform, weights)
+
+
+def _step(source: Source, checkpoints: Checkpoints, step: int | None) -> int | None:
+    """Returns the checkpoint of a run that is read: `step` if given; None is the newest."""
+    if checkpoints.latest() is None:
+        raise ValueError(f"{source.path}: no checkpoint yet; train it with: jaxlm train {source.path}")
+    return checkpoints.best() if step is None and source.run and source.run.train.use == "best" else step
+
+
+def read_each(source: Source, specs: Any) -> Iterator[tuple[str, jax.Array]]:
+    """Yields (path, weight) of a run that has no adapter, those that `read` gives, one after the other: one is held."""
+    run, wanted = source.run, spec.abstract(specs)
+    assert run is not None and not source.adapted.changes
+    stored = run_directory.read_config(source.path).objective
+    with Checkpoints(source.path / "checkpoints") as checkpoints:
+        step = _step(source, checkpoints, None)
+        averaged: Any = {}
+        if run.optim.ema:
+            averaged, wanted = tree.partition(wanted, programs.optimizer(run, specs, source.adapted).trainable)
+        for item, part in (("ema", averaged), ("params", wanted)):
+            for path, weight in checkpoints.each_param(part, step, item=item) if jax.tree.leaves(part) else ():
+                one = tree.put({}, path, weight)
+                del weight  # before the next one is read
+                yield path, tree.at(OBJECTIVES.of(stored).as_published(stored, one)[1], path)
+                one.clear()
 
 
 def published_execution() -> config.Execution:

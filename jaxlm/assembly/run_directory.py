@@ -195,14 +195,16 @@ def check_place(run: config.Run) -> None:
 
 
 @contextlib.contextmanager
-def removed_if_refused(folder: Path) -> Iterator[Callable[[], None]]:
-    """Removes a new directory if its run, or its model, is refused within the context, until the function that it gives
-    is called: the work begins then."""
+def removed_if_refused(
+    folder: Path, faults: tuple[type[BaseException], ...] = (ValueError, OSError)
+) -> Iterator[Callable[[], None]]:
+    """Removes a new directory if its run, or its model, is refused within the context by one of the faults, until the
+    function that it gives is called: the work begins then."""
     begun = [folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))]
     made = [at for at in folder.parents if not at.exists()]
     try:
         yield lambda: begun.append(True)
-    except (ValueError, OSError):
+    except faults:
         if not any(begun):
             shutil.rmtree(folder, ignore_errors=True)
             for at in made:

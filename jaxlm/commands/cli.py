@@ -33,6 +33,7 @@ COMMANDS = {  # in the order of `--help`
     "augment": Row("augment.Augment", "make more labelled examples"),
     "import": Row("convert.Import", "make a run directory of a published model"),
     "export": Row("convert.Export", "write a model for others to read, and check that it is the same"),
+    "merge": Row("merge.Merge", "make one model of several of one shape"),
     "tokenizer train": Row("data.TokenizerTrain", "train a SentencePiece tokenizer"),
     "data prepare": Row("data.DataPrepare", "tokenise the data of a config into its cache"),
     "data inspect": Row("data.DataInspect", "show decoded training examples"),

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint._src.metadata.array_metadata_store import Store  # without it random keys come back as numbers
 
+from jaxlm.core import tree
 from jaxlm.core.errors import FAULTS, one_line
 from jaxlm.formats.checkpoint_tree import MismatchError, check_same, nested, structured_like, with_sharding
 from jaxlm.formats.manifest import MANIFEST, damage, write_manifest
@@ -160,19 +161,29 @@ class Checkpoints:
         trees, meta = self._first_sound(step, (*wanted, "meta", "metrics"), read, remember=True)
         return structured_like(abstract_state, trees), meta
 
-    def restore_params(self, abstract_params: Any, step: int | None = None, *, item: str = "params") -> Any:
+    def restore_params(
+        self, abstract_params: Any, step: int | None = None, *, item: str = "params", partial: bool = False
+    ) -> Any:
         """Restores the weights alone, cast to the dtypes of `abstract_params`; no other file is read.
 
-        item: the part of the state that holds them, or a path into it such as `opt/ema`.
+        item: the part of the state that holds them, or a path into it such as `opt/ema`. partial: the part may hold
+        others too, as it may where a path is given.
         """
+        partial = partial or "/" in item
         name, *inner = item.split("/")
         wanted = nested(abstract_params, whole=True)
         for key in reversed(inner):
             wanted = {key: wanted}
-        tree = self._first_sound(step, (name,), lambda at: self._read(at, name, wanted, cast=True, partial=bool(inner)))
+        tree = self._first_sound(step, (name,), lambda at: self._read(at, name, wanted, cast=True, partial=partial))
         for key in inner:
             tree = tree[key]
         return structured_like(abstract_params, tree, whole=True)
+
+    def each_param(self, abstract_params: Any, step: int | None = None, *, item: str = "params") -> Iterator[Any]:
+        """Yields (path, weight) of the weights, cast as `restore_params` does, one after the other: one is held."""
+        at = self._first_sound(step, (item,), lambda at: at)
+        for path, leaf in tree.flatten(nested(abstract_params, whole=True)).items():
+            yield path, tree.at(self._read(at, item, tree.put({}, path, leaf), cast=True, partial=True), path)
 
     def read_meta(self, step: int | None = None) -> dict:
         """Reads the meta data of `step`, or of the newest step whose meta data is sound."""

@@ -123,7 +123,7 @@ def load(
     files = _open_tensors(directory)
     entries = family.names(c) if names is None else names
     table = weight_names.tensors(entries, specs)
-    found = _match_names(files, table, family, entries, specs, ignore)
+    found = match_names(files, table, family, entries, specs, ignore)
     sources: dict[str, list[shards.Source]] = {}
     for name, tensor in table.items():
         for part, view in zip(tensor.parts, tensor.views, strict=True):
@@ -164,13 +164,13 @@ def output_values(out: Outputs) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- do the files fit the model
 
 
-def _match_names(
+def match_names(
     files: Files,
     table: Mapping[str, weight_names.Tensor],
     family: Family,
     entries: Mapping[str, weight_names.Name],
     specs: Any,
-    ignore: Iterable[str],
+    ignore: Iterable[str] = (),
 ) -> dict[str, str]:
     """Returns the name in these files of each of the table's tensors.
 
@@ -281,24 +281,46 @@ def save(
     `extra_files_from`: a directory or a run's tokenizer folder whose tokenizer and settings come along.
     `about`: what the model card says of its making. `config.json` comes last: after a kill there is no model here.
     """
-    folder, generates = Path(directory), family.generates and values is None
-    values = family.to_hf(c) if values is None else values
-    if (folder / "config.json").exists():
-        raise ValueError(f"{folder}: holds a config.json already; choose another directory or remove it")
     flat = _weights(specs, params)
     table = weight_names.tensors(family.names(c) if names is None else names, specs)
-    settings = generation or hf_sidecars.known_settings(extra_files_from)
-    kinds = {name: _export_dtype(dtype, name) for name in table}
-    common = max(sorted(set(kinds.values()), key=str), key=list(kinds.values()).count)
-    written = safetensors.write(
-        folder,
+    kinds = {name: export_dtype(dtype, name) for name in table}
+    return write(
+        directory, family, family.to_hf(c) if values is None else values,
         {name: (kinds[name], tensor.shape) for name, tensor in table.items()},
-        lambda name: _tensor(name, table[name], flat, kinds[name]),
-        max_bytes=max_bytes,
-    )
-    count = sum(math.prod(tensor.shape) for tensor in table.values())
+        lambda name: _tensor(name, table[name], flat, kinds[name]), generates=family.generates and values is None,
+        extra_files_from=extra_files_from, generation=generation, card=card, about=about, max_bytes=max_bytes,
+    )  # fmt: skip
+
+
+def write(
+    directory: str | Path,
+    family: Family,
+    values: Mapping[str, Any],
+    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    read: Callable[[str], np.ndarray],
+    *,
+    generates: bool,
+    extra_files_from: str | Path | None = None,
+    generation: hf_sidecars.Generation | None = None,
+    card: bool = True,
+    about: model_card.About | None = None,
+    max_bytes: int = 5_000_000_000,
+) -> list[str]:
+    """Writes a directory as `save` does, of tensors of these dtypes and shapes, each of which `read` gives by its name
+    when its turn comes; returns a line on each thing that was written.
+
+    `values` are those of config.json; `generates`: the model may have settings of generation.
+    """
+    folder = Path(directory)
+    if (folder / "config.json").exists():
+        raise ValueError(f"{folder}: holds a config.json already; choose another directory or remove it")
+    settings = generation or hf_sidecars.known_settings(extra_files_from)
+    kinds = [dtype for dtype, _ in tensors.values()]
+    common = max(sorted(set(kinds), key=str), key=kinds.count)
+    written = safetensors.write(folder, tensors, read, max_bytes=max_bytes)
+    count = sum(math.prod(shape) for _, shape in tensors.values())
     files = written[0].name if len(written) == 1 else f"{len(written) - 1} shards"
-    notes = [f"{files}: {len(table)} tensors, {count:,} parameters as {common}"]
+    notes = [f"{files}: {len(tensors)} tensors, {count:,} parameters as {common}"]
     notes += hf_sidecars.copy_tokenizer(folder, extra_files_from, family.kind)
     if settings is not None and generates:
         source = None if generation else extra_files_from
@@ -327,7 +349,8 @@ def dtypes(directory: str | Path) -> dict[str, str]:
     return {name: str(entry.dtype) for name, entry in _open_tensors(directory).entries.items()}
 
 
-def _export_dtype(dtype: Any, name: str) -> np.dtype:
+def export_dtype(dtype: Any, name: str) -> np.dtype:
+    """Returns the dtype that a tensor is written in; `dtype` as for `save`. ValueError: it is none that is written."""
     if isinstance(dtype, Mapping):  # a name that it lacks was spelled otherwise there: take the commonest dtype
         dtype = dtype.get(name) or max(dtype.values(), key=list(dtype.values()).count)
     if (dtype if isinstance(dtype, str) else str(np.dtype(dtype))) not in EXPORTED:

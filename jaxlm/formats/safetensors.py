@@ -273,9 +273,8 @@ def _shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _write_file(
-    path: Path, tensors: Mapping[str, tuple[Any, tuple[int, ...]]], read: Callable[[str], np.ndarray]
-) -> None:
+def _header(tensors: Mapping[str, tuple[Any, tuple[int, ...]]]) -> tuple[bytes, list[str], int]:
+    """Returns what a file begins with, the order of its tensors, and how many bytes their numbers take."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     end = 0
     # Wide numbers first, as the library does: every tensor then begins at a multiple of its item size.
@@ -286,13 +285,35 @@ def _write_file(
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, order, end
+
+
+def _write_file(
+    path: Path, tensors: Mapping[str, tuple[Any, tuple[int, ...]]], read: Callable[[str], np.ndarray]
+) -> None:
+    header, order, _ = _header(tensors)
     with path.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
+        out.write(header)
         for name in order:
             dtype, shape = tensors[name]
             out.write(_bytes(name, read(name), np.dtype(dtype), shape))
         out.flush()
         os.fsync(out.fileno())
+
+
+def allocate(path: Path, tensors: Mapping[str, tuple[Any, tuple[int, ...]]]) -> Files:
+    """Makes a file of tensors of these dtypes and shapes, all of them zero yet; `place` gives the room of each."""
+    header, _, size = _header(tensors)
+    with path.open("wb") as out:
+        out.write(header)
+        out.truncate(len(header) + size)
+    return Files(path.parent, _entries(path))
+
+
+def place(files: Files, name: str) -> np.memmap:
+    """Returns a tensor of an `allocate`d file as memory; what is written to it is in the file once it is let go."""
+    file, dtype, shape, start = files.entries[name]
+    return np.memmap(file, dtype, "r+", start, shape)
 
 
 def _bytes(name: str, array: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> memoryview:

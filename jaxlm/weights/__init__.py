@@ -1,1 +1,1 @@
-"""A weight may be more than an array: quantized, or with an adapter on it."""
+"""A weight may be more than an array: quantized, with an adapter on it, or merged of several models."""

@@ -18,7 +18,7 @@ from jaxlm.core.ranges import Finite, Natural, PositiveShare, Share
 MethodName = Literal[
     "linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "model_stock"
 ]  # fmt: skip
-Rescale = Literal["density", "l1", "none"]
+Rescale = Literal["density", "l1", "off"]
 PARALLEL = 0.9995  # cosine from which an arc is so flat that the straight line stands for it
 BINS = 1 << 16  # magnitudes are sorted by the upper half of their bits, then by the lower
 
@@ -126,7 +126,7 @@ def weighted_sum(weights: Sequence[float], rows_Nn: np.ndarray) -> np.ndarray:
     """Returns Σ weight · row in float64 [n], one row at a time."""
     total = np.zeros(rows_Nn.shape[1])
     for weight, row in zip(weights, rows_Nn, strict=True):
-        total += weight * row.astype(np.float64)
+        total += np.multiply(row, weight, dtype=np.float64)
     return total
 
 
@@ -191,13 +191,14 @@ def model_stock(s: Settings, tensor: Tensor) -> Stretches:
 
 def elected_mean(weights: Sequence[float], rows_Nn: np.ndarray, divide: bool) -> np.ndarray:
     """Returns the weighted changes that have the sign of their sum, added up; with `divide` their weighted mean."""
-    positive = weighted_sum(weights, rows_Nn) >= 0
+    signs = np.where(weighted_sum(weights, rows_Nn) >= 0, np.float32(1), np.float32(-1))
     total, divisor = np.zeros(rows_Nn.shape[1]), np.zeros(rows_Nn.shape[1])
     for weight, row in zip(weights, rows_Nn, strict=True):
-        change = weight * row.astype(np.float64)
-        agrees = np.where(positive, change > 0, change < 0)
-        total += change * agrees
-        divisor += weight * agrees
+        along = row * signs
+        agrees = along > 0 if weight > 0 else along < 0
+        total += np.multiply(along * agrees, weight, dtype=np.float64)
+        np.add(divisor, weight, out=divisor, where=agrees)
+    total *= signs
     if not divide:
         return total
     divisor[divisor == 0] = 1  # no model changed the number
@@ -234,7 +235,7 @@ def _factors(s: Settings, tensor: Tensor, keepers: Callable[[], Sequence[Keep]])
     if s.rescale == "density":
         assert s.density is not None
         return np.full(len(s.weights), 1 / s.density)
-    if s.rescale in (None, "none"):
+    if s.rescale in (None, "off"):
         return np.ones(len(s.weights))
     before, after, keep = np.zeros(len(s.weights)), np.zeros(len(s.weights)), keepers()
     for start, _, changes_Nn in changes(tensor):

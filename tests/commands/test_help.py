@@ -13,7 +13,7 @@ from jaxlm.commands import cli
 from jaxlm.core import typed_arguments
 
 COMMANDS = (
-    "train", "plan", "tune", "eval", "predict", "generate", "chat", "embed", "augment", "import", "export",
+    "train", "plan", "tune", "eval", "predict", "generate", "chat", "embed", "augment", "import", "export", "merge",
     "tokenizer train", "data prepare", "data inspect", "report", "doctor", "completion",
 )  # fmt: skip
 
@@ -52,6 +52,7 @@ def test_arguments_have_the_names_that_they_have_in_the_library():
     """A function of the library and the command that does the same call their arguments by the same names."""
     for function, command in {
         jaxlm.load: "train", jaxlm.evaluate: "eval", jaxlm.plan: "plan", jaxlm.import_model: "import",
+        jaxlm.merge: "merge",
         jaxlm.LanguageModel.save: "export", jaxlm.LanguageModel.embed: "embed",
     }.items():  # fmt: skip
         kind = cli.command(command)

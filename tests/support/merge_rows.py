@@ -19,7 +19,7 @@ ROWS: dict[str, tuple[Settings, list[tuple[int, ...]]]] = {
         "dare_linear_l1": Settings("dare_linear", density=0.4, rescale="l1", seed=3),
         "dare_ties": Settings("dare_ties", weights=(0.5, 0.3, 0.4), density=0.4, rescale="density", seed=4),
         "dare_ties_l1": Settings("dare_ties", density=0.6, rescale="l1", seed=4),
-        "dare_ties_none": Settings("dare_ties", density=0.6, rescale="none", seed=4),
+        "dare_ties_off": Settings("dare_ties", density=0.6, rescale="off", seed=4),
         "breadcrumbs": Settings("breadcrumbs", density=0.5, gamma=0.1),
         "breadcrumbs_few": Settings("breadcrumbs", density=0.9, gamma=0.2),
         "model_stock": Settings("model_stock"),
