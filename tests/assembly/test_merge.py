@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from support import tiny_published
 from support.tiny_models import published
 
 import jaxlm
@@ -18,7 +19,8 @@ from jaxlm.assembly import open_model
 from jaxlm.commands import cli
 from jaxlm.formats import huggingface, safetensors
 from jaxlm.formats.checkpoint import Checkpoints
-from jaxlm.models import MODELS
+from jaxlm.models import MODELS, bert
+from jaxlm.objectives import classify
 from jaxlm.weights import merging
 from jaxlm.weights.merging import METHODS
 
@@ -153,6 +155,25 @@ def test_the_card_states_the_licence_that_all_models_have(place, tmp_path):
     card = (both / "README.md").read_text()
     assert "\nlicense:" not in card and "- base, base, licence apache-2.0\n- one, weight 1, licence mit\n" in card
     assert str(tmp_path) not in card + (both / "merge.json").read_text()
+
+
+def test_the_heads_of_labelled_tasks_are_merged_too(tmp_path):
+    c = bert.Config(vocab=tiny_published.VOCAB, layers=1, width=16, heads=2, ffn=24, positions=32, head=False)
+    settings = {name: classify.Config(labels=labels, bias=True) for name, labels in
+                {"one": ("bad", "good"), "other": ("no", "yes")}.items()}  # fmt: skip
+    for name, own in settings.items():
+        tiny_published.directory(tmp_path / name, c, own)
+    bare = tiny_published.directory(tmp_path / "bare", c)
+    changed(tmp_path / "one", tmp_path / "three", "classifier.weight", 9.0)
+    jaxlm.import_model(tmp_path / "one", tmp_path / "run")
+    made = jaxlm.merge([tmp_path / "run", tmp_path / "three"], tmp_path / "out")
+    one, three, mean = read(tmp_path / "one"), read(tmp_path / "three"), read(made)
+    assert mean.keys() == one.keys() and mean["classifier.weight"][-1, -1] == (one["classifier.weight"][-1, -1] + 9) / 2
+    np.testing.assert_array_equal(mean["classifier.bias"], three["classifier.bias"])
+    assert json.loads((made / "config.json").read_text())["id2label"] == {"0": "bad", "1": "good"}
+    for other, message in {tmp_path / "other": "id2label is .*'yes'.* in", bare: "architectures is"}.items():
+        with pytest.raises(ValueError, match=rf"models: {message}.*; only models of one shape and meaning"):
+            jaxlm.merge([tmp_path / "one", other], tmp_path / "new")
 
 
 FAULTS = {
