@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from jaxlm.commands.arguments import Command, Flag, Json, print_json
+from jaxlm.commands.arguments import Command, Done, Flag
 from jaxlm.core.ranges import Finite, Natural, PositiveShare, Share
 from jaxlm.weights.merging import MethodName, Rescale
 
@@ -48,9 +48,8 @@ class Merge(Command):
     """What is written; None: the dtype of each tensor of the base, or of the first model."""
     any_tokenizer: Flag = False
     """Merge models whose tokenizers differ."""
-    json: Json = False
 
-    def run(self, rest: list[str]) -> int:
+    def run(self, rest: list[str]) -> Done:
         from jaxlm.assembly import merge
         from jaxlm.weights.merging import Settings
 
@@ -61,4 +60,5 @@ class Merge(Command):
             self.models, self.out, settings, self.base, dtype=self.dtype, any_tokenizer=self.any_tokenizer
         )
         print(*made.notes, made.table(), sep="\n")
-        return print_json(self.json, {"out": str(made.path), "bytes": made.size, "seconds": made.seconds})
+        models = [dict(zip(("place", "part", "bytes"), row, strict=True)) for row in made.models]
+        return Done({"out": made.path, "models": models, "bytes": made.size, "seconds": made.seconds})

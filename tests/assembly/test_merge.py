@@ -137,12 +137,13 @@ def test_what_may_differ_is_said(place, tmp_path, capsys):
     (tmp_path / "chat" / "model" / "chat_template.jinja").write_text("{{ messages }}")
     models = [str(place / "one"), str(tmp_path / "chat" / "model")]
     assert cli.main(["merge", *models, "--out", str(tmp_path / "out"), "--json"]) == 0
-    said = capsys.readouterr().out
-    assert f"note: positions is 128 in {models[1]} and 64 in {models[0]}, which is kept" in said
-    assert f"note: {models[0]} has no chat template, so there is none" in said
-    *_, table, last = said.splitlines()
-    assert re.search(r"out +linear +[\d,]+ bytes in [\d.]+ s", table)
-    assert json.loads(last)["bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+    printed = capsys.readouterr()
+    assert f"note: positions is 128 in {models[1]} and 64 in {models[0]}, which is kept" in printed.err
+    assert f"note: {models[0]} has no chat template, so there is none" in printed.err
+    assert re.search(r"out +linear +[\d,]+ bytes in [\d.]+ s", printed.err)
+    told = json.loads(printed.out)
+    assert told["bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert [row["place"] for row in told["models"]] == models and told["models"][0]["part"] == "weight 1"
 
 
 def test_the_card_states_the_licence_that_all_models_have(place, tmp_path):

@@ -27,7 +27,7 @@ def config():
 """
 POSITIONAL = {
     "model": ["m"], "target": ["t"], "config": ["quickstart"], "file": ["f"], "folder": ["r"], "source": ["x.txt"],
-    "shell": ["bash"], "out": ["--out", "o.model"], "method": ["--method", "mask"],
+    "models": ["m", "n"], "shell": ["bash"], "out": ["--out", "o.model"], "method": ["--method", "mask"],
 }  # fmt: skip
 
 
