@@ -14,6 +14,7 @@ from jaxlm.assembly.run_objective import BoundObjective, text_field
 from jaxlm.core import config
 from jaxlm.data import loader, packing
 from jaxlm.data import token_cache as caches
+from jaxlm.data.replay import Replayed
 from jaxlm.objectives.objective import DeviceBatch, ExampleReader, TextPairs
 
 Part = Literal["train", "valid", "test"]
@@ -221,18 +222,22 @@ def predictions(p: Program, weights: Any, part: Sequence[Any]) -> list[np.ndarra
     return [by_index[i] for i in range(len(part))]
 
 
-def training_loader(run: config.Run, objective: BoundObjective, data: Corpus, rows: list[int] | None) -> loader.Loader:
-    """Returns the loader of a run's training batches, of which this process makes `rows` (None: all)."""
+def training_loader(
+    run: config.Run, objective: BoundObjective, data: Corpus, rows: list[int] | None, replayed: Replayed | None = None
+) -> loader.Loader:
+    """Returns the loader of a run's training batches, of which this process makes `rows` (None: all). Rows of earlier
+    tasks, `replayed`, stand in the place of some."""
     parts = [as_records(objective, part, document_mask=run.data.document_mask, seed=run.seed) for part in data.train]
     return loader.Loader(
         parts,
         data.weights or [float(len(part)) for part in parts],
         objective.example,
-        batch_size=run.train.batch_size,
+        batch_size=run.train.batch_size - (0 if replayed is None else replayed.rows_per_batch),
         micro_batches=run.train.micro_batches,
         seed=run.seed,
         rows=rows,
         workers=run.data.workers,
+        added=replayed,
     )
 
 

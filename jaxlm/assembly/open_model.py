@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 
+from jaxlm.assembly import earlier, run_directory, task_heads
 from jaxlm.assembly import program as programs
-from jaxlm.assembly import run_directory, task_heads
 from jaxlm.assembly.model_source import Source, StartModel, describe, with_adapter
 from jaxlm.assembly.run_objective import BoundObjective, bind_run
 from jaxlm.core import config, config_io, spec, tree
@@ -169,6 +169,8 @@ def first_params(p: programs.Program, start: StartModel) -> Any:
         )
     transform = _quantizer(p) if theirs.base != ours.base else None
     weights = read(source, stored, p.layout.shardings(stored, p.mesh), transform=transform)
+    if p.earlier.tasks and not p.run.continual.old and source.run is not None:
+        weights = earlier.with_heads(p.earlier, source.run, earlier.read_index(source.path), weights)
     return {name: value for name, value in weights.items() if name in p.specs and name not in new}
 
 
@@ -200,6 +202,8 @@ def specs_of(source: Source) -> Any:
     specs = source.adapted.specs()
     if source.objective is not None:
         specs |= OBJECTIVES.of(source.objective).specs(source.objective, source.config.width)
+    if source.run is not None:
+        specs |= earlier.of_directory(source.path, source.run).specs(source.config.width)
     return specs
 
 
@@ -291,7 +295,8 @@ def read(
                 base = once.restore_params(base)
         averaged = None
         if run.optim.ema:
-            trainable = programs.optimizer(run, specs, adapted).trainable
+            before = earlier.of_directory(source.path, run)
+            trainable = programs.optimizer(run, specs, adapted, before).trainable
             averaged, wanted = tree.partition(wanted, trainable)
             averaged = checkpoints.restore_params(averaged, step, item="ema")
         weights = wanted

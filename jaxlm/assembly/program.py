@@ -2,19 +2,21 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.assembly import choices
+from jaxlm.assembly import earlier as earlier_tasks
 from jaxlm.assembly.choices import Choices
 from jaxlm.assembly.run_objective import BoundObjective, bind_run
 from jaxlm.core import config, config_io, registry, spec, tree
-from jaxlm.data import loader, packing
+from jaxlm.data import loader, packing, replay
 from jaxlm.models import MODELS
 from jaxlm.models.model import Model
 from jaxlm.nn import pipeline
@@ -46,6 +48,8 @@ class Program:
     optimizer: optimizers.Optimizer
     choices: Choices
     """The choices that were made, and why."""
+    earlier: earlier_tasks.Earlier = dataclasses.field(default_factory=earlier_tasks.nothing)
+    """The tasks that the model learned before, and what keeps them."""
     compiler_options: dict[str, compiler.Option] = dataclasses.field(default_factory=dict)
     """The options that the train step is compiled with."""
 
@@ -59,15 +63,37 @@ class Program:
         """Returns the tokenizer."""
         return self.objective.tokenizer
 
-    def loss(self, weights: Any, batch: DeviceBatch, key: jax.Array | None) -> Sums:
-        """Computes the objective's sums; in training (with a `key`) with the adapter's penalty."""
+    def loss(self, weights: Any, batch: DeviceBatch, key: jax.Array | None, memory: Any = None) -> Sums:
+        """Computes the objective's sums; in training (with a `key`) with the adapter's penalty, and what keeps earlier
+        tasks."""
+        own, earlier = replay.parted(batch)
+        sums = self._own_loss(weights, own, key, memory) if own else {}
+        return (sums | self.earlier.replayed(self.model, weights, batch, key)) if earlier else sums
+
+    def _own_loss(self, weights: Any, batch: DeviceBatch, key: jax.Array | None, memory: Any) -> Sums:
+        """Computes the sums of the new rows."""
         sums = self.objective.loss(self.model, weights, batch, key)
-        if key is None or (penalty := self.adapter.penalty(weights)) is None:
+        if key is None:
             return sums
-        # A sum like the others, divided by the whole batch's weight outside.
+        # Sums like the others, divided by the whole batch's weight outside.
         name, total = next(iter(self.objective.totals(batch).items()))
-        with_penalty = dict(loss=sums[name]["loss"] + penalty * total, adapter_penalty=penalty * total)
-        return sums | {name: sums[name] | with_penalty}
+        added: dict[str, Any] = {}
+        if (penalty := self.adapter.penalty(weights)) is not None:
+            added["adapter_penalty"] = penalty * total
+        if self.earlier.needs_teacher:
+            added |= self.earlier.kept(self.model, weights, memory["teacher"], batch, self.objective)
+        scale = 1 - self.earlier.share if self.earlier.replays and not self.earlier.projects else 1.0
+        for loss, values in sums.items():
+            values |= added if loss == name else {}
+            more = sum(added.values(), jnp.zeros(())) if loss == name else 0.0
+            sums = sums | {loss: values | {"loss": scale * (values["loss"] + more)}}
+        return sums
+
+    def totals(self, batch: DeviceBatch) -> dict[str, jax.Array]:
+        """Computes the total weight of each loss over a whole batch, earlier rows included."""
+        own, earlier = replay.parted(batch)
+        totals = self.objective.totals(own)
+        return (totals | self.earlier.totals(batch)) if earlier else totals
 
     @property
     def parameters(self) -> tuple[int, int]:
@@ -89,7 +115,7 @@ class Program:
         host = "optimizer" in self.run.execution.offload
         return step.shardings(
             self.specs, weight_shardings, self.optimizer, self.run.optim.ema > 0, self.whole, moments, host
-        )
+        ).replace(tracks=self.earlier.tracks_like(tree.partition(weight_shardings, self.optimizer.trainable)[0]))
 
     @property
     def _weight_shardings(self) -> tuple[Any, Any]:
@@ -116,7 +142,8 @@ class Program:
     def _fresh(self, key: jax.Array, given: Any) -> step.State:
         made = self.adapter.init(self.specs, key, self.adapter.prompt_ids(self.tokens), given)
         trainable, frozen = tree.partition(made, self.optimizer.trainable)
-        return step.start(trainable, frozen, self.optimizer, self.run.optim.ema > 0)
+        tracks = self.earlier.tracks(trainable)
+        return step.start(trainable, frozen, self.optimizer, self.run.optim.ema > 0, tracks)
 
     def abstract_state(self) -> step.State:
         """Returns the shapes, dtypes and shardings of the state, to which a checkpoint is restored."""
@@ -128,7 +155,13 @@ class Program:
 
     def batch_shardings(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """Returns the shardings of a batch's leaves `[micro, rows, …]` from the leaves of this process."""
-        length = lambda name: self.run.train.seq_len if name in packing.BY_POSITION else -1  # noqa: E731
+
+        def length(name: str) -> int:
+            prefix, _, plain = name.rpartition("/")
+            if plain not in packing.BY_POSITION:
+                return -1
+            return self.earlier.tasks[replay.task_of(name)].seq_len if prefix else self.run.train.seq_len
+
         return {name: batch_sharding(self.layout, self.mesh, x.shape, length(name)) for name, x in batch.items()}
 
     def rows(self, batch_size: int) -> list[int] | None:
@@ -138,21 +171,33 @@ class Program:
         return loader.addressable_rows(batch_sharding(self.layout, self.mesh, (1, batch_size), -1), batch_size)
 
     @property
-    def _multiple(self) -> int:
+    def new_rows(self) -> int:
+        """The rows of a micro-batch that are new ones."""
+        return (self.run.train.batch_size - self.earlier.rows) // self.run.train.micro_batches
+
+    @property
+    def multiple(self) -> int:
         """The number that a batch's rows must be a multiple of."""
-        ways, train = self.layout.ways("batch", self.mesh), self.run.train
-        if self.mesh is None or self.mesh.shape[pipeline.AXIS] == 1:
-            return ways
-        return ways * pipeline.micro_batches(self.layout, self.mesh, train.batch_size // train.micro_batches)
+        return row_multiple(self.run, self.layout, self.mesh)
 
     def to_device(self, batch: dict[str, np.ndarray], rows: list[int] | None) -> DeviceBatch:
         """Places a batch on the devices, with less padding where the objective allows that and one process has all."""
-        padding = self.objective.padding if rows is None else "keep"
-        if padding == "pack":
-            batch = packing.pack_batch(batch, self._multiple)
-        elif padding == "trim" and self.layout.ways("stream", self.mesh) == 1:
-            batch = packing.trim_padding(batch)
+        own, earlier = replay.parted(batch)
+        batch = self._less_padding(own, self.objective, rows)
+        for task, part in earlier.items():
+            smaller = self._less_padding(part, self.earlier.objectives[task], rows)
+            batch |= {replay.key(task, name): leaf for name, leaf in smaller.items()}
         return cast(DeviceBatch, loader.to_device(batch, self.batch_shardings(batch), rows))
+
+    def _less_padding(
+        self, batch: dict[str, np.ndarray], objective: BoundObjective, rows: list[int] | None
+    ) -> dict[str, np.ndarray]:
+        padding = objective.padding if rows is None and "stored" not in batch else "keep"
+        if padding == "pack":
+            return packing.pack_batch(batch, self.multiple)
+        if padding == "trim" and self.layout.ways("stream", self.mesh) == 1:
+            return packing.trim_padding(batch)
+        return batch
 
     def train_step(self) -> Any:
         """Returns the jitted `(state, batch) → (state, metrics)`, state donated; `.lower(…).compile()` it."""
@@ -160,8 +205,8 @@ class Program:
         if self.mesh is not None:
             shardings = step.UpdateShardings.of(self.run.mesh.zero, *self._weight_shardings, self.optimizer)
         f = step.make_train_step(
-            self.loss, self.objective.totals, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema,
-            shardings=shardings, host=host,
+            self.loss, self.totals, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema,
+            shardings=shardings, host=host, keeping=self.earlier.keeping(self.run.train.batch_size),
         )  # fmt: skip
         out = (self.state_shardings, None)
         return jax.jit(f, donate_argnums=0, out_shardings=out, compiler_options=self.compiler_options or None)
@@ -218,10 +263,21 @@ class Program:
         )
 
 
-def program(run: config.Run, tokens: Any, template: str | None = None) -> Program:
+def row_multiple(run: config.Run, layout: Layout, mesh: jax.sharding.Mesh | None) -> int:
+    """Returns the number that a micro-batch's rows must be a multiple of."""
+    ways, train = layout.ways("batch", mesh), run.train
+    if mesh is None or mesh.shape[pipeline.AXIS] == 1:
+        return ways
+    return ways * pipeline.micro_batches(layout, mesh, train.batch_size // train.micro_batches)
+
+
+def program(
+    run: config.Run, tokens: Any, template: str | None = None, earlier: Sequence[earlier_tasks.Task] = ()
+) -> Program:
     """Checks the run against its tokenizer and the devices, and puts its functions together. `template`: the chat
-    template of the run's model, or None."""
+    template of the run's model, or None. `earlier`: the tasks that the model learned before."""
     config_io.check(run)
+    earlier_tasks.check(run.continual, run)
     family, objective = MODELS.of(run.model), bind_run(run, tokens, template)
     _check_pair(objective.objective, run)
     objective.check()
@@ -244,15 +300,17 @@ def program(run: config.Run, tokens: Any, template: str | None = None) -> Progra
     layout = Layout.of(run.mesh, run.execution)
     check_batch(run.train, layout, mesh)
     adapter = adapted.Adapted(run.adapter, family, run.model)
-    heads = objective.specs(run.model.width)
+    kept = earlier_tasks.replay_rows(run, len(earlier), row_multiple(run, layout, mesh))
+    before = earlier_tasks.bound(run, earlier, tokens, kept)
+    heads = objective.specs(run.model.width) | before.specs(run.model.width)
     specs = adapter.specs() | heads
     layout.shardings(specs, mesh, layout.moments)  # refuses what doesn't divide, before any data is touched
     layout.check_sharded(specs, mesh, run.mesh.replicated, LARGE)
-    own = optimizer(run, specs, adapter)
+    own = optimizer(run, specs, adapter, before)
     options = compiler.options(run.execution.flags, meshes.local_device())
     made = choices.choose(run, family, layout, mesh, specs, adapter, own, options)
     model = Model(family, run.model, adapter.base | heads, layout, adapter if adapter.changes else None, used)
-    return Program(run, mesh, layout, specs, model, adapter, objective, own, made, options)
+    return Program(run, mesh, layout, specs, model, adapter, objective, own, made, before, options)
 
 
 def once_a_shape(program: Any, what: str) -> tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]:
@@ -264,7 +322,7 @@ def once_a_shape(program: Any, what: str) -> tuple[Callable[[Any, Any], Any], Ca
     compiled: dict[tuple, Any] = {}
 
     def get(state: Any, batch: Any) -> Any:
-        shapes = tuple(leaf.shape for leaf in batch.values())
+        shapes = tuple((name, leaf.shape) for name, leaf in sorted(batch.items()))
         if shapes not in compiled:
             compiled[shapes] = program.lower(state, batch).compile()
             processes.barrier(what, HOURS)
@@ -273,12 +331,13 @@ def once_a_shape(program: Any, what: str) -> tuple[Callable[[Any, Any], Any], Ca
     return lambda state, batch: get(state, batch)(state, batch), get
 
 
-def optimizer(run: config.Run, specs: Any, adapter: adapted.Adapted) -> optimizers.Optimizer:
-    """Returns the optimizer of a run's weights; it moves what the adapter leaves to it."""
+def optimizer(
+    run: config.Run, specs: Any, adapter: adapted.Adapted, earlier: earlier_tasks.Earlier
+) -> optimizers.Optimizer:
+    """Returns the optimizer of a run's weights; it moves what the adapter and earlier tasks leave to it."""
     c, steps = run.optim, run.train.steps
-    return optimizers.make(
-        c, steps, specs, trainable=adapter.trainable, rate_of=adapter.rate, wrap=adapter.wrap_optimizer
-    )
+    trainable = lambda path: adapter.trainable(path) and earlier.trainable(path)  # noqa: E731
+    return optimizers.make(c, steps, specs, trainable=trainable, rate_of=adapter.rate, wrap=adapter.wrap_optimizer)
 
 
 def _check_pair(objective: Objective, run: config.Run) -> None:

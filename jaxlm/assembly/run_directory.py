@@ -95,7 +95,8 @@ def saved(state: step.State, adapter: adapted.Adapted) -> dict[str, Any]:
     """Returns what a checkpoint holds: whole weights whatever is frozen, so that it opens without the run's
     configuration; but not a base that adapters rest on, which the run keeps once (`BASE`)."""
     kept, _ = tree.partition(state.all_params, lambda path: not adapter.in_frozen_base(path))
-    return dict(step=state.step, params=kept, opt=state.opt, ema=state.ema)
+    tracks = {} if state.tracks is None else {"tracks": state.tracks}
+    return dict(step=state.step, params=kept, opt=state.opt, ema=state.ema) | tracks
 
 
 def frozen_base(adapter: adapted.Adapted, weights: Any) -> Any:
@@ -116,7 +117,7 @@ def restored(values: dict[str, Any], base: Any, optimizer: optimizers.Optimizer)
     """Returns the state of a checkpoint. `base` is what `saved` left out; None: nothing."""
     whole = values["params"] if base is None else tree.merge(values["params"], base)
     trainable, frozen = tree.partition(whole, optimizer.trainable)
-    return step.State(values["step"], trainable, frozen, values["opt"], values["ema"])
+    return step.State(values["step"], trainable, frozen, values["opt"], values["ema"], values.get("tracks"))
 
 
 def saved_weights(

@@ -30,6 +30,7 @@ from jaxlm.objectives.objective import (
     TextPairs,
     Tokenizer,
 )  # fmt: skip
+from jaxlm.objectives.outputs import Predicted
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,11 @@ class BoundObjective:
     def predict(self, model: Model, params: Any, batch: DeviceBatch) -> jax.Array:
         """Computes predictions `[B, …]`."""
         return self.prediction.predict(self.settings, model, params, batch)
+
+    def outputs(self, model: Model, params: Any, batch: DeviceBatch) -> Predicted:
+        """Computes what is predicted at each place, of an objective that offers it."""
+        assert self.objective.outputs is not None, f"{self.name} offers no outputs to compare"
+        return self.objective.outputs(self.settings, model, params, batch)
 
     def answers(self, records: Sequence[Any], predictions: Sequence[np.ndarray]) -> tuple[list[Any], list[Any]]:
         """Returns true and predicted answers."""

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.assembly import corpus, open_model, run_directory, scoring, training_hooks
+from jaxlm.assembly import corpus, earlier, open_model, remember, run_directory, scoring, training_hooks
 from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.program import HOURS
@@ -57,7 +57,7 @@ def _train(
             print(f"for more steps: jaxlm train {run.folder} --train.steps {2 * run.train.steps}")
         return 0
     tokens = open_model.load_tokenizer(run, start)
-    p = programs.program(run, tokens, open_model.template_of(run, start))
+    p = programs.program(run, tokens, open_model.template_of(run, start), earlier.earlier_tasks(run, start))
     data = corpus.corpus(run.data, p.objective)
     processes.barrier("the data", 6 * HOURS)
     if main:
@@ -70,6 +70,7 @@ def _train(
         raise ValueError(f"out: {run.folder} is not the same folder on all hosts; name one on storage that they share")
     with mesh.on_mesh(p.mesh), Checkpoints(run.folder / "checkpoints", keep=run.train.keep) as checkpoints:
         state, meta = _first_state(p, checkpoints, start)
+        state = remember.remember(p, state, start, begins=not meta)
         if p.objective.needs_reference:
             _remember_reference(p, data, None if meta else state.all_params)
         step = int(meta.get("step", 0))
@@ -151,8 +152,8 @@ def _run(
     """Trains on from the state to the last step, or to a signal; returns the exit status."""
     run, c, main = p.run, p.run.train, jax.process_index() == 0
     start = int(meta.get("step", 0))
-    rows = p.rows(c.batch_size // c.micro_batches)
-    loader = corpus.training_loader(run, p.objective, data, rows)
+    rows = p.rows(p.new_rows)
+    loader = corpus.training_loader(run, p.objective, data, rows, remember.replayed(p, rows))
     compiled, compile_seconds = _compile(p, state, p.to_device(loader.batch(start), rows), log, start)
     scorer = scoring.Scorer(p)
     validate, gain = training_hooks.validator(p, data, log, scorer), training_hooks.gain_log(run, log)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Generic, Literal, TypeVar
 
+from jaxlm.core.continual import Continual
 from jaxlm.core.ranges import BelowOne, Count, Natural, NonNegative, Positive, PositiveShare, Range
 from jaxlm.core.registry import register
 
@@ -225,6 +226,7 @@ class Run(Generic[M, O]):
     optim: Optim = field(default_factory=Optim)
     adapter: Adapter = field(default_factory=Adapter)
     train: Train = field(default_factory=Train)
+    continual: Continual = field(default_factory=Continual)
     mesh: Mesh = field(default_factory=Mesh)
     execution: Execution = field(default_factory=Execution)
     start: str = ""

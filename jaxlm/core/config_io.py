@@ -42,6 +42,12 @@ def from_dict(values: dict[str, Any], models: Table[Any], objectives: Table[Any]
     return _build(Run, values, "")
 
 
+def objective_from_dict(values: Mapping[str, Any], objectives: Table[Any]) -> Any:
+    """Builds the settings of an objective from values with its `family`."""
+    settings = objectives.find(str(values["family"]), "objective.family").Config
+    return _build(settings, {key: value for key, value in values.items() if key != "family"}, "objective")
+
+
 def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
     hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     name = lambda key: ".".join(filter(None, (where, key)))  # noqa: E731

@@ -29,7 +29,8 @@ def _generator(seed: int, i: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=(seed << 64) | i))
 
 
-def _record(records: Records, i: int, rng: np.random.Generator) -> Any:
+def record(records: Records, i: int, rng: np.random.Generator) -> Any:
+    """Returns record i; `rng` is for records that are drawn."""
     return records.draw(i, rng) if isinstance(records, DrawnRecords) else records[i]
 
 
@@ -37,7 +38,8 @@ class Loader:
     """A loader makes training batches, whose leaves are [micro, rows, …].
 
     `rows` are those of each micro batch that this process needs. Example `step * batch_size + micro * (batch_size //
-    micro_batches) + row` is the one at [micro, row] of a step. `to_example` must be picklable if workers > 0, and
+    micro_batches) + row` is the one at [micro, row] of a step. `added` gives further leaves of a step's batch.
+    `to_example` must be picklable if workers > 0, and
     return arrays of the same shapes for every record. Raises ValueError, which names the argument, if one is out of its
     range.
     """
@@ -56,6 +58,7 @@ class Loader:
         workers: int = 0,
         prefetch: int = 2,
         epochs: float | None = None,
+        added: Callable[[int], Mapping[str, np.ndarray]] | None = None,
     ) -> None:
         if batch_size < 1 or micro_batches < 1 or batch_size % micro_batches:
             raise ValueError(f"batch_size={batch_size} must be a positive multiple of micro_batches={micro_batches}")
@@ -72,7 +75,7 @@ class Loader:
         if not self.rows or not all(0 <= row < per_micro for row in self.rows):
             raise ValueError(f"rows={self.rows} must name rows 0 to {per_micro - 1} of a micro batch")
         self.workers, self.prefetch = workers, prefetch
-        self.epochs = epochs
+        self.epochs, self.added = epochs, added
         if self.steps is not None and self.steps < 1:
             raise ValueError(
                 f"epochs={epochs} of {self.examples_per_epoch} examples are less than one batch of {batch_size}"
@@ -108,14 +111,15 @@ class Loader:
             index = shuffled(index, len(records), self.seed << 16 | part, epoch)  # parts are shuffled independently
         rng = _generator(self.seed, i)
         try:
-            return self.to_example(_record(records, index, rng), rng)
+            return self.to_example(record(records, index, rng), rng)
         except ValueError as error:
             raise ValueError(f"example {i} (part {part}, record {index}): {error}") from error
 
     def batch(self, step: int) -> Arrays:
         """Returns the batch of a step, with leaves [micro, rows, …]."""
         indices = self.indices(step)
-        return _stack([self.example(int(i)) for i in indices.flat], indices.shape)
+        batch = _stack([self.example(int(i)) for i in indices.flat], indices.shape)
+        return batch if self.added is None else batch | dict(self.added(step))
 
     def iterate(self, start_step: int = 0) -> Iterator[Arrays]:
         """Yields batches from `start_step` on, made ahead by a thread or by worker processes; close it to stop them."""
@@ -220,7 +224,7 @@ def evaluation_batches(
 
     def example(i: int) -> Mapping[str, Any]:
         rng = _generator(0, i)
-        return to_example(_record(records, i, rng), rng)
+        return to_example(record(records, i, rng), rng)
 
     for start in range(0, total, batch_size):
         indices = [start + row for row in rows]

@@ -4,6 +4,7 @@ N tokens of one device, D model width, V vocabulary (of this device where the he
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -100,30 +101,50 @@ def cross_entropy(
     return _sums(*arrays, _Plan(label_smoothing, z_loss, r.softcap, chunk, tokens, vocab, width, used))
 
 
+def over_logits(
+    f: Callable[..., Any], readouts: Sequence[Readout], *arrays: jax.Array, shard: Layout, differentiable: bool = True
+) -> Any:
+    """Returns `f(*logits, *arrays)` of all tokens, leaves `[B, T, …]`, where `f` gets a few tokens of all rows at a time:
+    the logits `[B, N, V]` in float32 of each readout, and those tokens' part of each array `[B, T, …]`.
+
+    Logits exist for `execution.loss_chunk` tokens at a time; in the backward pass they are computed anew.
+    """
+    (B, T, _), V = readouts[0].x_BTD.shape, readouts[0].w_VD.shape[0]
+    n = max(1, -(-T // max(1, _chunk(B * T, V, shard.execution.loss_chunk) // B)))
+    size, pad = -(-T // n), -T % -(-T // n)
+
+    def parts(a: jax.Array) -> jax.Array:
+        a = shard(
+            a, "batch", *[None] * (a.ndim - 1)
+        )  # every device cuts its own rows, whatever shared them in the model
+        padded = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
+        return jnp.moveaxis(padded.reshape(B, -1, size, *a.shape[2:]), 1, 0)
+
+    def one(part: tuple[list[jax.Array], list[jax.Array]]) -> Any:
+        states, others = part
+        each = [
+            shard(logits(dataclasses.replace(r, x_BTD=x_BND), shard), "batch", None, "vocab")
+            for r, x_BND in zip(readouts, states, strict=True)
+        ]
+        return f(*each, *others)
+
+    cut = ([parts(r.x_BTD) for r in readouts], [parts(a) for a in arrays])
+    chunks = jax.lax.map(jax.checkpoint(one) if differentiable else one, cut)
+    return jax.tree.map(lambda c: jnp.moveaxis(c, 0, 1).reshape(B, -1, *c.shape[3:])[:, :T], chunks)
+
+
 def log_likelihoods(r: Readout, targets_BT: jax.Array, *, shard: Layout) -> jax.Array:
     """Returns the log probability of each target, `[B, T]`, in nats and without gradients.
 
     For gradients of a function of it, give its derivatives to `cross_entropy` as weights. Logits exist for
     `execution.loss_chunk` tokens of all rows at a time.
     """
-    r = jax.lax.stop_gradient(r)
-    (B, T), V = targets_BT.shape, r.w_VD.shape[0]
-    n = max(1, -(-T // max(1, _chunk(B * T, V, shard.execution.loss_chunk) // B)))
-    size, pad = -(-T // n), -T % -(-T // n)
-    x_BTD = shard(r.x_BTD, "batch", None, None)  # every device cuts its own rows, whatever shared them in the model
 
-    def parts(a: jax.Array) -> jax.Array:
-        padded = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
-        return jnp.moveaxis(padded.reshape(B, -1, size, *a.shape[2:]), 1, 0)
-
-    def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x_BND, targets_BN = part
-        z_BNV = shard(logits(dataclasses.replace(r, x_BTD=x_BND), shard), "batch", None, "vocab")
+    def one(z_BNV: jax.Array, targets_BN: jax.Array) -> jax.Array:
         hit_BNV = jax.lax.broadcasted_iota(targets_BN.dtype, z_BNV.shape, 2) == targets_BN[..., None]
         return jnp.where(hit_BNV, z_BNV, 0.0).sum(-1) - jax.nn.logsumexp(z_BNV, -1)
 
-    chunks = jax.lax.map(one, (parts(x_BTD), parts(shard(targets_BT, "batch", None))))
-    return jnp.moveaxis(chunks, 0, 1).reshape(B, -1)[:, :T]
+    return over_logits(one, [jax.lax.stop_gradient(r)], targets_BT, shard=shard, differentiable=False)
 
 
 class _Plan(NamedTuple):

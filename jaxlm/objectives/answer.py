@@ -20,7 +20,7 @@ from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data import labelled
 from jaxlm.data.labelled import Question, squad, tables
 from jaxlm.models.model import Model
-from jaxlm.nn.family import Outputs
+from jaxlm.nn.family import Predicted
 from jaxlm.nn.layers import Output, dropout
 from jaxlm.objectives import classify
 from jaxlm.objectives.objective import (
@@ -37,6 +37,7 @@ from jaxlm.objectives.objective import (
     Use,
     no_tokens,
 )  # fmt: skip
+from jaxlm.objectives.outputs import Predicted
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,12 @@ def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Arra
     return {"windows": classify.sums(batch["rows"], out.aux_B, loss_B2.mean(-1), right_B)}
 
 
+def outputs(c: Config, model: Model, params: Any, batch: DeviceBatch) -> Predicted:
+    """Returns two places a window, the beginning and the end, which choose among its positions."""
+    z_BT2 = logits(c, model, params, batch, None)[0]
+    return Predicted(z_BT2.swapaxes(1, 2), jnp.broadcast_to(batch["rows"][:, None] / 2, (len(z_BT2), 2)))
+
+
 def predict(c: Config, model: Model, params: Any, batch: DeviceBatch) -> jax.Array:
     """Returns scores of where the answer begins and ends, `[B, T, 2]`."""
     return logits(c, model, params, batch, None)[0]
@@ -303,7 +310,7 @@ def head_logits(c: Config, model: Model, params: Any, batch: DeviceBatch) -> jax
     return logits(c, model, params, batch | DeviceBatch(allowed=anywhere), None)[0]
 
 
-def read_outputs(out: Outputs) -> Config:
+def read_outputs(out: Predicted) -> Config:
     """Returns the settings of a published head, which gives an answer in any case: its files don't say that a text may
     hold none."""
     if len(out.labels) != 2:
@@ -313,10 +320,10 @@ def read_outputs(out: Outputs) -> Config:
 
 use = Use[Config](rows, lambda c: "", unlabelled, told)
 head = TaskHead[Config](
-    "QuestionAnswering", "answer", head_logits, read_outputs, lambda c: Outputs(("LABEL_0", "LABEL_1"))
+    "QuestionAnswering", "answer", head_logits, read_outputs, lambda c: Predicted(("LABEL_0", "LABEL_1"))
 )
 objective = Objective(
     Config, ExampleReader(read), ("encoder",), example=example, totals=totals, loss=loss, specs=specs, check=check,
     infer_from_data=infer_from_data, target_positions=no_tokens, padding="trim",
-    prediction=Prediction(predict, answers, "spans", use), head=head,
+    prediction=Prediction(predict, answers, "spans", use), head=head, outputs=outputs,
 )  # fmt: skip

@@ -12,6 +12,7 @@ from jaxlm.models.model import Model
 from jaxlm.nn.layers import Output
 from jaxlm.nn.losses import cross_entropy
 from jaxlm.objectives.objective import DeviceBatch, Example, Objective, RowShape, Sums, Tokenizer
+from jaxlm.objectives.outputs import Predicted
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ def loss(c: TokenLoss, model: Model, params: Any, batch: DeviceBatch, key: jax.A
     return {"tokens": values}
 
 
+def outputs(c: TokenLoss, model: Model, params: Any, batch: DeviceBatch) -> Predicted:
+    """Returns the prediction of each token's next one."""
+    return Predicted(model.readout(params, model.forward(params, batch).x_BTD), batch["weights"])
+
+
 def row_sums(out: Output, weights_BT: jax.Array) -> dict[str, jax.Array]:
     """Sums what a model reports of each row: `aux`, which is part of the loss, and what is only shown.
 
@@ -76,4 +82,5 @@ def row_sums(out: Output, weights_BT: jax.Array) -> dict[str, jax.Array]:
     return {name: (x_B * weights_BT.sum(-1)).sum() for name, x_B in each_B.items()}
 
 
-objective = Objective(Config, "packed", ("decoder",), example=example, totals=totals, loss=loss)
+objective = Objective(Config, "packed", ("decoder",), example=example, totals=totals, loss=loss,
+                      outputs=outputs)  # fmt: skip

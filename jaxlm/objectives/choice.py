@@ -16,7 +16,7 @@ from jaxlm.core.ranges import BelowOne, Natural
 from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data.labelled import Choice, Split, choices, tables
 from jaxlm.models.model import Model
-from jaxlm.nn.family import Outputs
+from jaxlm.nn.family import Predicted
 from jaxlm.nn.layers import dropout
 from jaxlm.objectives import classify
 from jaxlm.objectives.objective import (
@@ -33,6 +33,7 @@ from jaxlm.objectives.objective import (
     Use,
     no_tokens,
 )  # fmt: skip
+from jaxlm.objectives.outputs import Predicted
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,11 @@ def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Arra
     return {"questions": classify.sums(batch["rows"], aux_B, *classify.single(z_BN, batch["target"]))}
 
 
+def outputs(c: Config, model: Model, params: Any, batch: DeviceBatch) -> Predicted:
+    """Returns one place a question, which chooses among its answers."""
+    return Predicted(logits(c, model, params, batch, None)[0][:, None], batch["rows"][:, None])
+
+
 def predict(c: Config, model: Model, params: Any, batch: DeviceBatch) -> jax.Array:
     """Returns the number that each choice gets, `[B, N]`."""
     return logits(c, model, params, batch, None)[0]
@@ -224,11 +230,11 @@ def fit(c: Config, lines: Sequence[tables.Row]) -> Config:
 
 use = Use[Config](classify.rows, lambda c: "", unlabelled, told, fit)
 head = TaskHead[Config](
-    "MultipleChoice", "choice", head_logits, lambda out: Config(), lambda c: Outputs(("LABEL_0", "LABEL_1")),
+    "MultipleChoice", "choice", head_logits, lambda out: Config(), lambda c: Predicted(("LABEL_0", "LABEL_1")),
     lambda c, bias: replace(c, bias=bias) if c.bias is None else c,
 )  # fmt: skip
 objective = Objective(
     Config, ExampleReader(read, token_ids), ("encoder", "decoder"), example=example, totals=totals, loss=loss,
     specs=specs, check=check, infer_from_data=infer_from_data, target_positions=no_tokens, padding="trim",
-    prediction=Prediction(predict, answers, "choices", use), head=head,
+    prediction=Prediction(predict, answers, "choices", use), head=head, outputs=outputs,
 )  # fmt: skip

@@ -151,4 +151,4 @@ def _between_characters(ids: np.ndarray, tokenizer: Tokenizer, rng: np.random.Ge
 
 
 objective = Objective(Config, "packed", ("decoder",), example=example, totals=causal.totals, loss=causal.loss,
-                      check=check)  # fmt: skip
+                      check=check, outputs=causal.outputs)  # fmt: skip

@@ -10,8 +10,9 @@ import numpy as np
 from jaxlm.core.ranges import BelowOne, NonNegative, PositiveShare
 from jaxlm.data.packing import Window
 from jaxlm.models.model import Model
-from jaxlm.nn.losses import cross_entropy
+from jaxlm.nn.losses import Readout, cross_entropy
 from jaxlm.objectives.objective import DeviceBatch, Example, Objective, RowShape, Sums, Tokenizer
+from jaxlm.objectives.outputs import Predicted
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,8 @@ def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Arra
 def sums(c: Config, model: Model, params: Any, x_BTD: jax.Array, batch: DeviceBatch) -> dict[str, jax.Array]:
     """Computes the loss at the chosen positions, which alone reach the vocabulary: a seventh of the head's work at the
     usual rate."""
-    x_BTD = model.shard(x_BTD, "batch", None, None)
-    x_BKD = jnp.take_along_axis(x_BTD, model.shard(batch["at"], "batch", None)[..., None], axis=1)
     out = cross_entropy(
-        model.readout(params, model.shard(x_BKD, "batch", "seq", None)),
+        _readout(model, params, x_BTD, batch),
         batch["targets"],
         batch["weights"],
         shard=model.shard,
@@ -112,5 +111,17 @@ def sums(c: Config, model: Model, params: Any, x_BTD: jax.Array, batch: DeviceBa
     return dict(loss=out.loss, nll=out.nll, accuracy=out.correct)
 
 
+def _readout(model: Model, params: Any, x_BTD: jax.Array, batch: DeviceBatch) -> Readout:
+    """Returns the factors of the logits at the chosen positions."""
+    x_BTD = model.shard(x_BTD, "batch", None, None)
+    x_BKD = jnp.take_along_axis(x_BTD, model.shard(batch["at"], "batch", None)[..., None], axis=1)
+    return model.readout(params, model.shard(x_BKD, "batch", "seq", None))
+
+
+def outputs(c: Any, model: Model, params: Any, batch: DeviceBatch) -> Predicted:
+    """Returns the predictions at the chosen positions."""
+    return Predicted(_readout(model, params, model.forward(params, batch).x_BTD, batch), batch["weights"])
+
+
 objective = Objective(Config, "packed", ("encoder",), example=example, totals=totals, loss=loss, check=check,
-                      target_positions=target_positions)  # fmt: skip
+                      target_positions=target_positions, outputs=outputs)  # fmt: skip

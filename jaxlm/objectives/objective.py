@@ -17,6 +17,7 @@ from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.labelled import tables
 from jaxlm.models.model import Model
 from jaxlm.nn.family import Outputs, Task
+from jaxlm.objectives.outputs import Predicted
 
 C = TypeVar("C")
 C_in = TypeVar("C_in", contravariant=True)
@@ -295,4 +296,7 @@ class Objective(Generic[C]):
     prediction: Prediction[C] | None = None
     head: TaskHead[C] | None = None
     reference: Reference[C] | None = None
+    outputs: Callable[[C, Model, Any, DeviceBatch], Predicted] | None = None
+    """(settings, model, params, batch) → what is predicted at each place, for losses that compare two models or need no
+    targets; None: such losses can't be had."""
     read_prompts: ReadPrompts[C] | None = None

@@ -34,4 +34,4 @@ def example(c: Config, record: Window, row: RowShape, tokenizer: Tokenizer, rng:
 
 
 objective = Objective(Config, "packed", ("decoder",), example=example, totals=causal.totals, loss=causal.loss,
-                      prompts_read_both_ways=True)  # fmt: skip
+                      prompts_read_both_ways=True, outputs=causal.outputs)  # fmt: skip

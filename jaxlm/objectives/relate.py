@@ -29,6 +29,7 @@ from jaxlm.objectives.objective import (
     Use,
     no_tokens,
 )  # fmt: skip
+from jaxlm.objectives.outputs import Predicted
 
 # Names that the field has for no relation.
 NEGATIVE = ("other", "no_relation", "na", "none")
@@ -183,6 +184,11 @@ def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Arra
     }
 
 
+def outputs(c: Config, model: Model, params: Any, batch: DeviceBatch) -> Predicted:
+    """Returns the head's outputs, one place a pair."""
+    return Predicted(logits(c, model, params, batch, None)[0][:, None], batch["rows"][:, None])
+
+
 def predict(c: Config, model: Model, params: Any, batch: DeviceBatch) -> jax.Array:
     """Returns the head's outputs `[B, L]`."""
     return logits(c, model, params, batch, None)[0]
@@ -210,5 +216,5 @@ use = Use[Config](classify.rows, lambda c: c.text, unlabelled, told)
 objective = Objective(
     Config, ExampleReader(read), ("encoder",), example=example, totals=totals, loss=loss, specs=specs, check=check,
     infer_from_data=infer_from_data, target_positions=no_tokens, padding="trim",
-    prediction=Prediction(predict, answers, "relations", use),
+    outputs=outputs, prediction=Prediction(predict, answers, "relations", use),
 )  # fmt: skip

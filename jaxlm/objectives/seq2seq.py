@@ -244,5 +244,5 @@ def concatenated(texts: Sequence[np.ndarray], room: int, pad: int) -> Window:
 objective = Objective(
     Config, TextPairs(fields, fit, packs=lambda c: c.pack), ("encoder_decoder", "decoder"), example=example,
     totals=causal.totals, loss=causal.loss, check=check, target_positions=target_positions, prompt=prompt,
-    read_prompts=read_prompts,
+    read_prompts=read_prompts, outputs=causal.outputs,
 )  # fmt: skip

@@ -99,5 +99,5 @@ def example(c: Config, record: Conversations, row: RowShape, tokenizer: Tokenize
 
 objective = Objective(
     Config, ExampleReader(read, token_ids, shares_rows=True), ("decoder",), example=example, totals=causal.totals,
-    loss=causal.loss, read_prompts=read_prompts, chat_template=lambda c: c.template,
+    loss=causal.loss, read_prompts=read_prompts, chat_template=lambda c: c.template, outputs=causal.outputs,
 )  # fmt: skip

@@ -157,5 +157,5 @@ def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Arra
 
 objective = Objective(
     Config, "packed", ("encoder_decoder",), example=example, totals=totals, loss=loss, check=check, window=window,
-    target_positions=target_positions, vocab_size=vocab_size, prompt=prompt,
+    target_positions=target_positions, vocab_size=vocab_size, prompt=prompt, outputs=causal.outputs,
 )  # fmt: skip

@@ -16,7 +16,7 @@ from jaxlm.core.ranges import BelowOne, NonNegative
 from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data.labelled import Tagged, check_labels, conll, tables
 from jaxlm.models.model import Model
-from jaxlm.nn.family import Outputs
+from jaxlm.nn.family import Predicted
 from jaxlm.nn.layers import Output, dropout
 from jaxlm.objectives import classify
 from jaxlm.objectives.objective import (
@@ -33,6 +33,7 @@ from jaxlm.objectives.objective import (
     Use,
     no_tokens,
 )  # fmt: skip
+from jaxlm.objectives.outputs import Predicted
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,11 @@ def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Arra
     return {"tags": values}
 
 
+def outputs(c: Config, model: Model, params: Any, batch: DeviceBatch) -> Predicted:
+    """Returns the head's outputs at each token."""
+    return Predicted(logits(c, model, params, batch, None)[0], batch["weights"])
+
+
 def predict(c: Config, model: Model, params: Any, batch: DeviceBatch) -> jax.Array:
     """Returns the likeliest label of each token and its probability, `[B, T, 2]`."""
     z_BTL = logits(c, model, params, batch, None)[0]
@@ -232,11 +238,11 @@ def spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 use = Use[Config](rows, lambda c: "text", unlabelled, told)
 head = TaskHead[Config](
     "TokenClassification", "tag", lambda c, model, params, batch: logits(c, model, params, batch, None)[0],
-    lambda out: Config(labels=out.labels), lambda c: Outputs(c.labels),
+    lambda out: Config(labels=out.labels), lambda c: Predicted(c.labels),
     with_labels=lambda c, labels: replace(c, labels=labels),
 )  # fmt: skip
 objective = Objective(
     Config, ExampleReader(read), ("encoder", "decoder"), example=example, totals=totals, loss=loss, specs=specs,
     check=check, infer_from_data=infer_from_data, target_positions=no_tokens, padding="pack",
-    prediction=Prediction(predict, answers, "tags", use), head=head,
+    prediction=Prediction(predict, answers, "tags", use), head=head, outputs=outputs,
 )  # fmt: skip

@@ -14,7 +14,8 @@ from jaxlm.core.batch import Batch
 from jaxlm.runtime.mesh import constrain
 from jaxlm.training.optimizers import Optimizer, state_shardings
 
-Loss = Callable[[Any, Batch[jax.Array], jax.Array | None], dict[str, dict[str, jax.Array]]]
+Loss = Callable[..., dict[str, dict[str, jax.Array]]]
+"""(weights, batch, key, and the state's memory where there is one) → sums."""
 Totals = Callable[[Batch[jax.Array]], dict[str, jax.Array]]
 
 
@@ -29,6 +30,10 @@ class State(struct.PyTreeNode):
     opt: Any
     ema: Any
     """The moving average of `params`, or None."""
+    tracks: Any = None
+    """What methods of continual learning note along the way, or None."""
+    memory: Any = None
+    """What they know of earlier tasks and training leaves as it is, or None; a run keeps it beside its checkpoints."""
 
     @property
     def all_params(self) -> Any:
@@ -41,16 +46,34 @@ class State(struct.PyTreeNode):
         return self.all_params if self.ema is None else tree.merge(self.ema, self.frozen)
 
 
+class Keeping(NamedTuple):
+    """A Keeping holds what methods of continual learning do to an update; its defaults do nothing."""
+
+    parts: Callable[[Any], list[Any]] = lambda batch: [batch]
+    """(batch) → the parts of it whose gradients are taken apart."""
+    combine: Callable[[list[Any]], Any] = lambda gradients: gradients[0]
+    """(gradient of each part) → the gradient."""
+    learned: Callable[[str], bool] = lambda loss: True
+    """(name of a loss) → whether it is learned; one that only bounds the gradient isn't part of the loss that is told."""
+    penalty: Callable[[Any, Any], jax.Array] | None = None
+    """(params, memory) → what is added to the mean loss; its gradient is taken once an update."""
+    observe: Callable[[Any, Any, Any, Any], Any] | None = None
+    """(tracks, gradient without the penalty, params before and after the update) → tracks."""
+
+
+NOTHING_KEPT = Keeping()
+
+
 def init_state(specs: Any, optimizer: Optimizer, key: jax.Array, ema: bool) -> State:
     """Returns a fresh state; jit it with `out_shardings` and every weight is born on its own device."""
     params, frozen = tree.partition(weights.init(specs, key), optimizer.trainable)
     return start(params, frozen, optimizer, ema)
 
 
-def start(params: Any, frozen: Any, optimizer: Optimizer, ema: bool) -> State:
+def start(params: Any, frozen: Any, optimizer: Optimizer, ema: bool, tracks: Any = None) -> State:
     """Returns the state before the first update of these weights."""
     average = jax.tree.map(jnp.copy, params) if ema else None  # donated buffers may not be shared
-    return State(jnp.zeros((), jnp.int32), params, frozen, optimizer.tx.init(params), average)
+    return State(jnp.zeros((), jnp.int32), params, frozen, optimizer.tx.init(params), average, tracks)
 
 
 class UpdateShardings(NamedTuple):
@@ -135,6 +158,7 @@ def make_train_step(
     ema: float,
     shardings: UpdateShardings | None = None,
     host: bool = False,
+    keeping: Keeping = NOTHING_KEPT,
 ) -> Callable[[State, Batch[jax.Array]], tuple[State, dict[str, jax.Array]]]:
     """Returns the function `(state, batch) → (state, metrics)` that makes one update; `batch` leaves are `[micro,
     batch, …]`.
@@ -143,7 +167,7 @@ def make_train_step(
     An update whose loss or gradient is not finite is left out: `finite` is 0, and the state is unchanged but for `step`
     and schedules, which go on. With `shardings` (on a mesh) each device reduces and updates the part of the weights
     that it keeps moments of. With `host` the optimizer's state comes from the host's memory for the update, and goes
-    back.
+    back. `keeping` is what keeps earlier tasks in mind.
     """
 
     def train_step(state: State, batch: Batch[jax.Array]) -> tuple[State, dict[str, jax.Array]]:
@@ -151,16 +175,19 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
         def objective(params: Any, part: Batch[jax.Array], k: jax.Array) -> tuple[jax.Array, Any]:
-            sums = loss(tree.merge(params, state.frozen), part, k)
+            known = () if state.memory is None else (state.memory,)
+            sums = loss(tree.merge(params, state.frozen), part, k, *known)
             return sum((sums[n]["loss"] / totals[n] for n in sums), jnp.zeros(())), sums
 
         def micro(part: Batch[jax.Array], k: jax.Array) -> tuple[Any, Any]:
-            return jax.grad(objective, has_aux=True)(state.params, part, k)
+            found = [jax.grad(objective, has_aux=True)(state.params, one, k) for one in keeping.parts(part)]
+            return [grads for grads, _ in found], {n: values for _, sums in found for n, values in sums.items()}
 
         def pin_gradients(grads_and_sums: tuple[Any, Any]) -> tuple[Any, Any]:
             if shardings is None:
                 return grads_and_sums
-            return constrain(grads_and_sums[0], shardings.gradients), grads_and_sums[1]
+            grads, sums = grads_and_sums
+            return [constrain(g, shardings.gradients) for g in grads], sums
 
         n = jax.tree.leaves(batch)[0].shape[0]
         keys = jax.random.split(key, n)
@@ -170,8 +197,9 @@ def make_train_step(
         else:  # all run in the loop: outside it a compiler might keep the activations of two at a time
             no_sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, *first)[1])
             add = lambda total, part: (jax.tree.map(jnp.add, total, pin_gradients(micro(*part))), None)  # noqa: E731
-            start = pin_gradients((jax.tree.map(jnp.zeros_like, state.params), no_sums))
-            (grads, sums), _ = jax.lax.scan(add, start, (batch, keys))
+            nothing = [jax.tree.map(jnp.zeros_like, state.params) for _ in keeping.parts(first[0])]
+            (grads, sums), _ = jax.lax.scan(add, pin_gradients((nothing, no_sums)), (batch, keys))
+        grads = keeping.combine(grads)
 
         if shardings is not None:
             grads = constrain(grads, shardings.moments)
@@ -180,6 +208,13 @@ def make_train_step(
             state = state.replace(opt=_move(state.opt, jax.memory.Space.Device))
         grads = optimizer.moved(grads)
         metrics = flat_metrics(sums, totals) | {f"weight/{name}": total for name, total in totals.items()}
+        if bounds := [name for name in sums if not keeping.learned(name)]:
+            metrics["loss"] -= sum(metrics[f"{name}/loss"] for name in bounds)
+        of_task = grads
+        if keeping.penalty is not None:
+            extra, pull = jax.value_and_grad(keeping.penalty)(state.params, state.memory)
+            grads = jax.tree.map(jnp.add, grads, optimizer.moved(pull))
+            metrics |= {"penalty": extra}
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         if clip:
@@ -190,9 +225,12 @@ def make_train_step(
         if ema:
             decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))  # young averages forget faster
             new = new.replace(ema=jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, new.params))
-        # Frozen weights are left out: not every compiler sees that both choices are the same, and some write them anew.
-        moved, unmoved = new.replace(frozen=None), state.replace(frozen=None)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), moved, unmoved).replace(frozen=state.frozen)
+        if keeping.observe is not None:
+            new = new.replace(tracks=keeping.observe(state.tracks, of_task, state.params, new.params))
+        # What stays is left out: not every compiler sees that both choices are the same, and some write it anew.
+        moved, unmoved = new.replace(frozen=None, memory=None), state.replace(frozen=None, memory=None)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), moved, unmoved)
+        new = new.replace(frozen=state.frozen, memory=state.memory)
         new = new.replace(opt=_with_clocks_of(opt, new.opt))
         if shardings is not None:
             new = new.replace(params=constrain(new.params, shardings.weights))

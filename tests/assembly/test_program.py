@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxlm.assembly import corpus, program, run_directory, run_objective, scoring
+from jaxlm.assembly import corpus, earlier, program, run_directory, run_objective, scoring
 from jaxlm.commands import cli
 from jaxlm.core import config, config_io
 from jaxlm.models import MODELS
@@ -217,7 +217,7 @@ def flops(model, objective, attention: bool = False, **more) -> float:
     specs = adapter.specs() | bound.specs(model.width)
     own = family.specs(model) | bound.specs(model.width)
     p = program.Program(run, None, layout.Layout(), specs, Model(family, model, own, layout.Layout()), adapter, bound,
-                         program.optimizer(run, specs, adapter), {})  # fmt: skip
+                         program.optimizer(run, specs, adapter, earlier.nothing()), {})  # fmt: skip
     found = p.flops_per_token()
     return (found["full"] - found["causal"]) / 6 if attention else (2 * found["causal"] - found["full"]) / 6
 

@@ -1,0 +1,323 @@
+"""What a run knows of the tasks that its model learned before: their objectives and heads, and what its methods of
+continual learning do with them in a step."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.assembly.model_source import StartModel
+from jaxlm.assembly.run_objective import BoundObjective, bind
+from jaxlm.core import config, config_io, registry
+from jaxlm.core.continual import Continual
+from jaxlm.core.errors import nearest
+from jaxlm.data import replay
+from jaxlm.models import MODELS
+from jaxlm.models.model import Model
+from jaxlm.objectives import OBJECTIVES, outputs
+from jaxlm.objectives.objective import DeviceBatch, RowShape, Sums
+from jaxlm.training.continual import path, penalty, projection
+from jaxlm.training.step import Keeping
+
+FOLDER = "memory"
+INDEX = "tasks.json"
+HEADS = "tasks"  # the weights of earlier heads stand at `tasks/NAME/…`
+PENALTIES = ("l2", "ewc", "si", "mas", "rwalk")
+REPLAYS = ("replay", "der", "agem", "gem")
+TEACHERS = ("lwf", "features")
+METHODS = (*PENALTIES, *TEACHERS, *REPLAYS)
+TRACKED = ("si", "rwalk")
+
+
+@dataclass(frozen=True)
+class Task:
+    """An earlier task."""
+
+    name: str
+    objective: Any
+    """The settings of its objective."""
+    seq_len: int
+    template: str | None = None
+    data: tuple[str, ...] = ()
+    """The sources that it was trained on."""
+    own_head: bool = True
+    """It has a head besides that of the run; else it shares that, or has none."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values."""
+        name = registry.name_of(self.objective)
+        return dataclasses.asdict(self) | {"objective": {"family": name} | dataclasses.asdict(self.objective)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Task":
+        """Returns the task of what `to_dict` returned."""
+        objective = config_io.objective_from_dict(values["objective"], OBJECTIVES)
+        return cls(**{**values, "objective": objective, "data": tuple(values["data"])})
+
+
+def check(c: Continual, run: config.Run) -> None:
+    """ValueError: the methods can't be used, or not together, or not by this run."""
+    for name in c.methods:
+        if name not in METHODS:
+            raise ValueError(f"continual.methods: unknown {name!r}{nearest(name, METHODS)}")
+    if len(set(c.methods)) < len(c.methods):
+        raise ValueError("continual.methods: names a method twice")
+    if "agem" in c.methods and "gem" in c.methods:
+        raise ValueError("continual.methods: agem and gem both change the gradient; choose one")
+    both = [name for name in ("agem", "gem") if name in c.methods and {"replay", "der"} & set(c.methods)]
+    if both:
+        raise ValueError(f"continual.methods: {both[0]} takes the gradient of earlier rows as a bound, and replay and der "
+                         "learn from them; choose one")  # fmt: skip
+    if OBJECTIVES.of(run.objective).outputs is None and (needing := {"lwf", "der"} & set(c.methods)):
+        raise ValueError(f"continual.methods: {min(needing)} compares predictions, and {registry.name_of(run.objective)} "
+                         "offers none to compare; choose another method")  # fmt: skip
+
+
+def read_index(folder: Path) -> list[Task]:
+    """Returns the earlier tasks that a run directory names; none where it has no memory."""
+    file = folder / FOLDER / INDEX
+    if not file.is_file():
+        return []
+    return [Task.from_dict(values) for values in json.loads(file.read_text("utf-8"))["tasks"]]
+
+
+def earlier_tasks(run: config.Run, start: StartModel) -> tuple[Task, ...]:
+    """Returns the tasks before this run: those of its own directory, else of the run that it starts from and that run's
+    own, else, where the run names earlier data, one of its own objective."""
+    if not keeps(run.continual):
+        return ()
+    if (run.folder / FOLDER / INDEX).is_file():
+        return tuple(read_index(run.folder))
+    source = start.source if run.start else None
+    before = source.run if source is not None else None
+    if run.continual.old:
+        template = source.templates.get("default") if source is not None else None
+        return (Task("before", run.objective, run.train.seq_len, template, run.continual.old, own_head=False),)
+    if before is None or source is None:
+        return ()
+    tasks = [*read_index(source.path), task_of(before, source.templates.get("default"))]
+    taken = [task.name for task in tasks]
+    if twice := next((name for name in taken if taken.count(name) > 1), None):
+        raise ValueError(f"start: two earlier tasks have the name {twice!r}; rename the run directory")
+    return tuple(_beside(task, run) for task in tasks)
+
+
+def keeps(c: Continual) -> bool:
+    """Says whether a run keeps anything of what was before."""
+    return bool(c.methods) or c.heads
+
+
+def task_of(run: config.Run, template: str | None) -> Task:
+    """Returns what a run trained as a task that is over."""
+    return Task(run.name, run.objective, run.train.seq_len, template, run.data.train)
+
+
+def _beside(task: Task, run: config.Run) -> Task:
+    """Returns a task as a run sees it that goes on: with a head of its own, unless the run's is the same."""
+    has_head = bool(OBJECTIVES.of(task.objective).specs(task.objective, run.model.width))
+    return dataclasses.replace(task, own_head=has_head and task.objective != run.objective)
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The earlier tasks of a program, bound to its tokenizer, and what a step does with them."""
+
+    c: Continual
+    tasks: tuple[Task, ...]
+    objectives: tuple[BoundObjective, ...]
+    rows: int = 0
+    """How many of a batch's rows are earlier ones."""
+    share: float = 0.0
+    """Their share of it."""
+
+    @cached_property
+    def replays(self) -> bool:
+        """Says whether batches hold earlier rows."""
+        return replays(self.c) and bool(self.tasks)
+
+    @property
+    def projects(self) -> bool:
+        """Says whether earlier rows bound the gradient instead of being learned."""
+        return self.replays and ("agem" in self.c.methods or "gem" in self.c.methods)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Says whether a step needs the weights that training starts from."""
+        return any(name in self.c.methods for name in TEACHERS) and bool(self.tasks)
+
+    def specs(self, width: int) -> dict[str, Any]:
+        """Returns the specs of earlier heads."""
+        heads = {task.name: OBJECTIVES.of(task.objective).specs(task.objective, width)
+                 for task in self.tasks if task.own_head}  # fmt: skip
+        return {HEADS: heads} if heads else {}
+
+    def trainable(self, path: str) -> bool:
+        """Returns whether a weight is trained as far as this is concerned: earlier heads are where something holds them."""
+        return not path.startswith(f"{HEADS}/") or self.replays or "lwf" in self.c.methods
+
+    def weights_for(self, weights: Any, task: Task) -> Any:
+        """Returns the weights with the head of an earlier task in the place of the run's."""
+        return weights | weights[HEADS][task.name] if task.own_head else weights
+
+    def totals(self, batch: DeviceBatch) -> dict[str, jax.Array]:
+        """Returns the total weights of the losses on earlier rows."""
+        _, parts = replay.parted(batch)
+        return {
+            _name(i, loss): total
+            for i, part in parts.items()
+            for loss, total in self.objectives[i].totals(part).items()
+        }
+
+    def replayed(self, model: Model, weights: Any, batch: DeviceBatch, key: jax.Array | None) -> Sums:
+        """Computes the losses on the earlier rows of a batch, by the share that they have in it."""
+        _, parts = replay.parted(batch)
+        scale = 1.0 if self.projects else self.share
+        out: Sums = {}
+        for i, part in parts.items():
+            objective, own = self.objectives[i], self.weights_for(weights, self.tasks[i])
+            if "der" not in self.c.methods or "replay" in self.c.methods:
+                sums = objective.loss(model, own, part, key)
+            else:
+                sums = {loss: {"loss": jnp.zeros(())} for loss in objective.totals(part)}
+            if "der" in self.c.methods:
+                now = objective.outputs(model, own, part)
+                apart = outputs.stored_difference(now, part["stored"], part["stored_classes"], model.shard)
+                der, name = outputs.total(apart, now), next(iter(sums))
+                sums |= {name: sums[name] | {"loss": sums[name]["loss"] + self.c.der.strength * der, "der": der}}
+            out |= {_name(i, loss): values | {"loss": scale * values["loss"]} for loss, values in sums.items()}
+        return out
+
+    def kept(self, model: Model, weights: Any, teacher: Any, batch: DeviceBatch, own: BoundObjective) -> dict[str, Any]:
+        """Computes what keeps the model's outputs and states on the new rows to those of the teacher, as sums over
+        places by their weights, by name, with the strengths applied."""
+        out: dict[str, Any] = {}
+        if "lwf" in self.c.methods:
+            alike = [(t, o) for t, o in zip(self.tasks, self.objectives, strict=True) if o.objective is own.objective]
+            out["lwf"] = jnp.zeros(())
+            for task, objective in alike:
+                before, now = (
+                    objective.outputs(model, self.weights_for(w, task), batch)
+                    for w in (jax.lax.stop_gradient(teacher), weights)
+                )
+                apart = outputs.divergence(before, now, self.c.lwf.temperature, model.shard)
+                out["lwf"] += self.c.lwf.strength * outputs.total(apart, now)
+        if "features" in self.c.methods:
+            old, new = (model.forward(w, batch).x_BTD.astype(jnp.float32) for w in (teacher, weights))
+            old, real_BT = jax.lax.stop_gradient(old), (batch["segments"] > 0).astype(jnp.float32)
+            apart = (jnp.square(new - old).mean(-1) * real_BT).sum()
+            size = (jnp.square(old).mean(-1) * real_BT).sum()
+            weight = sum(jax.tree.leaves(own.totals(batch)), jnp.zeros(()))
+            out["features"] = self.c.features.strength * weight * apart / jnp.maximum(size, 1e-9)
+        return out
+
+    def tracks(self, params: Any) -> Any:
+        """Returns what is noted along the way, at the first update; None: nothing."""
+        made = {"si": path.si_start, "rwalk": path.rwalk_start}
+        return {name: made[name](params) for name in TRACKED if name in self.c.methods} or None
+
+    def tracks_like(self, trees: Any) -> Any:
+        """Returns the tracks with what `trees` has for the trained weights in the place of each, such as shardings."""
+        parts = {"si": ("path", "start"), "rwalk": ("fisher", "score")}
+        return {name: dict.fromkeys(parts[name], trees) for name in TRACKED if name in self.c.methods} or None
+
+    def keeping(self, rows: int) -> Keeping:
+        """Returns what the methods do to an update of `rows` new rows."""
+        c, penalties = self.c, [name for name in PENALTIES if name in self.c.methods and self.tasks]
+        tracked = [name for name in TRACKED if name in c.methods]
+
+        def pull(params: Any, memory: Any) -> jax.Array:
+            each = [getattr(c, name).strength * penalty.value(penalty.Quadratic(**memory[name]), params)
+                    for name in penalties]  # fmt: skip
+            return sum(each, jnp.zeros(()))
+
+        def observe(tracks: Any, gradient: Any, old: Any, new: Any) -> Any:
+            out = {}
+            if "si" in tracked:
+                out["si"] = path.si_observe(tracks["si"], gradient, old, new)
+            if "rwalk" in tracked:
+                out["rwalk"] = path.rwalk_observe(c.rwalk, tracks["rwalk"], gradient, old, new, rows)
+            return out
+
+        keeping = Keeping(penalty=pull if penalties else None, observe=observe if tracked else None)
+        if not self.projects:
+            return keeping
+
+        def parts(batch: Any) -> list[Any]:
+            own, earlier = replay.parted(batch)
+            return [own, *({replay.key(i, name): leaf for name, leaf in part.items()} for i, part in earlier.items())]
+
+        def combine(gradients: list[Any]) -> Any:
+            own, *references = gradients
+            if "gem" in c.methods:
+                return projection.gem(own, references, c.gem.margin)
+            return projection.agem(own, references[0])
+
+        return keeping._replace(parts=parts, combine=combine, learned=lambda loss: not loss.startswith("replay"))
+
+
+def _name(task: int, loss: str) -> str:
+    return f"replay{task}.{loss}"
+
+
+def replays(c: Continual) -> bool:
+    """Says whether any method keeps rows."""
+    return any(name in c.methods for name in REPLAYS)
+
+
+def replay_rows(run: config.Run, tasks: int, multiple: int) -> int:
+    """Returns how many rows of a batch are earlier ones: the multiple of what devices and micro-batches need that is
+    nearest to the share asked for. ValueError: no new rows would be left."""
+    if not tasks or not replays(run.continual):
+        return 0
+    unit = multiple * run.train.micro_batches * (tasks if "gem" in run.continual.methods else 1)
+    share, size = run.continual.replay.share, run.train.batch_size
+    rows = max(1, round(share * size / unit)) * unit
+    if rows >= size:
+        raise ValueError(
+            f"continual.replay.share: {rows} of train.batch_size {size} rows would be earlier ones, in multiples of {unit}; "
+            "raise train.batch_size"
+        )
+    return rows
+
+
+def of_directory(folder: Path, run: config.Run) -> Earlier:
+    """Returns what a run directory says of earlier tasks, as far as weights are concerned."""
+    return Earlier(run.continual, tuple(read_index(folder)), ())
+
+
+def with_heads(earlier: Earlier, before: config.Run, known: Sequence[Task], weights: Any) -> Any:
+    """Returns the weights of the run before with its heads where the run that goes on from it has them.
+
+    `known`: the earlier tasks of the run before. Its own head, which stands at the top, and those at `tasks/` become those
+    of earlier tasks, or the run's own where the task is the same.
+    """
+    own = OBJECTIVES.of(before.objective).specs(before.objective, before.model.width)
+    heads = {task.name: weights[HEADS][task.name] for task in known if task.own_head}
+    top = {name: weights[name] for name in own}
+    out = {name: value for name, value in weights.items() if name not in own and name != HEADS}
+    mine = {}
+    for task in earlier.tasks:
+        head = heads.get(task.name, top)
+        if task.own_head:
+            mine[task.name] = head
+        else:
+            out |= head
+    return out | ({HEADS: mine} if mine else {})
+
+
+def nothing() -> Earlier:
+    """Returns what a run knows that comes after nothing."""
+    return Earlier(Continual(), (), ())
+
+
+def bound(run: config.Run, tasks: Sequence[Task], tokens: Any, rows: int) -> Earlier:
+    """Binds the earlier tasks of a run. `rows`: how many of a batch's rows are earlier ones."""
+    kind, first = MODELS.of(run.model).kind, run.model.decoder_start
+    objectives = tuple(bind(t.objective, tokens, RowShape(t.seq_len, kind, first, t.template)) for t in tasks)
+    return Earlier(run.continual, tuple(tasks), objectives, rows, rows / run.train.batch_size)
