@@ -70,13 +70,19 @@ def check(c: Continual, run: config.Run) -> None:
         raise ValueError("continual.methods: names a method twice")
     if "agem" in c.methods and "gem" in c.methods:
         raise ValueError("continual.methods: agem and gem both change the gradient; choose one")
-    both = [name for name in ("agem", "gem") if name in c.methods and {"replay", "der"} & set(c.methods)]
-    if both:
-        raise ValueError(f"continual.methods: {both[0]} takes the gradient of earlier rows as a bound, and replay and der "
-                         "learn from them; choose one")  # fmt: skip
-    if OBJECTIVES.of(run.objective).outputs is None and (needing := {"lwf", "der"} & set(c.methods)):
-        raise ValueError(f"continual.methods: {min(needing)} compares predictions, and {registry.name_of(run.objective)} "
-                         "offers none to compare; choose another method")  # fmt: skip
+    if bound := next(
+        (name for name in ("agem", "gem") if name in c.methods and {"replay", "der"} & set(c.methods)), None
+    ):
+        raise ValueError(
+            f"continual.methods: {bound} takes the gradient of earlier rows as a bound, and replay and der learn from "
+            "them; choose one"
+        )
+    needing = {"lwf", "der"} & set(c.methods)
+    if needing and OBJECTIVES.of(run.objective).outputs is None:
+        raise ValueError(
+            f"continual.methods: {min(needing)} compares predictions, and {registry.name_of(run.objective)} offers "
+            "none to compare; choose another method"
+        )
 
 
 def read_index(folder: Path) -> list[Task]:
@@ -158,7 +164,8 @@ class Earlier:
         return {HEADS: heads} if heads else {}
 
     def trainable(self, path: str) -> bool:
-        """Returns whether a weight is trained as far as this is concerned: earlier heads are where something holds them."""
+        """Returns whether a weight is trained as far as this is concerned: earlier heads are where something holds
+        them."""
         return not path.startswith(f"{HEADS}/") or self.replays or "lwf" in self.c.methods
 
     def weights_for(self, weights: Any, task: Task) -> Any:
@@ -280,8 +287,8 @@ def replay_rows(run: config.Run, tasks: int, multiple: int) -> int:
     rows = max(1, round(share * size / unit)) * unit
     if rows >= size:
         raise ValueError(
-            f"continual.replay.share: {rows} of train.batch_size {size} rows would be earlier ones, in multiples of {unit}; "
-            "raise train.batch_size"
+            f"continual.replay.share: {rows} of train.batch_size {size} rows would be earlier ones, in multiples of "
+            f"{unit}; raise train.batch_size"
         )
     return rows
 
@@ -294,8 +301,8 @@ def of_directory(folder: Path, run: config.Run) -> Earlier:
 def with_heads(earlier: Earlier, before: config.Run, known: Sequence[Task], weights: Any) -> Any:
     """Returns the weights of the run before with its heads where the run that goes on from it has them.
 
-    `known`: the earlier tasks of the run before. Its own head, which stands at the top, and those at `tasks/` become those
-    of earlier tasks, or the run's own where the task is the same.
+    `known`: the earlier tasks of the run before. Its own head, which stands at the top, and those at `tasks/` become
+    those of earlier tasks, or the run's own where the task is the same.
     """
     own = OBJECTIVES.of(before.objective).specs(before.objective, before.model.width)
     heads = {task.name: weights[HEADS][task.name] for task in known if task.own_head}

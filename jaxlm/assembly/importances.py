@@ -49,11 +49,13 @@ def ones(p: Program, state: State) -> Any:
 
 
 def estimated(p: Program, state: State, batches: Iterable[Arrays], name: str) -> Any:
-    """Returns the importances of the method (`ewc` or `mas`) for the last task, the mean over rows. Each row is computed by
-    all devices of the batch axes together, so that every row's gradient is one by itself."""
+    """Returns the importances of the method (`ewc` or `mas`) for the last task, the mean over rows. Each row is
+    computed by all devices of the batch axes together, so that every row's gradient is one by itself."""
     if p.mesh is not None and p.mesh.shape[pipeline.AXIS] > 1:
-        raise ValueError(f"continual.methods: {name} can't take gradients of single rows through stages; set mesh.stage to "
-                         "1 for this run, or choose si or l2")  # fmt: skip
+        raise ValueError(
+            f"continual.methods: {name} can't take gradients of single rows through stages; set mesh.stage to 1 for "
+            "this run, or choose si or l2"
+        )
     task, objective = p.earlier.tasks[-1], p.earlier.objectives[-1]
     mesh = dataclasses.replace(p.run.mesh, compute=(*p.run.mesh.compute, "batch="))
     model = dataclasses.replace(p.model, shard=Layout.of(mesh, p.run.execution))
@@ -133,8 +135,8 @@ def stored(folder: Path) -> set[str]:
 
 
 def restored(p: Program, before: Source, trained: Sequence[str], folder: Path, item: str) -> Any:
-    """Returns a tree of the run before as one of this run: its own head is now an earlier task's. Weights that it had no
-    number for get 0."""
+    """Returns a tree of the run before as one of this run: its own head is now an earlier task's. Weights that it had
+    no number for get 0."""
     shapes = tree.flatten(like(p))
     places = {path: new for path in trained if (new := _now(p.earlier.tasks[-1], before, path)) in shapes}
     wanted: dict[str, Any] = {}

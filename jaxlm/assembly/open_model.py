@@ -147,10 +147,13 @@ def first_params(p: programs.Program, start: StartModel) -> Any:
     adapter. ValueError: the model does not fit the run."""
     source = start.source
     stored = specs_of(source)
-    head = task_heads.continued(p.run.objective, source.objective, p.run.start)
-    if head.note and jax.process_index() == 0:
-        print(head.note)
-    new = set() if head.kept else p.objective.specs(p.run.model.width).keys()
+    earlier_heads = p.earlier.tasks and not p.run.continual.old and source.run is not None
+    new = set(p.objective.specs(p.run.model.width))
+    if not earlier_heads:
+        head = task_heads.continued(p.run.objective, source.objective, p.run.start)
+        new = set() if head.kept else new
+        if head.note and jax.process_index() == 0:
+            print(head.note)
     differing = [path for path, s in tree.flatten(p.specs, spec.is_spec).items()
                  if (other := tree.flatten(stored, spec.is_spec).get(path)) and other.shape != s.shape
                  and path not in new]  # fmt: skip
@@ -169,8 +172,10 @@ def first_params(p: programs.Program, start: StartModel) -> Any:
         )
     transform = _quantizer(p) if theirs.base != ours.base else None
     weights = read(source, stored, p.layout.shardings(stored, p.mesh), transform=transform)
-    if p.earlier.tasks and not p.run.continual.old and source.run is not None:
+    if earlier_heads:
+        assert source.run is not None
         weights = earlier.with_heads(p.earlier, source.run, earlier.read_index(source.path), weights)
+        new = set()  # where the run's own head is an earlier task's it stands among them
     return {name: value for name, value in weights.items() if name in p.specs and name not in new}
 
 

@@ -182,22 +182,15 @@ class Program:
 
     def to_device(self, batch: dict[str, np.ndarray], rows: list[int] | None) -> DeviceBatch:
         """Places a batch on the devices, with less padding where the objective allows that and one process has all."""
-        own, earlier = replay.parted(batch)
-        batch = self._less_padding(own, self.objective, rows)
-        for task, part in earlier.items():
-            smaller = self._less_padding(part, self.earlier.objectives[task], rows)
-            batch |= {replay.key(task, name): leaf for name, leaf in smaller.items()}
-        return cast(DeviceBatch, loader.to_device(batch, self.batch_shardings(batch), rows))
-
-    def _less_padding(
-        self, batch: dict[str, np.ndarray], objective: BoundObjective, rows: list[int] | None
-    ) -> dict[str, np.ndarray]:
-        padding = objective.padding if rows is None and "stored" not in batch else "keep"
+        own, _ = replay.parted(batch)
+        earlier = {name: leaf for name, leaf in batch.items() if name not in own}
+        padding = self.objective.padding if rows is None else "keep"
         if padding == "pack":
-            return packing.pack_batch(batch, self.multiple)
-        if padding == "trim" and self.layout.ways("stream", self.mesh) == 1:
-            return packing.trim_padding(batch)
-        return batch
+            own = packing.pack_batch(own, self.multiple)
+        elif padding == "trim" and self.layout.ways("stream", self.mesh) == 1:
+            own = packing.trim_padding(own)
+        batch = own | earlier
+        return cast(DeviceBatch, loader.to_device(batch, self.batch_shardings(batch), rows))
 
     def train_step(self) -> Any:
         """Returns the jitted `(state, batch) → (state, metrics)`, state donated; `.lower(…).compile()` it."""

@@ -21,7 +21,7 @@ from jaxlm.assembly.model_source import Source, StartModel
 from jaxlm.assembly.program import Program
 from jaxlm.core import config
 from jaxlm.data import loader, replay
-from jaxlm.data.packing import Records
+from jaxlm.data.packing import Records, trim_padding
 from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.objectives import outputs
 from jaxlm.runtime import processes
@@ -35,8 +35,8 @@ BLOCK = 256  # rows that are made at a time
 
 
 def remember(p: Program, state: State, start: StartModel, begins: bool) -> State:
-    """Returns the state with what its methods know of earlier tasks, which the run's directory holds, or gets now if the
-    run `begins`. ValueError: the directory has lost it, or it can't be made."""
+    """Returns the state with what its methods know of earlier tasks, which the run's directory holds, or gets now if
+    the run `begins`. ValueError: the directory has lost it, or it can't be made."""
     if not earlier.keeps(p.run.continual):
         return state
     folder = p.run.folder / FOLDER
@@ -181,8 +181,8 @@ def _rows(p: Program, state: State, before: Source | None, records: Sequence[Rec
         file = before.path / FOLDER / ROWS.format(i) if before is not None else Path()
         if not file.is_file():
             raise ValueError(
-                f"continual.methods: no rows of {task.name} are kept any more, for the run before this one kept none; name "
-                "its sources in continual.old, or leave out what needs earlier rows"
+                f"continual.methods: no rows of {task.name} are kept, for the run before this one kept none; name its "
+                "sources in continual.old, or leave out what needs earlier rows"
             )
         kept.append(stored_rows(file, task))
     kept.append(_new_rows(p, records))
@@ -262,12 +262,21 @@ def _with_logits(p: Program, state: State, i: int, kept: replay.Kept) -> replay.
     return replay.Kept(kept.task, kept.arrays | more, kept.priorities)
 
 
+def _trimmed(p: Program, i: int, kept: replay.Kept) -> replay.Kept:
+    """Returns the rows of a task without the columns that are padding in all of them: once, for every other length would
+    be a program of its own."""
+    if p.earlier.objectives[i].padding == "keep" or "stored" in kept.arrays or p.layout.ways("stream", p.mesh) > 1:
+        return kept
+    return replay.Kept(kept.task, trim_padding(kept.arrays), kept.priorities)
+
+
 def replayed(p: Program, rows: list[int] | None) -> replay.Replayed | None:
-    """Returns the earlier rows of each batch, of which this process makes `rows` of a micro-batch (None: all); None: the
-    run keeps none."""
+    """Returns the earlier rows of each batch, of which this process makes `rows` of a micro-batch (None: all); None:
+    the run keeps none."""
     if not p.earlier.replays:
         return None
-    tasks = tuple(stored_rows(p.run.folder / FOLDER / ROWS.format(i), task) for i, task in enumerate(p.earlier.tasks))
+    tasks = tuple(_trimmed(p, i, stored_rows(p.run.folder / FOLDER / ROWS.format(i), task))
+                  for i, task in enumerate(p.earlier.tasks))  # fmt: skip
     every = "gem" in p.run.continual.methods
     each = p.earlier.rows // p.run.train.micro_batches // (len(tasks) if every else 1)
     mine = None if rows is None else p.rows(each)

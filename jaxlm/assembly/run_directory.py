@@ -159,7 +159,7 @@ def claim(run: config.Run) -> bool:
                 f"{f' (and {len(differing) - 1} more)' if differing[1:] else ''}; choose another `name`, or delete it"
             )
         return True
-    if run.folder.is_dir() and any(run.folder.iterdir()):
+    if run.folder.is_dir() and any(path.name != "memory" for path in run.folder.iterdir()):
         raise ValueError(f"{run.folder} is not empty and holds no config.json; choose another `name` or `out`")
     return False
 

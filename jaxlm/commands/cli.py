@@ -23,6 +23,7 @@ class Row(NamedTuple):
 
 COMMANDS = {  # in the order of `--help`
     "train": Row("train.Train", "train a config, or continue a run directory"),
+    "continual": Row("continual.Continual", "train a stream of tasks one after another, and say what was kept"),
     "plan": Row("plan.Plan", "what a config needs on machines that aren't here: memory, time, bottleneck"),
     "tune": Row("plan.Tune", "measure the fastest meshes and remat policies of a config on this machine"),
     "eval": Row("evaluate.Eval", "losses and scores of a model, with intervals"),

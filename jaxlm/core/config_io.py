@@ -21,6 +21,8 @@ from jaxlm.core.config import Adapter, Run
 from jaxlm.core.errors import nearest, one_line
 from jaxlm.core.registry import Table
 
+Made = TypeVar("Made")
+
 
 def to_dict(run: Run) -> dict[str, Any]:
     """Returns plain JSON values; parts whose class depends on the run carry their family's name."""
@@ -167,6 +169,11 @@ def load(path: str | Path) -> Run:
 
     ValueError: the file fails, said with its line; or it defines no such function.
     """
+    return load_kind(path, Run)
+
+
+def load_kind(path: str | Path, kind: type[Made]) -> Made:
+    """Runs the function `config()` of a config file, which must return a `kind`."""
     path = Path(path)
     spec = importlib.util.spec_from_file_location(f"jaxlm_config_{path.stem}", path)
     if spec is None or spec.loader is None:
@@ -183,9 +190,11 @@ def load(path: str | Path) -> Run:
         why = error.msg if isinstance(error, SyntaxError) else one_line(error)
         raise ValueError(f"{path}:{line}: {type(error).__name__}: {why}") from error
     if not isinstance(made, types.FunctionType):
-        raise ValueError(f"{path}: has no function config() that returns a Run")
-    if not isinstance(run, Run):
-        raise ValueError(f"{path}: config() returned {type(run).__name__}, not a Run")
+        raise ValueError(f"{path}: has no function config() that returns a {kind.__name__}")
+    if not isinstance(run, kind):
+        command = {"Run": "jaxlm train", "Stream": "jaxlm continual"}.get(type(run).__name__)
+        raise ValueError(f"{path}: config() returned a {type(run).__name__}, not a {kind.__name__}"
+                         f"{f'; use it with: {command}' if command else ''}")  # fmt: skip
     return run
 
 

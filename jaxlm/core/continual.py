@@ -19,8 +19,8 @@ class L2:
 
 @dataclass(frozen=True)
 class Ewc:
-    """Elastic weight consolidation (Kirkpatrick et al. 2017): λ/2 · Σ F (θ − θ*)², where F is the diagonal of the Fisher
-    information, the mean over examples of the squared gradient of each one's summed loss."""
+    """Elastic weight consolidation (Kirkpatrick et al. 2017): λ/2 · Σ F (θ − θ*)², where F is the diagonal of the
+    Fisher information, the mean over examples of the squared gradient of each one's summed loss."""
 
     strength: NonNegative = 100.0
     """λ."""
@@ -36,8 +36,8 @@ class Ewc:
 
 @dataclass(frozen=True)
 class SI:
-    """Synaptic intelligence (Zenke et al. 2017): importance is what a weight's path lowered the loss by, over the square
-    of its way."""
+    """Synaptic intelligence (Zenke et al. 2017): importance is what a weight's path lowered the loss by, over the
+    square of its way."""
 
     strength: NonNegative = 1.0
     """λ of λ/2 · Σ Ω (θ − θ*)²."""
@@ -60,8 +60,8 @@ class MAS:
 
 @dataclass(frozen=True)
 class RWalk:
-    """Riemannian walk (Chaudhry et al. 2018): the Fisher information averaged along the path plus the path's score, each
-    divided by its largest value."""
+    """Riemannian walk (Chaudhry et al. 2018): the Fisher information averaged along the path plus the path's score,
+    each divided by its largest value."""
 
     strength: NonNegative = 1.0
     """λ of λ/2 · Σ Ω (θ − θ*)²."""
@@ -90,8 +90,8 @@ class Features:
 
 @dataclass(frozen=True)
 class Replay:
-    """Rows of earlier data stand beside the new ones in each batch (experience replay); the settings of every method that
-    keeps earlier rows."""
+    """Rows of earlier data stand beside the new ones in each batch (experience replay); the settings of every method
+    that keeps earlier rows."""
 
     share: PositiveShare = 0.25
     """Share of a batch's rows that are earlier ones; they replace new ones."""

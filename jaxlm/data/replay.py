@@ -51,8 +51,8 @@ def first(seed: int, task: str, n: int, count: int) -> tuple[np.ndarray, np.ndar
 def chosen(
     tasks: Sequence[Kept], *, examples: int, tokens: int, balance: Literal["none", "task", "class"]
 ) -> list[Kept]:
-    """Returns the rows of each task that a memory of `examples` rows (0: any number) and `tokens` tokens (0: any number)
-    keeps. ValueError: not a single one."""
+    """Returns the rows of each task that a memory of `examples` rows (0: any number) and `tokens` tokens (0: any
+    number) keeps. ValueError: not a single one."""
     groups = [_groups(task, balance) for task in tasks]
     flat = [(i, rows) for i, parts in enumerate(groups) for rows in parts]
     if balance == "none":

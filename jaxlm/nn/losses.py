@@ -104,8 +104,8 @@ def cross_entropy(
 def over_logits(
     f: Callable[..., Any], readouts: Sequence[Readout], *arrays: jax.Array, shard: Layout, differentiable: bool = True
 ) -> Any:
-    """Returns `f(*logits, *arrays)` of all tokens, leaves `[B, T, …]`, where `f` gets a few tokens of all rows at a time:
-    the logits `[B, N, V]` in float32 of each readout, and those tokens' part of each array `[B, T, …]`.
+    """Returns `f(*logits, *arrays)` of all tokens, leaves `[B, T, …]`, where `f` gets a few tokens of all rows at a
+    time: the logits `[B, N, V]` in float32 of each readout, and those tokens' part of each array `[B, T, …]`.
 
     Logits exist for `execution.loss_chunk` tokens at a time; in the backward pass they are computed anew.
     """

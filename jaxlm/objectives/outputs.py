@@ -39,8 +39,8 @@ def total(values_BN: jax.Array, outputs: Predicted) -> jax.Array:
 
 
 def divergence(before: Predicted, now: Predicted, temperature: float, shard: Layout) -> jax.Array:
-    """Returns T² · KL(before ‖ now) of each place `[B, N]`, of logits divided by the temperature T (Hinton et al. 2015);
-    for numbers half their squared difference. `before` gets no gradient."""
+    """Returns T² · KL(before ‖ now) of each place `[B, N]`, of logits divided by the temperature T (Hinton et al.
+    2015); for numbers half their squared difference. `before` gets no gradient."""
 
     def one(old: jax.Array, new: jax.Array) -> jax.Array:
         old = jax.lax.stop_gradient(old)
@@ -64,8 +64,8 @@ def squared_norm(outputs: Predicted, shard: Layout) -> jax.Array:
 
 
 def drawn_loss(outputs: Predicted, key: jax.Array, shard: Layout) -> jax.Array:
-    """Returns −log p(y) of each place `[B, N]`, for a y that is drawn from the model's own prediction there; numbers are
-    drawn with variance 1."""
+    """Returns −log p(y) of each place `[B, N]`, for a y that is drawn from the model's own prediction there; numbers
+    are drawn with variance 1."""
     shape = outputs.weights_BN.shape
     keys = jax.random.split(key, shape).reshape(*shape)
 

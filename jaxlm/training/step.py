@@ -54,7 +54,8 @@ class Keeping(NamedTuple):
     combine: Callable[[list[Any]], Any] = lambda gradients: gradients[0]
     """(gradient of each part) → the gradient."""
     learned: Callable[[str], bool] = lambda loss: True
-    """(name of a loss) → whether it is learned; one that only bounds the gradient isn't part of the loss that is told."""
+    """(name of a loss) → whether it is learned; one that only bounds the gradient isn't part of the loss that is
+    told."""
     penalty: Callable[[Any, Any], jax.Array] | None = None
     """(params, memory) → what is added to the mean loss; its gradient is taken once an update."""
     observe: Callable[[Any, Any, Any, Any], Any] | None = None

@@ -1,7 +1,7 @@
 """What a training run's own path says of its weights: synaptic intelligence and the Riemannian walk.
 
-Tracks are trees that an update carries on; they are part of the state, and checkpoints hold them. Gradients are those of
-the task alone, before penalties and clipping.
+Tracks are trees that an update carries on; they are part of the state, and checkpoints hold them. Gradients are those
+of the task alone, before penalties and clipping.
 """
 
 from typing import Any
@@ -52,7 +52,8 @@ def rwalk_observe(c: RWalk, tracks: dict[str, Any], gradient: Any, old: Any, new
 
 
 def rwalk_importance(tracks: dict[str, Any]) -> Any:
-    """Returns the sum of both tracks, each without what is negative and divided by its largest value over all weights."""
+    """Returns the sum of both tracks, each without what is negative and divided by its largest value over all
+    weights."""
     positive = jax.tree.map(lambda x: jnp.maximum(x, 0), tracks)
     return jax.tree.map(jnp.add, *(_scaled(t) for t in positive.values()))
 

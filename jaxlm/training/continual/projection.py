@@ -20,7 +20,8 @@ def dot(a: Any, b: Any) -> jax.Array:
 
 
 def agem(gradient: Any, reference: Any) -> Any:
-    """Returns the gradient without its part against the reference (Chaudhry et al. 2019), or as it is if it has none."""
+    """Returns the gradient without its part against the reference (Chaudhry et al. 2019), or as it is if it has
+    none."""
     against, size = dot(gradient, reference), dot(reference, reference)
     scale = jnp.where((against < 0) & (size > 0), against / jnp.where(size > 0, size, 1.0), 0.0)
     return jax.tree.map(lambda g, r: g - scale * r, gradient, reference)

@@ -1,0 +1,240 @@
+"""A stream of stages is trained here, one run directory a stage, and every model is scored on every stage.
+
+Whatever kills it, the same call goes on where it was: a stage's run continues from its checkpoint, and what is finished
+is not done again.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm.assembly import earlier, open_model, run_directory, run_source, training_run
+from jaxlm.assembly.evaluate_model import evaluate
+from jaxlm.assembly.model_source import StartModel
+from jaxlm.assembly.stream_memory import write_joint
+from jaxlm.core import config
+from jaxlm.core import stream as streams
+from jaxlm.core.continual import Continual
+from jaxlm.core.stream import Stage, Stream
+from jaxlm.evaluation import forgetting
+from jaxlm.evaluation.metrics import is_lower_better
+from jaxlm.objectives import OBJECTIVES
+from jaxlm.runtime import processes
+from jaxlm.training.log import read_lines
+
+DESCRIPTION = "stream.json"
+SCORES = "scores.json"
+RESULTS = "results.json"
+
+
+def train(stream: Stream, say: Callable[[str], None] = print) -> int:
+    """Trains a stream in its directory, or goes on with it; returns the exit status, 0 where all of it is finished.
+
+    ValueError: a stage can't be trained, or the directory belongs to another stream.
+    """
+    streams.check(stream)
+    folder = stream.run.folder
+    run_directory.check_place(stream.run)
+    runs = {seed: _runs(stream, seed) for seed in stream.seeds}
+    _claim(stream, folder)
+    for seed in stream.seeds:
+        if status := _train_seed(stream, runs[seed], folder / f"seed-{seed}", say):
+            return status
+    results = collect(stream, folder)
+    if jax.process_index() == 0:
+        (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    return 0
+
+
+def _runs(stream: Stream, seed: int) -> list[config.Run]:
+    """Returns the runs of all stages, checked and completed before anything is trained."""
+    folder = stream.run.folder / f"seed-{seed}"
+    out: list[config.Run] = []
+    for i, stage in enumerate(stream.stages):
+        run = stream.run_of(i, seed, str(folder), "")
+        start = StartModel(run.start)
+        try:
+            run = run_source.completed(open_model.starting(run, start) if start.place else run)
+        except ValueError as error:
+            raise ValueError(f"stage {stage.name}: {error}") from error
+        out.append(run if i == 0 else dataclasses.replace(run, start=str(out[-1].folder)))
+    return out
+
+
+def _claim(stream: Stream, folder: Path) -> None:
+    """Writes what the stream is, or compares it with what stands there."""
+    file, mine = folder / DESCRIPTION, json.loads(json.dumps(streams.to_dict(stream)))
+    if file.is_file():
+        theirs = json.loads(file.read_text("utf-8"))
+        if (where := _difference(theirs, mine, "")) is not None:
+            raise ValueError(f"{folder} holds another stream: {where}; choose another `name`, or delete it")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no {DESCRIPTION}; choose another `name` or `out`")
+    elif jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(mine, indent=1) + "\n", "utf-8")
+    processes.barrier("the stream's directory", 3600.0)
+
+
+def _difference(a: Any, b: Any, where: str) -> str | None:
+    """Returns the first place where two JSON values differ, with both values; None: nowhere."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        parts = ((a.get(key), b.get(key), f"{where}.{key}") for key in sorted(a.keys() | b.keys()))
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        parts = ((x, y, f"{where}[{i}]") for i, (x, y) in enumerate(zip(a, b, strict=True)))
+    else:
+        return None if a == b else f"{where.lstrip('.')} is {a!r} there and {b!r} here"
+    return next((found for x, y, place in parts if (found := _difference(x, y, place)) is not None), None)
+
+
+def _train_seed(stream: Stream, runs: list[config.Run], folder: Path, say: Callable[[str], None]) -> int:
+    """Trains and scores the stages and the references with one seed; returns the exit status."""
+    scores, pairs = Scores(folder / SCORES), list(zip(stream.stages, runs, strict=True))
+
+    def all_of(place: Path) -> dict[str, Any]:
+        each = {stage.name: _score(place, run, stage) for stage, run in pairs}
+        return {name: score for name, score in each.items() if score is not None}
+
+    if "before" not in scores.rows:
+        each = {stage.name: _score_start(run, runs[0], stage) for stage, run in pairs}
+        scores.add("before", {name: score for name, score in each.items() if score is not None}, 0.0)
+    for i, (stage, run) in enumerate(pairs):
+        say(f"── stage {i + 1} of {len(runs)}: {stage.name} ──")
+        if status := _train_stage(run, scores, f"after {stage.name}", all_of):
+            return status
+    for i, (stage, run) in enumerate(pairs if "single" in stream.references else ()):
+        if i == 0 and not run.continual.methods:  # the stream's first stage is trained by itself already
+            scores.add(f"single {stage.name}", scores.rows[f"after {stage.name}"], 0.0)
+            continue
+        say(f"── {stage.name} by itself ──")
+        plain = dataclasses.replace(run.continual, methods=())
+        alone = dataclasses.replace(run, start=runs[0].start, out=str(folder / "single"), continual=plain)
+        if status := _train_stage(alone, scores, f"single {stage.name}", all_of):
+            return status
+    if "joint" in stream.references:
+        say("── all stages at once ──")
+        return _train_stage(write_joint(runs, folder), scores, "joint", all_of)
+    return 0
+
+
+class Scores:
+    """The scores of a stream with one seed: a row of each model, written when it is known."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        stored = json.loads(file.read_text("utf-8")) if file.is_file() else {"rows": {}, "seconds": {}}
+        self.rows: dict[str, dict[str, Any]] = stored["rows"]
+        self.seconds: dict[str, float] = stored["seconds"]
+
+    def add(self, name: str, row: dict[str, Any], seconds: float) -> None:
+        """Adds a row and writes the file anew, whole or not at all."""
+        self.rows[name], self.seconds[name] = row, seconds
+        if jax.process_index() == 0:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            part = self.file.with_suffix(".part")
+            part.write_text(json.dumps({"rows": self.rows, "seconds": self.seconds}, indent=1) + "\n", "utf-8")
+            part.rename(self.file)
+
+
+def _train_stage(run: config.Run, scores: Scores, name: str, score: Callable[[Path], dict[str, Any]]) -> int:
+    """Trains a run and scores it, as far as that isn't done."""
+    if name in scores.rows:
+        return 0
+    started = time.perf_counter()
+    ended = (run.folder / "config.json").exists() and run_directory.has_ended(run.folder)
+    if not ended and (status := training_run.train(run, StartModel(run.start))):
+        return status
+    seconds = run_seconds(run.folder) or time.perf_counter() - started
+    scores.add(name, score(run.folder), seconds)
+    return 0
+
+
+def run_seconds(folder: Path) -> float | None:
+    """Returns the time between the first and the last line of a run's log; None: they don't say."""
+    times = [line["time"]["unix"] for line in read_lines(folder / "metrics.jsonl")]
+    return times[-1] - times[0] if len(times) > 1 else None
+
+
+def _score(place: Path, run: config.Run, stage: Stage) -> dict[str, Any] | None:
+    """Returns the score of the model in a run directory on a stage, whose own run is `run`; None: it has no head for
+    it."""
+    opened = open_model.open_model(place)
+    if (weights := head_of(opened.params, place, run)) is None:
+        return None
+    return scored(dataclasses.replace(opened, params=weights), run, stage)
+
+
+def head_of(params: Any, place: Path, run: config.Run) -> Any | None:
+    """Returns the weights of a model with the head of a stage at the top; None: it has none for it."""
+    here = run_directory.read_config(place)
+    plain = {name: value for name, value in params.items() if name != earlier.HEADS}
+    head = OBJECTIVES.of(run.objective).specs(run.objective, run.model.width)
+    if not head or here.objective == run.objective:
+        return plain
+    known = params.get(earlier.HEADS, {}).get(run.name)
+    if known is None:
+        return None
+    own = OBJECTIVES.of(here.objective).specs(here.objective, here.model.width)
+    return {name: value for name, value in plain.items() if name not in own} | known
+
+
+def _score_start(run: config.Run, first: config.Run, stage: Stage) -> dict[str, Any] | None:
+    """Returns the score on a stage of the model that the stream starts from; None: it starts from fresh weights, or has
+    no head for it."""
+    if not first.start or OBJECTIVES.of(run.objective).specs(run.objective, run.model.width):
+        return None
+    return scored(open_model.open_model(first.start), run, stage)
+
+
+def scored(opened: open_model.Pretrained, run: config.Run, stage: Stage) -> dict[str, Any]:
+    """Returns {metric, value, n, unit} of a model on a stage's validation data."""
+    as_stage = dataclasses.replace(
+        opened.source.run or run, objective=run.objective, data=run.data, train=run.train, continual=Continual()
+    )
+    source = dataclasses.replace(opened.source, run=as_stage)
+    figures = evaluate(dataclasses.replace(opened, source=source)).figures
+    name = stage.metric or next(iter(figures)) if OBJECTIVES.of(run.objective).prediction else stage.metric
+    name = name or ("bits_per_byte" if "bits_per_byte" in figures else "loss")
+    if name not in figures:
+        raise ValueError(f"stage {stage.name}: no figure {name!r}; there are {', '.join(figures)}")
+    return {"metric": name, "value": figures[name]}
+
+
+def matrix(stream: Stream, scores: Scores) -> tuple[np.ndarray, list[str]]:
+    """Returns the scores `[T + 1, T]` as they are, NaN where there is none, and the name of each stage's metric."""
+    names = [stage.name for stage in stream.stages]
+    rows = [scores.rows["before"], *(scores.rows[f"after {name}"] for name in names)]
+    values = np.array([[row.get(name, {}).get("value", math.nan) for name in names] for row in rows])
+    return values, [scores.rows[f"after {name}"][name]["metric"] for name in names]
+
+
+def collect(stream: Stream, folder: Path) -> dict[str, Any]:
+    """Returns what a finished stream's scores say, over all seeds."""
+    each, matrices = [], []
+    names = [stage.name for stage in stream.stages]
+    metrics: list[str] = []
+    seconds: dict[str, float] = {}
+    for seed in stream.seeds:
+        scores = Scores(folder / f"seed-{seed}" / SCORES)
+        values, metrics = matrix(stream, scores)
+        signs = np.array([-1.0 if is_lower_better(metric) else 1.0 for metric in metrics])
+        single = [scores.rows[f"single {n}"][n]["value"] for n in names] if "single" in stream.references else None
+        joint = [scores.rows["joint"][n]["value"] for n in names] if "joint" in stream.references else None
+        each.append(forgetting.figures(
+            values * signs, None if single is None else signs * single, None if joint is None else signs * joint
+        ))  # fmt: skip
+        matrices.append(values.tolist())
+        for name, spent in scores.seconds.items():
+            seconds[name] = seconds.get(name, 0.0) + spent / len(stream.seeds)
+    return {
+        "stages": names, "metrics": metrics, "methods": list(stream.run.continual.methods), "seeds": list(stream.seeds),
+        "lower_is_better": [bool(is_lower_better(metric)) for metric in metrics],
+        "matrices": matrices, "figures": forgetting.over_seeds(each), "seconds": seconds,
+    }  # fmt: skip

@@ -1,0 +1,117 @@
+"""Puts a stream on one page, from its results alone: the matrix of scores, what they say, and what it cost."""
+
+import html
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from jaxlm.training.report_page import PAGE
+
+MEANING = {
+    "average": "average of all stages at the end",
+    "average_along": "average over the stages seen, along the stream",
+    "learned": "average right after learning each",
+    "forgetting": "forgetting: best ever less the end",
+    "backward": "backward transfer: the end less right after learning",
+    "forward": "forward transfer: before learning less before the stream",
+    "below_joint": "below training on all stages at once",
+    "below_single": "below each stage trained by itself",
+}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Returns the figures and the mean matrix as text."""
+    names, matrix = results["stages"], mean_matrix(results)
+    width = max(map(len, [*names, "before"])) + 6
+    head = " " * width + "".join(f"{name:>{max(10, len(name) + 2)}}" for name in names)
+    rows = ["before", *(f"after {name}" for name in names)]
+    lines = [head] + [
+        f"{row:{width}}" + "".join(f"{_number(x):>{max(10, len(n) + 2)}}" for n, x in zip(names, values, strict=True))
+        for row, values in zip(rows, matrix, strict=True)
+    ]
+    lines += [
+        f"{'':{width}}"
+        + "".join(f"{m[:9]:>{max(10, len(n) + 2)}}" for n, m in zip(names, results["metrics"], strict=True))
+    ]
+    lines += ["", f"{len(results['seeds'])} seeds; differences above 0 are for the better"]
+    for name, (mean, low, high) in results["figures"].items():
+        between = "" if math.isnan(low) else f"  {low:.4f} … {high:.4f}"
+        lines.append(f"{MEANING[name]:58} {_number(mean)}{between}")
+    return "\n".join(lines)
+
+
+def mean_matrix(results: dict[str, Any]) -> list[list[float]]:
+    """Returns the mean of the scores over seeds, `[T + 1][T]`."""
+    n = len(results["matrices"])
+    return [[sum(values) / n for values in zip(*rows, strict=True)] for rows in zip(*results["matrices"], strict=True)]
+
+
+def build(folder: Path) -> tuple[dict[str, Any], Path]:
+    """Writes `report.html` into a stream's directory; returns the results and the page's path. ValueError: the stream
+    isn't finished."""
+    file = folder / "results.json"
+    if not file.is_file():
+        raise ValueError(f"{folder}: the stream isn't finished; go on with: jaxlm continual CONFIG")
+    results = json.loads(file.read_text("utf-8"))
+    methods = ", ".join(results["methods"]) or "no method"
+    body = [
+        f"<header><h1>{html.escape(folder.name)}</h1><p>{len(results['stages'])} stages · {html.escape(methods)} · "
+        f"{len(results['seeds'])} seeds</p></header>",
+        "<h2>Scores</h2>", _heat_map(results),
+        "<h2>Figures</h2>", _figures(results),
+        "<h2>Cost</h2>", _cost(results),
+    ]  # fmt: skip
+    page = folder / "report.html"
+    page.write_text(PAGE.replace("@TITLE@", html.escape(folder.name)).replace("@BODY@", "\n".join(body)), "utf-8")
+    return results, page
+
+
+def _heat_map(results: dict[str, Any]) -> str:
+    """Shows the matrix; a cell's shade is its place between the worst and the best score of its column."""
+    matrix, names = mean_matrix(results), results["stages"]
+    lower = results["lower_is_better"]
+    ends = []
+    for j in range(len(names)):
+        column = [row[j] for row in matrix if not math.isnan(row[j])]
+        ends.append((max(column), min(column)) if lower[j] else (min(column), max(column)))
+
+    def cell(value: float, j: int, learned: bool) -> str:
+        if math.isnan(value):
+            return "<td>–</td>"
+        worst, best = ends[j]
+        share = (value - worst) / (best - worst) if best != worst else 1.0
+        edge = "outline: 2px solid var(--line); outline-offset: -2px;" if learned else ""
+        return f'<td style="background: rgba(31, 111, 178, {0.05 + 0.55 * share:.2f}); {edge}">{_number(value)}</td>'
+
+    head = "".join(
+        f"<th>{html.escape(name)}<br><small>{html.escape(metric)}{' ↓' if low else ''}</small></th>"
+        for name, metric, low in zip(names, results["metrics"], lower, strict=True)
+    )
+    rows = []
+    for i, (row, values) in enumerate(zip(["before", *(f"after {n}" for n in names)], matrix, strict=True)):
+        cells = "".join(cell(value, j, i == j + 1) for j, value in enumerate(values))
+        rows.append(f"<tr><th>{html.escape(row)}</th>{cells}</tr>")
+    about = (
+        "Mean over seeds. Outlined: right after learning that stage. ↓: less is better. Darker is better in its column."
+    )
+    return f"<table class=matrix><tr><th></th>{head}</tr>{''.join(rows)}</table><p><small>{about}</small></p>"
+
+
+def _figures(results: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><th>{html.escape(MEANING[name])}</th><td>{_number(mean)}</td>"
+        f"<td>{'' if math.isnan(low) else f'{low:.4f} … {high:.4f}'}</td></tr>"
+        for name, (mean, low, high) in results["figures"].items()
+    )
+    note = "Scores of which less is better have their sign turned, so that more is always better."
+    return f"<table><tr><th></th><th>mean</th><th>95 % over seeds</th></tr>{rows}</table><p><small>{note}</small></p>"
+
+
+def _cost(results: dict[str, Any]) -> str:
+    rows = "".join(f"<tr><th>{html.escape(n)}</th><td>{s:,.0f} s</td></tr>" for n, s in results["seconds"].items() if s)
+    return f"<table><tr><th></th><th>seconds of a seed</th></tr>{rows}</table>"
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.4f}"
