@@ -185,9 +185,9 @@ class Program:
         own, _ = replay.parted(batch)
         earlier = {name: leaf for name, leaf in batch.items() if name not in own}
         padding = self.objective.padding if rows is None else "keep"
-        if padding == "pack":
+        if own and padding == "pack":
             own = packing.pack_batch(own, self.multiple)
-        elif padding == "trim" and self.layout.ways("stream", self.mesh) == 1:
+        elif own and padding == "trim" and self.layout.ways("stream", self.mesh) == 1:
             own = packing.trim_padding(own)
         batch = own | earlier
         return cast(DeviceBatch, loader.to_device(batch, self.batch_shardings(batch), rows))

@@ -279,7 +279,5 @@ def replayed(p: Program, rows: list[int] | None) -> replay.Replayed | None:
                   for i, task in enumerate(p.earlier.tasks))  # fmt: skip
     every = "gem" in p.run.continual.methods
     each = p.earlier.rows // p.run.train.micro_batches // (len(tasks) if every else 1)
-    mine = None if rows is None else p.rows(each)
-    return replay.Replayed(
-        tasks, p.run.train.micro_batches, each, p.run.seed, every, None if mine is None else tuple(mine)
-    )
+    mine = None if rows is None else tuple(p.rows(each) or ())
+    return replay.Replayed(tasks, p.run.train.micro_batches, each, p.run.seed, every, mine)
