@@ -61,7 +61,7 @@ def _runs(stream: Stream, seed: int) -> list[config.Run]:
         run = stream.run_of(i, seed, str(folder), "")
         start = StartModel(run.start)
         try:
-            run = run_source.completed(open_model.starting(run, start) if start.place else run)
+            run = run_source.completed(open_model.starting(run, start) if start.place else run, start)
         except ValueError as error:
             raise ValueError(f"stage {stage.name}: {error}") from error
         out.append(run if i == 0 else dataclasses.replace(run, start=str(out[-1].folder)))

@@ -20,7 +20,7 @@ from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data import labelled
 from jaxlm.data.labelled import Question, squad, tables
 from jaxlm.models.model import Model
-from jaxlm.nn.family import Predicted
+from jaxlm.nn.family import Outputs
 from jaxlm.nn.layers import Output, dropout
 from jaxlm.objectives import classify
 from jaxlm.objectives.objective import (
@@ -310,7 +310,7 @@ def head_logits(c: Config, model: Model, params: Any, batch: DeviceBatch) -> jax
     return logits(c, model, params, batch | DeviceBatch(allowed=anywhere), None)[0]
 
 
-def read_outputs(out: Predicted) -> Config:
+def read_outputs(out: Outputs) -> Config:
     """Returns the settings of a published head, which gives an answer in any case: its files don't say that a text may
     hold none."""
     if len(out.labels) != 2:
@@ -320,7 +320,7 @@ def read_outputs(out: Predicted) -> Config:
 
 use = Use[Config](rows, lambda c: "", unlabelled, told)
 head = TaskHead[Config](
-    "QuestionAnswering", "answer", head_logits, read_outputs, lambda c: Predicted(("LABEL_0", "LABEL_1"))
+    "QuestionAnswering", "answer", head_logits, read_outputs, lambda c: Outputs(("LABEL_0", "LABEL_1"))
 )
 objective = Objective(
     Config, ExampleReader(read), ("encoder",), example=example, totals=totals, loss=loss, specs=specs, check=check,

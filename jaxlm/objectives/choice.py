@@ -16,7 +16,7 @@ from jaxlm.core.ranges import BelowOne, Natural
 from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data.labelled import Choice, Split, choices, tables
 from jaxlm.models.model import Model
-from jaxlm.nn.family import Predicted
+from jaxlm.nn.family import Outputs
 from jaxlm.nn.layers import dropout
 from jaxlm.objectives import classify
 from jaxlm.objectives.objective import (
@@ -230,7 +230,7 @@ def fit(c: Config, lines: Sequence[tables.Row]) -> Config:
 
 use = Use[Config](classify.rows, lambda c: "", unlabelled, told, fit)
 head = TaskHead[Config](
-    "MultipleChoice", "choice", head_logits, lambda out: Config(), lambda c: Predicted(("LABEL_0", "LABEL_1")),
+    "MultipleChoice", "choice", head_logits, lambda out: Config(), lambda c: Outputs(("LABEL_0", "LABEL_1")),
     lambda c, bias: replace(c, bias=bias) if c.bias is None else c,
 )  # fmt: skip
 objective = Objective(

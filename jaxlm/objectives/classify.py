@@ -17,7 +17,7 @@ from jaxlm.core.ranges import BelowOne, NonNegative
 from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data.labelled import check_labels, make_split, tables
 from jaxlm.models.model import Model
-from jaxlm.nn.family import Predicted
+from jaxlm.nn.family import Outputs
 from jaxlm.nn.layers import Output, dropout
 from jaxlm.objectives.objective import (
     DeviceBatch,
@@ -347,7 +347,7 @@ def fit(c: Config, lines: Sequence[tables.Row]) -> Config:
     return replace(c, text2="text2") if any("text2" in line.cells for line in lines) else c
 
 
-def read_outputs(out: Predicted) -> Config:
+def read_outputs(out: Outputs) -> Config:
     """Returns the settings of a published head. As transformers has it, one output is a regression if config.json names
     no other problem."""
     usual = "regression" if len(out.labels) == 1 else PROBLEMS["single"]
@@ -364,7 +364,7 @@ def read_outputs(out: Predicted) -> Config:
 use = Use[Config](rows, lambda c: "" if c.text2 else c.text, unlabelled, told, fit)
 head = TaskHead[Config](
     "SequenceClassification", "classify", lambda c, model, params, batch: logits(c, model, params, batch, None)[0],
-    read_outputs, lambda c: Predicted(("LABEL_0",) if c.kind == "regression" else c.labels, PROBLEMS[c.kind]),
+    read_outputs, lambda c: Outputs(("LABEL_0",) if c.kind == "regression" else c.labels, PROBLEMS[c.kind]),
     lambda c, bias: replace(c, bias=bias) if c.bias is None else c, lambda c, labels: replace(c, labels=labels),
 )  # fmt: skip
 objective = Objective(

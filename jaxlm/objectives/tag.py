@@ -16,7 +16,7 @@ from jaxlm.core.ranges import BelowOne, NonNegative
 from jaxlm.core.spec import Spec, bias, normal
 from jaxlm.data.labelled import Tagged, check_labels, conll, tables
 from jaxlm.models.model import Model
-from jaxlm.nn.family import Predicted
+from jaxlm.nn.family import Outputs
 from jaxlm.nn.layers import Output, dropout
 from jaxlm.objectives import classify
 from jaxlm.objectives.objective import (
@@ -238,7 +238,7 @@ def spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 use = Use[Config](rows, lambda c: "text", unlabelled, told)
 head = TaskHead[Config](
     "TokenClassification", "tag", lambda c, model, params, batch: logits(c, model, params, batch, None)[0],
-    lambda out: Config(labels=out.labels), lambda c: Predicted(c.labels),
+    lambda out: Config(labels=out.labels), lambda c: Outputs(c.labels),
     with_labels=lambda c, labels: replace(c, labels=labels),
 )  # fmt: skip
 objective = Objective(
