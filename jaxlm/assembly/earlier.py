@@ -1,5 +1,5 @@
-"""What a run knows of the tasks that its model learned before: their objectives and heads, and what its methods of
-continual learning do with them in a step."""
+"""Holds what a run knows of the tasks that its model learned before: their objectives and heads, and what its methods
+of continual learning do with them in a step."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ TRACKED = ("si", "rwalk")
 
 @dataclass(frozen=True)
 class Task:
-    """An earlier task."""
+    """A task is what the model learned before a run."""
 
     name: str
     objective: Any

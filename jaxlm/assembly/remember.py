@@ -96,7 +96,7 @@ def _records_of_last(p: Program, before: Source | None) -> list[Records]:
         data = config.Data(**{**vars(p.run.data), "train": c.old, "valid": (), "weights": ()})
     if not data.train:
         raise ValueError(f"continual.old: {task.name} names no data of its own; name the sources that stand for it")
-    parts = corpus.corpus(data, objective).train
+    parts = corpus.corpus(data, objective, ["train"]).train
     return [corpus.as_records(objective, part, document_mask=data.document_mask, seed=p.run.seed) for part in parts]
 
 
@@ -263,8 +263,8 @@ def _with_logits(p: Program, state: State, i: int, kept: replay.Kept) -> replay.
 
 
 def _trimmed(p: Program, i: int, kept: replay.Kept) -> replay.Kept:
-    """Returns the rows of a task without the columns that are padding in all of them: once, for every other length would
-    be a program of its own."""
+    """Returns the rows of a task without the columns that are padding in all of them. It is done once, for every other
+    length would be a program of its own."""
     if p.earlier.objectives[i].padding == "keep" or "stored" in kept.arrays or p.layout.ways("stream", p.mesh) > 1:
         return kept
     return replay.Kept(kept.task, trim_padding(kept.arrays), kept.priorities)

@@ -230,11 +230,13 @@ def collect(stream: Stream, folder: Path) -> dict[str, Any]:
         each.append(forgetting.figures(
             values * signs, None if single is None else signs * single, None if joint is None else signs * joint
         ))  # fmt: skip
-        matrices.append(values.tolist())
+        matrices.append([[None if math.isnan(x) else x for x in row] for row in values.tolist()])
         for name, spent in scores.seconds.items():
             seconds[name] = seconds.get(name, 0.0) + spent / len(stream.seeds)
+    figures = forgetting.over_seeds(each)
     return {
         "stages": names, "metrics": metrics, "methods": list(stream.run.continual.methods), "seeds": list(stream.seeds),
         "lower_is_better": [bool(is_lower_better(metric)) for metric in metrics],
-        "matrices": matrices, "figures": forgetting.over_seeds(each), "seconds": seconds,
+        "matrices": matrices, "seconds": seconds,
+        "figures": {name: [None if math.isnan(x) else x for x in ends] for name, ends in figures.items()},
     }  # fmt: skip

@@ -50,7 +50,7 @@ def _write_rows(runs: list[config.Run], joint: config.Run) -> None:
     for i, run in enumerate(runs):
         tokens, template = open_model.load_tokenizer(run, start), open_model.template_of(run, start)
         objective = run_objective.bind_run(run, tokens, template)
-        data = corpus.corpus(run.data, objective)
+        data = corpus.corpus(run.data, objective, ["train"])
         records = [
             corpus.as_records(objective, p, document_mask=run.data.document_mask, seed=run.seed) for p in data.train
         ]

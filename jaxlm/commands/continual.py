@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from jaxlm.commands.arguments import Command, Json, print_json
+from jaxlm.commands.arguments import Command, Done
 from jaxlm.core import config_io
 
 _CONFIG = "a config file whose config() returns a Stream, or the name of one of the package"
@@ -25,9 +25,8 @@ class Continual(Command):
     takes_more = True
 
     config: Annotated[Positional[str], arg(metavar="CONFIG", help=_CONFIG)]
-    json: Json = False
 
-    def run(self, rest: list[str]) -> int:
+    def run(self, rest: list[str]) -> Done:
         file = Path(config_io.find(self.config))
         from jaxlm.assembly import stream
         from jaxlm.core.stream import Stream
@@ -37,8 +36,8 @@ class Continual(Command):
         made = config_io.load_kind(file, Stream)
         made = dataclasses.replace(made, run=config_io.override(*config_io.choose_adapter(made.run, rest, METHODS)))
         if status := stream.train(made):
-            return status
+            return Done({}, status)
         results, page = stream_report.build(made.run.folder)
         print(stream_report.table(results))
         print(f"report: {page}")
-        return print_json(self.json, results)
+        return Done(results)

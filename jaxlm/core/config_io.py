@@ -193,7 +193,7 @@ def load_kind(path: str | Path, kind: type[Made]) -> Made:
         raise ValueError(f"{path}: has no function config() that returns a {kind.__name__}")
     if not isinstance(run, kind):
         command = {"Run": "jaxlm train", "Stream": "jaxlm continual"}.get(type(run).__name__)
-        raise ValueError(f"{path}: config() returned a {type(run).__name__}, not a {kind.__name__}"
+        raise ValueError(f"{path}: config() returned {type(run).__name__}, not a {kind.__name__}"
                          f"{f'; use it with: {command}' if command else ''}")  # fmt: skip
     return run
 

@@ -60,8 +60,8 @@ class MAS:
 
 @dataclass(frozen=True)
 class RWalk:
-    """Riemannian walk (Chaudhry et al. 2018): the Fisher information averaged along the path plus the path's score,
-    each divided by its largest value."""
+    """Riemannian walk (Chaudhry et al. 2018): importance is the Fisher information averaged along the path plus the
+    score of the path, each divided by its largest value."""
 
     strength: NonNegative = 1.0
     """λ of λ/2 · Σ Ω (θ − θ*)²."""
@@ -117,7 +117,8 @@ class Der:
 
 @dataclass(frozen=True)
 class Gem:
-    """Gradient episodic memory (Lopez-Paz & Ranzato 2017): the update's gradient opposes that of no earlier task."""
+    """Gradient episodic memory (Lopez-Paz & Ranzato 2017): the gradient of an update is changed so that it opposes that
+    of no earlier task."""
 
     margin: NonNegative = 0.0
     """Lower bound of the multipliers (γ, the memory strength)."""

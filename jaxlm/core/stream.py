@@ -12,7 +12,7 @@ from jaxlm.core.config import Run
 
 @dataclass(frozen=True)
 class Stage:
-    """One task or text of a stream."""
+    """A stage is one task or text of a stream."""
 
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)

@@ -19,7 +19,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Kept:
-    """The rows that are kept of one task, in the order of their priorities."""
+    """A Kept holds the rows that are kept of one task, in the order of their priorities."""
 
     task: str
     arrays: Arrays
@@ -111,7 +111,7 @@ def parted(batch: Mapping[str, Any]) -> tuple[Any, dict[int, Any]]:
 
 @dataclass(frozen=True)
 class Replayed:
-    """The earlier rows of each update's batch, a pure function of the seed and the update."""
+    """A Replayed gives the earlier rows of each update's batch, a pure function of the seed and the update."""
 
     tasks: tuple[Kept, ...]
     micro_batches: int

@@ -1,4 +1,4 @@
-"""What a stream's scores say: how much was learned, kept and transferred.
+"""Computes what a stream's scores say: how much was learned, kept and transferred.
 
 a[i, j] is the score of stage j after stage i was learned, for T stages; row 0 is the model before the first, so that
 the score right after learning stage j (counted from 0) is a[j + 1, j]. Scores of which less is better are taken with

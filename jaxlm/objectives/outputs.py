@@ -1,4 +1,4 @@
-"""What a model predicts at each place of a batch, and how two models' predictions differ.
+"""Holds what a model predicts at each place of a batch, and says how two models' predictions differ.
 
 B rows, N places of a row, V classes (the vocabulary's tokens, or a head's labels), K of them.
 """

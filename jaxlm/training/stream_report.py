@@ -41,6 +41,15 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _with_numbers(results: dict[str, Any]) -> dict[str, Any]:
+    """Returns the results with NaN where JSON has null."""
+    number = lambda x: math.nan if x is None else x  # noqa: E731
+    return results | {
+        "matrices": [[[number(x) for x in row] for row in matrix] for matrix in results["matrices"]],
+        "figures": {name: [number(x) for x in ends] for name, ends in results["figures"].items()},
+    }
+
+
 def mean_matrix(results: dict[str, Any]) -> list[list[float]]:
     """Returns the mean of the scores over seeds, `[T + 1][T]`."""
     n = len(results["matrices"])
@@ -53,7 +62,7 @@ def build(folder: Path) -> tuple[dict[str, Any], Path]:
     file = folder / "results.json"
     if not file.is_file():
         raise ValueError(f"{folder}: the stream isn't finished; go on with: jaxlm continual CONFIG")
-    results = json.loads(file.read_text("utf-8"))
+    results = _with_numbers(json.loads(file.read_text("utf-8")))
     methods = ", ".join(results["methods"]) or "no method"
     body = [
         f"<header><h1>{html.escape(folder.name)}</h1><p>{len(results['stages'])} stages · {html.escape(methods)} · "

@@ -13,7 +13,8 @@ from jaxlm.commands import cli
 from jaxlm.core import typed_arguments
 
 COMMANDS = (
-    "train", "plan", "tune", "eval", "predict", "generate", "chat", "embed", "augment", "import", "export", "merge",
+    "train", "continual", "plan", "tune", "eval", "predict", "generate", "chat", "embed", "augment", "import", "export",
+    "merge",
     "tokenizer train", "data prepare", "data inspect", "report", "doctor", "completion",
 )  # fmt: skip
 

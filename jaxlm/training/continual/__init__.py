@@ -1,1 +1,1 @@
-"""Continual learning as pure functions over trees of weights and gradients: penalties, tracks and projections."""
+"""Holds continual learning as pure functions over trees of weights and gradients: penalties, tracks, projections."""

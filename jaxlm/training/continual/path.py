@@ -1,4 +1,4 @@
-"""What a training run's own path says of its weights: synaptic intelligence and the Riemannian walk.
+"""Notes what a training run's own path says of its weights: synaptic intelligence and the Riemannian walk.
 
 Tracks are trees that an update carries on; they are part of the state, and checkpoints hold them. Gradients are those
 of the task alone, before penalties and clipping.

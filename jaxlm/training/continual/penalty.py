@@ -1,4 +1,4 @@
-"""Quadratic penalties: λ/2 · Σ Ω (θ − θ*)² with importances Ω and anchors θ*.
+"""Computes quadratic penalties: λ/2 · Σ Ω (θ − θ*)² with importances Ω and anchors θ*.
 
 The penalties of several tasks are one: Σᵢ Ωᵢ (θ − θᵢ)² = Ω (θ − θ*)² + constant, with Ω = Σᵢ Ωᵢ and θ* the mean of the
 anchors weighted by Ωᵢ. So any number of tasks needs two trees.

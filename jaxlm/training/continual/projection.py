@@ -1,4 +1,4 @@
-"""Gradients that oppose no earlier task's: A-GEM and GEM.
+"""Changes gradients so that they oppose no earlier task's: A-GEM and GEM.
 
 Both change the update's gradient g as little as they can so that g · gₜ ≥ 0 for reference gradients gₜ on earlier rows.
 """
