@@ -1,0 +1,164 @@
+"""Continual learning: what each method keeps of earlier stages, what it learns of new ones, and what it costs.
+
+    python benchmarks/continual.py text --data DATA_DIR            # English prose, then Python, then German
+    python benchmarks/continual.py tasks --data DATA_DIR --model MODEL_DIR   # five unlike labelled tasks in a row
+
+DATA_DIR has the folders tinyshakespeare, multi30k, sst2, conll2003, semeval2010_task8, xquad; MODEL_DIR is a Hugging
+Face directory of a small encoder. `text` trains a decoder of a million weights from nothing, on bytes, and scores bits
+per byte of held-out text; `tasks` fine-tunes with a head for each task. Each method is a stream of its own with the
+same seeds, beside training without any and training on everything at once. What is finished is kept in --out, and the
+same command goes on.
+"""
+
+import argparse
+import json
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
+
+from worker import machine, save, table
+
+from jaxlm.assembly import stream
+from jaxlm.core import config
+from jaxlm.core.continual import L2, MAS, SI, Continual, Ewc, Features, Gem, LwF, Replay, RWalk
+from jaxlm.core.stream import Stage, Stream
+from jaxlm.models import llama
+from jaxlm.objectives import answer, causal, classify, relate, tag
+
+METHODS = {
+    "none": Continual(),
+    "l2": Continual(("l2",), l2=L2(strength=0.3)),
+    "ewc": Continual(("ewc",), ewc=Ewc(strength=0.3, examples=128)),
+    "si": Continual(("si",), si=SI(strength=1.0)),
+    "mas": Continual(("mas",), mas=MAS(strength=0.1, examples=128)),
+    "rwalk": Continual(("rwalk",), rwalk=RWalk(strength=10.0)),
+    "lwf": Continual(("lwf",), lwf=LwF(strength=1.0)),
+    "features": Continual(("features",), features=Features(strength=1.0)),
+    "replay": Continual(("replay",), replay=Replay(share=0.25, examples=512)),
+    "der": Continual(("replay", "der"), replay=Replay(share=0.25, examples=512)),
+    "agem": Continual(("agem",), replay=Replay(share=0.25, examples=512)),
+    "gem": Continual(("gem",), replay=Replay(share=0.25, examples=512), gem=Gem(margin=0.5)),
+    "replay 5 %": Continual(("replay",), replay=Replay(share=0.0625, examples=512)),
+    "replay + ewc": Continual(("replay", "ewc"), replay=Replay(share=0.25, examples=512), ewc=Ewc(0.3, 128)),
+}
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=("text", "tasks"))
+    p.add_argument("--data", type=Path, required=True)
+    p.add_argument("--model", type=Path, help="tasks: where each stream starts")
+    p.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--steps", type=int, help="of each stage")
+    p.add_argument("--out", type=Path, default=Path("runs/continual"))
+    p.add_argument("--save", help="name under results/ (- : don't save); default: continual_text or continual_tasks")
+    return p.parse_args()
+
+
+def text_stream(a: argparse.Namespace) -> Stream:
+    """Returns the stream of three languages: 500 kB of each, and 40 kB to score."""
+    folder = a.out / "texts"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = Path(sysconfig.get_paths()["stdlib"])
+    python = "\n\n".join((library / f"{name}.py").read_text("utf-8") for name in (
+        "argparse", "ast", "calendar", "configparser", "csv", "dataclasses", "datetime", "difflib", "doctest", "enum",
+        "fractions", "ftplib", "functools", "gettext", "inspect", "ipaddress", "mailbox", "optparse", "pathlib/_local",
+        "pdb", "pickle", "platform", "shutil", "smtplib", "socket", "statistics", "tarfile", "textwrap", "threading",
+        "traceback", "turtle", "typing", "uuid", "zipfile/__init__",
+    ) if (library / f"{name}.py").is_file())  # fmt: skip
+    texts = {
+        "english": (a.data / "tinyshakespeare" / "input.txt").read_text("utf-8"),
+        "python": python,
+        "german": (a.data / "multi30k" / "train.de").read_text("utf-8"),
+    }
+    stages = []
+    for name, text in texts.items():
+        parts = {"train": text[:500_000], "valid": text[500_000:540_000]}
+        for part, content in parts.items():
+            (folder / f"{name}.{part}.txt").write_text(content, "utf-8")
+        stages.append(Stage(name, {f"data.{part}": (str(folder / f"{name}.{part}.txt"),) for part in parts}))
+    run = config.Run(
+        name="text", out=str(a.out), objective=causal.Config(),
+        model=llama.Config(vocab=384, layers=3, width=128, heads=4, kv_heads=4, head_width=32, ffn=384),
+        data=config.Data(tokenizer="bytes", cache=str(a.out / "cache"), tokenize_workers=0),
+        optim=config.Optim(lr=2e-3, warmup=20, weight_decay=0.0),
+        train=config.Train(steps=a.steps or 300, batch_size=16, seq_len=128, eval_every=0, save_every=0, prompts=()),
+        execution=config.Execution(dtype="float32"),
+    )  # fmt: skip
+    return Stream(run, tuple(stages), seeds=tuple(a.seeds))
+
+
+def task_stream(a: argparse.Namespace) -> Stream:
+    """Returns the stream of sentiment, names of persons and places, relations, answers in a text, and sentiment's
+    neighbour: whether a sentence is German."""
+    from jaxlm.assembly.model_source import describe
+
+    source = describe(a.model)
+    folder = a.out / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, name in (("train", "train"), ("valid", "val")):
+        pair = [
+            (a.data / "multi30k" / f"{name}.{side}").read_text("utf-8").splitlines()[:4000] for side in ("en", "de")
+        ]
+        rows = [
+            f"{line}\t{side}" for two in zip(*pair, strict=True) for side, line in zip(("en", "de"), two, strict=True)
+        ]
+        (folder / f"language.{part}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n", "utf-8")
+    squad = json.loads((a.data / "xquad" / "xquad.en.json").read_text("utf-8"))
+    cut = len(squad["data"]) * 4 // 5
+    for part, data in (("train", squad["data"][:cut]), ("valid", squad["data"][cut:])):
+        (folder / f"squad.{part}.json").write_text(json.dumps(squad | {"data": data}), "utf-8")
+    at = lambda *places: {"data.train": (str(places[0]),), "data.valid": (str(places[1]),)}  # noqa: E731
+    d = a.data
+    stages = (
+        Stage("sentiment", at(d / "sst2" / "train.tsv", d / "sst2" / "test.tsv") | {
+            "objective": classify.Config(text="sentence", label="label")}),
+        Stage("names", at(d / "conll2003" / "train.txt", d / "conll2003" / "test.txt") | {
+            "objective": tag.Config()}, metric="f1"),
+        Stage("relations", at(d / "semeval2010_task8" / "train.tsv", d / "semeval2010_task8" / "test.tsv") | {
+            "objective": relate.Config()}, metric="f1_macro"),
+        Stage("answers", at(folder / "squad.train.json", folder / "squad.valid.json") | {
+            "objective": answer.Config(), "train.seq_len": 256}, metric="f1"),
+        Stage("language", at(folder / "language.train.tsv", folder / "language.valid.tsv") | {
+            "objective": classify.Config(text="sentence", label="label")}),
+    )  # fmt: skip
+    run = config.Run(
+        name="tasks", out=str(a.out), model=source.config, objective=classify.Config(), start=str(a.model),
+        data=config.Data(cache=str(a.out / "cache"), tokenize_workers=0),
+        optim=config.Optim(lr=1e-4, warmup=10, schedule="linear", final=0.0, weight_decay=0.0),
+        train=config.Train(steps=a.steps or 150, batch_size=32, seq_len=64, eval_every=0, save_every=0, prompts=()),
+        execution=config.Execution(dtype="float32"),
+    )  # fmt: skip
+    return Stream(run, stages, seeds=tuple(a.seeds))
+
+
+def main() -> None:
+    a = arguments()
+    made = text_stream(a) if a.what == "text" else task_stream(a)
+    results = {}
+    for method in a.methods:
+        run = replace(made.run, name=f"{a.what}-{method.replace(' ', '').replace('%', '')}", continual=METHODS[method])
+        one = replace(made, run=run, references=("joint",) if method == "none" else ())
+        if stream.train(one):
+            raise SystemExit(1)
+        results[method] = stream.collect(one, run.folder)
+    shown = ("average", "learned", "forgetting", "backward")
+    rows = [[method, *(interval(r["figures"][name]) for name in shown), f"{sum(r['seconds'].values()):.0f}"]
+            for method, r in results.items()]  # fmt: skip
+    report = table(rows, ["method", *shown, "seconds a seed"])
+    print(report)
+    if a.save != "-":
+        save(a.save or f"continual_{a.what}", {"machine": machine(), "seeds": a.seeds, "results": results})
+
+
+def interval(ends: list[float | None]) -> str:
+    """Returns a mean with half its 95 % interval over seeds."""
+    mean, _, high = ends
+    if mean is None:
+        return "–"
+    return f"{mean:.4f}" + ("" if high is None else f" ± {high - mean:.4f}")
+
+
+if __name__ == "__main__":
+    main()
