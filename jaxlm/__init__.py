@@ -14,14 +14,14 @@ are loaded when the first of them is used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from jaxlm.core.config import Adapter, Data, Execution, Mesh, Optim, Run, Train
+from jaxlm.core.config import Adapter, Continual, Data, Execution, Mesh, Optim, Run, Train
 
 __version__ = "0.1.0"
 __all__ = [
-    "Adapter", "Data", "Execution", "LanguageModel", "Mesh", "Optim", "Plan", "Program", "Run", "RunDirectory",
-    "Sampling", "Train", "as_linen", "as_nnx", "evaluate", "from_linen", "from_nnx", "import_model", "load",
-    "load_plugin", "merge", "open", "plan", "register_adapter", "register_model", "register_objective",
-    "register_optimizer", "register_schedule", "start_processes", "train",
+    "Adapter", "Continual", "Data", "Execution", "LanguageModel", "Mesh", "Optim", "Plan", "Program", "Run",
+    "RunDirectory", "Sampling", "Stage", "Stream", "Train", "as_linen", "as_nnx", "evaluate", "from_linen", "from_nnx",
+    "import_model", "load", "load_plugin", "merge", "open", "plan", "register_adapter", "register_model",
+    "register_objective", "register_optimizer", "register_schedule", "start_processes", "train", "train_stream",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
         Program,
         RunDirectory,
         Sampling,
+        Stage,
+        Stream,
         as_linen,
         as_nnx,
         evaluate,
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
         register_schedule,
         start_processes,
         train,
+        train_stream,
     )
 
 

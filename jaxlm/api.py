@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxlm.assembly import convert, evaluate_model, run_directory, run_source, training_run
+from jaxlm.assembly import convert, evaluate_model, run_directory, run_source, stream, training_run
 from jaxlm.assembly import merge as merges
 from jaxlm.assembly.as_flax import as_linen, as_nnx
 from jaxlm.assembly.language_model import LanguageModel
@@ -18,6 +18,7 @@ from jaxlm.assembly.own_loop import Program
 from jaxlm.assembly.trained_run import RunDirectory
 from jaxlm.core import config_io, plugins
 from jaxlm.core.config import Run
+from jaxlm.core.stream import Stage, Stream
 from jaxlm.inference.sampling import Sampling
 from jaxlm.models import MODELS
 from jaxlm.models.flax_bridge import from_linen, from_nnx
@@ -34,9 +35,10 @@ from jaxlm.weights.adapters.method import Method
 from jaxlm.weights.merging import MethodName, Rescale, Settings
 
 __all__ = [
-    "LanguageModel", "Plan", "Program", "RunDirectory", "Sampling", "as_linen", "as_nnx", "evaluate", "from_linen",
-    "from_nnx", "import_model", "load", "load_plugin", "merge", "open", "plan", "register_adapter", "register_model",
-    "register_objective", "register_optimizer", "register_schedule", "start_processes", "train",
+    "LanguageModel", "Plan", "Program", "RunDirectory", "Sampling", "Stage", "Stream", "as_linen", "as_nnx", "evaluate",
+    "from_linen", "from_nnx", "import_model", "load", "load_plugin", "merge", "open", "plan", "register_adapter",
+    "register_model", "register_objective", "register_optimizer", "register_schedule", "start_processes", "train",
+    "train_stream",
 ]  # fmt: skip
 
 
@@ -72,6 +74,19 @@ def train(run: Run, *, on_step: Callable[[int, dict[str, float]], None] | None =
     run_directory.check_place(run)
     training_run.train(run, StartModel(run.start), on_step)
     return RunDirectory(run.folder)
+
+
+def train_stream(stages: Stream) -> dict[str, Any] | None:
+    """Trains the stages of a stream one after another in its directory, or goes on there, and returns what
+    `results.json` holds: the scores of every model on every stage, what was learned, kept and transferred, and the
+    seconds. None: it was stopped by Ctrl-C or SIGTERM, and the same call goes on.
+
+    ValueError: a stage can't be trained, or the directory belongs to another stream.
+    """
+    start_processes(stages.run)
+    if stream.train(stages):
+        return None
+    return stream.collect(stages, stages.run.folder)
 
 
 def open(place: str | Path, step: int | None = None) -> LanguageModel:
