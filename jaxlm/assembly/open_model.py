@@ -330,7 +330,9 @@ def read_each(source: Source, specs: Any) -> Iterator[tuple[str, jax.Array]]:
         step = _step(source, checkpoints, None)
         averaged: Any = {}
         if run.optim.ema:
-            averaged, wanted = tree.partition(wanted, programs.optimizer(run, specs, source.adapted).trainable)
+            before = earlier.of_directory(source.path, run)
+            trainable = programs.optimizer(run, specs, source.adapted, before).trainable
+            averaged, wanted = tree.partition(wanted, trainable)
         for item, part in (("ema", averaged), ("params", wanted)):
             for path, weight in checkpoints.each_param(part, step, item=item) if jax.tree.leaves(part) else ():
                 one = tree.put({}, path, weight)
