@@ -1,0 +1,126 @@
+"""A stream of two tasks with heads of their own: trained, stopped, gone on with, scored and shown."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm import Data, Execution, Optim, Run, Stage, Stream, Train
+from jaxlm.assembly import stream as streams
+from jaxlm.assembly import training_run
+from jaxlm.commands import cli
+from jaxlm.core.continual import Continual, Replay
+from jaxlm.models import bert
+from jaxlm.objectives import classify
+
+
+def table(file, words: dict[str, str], seed: int) -> str:
+    rng = np.random.default_rng(seed)
+    rows = [(label, " ".join(rng.choice(several.split(), 6))) for label, several in words.items() for _ in range(24)]
+    file.write_text("text,label\n" + "".join(f"{text},{label}\n" for label, text in rows))
+    return str(file)
+
+
+@pytest.fixture
+def made(tmp_path, one_device) -> Stream:
+    tasks = {
+        "fruit": {"fruit": "apple pear plum", "car": "bus train tram"},
+        "size": {"big": "huge vast", "tiny": "wee small"},
+    }
+    stages = tuple(
+        Stage(name, {
+            "data.train": (table(tmp_path / f"{name}.csv", words, 0),),
+            "data.valid": (table(tmp_path / f"{name}-valid.csv", words, 1),),
+            "objective": classify.Config(dropout=0.0),
+        }) for name, words in tasks.items()
+    )  # fmt: skip
+    run = Run(
+        "stream", out=str(tmp_path), objective=classify.Config(labels=("a", "b")),
+        model=bert.Config(vocab=384, layers=1, width=16, heads=2, ffn=32, positions=32, dropout=0.0),
+        data=Data(tokenizer="bytes", cache=str(tmp_path / "cache"), tokenize_workers=0), optim=Optim(lr=5e-3, warmup=1),
+        train=Train(steps=6, batch_size=8, seq_len=32, eval_every=0, save_every=4, prompts=()),
+        execution=Execution(dtype="float32"), continual=Continual(("replay",), replay=Replay(examples=8)),
+    )  # fmt: skip
+    return Stream(run, stages, references=("joint",))
+
+
+def test_a_stream_is_scored_resumed_and_shown(made, monkeypatch, tmp_path, capsys):
+    folder, train = made.run.folder, training_run.train
+
+    def dies(run, *arguments):
+        if run.name == "2-size":
+            raise KeyboardInterrupt
+        return train(run, *arguments)
+
+    monkeypatch.setattr(training_run, "train", dies)
+    with pytest.raises(KeyboardInterrupt):
+        jaxlm.train_stream(made)
+    rows = json.loads((folder / "seed-0" / "scores.json").read_text())["rows"]
+    assert set(rows) == {"before", "after fruit"} and set(rows["after fruit"]) == {"fruit"}
+
+    trained = []
+    monkeypatch.setattr(training_run, "train", lambda run, *a: trained.append(run.name) or train(run, *a))
+    results = jaxlm.train_stream(made)
+    assert trained == ["2-size", "joint"], "the first stage isn't trained again"
+    matrix = np.array(results["matrices"][0], float)
+    assert matrix.shape == (3, 2) and np.isnan(matrix[:2, 1]).all() and not np.isnan(matrix[2]).any()
+    assert results["metrics"] == ["accuracy", "accuracy"] and results["figures"]["average"][0] == matrix[2].mean()
+    # What stands there is what `eval` says of the stage's own run, and the first task's head came along.
+    own = jaxlm.evaluate(folder / "seed-0" / "2-size")
+    assert own["accuracy"] == pytest.approx(matrix[2, 1])
+    weights = jaxlm.open(folder / "seed-0" / "2-size").pretrained.params
+    assert set(weights["tasks"]) == {"1-fruit"}
+
+    config = tmp_path / "c.py"
+    config.write_text("import conf\n\n\ndef config():\n    return conf.MADE\n")
+    conf = tmp_path / "conf.py"
+    conf.write_text("MADE = None\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import conf as module
+
+    module.MADE = made
+    capsys.readouterr()
+    assert cli.main(["continual", str(config), "--json"]) == 0
+    out = capsys.readouterr()
+    assert json.loads(out.out)["stages"] == ["fruit", "size"] and "forgetting" in out.err
+    page = (folder / "report.html").read_text()
+    assert f"{matrix[2, 0]:.4f}" in page and "after size" in page
+    assert trained == ["2-size", "joint"]
+
+    other = dataclasses.replace(made, run=dataclasses.replace(made.run, optim=Optim(lr=1e-3)))
+    with pytest.raises(ValueError, match=r"another stream: stages\[0\]\.run\.optim\.lr is 0\.005 there and 0\.001"):
+        jaxlm.train_stream(other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: dataclasses.replace(s, stages=s.stages[:1]), "stages: 1 stages are no stream"),
+        (lambda s: dataclasses.replace(s, stages=(s.stages[0], s.stages[0])), "'fruit' is the name of two stages"),
+        (lambda s: dataclasses.replace(s, stages=(Stage("a/b"), s.stages[0])), "'a/b' is no name of a folder"),
+        (lambda s: dataclasses.replace(s, stages=(Stage("a", {"optim.lrr": 1}), s.stages[0])), "optim.lrr; did you"),
+        (lambda s: dataclasses.replace(s, stages=(Stage("a", {"seed": 1}), s.stages[0])), "seed is the stream's own"),
+        (lambda s: dataclasses.replace(s, seeds=(1, 1)), "seeds: give at least one, and each once"),
+        (lambda s: dataclasses.replace(s, seeds=(-1,)), "seeds: -1 is out of range"),
+    ],
+)
+def test_a_stream_that_can_not_be_trained_is_one_line_and_leaves_nothing(made, change, message, tmp_path):
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match=message) as raised:
+        jaxlm.train_stream(change(made))
+    assert "\n" not in str(raised.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_stage_that_lacks_its_score_says_which_there_are(made):
+    stages = (dataclasses.replace(made.stages[0], metric="bleu"), made.stages[1])
+    run = dataclasses.replace(made.run, train=dataclasses.replace(made.run.train, steps=2))
+    with pytest.raises(ValueError, match="stage fruit: no figure 'bleu'; there are accuracy"):
+        jaxlm.train_stream(dataclasses.replace(made, stages=stages, run=run))
+
+
+def test_differences_are_named():
+    assert streams._difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}, "") == "a[1].b is 2 there and 3 here"
+    assert streams._difference({"a": 1}, {"a": 1}, "") is None
