@@ -261,7 +261,8 @@ caption { padding: .2rem 0; text-align: left; font-weight: 600; }
 th, td { padding: .22rem .6rem .22rem 0; border-top: 1px solid var(--grid); text-align: left; vertical-align: top;
   font-weight: 400; overflow-wrap: anywhere; }
 th { color: var(--soft); width: 40%; }
-.gain th { width: 18%; } .bars th { width: 18%; } .bars td, .bars th { border: 0; vertical-align: middle; }
+.gain th { width: 18%; } .matrix { width: auto; } .matrix th, .matrix td { width: auto; padding: .3rem .9rem; }
+.bars th { width: 18%; } .bars td, .bars th { border: 0; vertical-align: middle; }
 td { font-variant-numeric: tabular-nums; }
 </style></head>
 <body>

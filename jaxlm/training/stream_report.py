@@ -34,7 +34,7 @@ def table(results: dict[str, Any]) -> str:
         f"{'':{width}}"
         + "".join(f"{m[:9]:>{max(10, len(n) + 2)}}" for n, m in zip(names, results["metrics"], strict=True))
     ]
-    lines += ["", f"{len(results['seeds'])} seeds; differences above 0 are for the better"]
+    lines += ["", f"{_seeds(results)}; scores of which less is better count with their sign turned"]
     for name, (mean, low, high) in results["figures"].items():
         between = "" if math.isnan(low) else f"  {low:.4f} … {high:.4f}"
         lines.append(f"{MEANING[name]:58} {_number(mean)}{between}")
@@ -66,7 +66,7 @@ def build(folder: Path) -> tuple[dict[str, Any], Path]:
     methods = ", ".join(results["methods"]) or "no method"
     body = [
         f"<header><h1>{html.escape(folder.name)}</h1><p>{len(results['stages'])} stages · {html.escape(methods)} · "
-        f"{len(results['seeds'])} seeds</p></header>",
+        f"{_seeds(results)}</p></header>",
         "<h2>Scores</h2>", _heat_map(results),
         "<h2>Figures</h2>", _figures(results),
         "<h2>Cost</h2>", _cost(results),
@@ -94,7 +94,7 @@ def _heat_map(results: dict[str, Any]) -> str:
         return f'<td style="background: rgba(31, 111, 178, {0.05 + 0.55 * share:.2f}); {edge}">{_number(value)}</td>'
 
     head = "".join(
-        f"<th>{html.escape(name)}<br><small>{html.escape(metric)}{' ↓' if low else ''}</small></th>"
+        f"<td>{html.escape(name)}<br><small>{html.escape(metric)}{' ↓' if low else ''}</small></td>"
         for name, metric, low in zip(names, results["metrics"], lower, strict=True)
     )
     rows = []
@@ -114,12 +114,18 @@ def _figures(results: dict[str, Any]) -> str:
         for name, (mean, low, high) in results["figures"].items()
     )
     note = "Scores of which less is better have their sign turned, so that more is always better."
-    return f"<table><tr><th></th><th>mean</th><th>95 % over seeds</th></tr>{rows}</table><p><small>{note}</small></p>"
+    heads = "<tr><th></th><td>mean</td><td>95 % over seeds</td></tr>"
+    return f"<table class=matrix>{heads}{rows}</table><p><small>{note}</small></p>"
 
 
 def _cost(results: dict[str, Any]) -> str:
     rows = "".join(f"<tr><th>{html.escape(n)}</th><td>{s:,.0f} s</td></tr>" for n, s in results["seconds"].items() if s)
-    return f"<table><tr><th></th><th>seconds of a seed</th></tr>{rows}</table>"
+    return f"<table class=matrix><tr><th></th><td>seconds of a seed</td></tr>{rows}</table>"
+
+
+def _seeds(results: dict[str, Any]) -> str:
+    n = len(results["seeds"])
+    return f"{n} seed{'s' if n > 1 else ''}"
 
 
 def _number(value: float) -> str:
