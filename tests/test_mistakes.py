@@ -123,6 +123,19 @@ MISTAKES = [
     field("a field of no part", r"unknown config key lr", lr=1e-3),
     field("a word for a number", r"optim\.lr: 'fast' is not a valid float", optim__lr="fast"),
     field("a fraction for a count", r"train\.steps: '?1\.5'? is not a valid int", train__steps=1.5),
+    field(
+        "a method of continual learning",
+        r"continual\.methods: unknown 'ewk'; did you mean 'ewc'",
+        continual__methods=("ewk",),
+    ),
+    field(
+        "rows as a bound and to learn",
+        r"continual\.methods: agem takes the gradient",
+        continual__methods=("agem", "der"),
+    ),
+    Mistake(
+        "a run for a stream", r"returned Run, not a Stream; use it with: jaxlm train", None, ["continual", "base.py"]
+    ),
     field("no such choice", r"execution\.dtype: 'float16' is not one of float32, bfloat16", execution__dtype="float16"),
     field("no such optimizer", r"optim\.name: unknown 'adam'; did you mean 'adamw'", optim__name="adam"),
     field("no such schedule", r"optim\.schedule: unknown 'cosin'; did you mean 'cosine'", optim__schedule="cosin"),

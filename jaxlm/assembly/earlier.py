@@ -157,6 +157,16 @@ class Earlier:
         """Says whether a step needs the weights that training starts from."""
         return any(name in self.c.methods for name in TEACHERS) and bool(self.tasks)
 
+    def describe(self) -> dict[str, str]:
+        """Returns a line on what is kept, for people; nothing where no method is named."""
+        if not self.c.methods:
+            return {}
+        methods = " ".join(self.c.methods)
+        if not self.tasks:
+            return {"continual": f"{methods}: nothing was learned before this run, so they act from the next one on"}
+        rows = f"; {self.share:.0%} of each batch's rows are earlier ones" if self.rows else ""
+        return {"continual": f"{methods} for {' '.join(task.name for task in self.tasks)}{rows}"}
+
     def specs(self, width: int) -> dict[str, Any]:
         """Returns the specs of earlier heads."""
         heads = {task.name: OBJECTIVES.of(task.objective).specs(task.objective, width)

@@ -35,6 +35,10 @@ class Program:
         """Checks the run against the devices that are here; where a launcher started several processes, all of them
         make it with the same run. ValueError: a field of the run can't be met."""
         processes.start(config_io.flatten(run))
+        if run.continual.methods:
+            raise ValueError(
+                "continual.methods: a loop of one's own keeps no earlier tasks; leave them out, or use train"
+            )
         self.run = run
         self._start = StartModel(run.start)
         tokens = open_model.load_tokenizer(run, self._start)

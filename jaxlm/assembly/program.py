@@ -56,7 +56,7 @@ class Program:
     @property
     def notes(self) -> dict[str, str]:
         """Returns the choices as people read them: printed once and stored in the run."""
-        return self.choices.describe()
+        return self.choices.describe() | self.earlier.describe()
 
     @property
     def tokens(self) -> Tokenizer:

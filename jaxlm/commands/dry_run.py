@@ -12,7 +12,7 @@ import rich.console
 import rich.table
 import rich.text
 
-from jaxlm.assembly import corpus, open_model, program
+from jaxlm.assembly import corpus, earlier, open_model, program
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.core import config, config_io, registry, spec, tree
 from jaxlm.runtime import mesh
@@ -23,7 +23,8 @@ console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty(
 def show(run: config.Run, start: StartModel, origins: Mapping[str, str]) -> dict[str, Any]:
     """Shows what would run, and returns it as values; `origins` says where each field's value comes from."""
     show_config(run, origins)
-    p = program.program(run, open_model.load_tokenizer(run, start), open_model.template_of(run, start))
+    tokens, template = open_model.load_tokenizer(run, start), open_model.template_of(run, start)
+    p = program.program(run, tokens, template, earlier.earlier_tasks(run, start))
     for name, note in p.notes.items():
         console.print(f"{name:12} {note}")
     show_parameters(p)

@@ -81,7 +81,7 @@ def rows_of(p, name: str, count: int) -> list[dict]:
 def test_the_fisher_information_is_that_of_single_rows_on_every_device(kind, sources, tmp_path):
     """On eight devices, in batches: as by hand, a row at a time on one."""
     p, state = begun(make(kind, sources[kind], tmp_path, ("ewc",), ewc=Ewc(examples=6)))
-    assert p.mesh is not None and p.mesh.size == 8
+    assert p.mesh is not None and p.mesh.size == 8 and p.notes["continual"] == "ewc for before"
     found, params = jax.device_get((state.memory["ewc"]["importance"], state.params))
     with mesh.on_devices(jax.devices()[:1]):
         alone, _ = begun(make(kind, sources[kind], tmp_path / "alone", ("ewc",), ewc=Ewc(examples=1)))
