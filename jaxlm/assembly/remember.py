@@ -44,13 +44,13 @@ def remember(p: Program, state: State, start: StartModel, begins: bool) -> State
         if not begins:
             raise ValueError(f"{folder}: is gone, and what the run keeps of earlier tasks with it; train anew")
         _make(p, state, start, folder)
-    if not (kept := _kept_trees(p)):
+    if not (kept := kept_like(p)):
         return state
     with Checkpoints(folder / WEIGHTS) as stored:
         return state.replace(memory={name: stored.restore_params(like, item=name) for name, like in kept.items()})
 
 
-def _kept_trees(p: Program) -> dict[str, Any]:
+def kept_like(p: Program) -> dict[str, Any]:
     """Returns the shapes and shardings of the trees that an update reads, by name."""
     if not p.earlier.tasks:
         return {}

@@ -12,7 +12,7 @@ import rich.console
 import rich.table
 import rich.text
 
-from jaxlm.assembly import corpus, earlier, open_model, program
+from jaxlm.assembly import corpus, earlier, open_model, program, remember
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.core import config, config_io, registry, spec, tree
 from jaxlm.runtime import mesh
@@ -82,7 +82,9 @@ def show_memory(p: program.Program, loader: Any) -> int | None:
     rows = p.rows(c.batch_size // c.micro_batches)
     with mesh.on_mesh(p.mesh):
         batch = p.to_device(loader.batch(0), rows)
-        compiled = p.train_step().lower(p.abstract_state(), batch).compile()
+        compiled = (
+            p.train_step().lower(p.abstract_state().replace(memory=remember.kept_like(p) or None), batch).compile()
+        )
     m = compiled.memory_analysis()
     if m is None:
         console.print("memory       this backend's compiler gives no memory analysis")
