@@ -51,13 +51,16 @@ def load(source: run_source.RunSource, *, start: str = "", overrides: str | Path
     names a model to start from, whose architecture and tokenizer the run then has. `overrides` names a YAML or JSON
     file of changes, which come before the others.
 
+    A finished run directory with another `data.train` or objective becomes a new run beside it, which starts from the
+    model there: `load("runs/news", **{"data.train": ("week2.txt",)})` is `runs/news-2`, unless it is given a `name`.
+
     ValueError: there is no such file or field, or a value isn't of its field's type.
     """
     first = {} if overrides is None else config_io.read_overrides(Path(overrides))
     base = run_source.load_base(source, start or str(first.get("start", "")))
     run = run_source.overridden(base.run, first)
-    run = run_source.overridden(run, changes)
-    return run_source.completed(run, base.start if base.start.place == run.start else StartModel(run.start))
+    run = run_source.overridden(run, changes | ({"start": start} if start else {}))
+    return run_source.begun(base, run)[0]
 
 
 def train(run: Run, *, on_step: Callable[[int, dict[str, float]], None] | None = None) -> RunDirectory:

@@ -252,6 +252,12 @@ MISTAKES = [
         seed=5,
     ),
     field("a directory of something else", r"texts is not empty and holds no config\.json", name="texts", out="."),
+    field(
+        "new data for a run that isn't finished",
+        r"data\.train: unfinished isn't trained to its end, .*finish it first with: jaxlm train unfinished$",
+        "unfinished",
+        data__train=("text.txt",),
+    ),
     field("a start that isn't there", r"nowhere: no such model", start="nowhere"),
     # Models.
     using("no such model", r"nowhere/at-all: no such model; .*hf:nowhere/at-all", "nowhere/at-all"),
@@ -432,6 +438,9 @@ def place(tmp_path_factory):
         save_file({of.format(half): value for half, value in halves.items()}, "foreign/adapter_model.safetensors")
         shutil.copytree("tiny", "untrained", ignore=shutil.ignore_patterns("checkpoints"))
         shutil.copytree("untrained", "negative")
+        shutil.copytree("tiny", "unfinished")
+        data = json.loads(Path("unfinished/config.json").read_text())["data"]
+        _change("unfinished/config.json", data=data | {"train": ["texts"]})
         _change("negative/config.json", optim={"lr": -1.0})
         yield folder
 

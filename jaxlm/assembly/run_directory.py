@@ -143,20 +143,25 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
+def differing(run: config.Run) -> dict[str, tuple[Any, Any]]:
+    """Returns the fields in which a run is another one than its directory's, with the values there and here. A run may
+    be given more steps than it had."""
+    mine, existing = config_io.flatten(run), config_io.flatten(read_config(run.folder))
+    if mine["train.steps"] > existing["train.steps"]:
+        existing["train.steps"] = mine["train.steps"]
+    fields = (k for k in mine | existing if mine.get(k) != existing.get(k) and not k.startswith(MAY_CHANGE))
+    return {k: (existing.get(k), mine.get(k)) for k in fields}
+
+
 def claim(run: config.Run) -> bool:
-    """Checks that the run directory is this run's own, or not there yet; returns whether it holds a run to continue. A
-    run may be given more steps than it had."""
-    file = run.folder / "config.json"
-    if file.exists():
-        mine, existing = config_io.flatten(run), config_io.flatten(read_config(run.folder))
-        if mine["train.steps"] > existing["train.steps"]:
-            existing["train.steps"] = mine["train.steps"]
-        differing = [k for k in mine | existing if mine.get(k) != existing.get(k) and not k.startswith(MAY_CHANGE)]
-        if differing:
-            k = differing[0]
+    """Checks that the run directory is this run's own, or not there yet; returns whether it holds a run to
+    continue."""
+    if (run.folder / "config.json").exists():
+        if found := differing(run):
+            k, (there, here) = next(iter(found.items()))
             raise ValueError(
-                f"{run.folder} belongs to another config: {k} is {existing.get(k)!r} there and {mine.get(k)!r} here"
-                f"{f' (and {len(differing) - 1} more)' if differing[1:] else ''}; choose another `name`, or delete it"
+                f"{run.folder} belongs to another config: {k} is {there!r} there and {here!r} here"
+                f"{f' (and {len(found) - 1} more)' if len(found) > 1 else ''}; choose another `name`, or delete it"
             )
         return True
     if run.folder.is_dir() and any(path.name != "memory" for path in run.folder.iterdir()):

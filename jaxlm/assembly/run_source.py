@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm.assembly import open_model, run_directory, run_objective, task_heads
+from jaxlm.assembly import new_data, open_model, run_directory, run_objective, task_heads
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.core import config, config_io, registry
 from jaxlm.models import MODELS
@@ -24,6 +24,8 @@ class Base(NamedTuple):
     """Its place is empty where the run starts from no model."""
     written: config.Run
     """The run as its file has it, without what the model that it starts from says."""
+    in_directory: bool = False
+    """Whether the run was read from its run directory."""
 
 
 def load_base(source: RunSource, start: str = "") -> Base:
@@ -33,7 +35,7 @@ def load_base(source: RunSource, start: str = "") -> Base:
         folder = Path(source)
         run = run_directory.read_config(folder)
         run = dataclasses.replace(run, name=folder.resolve().name, out=str(folder.parent))
-        return Base(run, StartModel(run.start), run)
+        return Base(run, StartModel(run.start), run, in_directory=True)
     run = _run_of(source)
     model = StartModel(start or run.start)
     return Base(open_model.starting(run, model) if model.place else run, model, run)
@@ -67,6 +69,20 @@ def overridden(run: config.Run, changes: Mapping[str, Any]) -> config.Run:
     if isinstance(changes.get("adapter"), str):
         run = config_io.with_adapter(run, changes.pop("adapter"), METHODS)
     return config_io.changed(run, changes)
+
+
+def begun(base: Base, run: config.Run) -> tuple[config.Run, StartModel]:
+    """Returns the whole run that a base becomes by changes, `run`, and the model that it starts from.
+
+    A run directory's run that is to learn other data becomes a new one beside it, which starts from the run there.
+    ValueError: that isn't finished, or as `completed`.
+    """
+    follows = base.in_directory and new_data.learns_anew(base.run, run)
+    if follows:
+        run = new_data.following(base.run, run)
+    start = base.start if base.start.place == run.start else StartModel(run.start)
+    run = completed(run, start)
+    return new_data.named(base.run, run) if follows else run, start
 
 
 def completed(run: config.Run, start: StartModel) -> config.Run:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.assembly import corpus, earlier, open_model, remember, run_directory, scoring, training_hooks
+from jaxlm.assembly import corpus, earlier, new_data, open_model, remember, run_directory, scoring, training_hooks
 from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.program import HOURS
@@ -65,6 +65,8 @@ def _train(
         write_environment(run.folder, compiler_options=p.compiler_options)
         for name, note in p.notes.items():
             print(f"{name:12} {note}")
+        for line in () if continues else new_data.told(run, start):
+            print(line)
     processes.barrier("the first files", HOURS)
     if not (run.folder / "config.json").exists():
         raise ValueError(f"out: {run.folder} is not the same folder on all hosts; name one on storage that they share")

@@ -106,18 +106,16 @@ class OnRun(Command):
         """Returns the run with the changes of its file of overrides and of the options."""
         changes = {} if self.overrides is None else config_io.read_overrides(self.overrides)
         place = _last_value(rest, "--start")
-        base, start, written = _base(self.config, str(changes.get("start", "")) if place is None else place)
+        base = _base(self.config, str(changes.get("start", "")) if place is None else place)
         from jaxlm.assembly import run_source
-        from jaxlm.assembly.model_source import StartModel
         from jaxlm.weights.adapters import METHODS
 
-        changed = run_source.overridden(base, changes)
+        changed = run_source.overridden(base.run, changes)
         run = config_io.override(*config_io.choose_adapter(changed, rest, METHODS))
-        if start.place != run.start:
-            start = StartModel(run.start)
-        whole = run_source.completed(run, start)
-        stages = {"config file": written, "start model": base, "overrides file": changed, "command line": run,
-                  "training data": whole}  # fmt: skip
+        whole, start = run_source.begun(base, run)
+        last = "training data" if run.start == whole.start else "finished run and data"
+        stages = {"config file": base.written, "start model": base.run, "overrides file": changed, "command line": run,
+                  last: whole}  # fmt: skip
         return LoadedRun(whole, start, _origins(stages, rest))
 
 

@@ -9,7 +9,8 @@ from jaxlm.commands.arguments import Done, Flag, OnRun, start_processes
 
 @dataclass(frozen=True)
 class Train(OnRun):
-    """Trains the run that a config describes; the same command continues an interrupted run, and a run directory.
+    """Trains the run that a config describes; the same command continues an interrupted run, and a run directory. A
+    finished run directory with another --data.train begins a new run beside it, which goes on from its model.
 
     example: jaxlm train quickstart --optim.lr 3e-4 --mesh.fsdp 8
     """

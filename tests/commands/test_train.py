@@ -10,9 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.assembly import open_model
+import jaxlm
+from jaxlm.assembly import new_data, open_model, run_directory
+from jaxlm.assembly.model_source import StartModel
 from jaxlm.commands import cli
 from jaxlm.core import config_io
+from jaxlm.core.config import Mesh
 from jaxlm.training.log import read_lines
 
 CONFIG = """
@@ -175,6 +178,55 @@ def test_a_finished_run_is_given_more_steps(trained: Path, capsys: pytest.Captur
     assert cli.main(["train", str(folder)]) == 0
     shown = capsys.readouterr().out
     assert "finished already" in shown and f"jaxlm train {folder} --train.steps 16" in shown
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_finished_run_learns_new_data_in_a_run_beside_it(trained: Path, capsys: pytest.CaptureFixture) -> None:
+    """Under the next free name, or the one that is given; the same command goes on with it; Python does the same."""
+    folder, new = trained / "runs" / "week", trained / "new.txt"
+    shutil.copytree(trained / "runs" / "run", folder)
+    new.write_text("other words than those before\n" * 200)
+    for name in ("metrics.jsonl", "config.json"):
+        assert (folder / name).is_file()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    short = ["--train.steps", "2", "--train.prompts", "--optim.ema", "0", "--train.micro_batches", "1",
+             "--mesh.data", "1", "--mesh.fsdp", "1", "--mesh.tensor", "1", "--train.batch-size", "4"]  # fmt: skip
+    args = ["train", str(folder), "--data.train", str(new), *short]
+    capsys.readouterr()
+    assert cli.main(args) == 0
+    shown = capsys.readouterr().out
+    second = folder.with_name("week-2")
+    rates = f"{second} goes on from {folder} as a new run: its learning rate warms up to 0.01 in 1 steps and is 0.01 "
+    assert rates + f"after 2 (cosine), where that of {folder} ended at 0.001\n" in shown
+    warning = f"warning: {second} may forget what {folder} learned"
+    [line] = [line for line in shown.splitlines() if line.startswith("warning: ")]
+    assert line.startswith(warning) and "--continual.methods replay --continual.replay.share 0.05" in line
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    run = run_directory.read_config(second)
+    assert (run.start, run.data.train, run.name) == (str(folder), (str(new),), "week-2")
+    start, learned = weights(folder, 6), weights(second, 2)
+    assert start.keys() == learned.keys()
+    rows = lines(second)
+    assert [x["step"] for x in rows if x["kind"] == "train"] == [1, 2] and rows[0]["model"] == str(folder)
+
+    assert cli.main(args) == 0 and f"{second} is finished already" in capsys.readouterr().out
+    names = {"week-2": {}, "given": {"name": "given"}, "week-3": {"seed": 7}}
+    for name, more in names.items():
+        made = jaxlm.load(folder, **{"data.train": (str(new),), **CHANGES}, **more)
+        assert (made.name, made.start, made.out) == (name, str(folder), str(folder.parent))
+    third = jaxlm.load(second, **{"data.train": (str(trained / "text"),), "continual.methods": ("replay",)})
+    assert (third.name, third.start, third.train.steps) == ("week-3", str(second), 2)
+    assert new_data.told(third, StartModel(third.start))[1:] == [], "replay keeps what was learned"
+    same = jaxlm.load(folder, **{"train.steps": 9})
+    assert (same.name, same.start) == ("week", ""), "other fields than its data change no more than they did"
+    with pytest.raises(ValueError, match=r"start: new data for .* starts from its own model"):
+        jaxlm.load(folder, start=str(second), **{"data.train": (str(new),)})
+
+
+CHANGES = {
+    "train.steps": 2, "train.prompts": (), "optim.ema": 0.0, "train.micro_batches": 1, "mesh": Mesh(),
+    "train.batch_size": 4,
+}  # fmt: skip
 
 
 BREAKING = ["--optim.lr", "31.25", "--optim.clip", "0", "--optim.ema", "0", "--train.micro_batches", "1",
