@@ -19,7 +19,7 @@ import numpy as np
 from jaxlm.assembly import model_source, run_directory, task_heads
 from jaxlm.assembly.model_source import Source
 from jaxlm.assembly.open_model import Place, Pretrained, open_model, published_run
-from jaxlm.core import config_io, errors, registry
+from jaxlm.core import config, config_io, errors, registry
 from jaxlm.core.paths import local
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.formats import gguf, gguf_tokenizer, hf_sidecars, huggingface, model_card, multimodal, stablehlo
@@ -333,7 +333,7 @@ def _to_stablehlo(p: Pretrained, folder: Path, dtype: Any) -> list[str]:
 
 
 def _to_peft(p: Pretrained, folder: Path, dtype: str) -> list[str]:
-    start = p.source.run.start if p.source.run else str(p.source.path)
+    start = _plain_base(p.source.run) if p.source.run else str(p.source.path)
     if not start:
         raise ValueError(f"format peft: {p.source.path} began from no published model; export it as hf")
     if (Path(start) / "config.json").is_file() and multimodal.is_wrapper(huggingface.read_config(start)):
@@ -345,6 +345,16 @@ def _to_peft(p: Pretrained, folder: Path, dtype: str) -> list[str]:
     if Path(start).suffix == ".gguf":
         notes.append(f"note: PEFT can't read {start}; give it the same model as a Hugging Face directory")
     return notes
+
+
+def _plain_base(run: config.Run) -> str:
+    """Returns the model that a run's adapter rests on: that of the run with an adapter which it starts from, if so."""
+    while run.adapter != config.Adapter() and (Path(run.start) / "checkpoints").is_dir():
+        before = run_directory.read_config(Path(run.start))
+        if before.adapter == config.Adapter():
+            break
+        run = before
+    return run.start
 
 
 def _peft_logits(p: Pretrained, folder: Path) -> np.ndarray:

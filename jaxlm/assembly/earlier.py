@@ -24,6 +24,7 @@ from jaxlm.objectives import OBJECTIVES, outputs
 from jaxlm.objectives.objective import DeviceBatch, RowShape, Sums
 from jaxlm.training.continual import path, penalty, projection
 from jaxlm.training.step import Keeping
+from jaxlm.weights import adapters
 
 FOLDER = "memory"
 INDEX = "tasks.json"
@@ -76,6 +77,11 @@ def check(c: Continual, run: config.Run) -> None:
         raise ValueError(
             f"continual.methods: {bound} takes the gradient of earlier rows as a bound, and replay and der learn from "
             "them; choose one"
+        )
+    if adapters.METHODS.of(run.adapter).growth is not None and (held := set(c.methods) & set(PENALTIES)):
+        raise ValueError(
+            f"continual.methods: {min(held)} holds the weights of earlier tasks, and {registry.name_of(run.adapter)} "
+            "trains new ones in each; choose replay or lwf, or lora as the adapter"
         )
     needing = {"lwf", "der"} & set(c.methods)
     if needing and OBJECTIVES.of(run.objective).outputs is None:

@@ -9,6 +9,7 @@ from jaxlm.assembly import run_directory
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.core import config
 from jaxlm.training import optimizers
+from jaxlm.weights.adapters import METHODS
 
 
 def learns_anew(before: config.Run, run: config.Run) -> bool:
@@ -77,11 +78,12 @@ def told(run: config.Run, start: StartModel) -> list[str]:
     last = float(optimizers.schedule(before.optim, before.train.steps)(before.train.steps - 1))
     high, low = (float(rate(step)) for step in (c.warmup, steps - 1))
     lines = [
-        f"{run.folder} goes on from {source.path} as a new run: its learning rate warms up to {high:.3g} in {c.warmup} "
-        f"steps and is {low:.3g} after {steps} ({c.schedule}), where that of {source.path} ended at {last:.3g}"
+        f"{run.folder} goes on from {source.path} as a new run: its learning rate rises to {high:.3g} by step "
+        f"{c.warmup} and is {low:.3g} at step {steps}, the last ({c.schedule}); that of {source.path} ended at "
+        f"{last:.3g}"
     ]
     alike = type(before.objective) is type(run.objective)  # else it is another task, such as a language model's labels
-    if alike and not run.continual.methods:
+    if alike and not run.continual.methods and METHODS.of(run.adapter).growth is None:
         lines.append(
             f"warning: {run.folder} may forget what {source.path} learned; to keep it, train with earlier data in each "
             "batch: --continual.methods replay --continual.replay.share 0.05"

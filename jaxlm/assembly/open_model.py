@@ -154,29 +154,55 @@ def first_params(p: programs.Program, start: StartModel) -> Any:
         new = set() if head.kept else new
         if head.note and jax.process_index() == 0:
             print(head.note)
+    grows = _grows(p, source)
+    theirs_by_path = tree.flatten(
+        {name: s for name, s in stored.items() if not (grows and name == "adapter")}, spec.is_spec
+    )
     differing = [path for path, s in tree.flatten(p.specs, spec.is_spec).items()
-                 if (other := tree.flatten(stored, spec.is_spec).get(path)) and other.shape != s.shape
-                 and path not in new]  # fmt: skip
+                 if (other := theirs_by_path.get(path)) and other.shape != s.shape and path not in new]  # fmt: skip
     if source.family is not p.model.family or differing:
         where = f": {differing[0]} has another shape" if differing else ""
         raise ValueError(f"start: {source.path} does not fit this run's model{where}; leave the model to `start`")
-    theirs, ours = source.adapter, p.run.adapter
-    other = theirs != config.Adapter() and (
-        type(theirs) is not type(ours)
-        or any(getattr(theirs, name) != getattr(ours, name) for name in source.adapted.method.defining)
-    )
-    if theirs.base not in ("float32", ours.base) or other:
-        raise ValueError(
-            f"start: {p.run.start} has an adapter of other settings than this run's; leave adapter.* out, or merge it "
-            f"first: jaxlm export {p.run.start} MERGED --format hf"
-        )
-    transform = _quantizer(p) if theirs.base != ours.base else None
+    transform = _quantizer(p) if source.adapter.base != p.run.adapter.base else None
     weights = read(source, stored, p.layout.shardings(stored, p.mesh), transform=transform)
+    if grows:
+        weights |= {"adapter": _grown(p, source, weights["adapter"])}
     if earlier_heads:
         assert source.run is not None
         weights = earlier.with_heads(p.earlier, source.run, earlier.read_index(source.path), weights)
         new = set()  # where the run's own head is an earlier task's it stands among them
     return {name: value for name, value in weights.items() if name in p.specs and name not in new}
+
+
+def _grows(p: programs.Program, source: Source) -> bool:
+    """Says whether the run adds an adapter of its own to that of the model it starts from. ValueError: it can neither
+    do that nor go on with it."""
+    theirs, ours, growth = source.adapter, p.run.adapter, p.adapter.method.growth
+    if growth is not None and growth.settings(ours, theirs) != ours:
+        raise ValueError(
+            f"adapter: {p.run.start} has an adapter of other settings than this run says of it; leave that to `start`"
+        )
+    grows = growth is not None and isinstance(theirs, growth.bases)
+    same = theirs == config.Adapter() or (
+        type(theirs) is type(ours)
+        and all(getattr(theirs, name) == getattr(ours, name) for name in source.adapted.method.defining)
+    )
+    if theirs.base not in ("float32", ours.base) or not (grows or same):
+        raise ValueError(
+            f"start: {p.run.start} has an adapter of other settings than this run's; leave adapter.* out, or merge it "
+            f"first: jaxlm export {p.run.start} MERGED --format hf"
+        )
+    return grows
+
+
+def _grown(p: programs.Program, source: Source, adapter: Any) -> Any:
+    """Returns the part of the run's adapter that comes from that of the model it starts from, on the run's devices."""
+    grow = partial(p.adapter.grown, source.adapted)
+    made = jax.eval_shape(grow, adapter)
+    homes = p.layout.shardings(p.specs, p.mesh)["adapter"]
+    where = tree.map_named(lambda path, _: tree.at(homes, path), made)
+    with on_mesh(p.mesh):
+        return jax.jit(grow, out_shardings=where)(adapter)
 
 
 def new_head(p: programs.Program, start: StartModel) -> list[str]:

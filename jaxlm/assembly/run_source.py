@@ -82,7 +82,22 @@ def begun(base: Base, run: config.Run) -> tuple[config.Run, StartModel]:
         run = new_data.following(base.run, run)
     start = base.start if base.start.place == run.start else StartModel(run.start)
     run = completed(run, start)
+    if not base.in_directory or start.place != base.start.place:
+        run = growing(run, start)
     return new_data.named(base.run, run) if follows else run, start
+
+
+def growing(run: config.Run, start: StartModel) -> config.Run:
+    """Returns the run with what an adapter that grows from run to run takes from the model that the run starts from."""
+    if METHODS.of(run.adapter).growth is None:
+        return run
+    return growing_from(run, start.source.adapter if start.place else config.Adapter())
+
+
+def growing_from(run: config.Run, before: config.Adapter) -> config.Run:
+    """Returns the run with what an adapter that grows from run to run takes from one before."""
+    growth = METHODS.of(run.adapter).growth
+    return run if growth is None else dataclasses.replace(run, adapter=growth.settings(run.adapter, before))
 
 
 def completed(run: config.Run, start: StartModel) -> config.Run:

@@ -64,7 +64,11 @@ def _runs(stream: Stream, seed: int) -> list[config.Run]:
             run = run_source.completed(open_model.starting(run, start) if start.place else run, start)
         except ValueError as error:
             raise ValueError(f"stage {stage.name}: {error}") from error
-        out.append(run if i == 0 else dataclasses.replace(run, start=str(out[-1].folder)))
+        if i == 0:
+            out.append(run_source.growing(run, start))
+            continue
+        run = run_source.growing_from(run, out[-1].adapter)
+        out.append(dataclasses.replace(run, start=str(out[-1].folder)))
     return out
 
 
@@ -116,6 +120,7 @@ def _train_seed(stream: Stream, runs: list[config.Run], folder: Path, say: Calla
         say(f"── {stage.name} by itself ──")
         plain = dataclasses.replace(run.continual, methods=())
         alone = dataclasses.replace(run, start=runs[0].start, out=str(folder / "single"), continual=plain)
+        alone = run_source.growing(alone, StartModel(alone.start))
         if status := _train_stage(alone, scores, f"single {stage.name}", all_of):
             return status
     if "joint" in stream.references:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxlm.assembly import corpus, open_model, remember, run_objective
+from jaxlm.assembly import corpus, open_model, remember, run_objective, run_source
 from jaxlm.assembly.earlier import FOLDER, INDEX, Task
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.core import config
@@ -27,6 +27,7 @@ def write_joint(runs: list[config.Run], folder: Path) -> config.Run:
         runs[-1], name="joint", out=str(folder), start=runs[0].start, continual=Continual(heads=True),
         train=dataclasses.replace(runs[-1].train, steps=sum(steps)),
     )  # fmt: skip
+    last = run_source.growing(last, StartModel(last.start))
     if all(run.objective == runs[0].objective for run in runs):
         sources = [(s, n / len(run.data.train)) for run, n in zip(runs, steps, strict=True) for s in run.data.train]
         valid = tuple(source for run in runs for source in run.data.valid)

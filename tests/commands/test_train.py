@@ -196,8 +196,8 @@ def test_a_finished_run_learns_new_data_in_a_run_beside_it(trained: Path, capsys
     assert cli.main(args) == 0
     shown = capsys.readouterr().out
     second = folder.with_name("week-2")
-    rates = f"{second} goes on from {folder} as a new run: its learning rate warms up to 0.01 in 1 steps and is 0.01 "
-    assert rates + f"after 2 (cosine), where that of {folder} ended at 0.001\n" in shown
+    rates = f"{second} goes on from {folder} as a new run: its learning rate rises to 0.01 by step 1 and is 0.01 at "
+    assert f"{rates}step 2, the last (cosine); that of {folder} ended at 0.001\n" in shown
     warning = f"warning: {second} may forget what {folder} learned"
     [line] = [line for line in shown.splitlines() if line.startswith("warning: ")]
     assert line.startswith(warning) and "--continual.methods replay --continual.replay.share 0.05" in line

@@ -51,6 +51,7 @@ ADAPTERS = {
         "vera": dict(rank=16, targets=("all",)), "ia3": dict(targets=("all",)), "houlsby": dict(reduction=4.0),
         "pfeiffer": dict(reduction=4.0), "parallel": dict(reduction=4.0), "prefix": dict(tokens=4),
         "prompt": dict(tokens=4), "p_tuning": dict(tokens=4), "bitfit": {}, "norms": {},
+        "orthogonal_lora": dict(rank=4, previous=4, targets=("all",)),
     }.items()
 }  # fmt: skip
 CASES = [*((name, "none") for name in CONFIGS), *(("gpt2", name) for name in ADAPTERS)]

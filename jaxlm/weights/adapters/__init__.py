@@ -12,6 +12,7 @@ from jaxlm.weights.adapters import (
     dora,
     ia3,
     lora,
+    orthogonal_lora,
     pissa,
     prefix,
     prompt,
@@ -24,14 +25,15 @@ from jaxlm.weights.adapters.dora import Dora
 from jaxlm.weights.adapters.ia3 import Ia3
 from jaxlm.weights.adapters.lora import Lora
 from jaxlm.weights.adapters.method import Method
+from jaxlm.weights.adapters.orthogonal_lora import OrthogonalLora
 from jaxlm.weights.adapters.pissa import Pissa
 from jaxlm.weights.adapters.prefix import Prefix
 from jaxlm.weights.adapters.prompt import Prompt, PTuning
 from jaxlm.weights.adapters.vera import Vera
 
 __all__ = [
-    "METHODS", "AdaLora", "BitFit", "Dora", "Houlsby", "Ia3", "Lora", "Norms", "PTuning", "Parallel", "Pfeiffer",
-    "Pissa", "Prefix", "Prompt", "Vera",
+    "METHODS", "AdaLora", "BitFit", "Dora", "Houlsby", "Ia3", "Lora", "Norms", "OrthogonalLora", "PTuning", "Parallel",
+    "Pfeiffer", "Pissa", "Prefix", "Prompt", "Vera",
 ]  # fmt: skip
 
 METHODS: ConfigTable[Method[Any]] = ConfigTable(
@@ -52,5 +54,6 @@ METHODS: ConfigTable[Method[Any]] = ConfigTable(
         "p_tuning": prompt.p_tuning,
         "bitfit": base_weights.bitfit,
         "norms": base_weights.norms,
+        "orthogonal_lora": orthogonal_lora.method,
     },
 )

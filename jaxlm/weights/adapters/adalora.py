@@ -133,11 +133,7 @@ def penalty(c: AdaLora, params: Any) -> jax.Array:
     for path, x in tree.flatten(params["adapter"], prefix=ROOT).items():
         side = path.rpartition("/")[2]
         if side in ("a", "b"):
-            inner = "xyz"[: x.ndim - 2]
-            eq = f"l{inner}r,l{inner}s->lrs" if side == "a" else f"lr{inner},ls{inner}->lrs"
-            mesh = jax.sharding.get_abstract_mesh()
-            whole = None if mesh.empty or not mesh.are_all_axes_explicit else jax.sharding.PartitionSpec()
-            gram = jnp.einsum(eq, x, x, out_sharding=whole)
+            gram = low_rank.inner_products(x, x, side)
             difference = gram - jnp.eye(gram.shape[-1])[None]
             norms.append(jnp.sqrt(jnp.square(difference).sum((1, 2)) + 1e-12))
     return c.orthogonal * jnp.concatenate(norms).mean()

@@ -218,11 +218,32 @@ class Adapted:
         return out
 
     def init(self, specs: Any, key: jax.Array, prompt_ids: Sequence[int] | None = None, existing: Any = None) -> Any:
-        """Returns fresh weights of `specs` (this model's and its heads') but for those that are `existing`."""
-        existing = existing or {}
+        """Returns fresh weights of `specs` (this model's and its heads') but for those that are `existing`; of an
+        adapter that grows a part is."""
+        existing = dict(existing or {})
+        if "adapter" in existing and self.method.growth is not None:
+            made = weights.init({"adapter": specs["adapter"]}, key)["adapter"]
+            for path, x in tree.flatten(existing["adapter"]).items():
+                made = tree.put(made, path, x)
+            existing["adapter"] = made
         made = weights.init({name: self.base.get(name, s) for name, s in specs.items() if name not in existing}, key)
         key = jax.random.fold_in(key, 1)
         return self.initial_values(made | existing, prompt_ids, key, fresh="adapter" not in existing)
+
+    def grown(self, before: "Adapted", adapter: Any) -> Any:
+        """Returns the part of an adapter that comes from `adapter`, which the model had before. ValueError: that was on
+        other matrices."""
+        growth = self.method.growth
+        assert growth is not None
+        if self.targets.keys() != before.targets.keys():
+            raise ValueError(
+                f"adapter.targets: {' '.join(self.targets)} here, and the adapter that this run starts from is on "
+                f"{' '.join(before.targets)}; leave adapter.targets out"
+            )
+        out: dict[str, Any] = {}
+        for path, target in self.targets.items():
+            out = tree.put(out, path, growth.weights(self.c, before.c, target, tree.at(adapter, path)))
+        return out
 
     def _base_leaf(self, params: Any, m: Matrix) -> Any:
         stored = tree.at(params, m.path)

@@ -219,6 +219,16 @@ def factors(c: LowRankAdapter, target: Matrix, adapter: Weights, shared: Weights
     return leaf(c, target, None, adapter).factors()
 
 
+def inner_products(x: jax.Array, y: jax.Array, side: str) -> jax.Array:
+    """Returns the inner products of the directions of two stacks, `[L, R, S]`, whole on every device: of two a's
+    `[L, inputs, R]`, or of two b's `[L, R, outputs]`, as `side` says."""
+    inner = "xyz"[: x.ndim - 2]
+    eq = f"l{inner}r,l{inner}s->lrs" if side == "a" else f"lr{inner},ls{inner}->lrs"
+    mesh = jax.sharding.get_abstract_mesh()
+    whole = None if mesh.empty or not mesh.are_all_axes_explicit else jax.sharding.PartitionSpec()
+    return jnp.einsum(eq, x, y, out_sharding=whole)
+
+
 def side_by_side(parts: Sequence[Matrix], layers: Mapping[str, Layer]) -> tuple[dict[str, Layer], int]:
     """Returns the weights of matrices which are one module in published files, and their common rank: all have the same
     a, in which their own stand side by side, and each b is zero but for the directions of its own."""

@@ -50,6 +50,19 @@ class VirtualTokens(Generic[C]):
     """Weights → the virtual tokens' embeddings, `[P, D]`."""
 
 
+@dataclass(frozen=True)
+class Growth(Generic[C]):
+    """The part of a method whose adapter grows: a run that starts from a model with an adapter keeps that one and adds
+    one of its own."""
+
+    bases: tuple[type[Adapter], ...]
+    """Settings of the adapters that it grows from."""
+    settings: Callable[[C, Adapter], C]
+    """(settings, those of the adapter that the model has which a run starts from) → settings of the run."""
+    weights: Callable[[C, Any, Matrix, Weights], Weights]
+    """(settings, those before, target, its adapter before) → those of the target's weights that come from it."""
+
+
 def _none(c: Any, target: Matrix) -> Specs:
     return {}
 
@@ -103,6 +116,8 @@ class Method(Generic[C]):
     trained_roles: tuple[Role, ...] = ()
     """Roles of those weights of the base that are trained."""
     virtual_tokens: VirtualTokens[C] | None = None
+    growth: Growth[C] | None = None
+    """How it grows from run to run; None: a run goes on with the adapter that it starts from."""
     num_common_keys: Callable[[C], int] = _no_keys
     """How many keys every query of a row sees, whatever its segment."""
     mergeable: bool = True

@@ -17,7 +17,7 @@ from jaxlm.weights import adapters
 from jaxlm.weights.adapters import vera
 
 METHODS = tuple(name for name in adapters.METHODS if name != "none")
-MERGED = ("lora", "dora", "pissa", "adalora", "vera", "ia3", "bitfit", "norms")
+MERGED = ("lora", "dora", "pissa", "adalora", "vera", "ia3", "bitfit", "norms", "orthogonal_lora")
 KINDS = ("llama", "bert", "t5")
 WITH_BIASES = ("gpt2", "bert", "bart")
 
@@ -39,7 +39,7 @@ def cases(usual: Sequence[str] = METHODS, kinds: dict[str, str] = {"bitfit": "be
 SHAKEN = {"vera": 3.0, "dora": 0.3, "adalora": 0.3, "ia3": 0.5, "prefix": 0.5}
 
 
-SMALL = dict(rank=4, tokens=3, reduction=4.0)
+SMALL = dict(rank=4, tokens=3, reduction=4.0, previous=2)
 
 
 def adapter(method: str, base: str = "float32", **more) -> config.Adapter:
