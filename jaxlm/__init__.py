@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter", "Continual", "Data", "Execution", "LanguageModel", "Mesh", "Optim", "Plan", "Program", "Run",
     "RunDirectory", "Sampling", "Stage", "Stream", "Train", "as_linen", "as_nnx", "evaluate", "from_linen", "from_nnx",
-    "import_model", "load", "load_plugin", "merge", "open", "plan", "register_adapter", "register_model",
+    "grow", "import_model", "load", "load_plugin", "merge", "open", "plan", "register_adapter", "register_model",
     "register_objective", "register_optimizer", "register_schedule", "start_processes", "train", "train_stream",
 ]  # fmt: skip
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         evaluate,
         from_linen,
         from_nnx,
+        grow,
         import_model,
         load,
         load_plugin,

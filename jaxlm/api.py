@@ -4,11 +4,12 @@ Functions take and return objects. A user's mistake is a ValueError that names t
 of `jaxlm` are the same functions with options and printing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxlm.assembly import convert, evaluate_model, run_directory, run_source, stream, training_run
+from jaxlm.assembly import grow as growing
 from jaxlm.assembly import merge as merges
 from jaxlm.assembly.as_flax import as_linen, as_nnx
 from jaxlm.assembly.language_model import LanguageModel
@@ -36,7 +37,7 @@ from jaxlm.weights.merging import MethodName, Rescale, Settings
 
 __all__ = [
     "LanguageModel", "Plan", "Program", "RunDirectory", "Sampling", "Stage", "Stream", "as_linen", "as_nnx", "evaluate",
-    "from_linen", "from_nnx", "import_model", "load", "load_plugin", "merge", "open", "plan", "register_adapter",
+    "from_linen", "from_nnx", "grow", "import_model", "load", "load_plugin", "merge", "open", "plan", "register_adapter",
     "register_model", "register_objective", "register_optimizer", "register_schedule", "start_processes", "train",
     "train_stream",
 ]  # fmt: skip
@@ -145,6 +146,27 @@ def import_model(model: str | Path, target: str | Path) -> RunDirectory:
     """Makes a run directory of a published model and returns it. ValueError: `target` exists, or `model` is no model
     that can be read exactly."""
     convert.import_model(str(model), target)
+    return RunDirectory(Path(target))
+
+
+def grow(
+    model: LanguageModel | RunDirectory | str | Path, target: str | Path, *, blocks: int = 0, stack: int = 0,
+    widen: Mapping[str, int] | None = None, experts: int = 0, vocab: int | str | Path = "", top_k: int = 2,
+    noise: float = 0.0, seed: int = 0,
+) -> RunDirectory:  # fmt: skip
+    """Makes a run directory of a larger model, which `start` continues from, and returns it. Give one of these:
+
+    `blocks` new layers that add nothing at first, each behind one of as many equal groups of layers; `stack`: the whole
+    stack so many times, which alone changes the function; `widen`: new sizes by the fields of the model's config, such
+    as `{"ffn": 4096}`; `experts` that each feed-forward network becomes, of which each token goes to `top_k`; `vocab`:
+    a new number of rows, or a tokenizer that adds tokens. `noise` lets the copies of `widen` share unequally what they
+    send on, in deviations of a weight.
+
+    ValueError: the model can't grow so, or `target` exists.
+    """
+    sizes = tuple(f"{name}={size}" for name, size in (widen or {}).items())
+    growth = growing.Growth(blocks, stack, sizes, experts, str(vocab), top_k, noise, seed)
+    growing.grow(_place(model), target, growth)
     return RunDirectory(Path(target))
 
 

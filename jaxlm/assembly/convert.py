@@ -120,7 +120,7 @@ def _export(p: Pretrained, path: Path, format: str, dtype: str | None) -> tuple[
         notes = write(p, path, dtype)
         read: Any = {"stablehlo": _stablehlo_logits, "peft": _peft_logits}.get(format)
         after = logits(open_model(path)) if read is None else read(p, path)
-        difference = _compare(before, after)
+        difference = compare(before, after)
         if not difference["relative_difference"] <= TOLERANCE[dtype]:
             raise ValueError(
                 f"{path}: what was written gives other logits (off by {difference['relative_difference']:.2g} of their "
@@ -202,9 +202,9 @@ def probe(p: Pretrained) -> dict[str, np.ndarray]:
     return out
 
 
-def logits(p: Pretrained, vectors: bool = False) -> np.ndarray:
-    """Computes the probe's logits `[rows, T, V]` in float32; or with `vectors`, and for a model without a head, what
-    comes before the head, `[rows, T, D]`; or what the head of a labelled task gives."""
+def logits(p: Pretrained, vectors: bool = False, batch: dict[str, np.ndarray] | None = None) -> np.ndarray:
+    """Computes the logits `[rows, T, V]` of a batch, or of the probe, in float32; or with `vectors`, and for a model
+    without a head, what comes before the head, `[rows, T, D]`; or what the head of a labelled task gives."""
     execution = dataclasses.replace(p.model.shard.execution, dtype="float32", attention="xla")
     model = dataclasses.replace(p.model, shard=dataclasses.replace(p.model.shard, execution=execution))
 
@@ -218,15 +218,16 @@ def logits(p: Pretrained, vectors: bool = False) -> np.ndarray:
         return x_BTD if vectors else losses.logits(model.readout(params, x_BTD), model.shard)
 
     with mesh.on_mesh(p.mesh), jax.default_matmul_precision("highest"):
-        batch = probe(p)
+        batch = probe(p) if batch is None else batch
         if head is not None:
             at = 0 if model.family.kind == "encoder" else batch["tokens"].shape[1] - 1
-            batch |= dict(at=np.full(ROWS, at, np.int32), types=np.zeros_like(batch["tokens"]))
+            batch = batch | dict(at=np.full(ROWS, at, np.int32), types=np.zeros_like(batch["tokens"]))
         batch = {name: np.repeat(x, jax.device_count(), 0) for name, x in batch.items()}  # rows for all devices
         return np.asarray(jax.device_get(run(p.params, batch)))[:: jax.device_count()]
 
 
-def _compare(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+def compare(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+    """Returns how far logits are from what they were."""
     assert before.shape == after.shape, f"{before.shape} became {after.shape}"
     return dict(
         relative_difference=float(np.sqrt(np.mean((after - before) ** 2)) / before.std()),

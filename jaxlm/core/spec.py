@@ -47,6 +47,9 @@ class Spec(NamedTuple):
     """Stands below the first layer, so learning rates that fall from layer to layer are lowest for it."""
     layers_above: int = 0
     """How many layers stand above those of this stack: an encoder's and a decoder's are counted apart."""
+    silent: float | None = None
+    """The value at which its half of a layer adds nothing to the residual stream, for norms after the half. None: it
+    has no such value, or its half ends with a matrix to `embed`, which is silent at zero."""
 
     @property
     def is_matrix(self) -> bool:

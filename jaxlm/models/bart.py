@@ -7,6 +7,7 @@ B batch, T target position, S source position, D model width, H heads, C head wi
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -64,6 +65,7 @@ class Config(ModelConfig):
     """Share of embeddings, attention outputs and ffn outputs that is dropped."""
     model_type: Literal["bart", "mbart"] = "bart"
     """What published files of this model call its architecture."""
+    layer_counts = MappingProxyType({"decoder/blocks": ("decoder_layers",)})
 
 
 def sides(c: Config) -> dict[str, tuple[int, int, int]]:

@@ -7,6 +7,7 @@ R rotated head width, W value width, L width of the latent, V vocabulary.
 
 import dataclasses
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -66,6 +67,7 @@ class Config(ModelConfig):
     """It predicts tokens; false: files with a task's head have no other."""
     model_type: Literal["deepseek_v3", "deepseek_v2"] = "deepseek_v3"
     """What published files of this model call its architecture."""
+    layer_counts = MappingProxyType({"dense": ("layers", "dense")})
 
 
 NORM_EPS = 1e-6  # of the latents' norms, whatever `eps` is

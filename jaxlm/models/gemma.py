@@ -62,7 +62,8 @@ def block_specs(c: Config) -> dict[str, Spec]:
     )
     if c.model_type != "gemma":
         # Norms by what they do, but the adapter `norms` leaves them as they are, and its runs rely on that.
-        out |= dict(after1=Spec((D,), (None,), zeros), after2=Spec((D,), (None,), zeros))
+        after = Spec((D,), (None,), zeros, silent=-1.0)
+        out |= dict(after1=after, after2=after)
     if c.model_type == "gemma3_text":
         out |= dict(q_norm=norm(c.head_width), k_norm=norm(c.head_width))
     return out

@@ -5,7 +5,7 @@ rotation; Phi-3 keeps the same weights in fewer tensors.
 B batch, T position, D model width.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -16,9 +16,11 @@ from jaxlm.core.spec import Spec, norm, normal, stacked
 from jaxlm.core.weight_names import Name, fused, linear
 from jaxlm.nn import attention_layers, block_stack, decoder, layers, rope
 from jaxlm.nn.cache import Cache
+from jaxlm.nn.decoder import DecoderConfig
 from jaxlm.nn.family import Batch, Key, Kind, Task, TaskFiles
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
+from jaxlm.nn.moe import Moe
 
 kind: Kind = "decoder"
 generates = True
@@ -36,6 +38,21 @@ class Config(decoder.WindowedConfig):
     mlp_bias: bool = False
     model_type: Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3"] = "llama"
     """What published files of this model call its architecture."""
+    layer_patterns = ("windowed", "rotated")
+
+    def with_experts(self, moe: Moe) -> tuple[str, dict[str, Any]]:
+        """Returns Mixtral's name and fields; Qwen 3 becomes Qwen 3 MoE."""
+        qwen = self.model_type == "qwen3"
+        fits = dict(
+            windowed=self.window is None or all(self.windowed), rotated=all(self.rotated), mlp_bias=not self.mlp_bias,
+            qkv_bias=self.qkv_bias == self.o_bias and (qwen or not self.o_bias), qk_norm=self.qk_norm == qwen,
+        )  # fmt: skip
+        for name, ok in fits.items():
+            if not ok:
+                raise ValueError(f"experts: model.{name} of this model has no place in Mixtral's layers")
+        shared = {f.name: getattr(self, f.name) for f in fields(DecoderConfig)}
+        own = dict(moe=moe, ffn=self.ffn, window=self.window, qk_norm=self.qk_norm, qkvo_bias=self.o_bias)
+        return "mixtral", shared | own | dict(model_type="qwen3_moe" if qwen else "mixtral")
 
 
 def block_specs(c: Config) -> dict[str, Spec]:

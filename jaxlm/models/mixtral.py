@@ -6,6 +6,7 @@ B batch, T position, D model width.
 
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 from jaxlm.core.ranges import Count, Natural
@@ -38,6 +39,7 @@ class Config(decoder.DecoderConfig):
     qkvo_bias: bool = False
     model_type: Literal["mixtral", "qwen3_moe"] = "mixtral"
     """What published files of this model call its architecture."""
+    layer_counts = MappingProxyType({"dense": ("layers", "dense")})
 
 
 def attention_specs(c: Config) -> dict[str, Spec]:

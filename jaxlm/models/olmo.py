@@ -45,9 +45,9 @@ def block_specs(c: Config) -> dict[str, Spec]:
         **decoder.attention_specs(c, "qkvo" if c.bias else ""),
         q_norm=norm(H, C, axes=("heads", None)),
         k_norm=norm(K, C, axes=("kv", None)),
-        norm1=norm(D),
+        norm1=norm(D)._replace(silent=0.0),
         **decoder.gated_specs(D, c.ffn),
-        norm2=norm(D),
+        norm2=norm(D)._replace(silent=0.0),
     )
 
 

@@ -8,6 +8,7 @@ V vocabulary.
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -58,6 +59,7 @@ class Config(ModelConfig):
     eps: NonNegative = 1e-6
     model_type: Literal["t5", "mt5"] = "t5"
     """What published files of this model call its architecture."""
+    layer_counts = MappingProxyType({"decoder/blocks": ("decoder_layers",)})
 
     @property
     def depth(self) -> int:

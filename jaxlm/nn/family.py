@@ -6,6 +6,7 @@ They stand below `models` because whatever takes a family is typed by them, adap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -82,6 +83,15 @@ class ModelConfig:
     """Id of the token that an encoder-decoder's targets begin after; None: it has none of its own."""
     model_type: str = ""
     """What published files of this model call its architecture."""
+    layer_counts: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    """Fields that count the layers of a stack, by the stack's path; of others `layers` alone does."""
+    layer_patterns: tuple[str, ...] = ("windowed",)
+    """Fields that say how layers differ, as patterns that repeat, if the config has them."""
+
+    def with_experts(self, moe: Moe) -> tuple[str, dict[str, Any]]:
+        """Returns the name and the fields of the family that has experts where this one has a feed-forward network.
+        ValueError: there is none, or it can't express this model."""
+        raise ValueError("experts: no family has this one's layers with experts; choose a model of Llama's kind")
 
     @property
     def task_layer(self) -> TaskLayer | None:

@@ -1,0 +1,259 @@
+"""A trained model becomes a larger one that computes the same: a new run directory to start from, evaluate and export.
+
+What is written is read again, and its logits are compared with those before.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.assembly import convert, earlier, run_directory
+from jaxlm.assembly.open_model import Place, Pretrained, open_model, published_run
+from jaxlm.core import config, config_io, spec, tree
+from jaxlm.core.ranges import Count, Natural, NonNegative
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.formats.checkpoint import Checkpoints
+from jaxlm.models import MODELS
+from jaxlm.nn.family import Family
+from jaxlm.nn.layout import Layout
+from jaxlm.nn.moe import Moe
+from jaxlm.objectives import OBJECTIVES
+from jaxlm.runtime import mesh
+from jaxlm.weights.grow import depth, experts, vocabulary, width
+
+RECORD = "grown.json"
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A Growth says how a model grows: exactly one of its first five fields is given."""
+
+    blocks: Natural = 0
+    """New layers that add nothing at first, each behind one of as many equal groups of layers."""
+    stack: Natural = 0
+    """How many times the whole stack of layers stands in the new model. This doesn't keep the function."""
+    widen: tuple[str, ...] = ()
+    """New sizes as FIELD=N, such as `ffn=4096` or `heads=16`, by the names of the model's config."""
+    experts: Natural = 0
+    """Experts that each layer's feed-forward network becomes, all alike at first."""
+    vocab: str = ""
+    """New size of the vocabulary, or a tokenizer that adds tokens to the model's own."""
+    top_k: Count = 2
+    """experts: how many of them a token goes to."""
+    noise: NonNegative = 0.0
+    """widen: how unequally copies share what they send on, in deviations of a weight; their sum stays as it was."""
+    seed: Natural = 0
+    """Of the routers, and of the noise."""
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A Grown is a model that has grown, before it is written."""
+
+    config: Any
+    weights: Any
+    notes: list[str]
+    tokens: Any = None
+    """The new tokenizer; None: the model keeps its own."""
+    outputs: int | None = None
+    """How many of the last dimension's numbers are compared; None: all that there were."""
+    keeps: bool = True
+    """The function is kept."""
+    new_layers: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+
+
+def grow(model: Place, target: str | Path, growth: Growth, step: int | None = None) -> tuple[list[str], dict[str, Any]]:
+    """Writes a run directory with the grown model; returns a line on each thing, and the record that it holds.
+
+    ValueError: the model can't grow so, the function would not be kept, or `target` is there already.
+    """
+    folder = convert.fresh(target)
+    config_io.check(growth, "")
+    asked = [name for name in GROWTHS if getattr(growth, name)]
+    if len(asked) != 1:
+        also = f", not {' and '.join(asked)} together" if asked else ""
+        raise ValueError(f"growth: give exactly one of {', '.join(GROWTHS)}{also}")
+    if growth.noise and not growth.widen:
+        raise ValueError("noise: only copies of widened layers can share unequally; leave it out, or give widen")
+    with run_directory.removed_if_refused(folder):
+        p = open_model(model, step)
+        if p.source.adapter != config.Adapter():
+            where = p.source.path
+            raise ValueError(f"{where}: has an adapter; merge it first: jaxlm export {where} MERGED --format hf")
+        if p.source.run is not None and earlier.of_directory(p.source.path, p.source.run).tasks:
+            raise ValueError(f"{p.source.path}: has heads of earlier tasks, which don't grow; grow the model before it")
+        weights = jax.tree.map(np.asarray, jax.device_get(p.params))
+        made = GROWTHS[asked[0]](p, weights, growth)
+        return _write(p, folder, asked[0], made)
+
+
+# -------------------------------------------------------------------------------------------------------- the growths
+
+
+def _specs(family: Family, c: Any, p: Pretrained) -> Any:
+    """Returns the specs of a grown model, with those of the objective's own head."""
+    config_io.check(c, "model.")
+    objective = p.source.objective
+    own = {} if objective is None else OBJECTIVES.of(objective).specs(objective, c.width)
+    return family.specs(c) | own
+
+
+def _blocks(p: Pretrained, weights: Any, growth: Growth) -> Grown:
+    plan = depth.expansion(p.model.specs, growth.blocks)
+    made = _layers(p, weights, plan)
+    new = depth.new_layers(p.model.specs, plan)
+    said = "; ".join(f"{side or 'layers'} {', '.join(map(str, at))}" for side, at in new.items())
+    return dataclasses.replace(made, new_layers=new, notes=[f"new, from 0: {said}; they add nothing at first"])
+
+
+def _stack(p: Pretrained, weights: Any, growth: Growth) -> Grown:
+    made = _layers(p, weights, depth.repetition(p.model.specs, growth.stack))
+    return dataclasses.replace(made, keeps=False, notes=["the stack was repeated, which changes the function"])
+
+
+def _layers(p: Pretrained, weights: Any, plan: depth.Plan) -> Grown:
+    c = depth.config(p.model.config, p.model.specs, plan)
+    return Grown(c, depth.weights(p.model.specs, weights, plan), [])
+
+
+def _widen(p: Pretrained, weights: Any, growth: Growth) -> Grown:
+    c: Any = p.model.config
+    old, changes = p.model.specs, dict[str, Any]()
+    for change in growth.widen:
+        name, _, size = change.partition("=")
+        if not size.isdecimal():
+            raise ValueError(f"widen: {change!r} is not FIELD=N, such as ffn=4096")
+        changes[name.removeprefix("model.")] = int(size)
+    grown: Any = config_io.changed(c, changes, "model.")
+    notes = []
+    if grown.width != c.width and c.tied and c.head and not _heads(old):
+        if not any(f.name == "tied" for f in dataclasses.fields(c)):
+            raise ValueError("widen: the head of this family is always its embedding, so its width can't grow")
+        grown = dataclasses.replace(grown, tied=False)
+        notes.append("the head is no longer tied to the embedding")
+    new = _specs(p.model.family, grown, p)
+    if notes:
+        old, weights = width.with_own_head(old, new, weights)
+    sizes = (c.width, grown.width)
+    return Grown(grown, width.widened(old, new, weights, sizes, growth.noise, growth.seed), notes)
+
+
+def _heads(specs: Any) -> list[str]:
+    return [path for path, s in tree.flatten(specs, spec.is_spec).items() if s.role == "head" and "vocab" in s.axes]
+
+
+def _experts(p: Pretrained, weights: Any, growth: Growth) -> Grown:
+    c: Any = p.model.config
+    if "ffn" not in {f.name for f in dataclasses.fields(c)} or c.moe is not None:
+        raise ValueError("experts: this model's layers have no plain feed-forward network to copy")
+    moe = Moe(experts=growth.experts, top_k=growth.top_k, ffn=getattr(c, "ffn", 0) or 4 * c.width)
+    name, fields = c.with_experts(moe)
+    family = MODELS[name]
+    grown = family.Config(**fields)
+    made = experts.upcycled(p.model.specs, _specs(family, grown, p), weights, jax.random.key(growth.seed))
+    return Grown(grown, made, [f"family {name}: {moe.experts} experts a layer, {moe.top_k} for each token"])
+
+
+def _vocab(p: Pretrained, weights: Any, growth: Growth) -> Grown:
+    c: Any = p.model.config
+    tokens = None
+    known, size, pieces = c.vocab, 0, dict[int, Sequence[int]]()
+    if growth.vocab.isdecimal():
+        size = int(growth.vocab)
+        if size <= known:
+            raise ValueError(f"vocab: the model has {known} rows already; give more, or a tokenizer that adds tokens")
+    else:
+        tokens, old = tokenizers.load(growth.vocab), p.tokens
+        if p.objective is not None and p.objective.vocab_size > old.vocab_size:
+            raise ValueError("vocab: this run's objective has tokens of its own behind the tokenizer's; give a number")
+        known, pieces = old.vocab_size, _pieces(old, tokens, growth.vocab)
+        size = max(c.vocab, tokens.vocab_size)
+    grown = dataclasses.replace(c, vocab=size)
+    made = vocabulary.with_rows(_specs(p.model.family, grown, p), weights, known, pieces)
+    notes = [f"vocabulary: {c.vocab} rows became {size}; {len(pieces) or size - known} have a start of their own"]
+    return Grown(grown, made, notes, tokens, outputs=known)
+
+
+def _pieces(old: Any, new: Any, place: str) -> dict[int, Sequence[int]]:
+    """Returns the ids by which the old tokenizer writes each token that the new one adds. ValueError: the new one isn't
+    the old one with more tokens."""
+    differs = next((i for i in range(old.vocab_size) if i >= new.vocab_size or old.piece(i) != new.piece(i)), None)
+    if differs is not None:
+        raise ValueError(
+            f"vocab: token {differs} of {place} differs from the model's own ({old.piece(differs)!r}); new tokens "
+            "must come behind the old ones"
+        )
+    if new.vocab_size == old.vocab_size:
+        raise ValueError(f"vocab: {place} has no token that the model's tokenizer lacks")
+    return {i: old.encode(new.decode([i]) or new.piece(i)) for i in range(old.vocab_size, new.vocab_size)}
+
+
+GROWTHS: dict[str, Callable[[Pretrained, Any, Growth], Grown]] = dict(
+    blocks=_blocks, stack=_stack, widen=_widen, experts=_experts, vocab=_vocab
+)
+
+
+# -------------------------------------------------------------------------------------------------- writing and proof
+
+
+def _write(p: Pretrained, folder: Path, kind: str, made: Grown) -> tuple[list[str], dict[str, Any]]:
+    """Writes the run directory, and the record of how its logits differ from those before. ValueError: they differ,
+    though this growth keeps the function."""
+    family, source = MODELS.of(made.config), p.source
+    specs = _specs(family, made.config, p)
+    _check_shapes(specs, made.weights)
+    run = published_run(source) if source.run is None else source.run
+    run = dataclasses.replace(run, model=made.config, name=folder.resolve().name, out=str(folder.parent), start="")
+    run = dataclasses.replace(run, optim=dataclasses.replace(run.optim, ema=0.0))  # the average is what has grown
+    notes = [*made.notes, *_save_text(p, folder, made.tokens), *source.save_advice(folder)]
+    layout = Layout.of(config.Mesh(), run.execution)
+    with Checkpoints(folder / "checkpoints") as checkpoints, mesh.on_mesh(p.mesh):
+        weights = jax.device_put(made.weights, layout.shardings(specs, p.mesh))
+        state = dict(step=jnp.zeros((), jnp.int32), params=weights)
+        checkpoints.save(0, state, {"step": 0, "grown": kind}, wait=True)
+    config_io.dump(run, folder / "config.json")
+    notes.append(f"checkpoints: {spec.count(p.model.specs):,} parameters became {spec.count(specs):,}")
+    batch = convert.probe(p)
+    before, after = convert.logits(p, batch=batch), convert.logits(open_model(folder), batch=batch)
+    shown = made.outputs if made.outputs is not None and p.model.config.head else before.shape[-1]
+    difference = convert.compare(before[..., :shown], after[..., :shown])
+    if made.keeps and not difference["relative_difference"] <= convert.TOLERANCE["float32"]:
+        raise ValueError(
+            f"{kind}: {source.path.name} would not keep its function (logits off by "
+            f"{difference['relative_difference']:.2g} of their deviation): its layers norm the residual stream "
+            "itself, or scale it by its width; nothing was written"
+        )
+    record = {"source": source.path.name, "growth": kind, "keeps": made.keeps, **difference}
+    record |= {"new_layers": made.new_layers} if made.new_layers else {}
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    return [*notes, f"{RECORD}: the comparison of logits before and after"], record
+
+
+def _save_text(p: Pretrained, folder: Path, tokens: Any) -> list[str]:
+    if tokens is None:
+        if p.source.tokens is None:
+            raise ValueError(f"{p.source.path}: has no tokenizer; put its tokenizer.json beside the weights")
+        return [f"tokenizer: {', '.join(p.source.save_text(folder / 'tokenizer'))}"]
+    file = tokens.save(folder / "tokenizer")
+    if "default" in p.source.templates:
+        (folder / "tokenizer" / "chat_template.jinja").write_text(p.source.templates["default"], "utf-8")
+    return [f"tokenizer: {file.name}, {tokens.vocab_size} tokens"]
+
+
+def _check_shapes(specs: Any, weights: Any) -> None:
+    """Refuses a growth that the family's config can't express. ValueError: shapes differ."""
+    wanted = {path: s.shape for path, s in tree.flatten(specs, spec.is_spec).items()}
+    made = {path: w.shape for path, w in tree.flatten(weights).items()}
+    for path in sorted(wanted.keys() | made.keys()):
+        if wanted.get(path) != made.get(path):
+            raise ValueError(
+                f"{path}: would have shape {made.get(path)}, where the family's config allows {wanted.get(path)}; this "
+                "family can't grow so"
+            )

@@ -1,0 +1,151 @@
+"""Grows a model by layers: copies that add nothing at first (Wu et al. 2024, LLaMA-Pro), or whole stacks again (Gong et
+al. 2019)."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxlm.core import tree
+from jaxlm.core.spec import Spec, is_spec
+from jaxlm.nn import block_stack
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A Layers says which old layer each layer of a grown stack is a copy of."""
+
+    source: tuple[int, ...]
+    new: tuple[bool, ...]
+    """Whether the copy is to add nothing to the residual stream."""
+
+
+Plan = dict[str, Layers]
+"""The layers of every stack, by its path."""
+
+
+def stacks(specs: Any, prefix: str = "") -> dict[str, dict[str, Spec]]:
+    """Returns each stack of layers by its path, as specs by their paths in it: the largest parts of the tree whose
+    weights all have a `layers` axis."""
+    flat = tree.flatten(specs, is_spec)
+    if flat and all(s.axes[:1] == ("layers",) for s in flat.values()):
+        return {prefix[:-1]: flat}
+    out: dict[str, dict[str, Spec]] = {}
+    for name, part in specs.items() if isinstance(specs, dict) else ():
+        out |= stacks(part, f"{prefix}{name}/")
+    return out
+
+
+def sequences(specs: Any) -> list[list[tuple[str, int]]]:
+    """Returns the stacks that follow each other as (path, number of layers), from the first layer to the last: one
+    sequence, or an encoder's and a decoder's."""
+    by_side: dict[str, list[tuple[int, str, int]]] = {}
+    for path, flat in stacks(specs).items():
+        first = next(iter(flat.values()))
+        by_side.setdefault(path.rpartition("/")[0], []).append((first.layers_above, path, first.shape[0]))
+    return [[(path, n) for _, path, n in sorted(side, reverse=True)] for side in by_side.values()]
+
+
+def expansion(specs: Any, blocks: int) -> Plan:
+    """Returns the plan that adds `blocks` layers, each a copy of the last layer of one of as many equal groups.
+
+    An encoder and a decoder are each given so many. ValueError: the layers don't divide into these groups.
+    """
+    out: Plan = {}
+    for side in sequences(specs):
+        total = sum(n for _, n in side)
+        if total % blocks:
+            raise ValueError(f"blocks: {total} layers do not divide into {blocks} equal groups; choose a divisor")
+        at, size = 0, total // blocks
+        for path, n in side:
+            source: list[int] = []
+            new: list[bool] = []
+            for i in range(n):
+                at += 1
+                source += [i, i] if at % size == 0 else [i]
+                new += [False, True] if at % size == 0 else [False]
+            out[path] = Layers(tuple(source), tuple(new))
+    return out
+
+
+def repetition(specs: Any, times: int) -> Plan:
+    """Returns the plan that repeats the whole stack so many times. ValueError: layers of different shapes follow each
+    other, which can't be repeated in their order."""
+    out: Plan = {}
+    for side in sequences(specs):
+        if len(side) > 1:
+            names = " and ".join(path for path, _ in side)
+            raise ValueError(f"stack: layers of different shapes follow each other here ({names}); use blocks")
+        ((path, n),) = side
+        out[path] = Layers(tuple(range(n)) * times, (False,) * n * times)
+    return out
+
+
+def config(c: Any, specs: Any, plan: Plan) -> Any:
+    """Returns the config of the grown model: with the counts of its layers, and each copy of the same kind as what it
+    is a copy of. ValueError: the config doesn't count its layers."""
+    fields = {f.name for f in dataclasses.fields(c)}
+    if not plan or "layers" not in fields:
+        raise ValueError("model: this family doesn't say which of its weights are layers; it can't grow by layers")
+    changes: dict[str, Any] = {}
+    order: list[int] = []
+    for side in sequences(specs):
+        start = 0
+        for path, n in side:
+            layers = plan[path]
+            counts = c.layer_counts.get(path, ("layers",))
+            for name in counts:
+                before = changes.get(name, getattr(c, name))
+                changes[name] = (n if before is None else before) + len(layers.source) - n
+            if "layers" in counts:
+                order += [start + i for i in layers.source]
+            start += n
+    for name in fields.intersection(c.layer_patterns):
+        kinds = block_stack.repeated(getattr(c, name), c.layers)
+        changes[name] = block_stack.pattern([kinds[i] for i in order])
+    return dataclasses.replace(c, **changes)
+
+
+def silent(stack: dict[str, Spec]) -> dict[str, float]:
+    """Returns the weights of a stack, by path, that decide what its layers add to the residual stream, with the value
+    at which they add nothing. ValueError: the specs don't say it."""
+    stated = {path: s.silent for path, s in stack.items() if s.silent is not None}
+    if stated:
+        return stated
+    ends = [path for path, s in stack.items() if s.is_matrix and s.role == "matrix" and s.axes[-1] == "embed"]
+    if not ends:
+        raise ValueError("blocks: the specs of this family don't say what its layers add to; no weight ends in `embed`")
+    return dict.fromkeys([*ends, *(f"{path}_bias" for path in ends if f"{path}_bias" in stack)], 0.0)
+
+
+def weights(specs: Any, old: Any, plan: Plan) -> Any:
+    """Returns the weights of the grown model from those of `specs`."""
+
+    def one(path: str, w: np.ndarray) -> np.ndarray:
+        stack = next((name for name in plan if path.startswith(f"{name}/")), None)
+        if stack is None:
+            return w
+        layers, inner = plan[stack], path.removeprefix(f"{stack}/")
+        w = w[list(layers.source)]
+        if any(layers.new) and inner in silences[stack]:
+            w[list(layers.new)] = silences[stack][inner]
+        return w
+
+    found = stacks(specs)
+    silences = {name: silent(found[name]) for name, layers in plan.items() if any(layers.new)}
+    return tree.map_named(one, old)
+
+
+def new_layers(specs: Any, plan: Plan) -> dict[str, list[int]]:
+    """Returns the numbers, from 0, of the layers that add nothing at first, by the side they are on: `encoder`,
+    `decoder`, or empty where there is one sequence."""
+
+    def numbers(flags: Sequence[bool]) -> list[int]:
+        return [i for i, new in enumerate(flags) if new]
+
+    sides = {
+        side[0][0].rpartition("/")[0]: [f for path, _ in side for f in plan[path].new] for side in sequences(specs)
+    }
+    return {side: numbers(flags) for side, flags in sides.items()}
