@@ -109,8 +109,9 @@ def _blocks(p: Pretrained, weights: Any, growth: Growth) -> Grown:
     plan = depth.expansion(p.model.specs, growth.blocks)
     made = _layers(p, weights, plan)
     new = depth.new_layers(p.model.specs, plan)
+    alone = f"to train them alone: --optim.only-layers {' '.join(map(str, sorted(set().union(*new.values()))))}"
     said = "; ".join(f"{side or 'layers'} {', '.join(map(str, at))}" for side, at in new.items())
-    return dataclasses.replace(made, new_layers=new, notes=[f"new, from 0: {said}; they add nothing at first"])
+    return dataclasses.replace(made, new_layers=new, notes=[f"new, from 0: {said}; they add nothing at first", alone])
 
 
 def _stack(p: Pretrained, weights: Any, growth: Growth) -> Grown:

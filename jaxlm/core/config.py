@@ -91,6 +91,9 @@ class Optim:
     top_layers: Natural | None = None
     """Number of last layers that are trained, with the heads, of an encoder-decoder on both sides; None: all. `freeze`
     leaves out whole kinds of weights."""
+    only_layers: tuple[Natural, ...] = ()
+    """Numbers from 0 of the layers that alone are trained, with the heads, such as those that `jaxlm grow` added; of an
+    encoder-decoder on both sides. Empty: all."""
     clip: NonNegative = 1.0
     """Global gradient norm above which gradients are scaled down; 0: off."""
     ema: BelowOne = 0.0

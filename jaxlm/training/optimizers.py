@@ -13,7 +13,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxlm.core import config, tree
 from jaxlm.core.registry import Table
-from jaxlm.core.spec import Spec, is_spec
+from jaxlm.core.spec import Spec, is_spec, sequences
 from jaxlm.training import adafactor
 
 Schedule = Callable[[Any], Any]
@@ -122,7 +122,7 @@ def make(
     chains = {name: (BY_ROLE.get(name) or OPTIMIZERS[name])(c, rate, _mask_for(mask), specs) for name in sorted(used)}
     tx = chains[next(iter(used))] if len(used) == 1 else optax.partition(chains, labels)
     rates, moved = {path: rate_of(path) for path in flat}, lambda grads: grads
-    if c.layer_decay != 1 or c.top_layers is not None or set(rates.values()) != {1.0}:
+    if c.layer_decay != 1 or c.top_layers is not None or c.only_layers or set(rates.values()) != {1.0}:
         depths, _ = tree.partition(depth_scales(c, specs), lambda path: not frozen(path))
         scales = tree.map_named(lambda path, scale: scale * rates[path], depths)
         tx = optax.chain(tx, optax.stateless(lambda u, _: jax.tree.map(jnp.multiply, u, scales)))
@@ -142,7 +142,7 @@ def depth_scales(c: config.Optim, specs: Any) -> Any:
 
     Stacks whose layers follow each other are one sequence; an encoder and a decoder are two, both of which end below
     the heads. Weight decay is part of an update, so a weight that is multiplied by 0 stays as it was. Raises ValueError
-    where `optim.top_layers` is more than there are.
+    where `optim.top_layers` is more than there are, or `optim.only_layers` names one that there isn't.
     """
     stacks = [s for s in tree.flatten(specs, is_spec).values() if s.axes[:1] == ("layers",)]
     deepest = max((s.shape[0] + s.layers_above for s in stacks), default=0)
@@ -151,15 +151,31 @@ def depth_scales(c: config.Optim, specs: Any) -> Any:
     if c.top_layers is not None and not 0 <= c.top_layers <= deepest:
         raise ValueError(f"optim.top_layers: {c.top_layers} of {deepest} layers can't be trained")
 
+    if c.only_layers and c.top_layers is not None:
+        raise ValueError(
+            "optim.only_layers: says which layers are trained, and so does optim.top_layers; leave one out"
+        )
+    if max(c.only_layers, default=-1) >= deepest:
+        raise ValueError(
+            f"optim.only_layers: there is no layer {max(c.only_layers)}; the last of {deepest} is {deepest - 1}"
+        )
+    first = {}  # the number of each stack's first layer
+    for side in sequences(specs):
+        for i, (stack, _) in enumerate(side):
+            first[stack] = sum(n for _, n in side[:i])
+
     def one(path: str, s: Spec) -> Any:
         if s.axes[:1] != ("layers",):
             if not s.below_layers:
                 return 1.0
-            return 0.0 if c.top_layers is not None else c.layer_decay ** (deepest + 1)
+            return 0.0 if c.top_layers is not None or c.only_layers else c.layer_decay ** (deepest + 1)
         height = s.layers_above + np.arange(s.shape[0], 0, -1.0)  # 1 for the last layer
         scale = c.layer_decay**height
         if c.top_layers is not None:
             scale[height > c.top_layers] = 0.0
+        if c.only_layers:
+            start = next(n for stack, n in first.items() if path == stack or path.startswith(f"{stack}/"))
+            scale[~np.isin(start + np.arange(s.shape[0]), c.only_layers)] = 0.0
         return scale.astype(np.float32).reshape(-1, *[1] * (len(s.shape) - 1))
 
     return tree.map_named(one, specs)

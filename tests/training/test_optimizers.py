@@ -336,6 +336,16 @@ def test_only_the_top_layers_move():
         make(config.Optim(top_layers=4, warmup=0))
 
 
+def test_only_layers_that_are_named_move():
+    got = moved(config.Optim(only_layers=(1,), weight_decay=0.5))
+    assert not got["embed"].any() and not got["blocks/q"][[0, 2]].any()
+    assert got["blocks/q"][1].all() and got["norm"].all()
+    with pytest.raises(ValueError, match=r"optim.only_layers: there is no layer 3; the last of 3 is 2"):
+        make(config.Optim(only_layers=(3,), warmup=0))
+    with pytest.raises(ValueError, match=r"optim.only_layers: .* leave one out"):
+        make(config.Optim(only_layers=(1,), top_layers=1, warmup=0))
+
+
 @pytest.mark.parametrize("name", ["deepseek", "modernbert", "t5"])
 def test_height_counts_the_layers_of_all_stacks(name):
     """Dense layers below those with experts, ModernBERT's first one; an encoder and a decoder each by itself."""
@@ -349,7 +359,9 @@ def test_height_counts_the_layers_of_all_stacks(name):
     scales = {p: np.ravel(x) for p, x in tree.flatten(optimizers.depth_scales(
         config.Optim(layer_decay=0.5), specs)).items()}  # fmt: skip
     top = {p: np.ravel(x) for p, x in tree.flatten(optimizers.depth_scales(config.Optim(top_layers=1), specs)).items()}
-    every, last = [0.0625, 0.125, 0.25, 0.5], [0, 0, 0, 1]
+    own = config.Optim(only_layers=(0, 2))
+    only = {p: np.ravel(x) for p, x in tree.flatten(optimizers.depth_scales(own, specs)).items()}
+    every, last, named = [0.0625, 0.125, 0.25, 0.5], [0, 0, 0, 1], [1, 0, 1, 0]
     stacks = {
         "deepseek": {"dense/norm1": slice(0, 2), "blocks/norm1": slice(2, 4), "blocks/router": slice(2, 4)},
         "modernbert": {"first/norm2": slice(0, 1), "blocks/norm2": slice(1, 4)},
@@ -358,6 +370,8 @@ def test_height_counts_the_layers_of_all_stacks(name):
     for path, layers in stacks.items():
         np.testing.assert_allclose(scales[path], every[layers])
         np.testing.assert_array_equal(top[path], last[layers])
+        # A decoder's two layers are its own layers 0 and 1.
+        np.testing.assert_array_equal(only[path], [1, 0] if path.startswith("decoder") else named[layers])
     assert (scales["embed"], top["embed"]) == (0.5**5, 0)
     with pytest.raises(ValueError, match=r"optim.top_layers: 5 of 4 layers"):
         optimizers.depth_scales(config.Optim(top_layers=5), specs)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.core import tree
-from jaxlm.core.spec import Spec, is_spec
+from jaxlm.core.spec import Spec, sequences, stacks
 from jaxlm.nn import block_stack
 
 
@@ -24,28 +24,6 @@ class Layers:
 
 Plan = dict[str, Layers]
 """The layers of every stack, by its path."""
-
-
-def stacks(specs: Any, prefix: str = "") -> dict[str, dict[str, Spec]]:
-    """Returns each stack of layers by its path, as specs by their paths in it: the largest parts of the tree whose
-    weights all have a `layers` axis."""
-    flat = tree.flatten(specs, is_spec)
-    if flat and all(s.axes[:1] == ("layers",) for s in flat.values()):
-        return {prefix[:-1]: flat}
-    out: dict[str, dict[str, Spec]] = {}
-    for name, part in specs.items() if isinstance(specs, dict) else ():
-        out |= stacks(part, f"{prefix}{name}/")
-    return out
-
-
-def sequences(specs: Any) -> list[list[tuple[str, int]]]:
-    """Returns the stacks that follow each other as (path, number of layers), from the first layer to the last: one
-    sequence, or an encoder's and a decoder's."""
-    by_side: dict[str, list[tuple[int, str, int]]] = {}
-    for path, flat in stacks(specs).items():
-        first = next(iter(flat.values()))
-        by_side.setdefault(path.rpartition("/")[0], []).append((first.layers_above, path, first.shape[0]))
-    return [[(path, n) for _, path, n in sorted(side, reverse=True)] for side in by_side.values()]
 
 
 def expansion(specs: Any, blocks: int) -> Plan:

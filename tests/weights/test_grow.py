@@ -1,0 +1,252 @@
+"""A grown model computes the same, and all that is new in it learns."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.core import config, spec, tree
+from jaxlm.models import MODELS
+from jaxlm.models.model import Model
+from jaxlm.nn import losses
+from jaxlm.nn.layout import Layout
+from jaxlm.nn.moe import Moe
+from jaxlm.weights.grow import depth, experts, vocabulary, width
+
+ONE = dict(vocab=11, layers=2, width=8, heads=2, ffn=12)
+GEMMA = ONE | dict(head_width=4, kv_heads=1, score_width=4, model_type="gemma2", window=2)
+SIZES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", ONE | dict(heads=4, kv_heads=2, head_width=4)),
+    "llama_tied": ("llama", ONE | dict(kv_heads=1, head_width=4, tied=True)),
+    "smollm3": ("llama", ONE | dict(kv_heads=1, head_width=4, rotated=(True, False), window=2, windowed=(False, True))),
+    "gpt2": ("gpt2", ONE | dict(positions=8)),
+    "gemma2": ("gemma", GEMMA),
+    "olmo": ("olmo", ONE | dict(kv_heads=2, head_width=4)),
+    "bert": ("bert", ONE | dict(positions=8, pooler=False)),
+    "modernbert": ("modernbert", ONE | dict(positions=8, layers=4)),
+    "t5": ("t5", ONE | dict(head_width=4, decoder_layers=1)),
+    "mbart": ("bart", ONE | dict(positions=8, norm_first=True)),
+    "deepseek": ("deepseek", ONE | dict(plain_width=4, rotated_width=4, value_width=4, latent=4, layers=4, dense=2,
+                                        moe=Moe(experts=4, top_k=2, ffn=12))),
+}  # fmt: skip
+
+
+class Tiny(NamedTuple):
+    model: Model
+    weights: Any
+
+
+def model_of(family: Any, c: Any) -> Model:
+    layout = Layout.of(config.Mesh(), config.Execution(dtype="float32", attention="xla"))
+    return Model(family, c, family.specs(c), layout)
+
+
+@functools.cache
+def tiny(name: str) -> Tiny:
+    """A model whose weights have no special values: norms and biases too are random."""
+    family, sizes = SIZES[name]
+    model = model_of(MODELS[family], MODELS[family].Config(**sizes))
+    rng = np.random.default_rng(0)
+
+    def one(s: spec.Spec) -> np.ndarray:
+        norm = s.role == "norm" and not family.startswith("gemma")
+        return (rng.standard_normal(s.shape) / 5 + norm).astype(np.float32)
+
+    return Tiny(model, jax.tree.map(one, model.specs, is_leaf=spec.is_spec))
+
+
+def batch_of(model: Model) -> dict[str, np.ndarray]:
+    tokens = np.random.default_rng(1).integers(0, 11, (2, 6)).astype(np.int32)
+    out = dict(
+        tokens=tokens, positions=np.tile(np.arange(6, dtype=np.int32), (2, 1)), segments=np.ones((2, 6), np.int32)
+    )
+    if model.family.kind == "encoder_decoder":
+        out |= dict(source=tokens[:, ::-1].copy(), source_positions=out["positions"], source_segments=out["segments"])
+    return out
+
+
+def run(model: Model, weights: Any) -> tuple[np.ndarray, dict[str, np.ndarray], Callable[[Any], Any]]:
+    """Returns the logits, the gradients by path, and the function that gives both for other weights."""
+    batch, goal = batch_of(model), jnp.asarray(np.random.default_rng(2).integers(0, 11, (2, 6)))
+
+    @jax.jit
+    def both(weights: Any) -> Any:
+        def loss(weights: Any) -> Any:
+            out = model.forward(weights, batch)
+            logits = losses.logits(model.readout(weights, out.x_BTD), model.shard)
+            picked = jnp.take_along_axis(jax.nn.log_softmax(logits), goal[..., None], -1)
+            return -picked.mean() + (0 if out.aux_B is None else out.aux_B.mean()), logits
+
+        return jax.grad(loss, has_aux=True)(weights)
+
+    with jax.default_matmul_precision("highest"):
+        grads, logits = both(weights)
+    return np.asarray(logits), {p: np.asarray(g) for p, g in tree.flatten(grads).items()}, both
+
+
+before = functools.cache(lambda name: run(*tiny(name))[:2])
+
+
+def grown_blocks(name: str, blocks: int) -> tuple[Tiny, depth.Plan]:
+    model, weights = tiny(name)
+    plan = depth.expansion(model.specs, blocks)
+    larger = model_of(model.family, depth.config(model.config, model.specs, plan))
+    return Tiny(larger, depth.weights(model.specs, weights, plan)), plan
+
+
+def widened(name: str, noise: float = 0.0, **sizes: int) -> Tiny:
+    model, weights = tiny(name)
+    c, old = dataclasses.replace(model.config, **sizes), model.specs
+    larger = model_of(model.family, c)
+    if c.width != model.config.width and "head" not in old:
+        larger = model_of(model.family, dataclasses.replace(c, tied=False))
+        old, weights = width.with_own_head(old, larger.specs, weights)
+    return Tiny(larger, width.widened(old, larger.specs, weights, (model.config.width, c.width), noise))
+
+
+def same_shapes(made: Tiny) -> None:
+    shapes = {path: s.shape for path, s in tree.flatten(made.model.specs, spec.is_spec).items()}
+    assert {path: w.shape for path, w in tree.flatten(made.weights).items()} == shapes
+
+
+def slow(*rows: Any) -> list[Any]:
+    return [pytest.param(*row, marks=pytest.mark.slow) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("llama", 2), ("gemma2", 2), *slow(("gpt2", 2), ("smollm3", 1), ("olmo", 1), ("t5", 1), ("mbart", 1),
+                                        ("modernbert", 2), ("deepseek", 2), ("llama_tied", 1))],
+)  # fmt: skip
+def test_new_blocks_add_nothing_and_all_of_them_learns(name, blocks):
+    made, plan = grown_blocks(name, blocks)
+    same_shapes(made)
+    logits, first, both = run(*made)
+    np.testing.assert_allclose(logits, before(name)[0], atol=1e-5)
+    new = {
+        f"{stack}/{path}": layers.new for stack, layers in plan.items() for path in spec.stacks(made.model.specs)[stack]
+    }
+    ends = {f"{stack}/{path}" for stack in plan for path in depth.silent(spec.stacks(made.model.specs)[stack])}
+    routed = [path for path in new if "experts" in path]  # an expert may have no token
+    for path in new.keys() - set(routed):
+        grads = first[path][list(new[path])]
+        assert all(np.any(g) == (path in ends) for g in grads), f"{path}: the ends alone learn at once"
+    moved = tree.map_named(lambda path, w: w - 0.1 * first[path], made.weights)
+    second = {path: np.asarray(g) for path, g in tree.flatten(both(moved)[0]).items()}
+    for path, flags in new.items():
+        assert all(np.any(g) for g in second[path][list(flags)]), f"{path} does not learn"
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("llama", dict(width=16, ffn=17, heads=12, kv_heads=4)), ("gpt2", dict(width=24, heads=6, ffn=31)),
+     *slow(("llama", dict(heads=6)), ("llama_tied", dict(width=16, heads=3)), ("gemma2", dict(heads=3, ffn=20)),
+           ("olmo", dict(width=16, heads=4, kv_heads=2)), ("bert", dict(ffn=19)), ("smollm3", dict(ffn=15, heads=5)),
+           ("modernbert", dict(width=16, heads=4, ffn=13)), ("t5", dict(width=16, heads=3, ffn=30)),
+           ("mbart", dict(width=16, heads=4, ffn=16)), ("deepseek", dict(width=16, heads=5, ffn=18)))],
+)  # fmt: skip
+def test_wider_models_compute_the_same_and_noise_trains_copies_apart(name, sizes):
+    plain, noisy = widened(name, **sizes), widened(name, noise=0.5, **sizes)
+    same_shapes(plain)
+    logits, grads, both = run(*plain)
+    np.testing.assert_allclose(logits, before(name)[0], atol=1e-5)
+    assert all(np.any(g) for path, g in grads.items() if "experts" not in path)
+    with jax.default_matmul_precision("highest"):
+        apart, again = both(noisy.weights)
+    np.testing.assert_allclose(np.asarray(again), before(name)[0], atol=2e-5)
+    up = next(path for path, s in tree.flatten(plain.model.specs, spec.is_spec).items()
+              if s.axes == ("layers", "embed", "ffn"))  # fmt: skip
+    n = tree.at(tiny(name).model.specs, up).shape[-1]
+    assert tree.at(plain.model.specs, up).shape[-1] > n
+    np.testing.assert_allclose(grads[up][..., n], grads[up][..., 0], atol=1e-6)
+    assert np.abs(np.asarray(tree.at(apart, up))[..., n] - np.asarray(tree.at(apart, up))[..., 0]).max() > 1e-4
+
+
+def test_a_dense_model_becomes_a_mixture_of_copies():
+    model, weights = tiny("llama")
+    name, fields = model.config.with_experts(Moe(experts=3, top_k=2, ffn=12))
+    mixture = model_of(MODELS[name], MODELS[name].Config(**fields))
+    made = Tiny(mixture, experts.upcycled(model.specs, mixture.specs, weights, jax.random.key(0)))
+    same_shapes(made)
+    logits, grads, _ = run(*made)
+    np.testing.assert_allclose(logits, before("llama")[0], atol=1e-5)
+    assert all(np.any(g) for g in grads.values())
+    for refused in (dict(qkv_bias=True), dict(rotated=(True, False)), dict(mlp_bias=True), dict(qk_norm=True)):
+        (field,) = refused
+        with pytest.raises(ValueError, match=rf"experts: model\.{field} of this model has no place"):
+            dataclasses.replace(model.config, **refused).with_experts(Moe())
+    with pytest.raises(ValueError, match="experts: no family has this one's layers"):
+        tiny("gpt2").model.config.with_experts(Moe())
+
+
+def test_new_rows_are_means_of_old_ones():
+    model, weights = tiny("llama")
+    larger = model.family.specs(dataclasses.replace(model.config, vocab=14))
+    made = vocabulary.with_rows(larger, weights, 10, {10: [1, 4], 12: []})
+    for path in ("embed", "head"):
+        new, old = made[path], weights[path]
+        assert new.shape == (14, 8)
+        np.testing.assert_array_equal(new[:10], old[:10])
+        np.testing.assert_allclose(new[10], (old[1] + old[4]) / 2, rtol=1e-6)
+        for row in (11, 12, 13):
+            np.testing.assert_allclose(new[row], old[:10].mean(0), rtol=1e-5)
+    assert made["blocks"]["q"] is weights["blocks"]["q"]
+
+
+def test_a_stack_is_repeated_in_order():
+    model, weights = tiny("smollm3")
+    plan = depth.repetition(model.specs, 2)
+    c = depth.config(model.config, model.specs, plan)
+    assert (c.layers, c.rotated, c.windowed) == (4, (True, False), (False, True))
+    made = depth.weights(model.specs, weights, plan)
+    np.testing.assert_array_equal(made["blocks"]["o"], np.concatenate([weights["blocks"]["o"]] * 2))
+    with pytest.raises(ValueError, match=r"stack: layers of different shapes .*dense and blocks"):
+        depth.repetition(tiny("deepseek").model.specs, 2)
+
+
+def test_copies_of_layers_are_of_the_same_kind():
+    c = grown_blocks("smollm3", 1)[0].model.config
+    assert (c.layers, c.rotated, c.windowed) == (3, (True, False, False), (False, True, True))
+    c = grown_blocks("deepseek", 2)[0].model.config
+    assert (c.layers, c.dense) == (6, 3)
+    c = grown_blocks("t5", 1)[0].model.config
+    assert (c.layers, c.decoder_layers) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "says"),
+    [
+        ("llama", dict(width=12), "width 8 can't become 12: norms allow whole multiples"),
+        ("llama", dict(ffn=5), r"blocks/down would shrink from 12 to 5"),
+        ("llama", dict(heads=3, kv_heads=3), "2 key/value heads can't become 3"),
+        ("llama", dict(heads=2), "would shrink from 4 to 2"),
+        ("llama", dict(head_width=8), "heads keep their width"),
+        ("llama", dict(layers=4), "can't grow from 2 to 4 units along layers"),
+        ("gpt2", dict(width=16), "heads keep their width; change heads and width together"),
+        ("olmo", dict(heads=3, kv_heads=1), "would shrink"),
+        ("olmo", dict(kv_heads=4, heads=8, width=8, vocab=12), "along vocab"),
+    ],
+)
+def test_widths_that_can_not_grow_are_refused(name, sizes, says):
+    with pytest.raises(ValueError, match=f"^widen: .*{says}"):
+        widened(name, **sizes)
+
+
+def test_norms_over_all_heads_need_whole_multiples():
+    with pytest.raises(ValueError, match=r"widen: blocks/q_norm norms 2 units, so only whole multiples"):
+        widened("olmo_grouped", heads=3)
+
+
+SIZES["olmo_grouped"] = ("olmo", ONE | dict(kv_heads=1, head_width=4))
+
+
+def test_layers_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="blocks: 2 layers do not divide into 3 equal groups"):
+        depth.expansion(tiny("llama").model.specs, 3)
+    with pytest.raises(ValueError, match="model: this family doesn't say which of its weights are layers"):
+        depth.config(tiny("llama").model.config, {}, {})
