@@ -222,6 +222,8 @@ def _write(p: Pretrained, folder: Path, kind: str, made: Grown) -> tuple[list[st
     config_io.dump(run, folder / "config.json")
     notes.append(f"checkpoints: {spec.count(p.model.specs):,} parameters became {spec.count(specs):,}")
     batch = convert.probe(p)
+    if made.outputs is not None:  # rows behind those of the old tokens are new, though the model had them
+        batch = {name: x % made.outputs if name in ("tokens", "source") else x for name, x in batch.items()}
     before, after = convert.logits(p, batch=batch), convert.logits(open_model(folder), batch=batch)
     shown = made.outputs if made.outputs is not None and p.model.config.head else before.shape[-1]
     difference = convert.compare(before[..., :shown], after[..., :shown])

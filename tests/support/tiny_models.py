@@ -20,7 +20,7 @@ SHAPES = {
 
 def published(folder: Path, name: str = "llama", seed: int = 0, **more) -> Path:
     family = MODELS[name]
-    c = family.Config(**SHAPES[name] | more)
+    c = family.Config(**SHAPES.get(name, {}) | more)
     specs = family.specs(c)
     tokens = folder.parent / "bytes"
     Bytes().save(tokens)

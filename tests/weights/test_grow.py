@@ -26,6 +26,8 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("llama", ONE | dict(kv_heads=1, head_width=4, rotated=(True, False), window=2, windowed=(False, True))),
     "gpt2": ("gpt2", ONE | dict(positions=8)),
     "gemma2": ("gemma", GEMMA),
+    "llama_wide": ("llama", ONE | dict(heads=6, kv_heads=2, head_width=4)),
+    "olmo_grouped": ("olmo", ONE | dict(kv_heads=1, head_width=4)),
     "olmo": ("olmo", ONE | dict(kv_heads=2, head_width=4)),
     "bert": ("bert", ONE | dict(positions=8, pooler=False)),
     "modernbert": ("modernbert", ONE | dict(positions=8, layers=4)),
@@ -135,6 +137,8 @@ def test_new_blocks_add_nothing_and_all_of_them_learns(name, blocks):
     routed = [path for path in new if "experts" in path]  # an expert may have no token
     for path in new.keys() - set(routed):
         grads = first[path][list(new[path])]
+        if "router" in path:  # its balance is a loss of its own
+            continue
         assert all(np.any(g) == (path in ends) for g in grads), f"{path}: the ends alone learn at once"
     moved = tree.map_named(lambda path, w: w - 0.1 * first[path], made.weights)
     second = {path: np.asarray(g) for path, g in tree.flatten(both(moved)[0]).items()}
@@ -144,12 +148,24 @@ def test_new_blocks_add_nothing_and_all_of_them_learns(name, blocks):
 
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    [("llama", dict(width=16, ffn=17, heads=12, kv_heads=4)), ("gpt2", dict(width=24, heads=6, ffn=31)),
-     *slow(("llama", dict(heads=6)), ("llama_tied", dict(width=16, heads=3)), ("gemma2", dict(heads=3, ffn=20)),
-           ("olmo", dict(width=16, heads=4, kv_heads=2)), ("bert", dict(ffn=19)), ("smollm3", dict(ffn=15, heads=5)),
-           ("modernbert", dict(width=16, heads=4, ffn=13)), ("t5", dict(width=16, heads=3, ffn=30)),
-           ("mbart", dict(width=16, heads=4, ffn=16)), ("deepseek", dict(width=16, heads=5, ffn=18)))],
-)  # fmt: skip
+    [
+        ("llama", dict(width=16, ffn=17, heads=12, kv_heads=4)),
+        *slow(
+            ("gpt2", dict(width=24, heads=6, ffn=36)),
+            ("llama", dict(heads=9, kv_heads=3, ffn=20)),
+            ("llama", dict(kv_heads=4, ffn=13)),
+            ("llama_tied", dict(width=16, heads=3, ffn=13)),
+            ("gemma2", dict(heads=3, ffn=20)),
+            ("olmo", dict(width=16, heads=4, kv_heads=2, ffn=13)),
+            ("bert", dict(ffn=19)),
+            ("smollm3", dict(ffn=15, heads=5)),
+            ("modernbert", dict(width=16, heads=4, ffn=13)),
+            ("t5", dict(width=16, heads=3, ffn=30)),
+            ("mbart", dict(width=16, heads=4, ffn=16)),
+            ("deepseek", dict(width=16, heads=5, ffn=18)),
+        ),
+    ],
+)
 def test_wider_models_compute_the_same_and_noise_trains_copies_apart(name, sizes):
     plain, noisy = widened(name, **sizes), widened(name, noise=0.5, **sizes)
     same_shapes(plain)
@@ -223,7 +239,7 @@ def test_copies_of_layers_are_of_the_same_kind():
     [
         ("llama", dict(width=12), "width 8 can't become 12: norms allow whole multiples"),
         ("llama", dict(ffn=5), r"blocks/down would shrink from 12 to 5"),
-        ("llama", dict(heads=3, kv_heads=3), "2 key/value heads can't become 3"),
+        ("llama_wide", dict(kv_heads=3), "blocks/o would lose units of its heads axis"),
         ("llama", dict(heads=2), "would shrink from 4 to 2"),
         ("llama", dict(head_width=8), "heads keep their width"),
         ("llama", dict(layers=4), "can't grow from 2 to 4 units along layers"),
@@ -240,9 +256,6 @@ def test_widths_that_can_not_grow_are_refused(name, sizes, says):
 def test_norms_over_all_heads_need_whole_multiples():
     with pytest.raises(ValueError, match=r"widen: blocks/q_norm norms 2 units, so only whole multiples"):
         widened("olmo_grouped", heads=3)
-
-
-SIZES["olmo_grouped"] = ("olmo", ONE | dict(kv_heads=1, head_width=4))
 
 
 def test_layers_that_do_not_divide_are_refused():

@@ -28,8 +28,6 @@ def input_dimensions(s: Spec) -> tuple[int, ...]:
 def head_sources(heads: int, kv: int, new_heads: int, new_kv: int) -> np.ndarray:
     """Returns the old head that each new one copies, so that each keeps the keys and values it attends by: new
     key/value head k is a copy of k modulo `kv`. ValueError: the sizes don't allow it."""
-    if new_kv % kv:
-        raise ValueError(f"widen: {kv} key/value heads can't become {new_kv}, which is no whole multiple")
     if new_heads % new_kv:
         raise ValueError(f"widen: {new_heads} heads are no whole multiple of {new_kv} key/value heads")
     each, new_each = heads // kv, new_heads // new_kv
@@ -55,9 +53,11 @@ def widened(
     def one(path: str, w: np.ndarray) -> np.ndarray:
         a, b = old[path], new[path]
         for i in range(len(a.shape)):
-            if a.shape[i] == b.shape[i]:
+            if a.shape[i] == b.shape[i] and a.axes[i] != "heads":
                 continue
-            source = sources(path, i)
+            source = sources(path, i)  # as many heads as before stand in another order where there are more for keys
+            if np.array_equal(source, np.arange(a.shape[i])):
+                continue
             times = np.bincount(source, minlength=a.shape[i])
             if not times.all():
                 raise ValueError(f"widen: {path} would lose units of its {a.axes[i]} axis; choose larger sizes")
