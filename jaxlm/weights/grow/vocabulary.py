@@ -1,4 +1,4 @@
-"""Grows a model by rows of its vocabulary, in its embedding and its head alike."""
+"""Adds rows to the vocabulary of a model, in its embedding and its head alike."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
