@@ -190,6 +190,8 @@ def test_a_dense_model_becomes_a_mixture_of_copies():
     logits, grads, _ = run(*made)
     np.testing.assert_allclose(logits, before("llama")[0], atol=1e-5)
     assert all(np.any(g) for g in grads.values())
+    for path in ("gate", "up", "down"):  # of every layer's every expert: the router sends tokens to all of them
+        assert grads[f"blocks/experts/{path}"].any((2, 3)).all()
     for refused in (dict(qkv_bias=True), dict(rotated=(True, False)), dict(mlp_bias=True), dict(qk_norm=True)):
         (field,) = refused
         with pytest.raises(ValueError, match=rf"experts: model\.{field} of this model has no place"):
