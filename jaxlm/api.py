@@ -38,8 +38,8 @@ from jaxlm.weights.merging import MethodName, Rescale, Settings
 __all__ = [
     "LanguageModel", "Plan", "Program", "RunDirectory", "Sampling", "Stage", "Stream", "as_linen", "as_nnx", "evaluate",
     "from_linen", "from_nnx", "grow", "import_model", "load", "load_plugin", "merge", "open", "plan",
-    "register_adapter", "register_model", "register_objective", "register_optimizer", "register_schedule", "start_processes", "train",
-    "train_stream",
+    "register_adapter", "register_model", "register_objective", "register_optimizer", "register_schedule",
+    "start_processes", "train", "train_stream",
 ]  # fmt: skip
 
 

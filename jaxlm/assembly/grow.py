@@ -154,7 +154,7 @@ def _experts(p: Pretrained, weights: Any, growth: Growth) -> Grown:
     c: Any = p.model.config
     if "ffn" not in {f.name for f in dataclasses.fields(c)} or c.moe is not None:
         raise ValueError("experts: this model's layers have no plain feed-forward network to copy")
-    moe = Moe(experts=growth.experts, top_k=growth.top_k, ffn=getattr(c, "ffn", 0) or 4 * c.width)
+    moe = Moe(experts=growth.experts, top_k=growth.top_k, ffn=c.ffn or 4 * c.width)
     name, fields = c.with_experts(moe)
     family = MODELS[name]
     grown = family.Config(**fields)
