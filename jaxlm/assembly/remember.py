@@ -20,6 +20,7 @@ from jaxlm.assembly.earlier import FOLDER, INDEX, Task
 from jaxlm.assembly.model_source import Source, StartModel
 from jaxlm.assembly.program import Program
 from jaxlm.core import config
+from jaxlm.core.continual import MAS, Ewc
 from jaxlm.data import loader, replay
 from jaxlm.data.packing import Records, trim_padding
 from jaxlm.formats.checkpoint import Checkpoints
@@ -126,7 +127,7 @@ def _penalty(
     if before is not None and (index := _index(before)) and name in importances.stored(before.path / FOLDER / WEIGHTS):
         read = lambda item: importances.restored(p, before, index["trained"], before.path / FOLDER / WEIGHTS, item)  # noqa: E731
         known = penalty.Quadratic(read(f"{name}/importance"), read(f"{name}/anchor"))
-    return penalty.joined(known, new, state.params, getattr(c, "decay", 1.0) if name in ("ewc", "mas") else 1.0)
+    return penalty.joined(known, new, state.params, c.decay if isinstance(c, Ewc | MAS) else 1.0)
 
 
 def _index(source: Source) -> dict[str, Any]:

@@ -149,6 +149,40 @@ def num_tokens(batch: Batch[jax.Array]) -> jax.Array:
     return count + jnp.count_nonzero(batch["source_segments"]) if "source_segments" in batch else count
 
 
+def _gradients(
+    loss: Loss, totals: dict[str, jax.Array], state: State, batch: Batch[jax.Array], key: jax.Array, keeping: Keeping,
+    shardings: UpdateShardings | None,
+) -> tuple[Any, dict[str, dict[str, jax.Array]]]:  # fmt: skip
+    """Returns the gradient of the mean loss over all micro-batches, and the sums of the losses."""
+
+    def objective(params: Any, part: Batch[jax.Array], k: jax.Array) -> tuple[jax.Array, Any]:
+        known = () if state.memory is None else (state.memory,)
+        sums = loss(tree.merge(params, state.frozen), part, k, *known)
+        return sum((sums[n]["loss"] / totals[n] for n in sums), jnp.zeros(())), sums
+
+    def micro(part: Batch[jax.Array], k: jax.Array) -> tuple[Any, Any]:
+        found = [jax.grad(objective, has_aux=True)(state.params, one, k) for one in keeping.parts(part)]
+        return [grads for grads, _ in found], {n: values for _, sums in found for n, values in sums.items()}
+
+    def pin_gradients(grads_and_sums: tuple[Any, Any]) -> tuple[Any, Any]:
+        if shardings is None:
+            return grads_and_sums
+        grads, sums = grads_and_sums
+        return [constrain(g, shardings.gradients) for g in grads], sums
+
+    n = jax.tree.leaves(batch)[0].shape[0]
+    keys = jax.random.split(key, n)
+    first = jax.tree.map(lambda x: x[0], (batch, keys))
+    if n == 1:
+        grads, sums = pin_gradients(micro(*first))
+    else:  # all run in the loop: outside it a compiler might keep the activations of two at a time
+        no_sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, *first)[1])
+        add = lambda total, part: (jax.tree.map(jnp.add, total, pin_gradients(micro(*part))), None)  # noqa: E731
+        nothing = [jax.tree.map(jnp.zeros_like, state.params) for _ in keeping.parts(first[0])]
+        (grads, sums), _ = jax.lax.scan(add, pin_gradients((nothing, no_sums)), (batch, keys))
+    return keeping.combine(grads), sums
+
+
 def make_train_step(
     loss: Loss,
     totals_of: Totals,
@@ -175,32 +209,7 @@ def make_train_step(
         totals = totals_of(batch)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
-        def objective(params: Any, part: Batch[jax.Array], k: jax.Array) -> tuple[jax.Array, Any]:
-            known = () if state.memory is None else (state.memory,)
-            sums = loss(tree.merge(params, state.frozen), part, k, *known)
-            return sum((sums[n]["loss"] / totals[n] for n in sums), jnp.zeros(())), sums
-
-        def micro(part: Batch[jax.Array], k: jax.Array) -> tuple[Any, Any]:
-            found = [jax.grad(objective, has_aux=True)(state.params, one, k) for one in keeping.parts(part)]
-            return [grads for grads, _ in found], {n: values for _, sums in found for n, values in sums.items()}
-
-        def pin_gradients(grads_and_sums: tuple[Any, Any]) -> tuple[Any, Any]:
-            if shardings is None:
-                return grads_and_sums
-            grads, sums = grads_and_sums
-            return [constrain(g, shardings.gradients) for g in grads], sums
-
-        n = jax.tree.leaves(batch)[0].shape[0]
-        keys = jax.random.split(key, n)
-        first = jax.tree.map(lambda x: x[0], (batch, keys))
-        if n == 1:
-            grads, sums = pin_gradients(micro(*first))
-        else:  # all run in the loop: outside it a compiler might keep the activations of two at a time
-            no_sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, *first)[1])
-            add = lambda total, part: (jax.tree.map(jnp.add, total, pin_gradients(micro(*part))), None)  # noqa: E731
-            nothing = [jax.tree.map(jnp.zeros_like, state.params) for _ in keeping.parts(first[0])]
-            (grads, sums), _ = jax.lax.scan(add, pin_gradients((nothing, no_sums)), (batch, keys))
-        grads = keeping.combine(grads)
+        grads, sums = _gradients(loss, totals, state, batch, key, keeping, shardings)
 
         if shardings is not None:
             grads = constrain(grads, shardings.moments)

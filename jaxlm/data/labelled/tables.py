@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,8 +38,12 @@ class Row(NamedTuple):
     def _missing(self, name: str, field: str) -> ValueError:
         columns = ", ".join(self.cells) or "none"
         there = f" but {kind_of(self.cells[name])}" if name in self.cells else ""
-        return ValueError(f"{self.where}: no text {name!r}{there}; columns there: {columns}. Set {field} to one of them"
-                          f"{', or correct the row' if there else ''}")  # fmt: skip
+        remedy = ", or correct the row" if there else ""
+        if not there and re.search(r"\.(csv|tsv)(\.gz)?:", self.where):
+            remedy = "; if the first line is no header, name the columns: objective.columns"
+        return ValueError(
+            f"{self.where}: no text {name!r}{there}; columns there: {columns}. Set {field} to one of them{remedy}"
+        )
 
     def words(self, name: str, field: str) -> tuple[str, ...]:
         """Returns a cell that is a list of texts. Raises ValueError if it is missing; `field` names its setting."""

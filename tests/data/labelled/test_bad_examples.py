@@ -124,7 +124,7 @@ def test_spans_that_stand_elsewhere(tmp_path, monkeypatch, capsys):
         shown
     )
     assert "question c: the answer 'Oslo' is not at character 0, where 'Ann ' stands" in shown
-    assert "valid: 1 records" in shown
+    assert "valid.json: 1 records" in shown
     status, shown = said(tmp_path, monkeypatch, capsys, "answer.Config()", asked(*wrong))
     assert status == 2 and "valid.json' is empty: it holds no labelled example; 2 were left out, the first:" in shown
 
