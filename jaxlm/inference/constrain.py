@@ -48,6 +48,7 @@ class Matcher:
     def __init__(self, grammar: Grammar, after_text: bool) -> None:
         self.end_ids, self.vocab = list(grammar.end_ids), grammar.vocab
         self._twins = {} if after_text else grammar.spaced  # of the next token
+        self._added = [twin for twin in grammar.spaced.values() if twin is not None and twin < grammar.vocab]
         self._matcher = _library().LLMatcher(grammar.tokenizer, grammar.grammar, log_level=0)
 
     @property
@@ -71,6 +72,7 @@ class Matcher:
             raise ValueError(f"the grammar can't go on: {self._matcher.get_error()}")
         n, possible = min(self.vocab, 8 * len(bits)), np.unpackbits(bits, bitorder="little")
         out[:n] = possible[:n]
+        out[self._added] = False  # in the model's vocabulary these are rows of no token
         for id, twin in self._twins.items():
             out[id] = twin is None or possible[twin]
         out[self.end_ids] = self._matcher.is_accepting()

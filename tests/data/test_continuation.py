@@ -142,3 +142,17 @@ def test_whatever_a_grammar_allows_matches(tokens, before, name, pattern):
             assert len(ids) == 60 or json.loads(text) == {"name": "Jo"}, text
         else:
             assert re.fullmatch(pattern, text) or len(ids) == 60, text
+
+
+@pytest.mark.parametrize("tokens", KINDS, indirect=True)
+def test_a_grammar_allows_the_tokens_that_the_tokenizer_makes_of_a_text(tokens):
+    """With the space that it puts before a text that stands alone, and without that after another one."""
+    pytest.importorskip("llguidance")
+    s, text = Sampling(regex="(The|A) cat sat on the mat: (yes|no)"), "The cat sat on the mat: no"
+    grammar = constrain.open_grammar(tokens, s, tokens.vocab_size, (tokens.eos_id,))
+    for after_text, ids in ((False, tokens.encode(text)), (True, tok.encode_after(tokens, text))):
+        matcher = grammar.start(after_text=after_text)
+        for id in ids:
+            assert matcher.allowed()[id], (after_text, tokens.piece(id))
+            matcher.take(id)
+        assert matcher.allowed()[tokens.eos_id]

@@ -176,6 +176,9 @@ def test_marks_of_a_template_say_what_is_learned():
     assert learned(found) == "Blood</s>[hm]Blood!</s>"
     [found] = encode_by_template([Conversation("a:1", said, unlearned=frozenset([1]))], render(think), TOKENS)
     assert learned(found) == "[hm]Blood!</s>"
+    last = think.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last")
+    with pytest.raises(ValueError, match="marks 1 texts of 2 turns as the assistant's, so it can't be told which one"):
+        encode_by_template([Conversation("a:1", said, unlearned=frozenset([3]))], render(last), TOKENS)
     with pytest.raises(ValueError, match=r"does not only add .* mark in it what is learned"):
         encode_by_template([Conversation("a:1", said)], render(re.sub("{% (end)?generation %}", "", think)), TOKENS)
 
@@ -213,6 +216,14 @@ def test_fields_that_a_template_reads_are_used_and_others_refused(name):
         encode_plainly(c, TOKENS)
 
 
+def test_prompts_of_answers_read_the_same_fields():
+    c = parse_record("a:1", dict(messages=[USER, BOT], tools=[dict(name="w")]))
+    [prompt], answers = render_chat.prompts_and_answers([c], TOKENS, KNOWS)
+    assert "".join(map(TOKENS.piece, prompt)) == '[{"name": "w"}]<s>user:hi</s><s>assistant:' and answers == ["hello"]
+    with pytest.raises(ValueError, match="a:1: the chat template does not read 'tools', so what it says would be lost"):
+        render_chat.prompts_and_answers([c], TOKENS, CHATML)
+
+
 def test_tool_calls_may_have_no_text_and_empty_fields_say_nothing():
     calls = dict(role="assistant", content=None, tool_calls=[CALL])
     row = dict(messages=[USER, calls, dict(role="tool", content="4 C", tool_call_id="c", name="w"), BOT], tools=None)
@@ -241,8 +252,9 @@ def test_system_texts_and_history(tmp_path):
                 dict(question="hi", answer="hello")):  # fmt: skip
         for name in ("system", "system_prompt"):
             assert parse_record("a:1", row | {name: "be kind"}).messages == [system, USER, BOT]
-    row = dict(instruction="hi", output="hello", history=[["a", "b"]])
-    assert [m["content"] for m in parse_record("a:1", row).messages] == ["a", "b", "hi", "hello"]
+    for row in (dict(instruction="hi", output="hello"), dict(prompt="hi", completion="hello")):
+        said = parse_record("a:1", row | dict(history=[["a", "b"]])).messages
+        assert [m["content"] for m in said] == ["a", "b", "hi", "hello"]
     (tmp_path / "a.jsonl").write_text(json.dumps(dict(messages=[USER | dict(at=1), BOT], id=7, source="x", history=[])))
     assert unread_fields("a", read(tmp_path / "a.jsonl")) == [
         "a: fields that are not read, with their numbers: id (1), source (1), message.at (1)"
@@ -284,10 +296,15 @@ def test_parts_of_a_content_that_are_texts_are_one_text():
 def test_many_conversations_are_rendered_in_batches_and_the_one_that_fails_is_named(monkeypatch):
     from jaxlm.data import chat_template
 
+    started, run = [], chat_template.subprocess.run
+    monkeypatch.setattr(chat_template.subprocess, "run", lambda *a, **k: started.append(1) or run(*a, **k))
     monkeypatch.setattr(chat_template, "BATCH", 7)
     many = [Conversation(f"a:{i}", [USER, dict(role="assistant", content=f"{i}")]) for i in range(20)]
     found = encode_by_template(many, render(CHATML), TOKENS)
-    assert [learned(t) for t in found] == [f"{i}</s>" for i in range(20)]
+    assert [learned(t) for t in found] == [f"{i}</s>" for i in range(20)] and len(started) == 3
+    with monkeypatch.context() as few:  # characters, of which each conversation has some 150
+        few.setattr(chat_template, "BATCH_CHARACTERS", 400)
+        assert encode_by_template(many[:4], render(CHATML), TOKENS) == found[:4] and len(started) == 3 + 2
     bad = "{% if messages[-1].content == '16' %}{{ raise_exception('odd') }}{% endif %}" + CHATML
     with pytest.raises(ValueError, match=r"^a:16: chat template: odd$"):
         encode_by_template(many, render(bad), TOKENS)
@@ -298,3 +315,12 @@ def test_many_conversations_are_rendered_in_batches_and_the_one_that_fails_is_na
     wide = bad.replace("{{ raise_exception('odd') }}", "{{ 'a' * 10 ** 10 }}")
     with pytest.raises(ValueError, match=r"^a:16: chat template: MemoryError"):
         encode_by_template(many, render(wide), TOKENS)
+
+
+def test_each_conversation_has_the_time_to_itself(monkeypatch):
+    from jaxlm.data import chat_template
+
+    monkeypatch.setattr(chat_template, "SECONDS", 0.5)
+    busy = "{% for i in range(40) %}{{ '' if range(99999) | sum }}{% endfor %}{{ messages[0].content }}"
+    many = [chat_template.Request([USER | dict(content=f"{i}")], [(1, False)]) for i in range(10)]
+    assert [text.text for [text] in chat_template.render_all(busy, many)] == [f"{i}" for i in range(10)]

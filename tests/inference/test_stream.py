@@ -11,7 +11,7 @@ import pytest
 from jaxlm.assembly import generate_text, model_source, open_model
 from jaxlm.commands import cli
 from jaxlm.core import config, spec
-from jaxlm.data.tokenizer import Bytes
+from jaxlm.data.tokenizer import Bytes, HuggingFace
 from jaxlm.formats.hf_sidecars import read_generation
 from jaxlm.inference import constrain, stream
 from jaxlm.inference.generate import Generator
@@ -186,6 +186,24 @@ def test_answers_match_the_regular_expression(generate, weights, seed):
     ends = Sampling(tokens=60, temperature=2.0, seed=seed, regex="(yes|no)")  # nothing may follow it
     found = stream.answers(generate, TOKENS, weights, PROMPTS, ends)
     assert all(a.text in ("yes", "no") and a.completion.reason == "stop" for [a] in found)
+
+
+def test_answers_that_follow_a_text_match_without_the_space_that_begins_one(generate, weights):
+    pytest.importorskip("llguidance")
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    pieces = ["<unk>", "▁", "h", "i", "hi", "▁hi", *(chr(0x4E00 + i) for i in range(253))]
+    bpe = models.BPE({p: i for i, p in enumerate(pieces)}, [("h", "i"), ("▁", "hi")], unk_token="<unk>")
+    made = Tokenizer(bpe)
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    made.decoder = decoders.Metaspace(prepend_scheme="first")
+    made.add_special_tokens([AddedToken("</s>", special=True)])
+    tokens = HuggingFace(made.to_str(), {"eos": "</s>"})
+    assert tokens.eos_id == TOKENS.eos_id
+    for seed in range(3):
+        s = Sampling(tokens=60, temperature=2.0, seed=seed, regex="(hi|i)( hi)?", samples=2)
+        found = stream.answers(generate, tokens, weights, [[5, 2, 3], [5]], s)
+        assert {a.text for several in found for a in several} <= {"hi", "i", "hi hi", "i hi"}
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ IGNORED = {  # keys that transformers 5.24's code of these models leaves unread
     "attention_bias": (True, {"mistral", "qwen2", "phi3", "mixtral"}),
     "mlp_bias": (True, {"mistral", "qwen2", "qwen3", "phi3"}),
     "hidden_act": ("gelu", {"gemma2", "gemma3"}),
-    "hidden_activation": ("gelu", {"gemma", "llama"}),
+    "hidden_activation": ("relu", {"gemma", "llama"}),
     "sliding_window": (4, {"llama", "gemma", "olmo2"}),
     "layer_types": (["sliding_attention"] * 2, {"llama", "phi3", "mistral"}),
 }  # fmt: skip
@@ -134,6 +134,12 @@ def test_what_transformers_ignores_changes_nothing(key, name, tmp_path):
     if isinstance(value, list):
         value = value[:1] * plain["num_hidden_layers"]
     assert opened(plain | {key: value}, tmp_path)[0] == opened(values if key not in values else plain, tmp_path)[0]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_the_activation_of_later_gemmas_has_one_key(name, tmp_path):
+    values = {k: v for k, v in values_of(name).items() if k != "hidden_activation"} | {"hidden_act": "gelu"}
+    assert opened(values, tmp_path)[0].activation == "gelu_pytorch_tanh"
 
 
 def test_phi3_alone_rotates_a_part_of_its_heads(tmp_path):

@@ -192,12 +192,12 @@ def test_meter_tells_speed_waiting_overhead_and_time_left():
     assert meter.read() == {"elapsed_s": 0.0}
     for i in range(10):
         clock.now += 9.0 if i == 0 else 1.0  # the first step compiles
-        meter.update(data_s=0.1, step_s=0.7, tokens=1000)
+        meter.update(data_s=0.1, step_s=0.7, tokens=800, positions=1000)  # padding is computed too
         if i == 4:
             clock.now += 50.0  # validation
             meter.pause()
     found = meter.read()
-    assert found["tokens_per_s"] == pytest.approx(1000.0) and found["step_s"] == pytest.approx(1.0)
+    assert found["tokens_per_s"] == pytest.approx(800.0) and found["step_s"] == pytest.approx(1.0)
     assert found["mfu_causal"] == pytest.approx(0.25) and found["mfu_full"] == pytest.approx(0.5)
     assert found["data_wait"] == pytest.approx(1 / 18) and found["overhead"] == pytest.approx(1 - 8 / 18)
     assert found["eta_s"] == pytest.approx(10.0) and found["elapsed_s"] == pytest.approx(68.0)

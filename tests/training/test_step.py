@@ -92,13 +92,15 @@ def test_cutting_a_batch_changes_neither_loss_nor_update(name, parts):
 
 def test_the_loss_is_the_mean_over_targets_and_not_over_micro_batches():
     s, batch = setup("causal"), make_batch("causal")
+    batch["segments"][0, 5:] = 0
     sums = jax.jit(lambda b: s.loss(s.state.all_params, b, None)["tokens"])
     total, whole = batch["weights"].sum(), sums(batch)
     _, metrics = s.step(s.state, cut(batch, 4))
     np.testing.assert_allclose(metrics["loss"], whole["loss"] / total, rtol=1e-5)
     np.testing.assert_allclose(metrics["accuracy"], whole["accuracy"] / total, rtol=1e-5)
     assert metrics["weight/tokens"] == total
-    assert metrics["tokens"] == np.count_nonzero(batch["segments"]), "padding is none"
+    assert metrics["tokens"] == B * T - (T - 5), "padding is none"
+    assert step.num_tokens({"segments": np.array([1, 2, 0]), "source_segments": np.array([1, 1, 1, 0])}) == 2 + 3
     assert {"loss", "nll", "accuracy", "grad_norm", "lr", "finite", "weight/tokens", "tokens"} == set(metrics)
     parts = cut(batch, 4)
     means = [sums({k: v[i] for k, v in parts.items()})["loss"] / parts["weights"][i].sum() for i in range(4)]
