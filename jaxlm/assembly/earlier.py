@@ -221,9 +221,8 @@ class Earlier:
         places by their weights, by name, with the strengths applied."""
         out: dict[str, Any] = {}
         if "lwf" in self.c.methods:
-            alike = [(t, o) for t, o in zip(self.tasks, self.objectives, strict=True) if o.objective is own.objective]
             out["lwf"] = jnp.zeros(())
-            for task, objective in alike:
+            for task, objective in self._alike(own):
                 before, now = (
                     objective.outputs(model, self.weights_for(w, task), batch)
                     for w in (jax.lax.stop_gradient(teacher), weights)
@@ -238,6 +237,14 @@ class Earlier:
             weight = sum(jax.tree.leaves(own.totals(batch)), jnp.zeros(()))
             out["features"] = self.c.features.strength * weight * apart / jnp.maximum(size, 1e-9)
         return out
+
+    def _alike(self, own: BoundObjective) -> list[tuple[Task, BoundObjective]]:
+        """Returns the earlier tasks whose predictions on new rows can be compared: those of the run's own objective.
+        Those that share its head, or the vocabulary's, count once."""
+        pairs = zip(self.tasks, self.objectives, strict=True)
+        alike = [(task, o) for task, o in pairs if o.objective is own.objective]
+        shared = [pair for pair in alike if not pair[0].own_head]
+        return [pair for pair in alike if pair[0].own_head] + shared[:1]
 
     def tracks(self, params: Any) -> Any:
         """Returns what is noted along the way, at the first update; None: nothing."""
@@ -344,5 +351,12 @@ def nothing() -> Earlier:
 def bound(run: config.Run, tasks: Sequence[Task], tokens: Any, rows: int) -> Earlier:
     """Binds the earlier tasks of a run. `rows`: how many of a batch's rows are earlier ones."""
     kind, first = MODELS.of(run.model).kind, run.model.decoder_start
+    if "lwf" in run.continual.methods and tasks:
+        own = OBJECTIVES.of(run.objective)
+        if not any(OBJECTIVES.of(t.objective) is own for t in tasks):
+            raise ValueError(
+                f"continual.methods: lwf compares predictions of {registry.name_of(run.objective)}, and no earlier task "
+                "made such; choose another method, such as features or replay"
+            )
     objectives = tuple(bind(t.objective, tokens, RowShape(t.seq_len, kind, first, t.template)) for t in tasks)
     return Earlier(run.continual, tuple(tasks), objectives, rows, rows / run.train.batch_size)

@@ -174,6 +174,24 @@ def test_what_can_not_be_kept_is_one_line(methods, message, sources, tmp_path, o
     assert not (tmp_path / "encoder" / "memory").exists()
 
 
+def test_lwf_compares_what_earlier_tasks_predicted_once(sources, tmp_path, one_device):
+    """Two earlier texts share the vocabulary's head, which is compared once; a task of another kind can't be
+    compared."""
+    run = make("decoder", sources["decoder"], tmp_path, ("lwf",))
+    task = earlier.earlier_tasks(run, StartModel(""))[0]
+    found = []
+    for tasks in ((task,), (task, dataclasses.replace(task, name="more"))):
+        p = programs.program(run, Bytes(), None, tasks)
+        weights = p.init().all_params
+        old = jax.tree.map(lambda w: 0.9 * w, weights)
+        batch = {k: jnp.asarray(v)[None] for k, v in p.objective.full_example().items()}
+        found.append(float(p.earlier.kept(p.model, weights, old, batch, p.objective)["lwf"]))
+    assert found[0] > 0 and found[0] == found[1]
+    unlike = dataclasses.replace(task, objective=classify.Config(labels=("a", "b")), own_head=True)
+    with pytest.raises(ValueError, match=r"continual\.methods: lwf compares predictions of causal, and no earlier"):
+        programs.program(run, Bytes(), None, (unlike,))
+
+
 def test_rows_that_leave_no_new_ones_are_refused(sources, tmp_path, one_device):
     run = make("encoder", sources["encoder"], tmp_path, ("replay",), replay=Replay(share=1.0))
     with pytest.raises(ValueError, match=r"continual\.replay\.share: 16 of train\.batch_size 16"):
