@@ -355,8 +355,8 @@ def bound(run: config.Run, tasks: Sequence[Task], tokens: Any, rows: int) -> Ear
         own = OBJECTIVES.of(run.objective)
         if not any(OBJECTIVES.of(t.objective) is own for t in tasks):
             raise ValueError(
-                f"continual.methods: lwf compares predictions of {registry.name_of(run.objective)}, and no earlier task "
-                "made such; choose another method, such as features or replay"
+                f"continual.methods: lwf compares predictions of {registry.name_of(run.objective)}, and no earlier "
+                "task made such; choose another method, such as features or replay"
             )
     objectives = tuple(bind(t.objective, tokens, RowShape(t.seq_len, kind, first, t.template)) for t in tasks)
     return Earlier(run.continual, tuple(tasks), objectives, rows, rows / run.train.batch_size)
