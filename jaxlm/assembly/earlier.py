@@ -71,11 +71,10 @@ def check(c: Continual, run: config.Run) -> None:
         raise ValueError("continual.methods: names a method twice")
     if "agem" in c.methods and "gem" in c.methods:
         raise ValueError("continual.methods: agem and gem both change the gradient; choose one")
-    if bound := next(
-        (name for name in ("agem", "gem") if name in c.methods and {"replay", "der"} & set(c.methods)), None
-    ):
+    bounds, learned = {"agem", "gem"} & set(c.methods), {"replay", "der"} & set(c.methods)
+    if bounds and learned:
         raise ValueError(
-            f"continual.methods: {bound} takes the gradient of earlier rows as a bound, and replay and der learn from "
+            f"continual.methods: {min(bounds)} takes the gradient of earlier rows as a bound, and replay and der learn from "
             "them; choose one"
         )
     if adapters.METHODS.of(run.adapter).growth is not None and (held := set(c.methods) & set(PENALTIES)):
@@ -257,7 +256,7 @@ class Earlier:
         return {name: dict.fromkeys(parts[name], trees) for name in TRACKED if name in self.c.methods} or None
 
     def keeping(self, rows: int) -> Keeping:
-        """Returns what the methods do to an update of `rows` new rows."""
+        """Returns what the methods do to an update whose batch has `rows` rows."""
         c, penalties = self.c, [name for name in PENALTIES if name in self.c.methods and self.tasks]
         tracked = [name for name in TRACKED if name in c.methods]
 

@@ -199,7 +199,8 @@ def _score_start(run: config.Run, first: config.Run, stage: Stage) -> dict[str, 
 
 
 def scored(opened: open_model.Pretrained, run: config.Run, stage: Stage) -> dict[str, Any]:
-    """Returns {metric, value, n, unit} of a model on a stage's validation data."""
+    """Returns the `metric` of a stage and its `value` for a model, on the stage's test data or else its validation
+    data."""
     as_stage = dataclasses.replace(
         opened.source.run or run, objective=run.objective, data=run.data, train=run.train, continual=Continual()
     )

@@ -1,4 +1,4 @@
-"""The run that learns all stages of a stream at once: what a stream's results are compared with."""
+"""Makes the run that learns all stages of a stream at once, which a stream's results are compared with."""
 
 import dataclasses
 import json
