@@ -74,8 +74,8 @@ def check(c: Continual, run: config.Run) -> None:
     bounds, learned = {"agem", "gem"} & set(c.methods), {"replay", "der"} & set(c.methods)
     if bounds and learned:
         raise ValueError(
-            f"continual.methods: {min(bounds)} takes the gradient of earlier rows as a bound, and {min(learned)} learns "
-            "from them; choose one"
+            f"continual.methods: {min(bounds)} takes the gradient of earlier rows as a bound, and {min(learned)} "
+            "learns from them; choose one"
         )
     if adapters.METHODS.of(run.adapter).growth is not None and (held := set(c.methods) & set(PENALTIES)):
         raise ValueError(
