@@ -14,10 +14,12 @@ from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.core import config, tree
 from jaxlm.core.continual import Continual, Der, Ewc, Replay
+from jaxlm.data import replay
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.models import bert, llama, t5
 from jaxlm.objectives import causal, classify, seq2seq
 from jaxlm.runtime import mesh
+from jaxlm.training.continual import projection
 
 MODELS = {
     "decoder": (
@@ -139,6 +141,28 @@ def test_an_update_is_the_same_on_one_device_and_on_eight(kind, sources, tmp_pat
     for name in a[1]:
         np.testing.assert_allclose(b[1][name], a[1][name], rtol=2e-3, atol=1e-5, err_msg=name)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(y, x, rtol=2e-3, atol=2e-5), one, eight)
+
+
+@pytest.mark.parametrize("method", ["agem", "gem"])
+def test_a_step_takes_earlier_rows_as_a_bound(method, sources, tmp_path, one_device):
+    """The update is the projected gradient of the new rows, and the loss that is told is theirs alone."""
+    p, state = begun(make("encoder", sources["encoder"], tmp_path, (method,), replay=Replay(examples=8, share=0.5)))
+    rows, replayed = rows_as_batch(p), remember.replayed(p, None)(0)
+    rows["target"] = rows["target"][:, ::-1]  # wrong labels, so that the two gradients are opposed
+    batch = p.to_device({k: v[None] for k, v in rows.items()} | replayed, None)
+    own, parts = replay.parted(jax.tree.map(lambda x: x[0], batch))
+
+    def mean(params, batch):
+        [sums], [total] = p.objective.loss(p.model, params, batch, None).values(), p.objective.totals(batch).values()
+        return sums["loss"] / total
+
+    g, r = (jax.grad(mean)(state.params, part) for part in (own, parts[0]))
+    assert float(projection.dot(g, r)) < 0
+    wanted = jax.tree.map(lambda w, x: w - 0.1 * x, state.params, projection.agem(g, r))
+    told = float(mean(state.params, own))
+    new, metrics = p.train_step()(state, batch)
+    assert float(metrics["loss"]) == pytest.approx(told, rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), new.params, wanted)
 
 
 def rows_as_batch(p) -> dict:
