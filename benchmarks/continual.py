@@ -3,18 +3,21 @@
     python benchmarks/continual.py text --data DATA_DIR            # English prose, then Python, then German
     python benchmarks/continual.py tasks --data DATA_DIR --model MODEL_DIR   # five unlike labelled tasks in a row
 
-DATA_DIR has the folders tinyshakespeare, multi30k, sst2, conll2003, semeval2010_task8, xquad; MODEL_DIR is a Hugging
+DATA_DIR has the folders tinyshakespeare, multi30k, sst2, conll2003, semeval2010_task8; MODEL_DIR is a Hugging
 Face directory of a small encoder. `text` trains a decoder of a million weights from nothing, on bytes, and scores bits
 per byte of held-out text; `tasks` fine-tunes with a head for each task. Each method is a stream of its own with the
 same seeds, beside training without any and training on everything at once. What is finished is kept in --out, and the
-same command goes on.
+same command goes on. --scale multiplies the strengths of METHODS; they were chosen so with a seed of their own:
+
+    python benchmarks/continual.py text --data DATA_DIR --seeds 100 --scale 0.1 1 10 --save - --methods l2 ewc si …
 """
 
 import argparse
-import json
+import itertools
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from worker import machine, save, table
 
@@ -23,12 +26,12 @@ from jaxlm.core import config
 from jaxlm.core.continual import L2, MAS, SI, Continual, Ewc, Features, Gem, LwF, Replay, RWalk
 from jaxlm.core.stream import Stage, Stream
 from jaxlm.models import llama
-from jaxlm.objectives import answer, causal, classify, relate, tag
+from jaxlm.objectives import causal, classify, relate, tag
 
 METHODS = {
     "none": Continual(),
     "l2": Continual(("l2",), l2=L2(strength=0.3)),
-    "ewc": Continual(("ewc",), ewc=Ewc(strength=0.3, examples=128)),
+    "ewc": Continual(("ewc",), ewc=Ewc(strength=1.0, examples=128)),
     "si": Continual(("si",), si=SI(strength=1.0)),
     "mas": Continual(("mas",), mas=MAS(strength=0.1, examples=128)),
     "rwalk": Continual(("rwalk",), rwalk=RWalk(strength=10.0)),
@@ -39,7 +42,8 @@ METHODS = {
     "agem": Continual(("agem",), replay=Replay(share=0.25, examples=512)),
     "gem": Continual(("gem",), replay=Replay(share=0.25, examples=512), gem=Gem(margin=0.5)),
     "replay 5 %": Continual(("replay",), replay=Replay(share=0.0625, examples=512)),
-    "replay + ewc": Continual(("replay", "ewc"), replay=Replay(share=0.25, examples=512), ewc=Ewc(0.3, 128)),
+    "replay, all rows": Continual(("replay",), replay=Replay(share=0.25, examples=32768)),
+    "replay + ewc": Continual(("replay", "ewc"), replay=Replay(share=0.25, examples=512), ewc=Ewc(1.0, 128)),
 }
 
 
@@ -51,13 +55,14 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--steps", type=int, help="of each stage")
+    p.add_argument("--scale", type=float, nargs="+", default=[1.0], help="of the strengths")
     p.add_argument("--out", type=Path, default=Path("runs/continual"))
     p.add_argument("--save", help="name under results/ (- : don't save); default: continual_text or continual_tasks")
     return p.parse_args()
 
 
 def text_stream(a: argparse.Namespace) -> Stream:
-    """Returns the stream of three languages: 500 kB of each, and 40 kB to score."""
+    """Returns the stream of three languages: 500 kB of each, and 20 kB to score."""
     folder = a.out / "texts"
     folder.mkdir(parents=True, exist_ok=True)
     library = Path(sysconfig.get_paths()["stdlib"])
@@ -74,7 +79,7 @@ def text_stream(a: argparse.Namespace) -> Stream:
     }
     stages = []
     for name, text in texts.items():
-        parts = {"train": text[:500_000], "valid": text[500_000:540_000]}
+        parts = {"train": text[:500_000], "valid": text[500_000:520_000]}
         for part, content in parts.items():
             (folder / f"{name}.{part}.txt").write_text(content, "utf-8")
         stages.append(Stage(name, {f"data.{part}": (str(folder / f"{name}.{part}.txt"),) for part in parts}))
@@ -83,51 +88,57 @@ def text_stream(a: argparse.Namespace) -> Stream:
         model=llama.Config(vocab=384, layers=3, width=128, heads=4, kv_heads=4, head_width=32, ffn=384),
         data=config.Data(tokenizer="bytes", cache=str(a.out / "cache"), tokenize_workers=0),
         optim=config.Optim(lr=2e-3, warmup=20, weight_decay=0.0),
-        train=config.Train(steps=a.steps or 300, batch_size=16, seq_len=128, eval_every=0, save_every=0, prompts=()),
+        train=config.Train(steps=a.steps or 150, batch_size=16, seq_len=64, eval_every=0, save_every=0, prompts=()),
         execution=config.Execution(dtype="float32"),
     )  # fmt: skip
     return Stream(run, tuple(stages), seeds=tuple(a.seeds))
 
 
+def _cut(source: Path, target: Path, count: int, between: str = "\n", head: str = "") -> str:
+    """Writes the first `count` examples of a file, which stand in a text between `between`; returns the path."""
+    target.write_text(head + between.join(source.read_text("utf-8").split(between)[:count]) + "\n", "utf-8")
+    return str(target)
+
+
 def task_stream(a: argparse.Namespace) -> Stream:
-    """Returns the stream of sentiment, names of persons and places, relations, answers in a text, and sentiment's
-    neighbour: whether a sentence is German."""
+    """Returns the stream of five tasks: sentiment, names of persons and places, relations, the language of a sentence
+    and parts of speech; 2,000 examples of each, and 200 to score."""
     from jaxlm.assembly.model_source import describe
 
     source = describe(a.model)
     folder = a.out / "tables"
     folder.mkdir(parents=True, exist_ok=True)
-    for part, name in (("train", "train"), ("valid", "val")):
-        pair = [
-            (a.data / "multi30k" / f"{name}.{side}").read_text("utf-8").splitlines()[:4000] for side in ("en", "de")
+    changes: dict[str, dict[str, Any]] = {
+        name: {} for name in ("sentiment", "names", "relations", "language", "speech")
+    }
+    for part, count, file in (("train", 2000, "train"), ("valid", 200, "test")):
+        key, at = f"data.{part}", lambda name: folder / name
+        words = _cut(a.data / "conll2003" / f"{file}.txt", at(f"words.{part}.txt"), count, "\n\n")
+        table = _cut(a.data / "sst2" / f"{file}.tsv", at(f"sst2.{part}.tsv"), count + 1)
+        changes["sentiment"][key] = (table,)
+        changes["names"][key] = changes["speech"][key] = (words,)
+        table = _cut(a.data / "semeval2010_task8" / f"{file}.tsv", at(f"semeval.{part}.tsv"), count)
+        changes["relations"][key] = (table,)
+        sides = [
+            (side, a.data / "multi30k" / f"{'val' if part == 'valid' else 'train'}.{side}") for side in ("en", "de")
         ]
         rows = [
-            f"{line}\t{side}" for two in zip(*pair, strict=True) for side, line in zip(("en", "de"), two, strict=True)
+            [f"{line}\t{side}" for line in path.read_text("utf-8").splitlines()[: count // 2]] for side, path in sides
         ]
-        (folder / f"language.{part}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n", "utf-8")
-    squad = json.loads((a.data / "xquad" / "xquad.en.json").read_text("utf-8"))
-    cut = len(squad["data"]) * 4 // 5
-    for part, data in (("train", squad["data"][:cut]), ("valid", squad["data"][cut:])):
-        (folder / f"squad.{part}.json").write_text(json.dumps(squad | {"data": data}), "utf-8")
-    at = lambda *places: {"data.train": (str(places[0]),), "data.valid": (str(places[1]),)}  # noqa: E731
-    d = a.data
-    stages = (
-        Stage("sentiment", at(d / "sst2" / "train.tsv", d / "sst2" / "test.tsv") | {
-            "objective": classify.Config(text="sentence", label="label")}),
-        Stage("names", at(d / "conll2003" / "train.txt", d / "conll2003" / "test.txt") | {
-            "objective": tag.Config()}, metric="f1"),
-        Stage("relations", at(d / "semeval2010_task8" / "train.tsv", d / "semeval2010_task8" / "test.tsv") | {
-            "objective": relate.Config()}, metric="f1_macro"),
-        Stage("answers", at(folder / "squad.train.json", folder / "squad.valid.json") | {
-            "objective": answer.Config(), "train.seq_len": 256}, metric="f1"),
-        Stage("language", at(folder / "language.train.tsv", folder / "language.valid.tsv") | {
-            "objective": classify.Config(text="sentence", label="label")}),
-    )  # fmt: skip
+        mixed = [row for pair in zip(*rows, strict=True) for row in pair]
+        at(f"language.{part}.tsv").write_text("\n".join(["sentence\tlabel", *mixed]) + "\n", "utf-8")
+        changes["language"][key] = (str(at(f"language.{part}.tsv")),)
+    sentences = classify.Config(text="sentence", label="label")
+    objectives = {"sentiment": (sentences, "accuracy"), "names": (tag.Config(), "f1"),
+                  "relations": (relate.Config(columns=("e1", "e2", "label", "text")), "accuracy"),
+                  "language": (sentences, "accuracy"), "speech": (tag.Config(tag=1), "accuracy")}  # fmt: skip
+    stages = tuple(Stage(name, changes[name] | {"objective": objective}, metric=metric)
+                   for name, (objective, metric) in objectives.items())  # fmt: skip
     run = config.Run(
         name="tasks", out=str(a.out), model=source.config, objective=classify.Config(), start=str(a.model),
         data=config.Data(cache=str(a.out / "cache"), tokenize_workers=0),
-        optim=config.Optim(lr=1e-4, warmup=10, schedule="linear", final=0.0, weight_decay=0.0),
-        train=config.Train(steps=a.steps or 150, batch_size=32, seq_len=64, eval_every=0, save_every=0, prompts=()),
+        optim=config.Optim(lr=5e-4, warmup=8, schedule="linear", final=0.1, weight_decay=0.0, freeze=("embed",)),
+        train=config.Train(steps=a.steps or 80, batch_size=8, seq_len=40, eval_every=0, save_every=0, prompts=()),
         execution=config.Execution(dtype="float32"),
     )  # fmt: skip
     return Stream(run, stages, seeds=tuple(a.seeds))
@@ -137,12 +148,14 @@ def main() -> None:
     a = arguments()
     made = text_stream(a) if a.what == "text" else task_stream(a)
     results = {}
-    for method in a.methods:
-        run = replace(made.run, name=f"{a.what}-{method.replace(' ', '').replace('%', '')}", continual=METHODS[method])
+    for method, scale in itertools.product(a.methods, a.scale):
+        name = method if len(a.scale) == 1 else f"{method} × {scale:g}"
+        folder = "-".join([a.what, "".join(filter(str.isalnum, method)), *([] if scale == 1 else [f"{scale:g}"])])
+        run = replace(made.run, name=folder, continual=scaled(METHODS[method], scale))
         one = replace(made, run=run, references=("joint",) if method == "none" else ())
         if stream.train(one):
             raise SystemExit(1)
-        results[method] = stream.collect(one, run.folder)
+        results[name] = stream.collect(one, run.folder)
     shown = ("average", "learned", "forgetting", "backward")
     rows = [[method, *(interval(r["figures"][name]) for name in shown), f"{sum(r['seconds'].values()):.0f}"]
             for method, r in results.items()]  # fmt: skip
@@ -150,6 +163,12 @@ def main() -> None:
     print(report)
     if a.save != "-":
         save(a.save or f"continual_{a.what}", {"machine": machine(), "seeds": a.seeds, "results": results})
+
+
+def scaled(c: Continual, scale: float) -> Continual:
+    """Returns the settings with the strength of each method multiplied."""
+    own = {name: getattr(c, name) for name in c.methods if hasattr(getattr(c, name, None), "strength")}
+    return replace(c, **{name: replace(part, strength=scale * part.strength) for name, part in own.items()})
 
 
 def interval(ends: list[float | None]) -> str:
