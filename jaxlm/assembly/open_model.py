@@ -155,6 +155,8 @@ def first_params(p: programs.Program, start: StartModel) -> Any:
         if head.note and jax.process_index() == 0:
             print(head.note)
     grows = _grows(p, source)
+    if p.run.continual.adapters == "task":
+        _check_alike(p, source)
     theirs_by_path = tree.flatten(
         {name: s for name, s in stored.items() if not (grows and name == "adapter")}, spec.is_spec
     )
@@ -193,6 +195,20 @@ def _grows(p: programs.Program, source: Source) -> bool:
             f"first: jaxlm export {p.run.start} MERGED --format hf"
         )
     return grows
+
+
+def _check_alike(p: programs.Program, source: Source) -> None:
+    """ValueError: the adapter of the model that the run starts from is of another shape than the run's, or on a base of
+    another precision, though both stand over one base."""
+    theirs, ours = (tree.flatten(a.specs().get("adapter", {}), spec.is_spec) for a in (source.adapted, p.adapter))
+    if not theirs:
+        return
+    same = {path: s.shape for path, s in theirs.items()} == {path: s.shape for path, s in ours.items()}
+    if not same or source.adapter.base != p.run.adapter.base:
+        raise ValueError(
+            f"start: {p.run.start} has adapters of other settings than this run's, and all tasks' adapters are of one "
+            "kind, over one base; leave adapter.* out"
+        )
 
 
 def _grown(p: programs.Program, source: Source, adapter: Any) -> Any:

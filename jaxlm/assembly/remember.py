@@ -16,9 +16,9 @@ import jax
 import numpy as np
 
 from jaxlm.assembly import corpus, earlier, importances
-from jaxlm.assembly.earlier import FOLDER, INDEX, Task
 from jaxlm.assembly.model_source import Source, StartModel
 from jaxlm.assembly.program import Program
+from jaxlm.assembly.task_index import FOLDER, INDEX, Task
 from jaxlm.core import config
 from jaxlm.core.continual import MAS, Ewc
 from jaxlm.data import loader, replay
@@ -38,7 +38,7 @@ BLOCK = 256  # rows that are made at a time
 def remember(p: Program, state: State, start: StartModel, begins: bool) -> State:
     """Returns the state with what its methods know of earlier tasks, which the run's directory holds, or gets now if
     the run `begins`. ValueError: the directory has lost it, or it can't be made."""
-    if not earlier.keeps(p.run.continual):
+    if not earlier.keeps(p.run):
         return state
     folder = p.run.folder / FOLDER
     if not (folder / INDEX).is_file():

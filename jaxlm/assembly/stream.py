@@ -177,17 +177,18 @@ def _score(place: Path, run: config.Run, stage: Stage) -> dict[str, Any] | None:
 
 
 def head_of(params: Any, place: Path, run: config.Run) -> Any | None:
-    """Returns the weights of a model with the head of a stage at the top; None: it has none for it."""
+    """Returns the weights of a model with the head and the adapter of a stage at the top; None: it has no head for
+    it."""
     here = run_directory.read_config(place)
-    plain = {name: value for name, value in params.items() if name != earlier.HEADS}
+    of_model = earlier.of_directory(place, here)
+    task = next((task for task in of_model.tasks if task.name == run.name), None)
     head = OBJECTIVES.of(run.objective).specs(run.objective, run.model.width)
-    if not head or here.objective == run.objective:
-        return plain
-    known = params.get(earlier.HEADS, {}).get(run.name)
-    if known is None:
+    if task is None and head and here.objective != run.objective:
         return None
+    weights = params if task is None else of_model.weights_for(params, task)
     own = OBJECTIVES.of(here.objective).specs(here.objective, here.model.width)
-    return {name: value for name, value in plain.items() if name not in own} | known
+    surplus = own.keys() - head.keys() if task is not None and task.own_head else ()
+    return {name: value for name, value in weights.items() if name not in surplus and name != earlier.HEADS}
 
 
 def _score_start(run: config.Run, first: config.Run, stage: Stage) -> dict[str, Any] | None:
