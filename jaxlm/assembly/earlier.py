@@ -77,10 +77,9 @@ def _check_adapters(c: Continual, run: config.Run) -> None:
             f"continual.adapters: task needs an adapter over a frozen base, and `adapter` {name} trains weights of the "
             "base, which all tasks share; choose lora"
         )
-    if c.adapters == "task" and (c.methods or c.old):
-        field = "methods" if c.methods else "old"
+    if c.adapters == "task" and c.methods:
         raise ValueError(
-            f"continual.{field}: each task has an adapter of its own (continual.adapters), so that there is nothing to "
+            "continual.methods: each task has an adapter of its own (continual.adapters), so that there is nothing to "
             "keep; leave one of the two out"
         )
 
@@ -96,7 +95,7 @@ def earlier_tasks(run: config.Run, start: StartModel) -> tuple[Task, ...]:
     before = source.run if source is not None else None
     if run.continual.old:
         if separate(run):
-            raise ValueError("continual.old: earlier tasks keep columns of their own, so leave it out")
+            raise ValueError("continual.old: each task keeps an adapter, or a column of one, of its own; leave it out")
         template = source.templates.get("default") if source is not None else None
         return (Task("before", run.objective, run.train.seq_len, template, run.continual.old, own_head=False),)
     if source is not None and before is None and separate(run) and source.adapter != config.Adapter():

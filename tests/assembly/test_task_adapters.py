@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.assembly import earlier, open_model
+from jaxlm import Stage, Stream
+from jaxlm.assembly import corpus, earlier, open_model
 from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.core import config, tree
@@ -34,6 +35,7 @@ MODELS = {
     ),
 }
 KINDS = list(MODELS)
+ONE_KIND_QUICKLY = ["encoder", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "encoder")]
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +65,18 @@ def first_run(kind: str, source: str, folder, adapter=None, **changes) -> config
     ), **changes)  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def begun(sources, tmp_path_factory):
+    """A run that has learned the first task, an encoder's."""
+    with mesh.on_devices(jax.devices()[:1]):
+        return jaxlm.train(first_run("encoder", sources["encoder"][0], tmp_path_factory.mktemp("begun")))
+
+
 def second_run(first, source: str, name: str = "two", **changes) -> config.Run:
     return jaxlm.load(first.path, name=name, **{"data.train": (source,)}, **changes)
 
 
-def figures_of(place, run: config.Run) -> dict[str, float]:
-    """What the model at a place scores on the validation data of a run."""
-    return dict(jaxlm.evaluate(place, data=None).figures) if run is None else {}
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONE_KIND_QUICKLY)
 def test_a_task_is_used_with_its_own_adapter(kind, sources, tmp_path, one_device):
     """After the second task, stopped in its middle, the first gives bit for bit what it gave; only the new adapter and
     head are trained, and nothing else has an optimizer's state."""
@@ -98,3 +102,101 @@ def test_a_task_is_used_with_its_own_adapter(kind, sources, tmp_path, one_device
     trained = set(tree.flatten(p.abstract_state().params))
     assert trained and all(path.startswith(("adapter/", *p.objective.specs(16))) for path in trained)
     assert "tasks/one/adapter" in " ".join(tree.flatten(p.abstract_state().frozen))
+    for place, message in (("#onee", r"no task 'onee'; did you mean 'one'\?; give one of one, two"), ("#", "no task ''")):
+        with pytest.raises(ValueError, match=message):
+            jaxlm.open(f"{second.path}{place}")
+    with pytest.raises(ValueError, match="#one: is one task of a run; give the run itself"):
+        jaxlm.load(first_run(kind, sources[kind][0], tmp_path), start=f"{second.path}#one")
+    if kind == "encoder":
+        jaxlm.open(f"{second.path}#one").save(tmp_path / "written")
+        texts = ["abcd", "uvwx"]
+        told = [jaxlm.open(place).predict(texts) for place in (f"{second.path}#one", tmp_path / "written", first.path)]
+        for mine, theirs, once in zip(*told, strict=True):
+            assert mine == once
+            assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ONE_KIND_QUICKLY)
+def test_an_update_is_the_same_on_one_device_and_on_eight(kind, sources, tmp_path):
+    """With an earlier task beside it: every weight of the new adapter gets a gradient from the second update on, and
+    the earlier task stays bit for bit."""
+    found = []
+    with mesh.on_devices(jax.devices()[:1]):
+        first = jaxlm.train(first_run(kind, sources[kind][0], tmp_path))
+    for name, on, devices in (("eight", config.Mesh(fsdp=4, tensor=2), 8), ("alone", config.Mesh(), 1)):
+        with mesh.on_devices(jax.devices()[:devices]):
+            run = second_run(first, sources[kind][1], name, mesh=on)
+            start = StartModel(run.start)
+            p = programs.program(run, Bytes(), None, earlier.earlier_tasks(run, start))
+            with mesh.on_mesh(p.mesh):
+                state = p.init_from(open_model.first_params(p, start))
+                begun, old = jax.device_get((state.params, state.frozen["tasks"]))
+                data = corpus.corpus(run.data, p.objective, ("train",))
+                loader, step = corpus.training_loader(run, p.objective, data, None), p.train_step()
+                for i in range(2):
+                    state, metrics = step(state, p.to_device(loader.batch(i), None))
+                jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.frozen["tasks"]), old)
+            found.append((begun, jax.device_get(state.params), jax.device_get(metrics)))
+    (begun, eight, a), (_, one, b) = found
+    for path, x in tree.flatten(eight).items():
+        assert np.abs(x - tree.at(begun, path)).max() > 0, path
+    np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-5), eight, one)
+
+
+def test_tasks_of_a_stream_are_scored_with_their_own_adapters(sources, tmp_path, one_device):
+    """Both have the same labels, and heads of their own all the same; the stream starts from the base alone."""
+    base = first_run("encoder", sources["encoder"][0], tmp_path, config.Adapter(), continual=Continual(), name="base")
+    base = jaxlm.train(base)
+    run = first_run("encoder", sources["encoder"][0], tmp_path, name="stream", start=str(base.path))
+    stages = tuple(Stage(f"t{i}", {"data.train": (source,)}) for i, source in enumerate(sources["encoder"]))
+    results = jaxlm.train_stream(Stream(run, stages))
+    matrix = np.array(results["matrices"][0], float)
+    assert matrix[1, 0] == matrix[2, 0] and not np.isnan(matrix[2, 1])
+    last = tmp_path / "stream" / "seed-0" / "2-t1"
+    loss = [jaxlm.evaluate(place)["loss"] for place in (base.path, f"{last}#base", f"{last}#1-t0", last)]
+    assert loss[0] == loss[1] and len(set(loss)) == 3
+    assert set(jaxlm.open(last).params["tasks"]) == {"base", "1-t0"}
+
+
+LORA = Lora(rank=2)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "continual", "message"),
+    [
+        (config.Adapter(), Continual(adapters="task"), r"continual\.adapters: task needs an adapter .*`adapter` none"),
+        (BitFit(), Continual(adapters="task"), r"continual\.adapters: .*`adapter` bitfit"),
+        (OrthogonalLora(rank=2), Continual(adapters="task"), "orthogonal_lora grows from task to task by itself"),
+        (LORA, Continual(("replay",), adapters="task"), r"continual\.methods: each task has an adapter"),
+        (LORA, Continual(old=("x",), adapters="task"), r"continual\.old: each task keeps an adapter"),
+    ],
+)
+def test_what_tasks_can_not_have_of_their_own_is_one_line(adapter, continual, message, sources, tmp_path, one_device):
+    run = first_run("encoder", sources["encoder"][0], tmp_path, adapter, continual=continual)
+    with pytest.raises(ValueError, match=message) as raised:
+        jaxlm.train(run)
+    assert "\n" not in str(raised.value) and not run.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (Lora(rank=4), r"start: .* has an adapter of other settings|start: .* has adapters of other settings"),
+        (Lora(rank=2, targets=("all",)), "start: .* has adapters of other settings"),
+        (Lora(rank=2, base="nf4"), "start: .* has adapters of other settings"),
+    ],
+)
+def test_adapters_of_one_model_are_of_one_kind(adapter, message, begun, sources, tmp_path, one_device):
+    run = dataclasses.replace(second_run(begun, sources["encoder"][1]), adapter=adapter, out=str(tmp_path))
+    with pytest.raises(ValueError, match=message) as raised:
+        jaxlm.train(run)
+    assert "\n" not in str(raised.value) and not run.folder.exists()
+
+
+def test_virtual_tokens_need_to_be_there_from_the_first_task_on(sources, tmp_path, one_device):
+    base = first_run("encoder", sources["encoder"][0], tmp_path, config.Adapter(), continual=Continual(), name="base")
+    base = jaxlm.train(base)
+    changes = {"adapter": Prompt(tokens=2), "continual": Continual(adapters="task")}
+    with pytest.raises(ValueError, match=r"continual\.adapters: base was learned without virtual tokens, which prompt"):
+        jaxlm.train(second_run(base, sources["encoder"][1], **changes))
