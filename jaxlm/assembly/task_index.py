@@ -12,6 +12,7 @@ from jaxlm.objectives import OBJECTIVES
 
 FOLDER = "memory"
 INDEX = "tasks.json"
+STATISTICS = "states.npz"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from jaxlm.data.tokenizer import Bytes
 from jaxlm.models import bert, llama, t5
 from jaxlm.objectives import causal, classify, seq2seq
 from jaxlm.runtime import mesh
+from jaxlm.training import stream_report
 from jaxlm.weights.adapters import BitFit, Lora, OrthogonalLora, Prompt
 
 MODELS = {
@@ -102,7 +103,10 @@ def test_a_task_is_used_with_its_own_adapter(kind, sources, tmp_path, one_device
     trained = set(tree.flatten(p.abstract_state().params))
     assert trained and all(path.startswith(("adapter/", *p.objective.specs(16))) for path in trained)
     assert "tasks/one/adapter" in " ".join(tree.flatten(p.abstract_state().frozen))
-    for place, message in (("#onee", r"no task 'onee'; did you mean 'one'\?; give one of one, two"), ("#", "no task ''")):
+    for place, message in (
+        ("#onee", r"no task 'onee'; did you mean 'one'\?; give one of one, two"),
+        ("#", "no task ''"),
+    ):
         with pytest.raises(ValueError, match=message):
             jaxlm.open(f"{second.path}{place}")
     with pytest.raises(ValueError, match="#one: is one task of a run; give the run itself"):
@@ -157,6 +161,10 @@ def test_tasks_of_a_stream_are_scored_with_their_own_adapters(sources, tmp_path,
     loss = [jaxlm.evaluate(place)["loss"] for place in (base.path, f"{last}#base", f"{last}#1-t0", last)]
     assert loss[0] == loss[1] and len(set(loss)) == 3
     assert set(jaxlm.open(last).params["tasks"]) == {"base", "1-t0"}
+    [(first, both)] = results["inferred"]
+    assert first == [1.0, None] and min(both) > 0.8, "the two have no letter in common"
+    written, page = stream_report.build(tmp_path / "stream")
+    assert f"{both[1]:.4f}" in page.read_text() and "task right" in stream_report.table(written)
 
 
 LORA = Lora(rank=2)
