@@ -136,7 +136,7 @@ def _beside(task: Task, run: config.Run, before: config.Adapter) -> Task:
             task = dataclasses.replace(task, adapter="none")
         elif columns is None:
             task = dataclasses.replace(task, adapter="own")
-        else:
+        elif isinstance(before, type(run.adapter)):  # another one is refused where its weights are read
             task = dataclasses.replace(task, adapter="column", column=columns.last(before))
     has_head = bool(OBJECTIVES.of(task.objective).specs(task.objective, run.model.width))
     return dataclasses.replace(task, own_head=has_head and (task.kept_whole or task.objective != run.objective))
