@@ -24,6 +24,7 @@ from jaxlm.core.continual import L2, MAS, SI, Continual, Ewc, Features, Gem, LwF
 from jaxlm.core.stream import Stage, Stream
 from jaxlm.models import llama
 from jaxlm.objectives import answer, causal, classify, relate, tag
+from jaxlm.weights.adapters import Lora, Progressive
 
 METHODS = {
     "none": Continual(),
@@ -40,7 +41,12 @@ METHODS = {
     "gem": Continual(("gem",), replay=Replay(share=0.25, examples=512), gem=Gem(margin=0.5)),
     "replay 5 %": Continual(("replay",), replay=Replay(share=0.0625, examples=512)),
     "replay + ewc": Continual(("replay", "ewc"), replay=Replay(share=0.25, examples=512), ewc=Ewc(0.3, 128)),
+    "lora": Continual(),
+    "task adapters": Continual(adapters="task"),
+    "progressive": Continual(),
 }
+ADAPTERS = {"lora": Lora(targets=("all",)), "task adapters": Lora(targets=("all",)), "progressive": Progressive()}
+"""Of the methods that train an adapter over the model that `tasks` starts from, at ten times the learning rate."""
 
 
 def arguments() -> argparse.Namespace:
@@ -48,7 +54,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("what", choices=("text", "tasks"))
     p.add_argument("--data", type=Path, required=True)
     p.add_argument("--model", type=Path, help="tasks: where each stream starts")
-    p.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    p.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all; adapters only for tasks")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--steps", type=int, help="of each stage")
     p.add_argument("--out", type=Path, default=Path("runs/continual"))
@@ -137,8 +143,10 @@ def main() -> None:
     a = arguments()
     made = text_stream(a) if a.what == "text" else task_stream(a)
     results = {}
-    for method in a.methods:
+    for method in a.methods or [m for m in METHODS if a.what == "tasks" or m not in ADAPTERS]:
         run = replace(made.run, name=f"{a.what}-{method.replace(' ', '').replace('%', '')}", continual=METHODS[method])
+        if method in ADAPTERS:
+            run = replace(run, adapter=ADAPTERS[method], optim=replace(run.optim, lr=10 * run.optim.lr))
         one = replace(made, run=run, references=("joint",) if method == "none" else ())
         if stream.train(one):
             raise SystemExit(1)

@@ -1,6 +1,6 @@
 """A model is opened by its place: a run directory, a Hugging Face directory (or `hf:OWNER/NAME` on the hub), or a GGUF
 file; and any of them with an adapter of Hugging Face PEFT: `MODEL+DIRECTORY`, or its directory alone, which names the
-model."""
+model. `RUN#TASK` is a run's model as a task uses it that was learned before."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence

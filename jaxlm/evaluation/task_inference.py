@@ -15,7 +15,7 @@ TINY = 1e-12  # a variance, so that vectors that are all alike have an inverse t
 
 
 class Statistics(NamedTuple):
-    """What is kept of a task's vectors, float64."""
+    """Holds what is known of a task's vectors, float64."""
 
     mean_D: np.ndarray
     covariance_DD: np.ndarray

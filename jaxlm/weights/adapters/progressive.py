@@ -35,15 +35,15 @@ USED = ("lateral", "previous_down", "previous_down_bias", LATERALS)
 
 @dataclass(frozen=True, kw_only=True)
 class Progressive(BottleneckAdapter):
-    """Progressive columns (Rusu et al. 2016): bottlenecks after attention and ffn, a column of them for each task. A
-    run that starts from a run with it adds a column, which reads those before."""
+    """Bottlenecks stand after attention and ffn, a column of them for each task (progressive columns, Rusu et al.
+    2016). A run that starts from a run with it adds a column, which reads those before."""
 
     previous: Natural = 0
     """How many columns earlier tasks have; the model that a run starts from says it."""
 
 
 class Column(Bottleneck):
-    """A matrix and the bottleneck of the newest column behind it."""
+    """Holds a matrix and the bottleneck of the newest column behind it."""
 
     lateral: jax.Array | None = None
     """C N N."""
