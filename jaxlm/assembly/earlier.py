@@ -172,9 +172,10 @@ class Earlier:
         return any(name in self.c.methods for name in TEACHERS) and bool(self.tasks)
 
     def describe(self) -> dict[str, str]:
-        """Returns a line on what is kept, for people; nothing where no method is named."""
+        """Returns a line on what is kept, for people; nothing where no method is named and no task is kept whole."""
         if not self.c.methods:
-            return {}
+            whole = " ".join(task.name for task in self.tasks if task.kept_whole)
+            return {"continual": f"{whole}: kept whole, with heads and adapters of their own"} if whole else {}
         methods = " ".join(self.c.methods)
         if not self.tasks:
             return {"continual": f"{methods}: nothing was learned before this run, so they act from the next one on"}

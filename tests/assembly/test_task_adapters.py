@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import types
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from jaxlm import Stage, Stream
 from jaxlm.assembly import corpus, earlier, infer_task, open_model
 from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import StartModel
+from jaxlm.assembly.task_index import Task
 from jaxlm.core import config, tree
 from jaxlm.core.continual import Continual
 from jaxlm.data.tokenizer import Bytes
@@ -115,6 +117,7 @@ def test_a_task_is_used_with_its_own_adapter(kind, learned, sources, tmp_path, o
     trained = set(tree.flatten(p.abstract_state().params))
     assert trained and all(path.startswith(("adapter/", *p.objective.specs(16))) for path in trained)
     assert "tasks/one/adapter" in " ".join(tree.flatten(p.abstract_state().frozen))
+    assert p.notes["continual"] == "one: kept whole, with heads and adapters of their own"
     for place, message in (
         ("#onee", r"no task 'onee'; did you mean 'one'\?; give one of one, two"),
         ("#", "no task ''"),
@@ -230,6 +233,19 @@ def test_adapters_of_one_model_are_of_one_kind(adapter, message, learned, source
     with pytest.raises(ValueError, match=message) as raised:
         jaxlm.train(run)
     assert "\n" not in str(raised.value) and not run.folder.exists()
+
+
+def test_what_tasks_start_from_is_known(learned, sources, tmp_path, one_device):
+    run = second_run(learned(), sources["encoder"][1], tmp_path)
+    with pytest.raises(ValueError, match="a loop of one's own keeps no adapters or columns of earlier tasks"):
+        jaxlm.Program(run)
+    published = types.SimpleNamespace(source=types.SimpleNamespace(run=None, adapter=Lora(), templates={}))
+    with pytest.raises(ValueError, match=r"start: x has an adapter of a task that has no name here; merge it first"):
+        earlier.earlier_tasks(dataclasses.replace(run, start="x"), published)
+    # What an index of before there were adapters for each task says is still read.
+    old = Task("one", run.objective, 32).to_dict()
+    kept = {name: old[name] for name in ("name", "objective", "seq_len", "template", "data", "own_head")}
+    assert Task.from_dict(json.loads(json.dumps(kept))) == Task("one", run.objective, 32)
 
 
 def test_virtual_tokens_need_to_be_there_from_the_first_task_on(sources, tmp_path, one_device):
