@@ -187,7 +187,7 @@ def test_tasks_of_a_stream_are_scored_with_their_own_adapters(sources, tmp_path,
     base = first_run("encoder", sources["encoder"][0], tmp_path, config.Adapter(), continual=Continual(), name="base")
     base = jaxlm.train(base)
     run = first_run("encoder", sources["encoder"][0], tmp_path, name="stream", start=str(base.path))
-    stages = tuple(Stage(f"t{i}", {"data.train": (source,)}) for i, source in enumerate(sources["encoder"]))
+    stages = tuple(Stage(f"t{i}", {"data.train": (source,)}, "loss") for i, source in enumerate(sources["encoder"]))
     results = jaxlm.train_stream(Stream(run, stages))
     matrix = np.array(results["matrices"][0], float)
     assert matrix[1, 0] == matrix[2, 0] and not np.isnan(matrix[2, 1])
