@@ -27,6 +27,7 @@ from jaxlm.core.continual import L2, MAS, SI, Continual, Ewc, Features, Gem, LwF
 from jaxlm.core.stream import Stage, Stream
 from jaxlm.models import llama
 from jaxlm.objectives import causal, classify, relate, tag
+from jaxlm.weights.adapters import Lora, Progressive
 
 METHODS = {
     "none": Continual(),
@@ -44,7 +45,12 @@ METHODS = {
     "replay 5 %": Continual(("replay",), replay=Replay(share=0.0625, examples=512)),
     "replay, all rows": Continual(("replay",), replay=Replay(share=0.25, examples=32768)),
     "replay + ewc": Continual(("replay", "ewc"), replay=Replay(share=0.25, examples=512), ewc=Ewc(1.0, 128)),
+    "lora": Continual(),
+    "task adapters": Continual(adapters="task"),
+    "progressive": Continual(),
 }
+ADAPTERS = {"lora": Lora(targets=("all",)), "task adapters": Lora(targets=("all",)), "progressive": Progressive()}
+"""Of the methods that train an adapter over the model that `tasks` starts from, at ten times the learning rate."""
 
 
 def arguments() -> argparse.Namespace:
@@ -52,7 +58,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("what", choices=("text", "tasks"))
     p.add_argument("--data", type=Path, required=True)
     p.add_argument("--model", type=Path, help="tasks: where each stream starts")
-    p.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    p.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all; adapters only for tasks")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--steps", type=int, help="of each stage")
     p.add_argument("--scale", type=float, nargs="+", default=[1.0], help="of the strengths")
@@ -148,10 +154,13 @@ def main() -> None:
     a = arguments()
     made = text_stream(a) if a.what == "text" else task_stream(a)
     results = {}
-    for method, scale in itertools.product(a.methods, a.scale):
+    methods = a.methods or [m for m in METHODS if a.what == "tasks" or m not in ADAPTERS]
+    for method, scale in itertools.product(methods, a.scale):
         name = method if len(a.scale) == 1 else f"{method} × {scale:g}"
         folder = "-".join([a.what, "".join(filter(str.isalnum, method)), *([] if scale == 1 else [f"{scale:g}"])])
         run = replace(made.run, name=folder, continual=scaled(METHODS[method], scale))
+        if method in ADAPTERS:
+            run = replace(run, adapter=ADAPTERS[method], optim=replace(run.optim, lr=10 * run.optim.lr))
         one = replace(made, run=run, references=("joint",) if method == "none" else ())
         if stream.train(one):
             raise SystemExit(1)

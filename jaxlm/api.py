@@ -97,7 +97,8 @@ def open(place: str | Path, step: int | None = None) -> LanguageModel:
     """Opens a model with its weights on this machine's devices.
 
     `place` is a run directory, a Hugging Face directory, `hf:OWNER/NAME` on the hub, a GGUF file, or one of these with
-    an adapter of Hugging Face PEFT: `MODEL+DIRECTORY`. `step` names a checkpoint of a run.
+    an adapter of Hugging Face PEFT: `MODEL+DIRECTORY`. `RUN#TASK` is a run's model as a task uses it that was learned
+    before. `step` names a checkpoint of a run.
 
     ValueError: the place holds no model that can be read exactly.
     """

@@ -2,8 +2,7 @@
 of continual learning do with them in a step."""
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +13,8 @@ import jax.numpy as jnp
 
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.run_objective import BoundObjective, bind
-from jaxlm.core import config, config_io, registry
+from jaxlm.assembly.task_index import FOLDER, INDEX, Task, read_index, task_of
+from jaxlm.core import config, registry
 from jaxlm.core.continual import Continual
 from jaxlm.core.errors import nearest
 from jaxlm.data import replay
@@ -25,41 +25,15 @@ from jaxlm.objectives.objective import DeviceBatch, RowShape, Sums
 from jaxlm.training.continual import path, penalty, projection
 from jaxlm.training.step import Keeping
 from jaxlm.weights import adapters
+from jaxlm.weights.adapters.adapted import Adapted
+from jaxlm.weights.adapters.method import Columns
 
-FOLDER = "memory"
-INDEX = "tasks.json"
-HEADS = "tasks"  # the weights of earlier heads stand at `tasks/NAME/…`
+HEADS = "tasks"  # the weights of earlier tasks, heads and adapters, stand at `tasks/NAME/…`
 PENALTIES = ("l2", "ewc", "si", "mas", "rwalk")
 REPLAYS = ("replay", "der", "agem", "gem")
 TEACHERS = ("lwf", "features")
 METHODS = (*PENALTIES, *TEACHERS, *REPLAYS)
 TRACKED = ("si", "rwalk")
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task is what the model learned before a run."""
-
-    name: str
-    objective: Any
-    """The settings of its objective."""
-    seq_len: int
-    template: str | None = None
-    data: tuple[str, ...] = ()
-    """The sources that it was trained on."""
-    own_head: bool = True
-    """It has a head besides that of the run; else it shares that, or has none."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON values."""
-        name = registry.name_of(self.objective)
-        return dataclasses.asdict(self) | {"objective": {"family": name} | dataclasses.asdict(self.objective)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Task":
-        """Returns the task of what `to_dict` returned."""
-        objective = config_io.objective_from_dict(values["objective"], OBJECTIVES)
-        return cls(**{**values, "objective": objective, "data": tuple(values["data"])})
 
 
 def check(c: Continual, run: config.Run) -> None:
@@ -77,6 +51,7 @@ def check(c: Continual, run: config.Run) -> None:
             f"continual.methods: {min(bounds)} takes the gradient of earlier rows as a bound, and {min(learned)} "
             "learns from them; choose one"
         )
+    _check_adapters(c, run)
     if adapters.METHODS.of(run.adapter).growth is not None and (held := set(c.methods) & set(PENALTIES)):
         raise ValueError(
             f"continual.methods: {min(held)} holds the weights of earlier tasks, and {registry.name_of(run.adapter)} "
@@ -90,49 +65,81 @@ def check(c: Continual, run: config.Run) -> None:
         )
 
 
-def read_index(folder: Path) -> list[Task]:
-    """Returns the earlier tasks that a run directory names; none where it has no memory."""
-    file = folder / FOLDER / INDEX
-    if not file.is_file():
-        return []
-    return [Task.from_dict(values) for values in json.loads(file.read_text("utf-8"))["tasks"]]
+def _check_adapters(c: Continual, run: config.Run) -> None:
+    """ValueError: tasks can't have adapters of their own, or nothing is left that a method could keep."""
+    method, name = adapters.METHODS.of(run.adapter), registry.name_of(run.adapter)
+    if c.adapters == "task" and method.growth is not None:
+        raise ValueError(
+            f"continual.adapters: {name} grows from task to task by itself; leave the field out, or choose lora"
+        )
+    if c.adapters == "task" and method.trained_roles:
+        raise ValueError(
+            f"continual.adapters: task needs an adapter over a frozen base, and `adapter` {name} trains weights of the "
+            "base, which all tasks share; choose lora"
+        )
+    if c.adapters == "task" and c.methods:
+        raise ValueError(
+            "continual.methods: each task has an adapter of its own (continual.adapters), so that there is nothing to "
+            "keep; leave one of the two out"
+        )
 
 
 def earlier_tasks(run: config.Run, start: StartModel) -> tuple[Task, ...]:
     """Returns the tasks before this run: those of its own directory, else of the run that it starts from and that run's
     own, else, where the run names earlier data, one of its own objective."""
-    if not keeps(run.continual):
+    if not keeps(run):
         return ()
     if (run.folder / FOLDER / INDEX).is_file():
         return tuple(read_index(run.folder))
     source = start.source if run.start else None
     before = source.run if source is not None else None
     if run.continual.old:
+        if separate(run):
+            raise ValueError("continual.old: each task keeps an adapter, or a column of one, of its own; leave it out")
         template = source.templates.get("default") if source is not None else None
         return (Task("before", run.objective, run.train.seq_len, template, run.continual.old, own_head=False),)
+    if source is not None and before is None and separate(run) and source.adapter != config.Adapter():
+        raise ValueError(
+            f"start: {run.start} has an adapter of a task that has no name here; merge it first: jaxlm export "
+            f"{run.start} MERGED --format hf"
+        )
     if before is None or source is None:
         return ()
     tasks = [*read_index(source.path), task_of(before, source.templates.get("default"))]
     taken = [task.name for task in tasks]
     if twice := next((name for name in taken if taken.count(name) > 1), None):
         raise ValueError(f"start: two earlier tasks have the name {twice!r}; rename the run directory")
-    return tuple(_beside(task, run) for task in tasks)
+    return tuple(_beside(task, run, source.adapter) for task in tasks)
 
 
-def keeps(c: Continual) -> bool:
+def keeps(run: config.Run) -> bool:
     """Says whether a run keeps anything of what was before."""
-    return bool(c.methods) or c.heads
+    return bool(run.continual.methods) or run.continual.heads or separate(run)
 
 
-def task_of(run: config.Run, template: str | None) -> Task:
-    """Returns what a run trained as a task that is over."""
-    return Task(run.name, run.objective, run.train.seq_len, template, run.data.train)
+def separate(run: config.Run) -> bool:
+    """Says whether a run has an adapter, or a column of one, for itself, so that earlier tasks keep theirs."""
+    return run.continual.adapters == "task" or _columns(run) is not None
 
 
-def _beside(task: Task, run: config.Run) -> Task:
-    """Returns a task as a run sees it that goes on: with a head of its own, unless the run's is the same."""
+def _columns(run: config.Run) -> Columns[Any] | None:
+    growth = adapters.METHODS.of(run.adapter).growth
+    return None if growth is None else growth.columns
+
+
+def _beside(task: Task, run: config.Run, before: config.Adapter) -> Task:
+    """Returns a task as a run sees it that goes on: with what it is used with, of which the run may train nothing, or
+    with a head of its own unless the run's is the same. `before`: the adapter of the model that the run starts from."""
+    if separate(run) and task.adapter == "shared":
+        columns = _columns(run)
+        if type(before) is config.Adapter:
+            task = dataclasses.replace(task, adapter="none")
+        elif columns is None:
+            task = dataclasses.replace(task, adapter="own")
+        elif isinstance(before, type(run.adapter)):  # another one is refused where its weights are read
+            task = dataclasses.replace(task, adapter="column", column=columns.last(before))
     has_head = bool(OBJECTIVES.of(task.objective).specs(task.objective, run.model.width))
-    return dataclasses.replace(task, own_head=has_head and task.objective != run.objective)
+    return dataclasses.replace(task, own_head=has_head and (task.kept_whole or task.objective != run.objective))
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,8 @@ class Earlier:
     """How many of a batch's rows are earlier ones."""
     share: float = 0.0
     """Their share of it."""
+    adapter: Adapted | None = None
+    """The model with the run's adapter, which tells of the tasks' own; None: there are no tasks."""
 
     @cached_property
     def replays(self) -> bool:
@@ -163,9 +172,10 @@ class Earlier:
         return any(name in self.c.methods for name in TEACHERS) and bool(self.tasks)
 
     def describe(self) -> dict[str, str]:
-        """Returns a line on what is kept, for people; nothing where no method is named."""
+        """Returns a line on what is kept, for people; nothing where no method is named and no task is kept whole."""
         if not self.c.methods:
-            return {}
+            whole = " ".join(task.name for task in self.tasks if task.kept_whole)
+            return {"continual": f"{whole}: kept whole, with heads and adapters of their own"} if whole else {}
         methods = " ".join(self.c.methods)
         if not self.tasks:
             return {"continual": f"{methods}: nothing was learned before this run, so they act from the next one on"}
@@ -173,19 +183,34 @@ class Earlier:
         return {"continual": f"{methods} for {' '.join(task.name for task in self.tasks)}{rows}"}
 
     def specs(self, width: int) -> dict[str, Any]:
-        """Returns the specs of earlier heads."""
-        heads = {task.name: OBJECTIVES.of(task.objective).specs(task.objective, width)
-                 for task in self.tasks if task.own_head}  # fmt: skip
-        return {HEADS: heads} if heads else {}
+        """Returns the specs of what earlier tasks have for themselves: heads and adapters."""
+        out: dict[str, Any] = {}
+        for task in self.tasks:
+            own = OBJECTIVES.of(task.objective).specs(task.objective, width) if task.own_head else {}
+            if task.adapter == "own":
+                assert self.adapter is not None
+                own = own | {"adapter": self.adapter.specs()["adapter"]}
+            if own:
+                out[task.name] = own
+        return {HEADS: out} if out else {}
 
     def trainable(self, path: str) -> bool:
         """Returns whether a weight is trained as far as this is concerned: earlier heads are where something holds
-        them."""
-        return not path.startswith(f"{HEADS}/") or self.replays or "lwf" in self.c.methods
+        them, unless their task is kept whole."""
+        if not path.startswith(f"{HEADS}/"):
+            return True
+        whole = any(task.kept_whole and task.name == path.split("/")[1] for task in self.tasks)
+        return not whole and (self.replays or "lwf" in self.c.methods)
 
     def weights_for(self, weights: Any, task: Task) -> Any:
-        """Returns the weights with the head of an earlier task in the place of the run's."""
-        return weights | weights[HEADS][task.name] if task.own_head else weights
+        """Returns the weights with the head and the adapter of an earlier task in the place of the run's."""
+        own = weights.get(HEADS, {}).get(task.name, {})
+        if task.adapter == "none":
+            weights = {name: value for name, value in weights.items() if name != "adapter"}
+        if task.adapter == "column":
+            assert self.adapter is not None
+            own = own | {"adapter": self.adapter.column(weights["adapter"], task.column)}
+        return weights | own
 
     def totals(self, batch: DeviceBatch) -> dict[str, jax.Array]:
         """Returns the total weights of the losses on earlier rows."""
@@ -319,25 +344,35 @@ def replay_rows(run: config.Run, tasks: int, multiple: int) -> int:
 
 def of_directory(folder: Path, run: config.Run) -> Earlier:
     """Returns what a run directory says of earlier tasks, as far as weights are concerned."""
-    return Earlier(run.continual, tuple(read_index(folder)), ())
+    return Earlier(run.continual, tuple(read_index(folder)), (), adapter=_adapted(run))
+
+
+def _adapted(run: config.Run) -> Adapted:
+    return Adapted(run.adapter, MODELS.of(run.model), run.model)
 
 
 def with_heads(earlier: Earlier, before: config.Run, known: Sequence[Task], weights: Any) -> Any:
-    """Returns the weights of the run before with its heads where the run that goes on from it has them.
+    """Returns the weights of the run before with its heads and adapters where the run that goes on from it has them.
 
-    `known`: the earlier tasks of the run before. Its own head, which stands at the top, and those at `tasks/` become
-    those of earlier tasks, or the run's own where the task is the same.
+    `known`: the earlier tasks of the run before. Its own head and adapter, which stand at the top, and those at
+    `tasks/` become those of earlier tasks, or the run's own where that goes on with them.
     """
     own = OBJECTIVES.of(before.objective).specs(before.objective, before.model.width)
-    heads = {task.name: weights[HEADS][task.name] for task in known if task.own_head}
+    stored = weights.get(HEADS, {})
+    parts = {name: {k: x for k, x in values.items() if k != "adapter"} for name, values in stored.items()}
+    heads = {task.name: parts[task.name] for task in known if task.own_head}
     top = {name: weights[name] for name in own}
     out = {name: value for name, value in weights.items() if name not in own and name != HEADS}
-    mine = {}
+    shared = out.pop("adapter", None) if earlier.c.adapters == "task" else out.get("adapter")
+    mine: dict[str, Any] = {}
     for task in earlier.tasks:
         head = heads.get(task.name, top)
-        if task.own_head:
-            mine[task.name] = head
-        else:
+        of_task = dict(head) if task.own_head else {}
+        if task.adapter == "own":
+            of_task["adapter"] = stored.get(task.name, {}).get("adapter", shared)
+        if of_task:  # copies, for tasks which shared a head or an adapter no longer do
+            mine[task.name] = jax.tree.map(jnp.copy, of_task)
+        if not task.own_head:
             out |= head
     return out | ({HEADS: mine} if mine else {})
 
@@ -358,4 +393,15 @@ def bound(run: config.Run, tasks: Sequence[Task], tokens: Any, rows: int) -> Ear
                 "task made such; choose another method, such as features or replay"
             )
     objectives = tuple(bind(t.objective, tokens, RowShape(t.seq_len, kind, first, t.template)) for t in tasks)
-    return Earlier(run.continual, tuple(tasks), objectives, rows, rows / run.train.batch_size)
+    if run.continual.methods and any(task.kept_whole for task in tasks) and separate(run):
+        raise ValueError(
+            f"continual.methods: {registry.name_of(run.adapter)} gives each task a column of its own, so that there is "
+            "nothing to keep; leave the methods out"
+        )
+    adapter = _adapted(run)
+    if adapter.num_virtual_tokens and (bare := [task.name for task in tasks if task.adapter == "none"]):
+        raise ValueError(
+            f"continual.adapters: {bare[0]} was learned without virtual tokens, which {adapter.name} puts before every "
+            "text; choose lora as the adapter"
+        )
+    return Earlier(run.continual, tuple(tasks), objectives, rows, rows / run.train.batch_size, adapter)

@@ -9,10 +9,11 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from jaxlm.assembly.earlier import HEADS, Task
+from jaxlm.assembly.earlier import HEADS
 from jaxlm.assembly.model_source import Source
 from jaxlm.assembly.program import Program
 from jaxlm.assembly.run_objective import BoundObjective
+from jaxlm.assembly.task_index import Task
 from jaxlm.core import spec, tree
 from jaxlm.core.continual import Ewc
 from jaxlm.data.loader import Arrays, to_device

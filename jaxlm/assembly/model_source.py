@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.assembly import run_directory, task_heads
+from jaxlm.assembly.task_index import Task, read_index
 from jaxlm.core import config
+from jaxlm.core.continual import Continual
+from jaxlm.core.errors import nearest
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.render_chat import turn_ends
 from jaxlm.formats import gguf, hf_sidecars, huggingface, model_card
@@ -19,6 +22,7 @@ from jaxlm.formats.peft import describe as describe_adapter
 from jaxlm.models import MODELS
 from jaxlm.nn.family import Family
 from jaxlm.objectives import OBJECTIVES
+from jaxlm.weights.adapters import METHODS
 from jaxlm.weights.adapters.adapted import Adapted
 
 HUB = "hf:"
@@ -52,6 +56,10 @@ class Source:
     adapter: config.Adapter = field(default_factory=config.Adapter)
     adapter_files: Files | None = None
     """None: a run's own adapter lies in its checkpoints."""
+    task: Task | None = None
+    """The earlier task that is meant; None: what the run itself learned."""
+    whole: "Source | None" = None
+    """With `task`: the source of the run, whose files hold the task's weights beside its own."""
 
     @property
     def objective(self) -> Any:
@@ -128,6 +136,9 @@ class StartModel:
 
 def describe(place: str | Path) -> Source:
     """Returns what a model's files say of it. ValueError: the place holds no model."""
+    run, sign, task = str(place).rpartition("#")
+    if sign and not Path(place).expanduser().exists():
+        return of_task(describe(run), task)
     base, plus, adapter = str(place).rpartition("+")
     if plus and is_adapter(Path(adapter).expanduser()) and not Path(place).exists():
         return with_adapter(describe(base), Path(adapter).expanduser())
@@ -144,6 +155,37 @@ def describe(place: str | Path) -> Source:
     if not (place / "config.json").is_file():
         raise ValueError(f"{place}: has no config.json, so it is neither a run directory nor a Hugging Face directory")
     return _run(place) if "objective" in huggingface.read_config(place) else _hf(place)
+
+
+def of_task(whole: Source, name: str) -> Source:
+    """Returns the source of one of the tasks that a run's model learned. ValueError: it learned none of that name."""
+    if whole.run is None:
+        raise ValueError(f"{whole.path}#{name}: only a run directory has tasks; leave #{name} out")
+    tasks = {task.name: task for task in read_index(whole.path)}
+    own = run_directory.read_config(whole.path).name
+    if name == own and name not in tasks:
+        return whole
+    if name not in tasks:
+        known = (*tasks, own)
+        raise ValueError(
+            f"{whole.path}: has learned no task {name!r}{nearest(name, known)}; give one of {', '.join(known)}"
+        )
+    task, run, adapter = tasks[name], whole.run, whole.adapter
+    objective, _ = OBJECTIVES.of(task.objective).as_published(task.objective, {})
+    data = dataclasses.replace(run.data, train=task.data, valid=task.valid, test=task.test, weights=(),
+                               holdout=task.holdout, text_field=task.text_field)  # fmt: skip
+    columns = (growth := METHODS.of(adapter).growth) and growth.columns
+    if task.adapter == "none":
+        adapter = config.Adapter(base=adapter.base)
+    elif task.adapter == "column" and columns:
+        adapter = columns.settings(adapter, task.column)
+    train = dataclasses.replace(run.train, seq_len=task.seq_len)
+    run = dataclasses.replace(
+        run, objective=objective, data=data, train=train, adapter=adapter, continual=Continual()
+    )  # fmt: skip
+    templates = {name: text for name, text in whole.templates.items() if name != "default"}
+    templates |= {} if task.template is None else {"default": task.template}
+    return dataclasses.replace(whole, run=run, adapter=adapter, templates=templates, task=task, whole=whole)
 
 
 def fetch(name: str) -> Path:

@@ -83,7 +83,8 @@ def told(run: config.Run, start: StartModel) -> list[str]:
         f"{last:.3g}"
     ]
     alike = type(before.objective) is type(run.objective)  # else it is another task, such as a language model's labels
-    if alike and not run.continual.methods and METHODS.of(run.adapter).growth is None:
+    keeps = METHODS.of(run.adapter).growth is not None or run.continual.adapters == "task"
+    if alike and not run.continual.methods and not keeps:
         lines.append(
             f"warning: {run.folder} may forget what {source.path} learned; to keep it, train with earlier data in each "
             "batch: --continual.methods replay --continual.replay.share 0.05"

@@ -1,6 +1,6 @@
 """A model is opened by its place: a run directory, a Hugging Face directory (or `hf:OWNER/NAME` on the hub), or a GGUF
 file; and any of them with an adapter of Hugging Face PEFT: `MODEL+DIRECTORY`, or its directory alone, which names the
-model."""
+model. `RUN#TASK` is a run's model as a task uses it that was learned before."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -97,6 +97,7 @@ def _begun(before: Sequence[int], ids: list[int]) -> list[int]:
 def starting(run: config.Run, start: StartModel) -> config.Run:
     """Returns the run with the architecture, the tokenizer and the adapter of the model that it starts from."""
     source = start.source
+    _check_whole(source)
     if source.tokens is None:
         raise ValueError(f"start: {start.place} has no tokenizer; put its tokenizer.json beside the weights")
     adapter = source.adapter if run.adapter == config.Adapter() else run.adapter
@@ -155,6 +156,8 @@ def first_params(p: programs.Program, start: StartModel) -> Any:
         if head.note and jax.process_index() == 0:
             print(head.note)
     grows = _grows(p, source)
+    if p.run.continual.adapters == "task":
+        _check_alike(p, source)
     theirs_by_path = tree.flatten(
         {name: s for name, s in stored.items() if not (grows and name == "adapter")}, spec.is_spec
     )
@@ -195,6 +198,20 @@ def _grows(p: programs.Program, source: Source) -> bool:
     return grows
 
 
+def _check_alike(p: programs.Program, source: Source) -> None:
+    """ValueError: the adapter of the model that the run starts from is of another shape than the run's, or on a base of
+    another precision, though both stand over one base."""
+    theirs, ours = (tree.flatten(a.specs().get("adapter", {}), spec.is_spec) for a in (source.adapted, p.adapter))
+    if not theirs:
+        return
+    same = {path: s.shape for path, s in theirs.items()} == {path: s.shape for path, s in ours.items()}
+    if not same or source.adapter.base != p.run.adapter.base:
+        raise ValueError(
+            f"start: {p.run.start} has adapters of other settings than this run's, and all tasks' adapters are of one "
+            "kind, over one base; leave adapter.* out"
+        )
+
+
 def _grown(p: programs.Program, source: Source, adapter: Any) -> Any:
     """Returns the part of the run's adapter that comes from that of the model it starts from, on the run's devices."""
     grow = partial(p.adapter.grown, source.adapted)
@@ -228,8 +245,18 @@ def _quantizer(p: programs.Program) -> Callable[[str, jax.Array], Any] | None:
     return transform
 
 
+def _check_whole(source: Source) -> None:
+    """ValueError: one task of a run is meant, where a model's files are read as they are."""
+    if source.task is not None:
+        place = f"{source.path}#{source.task.name}"
+        raise ValueError(
+            f"{place}: is one task of a run; give the run itself, or write the task first: jaxlm export {place} TARGET"
+        )
+
+
 def specs_of(source: Source) -> Any:
-    """Returns the specs of the weights that a model's files hold."""
+    """Returns the specs of the weights that a model's files hold. ValueError: one task of them is meant."""
+    _check_whole(source)
     specs = source.adapted.specs()
     if source.objective is not None:
         specs |= OBJECTIVES.of(source.objective).specs(source.objective, source.config.width)
@@ -261,6 +288,8 @@ def open_model(place: Place, step: int | None = None) -> Pretrained:
             raise ValueError("step: the model is open already; name the checkpoint where it is opened")
         return place
     source = source_of(place)
+    if source.whole is not None:
+        return _of_task(open_model(source.whole, step), source)
     mesh = make_mesh(config.Mesh())
     execution = source.run.execution if source.run else published_execution()
     layout = Layout.of(config.Mesh(), execution)
@@ -273,6 +302,21 @@ def open_model(place: Place, step: int | None = None) -> Pretrained:
     plain = {name: s for name, s in specs.items() if name not in (*adapted.base, "adapter")} | adapted.base
     model = Model(source.family, source.config, plain, layout, adapted if adapted.changes else None)
     return Pretrained(source, model, weights, mesh)
+
+
+def _of_task(whole: Pretrained, source: Source) -> Pretrained:
+    """Returns the model as one of its earlier tasks uses it."""
+    task, own = source.task, whole.source.objective
+    assert task is not None and whole.source.run is not None
+    weights = earlier.of_directory(source.path, whole.source.run).weights_for(whole.params, task)
+    head = OBJECTIVES.of(task.objective).specs(task.objective, source.config.width)
+    surplus = (OBJECTIVES.of(own).specs(own, source.config.width).keys() - head.keys()) | {earlier.HEADS}
+    weights = {name: value for name, value in weights.items() if name not in surplus}
+    if task.own_head:  # a head that it shares is in that order already
+        _, weights = OBJECTIVES.of(task.objective).as_published(task.objective, weights)
+    adapted = source.adapted
+    model = dataclasses.replace(whole.model, specs=adapted.base | head, adapter=adapted if adapted.changes else None)
+    return Pretrained(source, model, weights, whole.mesh)
 
 
 def with_row_adapters(p: Pretrained, adapters: Sequence[str]) -> Pretrained:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxlm.assembly import corpus, open_model, run_directory
+from jaxlm.assembly import corpus, earlier, open_model, run_directory
 from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.program import HOURS
@@ -38,6 +38,11 @@ class Program:
         if run.continual.methods:
             raise ValueError(
                 "continual.methods: a loop of one's own keeps no earlier tasks; leave them out, or use train"
+            )
+        if run.start and earlier.separate(run):
+            raise ValueError(
+                "adapter: a loop of one's own keeps no adapters or columns of earlier tasks; leave `start` out, or use "
+                "train"
             )
         self.run = run
         self._start = StartModel(run.start)

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 
 from jaxlm.assembly import corpus, earlier, importances
-from jaxlm.assembly.earlier import FOLDER, INDEX, Task
 from jaxlm.assembly.model_source import Source, StartModel
 from jaxlm.assembly.program import Program
+from jaxlm.assembly.task_index import FOLDER, INDEX, STATISTICS, Task
 from jaxlm.core import config
 from jaxlm.core.continual import MAS, Ewc
 from jaxlm.data import loader, replay
@@ -38,7 +38,7 @@ BLOCK = 256  # rows that are made at a time
 def remember(p: Program, state: State, start: StartModel, begins: bool) -> State:
     """Returns the state with what its methods know of earlier tasks, which the run's directory holds, or gets now if
     the run `begins`. ValueError: the directory has lost it, or it can't be made."""
-    if not earlier.keeps(p.run.continual):
+    if not earlier.keeps(p.run):
         return state
     folder = p.run.folder / FOLDER
     if not (folder / INDEX).is_file():
@@ -80,6 +80,8 @@ def _make(p: Program, state: State, start: StartModel, folder: Path) -> None:
             stored.save(0, kept, {"step": 0}, wait=True)
     rows = _rows(p, state, before, records) if p.earlier.replays else []
     if jax.process_index() == 0:
+        if before is not None and (file := before.path / FOLDER / STATISTICS).is_file():
+            shutil.copyfile(file, part / STATISTICS)
         for i, task in enumerate(rows):
             np.savez(part / ROWS.format(i), priorities=task.priorities, **task.arrays)  # type: ignore[arg-type]
         index = {"tasks": [task.to_dict() for task in p.earlier.tasks], "trained": importances.trained_paths(p)}

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.assembly import earlier, open_model, run_directory, run_source, training_run
+from jaxlm.assembly import earlier, infer_task, open_model, run_directory, run_source, training_run
 from jaxlm.assembly.evaluate_model import evaluate
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.stream_memory import write_joint
@@ -173,21 +173,24 @@ def _score(place: Path, run: config.Run, stage: Stage) -> dict[str, Any] | None:
     opened = open_model.open_model(place)
     if (weights := head_of(opened.params, place, run)) is None:
         return None
-    return scored(dataclasses.replace(opened, params=weights), run, stage)
+    here = _as_stage(dataclasses.replace(opened, params=weights), run)
+    share = infer_task.share_right(here, run.name)
+    return scored(here, run, stage) | ({} if share is None else {"inferred": share})
 
 
 def head_of(params: Any, place: Path, run: config.Run) -> Any | None:
-    """Returns the weights of a model with the head of a stage at the top; None: it has none for it."""
+    """Returns the weights of a model with the head and the adapter of a stage at the top; None: it has no head for
+    it."""
     here = run_directory.read_config(place)
-    plain = {name: value for name, value in params.items() if name != earlier.HEADS}
+    of_model = earlier.of_directory(place, here)
+    task = next((task for task in of_model.tasks if task.name == run.name), None)
     head = OBJECTIVES.of(run.objective).specs(run.objective, run.model.width)
-    if not head or here.objective == run.objective:
-        return plain
-    known = params.get(earlier.HEADS, {}).get(run.name)
-    if known is None:
+    if task is None and head and here.objective != run.objective:
         return None
+    weights = params if task is None else of_model.weights_for(params, task)
     own = OBJECTIVES.of(here.objective).specs(here.objective, here.model.width)
-    return {name: value for name, value in plain.items() if name not in own} | known
+    surplus = own.keys() - head.keys() if task is not None and task.own_head else ()
+    return {name: value for name, value in weights.items() if name not in surplus and name != earlier.HEADS}
 
 
 def _score_start(run: config.Run, first: config.Run, stage: Stage) -> dict[str, Any] | None:
@@ -198,14 +201,18 @@ def _score_start(run: config.Run, first: config.Run, stage: Stage) -> dict[str, 
     return scored(open_model.open_model(first.start), run, stage)
 
 
-def scored(opened: open_model.Pretrained, run: config.Run, stage: Stage) -> dict[str, Any]:
-    """Returns the `metric` of a stage and its `value` for a model, on the stage's test data or else its validation
-    data."""
+def _as_stage(opened: open_model.Pretrained, run: config.Run) -> open_model.Pretrained:
+    """Returns a model with the objective and the data of a stage."""
     as_stage = dataclasses.replace(
         opened.source.run or run, objective=run.objective, data=run.data, train=run.train, continual=Continual()
     )
-    source = dataclasses.replace(opened.source, run=as_stage)
-    figures = evaluate(dataclasses.replace(opened, source=source)).figures
+    return dataclasses.replace(opened, source=dataclasses.replace(opened.source, run=as_stage))
+
+
+def scored(opened: open_model.Pretrained, run: config.Run, stage: Stage) -> dict[str, Any]:
+    """Returns the `metric` of a stage and its `value` for a model, on the stage's test data or else its validation
+    data."""
+    figures = evaluate(_as_stage(opened, run)).figures
     name = stage.metric or next(iter(figures)) if OBJECTIVES.of(run.objective).prediction else stage.metric
     name = name or ("bits_per_byte" if "bits_per_byte" in figures else "loss")
     if name not in figures:
@@ -223,7 +230,7 @@ def matrix(stream: Stream, scores: Scores) -> tuple[np.ndarray, list[str]]:
 
 def collect(stream: Stream, folder: Path) -> dict[str, Any]:
     """Returns what a finished stream's scores say, over all seeds."""
-    each, matrices = [], []
+    each, matrices, inferred = [], [], []
     names = [stage.name for stage in stream.stages]
     metrics: list[str] = []
     seconds: dict[str, float] = {}
@@ -237,10 +244,13 @@ def collect(stream: Stream, folder: Path) -> dict[str, Any]:
             values * signs, None if single is None else signs * single, None if joint is None else signs * joint
         ))  # fmt: skip
         matrices.append([[None if math.isnan(x) else x for x in row] for row in values.tolist()])
+        after = [scores.rows[f"after {name}"] for name in names]
+        inferred.append([[row.get(name, {}).get("inferred") for name in names] for row in after])
         for name, spent in scores.seconds.items():
             seconds[name] = seconds.get(name, 0.0) + spent / len(stream.seeds)
     figures = forgetting.over_seeds(each)
-    return {
+    told = any(x is not None for rows in inferred for row in rows for x in row)
+    return ({"inferred": inferred} if told else {}) | {
         "stages": names, "metrics": metrics, "methods": list(stream.run.continual.methods), "seeds": list(stream.seeds),
         "lower_is_better": [bool(is_lower_better(metric)) for metric in metrics],
         "matrices": matrices, "seconds": seconds,

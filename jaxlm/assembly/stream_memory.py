@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxlm.assembly import corpus, open_model, remember, run_objective, run_source
-from jaxlm.assembly.earlier import FOLDER, INDEX, Task
 from jaxlm.assembly.model_source import StartModel
+from jaxlm.assembly.task_index import FOLDER, INDEX, Task
 from jaxlm.core import config
 from jaxlm.core.continual import Continual, Replay
 from jaxlm.data import loader

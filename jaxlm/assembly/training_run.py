@@ -11,7 +11,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.assembly import corpus, earlier, new_data, open_model, remember, run_directory, scoring, training_hooks
+from jaxlm.assembly import (
+    corpus,
+    earlier,
+    infer_task,
+    new_data,
+    open_model,
+    remember,
+    run_directory,
+    scoring,
+    training_hooks,
+)
 from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.program import HOURS
@@ -215,6 +225,8 @@ def _run(
             print(f"interrupted after step {end.step}; saved. Go on with: jaxlm train {run.folder}")
         return 1
     sample(end.step, end.state)
+    if earlier.separate(run):
+        infer_task.note(p, end.state.all_params, data.train)
     used = (checkpoints.best() if c.use == "best" else None) or end.step
     if data.test:
         _test(p, data, scorer, checkpoints, end, used, log)

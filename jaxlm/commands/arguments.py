@@ -24,8 +24,8 @@ from jaxlm.core.paths import local
 from jaxlm.runtime import processes
 
 _MODEL = (
-    "a run directory, a Hugging Face directory, hf:OWNER/NAME, or a .gguf file; MODEL+ADAPTER puts an adapter of "
-    "Hugging Face PEFT on it, whose directory alone may name its model"
+    "a run directory (RUN#TASK: as an earlier task uses it), a Hugging Face directory, hf:OWNER/NAME, or a .gguf file; "
+    "MODEL+ADAPTER puts an adapter of Hugging Face PEFT on it, whose directory alone may name its model"
 )
 _CONFIG = "a config file, the name of one of the package, or a run directory"
 Model = Annotated[Positional[str], arg(metavar="MODEL", help=_MODEL)]

@@ -133,6 +133,9 @@ class Continual:
     several work together."""
     heads: bool = False
     """Keep the heads of the tasks before, so that they can be evaluated; with any method they are kept in any case."""
+    adapters: Literal["shared", "task"] = "shared"
+    """shared: a run goes on with the adapter of the model that it starts from; task: it has one of its own over the
+    frozen base, and earlier tasks keep theirs, so that none is forgotten."""
     old: tuple[str, ...] = ()
     """Sources of earlier data, read by this run's objective; empty: those of the run that this one starts from."""
     l2: L2 = field(default_factory=L2)

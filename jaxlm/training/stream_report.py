@@ -20,6 +20,12 @@ MEANING = {
 }
 
 
+INFERRED = (
+    "task right: the share of a stage's rows whose task the last model infers from the base's states. Scores are with "
+    "the right one"
+)
+
+
 def table(results: dict[str, Any]) -> str:
     """Returns the figures and the mean matrix as text."""
     names, matrix = results["stages"], mean_matrix(results)
@@ -34,6 +40,10 @@ def table(results: dict[str, Any]) -> str:
         f"{'':{width}}"
         + "".join(f"{m[:9]:>{max(10, len(n) + 2)}}" for n, m in zip(names, results["metrics"], strict=True))
     ]
+    if "inferred" in results:
+        shares = zip(names, mean_of(results["inferred"])[-1], strict=True)
+        lines += [f"{'task right':{width}}" + "".join(f"{_number(x):>{max(10, len(n) + 2)}}" for n, x in shares)]
+        lines += ["", INFERRED]
     lines += ["", f"{_seeds(results)}; scores of which less is better count with their sign turned"]
     for name, (mean, low, high) in results["figures"].items():
         between = "" if math.isnan(low) else f"  {low:.4f} … {high:.4f}"
@@ -47,13 +57,19 @@ def _with_numbers(results: dict[str, Any]) -> dict[str, Any]:
     return results | {
         "matrices": [[[number(x) for x in row] for row in matrix] for matrix in results["matrices"]],
         "figures": {name: [number(x) for x in ends] for name, ends in results["figures"].items()},
-    }
+    } | ({"inferred": [[[number(x) for x in row] for row in m] for m in results["inferred"]]}
+         if "inferred" in results else {})  # fmt: skip
 
 
 def mean_matrix(results: dict[str, Any]) -> list[list[float]]:
     """Returns the mean of the scores over seeds, `[T + 1][T]`."""
-    n = len(results["matrices"])
-    return [[sum(values) / n for values in zip(*rows, strict=True)] for rows in zip(*results["matrices"], strict=True)]
+    return mean_of(results["matrices"])
+
+
+def mean_of(matrices: list[list[list[float]]]) -> list[list[float]]:
+    """Returns the mean of matrices, one a seed."""
+    n = len(matrices)
+    return [[sum(values) / n for values in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
 
 
 def build(folder: Path) -> tuple[dict[str, Any], Path]:
@@ -68,6 +84,7 @@ def build(folder: Path) -> tuple[dict[str, Any], Path]:
         f"<header><h1>{html.escape(folder.name)}</h1><p>{len(results['stages'])} stages · {html.escape(methods)} · "
         f"{_seeds(results)}</p></header>",
         "<h2>Scores</h2>", _heat_map(results),
+        *(("<h2>Tasks inferred</h2>", _inferred(results)) if "inferred" in results else ()),
         "<h2>Figures</h2>", _figures(results),
         "<h2>Cost</h2>", _cost(results),
     ]  # fmt: skip
@@ -105,6 +122,21 @@ def _heat_map(results: dict[str, Any]) -> str:
         "Mean over seeds. Outlined: right after learning that stage. ↓: less is better. Darker is better in its column."
     )
     return f"<table class=matrix><tr><th></th>{head}</tr>{''.join(rows)}</table><p><small>{about}</small></p>"
+
+
+def _inferred(results: dict[str, Any]) -> str:
+    """Shows the shares of rows whose task is inferred right."""
+    names = results["stages"]
+    rows = "".join(
+        f"<tr><th>after {html.escape(name)}</th>{''.join(f'<td>{_number(x)}</td>' for x in values)}</tr>"
+        for name, values in zip(names, mean_of(results["inferred"]), strict=True)
+    )
+    head = "".join(f"<td>{html.escape(name)}</td>" for name in names)
+    note = (
+        "Share of a stage's rows whose task is inferred right, of the tasks learned by then, from the base's states "
+        "(linear discriminant). The scores above are with the right task."
+    )
+    return f"<table class=matrix><tr><th></th>{head}</tr>{rows}</table><p><small>{note}</small></p>"
 
 
 def _figures(results: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from jaxlm.weights.adapters import (
     orthogonal_lora,
     pissa,
     prefix,
+    progressive,
     prompt,
     vera,
 )
@@ -28,12 +29,13 @@ from jaxlm.weights.adapters.method import Method
 from jaxlm.weights.adapters.orthogonal_lora import OrthogonalLora
 from jaxlm.weights.adapters.pissa import Pissa
 from jaxlm.weights.adapters.prefix import Prefix
+from jaxlm.weights.adapters.progressive import Progressive
 from jaxlm.weights.adapters.prompt import Prompt, PTuning
 from jaxlm.weights.adapters.vera import Vera
 
 __all__ = [
     "METHODS", "AdaLora", "BitFit", "Dora", "Houlsby", "Ia3", "Lora", "Norms", "OrthogonalLora", "PTuning", "Parallel",
-    "Pfeiffer", "Pissa", "Prefix", "Prompt", "Vera",
+    "Pfeiffer", "Pissa", "Prefix", "Progressive", "Prompt", "Vera",
 ]  # fmt: skip
 
 METHODS: ConfigTable[Method[Any]] = ConfigTable(
@@ -55,5 +57,6 @@ METHODS: ConfigTable[Method[Any]] = ConfigTable(
         "bitfit": base_weights.bitfit,
         "norms": base_weights.norms,
         "orthogonal_lora": orthogonal_lora.method,
+        "progressive": progressive.method,
     },
 )

@@ -245,6 +245,17 @@ class Adapted:
             out = tree.put(out, path, growth.weights(self.c, before.c, target, tree.at(adapter, path)))
         return out
 
+    def column(self, adapter: Any, number: int) -> Any:
+        """Returns an adapter that grows by columns as it was when `number` was its newest."""
+        growth = self.method.growth
+        assert growth is not None and growth.columns is not None
+        if growth.columns.last(self.c) == number:
+            return adapter
+        out: dict[str, Any] = {}
+        for path in self.targets:
+            out = tree.put(out, path, growth.columns.weights(tree.at(adapter, path), number))
+        return out
+
     def _base_leaf(self, params: Any, m: Matrix) -> Any:
         stored = tree.at(params, m.path)
         return quantized.bound(stored, m.outs) if isinstance(stored, dict) else stored

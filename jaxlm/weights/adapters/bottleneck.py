@@ -5,7 +5,7 @@ D model width, N bottleneck's width.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import struct
@@ -55,7 +55,7 @@ class Bottleneck(Wrapped):
     scale: float = struct.field(pytree_node=False)
     """What the network's output is multiplied by."""
     parallel: bool = struct.field(pytree_node=False)
-    vectors = ("down_bias", "up_bias")
+    vectors: ClassVar[tuple[str, ...]] = ("down_bias", "up_bias")
 
     def after(self, y_BTD: jax.Array, shard: Layout) -> jax.Array:
         return y_BTD if self.parallel else y_BTD + self._network(y_BTD, shard)
@@ -64,9 +64,13 @@ class Bottleneck(Wrapped):
         return self._network(x_BTD, shard) if self.parallel else None
 
     def _network(self, x_BTD: jax.Array, shard: Layout) -> jax.Array:
-        h_BTN = add_bias(shard.einsum("btd,dn->btn", x_BTD, self.down, "batch", "seq", None), self.down_bias)
+        h_BTN = self._hidden(x_BTD, shard)
         y_BTD = shard.einsum("btn,nd->btd", ACTIVATIONS[self.activation](h_BTN), self.up, "batch", "seq", None)
         return self.scale * add_bias(y_BTD, self.up_bias)
+
+    def _hidden(self, x_BTD: jax.Array, shard: Layout) -> jax.Array:
+        """Returns what the activation takes."""
+        return add_bias(shard.einsum("btd,dn->btn", x_BTD, self.down, "batch", "seq", None), self.down_bias)
 
     def gathered(self, s: Spec, shard: Layout) -> "Bottleneck":
         parts = dict(down=self.down, down_bias=self.down_bias, up=self.up, up_bias=self.up_bias)

@@ -51,6 +51,18 @@ class VirtualTokens(Generic[C]):
 
 
 @dataclass(frozen=True)
+class Columns(Generic[C]):
+    """The part of an adapter that grows by columns, one a task: what a task uses of it stays as it was."""
+
+    last: Callable[[C], int]
+    """Settings → the number of the newest column."""
+    settings: Callable[[C, int], C]
+    """(settings, column) → settings of the adapter as it was when the column was its newest."""
+    weights: Callable[[Weights, int], Weights]
+    """(a target's weights, stacked or of one layer, column) → those as they were then."""
+
+
+@dataclass(frozen=True)
 class Growth(Generic[C]):
     """The part of a method whose adapter grows: a run that starts from a model with an adapter keeps that one and adds
     one of its own."""
@@ -61,6 +73,8 @@ class Growth(Generic[C]):
     """(settings, those of the adapter that the model has which a run starts from) → settings of the run."""
     weights: Callable[[C, Any, Matrix, Weights], Weights]
     """(settings, those before, target, its adapter before) → those of the target's weights that come from it."""
+    columns: Columns[C] | None = None
+    """None: every task uses all of it."""
 
 
 def _none(c: Any, target: Matrix) -> Specs:
