@@ -43,6 +43,7 @@ METHODS = {
     "agem": Continual(("agem",), replay=Replay(share=0.25, examples=512)),
     "gem": Continual(("gem",), replay=Replay(share=0.25, examples=512), gem=Gem(margin=0.5)),
     "replay 5 %": Continual(("replay",), replay=Replay(share=0.0625, examples=512)),
+    "pseudo-replay": Continual(("replay",), replay=Replay(share=0.25, examples=512, source="model")),
     "replay, all rows": Continual(("replay",), replay=Replay(share=0.25, examples=32768)),
     "replay + ewc": Continual(("replay", "ewc"), replay=Replay(share=0.25, examples=512), ewc=Ewc(1.0, 128)),
     "lora": Continual(),

@@ -57,6 +57,8 @@ def check(c: Continual, run: config.Run) -> None:
             f"continual.methods: {min(held)} holds the weights of earlier tasks, and {registry.name_of(run.adapter)} "
             "trains new ones in each; choose replay or lwf, or lora as the adapter"
         )
+    if replays(c) and not (c.replay.examples or c.replay.tokens):
+        raise ValueError("continual.replay: bound the memory by examples or tokens; both are 0")
     needing = {"lwf", "der"} & set(c.methods)
     if needing and OBJECTIVES.of(run.objective).outputs is None:
         raise ValueError(
@@ -103,6 +105,9 @@ def earlier_tasks(run: config.Run, start: StartModel) -> tuple[Task, ...]:
             f"start: {run.start} has an adapter of a task that has no name here; merge it first: jaxlm export "
             f"{run.start} MERGED --format hf"
         )
+    if before is None and source is not None and writes(run.continual):  # a published model: it speaks for itself
+        template = source.templates.get("default")
+        return (Task("before", run.objective, run.train.seq_len, template, (), own_head=False),)
     if before is None or source is None:
         return ()
     tasks = [*read_index(source.path), task_of(before, source.templates.get("default"))]
@@ -246,7 +251,7 @@ class Earlier:
         out: dict[str, Any] = {}
         if "lwf" in self.c.methods:
             out["lwf"] = jnp.zeros(())
-            for task, objective in self._alike(own):
+            for task, objective in self.alike(own):
                 before, now = (
                     objective.outputs(model, self.weights_for(w, task), batch)
                     for w in (jax.lax.stop_gradient(teacher), weights)
@@ -262,7 +267,7 @@ class Earlier:
             out["features"] = self.c.features.strength * weight * apart / jnp.maximum(size, 1e-9)
         return out
 
-    def _alike(self, own: BoundObjective) -> list[tuple[Task, BoundObjective]]:
+    def alike(self, own: BoundObjective) -> list[tuple[Task, BoundObjective]]:
         """Returns the earlier tasks whose predictions on new rows can be compared: those of the run's own objective.
         Those that share its head, or the vocabulary's, count once."""
         pairs = zip(self.tasks, self.objectives, strict=True)
@@ -324,6 +329,31 @@ def _name(task: int, loss: str) -> str:
 def replays(c: Continual) -> bool:
     """Says whether any method keeps rows."""
     return any(name in c.methods for name in REPLAYS)
+
+
+def writes(c: Continual) -> bool:
+    """Says whether the model writes the earlier rows itself."""
+    return replays(c) and c.replay.source == "model"
+
+
+def reads_old_data(c: Continual) -> bool:
+    """Says whether anything is made of the data of the task right before the run."""
+    return "ewc" in c.methods or "mas" in c.methods or (replays(c) and c.replay.source == "data")
+
+
+def _check_writes(run: config.Run, task: Task, objective: BoundObjective) -> None:
+    """ValueError: the model can't write rows of the task right before the run."""
+    name, own = objective.name, registry.name_of(run.objective)
+    if objective.writes is None:
+        raise ValueError(
+            f"continual.replay.source: a model can't write rows of {task.name}, whose objective is {name}; set it to "
+            "data, or choose lwf in continual.methods, which needs no old data either"
+        )
+    if objective.writes.asked is not None and objective.objective is not OBJECTIVES.of(run.objective):
+        raise ValueError(
+            f"continual.replay.source: {task.name} answers texts of {name}, which the new data have to hold, and they "
+            f"are for {own}; set it to data"
+        )
 
 
 def replay_rows(run: config.Run, tasks: int, multiple: int) -> int:
@@ -404,4 +434,6 @@ def bound(run: config.Run, tasks: Sequence[Task], tokens: Any, rows: int) -> Ear
             f"continual.adapters: {bare[0]} was learned without virtual tokens, which {adapter.name} puts before every "
             "text; choose lora as the adapter"
         )
+    if tasks and writes(run.continual):
+        _check_writes(run, tasks[-1], objectives[-1])
     return Earlier(run.continual, tuple(tasks), objectives, rows, rows / run.train.batch_size, adapter)

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.assembly import corpus, remember
+from jaxlm.assembly import corpus
 from jaxlm.assembly.open_model import Pretrained, program
 from jaxlm.assembly.program import Program
 from jaxlm.assembly.task_index import FOLDER, STATISTICS
-from jaxlm.data import loader
+from jaxlm.data import loader, replay
 from jaxlm.evaluation import task_inference
 from jaxlm.evaluation.task_inference import Statistics
 from jaxlm.runtime import mesh, processes
@@ -33,7 +33,7 @@ def vectors(p: Program, weights: Any, parts: Sequence[Any], name: str) -> np.nda
     base, run = p.adapter.disabled, p.run
     model = dataclasses.replace(p.model, adapter=base if base.changes else None)
     records = [corpus.as_records(p.objective, x, document_mask=run.data.document_mask, seed=run.seed) for x in parts]
-    chosen = remember.Chosen.first(records, run.seed, f"{name}:states", ROWS)
+    chosen = replay.Chosen.first(records, run.seed, f"{name}:states", ROWS)
     first = model.family.kind == "encoder_decoder"
 
     def pooled(weights: Any, batch: Any) -> jax.Array:

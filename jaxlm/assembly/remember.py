@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.assembly import corpus, earlier, importances
+from jaxlm.assembly import corpus, earlier, importances, pseudo
 from jaxlm.assembly.model_source import Source, StartModel
 from jaxlm.assembly.program import Program
 from jaxlm.assembly.task_index import FOLDER, INDEX, STATISTICS, Task
@@ -68,7 +68,7 @@ def _make(p: Program, state: State, start: StartModel, folder: Path) -> None:
         part.mkdir()
     processes.barrier("the memory", HOURS)
     before = start.source if p.run.start and not p.run.continual.old else None
-    records = _records_of_last(p, before) if p.earlier.tasks else []
+    records = _records_of_last(p, before) if p.earlier.tasks and earlier.reads_old_data(p.run.continual) else []
     kept: dict[str, Any] = {}
     for name in p.run.continual.methods if p.earlier.tasks else ():
         if name in earlier.PENALTIES:
@@ -117,7 +117,7 @@ def _penalty(
         tracks = _tracks(p, before, name)
         new = path.si_importance(c, tracks, state.params) if name == "si" else path.rwalk_importance(tracks)
     else:
-        chosen = Chosen.first(records, p.run.seed, f"{task.name}:{name}", c.examples)
+        chosen = replay.Chosen.first(records, p.run.seed, f"{task.name}:{name}", c.examples)
         batches = loader.evaluation_batches(chosen, p.earlier.objectives[-1].example, batch_size=p.multiple * 4)
         new = importances.estimated(p, state, batches, name)
     if not any(float(x.max()) > 0 for x in jax.tree.leaves(new)):
@@ -153,42 +153,22 @@ def _tracks(p: Program, before: Source | None, name: str) -> Any:
 # --------------------------------------------------------------------------------------------------------------- rows
 
 
-class Chosen:
-    """Some records of several parts, in a given order."""
-
-    def __init__(self, parts: Sequence[Records], indices: np.ndarray) -> None:
-        self.parts, self.indices = parts, indices
-        self.edges = np.cumsum([0, *map(len, parts)])
-
-    @classmethod
-    def first(cls, parts: Sequence[Records], seed: int, name: str, count: int) -> "Chosen":
-        """Returns the records with the lowest priorities."""
-        return cls(parts, replay.first(seed, name, sum(map(len, parts)), count)[0])
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.draw(i, np.random.default_rng(i))
-
-    def draw(self, i: int, rng: np.random.Generator) -> Any:
-        """Returns record i."""
-        part = int(np.searchsorted(self.edges, self.indices[i], side="right")) - 1
-        return loader.record(self.parts[part], int(self.indices[i] - self.edges[part]), rng)
-
-
 def _rows(p: Program, state: State, before: Source | None, records: Sequence[Records]) -> list[replay.Kept]:
     """Returns the rows that are kept of each earlier task."""
     kept, c = [], p.run.continual.replay
     for i, task in enumerate(p.earlier.tasks[:-1]):
         file = before.path / FOLDER / ROWS.format(i) if before is not None else Path()
+        if not file.is_file() and c.source == "model" and p.earlier.objectives[i].writes is not None:
+            kept.append(_written(p, state, i))
+            continue
         if not file.is_file():
             raise ValueError(
                 f"continual.methods: no rows of {task.name} are kept, for the run before this one kept none; name its "
                 "sources in continual.old, or leave out what needs earlier rows"
             )
         kept.append(stored_rows(file, task))
-    kept.append(_new_rows(p, records))
+    last = len(p.earlier.tasks) - 1
+    kept.append(_written(p, state, last) if c.source == "model" else _new_rows(p, records))
     chosen = replay.chosen(kept, examples=c.examples, tokens=c.tokens, balance=c.balance)
     if "der" not in p.run.continual.methods:
         return chosen
@@ -202,18 +182,23 @@ def stored_rows(file: Path, task: Task) -> replay.Kept:
         return replay.Kept(task.name, arrays, values["priorities"])
 
 
+def _written(p: Program, state: State, i: int) -> replay.Kept:
+    """Returns rows of a task that the model writes before it learns the new."""
+    if jax.process_index() == 0:
+        print(f"continual    the model writes rows of {p.earlier.tasks[i].name}")
+    return pseudo.rows(p, state.all_params, i)
+
+
 def _new_rows(p: Program, records: Sequence[Records]) -> replay.Kept:
     """Returns candidates of the task right before: as many as the memory could hold were they alone in it."""
     c, task, objective = p.run.continual.replay, p.earlier.tasks[-1], p.earlier.objectives[-1]
     total = sum(map(len, records))
-    if not (c.examples or c.tokens):
-        raise ValueError("continual.replay: bound the memory by examples or tokens; both are 0")
     balanced = c.balance == "class"  # its rarest class must be found
     order, priorities = replay.first(p.run.seed, task.name, total, total if balanced or not c.examples else c.examples)
     parts: list[replay.Arrays] = []
     tokens = rows = 0
     for at in range(0, len(order), BLOCK):
-        chosen = Chosen(records, order[at : at + BLOCK])
+        chosen = replay.Chosen(records, order[at : at + BLOCK])
         [block] = loader.evaluation_batches(chosen, objective.example, batch_size=len(chosen))
         parts.append({name: leaf[0] for name, leaf in block.items()})
         rows += len(chosen)

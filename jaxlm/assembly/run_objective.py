@@ -11,6 +11,7 @@ import numpy as np
 from jaxlm.core import config, registry
 from jaxlm.core.spec import Spec
 from jaxlm.data import packing, sources
+from jaxlm.data.render_chat import turn_ends
 from jaxlm.data.token_cache import Cache
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.models import MODELS
@@ -22,6 +23,7 @@ from jaxlm.objectives.objective import (
     ExampleReader,
     MakePrompts,
     Objective,
+    OwnTexts,
     Prediction,
     Prompts,
     PromptSet,
@@ -152,6 +154,17 @@ class BoundObjective:
         """Returns what a model reads before it goes on from each text."""
         pairs = [self.objective.prompt(self.settings, text, self.row, self.tokenizer) for text in texts]
         return [prompt for prompt, _ in pairs], [inputs for _, inputs in pairs if inputs is not None] or None
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The tokens that end a text or an answer."""
+        template = self.chat_template
+        return [self.tokenizer.eos_id, *(turn_ends(self.tokenizer, template) if template else [])]
+
+    @property
+    def writes(self) -> OwnTexts[Any] | None:
+        """Says how rows are made of what a model writes; None: it can't write such rows."""
+        return self.objective.own_texts
 
     @property
     def reads_prompts(self) -> bool:

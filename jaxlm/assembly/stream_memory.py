@@ -12,7 +12,7 @@ from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.task_index import FOLDER, INDEX, Task
 from jaxlm.core import config
 from jaxlm.core.continual import Continual, Replay
-from jaxlm.data import loader
+from jaxlm.data import loader, replay
 
 
 def write_joint(runs: list[config.Run], folder: Path) -> config.Run:
@@ -55,7 +55,7 @@ def _write_rows(runs: list[config.Run], joint: config.Run) -> None:
         records = [
             corpus.as_records(objective, p, document_mask=run.data.document_mask, seed=run.seed) for p in data.train
         ]
-        chosen = remember.Chosen.first(records, run.seed, run.name, run.train.steps * run.train.batch_size)
+        chosen = replay.Chosen.first(records, run.seed, run.name, run.train.steps * run.train.batch_size)
         [rows] = loader.evaluation_batches(chosen, objective.example, batch_size=len(chosen))
         arrays = {name: leaf[0] for name, leaf in rows.items()}
         np.savez(part / remember.ROWS.format(i), priorities=np.arange(len(chosen), dtype=float), **arrays)

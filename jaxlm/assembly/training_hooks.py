@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.assembly import corpus, run_directory, scoring
+from jaxlm.assembly import corpus, kl_meter, run_directory, scoring
 from jaxlm.assembly import program as programs
 from jaxlm.core import config, config_io, errors
 from jaxlm.data.loader import Loader
-from jaxlm.data.render_chat import encode, turn_ends
+from jaxlm.data.render_chat import encode
 from jaxlm.data.tokenizer import decode_after
 from jaxlm.evaluation import bootstrap
 from jaxlm.evaluation.metrics import is_lower_better
@@ -74,7 +74,7 @@ class Keeper:
         value = score(self.p.run, metrics)
         self.gain(step, samples, value < self.best)
         self.best = min(self.best, value)
-        told = ("loss", "bits_per_byte", "accuracy", run_metric(self.p.run))
+        told = ("loss", "bits_per_byte", "accuracy", kl_meter.NAME, run_metric(self.p.run))
         shown = [f"{k} {v:.4f}" for k, v in metrics.items() if k in told or k.rpartition("/")[2] == "accuracy"]
         self.progress.say(f"step {step}: validation {', '.join(shown)}")
         self.meter.pause()
@@ -122,15 +122,17 @@ def run_metric(run: config.Run) -> str:
 
 
 def validator(
-    p: programs.Program, data: corpus.Corpus, log: RunLog, scorer: scoring.Scorer
-) -> Callable[[int, Any], tuple[dict, Samples]]:
-    """Returns the validation: `(step, state) → (metrics, what they may be resampled from)`."""
+    p: programs.Program, data: corpus.Corpus, log: RunLog, scorer: scoring.Scorer,
+    moved: Callable[[Any], dict[str, float]] = lambda weights: {},
+) -> Callable[[int, Any], tuple[dict, Samples]]:  # fmt: skip
+    """Returns the validation: `(step, state) → (metrics, what they may be resampled from)`. `moved`: measures how far
+    weights are from those before the run."""
     held = scoring.HeldOut(p, data.valid)
 
     def validate(step: int, state: Any) -> tuple[dict, Samples]:
         started = time.perf_counter()
         found = scorer(state.eval_params, held, p.run.train.eval_batches)
-        metrics = found.losses | found.task
+        metrics = found.losses | found.task | moved(state.eval_params)
         log.valid(step, metrics, {"seconds": time.perf_counter() - started})
         return metrics, found.samples if found.classes is None else found.samples | {CLASSES: found.classes}
 
@@ -168,8 +170,7 @@ def sampler(p: programs.Program, log: RunLog) -> Callable[[int, Any], None]:
     if p.objective.goes_on:  # the likeliest answer is the answer, but the likeliest text repeats itself
         how = dataclasses.replace(how, temperature=0.8, top_k=min(50, p.run.model.vocab))
     both_ways = p.objective.prompts_read_both_ways
-    ends = [p.tokens.eos_id, *(turn_ends(p.tokens, template) if template else [])]
-    generate = Generator(p.model, ends, p.objective.vocab_size, both_ways)
+    generate = Generator(p.model, p.objective.end_ids, p.objective.vocab_size, both_ways)
     prompts, source = p.objective.prompts(c.prompts)
     if template:
         prompts = [encode(p.tokens, template, [dict(role="user", content=text)]) for text in c.prompts]

@@ -15,6 +15,7 @@ from jaxlm.assembly import (
     corpus,
     earlier,
     infer_task,
+    kl_meter,
     new_data,
     open_model,
     remember,
@@ -173,7 +174,8 @@ def _run(
     loader = corpus.training_loader(run, p.objective, data, rows, remember.replayed(p, rows))
     compiled, compile_seconds = _compile(p, state, p.to_device(loader.batch(start), rows), log, start)
     scorer = scoring.Scorer(p)
-    validate, gain = training_hooks.validator(p, data, log, scorer), training_hooks.gain_log(run, log)
+    moved = kl_meter.meter(p, data, state.eval_params if start == 0 else None)
+    validate, gain = training_hooks.validator(p, data, log, scorer, moved), training_hooks.gain_log(run, log)
     sample = (
         training_hooks.sampler(p, log)
         if p.model.family.generates and p.model.config.head and c.prompts

@@ -99,6 +99,11 @@ class Replay:
     """Rows kept of all earlier tasks together; 0: as many as `tokens` allows."""
     tokens: Natural = 0
     """Tokens that the kept rows may have together; 0: any number."""
+    source: Literal["data", "model"] = "data"
+    """data: rows of the earlier data; model: rows that the model writes before it learns the new (pseudo-rehearsal,
+    Robins 1995), for when the earlier data are gone: texts from their beginning, or answers to the new prompts."""
+    temperature: Positive = 1.0
+    """Of what the model writes; 1 draws as often as the model says."""
     balance: Literal["none", "task", "class"] = "task"
     """none: each earlier example is kept with the same probability (reservoir sampling); task: the same number of each
     task; class: of each task's labels."""
@@ -138,6 +143,9 @@ class Continual:
     frozen base, and earlier tasks keep theirs, so that none is forgotten."""
     old: tuple[str, ...] = ()
     """Sources of earlier data, read by this run's objective; empty: those of the run that this one starts from."""
+    kl_rows: Natural = 64
+    """Rows of the validation data on which a run with `methods` or `heads` measures KL(before ‖ now), how far it has
+    moved on the new inputs; 0: it doesn't."""
     l2: L2 = field(default_factory=L2)
     ewc: Ewc = field(default_factory=Ewc)
     si: SI = field(default_factory=SI)

@@ -253,6 +253,22 @@ def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     return out
 
 
+def concatenated(texts: Sequence[np.ndarray], room: int, pad: int) -> Window:
+    """Puts texts one after another into `room` tokens, each a segment of its own with positions from 0."""
+    lengths = [len(text) for text in texts]
+    n = sum(lengths)
+    assert n <= room, f"{n} tokens for {room} positions"
+
+    def fill(parts: Sequence[np.ndarray], value: int) -> np.ndarray:
+        return np.concatenate([*parts, np.full(room - n, value)]).astype(np.int32)
+
+    return Window(
+        tokens=fill(texts, pad),
+        segments=fill([np.full(k, i) for i, k in enumerate(lengths, 1)], 0),
+        positions=fill([np.arange(k) for k in lengths], 0),
+    )
+
+
 def pack_batch(batch: dict[str, np.ndarray], ways: int = 1) -> dict[str, np.ndarray]:
     """Packs a batch `[micro, rows, T]` of one text a row into as few rows as hold them, each text a segment.
 

@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxlm.data import loader
 from jaxlm.data.mixture import shuffled
+from jaxlm.data.packing import Records
 
 Arrays = dict[str, np.ndarray]
 
@@ -46,6 +48,30 @@ def first(seed: int, task: str, n: int, count: int) -> tuple[np.ndarray, np.ndar
     each = priorities(seed, task, n)
     order = np.argsort(each, kind="stable")[:count]
     return order, each[order]
+
+
+class Chosen:
+    """Some records of several parts, in a given order."""
+
+    def __init__(self, parts: Sequence[Records], indices: np.ndarray) -> None:
+        self.parts, self.indices = parts, indices
+        self.edges = np.cumsum([0, *map(len, parts)])
+
+    @classmethod
+    def first(cls, parts: Sequence[Records], seed: int, name: str, count: int) -> "Chosen":
+        """Returns the records with the lowest priorities."""
+        return cls(parts, first(seed, name, sum(map(len, parts)), count)[0])
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.draw(i, np.random.default_rng(i))
+
+    def draw(self, i: int, rng: np.random.Generator) -> Any:
+        """Returns record i."""
+        part = int(np.searchsorted(self.edges, self.indices[i], side="right")) - 1
+        return loader.record(self.parts[part], int(self.indices[i] - self.edges[part]), rng)
 
 
 def chosen(

@@ -1,5 +1,6 @@
 """Causal language modelling lets every token predict the next one of its document."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -7,11 +8,20 @@ import jax
 import numpy as np
 
 from jaxlm.core.ranges import BelowOne, NonNegative
-from jaxlm.data.packing import Window
+from jaxlm.data.packing import Window, concatenated
 from jaxlm.models.model import Model
 from jaxlm.nn.layers import Output
 from jaxlm.nn.losses import cross_entropy
-from jaxlm.objectives.objective import DeviceBatch, Example, Objective, RowShape, Sums, Tokenizer
+from jaxlm.objectives.objective import (
+    DeviceBatch,
+    Example,
+    Objective,
+    OwnTexts,
+    RowShape,
+    Sums,
+    Tokenizer,
+    Written,
+)  # fmt: skip
 from jaxlm.objectives.outputs import Predicted
 
 
@@ -82,5 +92,11 @@ def row_sums(out: Output, weights_BT: jax.Array) -> dict[str, jax.Array]:
     return {name: (x_B * weights_BT.sum(-1)).sum() for name, x_B in each_B.items()}
 
 
+def window_of(c: Config, texts: Sequence[Written], row: RowShape, tokenizer: Tokenizer) -> Window:
+    """Returns the window of texts that a model wrote."""
+    whole = [np.array([*text.asked.prompt, *text.answer]) for text in texts]
+    return concatenated(whole, row.seq_len + 1, tokenizer.pad_id or 0)
+
+
 objective = Objective(Config, "packed", ("decoder",), example=example, totals=totals, loss=loss,
-                      outputs=outputs)  # fmt: skip
+                      outputs=outputs, own_texts=OwnTexts(None, window_of, lambda c, kind: True))  # fmt: skip

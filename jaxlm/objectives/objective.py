@@ -187,6 +187,36 @@ class Reference(Generic[C]):
     """(settings, model, params, batch) → [B, A]."""
 
 
+class Asked(NamedTuple):
+    """An Asked is what a model reads before it writes a text of its own."""
+
+    prompt: list[int]
+    inputs: list[int] | None = None
+    """What its encoder reads."""
+    end: tuple[int, ...] = ()
+    """The tokens that stand after an answer that the model ends."""
+
+
+class Written(NamedTuple):
+    """A Written is a text that a model wrote: what it was asked, and the tokens of its answer, the end included."""
+
+    asked: Asked
+    answer: list[int]
+
+
+@dataclass(frozen=True)
+class OwnTexts(Generic[C]):
+    """Rows can be made of texts that the model writes itself, so that a task is kept without its data."""
+
+    asked: Callable[[C, Any, RowShape, Tokenizer], list[Asked]] | None
+    """(settings, a record of a later task's data, row, tokenizer) → what the model is asked in it; None: it writes from
+    the beginning of a text."""
+    record: Callable[[C, Sequence[Written], RowShape, Tokenizer], Any]
+    """(settings, texts that share a row, row, tokenizer) → the record that `example` makes the row of."""
+    packs: Callable[[C, Kind], bool]
+    """Whether a row holds as many texts as fit, or one."""
+
+
 class PromptSet(NamedTuple):
     """A prompt set holds prompts with the texts that should follow them."""
 
@@ -300,3 +330,5 @@ class Objective(Generic[C]):
     """(settings, model, params, batch) → what is predicted at each place, for losses that compare two models or need no
     targets; None: such losses can't be had."""
     read_prompts: ReadPrompts[C] | None = None
+    own_texts: OwnTexts[C] | None = None
+    """How rows are made of what a model writes; None: it can't write such rows."""

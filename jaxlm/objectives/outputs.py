@@ -100,3 +100,51 @@ def stored_difference(outputs: Predicted, values_BNK: jax.Array, classes_BNK: ja
         return jnp.square(jnp.take_along_axis(z, classes, -1) - values).mean(-1)
 
     return _each(one, [outputs], values_BNK, classes_BNK, shard=shard)
+
+
+class Stored(NamedTuple):
+    """A Stored holds a model's predictions in little room: the log probabilities of the likeliest classes, and that of
+    all others together. Sigmoids and numbers are stored as they are."""
+
+    values_BNK: jax.Array
+    classes_BNK: jax.Array
+    rest_BN: jax.Array
+
+
+def stored(outputs: Predicted, k: int, shard: Layout) -> Stored:
+    """Returns the predictions of each place with its k likeliest classes, or all where there are fewer."""
+
+    def one(z: jax.Array) -> Stored:
+        top, classes = jax.lax.top_k(z, min(k, z.shape[-1]) if outputs.kind == "softmax" else z.shape[-1])
+        if outputs.kind != "softmax":
+            return Stored(top, classes, jnp.zeros(z.shape[:-1], z.dtype))
+        values, rest = _among(z, classes)
+        return Stored(values, classes, rest)
+
+    return Stored(*_each(one, [outputs], shard=shard))
+
+
+def divergence_from(before: Stored, now: Predicted, shard: Layout) -> jax.Array:
+    """Returns KL(before ‖ now) of each place `[B, N]`, in nats; for numbers half their squared difference.
+
+    The classes that aren't stored count as one. That leaves the exact divergence where there are none, and else a lower
+    bound of it, by the data processing inequality.
+    """
+
+    def one(z: jax.Array, values: jax.Array, classes: jax.Array, rest: jax.Array) -> jax.Array:
+        if now.kind != "softmax":
+            old = Predicted(values, now.weights_BN, now.kind)
+            return divergence(old, old._replace(logits=jnp.take_along_axis(z, classes, -1)), 1.0, shard)
+        new_values, new_rest = _among(z, classes)
+        others = jnp.where(rest > NEVER, jnp.exp(rest) * (rest - new_rest), 0.0)
+        return (jnp.exp(values) * (values - new_values)).sum(-1) + others
+
+    return _each(one, [now], *before, shard=shard)
+
+
+def _among(z: jax.Array, classes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the log probabilities of some classes, and that of all others together: `NEVER` where there are none."""
+    total = jax.nn.logsumexp(z, -1)
+    others = jnp.put_along_axis(z, classes, -jnp.inf, axis=-1, inplace=False)
+    rest = jnp.maximum(jax.nn.logsumexp(others, -1) - total, NEVER)
+    return jnp.take_along_axis(z, classes, -1) - total[..., None], rest

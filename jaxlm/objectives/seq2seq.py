@@ -8,17 +8,20 @@ import numpy as np
 
 from jaxlm.core.ranges import BelowOne, Count, NonNegative
 from jaxlm.data import sources
-from jaxlm.data.packing import TextRow, Window
+from jaxlm.data.packing import TextRow, concatenated
 from jaxlm.objectives import causal
 from jaxlm.objectives.objective import (
+    Asked,
     Example,
     Kind,
     MakePrompts,
     Objective,
+    OwnTexts,
     PromptSet,
     RowShape,
     TextPairs,
     Tokenizer,
+    Written,
 )  # fmt: skip
 
 
@@ -148,7 +151,11 @@ def _named(field: str, piece: str, tokenizer: Tokenizer) -> int:
 def prompt(c: Config, text: str, row: RowShape, tokenizer: Tokenizer) -> tuple[list[int], list[int] | None]:
     """Returns what comes before a target: a decoder's tokens up to the separator, or the start and what the encoder
     reads."""
-    ids = tokenizer.encode(text)
+    return prompt_of(c, tokenizer.encode(text), row, tokenizer)
+
+
+def prompt_of(c: Config, ids: Sequence[int], row: RowShape, tokenizer: Tokenizer) -> tuple[list[int], list[int] | None]:
+    """Returns what comes before the target of a source of these token ids; see `prompt`."""
     if row.kind == "decoder":
         return [tokenizer.bos_id, *ids, separator(c, tokenizer)], None
     (before, after), (begin, _) = boundaries(c, tokenizer)
@@ -225,24 +232,36 @@ def encoder_decoder_row(
     )
 
 
-def concatenated(texts: Sequence[np.ndarray], room: int, pad: int) -> Window:
-    """Puts texts one after another into `room` tokens, each a segment of its own with positions from 0."""
-    lengths = [len(text) for text in texts]
-    n = sum(lengths)
-    assert n <= room, f"{n} tokens for {room} positions"
+def asked(c: Config, record: TextRow, row: RowShape, tokenizer: Tokenizer) -> list[Asked]:
+    """Returns what a model reads of each source of a record, which leaves at least half of a decoder's row."""
+    out, begin = [], 0
+    for source, target in record["lengths"].tolist():
+        lengths = np.array([[source, row.seq_len + 1]])
+        kept = int(fit(c, row.kind, row.seq_len, tokenizer, lengths)[0][0, 0])
+        ids = record["tokens"][begin + 1 : begin + 1 + kept].tolist()
+        out.append(Asked(*prompt_of(c, ids, row, tokenizer), (tokenizer.eos_id,)))
+        begin += source + target + 3
+    return out
 
-    def fill(parts: Sequence[np.ndarray], value: int) -> np.ndarray:
-        return np.concatenate([*parts, np.full(room - n, value)]).astype(np.int32)
 
-    return Window(
-        tokens=fill(texts, pad),
-        segments=fill([np.full(k, i) for i, k in enumerate(lengths, 1)], 0),
-        positions=fill([np.arange(k) for k in lengths], 0),
-    )
+def answered(c: Config, texts: Sequence[Written], row: RowShape, tokenizer: Tokenizer) -> TextRow:
+    """Returns the record of pairs whose targets a model wrote."""
+    tokens, lengths, eos = [], [], tokenizer.eos_id
+    for (prompt, inputs, _), answer in texts:
+        if inputs is None:
+            source = prompt[1:-1]
+        else:
+            before, after = boundaries(c, tokenizer)[0]
+            source = inputs[len(before) : len(inputs) - len(after)]
+        target = answer[:-1] if answer[-1:] == [eos] else answer
+        tokens += [tokenizer.bos_id, *source, eos, *target, eos]
+        lengths.append((len(source), len(target)))
+    return TextRow(tokens=np.array(tokens, np.int32), lengths=np.array(lengths, np.int32))
 
 
 objective = Objective(
     Config, TextPairs(fields, fit, packs=lambda c: c.pack), ("encoder_decoder", "decoder"), example=example,
     totals=causal.totals, loss=causal.loss, check=check, target_positions=target_positions, prompt=prompt,
     read_prompts=read_prompts, outputs=causal.outputs,
+    own_texts=OwnTexts(asked, answered, lambda c, kind: c.pack and kind == "decoder"),
 )  # fmt: skip

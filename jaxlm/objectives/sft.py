@@ -9,16 +9,18 @@ from jaxlm.core.ranges import BelowOne, NonNegative
 from jaxlm.data import conversations, packing, render_chat
 from jaxlm.objectives import causal
 from jaxlm.objectives.objective import (
+    Asked,
     Example,
     ExampleReader,
     MakePrompts,
     Objective,
+    OwnTexts,
     PromptSet,
     Record,
     RowShape,
     Tokenizer,
+    Written,
 )  # fmt: skip
-from jaxlm.objectives.seq2seq import concatenated
 
 
 @dataclass(frozen=True)
@@ -89,15 +91,40 @@ def read_prompts(
 def example(c: Config, record: Conversations, row: RowShape, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:
     """Makes a causal row of the conversations, with weights on what is learned of them."""
     room, texts = row.seq_len + 1, record["texts"]
-    window = concatenated([np.array(t.ids) for t in texts], room, tokenizer.pad_id or 0)
+    window = packing.concatenated([np.array(t.ids) for t in texts], room, tokenizer.pad_id or 0)
     out = causal.shifted(window)
     if c.everything:
         return out
-    learned = concatenated([np.array(t.learned) for t in texts], room, 0)["tokens"]
+    learned = packing.concatenated([np.array(t.learned) for t in texts], room, 0)["tokens"]
     return out | Example(weights=out["weights"] * learned[1:].astype(np.float32))
+
+
+def asked(c: Config, record: Conversations, row: RowShape, tokenizer: Tokenizer) -> list[Asked]:
+    """Returns each conversation up to its last answer, with the tokens that stand after such an answer."""
+    template = c.template or row.template
+    ends = (tokenizer.eos_id, *(render_chat.turn_ends(tokenizer, template) if template else ()))
+    out = []
+    for text in record["texts"]:
+        first = last = max(i for i, is_learned in enumerate(text.learned) if is_learned)
+        while first and text.learned[first - 1]:
+            first -= 1
+        at = next((i for i in range(last, first - 1, -1) if text.ids[i] in ends), None)
+        end = ends[-1:] if at is None else tuple(text.ids[at : last + 1])  # None: its end was cut off
+        if first:
+            out.append(Asked(text.ids[:first], None, end))
+    return out
+
+
+def answered(c: Config, texts: Sequence[Written], row: RowShape, tokenizer: Tokenizer) -> Conversations:
+    """Returns the record of conversations whose last answer a model wrote, which alone is learned."""
+    return Conversations(where="", texts=[
+        render_chat.Tokens([*text.asked.prompt, *text.answer],
+                           [False] * len(text.asked.prompt) + [True] * len(text.answer)) for text in texts
+    ])  # fmt: skip
 
 
 objective = Objective(
     Config, ExampleReader(read, token_ids, shares_rows=True), ("decoder",), example=example, totals=causal.totals,
     loss=causal.loss, read_prompts=read_prompts, chat_template=lambda c: c.template, outputs=causal.outputs,
+    own_texts=OwnTexts(asked, answered, lambda c, kind: c.pack),
 )  # fmt: skip

@@ -34,6 +34,7 @@ PANELS = (
     Panel("Training loss", lambda r: metric(r.train, "loss"), smooth=True),
     Panel("Validation loss", lambda r: metric(r.valid, "loss"), lowest=True, dots=True),
     Panel("Validation bits per byte", lambda r: metric(r.valid, "bits_per_byte"), lowest=True, dots=True),
+    Panel("KL from the model before", lambda r: metric(r.valid, "kl_before"), dots=True),
     Panel("Learning rate", lambda r: metric(r.train, "lr")),
     Panel("Gradient norm", lambda r: metric(r.train, "grad_norm"), smooth=True),
     Panel("Tokens per second", lambda r: metric(r.train, "tokens_per_s", time=True), smooth=True),

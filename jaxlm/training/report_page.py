@@ -40,6 +40,8 @@ def _summary(logs: Logs) -> str:
             best, step = min(finite)
             rows += [(f"Best {title}", f"{best:.4f} <small>step {step}</small>")]
             rows += [(f"Final {title}", f"{curve.y[-1]:.4f}")]
+    if moved := metric(logs.valid, "kl_before"):
+        rows += [("KL from the model before", f"{moved.y[-1]:.4f} <small>nats on new inputs</small>")]
     typical, tokens = _median(logs, "tokens_per_s"), _tokens(logs)
     model = logs.events.get("model", {})
     rows += [("Steps", f"{max(line['step'] for line in [*logs.train, *logs.valid]):,}")]

@@ -75,7 +75,7 @@ def begun(run: config.Run):
 def rows_of(p, name: str, count: int) -> list[dict]:
     """The rows that importances of a method are estimated on, one by one."""
     records = remember._records_of_last(p, None)
-    chosen = remember.Chosen.first(records, p.run.seed, f"before:{name}", count)
+    chosen = replay.Chosen.first(records, p.run.seed, f"before:{name}", count)
     return [{k: jnp.asarray(v)[None] for k, v in p.objective.example(chosen[i], None).items()} for i in range(count)]
 
 
@@ -260,6 +260,10 @@ def test_a_run_that_keeps_goes_on_as_if_it_had_not_stopped(sources, tmp_path, on
     parts = jaxlm.train(second("parts"))
     figures = [[line["loss"] for line in run.log if line["kind"] == "train"] for run in (whole, parts)]
     assert figures[0] and figures[0] == figures[1]
+    moved = [[line.get("kl_before") for line in run.log if line["kind"] == "valid"] for run in (whole, parts)]
+    assert moved[0] == moved[1] and abs(moved[0][0]) < 1e-6 < moved[0][1], "of the earlier head, on the new texts"
+    assert "KL from the model before" in (whole.path / "report.html").read_text()
+    assert "kl_before" not in first.log[-1] and not (first.path / "before.npz").exists()
     a, b = (jax.device_get(run.open().pretrained.params) for run in (whole, parts))
     jax.tree.map(np.testing.assert_array_equal, a, b)
     assert set(a["tasks"]) == {"first"} and set(a["tasks"]["first"]) == {"classify", "classify_bias"}
