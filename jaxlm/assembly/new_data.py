@@ -69,7 +69,7 @@ def _holds(run: config.Run) -> bool:
 
 def told(run: config.Run, start: StartModel) -> list[str]:
     """Returns what is said when a run begins that starts from another: where it is trained, its rates, and, where both
-    have one kind of objective, whether anything keeps what that one learned."""
+    have one kind of objective, whether anything keeps what that one learned (`warnings`)."""
     if not run.start or (source := start.source).run is None or not source.is_trained_here:
         return []
     before = source.run
@@ -77,16 +77,23 @@ def told(run: config.Run, start: StartModel) -> list[str]:
     rate = optimizers.schedule(c, steps)
     last = float(optimizers.schedule(before.optim, before.train.steps)(before.train.steps - 1))
     high, low = (float(rate(step)) for step in (c.warmup, steps - 1))
-    lines = [
+    return [
         f"{run.folder} goes on from {source.path} as a new run: its learning rate rises to {high:.3g} by step "
         f"{c.warmup} and is {low:.3g} at step {steps}, the last ({c.schedule}); that of {source.path} ended at "
-        f"{last:.3g}"
+        f"{last:.3g}",
+        *(f"warning: {line}" for line in warnings(run, start)),
     ]
-    alike = type(before.objective) is type(run.objective)  # else it is another task, such as a language model's labels
-    keeps = METHODS.of(run.adapter).growth is not None or run.continual.adapters == "task"
-    if alike and not run.continual.methods and not keeps:
-        lines.append(
-            f"warning: {run.folder} may forget what {source.path} learned; to keep it, train with earlier data in each "
-            "batch: --continual.methods replay --continual.replay.share 0.05"
-        )
-    return lines
+
+
+def warnings(run: config.Run, start: StartModel) -> list[str]:
+    """Returns a line where a run goes on from a trained one with its kind of objective, trains the model's own weights,
+    and names no method that keeps what that one learned."""
+    if not run.start or (source := start.source).run is None or not source.is_trained_here:
+        return []
+    alike = type(source.run.objective) is type(run.objective)  # else it is another task, such as a text's labels
+    if not alike or run.continual.methods or METHODS.of(run.adapter) is not METHODS.of(config.Adapter()):
+        return []
+    return [
+        f"{run.folder} may forget what {source.path} learned; to keep it, train with earlier data in each "
+        "batch: --continual.methods replay --continual.replay.share 0.05"
+    ]

@@ -104,6 +104,13 @@ class Program:
         return spec.count(self.adapter.base) + spec.count(added), trained
 
     @property
+    def added(self) -> tuple[int, int]:
+        """Returns the number and the bytes of the weights beyond the model's own: heads and adapters."""
+        added = {name: s for name, s in self.specs.items() if name not in self.adapter.base}
+        leaves = jax.tree.leaves(spec.abstract(added))
+        return spec.count(added), sum(x.size * x.dtype.itemsize for x in leaves)
+
+    @property
     def whole(self) -> Any:
         """The sharding of what every device holds whole."""
         return meshes.replicated(self.mesh)

@@ -15,15 +15,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.assembly import earlier, infer_task, open_model, run_directory, run_source, training_run
+from jaxlm.assembly import earlier, infer_task, open_model, run_directory, run_source, stream_cost, training_run
 from jaxlm.assembly.evaluate_model import evaluate
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.stream_memory import write_joint
-from jaxlm.core import config
+from jaxlm.core import config, registry
 from jaxlm.core import stream as streams
 from jaxlm.core.continual import Continual
 from jaxlm.core.stream import Stage, Stream
-from jaxlm.evaluation import forgetting
+from jaxlm.evaluation import forgetting, stream_warnings
 from jaxlm.evaluation.metrics import is_lower_better
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.runtime import processes
@@ -250,9 +250,11 @@ def collect(stream: Stream, folder: Path) -> dict[str, Any]:
             seconds[name] = seconds.get(name, 0.0) + spent / len(stream.seeds)
     figures = forgetting.over_seeds(each)
     told = any(x is not None for rows in inferred for row in rows for x in row)
-    return ({"inferred": inferred} if told else {}) | {
+    results: dict[str, Any] = ({"inferred": inferred} if told else {}) | {
         "stages": names, "metrics": metrics, "methods": list(stream.run.continual.methods), "seeds": list(stream.seeds),
         "lower_is_better": [bool(is_lower_better(metric)) for metric in metrics],
-        "matrices": matrices, "seconds": seconds,
+        "matrices": matrices, "seconds": seconds, "adapter": registry.name_of(stream.run.adapter),
+        "costs": stream_cost.costs([folder / f"seed-{seed}" for seed in stream.seeds], names),
         "figures": {name: [None if math.isnan(x) else x for x in ends] for name, ends in figures.items()},
     }  # fmt: skip
+    return results | {"warnings": stream_warnings.warnings(results)}

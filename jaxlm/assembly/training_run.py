@@ -93,6 +93,8 @@ def _train(
         with RunLog(run.folder, resume_step=step if meta else -1, ended=ended, enabled=main) as log:
             if run.start and not meta:
                 log.event(0, "start", model=run.start, new_head=open_model.new_head(p, start))
+                if warnings := new_data.warnings(run, start):
+                    log.event(0, "warnings", lines=warnings)
             if before is not None:
                 _give_more_steps(p, before, step, meta, log)
             status = _run(p, data, state, meta, checkpoints, log, begins, on_step)
@@ -186,8 +188,7 @@ def _run(
         metrics, samples = validate(0, state)
         training_hooks.score(run, metrics)  # so that an unknown metric is found before the work
         gain(0, samples, False)
-        count, trained = p.parameters
-        log.event(0, "model", parameters=count, trainable=trained, notes=p.notes)
+        _log_model(p, state, log)
     meter, watch = _meter(p, start), _watchdog(run, compile_seconds)
     with Progress(c.steps, enabled=main) as progress, watch:
         keeper = training_hooks.Keeper(p, loader, checkpoints, log, meter, watch, progress, validate, gain, on_step)
@@ -235,6 +236,14 @@ def _run(
     if main:
         _finish(p, end, used, log)
     return 0
+
+
+def _log_model(p: programs.Program, state: Any, log: RunLog) -> None:
+    """Logs how many weights there are, and what methods of continual learning hold beside them."""
+    (count, trained), (added, size) = p.parameters, p.added
+    held = sum(x.nbytes for x in jax.tree.leaves((state.memory, state.tracks)))
+    log.event(0, "model", parameters=count, trainable=trained, notes=p.notes, added=added, added_bytes=size,
+              memory_bytes=held)  # fmt: skip
 
 
 def _meter(p: programs.Program, start: int) -> Meter:

@@ -4,6 +4,7 @@ import html
 import json
 import math
 import statistics
+from collections.abc import Iterable
 from typing import Any
 
 from jaxlm.training.run_logs import Logs, advice, gain, metric, results, role
@@ -18,6 +19,7 @@ def page(logs: Logs, charts: list[str]) -> str:
     body = [
         f"<header><h1>{_text(logs.name)}</h1><p>{_text(subtitle)}</p></header>",
         _summary(logs),
+        warnings(logs.events.get("warnings", {}).get("lines", ())),
         _results(logs),
         _before_and_after(logs),
         _classes(logs),
@@ -56,6 +58,11 @@ def _summary(logs: Logs) -> str:
     rows += [("Trainable parameters", _count(trainable))] if trainable and trainable != parameters else []
     cells = "".join(f"<div><dt>{_text(name)}</dt><dd>{value}</dd></div>" for name, value in rows)
     return f"<dl class=summary>{cells}</dl>"
+
+
+def warnings(lines: Iterable[str]) -> str:
+    """Shows lines of warning."""
+    return "".join(f"<p class=warning>Warning: {_text(line)}.</p>" for line in lines)
 
 
 def _results(logs: Logs) -> str:
@@ -239,6 +246,7 @@ h1 { margin: 0; font-size: 1.7rem; font-weight: 600; }
 header p { margin: .2rem 0 0; color: var(--soft); }
 h2, details > summary { margin: 2.4rem 0 .8rem; font-size: 1.1rem; font-weight: 600; }
 h2 small, dd small, td small { color: var(--soft); font-size: .85rem; font-weight: 400; }
+.warning { margin: 1rem 0; padding-left: .8rem; border-left: 3px solid var(--best); }
 .summary { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 1px; margin: 1.8rem 0 0;
   border-block: 1px solid var(--grid); }
 .summary div { padding: .7rem 0; }

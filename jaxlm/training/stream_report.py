@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from jaxlm.training.report_page import PAGE
+from jaxlm.training.report_page import PAGE, warnings
 
 MEANING = {
     "average": "average of all stages at the end",
@@ -27,7 +27,7 @@ INFERRED = (
 
 
 def table(results: dict[str, Any]) -> str:
-    """Returns the figures and the mean matrix as text."""
+    """Returns the mean matrix, the figures, the costs and the warnings as text."""
     names, matrix = results["stages"], mean_matrix(results)
     width = max(map(len, [*names, "before"])) + 6
     head = " " * width + "".join(f"{name:>{max(10, len(name) + 2)}}" for name in names)
@@ -48,7 +48,17 @@ def table(results: dict[str, Any]) -> str:
     for name, (mean, low, high) in results["figures"].items():
         between = "" if math.isnan(low) else f"  {low:.4f} … {high:.4f}"
         lines.append(f"{MEANING[name]:58} {_number(mean)}{between}")
+    lines += ["", *_aligned(*costs(results))]
+    lines += [f"warning: {line}" for line in results.get("warnings", ())]
     return "\n".join(lines)
+
+
+def _aligned(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """Returns a table as lines of text."""
+    every = [["", *heads], *rows]
+    widths = [max(map(len, column)) for column in zip(*every, strict=True)]
+    return ["  ".join(x.rjust(n) if k else x.ljust(n) for k, (x, n) in enumerate(zip(row, widths, strict=True)))
+            for row in every]  # fmt: skip
 
 
 def _with_numbers(results: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +93,7 @@ def build(folder: Path) -> tuple[dict[str, Any], Path]:
     body = [
         f"<header><h1>{html.escape(folder.name)}</h1><p>{len(results['stages'])} stages · {html.escape(methods)} · "
         f"{_seeds(results)}</p></header>",
+        warnings(results.get("warnings", ())),
         "<h2>Scores</h2>", _heat_map(results),
         *(("<h2>Tasks inferred</h2>", _inferred(results)) if "inferred" in results else ()),
         "<h2>Figures</h2>", _figures(results),
@@ -150,9 +161,48 @@ def _figures(results: dict[str, Any]) -> str:
     return f"<table class=matrix>{heads}{rows}</table><p><small>{note}</small></p>"
 
 
+COSTS = {
+    "seconds": "seconds",
+    "bytes_per_device": "memory a device",
+    "added": "weights added",
+    "added_bytes": "their bytes",
+    "memory_disk_bytes": "kept on disk",
+    "memory_device_bytes": "kept on devices",
+    "examples": "rows kept",
+    "tokens": "tokens kept",
+    "kl_before": "KL from before",
+}
+
+
+def costs(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Returns the columns that say anything, and a row of text for each run: its name, then its figures."""
+    rows = {name: {"seconds": spent} | results.get("costs", {}).get(name, {})
+            for name, spent in results["seconds"].items() if spent}  # fmt: skip
+    names = [name for name in COSTS if any(row.get(name) for row in rows.values())]
+    return [COSTS[name] for name in names], [[row, *(_figure(n, values.get(n)) for n in names)]
+                                             for row, values in rows.items()]  # fmt: skip
+
+
+def _figure(name: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    if "bytes" in name:
+        return f"{value / 2**20:,.1f} MiB"
+    return f"{value:.4f}" if name == "kl_before" else f"{value:,.0f}"
+
+
 def _cost(results: dict[str, Any]) -> str:
-    rows = "".join(f"<tr><th>{html.escape(n)}</th><td>{s:,.0f} s</td></tr>" for n, s in results["seconds"].items() if s)
-    return f"<table class=matrix><tr><th></th><td>seconds of a seed</td></tr>{rows}</table>"
+    heads, rows = costs(results)
+    head = "".join(f"<td>{html.escape(name)}</td>" for name in heads)
+    body = "".join(
+        f"<tr><th>{html.escape(row[0])}</th>{''.join(f'<td>{x}</td>' for x in row[1:])}</tr>" for row in rows
+    )
+    about = (
+        "Means over seeds. Weights added are heads and adapters. Kept is what methods of continual learning hold: on "
+        "disk, and on devices beside the weights in training. KL from before is that of the model before to the model "
+        "after on the stage's own validation inputs, in nats."
+    )
+    return f"<table class=matrix><tr><th></th>{head}</tr>{body}</table><p><small>{about}</small></p>"
 
 
 def _seeds(results: dict[str, Any]) -> str:

@@ -67,6 +67,13 @@ def test_a_stream_is_scored_resumed_and_shown(made, monkeypatch, tmp_path, capsy
     matrix = np.array(results["matrices"][0], float)
     assert matrix.shape == (3, 2) and np.isnan(matrix[:2, 1]).all() and not np.isnan(matrix[2]).any()
     assert results["metrics"] == ["accuracy", "accuracy"] and results["figures"]["average"][0] == matrix[2].mean()
+    cost = results["costs"]
+    assert set(cost) == {"after fruit", "after size", "joint"} and results["warnings"] == []
+    second = cost["after size"]
+    assert (second["examples"], cost["after fruit"]["examples"]) == (8, 0) and 8 * 20 < second["tokens"] < 8 * 32
+    assert second["added"] == 2 * (2 * 16 + 2) and second["added_bytes"] == 4 * second["added"], "two heads in float32"
+    assert second["memory_disk_bytes"] > 8 * 32 * 4 and second["memory_device_bytes"] == 0, "rows, and no trees"
+    assert second["bytes_per_device"] > 4 * second["parameters"] and second["kl_before"] > 0
     # What stands there is what `eval` says of the stage's own run, and the first task's head came along.
     own = jaxlm.evaluate(folder / "seed-0" / "2-size")
     assert own["accuracy"] == pytest.approx(matrix[2, 1])
@@ -87,6 +94,8 @@ def test_a_stream_is_scored_resumed_and_shown(made, monkeypatch, tmp_path, capsy
     assert json.loads(out.out)["stages"] == ["fruit", "size"] and "forgetting" in out.err
     page = (folder / "report.html").read_text()
     assert f"{matrix[2, 0]:.4f}" in page and "after size" in page
+    for shown in (page, out.err):
+        assert "KL from before" in shown and f"{second['kl_before']:.4f}" in shown and "rows kept" in shown
     assert trained == ["2-size", "joint"]
 
     other = dataclasses.replace(made, run=dataclasses.replace(made.run, optim=Optim(lr=1e-3)))

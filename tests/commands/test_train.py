@@ -201,6 +201,7 @@ def test_a_finished_run_learns_new_data_in_a_run_beside_it(trained: Path, capsys
     warning = f"warning: {second} may forget what {folder} learned"
     [line] = [line for line in shown.splitlines() if line.startswith("warning: ")]
     assert line.startswith(warning) and "--continual.methods replay --continual.replay.share 0.05" in line
+    assert f"Warning: {second} may forget what {folder} learned" in (second / "report.html").read_text()
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     run = run_directory.read_config(second)
     assert (run.start, run.data.train, run.name) == (str(folder), (str(new),), "week-2")
