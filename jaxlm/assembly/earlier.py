@@ -176,6 +176,11 @@ class Earlier:
         """Says whether a step needs the weights that training starts from."""
         return any(name in self.c.methods for name in TEACHERS) and bool(self.tasks)
 
+    @property
+    def compares(self) -> bool:
+        """Says whether a step compares predictions or states of rows whose loss it computes."""
+        return self.needs_teacher or (self.replays and {"replay", "der"} <= set(self.c.methods))
+
     def describe(self) -> dict[str, str]:
         """Returns a line on what is kept, for people; nothing where no method is named and no task is kept whole."""
         if not self.c.methods:
@@ -249,18 +254,16 @@ class Earlier:
         """Computes what keeps the model's outputs and states on the new rows to those of the teacher, as sums over
         places by their weights, by name, with the strengths applied."""
         out: dict[str, Any] = {}
+        teacher = jax.lax.stop_gradient(teacher)
         if "lwf" in self.c.methods:
             out["lwf"] = jnp.zeros(())
             for task, objective in self.alike(own):
-                before, now = (
-                    objective.outputs(model, self.weights_for(w, task), batch)
-                    for w in (jax.lax.stop_gradient(teacher), weights)
-                )
+                before, now = (objective.outputs(model, self.weights_for(w, task), batch) for w in (teacher, weights))
                 apart = outputs.divergence(before, now, self.c.lwf.temperature, model.shard)
                 out["lwf"] += self.c.lwf.strength * outputs.total(apart, now)
         if "features" in self.c.methods:
             old, new = (model.forward(w, batch).x_BTD.astype(jnp.float32) for w in (teacher, weights))
-            old, real_BT = jax.lax.stop_gradient(old), (batch["segments"] > 0).astype(jnp.float32)
+            real_BT = (batch["segments"] > 0).astype(jnp.float32)
             apart = (jnp.square(new - old).mean(-1) * real_BT).sum()
             size = (jnp.square(old).mean(-1) * real_BT).sum()
             weight = sum(jax.tree.leaves(own.totals(batch)), jnp.zeros(()))

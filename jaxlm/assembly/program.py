@@ -18,7 +18,7 @@ from jaxlm.assembly.run_objective import BoundObjective, bind_run
 from jaxlm.core import config, config_io, registry, spec, tree
 from jaxlm.data import loader, packing, replay
 from jaxlm.models import MODELS
-from jaxlm.models.model import Model
+from jaxlm.models.model import Model, SharingModel
 from jaxlm.nn import pipeline
 from jaxlm.nn.layout import Layout, batch_sharding, check_batch
 from jaxlm.objectives import OBJECTIVES
@@ -67,12 +67,30 @@ class Program:
         """Computes the objective's sums; in training (with a `key`) with the adapter's penalty, and what keeps earlier
         tasks."""
         own, earlier = replay.parted(batch)
-        sums = self._own_loss(weights, own, key, memory) if own else {}
-        return (sums | self.earlier.replayed(self.model, weights, batch, key)) if earlier else sums
+        model = self._sharing() if key is not None and self.earlier.compares and self.draws_nothing else self.model
+        sums = self._own_loss(model, weights, own, key, memory) if own else {}
+        return (sums | self.earlier.replayed(model, weights, batch, key)) if earlier else sums
 
-    def _own_loss(self, weights: Any, batch: DeviceBatch, key: jax.Array | None, memory: Any) -> Sums:
+    @property
+    def draws_nothing(self) -> bool:
+        """Returns whether the states of the model are the same with a key as without: its settings and its adapter's
+        name their dropout, and it is 0."""
+        model, adapter = (
+            [value for name, value in config_io.flatten(part).items() if name == "dropout"]
+            for part in (self.run.model, self.run.adapter)
+        )
+        return bool(model) and not any([*model, *adapter])
+
+    def _sharing(self) -> Model:
+        """Returns the model for one trace of the loss."""
+        m = self.model
+        return SharingModel(
+            m.family, m.config, m.specs, m.shard, m.adapter, m.ids_in_use, frozenset([*self.adapter.base, "adapter"])
+        )
+
+    def _own_loss(self, model: Model, weights: Any, batch: DeviceBatch, key: jax.Array | None, memory: Any) -> Sums:
         """Computes the sums of the new rows."""
-        sums = self.objective.loss(self.model, weights, batch, key)
+        sums = self.objective.loss(model, weights, batch, key)
         if key is None:
             return sums
         # Sums like the others, divided by the whole batch's weight outside.
@@ -81,7 +99,7 @@ class Program:
         if (penalty := self.adapter.penalty(weights)) is not None:
             added["adapter_penalty"] = penalty * total
         if self.earlier.needs_teacher:
-            added |= self.earlier.kept(self.model, weights, memory["teacher"], batch, self.objective)
+            added |= self.earlier.kept(model, weights, memory["teacher"], batch, self.objective)
         scale = 1 - self.earlier.share if self.earlier.replays and not self.earlier.projects else 1.0
         for loss, values in sums.items():
             values |= added if loss == name else {}

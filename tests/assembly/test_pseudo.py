@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.assembly import earlier, pseudo, remember
+from jaxlm.assembly import corpus, earlier, pseudo, remember
 from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.core import config
@@ -18,6 +18,7 @@ from jaxlm.data.tokenizer import Bytes
 from jaxlm.models import llama, t5
 from jaxlm.nn.losses import logits
 from jaxlm.objectives import causal, classify, seq2seq, sft
+from jaxlm.objectives.objective import Written
 from jaxlm.runtime import mesh
 
 DECODER = llama.Config(vocab=384, layers=1, width=16, heads=2, kv_heads=2, head_width=8, ffn=32)
@@ -77,6 +78,36 @@ def test_the_model_writes_what_it_predicts(kind, sources, tmp_path, one_device):
     likeliest = np.asarray(logits(now.logits, p.model.shard)[..., : p.objective.vocab_size].argmax(-1))
     told = (rows.arrays["weights"] > 0) & (rows.arrays["targets"] != p.tokens.eos_id)
     assert told.sum() > 60 and np.array_equal(rows.arrays["targets"][told], likeliest[told])
+
+
+@pytest.mark.parametrize("kind", ["chat", "pairs", "encoder_decoder"])
+def test_a_row_of_the_true_answers_is_the_row_of_the_data(kind, sources, tmp_path, one_device):
+    """What is asked is all that stands before an answer, and an answer with its end is put back where it stood."""
+    p, _ = made(kind, sources, tmp_path)
+    own = p.objective.writes
+    [part] = corpus.corpus(p.run.data, p.objective, ["train"]).train
+    records = corpus.as_records(p.objective, part, document_mask=True, seed=0)
+    for i in range(3):
+        bound = p.objective.settings, records[i], p.objective.row, p.tokens
+        row = p.objective.example(records[i], np.random.default_rng(0))
+        asked, texts = own.asked(*bound), []
+        for k, one in enumerate(asked):
+            if kind == "encoder_decoder":  # it reads the source elsewhere, and its own row begins with an extra token
+                tokens, after = row["targets"][row["segments"] == k + 1], 0
+                assert one.inputs == row["source"][row["source_segments"] == k + 1].tolist()
+            else:
+                window, at = np.append(row["tokens"], row["targets"][-1]), np.flatnonzero(row["segments"] == k + 1)
+                end = at[-1] + (1 if window[at[-1]] == p.tokens.eos_id else 2)  # a row's last token is a target alone
+                tokens, after = window[at[0] : end], len(one.prompt)
+                assert tokens[:after].tolist() == one.prompt
+            assert tuple(tokens[-len(one.end) :]) == one.end == (p.tokens.eos_id,)
+            texts.append(Written(one, tokens[after:].tolist()))
+        again = p.objective.example(own.record(p.objective.settings, texts, *bound[2:]), np.random.default_rng(0))
+        for name in row:
+            if name != "weights" or kind != "chat":
+                np.testing.assert_array_equal(again[name], row[name], err_msg=name)
+        if kind == "chat":  # of each conversation the last answer alone is learned
+            assert again["weights"].sum() == sum(len(text.answer) for text in texts) < row["weights"].sum()
 
 
 def test_its_rows_are_as_many_as_asked_for_and_the_same_on_every_mesh(sources, tmp_path):
