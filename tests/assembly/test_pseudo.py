@@ -86,6 +86,7 @@ def test_a_row_of_the_true_answers_is_the_row_of_the_data(kind, sources, tmp_pat
     p, _ = made(kind, sources, tmp_path)
     own = p.objective.writes
     [part] = corpus.corpus(p.run.data, p.objective, ["train"]).train
+    read = p.objective.read_prompts(p.run.data.train[0], 4, p.objective.prompts).prompts
     records = corpus.as_records(p.objective, part, document_mask=True, seed=0)
     for i in range(3):
         bound = p.objective.settings, records[i], p.objective.row, p.tokens
@@ -100,6 +101,7 @@ def test_a_row_of_the_true_answers_is_the_row_of_the_data(kind, sources, tmp_pat
                 end = at[-1] + (1 if window[at[-1]] == p.tokens.eos_id else 2)  # a row's last token is a target alone
                 tokens, after = window[at[0] : end], len(one.prompt)
                 assert tokens[:after].tolist() == one.prompt
+            assert one.prompt in read, "as it is evaluated"
             assert tuple(tokens[-len(one.end) :]) == one.end == (p.tokens.eos_id,)
             texts.append(Written(one, tokens[after:].tolist()))
         again = p.objective.example(own.record(p.objective.settings, texts, *bound[2:]), np.random.default_rng(0))
