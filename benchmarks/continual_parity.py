@@ -32,7 +32,7 @@ from jaxlm.training.continual import importance, path, penalty, projection
 
 ALLOWED = 1e-4  # of the largest weight, after all tasks
 TASKS, UNITS, BATCH, EPOCHS, RATE = 5, 32, 16, 5, 0.1
-EWC, SI_STRENGTH, LWF, TEMPERATURE = 300.0, 1.0, 1.0, 2.0
+EWC, SI_STRENGTH, LWF, TEMPERATURE = 100.0, 1.0, 1.0, 2.0
 Weights = dict[str, jax.Array]
 
 
