@@ -17,7 +17,7 @@ import numpy as np
 from jaxlm.assembly import convert, earlier, run_directory
 from jaxlm.assembly.open_model import Place, Pretrained, open_model, published_run
 from jaxlm.core import config, config_io, spec, tree
-from jaxlm.core.ranges import Count, Natural, NonNegative
+from jaxlm.core.growth import Growth
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.models import MODELS
@@ -29,28 +29,6 @@ from jaxlm.runtime import mesh
 from jaxlm.weights.grow import depth, experts, vocabulary, width
 
 RECORD = "grown.json"
-
-
-@dataclass(frozen=True)
-class Growth:
-    """A Growth says how a model grows: exactly one of its first five fields is given."""
-
-    blocks: Natural = 0
-    """New layers that add nothing at first, each behind one of as many equal groups of layers."""
-    stack: Natural = 0
-    """How many times the whole stack of layers stands in the new model. This doesn't keep the function."""
-    widen: tuple[str, ...] = ()
-    """New sizes as FIELD=N, such as `ffn=4096` or `heads=16`, by the names of the model's config."""
-    experts: Natural = 0
-    """Experts that each layer's feed-forward network becomes, all alike at first."""
-    vocab: str = ""
-    """New size of the vocabulary, or a tokenizer that adds tokens to the model's own."""
-    top_k: Count = 2
-    """experts: how many of them a token goes to."""
-    noise: NonNegative = 0.0
-    """widen: how unequally copies share what they send on, in deviations of a weight; their sum stays as it was."""
-    seed: Natural = 0
-    """Of the routers, and of the noise."""
 
 
 @dataclass(frozen=True)
