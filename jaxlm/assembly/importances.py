@@ -139,7 +139,7 @@ def restored(p: Program, before: Source, trained: Sequence[str], folder: Path, i
     """Returns a tree of the run before as one of this run: its own head is now an earlier task's. Weights that it had
     no number for get 0."""
     shapes = tree.flatten(like(p))
-    places = {path: new for path in trained if (new := _now(p.earlier.tasks[-1], before, path)) in shapes}
+    places = {path: new for path in trained if (new := now(p.earlier.tasks[-1], before, path)) in shapes}
     wanted: dict[str, Any] = {}
     for path, new in places.items():
         wanted = tree.put(wanted, path, shapes[new])
@@ -156,7 +156,7 @@ def restored(p: Program, before: Source, trained: Sequence[str], folder: Path, i
     )  # fmt: skip
 
 
-def _now(last: Task, before: Source, path: str) -> str:
+def now(last: Task, before: Source, path: str) -> str:
     """Returns the path that a weight of the run before has in this run."""
     assert before.run is not None
     own = OBJECTIVES.of(before.run.objective).specs(before.run.objective, before.config.width)
