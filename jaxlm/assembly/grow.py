@@ -225,7 +225,8 @@ def _write(
     with Checkpoints(folder / "checkpoints") as checkpoints, mesh.on_mesh(p.mesh):
         weights = jax.device_put(made.weights, layout.shardings(specs, p.mesh))
         state = dict(step=jnp.zeros((), jnp.int32), params=weights)
-        checkpoints.save(0, state | ({} if opt is None else {"opt": opt}), {"step": 0, "grown": kind}, wait=True)
+        state |= {} if opt is None else {"opt": jax.device_put(opt, mesh.replicated(p.mesh))}
+        checkpoints.save(0, state, {"step": 0, "grown": kind}, wait=True)
     config_io.dump(run, folder / "config.json")
     notes.append(f"checkpoints: {spec.count(p.model.specs):,} parameters became {spec.count(specs):,}")
     notes.append(told)

@@ -37,6 +37,7 @@ class Stored(NamedTuple):
 def first_state(p: programs.Program, start: StartModel) -> State:
     """Returns the state before the first update: fresh weights, or those of the model that the run starts from, with
     the optimizer's memory that `optim.moments` says. ValueError: the model doesn't fit the run."""
+    check(p.run, start)
     if not p.run.start:
         return p.init()
     given = open_model.first_params(p, start)
@@ -54,10 +55,6 @@ def check(run: config.Run, start: StartModel) -> None:
             "optim.moments: start takes those of the run that this one starts from, and it starts from none; name a "
             "run directory by `start`, or set it to fresh"
         )
-    method, name = METHODS.of(run.adapter), registry.name_of(run.adapter)
-    if method.growth is not None or method.has_own_optimizer:
-        why = "trains new weights in each run" if method.growth is not None else "begins to choose anew in each run"
-        raise ValueError(f"optim.moments: {name} {why}; set it to fresh")
     source = start.source
     if source.run is None or source.adapter_files is not None:
         raise ValueError(
@@ -73,14 +70,20 @@ def check(run: config.Run, start: StartModel) -> None:
 
 
 def check_pair(before: config.Run, run: config.Run) -> None:
-    """ValueError: the run is to go on with the moments of another optimizer than its own."""
+    """ValueError: the run is to go on with the moments of a run of another optimizer, or has no use for any."""
+    if run.optim.moments == "fresh":
+        return
+    method, name = METHODS.of(run.adapter), registry.name_of(run.adapter)
+    if method.growth is not None or method.has_own_optimizer:
+        why = "trains new weights in each run" if method.growth is not None else "begins to choose anew in each run"
+        raise ValueError(f"optim.moments: {name} {why}; set it to fresh")
     theirs, ours = (_remembers(r.optim) for r in (before, run))
-    if run.optim.moments == "start" and theirs != ours:
+    if theirs != ours:
         raise ValueError(
             f"optim.moments: the run {before.name} was trained by {theirs}, and this one is by {ours}; choose the same "
             "optimizer, or set it to fresh"
         )
-    if run.optim.moments == "start" and ours == "sgd without momentum":
+    if ours == "sgd without momentum":
         raise ValueError(f"optim.moments: {ours} remembers nothing; set it to fresh")
 
 

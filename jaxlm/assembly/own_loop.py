@@ -46,7 +46,6 @@ class Program:
             )
         self.run = run
         self._start = StartModel(run.start)
-        moments.check(run, self._start)
         tokens = open_model.load_tokenizer(run, self._start)
         self.parts = programs.program(run, tokens, open_model.template_of(run, self._start))
 

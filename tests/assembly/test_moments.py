@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,12 +11,12 @@ import pytest
 from support.tiny_models import published
 
 import jaxlm
-from jaxlm.assembly import grow, run_directory
+from jaxlm.assembly import grow, run_directory, stream
 from jaxlm.core import config
 from jaxlm.core.growth import Growth
 from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.models import bert, llama, t5
-from jaxlm.objectives import causal, masked, seq2seq
+from jaxlm.objectives import causal, classify, masked, seq2seq
 from jaxlm.runtime import mesh
 from jaxlm.training import moments
 
@@ -23,7 +24,7 @@ MODELS = {
     "decoder": (
         llama.Config(vocab=384, layers=2, width=16, heads=2, kv_heads=2, head_width=8, ffn=32),
         causal.Config(),
-        {"width": 32, "ffn": 37, "heads": 4},
+        {"width": 32, "ffn": 38, "heads": 4},
     ),
     "encoder": (
         bert.Config(vocab=384, layers=1, width=16, heads=2, ffn=32, positions=32, dropout=0.0),
@@ -69,8 +70,28 @@ def small(kind: str, source: str, folder, **optim) -> jaxlm.RunDirectory:
         return jaxlm.train(make(kind, source, folder, **optim))
 
 
+@pytest.fixture(scope="module")
+def over(sources, tmp_path_factory) -> jaxlm.RunDirectory:
+    """A decoder's run that is over, with AdamW and its own rate."""
+    return small("decoder", sources["decoder"], tmp_path_factory.mktemp("over"), lr=1e-3)
+
+
 def by_slot(opt) -> dict[str, np.ndarray]:
     return {f"{slot.part}/{slot.weight}": np.asarray(leaf) for slot, (_, leaf) in moments.slots(opt).items()}
+
+
+def ended(before: jaxlm.RunDirectory) -> dict[str, np.ndarray]:
+    """What the optimizer of a run that is over remembers."""
+    p = jaxlm.Program(before.config).parts
+    with Checkpoints(before.path / "checkpoints") as checkpoints:
+        return by_slot(checkpoints.restore(run_directory.saved(p.abstract_state(), p.adapter))[0]["opt"])
+
+
+def next_state(before: jaxlm.RunDirectory, on: config.Mesh | None = None, **changes):
+    """The first state of a run that goes on from another with its moments."""
+    base = dataclasses.replace(before.config, name="next", mesh=on or config.Mesh())
+    run = jaxlm.load(base, start=str(before.path), **{"optim.moments": "start"} | changes)
+    return jaxlm.Program(run).init()
 
 
 def agree(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], tolerance: float) -> None:
@@ -94,9 +115,8 @@ def test_a_wider_model_remembers_what_it_would_have_gathered_itself(kind, source
     agree(mapped, gathered, 1e-4)
 
 
-def test_new_layers_remember_nothing_and_old_ones_all(sources, tmp_path, one_device):
-    before = small("decoder", sources["decoder"], tmp_path)
-    grown = jaxlm.grow(before, tmp_path / "grown", blocks=1)
+def test_new_layers_remember_nothing_and_old_ones_all(over, tmp_path, one_device):
+    before, grown = over, jaxlm.grow(over, tmp_path / "grown", blocks=1)
     old, new = ended(before), by_slot(next_state(grown, **{"optim.only_layers": (2,)}).opt)
     assert new["ScaleByAdamState/count/"] == STEPS
     for part in ("mu", "nu"):
@@ -106,24 +126,10 @@ def test_new_layers_remember_nothing_and_old_ones_all(sources, tmp_path, one_dev
     assert json.loads((grown.path / "grown.json").read_text())["moments"] == "adamw"
 
 
-def ended(before: jaxlm.RunDirectory) -> dict[str, np.ndarray]:
-    """What the optimizer of a run that is over remembers."""
-    p = jaxlm.Program(before.config).parts
-    with Checkpoints(before.path / "checkpoints") as checkpoints:
-        return by_slot(checkpoints.restore(run_directory.saved(p.abstract_state(), p.adapter))[0]["opt"])
-
-
-def next_state(before: jaxlm.RunDirectory, on: config.Mesh | None = None, **changes):
-    """The first state of a run that goes on from another with its moments."""
-    base = dataclasses.replace(before.config, name="next", mesh=on or config.Mesh())
-    run = jaxlm.load(base, start=str(before.path), **{"optim.moments": "start"} | changes)
-    return jaxlm.Program(run).init()
-
-
 @pytest.mark.parametrize("name", ["adamw", *slow("muon", "lion", "sgd", "adafactor")])
-def test_a_run_goes_on_with_the_moments_of_the_one_before(name, sources, tmp_path):
+def test_a_run_goes_on_with_the_moments_of_the_one_before(name, over, sources, tmp_path):
     """On eight devices, with ZeRO 3 and 1, bit for bit; and the learning rate begins anew."""
-    before = small("decoder", sources["decoder"], tmp_path, lr=1e-3, name=name)
+    before = over if name == "adamw" else small("decoder", sources["decoder"], tmp_path, lr=1e-3, name=name)
     wanted = ended(before)
     assert any(np.abs(x).max() > 0 for x in wanted.values())
     for on in (config.Mesh(fsdp=8), config.Mesh(fsdp=4, tensor=2, zero=1)):
@@ -141,13 +147,16 @@ def test_a_run_goes_on_with_the_moments_of_the_one_before(name, sources, tmp_pat
         )
 
 
-def test_what_is_new_in_a_run_has_no_moments_yet(sources, tmp_path, one_device, capsys):
-    """A frozen table had none, and settings that nest the optimizer otherwise don't matter."""
-    before = small("decoder", sources["decoder"], tmp_path, freeze=("embed",))
-    found = by_slot(next_state(before, **{"optim.freeze": (), "optim.layer_decay": 0.9}).opt)
-    assert "none yet of embed" in capsys.readouterr().out
+def test_what_is_new_in_a_run_has_no_moments_yet(over, one_device, capsys):
+    """A head of another task has none, and settings that nest the optimizer otherwise don't matter."""
+    wanted = ended(over)
+    labels = {"objective": classify.Config(labels=("no", "yes"))}
+    found = by_slot(next_state(over, **labels, **{"optim.layer_decay": 0.9}).opt)
+    assert "none yet of classify" in capsys.readouterr().out
     for part in ("mu", "nu"):
-        assert not found[f"ScaleByAdamState/{part}/embed"].any() and found[f"ScaleByAdamState/{part}/head"].any()
+        name = f"ScaleByAdamState/{part}/"
+        assert not found[f"{name}classify"].any()
+        np.testing.assert_array_equal(found[f"{name}embed"], wanted[f"{name}embed"])
 
 
 def refused(run: config.Run, message: str) -> None:
@@ -157,7 +166,7 @@ def refused(run: config.Run, message: str) -> None:
     assert "\n" not in str(error.value) and not run.folder.exists()
 
 
-def test_moments_that_are_not_there_are_refused_in_one_line(sources, tmp_path, one_device):
+def test_moments_that_are_not_there_are_refused_in_one_line(over, sources, tmp_path, one_device):
     plain = make("decoder", sources["decoder"], tmp_path, moments="start")
     refused(plain, r"optim\.moments: start takes those of the run .* name a run directory by `start`")
     model = published(tmp_path / "llama")
@@ -169,7 +178,7 @@ def test_moments_that_are_not_there_are_refused_in_one_line(sources, tmp_path, o
     refused(
         by_place(imported.path, **{"objective": causal.Config()}), r"imported holds no optimizer's state \(an imported"
     )
-    before = small("decoder", sources["decoder"], tmp_path)
+    before = over
     refused(
         by_place(before.path, **{"optim.name": "lion"}), "the run small was trained by adamw, and this one is by lion"
     )
@@ -181,6 +190,7 @@ def test_moments_that_are_not_there_are_refused_in_one_line(sources, tmp_path, o
     refused(by_place(before.path, **lora), "remembers nothing of the weights that this run trains")
 
 
+@pytest.mark.slow
 def test_an_optimizer_whose_state_can_not_grow_is_told(sources, tmp_path, one_device):
     before = small("decoder", sources["decoder"], tmp_path, name="adafactor", lr=1e-3)
     notes, record = grow.grow(before.path, tmp_path / "grown", Growth(blocks=1))
@@ -192,15 +202,34 @@ def test_an_optimizer_whose_state_can_not_grow_is_told(sources, tmp_path, one_de
     )
 
 
-def test_a_run_with_moments_trains_and_goes_on_without_the_one_before(sources, tmp_path, one_device):
-    """The first update differs from one with fresh moments, and a continued run needs its start no more."""
-    before = small("decoder", sources["decoder"], tmp_path, lr=1e-3)
-    base, last = dataclasses.replace(before.config, name="next"), []
-    for how in ("fresh", "start"):
-        run = dataclasses.replace(jaxlm.load(base, start=str(before.path), **{"optim.moments": how}), name=how)
-        last.append(jaxlm.train(run))
-    assert last[0].losses[0] == last[1].losses[0] and last[0].losses != last[1].losses
-    before.path.rename(tmp_path / "gone")
-    steps = dataclasses.replace(last[1].config.train, steps=STEPS + 1)
-    more = jaxlm.train(dataclasses.replace(last[1].config, train=steps))
-    assert more.checkpoints[-1] == STEPS + 1
+class Stopped(Exception):
+    pass
+
+
+def test_a_stopped_run_goes_on_without_the_one_it_started_from(over, tmp_path, one_device):
+    """Bit for bit, and with the moments that it has by then."""
+    before = shutil.copytree(over.path, tmp_path / "before")
+    base = dataclasses.replace(over.config, out=str(tmp_path), name="whole")
+    run = jaxlm.load(base, start=str(before), **{"optim.moments": "start", "train.save_every": 2, "train.steps": 4})
+    whole, parts = jaxlm.train(run), dataclasses.replace(run, name="parts")
+
+    def stop(step: int, metrics: dict) -> None:
+        if step == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        jaxlm.train(parts, on_step=stop)
+    shutil.rmtree(before)
+    done = jaxlm.train(parts)
+    assert ended(done)["ScaleByAdamState/count/"] == STEPS + 4
+    for one, other in ((ended(whole), ended(done)), (whole.open().params, done.open().params)):
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(other))
+
+
+def test_the_first_stage_of_a_stream_has_no_moments_to_go_on_with(sources, tmp_path):
+    run = make("decoder", sources["decoder"], tmp_path, moments="start")
+    stages = (jaxlm.Stage("a"), jaxlm.Stage("b"), jaxlm.Stage("c"))
+    assert [r.optim.moments for r in stream._runs(jaxlm.Stream(run, stages), 0)] == ["fresh", "start", "start"]
+    other = (jaxlm.Stage("a"), jaxlm.Stage("b", {"optim.name": "lion"}))
+    with pytest.raises(ValueError, match=r"stage b: optim\.moments: the run 1-a was trained by adamw, and this one"):
+        stream._runs(jaxlm.Stream(run, other), 0)
