@@ -53,10 +53,10 @@ def sources(tmp_path_factory) -> dict[str, str]:
     return {"decoder": str(text), "encoder": str(text), "encoder_decoder": str(pairs)}
 
 
-def make(kind: str, source: str, folder, name="small", on: config.Mesh | None = None, **optim) -> config.Run:
+def make(kind: str, source: str, folder, on: config.Mesh | None = None, **optim) -> config.Run:
     model, objective, _ = MODELS[kind]
     return config.Run(
-        name=name, out=str(folder), model=model, objective=objective,
+        name="small", out=str(folder), model=model, objective=objective,
         data=config.Data((source,), tokenizer="bytes", cache=str(folder / "cache"), tokenize_workers=0, holdout=0.1),
         optim=config.Optim(**dict(lr=0.0, warmup=0, schedule="constant", clip=0.0, beta2=0.99) | optim),
         train=config.Train(steps=STEPS, batch_size=8, seq_len=32, prompts=(), eval_every=0, save_every=0),
@@ -95,10 +95,11 @@ def next_state(before: jaxlm.RunDirectory, on: config.Mesh | None = None, **chan
 
 
 def agree(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], tolerance: float) -> None:
+    largest = {part: max(np.abs(x).max() for name, x in wanted.items() if f"/{part}/" in name) for part in ("mu", "nu")}
     for name, value in wanted.items():
-        assert np.abs(value).max() > 0, name
+        least = 1e-7 * largest.get(name.split("/")[1], 0)  # a bias of keys changes nothing: its gradient is rounding
         np.testing.assert_allclose(
-            found[name], value, rtol=tolerance, atol=tolerance * np.abs(value).max(), err_msg=name
+            found[name], value, rtol=tolerance, atol=tolerance * np.abs(value).max() + least, err_msg=name
         )
 
 
