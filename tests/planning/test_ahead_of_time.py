@@ -17,6 +17,7 @@ from jaxlm.models import llama
 from jaxlm.objectives import causal
 from jaxlm.planning import ahead_of_time, mesh_search, plan, roofline, targets
 from jaxlm.runtime import mesh
+from jaxlm.training.continual import penalty
 
 TINY = llama.Config(vocab=512, layers=3, width=128, heads=4, kv_heads=4, head_width=32, ffn=256, positions=128)
 CONFIG = """
@@ -217,6 +218,7 @@ def test_what_is_kept_of_earlier_tasks_is_counted_as_it_is(on) -> None:
     p = ahead_of_time.program_of(made)
     like = remember.kept_like(p)
     assert set(like) == {"ewc", "l2", "si", "teacher"} and p.mesh is not None
+    assert set(like["ewc"]) == set(like["l2"]) == set(like["si"]) == set(penalty.Quadratic._fields)
     with mesh.on_mesh(p.mesh):
         zeros = lambda tree: jax.tree.map(lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding), tree)  # noqa: E731
         real = jax.tree.leaves((zeros(like), zeros(p.abstract_state().tracks)))
