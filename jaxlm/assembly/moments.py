@@ -74,9 +74,10 @@ def check_pair(before: config.Run, run: config.Run) -> None:
     if run.optim.moments == "fresh":
         return
     method, name = METHODS.of(run.adapter), registry.name_of(run.adapter)
-    if method.growth is not None or method.has_own_optimizer:
-        why = "trains new weights in each run" if method.growth is not None else "begins to choose anew in each run"
-        raise ValueError(f"optim.moments: {name} {why}; set it to fresh")
+    if method.has_own_optimizer:
+        raise ValueError(f"optim.moments: {name} begins to choose anew in each run; set it to fresh")
+    if method.growth is not None or earlier.separate(run):
+        raise ValueError(f"optim.moments: each run trains a new {name}, which has none yet; set it to fresh")
     theirs, ours = (_remembers(r.optim) for r in (before, run))
     if theirs != ours:
         raise ValueError(

@@ -54,7 +54,7 @@ def program_for(run: config.Run, t: Target) -> programs.Program:
 def program_of(run: config.Run) -> programs.Program:
     """Returns the run's program on the devices that programs are made for now, with what the run directory that it
     starts from, if that is here, says of earlier tasks. ValueError: a run that keeps these starts from no model."""
-    tasks = earlier.earlier_tasks(run, _start(run.start)) if earlier.keeps(run.continual) else ()
+    tasks = earlier.earlier_tasks(run, _start(run.start))
     return programs.program(run, placeholder_tokenizer(run), None, tasks)
 
 

@@ -187,7 +187,13 @@ def test_moments_that_are_not_there_are_refused_in_one_line(over, sources, tmp_p
     refused(by_place(before.path, **sgd), "this one is by sgd without momentum")
     adapter = {"adapter": "adalora"}
     refused(by_place(before.path, **adapter), r"optim\.moments: adalora begins to choose anew in each run")
-    lora = {"adapter": "lora", "optim.freeze": ()}
+    grows = {"adapter": "orthogonal_lora"}
+    refused(
+        by_place(before.path, **grows), r"optim\.moments: each run trains a new orthogonal_lora, which has none yet"
+    )
+    each = {"adapter": "lora", "continual.adapters": "task"}
+    refused(by_place(before.path, **each), r"optim\.moments: each run trains a new lora")
+    lora = {"adapter": "lora"}
     refused(by_place(before.path, **lora), "remembers nothing of the weights that this run trains")
 
 
