@@ -19,6 +19,8 @@ from jaxlm.assembly.own_loop import Program
 from jaxlm.assembly.trained_run import RunDirectory
 from jaxlm.core import config_io, plugins
 from jaxlm.core.config import Run
+from jaxlm.core.growth import Growth
+from jaxlm.core.merging import MethodName, Rescale, Settings
 from jaxlm.core.stream import Stage, Stream
 from jaxlm.inference.sampling import Sampling
 from jaxlm.models import MODELS
@@ -33,7 +35,6 @@ from jaxlm.runtime import processes
 from jaxlm.training.optimizers import OPTIMIZERS, SCHEDULES
 from jaxlm.weights.adapters import METHODS
 from jaxlm.weights.adapters.method import Method
-from jaxlm.weights.merging import MethodName, Rescale, Settings
 
 __all__ = [
     "LanguageModel", "Plan", "Program", "RunDirectory", "Sampling", "Stage", "Stream", "as_linen", "as_nnx", "evaluate",
@@ -166,7 +167,7 @@ def grow(
     ValueError: the model can't grow so, or `target` exists.
     """
     sizes = tuple(f"{name}={size}" for name, size in (widen or {}).items())
-    growth = growing.Growth(blocks, stack, sizes, experts, str(vocab), top_k, noise, seed)
+    growth = Growth(blocks, stack, sizes, experts, str(vocab), top_k, noise, seed)
     growing.grow(_place(model), target, growth)
     return RunDirectory(Path(target))
 

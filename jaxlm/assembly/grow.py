@@ -5,7 +5,7 @@ What is written is read again, and its logits are compared with those before.
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.assembly import convert, earlier, run_directory
+from jaxlm.assembly import convert, earlier, moments, run_directory
 from jaxlm.assembly.open_model import Place, Pretrained, open_model, published_run
 from jaxlm.core import config, config_io, spec, tree
-from jaxlm.core.ranges import Count, Natural, NonNegative
+from jaxlm.core.growth import Growth
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.models import MODELS
@@ -29,28 +29,6 @@ from jaxlm.runtime import mesh
 from jaxlm.weights.grow import depth, experts, vocabulary, width
 
 RECORD = "grown.json"
-
-
-@dataclass(frozen=True)
-class Growth:
-    """A Growth says how a model grows: exactly one of its first five fields is given."""
-
-    blocks: Natural = 0
-    """New layers that add nothing at first, each behind one of as many equal groups of layers."""
-    stack: Natural = 0
-    """How many times the whole stack of layers stands in the new model. This doesn't keep the function."""
-    widen: tuple[str, ...] = ()
-    """New sizes as FIELD=N, such as `ffn=4096` or `heads=16`, by the names of the model's config."""
-    experts: Natural = 0
-    """Experts that each layer's feed-forward network becomes, all alike at first."""
-    vocab: str = ""
-    """New size of the vocabulary, or a tokenizer that adds tokens to the model's own."""
-    top_k: Count = 2
-    """experts: how many of them a token goes to."""
-    noise: NonNegative = 0.0
-    """widen: how unequally copies share what they send on, in deviations of a weight; their sum stays as it was."""
-    seed: Natural = 0
-    """Of the routers, and of the noise."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +45,8 @@ class Grown:
     keeps: bool = True
     """The function is kept."""
     new_layers: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    averages: moments.Grow = lambda averages, order: dict(averages)
+    """Makes averages of gradients those of the larger model."""
 
 
 def grow(model: Place, target: str | Path, growth: Growth, step: int | None = None) -> tuple[list[str], dict[str, Any]]:
@@ -91,7 +71,13 @@ def grow(model: Place, target: str | Path, growth: Growth, step: int | None = No
             raise ValueError(f"{p.source.path}: has heads of earlier tasks, which don't grow; grow the model before it")
         weights = jax.tree.map(np.asarray, jax.device_get(p.params))
         made = GROWTHS[asked[0]](p, weights, growth)
-        return _write(p, folder, asked[0], made)
+        known: tuple[Any, str] = (
+            None,
+            "moments: none, for an open model has none; a run from it begins with fresh ones",
+        )
+        if not isinstance(model, Pretrained):
+            known = moments.grown(p.source, step, made.averages)
+        return _write(p, folder, asked[0], made, *known)
 
 
 # -------------------------------------------------------------------------------------------------------- the growths
@@ -121,7 +107,8 @@ def _stack(p: Pretrained, weights: Any, growth: Growth) -> Grown:
 
 def _layers(p: Pretrained, weights: Any, plan: depth.Plan) -> Grown:
     c = depth.config(p.model.config, p.model.specs, plan)
-    return Grown(c, depth.weights(p.model.specs, weights, plan), [])
+    made = depth.weights(p.model.specs, weights, plan)
+    return Grown(c, made, [], averages=lambda averages, order: depth.moments(averages, plan))
 
 
 def _widen(p: Pretrained, weights: Any, growth: Growth) -> Grown:
@@ -142,8 +129,19 @@ def _widen(p: Pretrained, weights: Any, growth: Growth) -> Grown:
     new = _specs(p.model.family, grown, p)
     if notes:
         old, weights = width.with_own_head(old, new, weights)
-    sizes = (c.width, grown.width)
-    return Grown(grown, width.widened(old, new, weights, sizes, growth.noise, growth.seed), notes)
+    sizes, parted = (c.width, grown.width), [*_heads(new), *_tables(new)] if notes else []
+
+    def averages_of(averages: Mapping[str, np.ndarray], order: int) -> dict[str, np.ndarray]:
+        # What a tied head learned, and the table, is one sum that can't be told apart.
+        whole = {path: x for path, x in averages.items() if path not in parted}
+        return width.moments(old, new, whole, sizes, order)
+
+    made = width.widened(old, new, weights, sizes, growth.noise, growth.seed)
+    return Grown(grown, made, notes, averages=averages_of)
+
+
+def _tables(specs: Any) -> list[str]:
+    return [path for path, s in tree.flatten(specs, spec.is_spec).items() if s.role == "table" and "vocab" in s.axes]
 
 
 def _heads(specs: Any) -> list[str]:
@@ -158,8 +156,10 @@ def _experts(p: Pretrained, weights: Any, growth: Growth) -> Grown:
     name, fields = c.with_experts(moe)
     family = MODELS[name]
     grown = family.Config(**fields)
-    made = experts.upcycled(p.model.specs, _specs(family, grown, p), weights, jax.random.key(growth.seed))
-    return Grown(grown, made, [f"family {name}: {moe.experts} experts a layer, {moe.top_k} for each token"])
+    specs = _specs(family, grown, p)
+    made = experts.upcycled(p.model.specs, specs, weights, jax.random.key(growth.seed))
+    notes = [f"family {name}: {moe.experts} experts a layer, {moe.top_k} for each token"]
+    return Grown(grown, made, notes, averages=lambda averages, n: experts.moments(specs, averages, moe.top_k, n))
 
 
 def _vocab(p: Pretrained, weights: Any, growth: Growth) -> Grown:
@@ -177,9 +177,13 @@ def _vocab(p: Pretrained, weights: Any, growth: Growth) -> Grown:
         known, pieces = old.vocab_size, _pieces(old, tokens, growth.vocab)
         size = max(c.vocab, tokens.vocab_size)
     grown = dataclasses.replace(c, vocab=size)
-    made = vocabulary.with_rows(_specs(p.model.family, grown, p), weights, known, pieces)
+    specs = _specs(p.model.family, grown, p)
+    made = vocabulary.with_rows(specs, weights, known, pieces)
     notes = [f"vocabulary: {c.vocab} rows became {size}; {len(pieces) or size - known} have a start of their own"]
-    return Grown(grown, made, notes, tokens, outputs=known)
+    return Grown(
+        grown, made, notes, tokens, outputs=known,
+        averages=lambda averages, order: vocabulary.moments(specs, averages, pieces),
+    )  # fmt: skip
 
 
 def _pieces(old: Any, new: Any, place: str) -> dict[int, Sequence[int]]:
@@ -204,9 +208,12 @@ GROWTHS: dict[str, Callable[[Pretrained, Any, Growth], Grown]] = dict(
 # -------------------------------------------------------------------------------------------------- writing and proof
 
 
-def _write(p: Pretrained, folder: Path, kind: str, made: Grown) -> tuple[list[str], dict[str, Any]]:
-    """Writes the run directory, and the record of how its logits differ from those before. ValueError: they differ,
-    though this growth keeps the function."""
+def _write(
+    p: Pretrained, folder: Path, kind: str, made: Grown, opt: Any, told: str
+) -> tuple[list[str], dict[str, Any]]:
+    """Writes the run directory, and the record of how its logits differ from those before. `opt`: what the optimizer
+    remembers, or None, of which `told` says something. ValueError: the logits differ, though this growth keeps the
+    function."""
     family, source = MODELS.of(made.config), p.source
     specs = _specs(family, made.config, p)
     _check_shapes(specs, made.weights)
@@ -218,9 +225,11 @@ def _write(p: Pretrained, folder: Path, kind: str, made: Grown) -> tuple[list[st
     with Checkpoints(folder / "checkpoints") as checkpoints, mesh.on_mesh(p.mesh):
         weights = jax.device_put(made.weights, layout.shardings(specs, p.mesh))
         state = dict(step=jnp.zeros((), jnp.int32), params=weights)
+        state |= {} if opt is None else {"opt": jax.device_put(opt, mesh.replicated(p.mesh))}
         checkpoints.save(0, state, {"step": 0, "grown": kind}, wait=True)
     config_io.dump(run, folder / "config.json")
     notes.append(f"checkpoints: {spec.count(p.model.specs):,} parameters became {spec.count(specs):,}")
+    notes.append(told)
     batch = convert.probe(p)
     if made.outputs is not None:  # rows behind those of the old tokens are new, though the model had them
         batch = {name: x % made.outputs if name in ("tokens", "source") else x for name, x in batch.items()}
@@ -234,6 +243,7 @@ def _write(p: Pretrained, folder: Path, kind: str, made: Grown) -> tuple[list[st
             "itself, or scale it by its width; nothing was written"
         )
     record = {"source": source.path.name, "growth": kind, "keeps": made.keeps, **difference}
+    record["moments"] = None if opt is None else run.optim.name
     record |= {"new_layers": made.new_layers} if made.new_layers else {}
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     return [*notes, f"{RECORD}: the comparison of logits before and after"], record

@@ -19,7 +19,6 @@ from jaxlm.core.continual import Ewc
 from jaxlm.data.loader import Arrays, to_device
 from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.models.model import Model
-from jaxlm.nn import pipeline
 from jaxlm.nn.layout import Layout
 from jaxlm.objectives import OBJECTIVES, outputs
 from jaxlm.objectives.objective import DeviceBatch
@@ -51,14 +50,10 @@ def ones(p: Program, state: State) -> Any:
 
 def estimated(p: Program, state: State, batches: Iterable[Arrays], name: str) -> Any:
     """Returns the importances of the method (`ewc` or `mas`) for the last task, the mean over rows. Each row is
-    computed by all devices of the batch axes together, so that every row's gradient is one by itself."""
-    if p.mesh is not None and p.mesh.shape[pipeline.AXIS] > 1:
-        raise ValueError(
-            f"continual.methods: {name} can't take gradients of single rows through stages; set mesh.stage to 1 for "
-            "this run, or choose si or l2"
-        )
+    computed by all devices of the batch axes, and of all stages, together, so that every row's gradient is one by
+    itself."""
     task, objective = p.earlier.tasks[-1], p.earlier.objectives[-1]
-    mesh = dataclasses.replace(p.run.mesh, compute=(*p.run.mesh.compute, "batch="))
+    mesh = dataclasses.replace(p.run.mesh, compute=(*p.run.mesh.compute, "batch="), stage=1)
     model = dataclasses.replace(p.model, shard=Layout.of(mesh, p.run.execution))
     c = getattr(p.run.continual, name)
     of_row = _fisher_loss(c, objective, model) if name == "ewc" else partial(_norm_loss, objective, model)
@@ -139,7 +134,7 @@ def restored(p: Program, before: Source, trained: Sequence[str], folder: Path, i
     """Returns a tree of the run before as one of this run: its own head is now an earlier task's. Weights that it had
     no number for get 0."""
     shapes = tree.flatten(like(p))
-    places = {path: new for path in trained if (new := _now(p.earlier.tasks[-1], before, path)) in shapes}
+    places = {path: new for path in trained if (new := now(p.earlier.tasks[-1], before, path)) in shapes}
     wanted: dict[str, Any] = {}
     for path, new in places.items():
         wanted = tree.put(wanted, path, shapes[new])
@@ -156,7 +151,7 @@ def restored(p: Program, before: Source, trained: Sequence[str], folder: Path, i
     )  # fmt: skip
 
 
-def _now(last: Task, before: Source, path: str) -> str:
+def now(last: Task, before: Source, path: str) -> str:
     """Returns the path that a weight of the run before has in this run."""
     assert before.run is not None
     own = OBJECTIVES.of(before.run.objective).specs(before.run.objective, before.config.width)

@@ -21,11 +21,12 @@ from jaxlm.assembly.model_source import Source, describe
 from jaxlm.assembly.open_model import read_each, specs_of
 from jaxlm.assembly.task_heads import Export
 from jaxlm.core import config, config_io, tree, weight_names
+from jaxlm.core.merging import Settings
 from jaxlm.core.spec import is_spec
 from jaxlm.core.weight_names import Tensor
 from jaxlm.formats import gguf_tokenizer, huggingface, model_card, safetensors
 from jaxlm.weights import merging
-from jaxlm.weights.merging import Settings, Stretch
+from jaxlm.weights.merging import Stretch
 
 HELD = 1 << 18  # numbers that are held of all models together
 HEADS = ("architectures", "id2label", "problem_type")  # what config.json says of the head of a task

@@ -362,7 +362,7 @@ def read(
     run, adapted = source.run, source.adapted
     wanted = spec.abstract(specs, shardings)
     with Checkpoints(source.path / "checkpoints") as checkpoints:
-        step = _step(source, checkpoints, step)
+        step = step_of(source, checkpoints, step)
         base = None
         if (source.path / run_directory.BASE).is_dir():
             base, wanted = tree.partition(wanted, adapted.in_frozen_base)
@@ -384,7 +384,7 @@ def read(
     return weights if transform is None else tree.map_named(transform, weights)
 
 
-def _step(source: Source, checkpoints: Checkpoints, step: int | None) -> int | None:
+def step_of(source: Source, checkpoints: Checkpoints, step: int | None) -> int | None:
     """Returns the checkpoint of a run that is read: `step` if given; None is the newest."""
     if checkpoints.latest() is None:
         raise ValueError(f"{source.path}: no checkpoint yet; train it with: jaxlm train {source.path}")
@@ -397,7 +397,7 @@ def read_each(source: Source, specs: Any) -> Iterator[tuple[str, jax.Array]]:
     assert run is not None and not source.adapted.changes
     stored = run_directory.read_config(source.path).objective
     with Checkpoints(source.path / "checkpoints") as checkpoints:
-        step = _step(source, checkpoints, None)
+        step = step_of(source, checkpoints, None)
         averaged: Any = {}
         if run.optim.ema:
             before = earlier.of_directory(source.path, run)

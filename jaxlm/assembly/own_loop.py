@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxlm.assembly import corpus, earlier, open_model, run_directory
+from jaxlm.assembly import corpus, earlier, moments, open_model, run_directory
 from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.program import HOURS
@@ -71,9 +71,7 @@ class Program:
 
     def init(self) -> State:
         """Returns the state before the first update: fresh weights, or those of the model that the run starts from."""
-        if self.run.start:
-            return self.parts.init_from(open_model.first_params(self.parts, self._start))
-        return self.parts.init()
+        return moments.first_state(self.parts, self._start)
 
     @cached_property
     def corpus(self) -> corpus.Corpus:

@@ -53,11 +53,17 @@ def remember(p: Program, state: State, start: StartModel, begins: bool) -> State
 
 def kept_like(p: Program) -> dict[str, Any]:
     """Returns the shapes and shardings of the trees that an update reads, by name."""
-    if not p.earlier.tasks:
+    return kept_trees(p.earlier, importances.like(p), p.abstract_state().all_params) if p.earlier.tasks else {}
+
+
+def kept_trees(kept: earlier.Earlier, trained: Any, weights: Any) -> dict[str, Any]:
+    """Returns the trees that an update reads, by name, with `trained` in the place of each tree of a float32 number for
+    each trained weight, and `weights` in that of all weights."""
+    if not kept.tasks:
         return {}
-    like = importances.like(p)
-    kept = {name: {"importance": like, "anchor": like} for name in earlier.PENALTIES if name in p.run.continual.methods}
-    return kept | ({"teacher": p.abstract_state().all_params} if p.earlier.needs_teacher else {})
+    penalties = [name for name in earlier.PENALTIES if name in kept.c.methods]
+    out = {name: {"importance": trained, "anchor": trained} for name in penalties}
+    return out | ({"teacher": weights} if kept.needs_teacher else {})
 
 
 def _make(p: Program, state: State, start: StartModel, folder: Path) -> None:

@@ -15,7 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.assembly import earlier, infer_task, open_model, run_directory, run_source, stream_cost, training_run
+from jaxlm.assembly import (
+    earlier,
+    infer_task,
+    moments,
+    open_model,
+    run_directory,
+    run_source,
+    stream_cost,
+    training_run,
+)
 from jaxlm.assembly.evaluate_model import evaluate
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.stream_memory import write_joint
@@ -62,10 +71,13 @@ def _runs(stream: Stream, seed: int) -> list[config.Run]:
         start = StartModel(run.start)
         try:
             run = run_source.completed(open_model.starting(run, start) if start.place else run, start)
+            for before in out[-1:]:
+                moments.check_pair(before, run)
         except ValueError as error:
             raise ValueError(f"stage {stage.name}: {error}") from error
         if i == 0:
-            out.append(run_source.growing(run, start))
+            optim = run.optim if start.place else dataclasses.replace(run.optim, moments="fresh")
+            out.append(dataclasses.replace(run_source.growing(run, start), optim=optim))
             continue
         run = run_source.growing_from(run, out[-1].adapter)
         out.append(dataclasses.replace(run, start=str(out[-1].folder)))
@@ -119,7 +131,8 @@ def _train_seed(stream: Stream, runs: list[config.Run], folder: Path, say: Calla
             continue
         say(f"── {stage.name} by itself ──")
         plain = dataclasses.replace(run.continual, methods=())
-        alone = dataclasses.replace(run, start=runs[0].start, out=str(folder / "single"), continual=plain)
+        optim = dataclasses.replace(run.optim, moments=runs[0].optim.moments)
+        alone = dataclasses.replace(run, start=runs[0].start, out=str(folder / "single"), continual=plain, optim=optim)
         alone = run_source.growing(alone, StartModel(alone.start))
         if status := _train_stage(alone, scores, f"single {stage.name}", all_of):
             return status

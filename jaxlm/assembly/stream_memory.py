@@ -26,6 +26,7 @@ def write_joint(runs: list[config.Run], folder: Path) -> config.Run:
     last = dataclasses.replace(
         runs[-1], name="joint", out=str(folder), start=runs[0].start, continual=Continual(heads=True),
         train=dataclasses.replace(runs[-1].train, steps=sum(steps)),
+        optim=dataclasses.replace(runs[-1].optim, moments=runs[0].optim.moments),
     )  # fmt: skip
     last = run_source.growing(last, StartModel(last.start))
     if all(run.objective == runs[0].objective for run in runs):

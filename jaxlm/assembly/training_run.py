@@ -16,6 +16,7 @@ from jaxlm.assembly import (
     earlier,
     infer_task,
     kl_meter,
+    moments,
     new_data,
     open_model,
     remember,
@@ -67,6 +68,8 @@ def _train(
             print(f"{run.folder} is finished already; report: {report.build(run.folder)}")
             print(f"for more steps: jaxlm train {run.folder} --train.steps {2 * run.train.steps}")
         return 0
+    if Checkpoints(run.folder / "checkpoints").latest() is None:
+        moments.check(run, start)
     tokens = open_model.load_tokenizer(run, start)
     p = programs.program(run, tokens, open_model.template_of(run, start), earlier.earlier_tasks(run, start))
     data = corpus.corpus(run.data, p.objective)
@@ -106,7 +109,7 @@ def _first_state(p: programs.Program, checkpoints: Checkpoints, start: StartMode
     """Returns the state and what its checkpoint says of it: the newest sound checkpoint's, read straight to this mesh's
     shards, or that of the model it starts from, or a fresh one."""
     if checkpoints.latest() is None:
-        state = p.init_from(open_model.first_params(p, start)) if p.run.start else p.init()
+        state = moments.first_state(p, start)
         if base := run_directory.frozen_base(p.adapter, state.all_params):
             run_directory.write_base(p.run.folder, base)
         return state, {}

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
@@ -23,6 +23,7 @@ from jaxlm.core import config, config_io, typed_arguments
 from jaxlm.core.paths import local
 from jaxlm.runtime import processes
 
+T = TypeVar("T")
 _MODEL = (
     "a run directory (RUN#TASK: as an earlier task uses it), a Hugging Face directory, hf:OWNER/NAME, or a .gguf file; "
     "MODEL+ADAPTER puts an adapter of Hugging Face PEFT on it, whose directory alone may name its model"
@@ -170,6 +171,11 @@ def parse(kind: type[Command], args: Sequence[str]) -> tuple[Command, list[str]]
         if isinstance(value := getattr(command, f.name), Path):
             local(typed_arguments.flag(f.name), value)
     return command, rest
+
+
+def part(command: Command, kind: type[T]) -> T:
+    """Returns the settings that a command has as its own fields, as the dataclass that they come from."""
+    return kind(**{f.name: getattr(command, f.name) for f in dataclasses.fields(kind)})  # type: ignore[arg-type]
 
 
 def show_help(kind: type[Command], name: str, args: Sequence[str]) -> None:

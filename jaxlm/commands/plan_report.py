@@ -27,10 +27,14 @@ def plan_one(run: config.Run, t: Target, compiling: bool) -> tuple[dict[str, Any
     arithmetic either way."""
     made = plan.make(run, t, compiling)
     show(made.cost, t, made.mesh, made.notes, made.compiled)
+    if made.host_bytes is None:
+        console.print("kept rows    in a host's memory, as many as the data has")
+    elif made.host_bytes:
+        console.print(f"kept rows    up to {amount(made.host_bytes)} of a host's memory")
     if made.refused:
         console.print(f"[bold red]refused[/]      {made.refused}")
     advise(run, t, made.by_arithmetic)
-    values = record(made.cost, t, made.mesh, made.compiled)
+    values = record(made.cost, t, made.mesh, made.compiled) | {"host_memory_bytes": made.host_bytes}
     if made.refused:
         values |= {"fits": False, "refused": made.refused}
     return values, made.fits is not False

@@ -98,6 +98,9 @@ class Optim:
     """Global gradient norm above which gradients are scaled down; 0: off."""
     ema: BelowOne = 0.0
     """Decay of an exponential moving average of the weights, used for validation and samples; 0: off."""
+    moments: Literal["fresh", "start"] = "fresh"
+    """What the optimizer remembers at first. fresh: nothing; start: what that of the run which this one starts from
+    remembered at its end, or what `jaxlm grow` made of that."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from orbax.checkpoint._src.metadata.array_metadata_store import Store  # without
 
 from jaxlm.core import tree
 from jaxlm.core.errors import FAULTS, one_line
-from jaxlm.formats.checkpoint_tree import MismatchError, check_same, nested, structured_like, with_sharding
+from jaxlm.formats.checkpoint_tree import MismatchError, check_same, described, nested, structured_like, with_sharding
 from jaxlm.formats.manifest import MANIFEST, damage, write_manifest
 
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -184,6 +184,14 @@ class Checkpoints:
         at = self._first_sound(step, (item,), lambda at: at)
         for path, leaf in tree.flatten(nested(abstract_params, whole=True)).items():
             yield path, tree.at(self._read(at, item, tree.put({}, path, leaf), cast=True, partial=True), path)
+
+    def described(self, step: int | None = None, *, item: str) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns shape and dtype of each array of an item of `step`, or of the newest, by path; nothing where there is
+        no such item."""
+        at = self.latest() if step is None else step
+        if at is None or not (self.path(at) / item).is_dir():
+            return {}
+        return {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in described(self.path(at) / item).items()}
 
     def read_meta(self, step: int | None = None) -> dict:
         """Reads the meta data of `step`, or of the newest step whose meta data is sound."""
@@ -401,7 +409,7 @@ class Checkpoints:
         if not path.is_dir():
             raise MismatchError(f"{self.path(step)} has no part named {item!r}")
         handler = ocp.PyTreeCheckpointHandler()
-        check_same(path, handler.metadata(path).tree, wanted, cast=cast, partial=partial)
+        check_same(path, described(path), wanted, cast=cast, partial=partial)
         wanted = jax.tree.map(with_sharding, wanted)
         arguments = ocp.args.PyTreeRestore(
             item=wanted,

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 
 REST = "rest"  # the item that holds the parts of a state which are one array each
 RESERVED = ("meta", "metrics", REST)
@@ -47,14 +48,19 @@ def _keys(path: tuple, whole: bool) -> list[str]:
     return keys if whole or len(keys) > 1 else [REST, *keys]
 
 
-def check_same(path: Path, stored: Any, wanted: dict, *, cast: bool, partial: bool) -> None:
-    """Raises where Orbax would leave out, pad, cut or cast something in silence."""
+def described(item: Path) -> dict[str, Any]:
+    """Returns what says shape and dtype of each array of a stored item, by path."""
+    return _flat(ocp.PyTreeCheckpointHandler().metadata(item).tree)
 
-    def flat(tree: Any) -> dict[str, Any]:
-        leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
-        return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
 
-    existing, due = flat(stored), flat(wanted)
+def _flat(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
+
+
+def check_same(path: Path, existing: dict[str, Any], wanted: dict, *, cast: bool, partial: bool) -> None:
+    """Raises where Orbax would leave out, pad, cut or cast something in silence. `existing`: what is `described`."""
+    due = _flat(wanted)
     missing = sorted(due.keys() - existing.keys())
     extra = [] if partial else sorted(existing.keys() - due.keys())
     if missing or extra:

@@ -48,8 +48,8 @@ def run_blocks(
     arrays `[B, …]` that blocks need besides `x`: they may be handed a part of the rows, so no block may take such from
     elsewhere. `kinds` says how layers differ apart from their weights (a window, no rotation); it is static. A scan's
     body holds one period of the kinds. With a cache layers are always unrolled: a scan would copy the whole cache for
-    each token. On a mesh with stages each stage runs its part of the layers. With a cache, and where a stack has fewer
-    layers than stages, all stages compute the same.
+    each token. On a mesh with stages each stage runs its part of the layers. With a cache, where a stack has fewer
+    layers than stages, and where the layout itself has one stage, all stages compute the same.
     """
     separate = isinstance(params, tuple)
     n = len(params) if separate else jax.tree.leaves(params)[0].shape[0]
@@ -64,7 +64,8 @@ def run_blocks(
     rematerialized: Any = lambda f, **_: f  # noqa: E731
     if cache is None and (shard.execution.remat != "none" or shard.gathers):
         rematerialized = partial(jax.checkpoint, policy=remat_policy(shard.execution), prevent_cse=not scanned(shard))
-    if cache is None and not separate and 1 < pipeline.stages() <= n:
+    staged = shard.mesh.stage != 1 and 1 < pipeline.stages() <= n
+    if cache is None and not separate and staged:
         stage_depth = pipeline.depth(pipeline.stages(), shard.mesh.rounds, kinds)
 
         def stage(params: Any, x: Any, rows: Any, keys: Any) -> Any:

@@ -11,17 +11,24 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxlm.assembly import earlier, remember
 from jaxlm.assembly import program as programs
+from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.run_objective import placeholder_tokenizer
 from jaxlm.core import config, spec, tree
 from jaxlm.core.errors import one_line
+from jaxlm.data import replay
+from jaxlm.nn.layout import Layout
+from jaxlm.objectives import outputs
 from jaxlm.planning import count_flops, hlo, roofline, targets
 from jaxlm.planning.roofline import Cost, Flow
 from jaxlm.planning.targets import Target
@@ -41,7 +48,25 @@ def program_for(run: config.Run, t: Target) -> programs.Program:
     Raises ValueError where `jaxlm train` would.
     """
     with targets.without_driver(t), mesh.on_devices([mesh.Described(t.chip.platform, t.chip.kind)] * t.count):
-        return programs.program(run, placeholder_tokenizer(run))
+        return program_of(run)
+
+
+def program_of(run: config.Run) -> programs.Program:
+    """Returns the run's program on the devices that programs are made for now, with what the run directory that it
+    starts from, if that is here, says of earlier tasks. ValueError: a run that keeps these starts from no model."""
+    tasks = earlier.earlier_tasks(run, _start(run.start))
+    return programs.program(run, placeholder_tokenizer(run), None, tasks)
+
+
+def _start(place: str) -> StartModel:
+    """Returns the model that runs start from, described once for all the layouts of a search."""
+    file = Path(place).expanduser() / "config.json"
+    return _described(place, file.stat().st_mtime_ns if place and file.is_file() else 0)
+
+
+@lru_cache(maxsize=1)
+def _described(place: str, stamp: int) -> StartModel:
+    return StartModel(place)
 
 
 def estimate(run: config.Run, t: Target) -> Cost:
@@ -51,11 +76,56 @@ def estimate(run: config.Run, t: Target) -> Cost:
 
 def abstract_batch(p: programs.Program) -> dict[str, Any]:
     """Returns the shapes of a batch, each with its sharding."""
-    c, row = p.run.train, p.objective.full_example()
-    rows = c.micro_batches, c.batch_size // c.micro_batches
-    leaves = {name: np.broadcast_to(x, (*rows, *np.shape(x))) for name, x in row.items()}
+    leaves = _leaves(p, p.objective.full_example(), p.new_rows)
+    for i in _replayed(p):
+        each = p.earlier.rows // p.run.train.micro_batches // len(_replayed(p))
+        rows = _leaves(p, _kept_row(p, i), each)
+        leaves |= {replay.key(i, name): leaf for name, leaf in rows.items()}
     shardings = p.batch_shardings(leaves)
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name]) for name, x in leaves.items()}
+
+
+def _leaves(p: programs.Program, row: Mapping[str, Any], rows: int) -> dict[str, np.ndarray]:
+    shape = p.run.train.micro_batches, rows
+    return {name: np.broadcast_to(x, (*shape, *np.shape(x))) for name, x in row.items()}
+
+
+def _replayed(p: programs.Program) -> list[int]:
+    """Returns the earlier tasks whose rows stand in one batch: all, or the one with the longest rows."""
+    if not p.earlier.replays:
+        return []
+    tasks = range(len(p.earlier.tasks))
+    return [*tasks] if "gem" in p.run.continual.methods else [max(tasks, key=lambda i: p.earlier.tasks[i].seq_len)]
+
+
+def _kept_row(p: programs.Program, i: int) -> dict[str, Any]:
+    """Returns a row that is kept of an earlier task, as large as it can be."""
+    objective, task, top = p.earlier.objectives[i], p.earlier.tasks[i], p.run.continual.der.top
+    row = dict(objective.full_example())
+    if "der" not in p.run.continual.methods:
+        return row
+
+    alone = replace(p.model, shard=Layout.of(config.Mesh(), p.run.execution))  # shapes are the same on any mesh
+
+    def largest(weights: Any, batch: Any) -> Any:
+        now = objective.outputs(alone, p.earlier.weights_for(weights, task), batch)
+        return outputs.largest(now, top, alone.shard)
+
+    found = jax.eval_shape(largest, spec.abstract(p.specs), jax.tree.map(lambda x: np.asarray(x)[None], row))
+    return row | {name: np.broadcast_to(np.zeros((), x.dtype), x.shape[1:])
+                  for name, x in zip(("stored", "stored_classes"), found, strict=True)}  # fmt: skip
+
+
+def kept_bytes(p: programs.Program) -> float | None:
+    """Returns the most bytes of a host's memory that the kept rows of earlier tasks take; None: only data can say,
+    because its tokens alone bound them, or rows aren't windows of text."""
+    if not p.earlier.replays:
+        return 0.0
+    c = p.run.continual.replay
+    if not c.examples or any(o.records != "packed" for o in p.earlier.objectives):
+        return None
+    each = [sum(np.asarray(x).nbytes for x in _kept_row(p, i).values()) for i in range(len(p.earlier.tasks))]
+    return float(c.examples * max(each))
 
 
 @dataclass(frozen=True)
@@ -80,9 +150,10 @@ def compile_step(run: config.Run, t: Target) -> Compiled:
     """Compiles a run's step for a target. Raises Refused where the compiler does."""
     devices = t.devices()
     with mesh.on_devices(devices):
-        p = programs.program(run, placeholder_tokenizer(run))
+        p = program_of(run)
         sizes = dict(p.mesh.shape) if p.mesh is not None else {}
-        started, batch, state = time.perf_counter(), abstract_batch(p), p.abstract_state()
+        started, batch = time.perf_counter(), abstract_batch(p)
+        state = p.abstract_state().replace(memory=remember.kept_like(p) or None)
         with mesh.on_mesh(p.mesh):
             traced = p.train_step().trace(state, batch)
             with capture_stderr() as captured:
@@ -153,13 +224,14 @@ def memory(p: programs.Program, analysis: Any, state: Any) -> dict[str, float]:
     shardings = tree.flatten(p.layout.shardings(p.specs, p.mesh))
     grads = sum(4.0 * math.prod(shardings[path].shard_shape(s.shape)) for path, s in flat.items()
                 if p.optimizer.trainable(path))  # fmt: skip
+    kept = bytes_of(state.tracks) + bytes_of(state.memory)
     copied = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
     grads = min(grads, analysis.temp_size_in_bytes)
     return {
         "parameters": weights, "optimizer state": moments, "gradients": grads,
         "activations and other temporaries": analysis.temp_size_in_bytes - grads,
-        "batch and copies": max(0.0, analysis.argument_size_in_bytes - weights - moments) + copied,
-    }  # fmt: skip
+        "batch and copies": max(0.0, analysis.argument_size_in_bytes - weights - moments - kept) + copied,
+    } | ({roofline.KEPT: kept} if kept else {})  # fmt: skip
 
 
 def flows(module: hlo.Module, t: Target) -> tuple[Flow, ...]:

@@ -16,8 +16,7 @@ import jax
 import numpy as np
 
 import jaxlm
-from jaxlm.assembly import program
-from jaxlm.assembly.run_objective import placeholder_tokenizer
+from jaxlm.assembly import remember
 from jaxlm.core import config
 from jaxlm.core.errors import one_line
 from jaxlm.planning import ahead_of_time
@@ -130,15 +129,17 @@ def best_change(run: config.Run, t: Target, current: Cost) -> str:
 
 def measure(run: config.Run, steps: int = 5, warmup: int = 2) -> float:
     """Returns the seconds of a step, the median of some, with weights and tokens that are made up."""
-    p = program.program(run, placeholder_tokenizer(run))
+    p = ahead_of_time.program_of(run)
     rng = np.random.default_rng(0)
     with on_mesh(p.mesh):
         batch = {
             name: jax.device_put(_filled(x, run.model.vocab, rng), x.sharding)
             for name, x in ahead_of_time.abstract_batch(p).items()
         }
-        train_step = p.train_step().lower(p.abstract_state(), batch).compile()
-        state, seconds = p.init(), []
+        kept = remember.kept_like(p) or None
+        train_step = p.train_step().lower(p.abstract_state().replace(memory=kept), batch).compile()
+        made = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), kept)
+        state, seconds = p.init().replace(memory=made), []
         for _ in range(warmup + steps):
             started = time.perf_counter()
             state, metrics = train_step(state, batch)

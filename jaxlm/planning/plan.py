@@ -25,6 +25,8 @@ class Plan:
     """The choices that the run makes there, in words."""
     compiled: Compiled | None = None
     """The compiled step; None: the cost is by arithmetic."""
+    host_bytes: float | None = 0.0
+    """The most bytes of a host's memory that rows of earlier tasks take; None: only the data can say."""
     refused: str = ""
     """Why the target's compiler refuses the step; empty: it doesn't."""
 
@@ -63,7 +65,14 @@ def make(run: config.Run, target: Target, compiling: bool = True) -> Plan:
     """
     p = ahead_of_time.program_for(run, target)
     cost = roofline.cost(p, target)
-    plan = Plan(target, dict(p.mesh.shape) if p.mesh is not None else {}, cost, cost, p.notes)
+    plan = Plan(
+        target,
+        dict(p.mesh.shape) if p.mesh is not None else {},
+        cost,
+        cost,
+        p.notes,
+        host_bytes=ahead_of_time.kept_bytes(p),
+    )
     if not compiling:
         return plan
     try:

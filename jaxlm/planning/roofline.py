@@ -17,12 +17,14 @@ from typing import Any
 
 import jax
 
-from jaxlm.assembly import program
+from jaxlm.assembly import program, remember
 from jaxlm.core import spec, tree
 from jaxlm.core.spec import Spec
 from jaxlm.nn import pipeline
 from jaxlm.planning.targets import Target
 from jaxlm.training import optimizers
+
+KEPT = "what is kept of earlier tasks"
 
 
 @dataclass(frozen=True)
@@ -310,7 +312,13 @@ class _Step:
             "parameters": rest, "optimizer state": sum(self._moments().values()) + ema,
             "gradients": grads * (2 if self.micro > 1 else 1),
             "activations": self.tokens * cached, "working memory": max(block, loss),
-        }  # fmt: skip
+        } | ({KEPT: kept} if (kept := self.kept(rest)) else {})  # fmt: skip
+
+    def kept(self, weights: float) -> float:
+        """Returns the bytes of what methods of continual learning hold beside the weights, whose bytes are given."""
+        trained = sum(4 * self.stored(s) for path, s in self.flat.items() if self.p.optimizer.trainable(path))
+        trees = remember.kept_trees(self.p.earlier, trained, weights), self.p.earlier.tracks_like(trained)
+        return float(sum(jax.tree.leaves(trees)))
 
     def flows(self) -> list[Flow]:
         """Returns what one device sends."""

@@ -8,41 +8,15 @@ N models, n numbers of a stretch.
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.core.ranges import Finite, Natural, PositiveShare, Share
+from jaxlm.core.merging import Settings
 
-MethodName = Literal[
-    "linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "model_stock"
-]  # fmt: skip
-Rescale = Literal["density", "l1", "off"]
 PARALLEL = 0.9995  # cosine from which an arc is so flat that the straight line stands for it
 BINS = 1 << 16  # magnitudes are sorted by the upper half of their bits, then by the lower
-
-
-@dataclass(frozen=True)
-class Settings:
-    """These settings say how models are merged; None is the method's own value, where it has one."""
-
-    method: MethodName = "linear"
-    weights: tuple[Finite, ...] = ()
-    """How much each model counts; empty: 1 each."""
-    t: Share | None = None
-    """slerp: how far from the first model to the second."""
-    density: PositiveShare | None = None
-    """The share of a model's changes of each tensor that is kept."""
-    gamma: Share | None = None
-    """breadcrumbs: the share of the changes, the largest ones, that is dropped."""
-    scale: Finite | None = None
-    """Multiplies the merged change."""
-    rescale: Rescale | None = None
-    """How kept changes make up for those that were dropped at random: divided by `density`, as published; multiplied so
-    that their magnitudes add up to what they did (`l1`), as mergekit does; or not at all."""
-    seed: Natural = 0
-    """Draws the changes that are kept at random."""
 
 
 class Stretch(NamedTuple):

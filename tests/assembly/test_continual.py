@@ -13,7 +13,7 @@ from jaxlm.assembly import earlier, importances, remember
 from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.core import config, tree
-from jaxlm.core.continual import Continual, Der, Ewc, Replay
+from jaxlm.core.continual import MAS, Continual, Der, Ewc, Replay
 from jaxlm.data import replay
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.models import bert, llama, t5
@@ -270,3 +270,25 @@ def test_a_run_that_keeps_goes_on_as_if_it_had_not_stopped(sources, tmp_path, on
     (whole.path / "memory").rename(tmp_path / "gone")
     with pytest.raises(ValueError, match="is gone"):
         jaxlm.train(dataclasses.replace(second("whole"), train=dataclasses.replace(base.train, steps=6)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "rounds"),
+    [("decoder", "ewc", 1), *(pytest.param(*row, marks=pytest.mark.slow) for row in
+                              (("decoder", "mas", 2), ("encoder", "ewc", 1), ("encoder_decoder", "mas", 1)))],
+)  # fmt: skip
+def test_importances_on_stages_are_those_of_one_device(kind, name, rounds, sources, tmp_path):
+    """The weights rest on their stages, and every row is computed by all of them."""
+    model = dataclasses.replace(MODELS[kind][0], layers=4 if rounds == 2 else 2)
+    found = []
+    for place, on, devices in (("one", config.Mesh(), 1), ("stages", config.Mesh(stage=2, fsdp=4, rounds=rounds), 8)):
+        with mesh.on_devices(jax.devices()[:devices]):
+            settings = {"ewc": Ewc(examples=4), "mas": MAS(examples=4)}
+            run = dataclasses.replace(make(kind, sources[kind], tmp_path / place, (name,), on, **settings), model=model)
+            _, state = begun(run)
+            found.append(jax.device_get(state.memory[name]["importance"]))
+    one, stages = found
+    assert max(float(x.max()) for x in jax.tree.leaves(one)) > 0
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6 * float(b.max()) + 1e-9), stages, one
+    )

@@ -6,13 +6,18 @@ import os
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
+from jaxlm.assembly import remember
 from jaxlm.commands import cli, plan_report
 from jaxlm.core import config, config_io
+from jaxlm.core.continual import Continual, Der, Replay
 from jaxlm.models import llama
 from jaxlm.objectives import causal
-from jaxlm.planning import ahead_of_time, mesh_search, roofline, targets
+from jaxlm.planning import ahead_of_time, mesh_search, plan, roofline, targets
+from jaxlm.runtime import mesh
+from jaxlm.training.continual import penalty
 
 TINY = llama.Config(vocab=512, layers=3, width=128, heads=4, kv_heads=4, head_width=32, ffn=256, positions=128)
 CONFIG = """
@@ -186,3 +191,60 @@ def test_tune_measures_and_writes_the_fastest(file, tmp_path, capsys) -> None:
 
 def test_networks_of_this_machine_have_no_times() -> None:
     assert roofline.combine(ahead_of_time.estimate(run(fsdp=8), targets.here()), targets.here(), {}).times == {}
+
+
+KEEPING = ("ewc", "l2", "si", "lwf", "replay", "der")
+
+
+def keeping(on: config.Mesh, methods: tuple[str, ...] = KEEPING) -> config.Run:
+    """A run that keeps earlier texts, with a frozen table, which has no importances."""
+    kept = Continual(methods, old=("stdlib",), replay=Replay(examples=8, share=0.5), der=Der(top=4))
+    return dataclasses.replace(
+        run(), mesh=on, continual=kept, optim=config.Optim(freeze=("embed",)),
+        train=config.Train(batch_size=16, seq_len=64),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "on",
+    [config.Mesh(), config.Mesh(fsdp=8), config.Mesh(fsdp=4, tensor=2), config.Mesh(fsdp=4, tensor=2, zero=1),
+     config.Mesh(data=2, fsdp=4, zero=2)],
+    ids=["data", "fsdp", "tensor", "zero1", "zero2"],
+)  # fmt: skip
+def test_what_is_kept_of_earlier_tasks_is_counted_as_it_is(on) -> None:
+    """By arithmetic, beside the bytes that the real trees have on each device."""
+    made = keeping(on)
+    cost = ahead_of_time.estimate(made, targets.parse("cpu:8"))
+    p = ahead_of_time.program_of(made)
+    like = remember.kept_like(p)
+    assert set(like) == {"ewc", "l2", "si", "teacher"} and p.mesh is not None
+    assert set(like["ewc"]) == set(like["l2"]) == set(like["si"]) == set(penalty.Quadratic._fields)
+    with mesh.on_mesh(p.mesh):
+        zeros = lambda tree: jax.tree.map(lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding), tree)  # noqa: E731
+        real = jax.tree.leaves((zeros(like), zeros(p.abstract_state().tracks)))
+    each = [sum(s.data.nbytes for x in real for s in x.addressable_shards if s.device == d) for d in jax.devices()]
+    assert set(each) == {cost.memory[roofline.KEPT]}
+    plain = ahead_of_time.estimate(dataclasses.replace(made, continual=Continual()), targets.parse("cpu:8"))
+    assert plain.memory == {name: n for name, n in cost.memory.items() if name != roofline.KEPT}
+
+
+def test_a_compiled_plan_counts_what_is_kept_and_the_rows_of_a_host() -> None:
+    made, t = keeping(config.Mesh(fsdp=8), ("ewc", "lwf", "der")), targets.parse("cpu:8")
+    found = plan.make(made, t)
+    assert found.cost.memory[roofline.KEPT] == found.by_arithmetic.memory[roofline.KEPT] > 0
+    memory = found.compiled.executable.memory_analysis()
+    parts = ("parameters", "optimizer state", roofline.KEPT)
+    batch = memory.argument_size_in_bytes - sum(found.cost.memory[part] for part in parts)
+    assert 0 < batch < 2e5 < found.cost.memory[roofline.KEPT], "what the program is given besides is the batch alone"
+    row = ahead_of_time.program_of(made).objective.full_example()
+    assert found.host_bytes == 8 * (sum(np.asarray(x).nbytes for x in row.values()) + 64 * 4 * (4 + 4))
+    bounded = dataclasses.replace(made.continual, replay=Replay(examples=0, tokens=100))
+    assert plan.make(dataclasses.replace(made, continual=bounded), t, compiling=False).host_bytes is None
+
+
+def test_a_first_run_that_notes_its_path_has_tracks_alone() -> None:
+    made = dataclasses.replace(keeping(config.Mesh(fsdp=8)), continual=Continual(("si", "ewc")))
+    trained = sum(s.size for s in jax.tree.leaves(ahead_of_time.program_of(made).abstract_state().params))
+    assert ahead_of_time.estimate(made, targets.parse("cpu:8")).memory[roofline.KEPT] == pytest.approx(
+        2 * 4 * trained / 8, rel=0.02
+    )

@@ -111,6 +111,14 @@ def widened(name: str, noise: float = 0.0, **sizes: int) -> Tiny:
     return Tiny(larger, width.widened(old, larger.specs, weights, (model.config.width, c.width), noise))
 
 
+def same_gradients(found: dict[str, np.ndarray], mapped: dict[str, np.ndarray], but: frozenset = frozenset()) -> None:
+    """The gradients of a grown model are those that were mapped; `but` names weights whose can't be."""
+    assert mapped.keys() <= found.keys()
+    for path in mapped.keys() - but:
+        largest = np.abs(mapped[path]).max()
+        np.testing.assert_allclose(found[path], mapped[path], atol=1e-5 * largest + 1e-7, err_msg=path)
+
+
 def same_shapes(made: Tiny) -> None:
     shapes = {path: s.shape for path, s in tree.flatten(made.model.specs, spec.is_spec).items()}
     assert {path: w.shape for path, w in tree.flatten(made.weights).items()} == shapes
@@ -134,6 +142,10 @@ def test_new_blocks_add_nothing_and_all_of_them_learns(name, blocks):
         f"{stack}/{path}": layers.new for stack, layers in plan.items() for path in spec.stacks(made.model.specs)[stack]
     }
     ends = {f"{stack}/{path}" for stack in plan for path in depth.silent(spec.stacks(made.model.specs)[stack])}
+    mapped = depth.moments(before(name)[1], plan)
+    for path in ends:  # of the new layers alone; they have no counterpart
+        mapped[path][list(new[path])] = first[path][list(new[path])]
+    same_gradients(first, mapped)
     routed = [path for path in new if "experts" in path]  # an expert may have no token
     for path in new.keys() - set(routed):
         grads = first[path][list(new[path])]
@@ -142,6 +154,27 @@ def test_new_blocks_add_nothing_and_all_of_them_learns(name, blocks):
     second = {path: np.asarray(g) for path, g in tree.flatten(both(moved)[0]).items()}
     for path, flags in new.items():
         assert all(np.any(g) for g in second[path][list(flags)]), f"{path} does not learn"
+
+
+def mapped_widths(name: str, made: Tiny, order: int) -> dict[str, np.ndarray]:
+    """The averages of the small model's gradients, mapped; a table whose tied head has become another's is left out."""
+    model = tiny(name).model
+    old, averages = model.specs, {path: g**order for path, g in before(name)[1].items()}
+    if "head" in made.model.specs and "head" not in old:
+        old, _ = width.with_own_head(old, made.model.specs, {"embed": 0})
+        del averages["embed"]
+    return width.moments(old, made.model.specs, averages, (model.config.width, made.model.config.width), order)
+
+
+def apart_in(name: str, sizes: dict[str, int], made: Tiny) -> frozenset[str]:
+    """The keys and values whose copies serve unequal numbers of copies of the same queries."""
+    c, new = tiny(name).model.config, made.model.config
+    kv, new_kv = (getattr(x, "kv_heads", None) or x.heads for x in (c, new))
+    source = width.head_sources(c.heads, kv, new.heads, new_kv).reshape(new_kv, -1)
+    counts = np.stack([np.bincount(row, minlength=c.heads) for row in source])
+    even = all((counts[i::kv] == counts[i]).all() for i in range(kv))
+    flat = tree.flatten(made.model.specs, spec.is_spec)
+    return frozenset() if even else frozenset(path for path, s in flat.items() if "kv" in s.axes)
 
 
 @pytest.mark.parametrize(
@@ -170,9 +203,12 @@ def test_wider_models_compute_the_same_and_noise_trains_copies_apart(name, sizes
     logits, grads, both = run(*plain)
     np.testing.assert_allclose(logits, before(name)[0], atol=1e-5)
     assert all(np.any(g) for path, g in grads.items() if "experts" not in path)
+    same_gradients(grads, mapped_widths(name, plain, 1), apart_in(name, sizes, plain))
     with jax.default_matmul_precision("highest"):
         apart, again = both(noisy.weights)
     np.testing.assert_allclose(np.asarray(again), before(name)[0], atol=2e-5)
+    squares = mapped_widths(name, plain, 2)
+    same_gradients({path: g**2 for path, g in grads.items()}, squares, apart_in(name, sizes, plain))
     up = next(path for path, s in tree.flatten(plain.model.specs, spec.is_spec).items()
               if s.axes == ("layers", "embed", "ffn"))  # fmt: skip
     n = tree.at(tiny(name).model.specs, up).shape[-1]
@@ -198,6 +234,37 @@ def test_a_dense_model_becomes_a_mixture_of_copies():
             dataclasses.replace(model.config, **refused).with_experts(Moe())
     with pytest.raises(ValueError, match="experts: no family has this one's layers"):
         tiny("gpt2").model.config.with_experts(Moe())
+
+
+@pytest.mark.parametrize("top_k", [2, 3])
+def test_the_gradients_of_experts_are_shares_of_the_dense_one(top_k):
+    """They add up to it; where all tokens go to all experts alike each has the same share."""
+    model, weights = tiny("llama")
+    name, fields = model.config.with_experts(Moe(experts=3, top_k=top_k, ffn=12, balance=0.0))
+    mixture = model_of(MODELS[name], MODELS[name].Config(**fields))
+    made = experts.upcycled(model.specs, mixture.specs, weights, jax.random.key(0))
+    if top_k == 3:
+        made = tree.map_named(lambda path, w: w * 0 if "router" in path else w, made)
+    grads, old = run(mixture, made)[1], before("llama")[1]
+    mapped = experts.moments(mixture.specs, old, top_k, 1)
+    routed = {path for path in mapped if "experts" in path}
+    assert len(routed) == 3 and set(grads) - set(mapped) == {"blocks/router"}
+    same_gradients({path: grads[path].sum(1) for path in routed}, {path: mapped[path].sum(1) for path in routed})
+    same_gradients(grads, mapped, frozenset(routed if top_k == 2 else ()))
+    squares = experts.moments(mixture.specs, {path: g**2 for path, g in old.items()}, top_k, 2)
+    same_gradients({path: g**2 for path, g in grads.items()}, squares, frozenset(routed if top_k == 2 else ()))
+    for path in routed:
+        share = 1 / 9 if top_k == 3 else 1 / 6  # a square of one half, of a third of two choices
+        np.testing.assert_allclose(squares[path][:, 0], old[path.replace("/experts", "")] ** 2 * share, rtol=1e-6)
+
+
+def test_averages_of_new_rows_are_zero():
+    larger = tiny("llama").model.family.specs(dataclasses.replace(tiny("llama").model.config, vocab=14))
+    made = vocabulary.moments(larger, before("llama")[1], {10: [1, 4], 12: []})
+    for path in ("embed", "head"):
+        np.testing.assert_array_equal(made[path][:10], before("llama")[1][path][:10])
+        assert made[path].shape == (14, 8) and not made[path][10:].any()
+    assert made["blocks/q"] is before("llama")[1]["blocks/q"]
 
 
 def test_new_rows_are_means_of_old_ones():

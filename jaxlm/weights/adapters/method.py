@@ -146,3 +146,8 @@ class Method(Generic[C]):
     target. Their weights are those of `specs`."""
     peft: PeftFormat[C] | None = None
     """How Hugging Face PEFT's files hold it; None: PEFT has none."""
+
+    @property
+    def has_own_optimizer(self) -> bool:
+        """Says whether it does something of its own after each update."""
+        return self.wrap_optimizer is not _same_optimizer

@@ -2,7 +2,7 @@
 al. 2019)."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,8 +102,7 @@ def weights(specs: Any, old: Any, plan: Plan) -> Any:
     """Returns the weights of the grown model from those of `specs`."""
 
     def one(path: str, w: np.ndarray) -> np.ndarray:
-        stack = next((name for name in plan if path.startswith(f"{name}/")), None)
-        if stack is None:
+        if (stack := _stack_of(path, plan)) is None:
             return w
         layers, inner = plan[stack], path.removeprefix(f"{stack}/")
         w = w[list(layers.source)]
@@ -114,6 +113,28 @@ def weights(specs: Any, old: Any, plan: Plan) -> Any:
     found = stacks(specs)
     silences = {name: silent(found[name]) for name, layers in plan.items() if any(layers.new)}
     return tree.map_named(one, old)
+
+
+def _stack_of(path: str, plan: Plan) -> str | None:
+    return next((name for name in plan if path.startswith(f"{name}/")), None)
+
+
+def moments(averages: Mapping[str, np.ndarray], plan: Plan) -> dict[str, np.ndarray]:
+    """Returns averages of gradients, or of their squares, by path, as those of the grown model.
+
+    Old layers keep theirs. Layers that add nothing have 0: no gradient comes to what lies behind their silent ends,
+    while the gradients of these ends themselves have no counterpart in the old model. Layers of a repeated stack have
+    copies, which are a guess, as the function changes.
+    """
+
+    def one(path: str, w: np.ndarray) -> np.ndarray:
+        if (stack := _stack_of(path, plan)) is None:
+            return w
+        w = w[list(plan[stack].source)]
+        w[list(plan[stack].new)] = 0
+        return w
+
+    return {path: one(path, w) for path, w in averages.items()}
 
 
 def new_layers(specs: Any, plan: Plan) -> dict[str, list[int]]:

@@ -1,5 +1,6 @@
 """Turns a dense model into a mixture of experts, each a copy of the feed-forward network (Komatsuzaki et al. 2023)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -38,3 +39,26 @@ def upcycled(old_specs: Any, new_specs: Any, weights: Any, key: jax.Array) -> An
     for path, w in out.items():
         nested = tree.put(nested, path, w)
     return nested
+
+
+def moments(new_specs: Any, averages: Mapping[str, np.ndarray], top_k: int, order: int) -> dict[str, np.ndarray]:
+    """Returns averages of gradients to the power of `order`, by path, as those of the mixture, as far as known.
+
+    The gradients of the experts add up to that of the dense network, each token's by the weights of its experts. That
+    of one expert depends on the router; what is returned is what is expected of one that sends tokens anywhere alike
+    and weighs its choices alike: of E experts the share 1/E of the gradient, and, of a sum over tokens whose gradients
+    are independent, 1/(E · top_k) of the square (top_k/E of the tokens, each weighted by 1/top_k). With top_k = E both
+    are exact. Routers have none.
+    """
+    out = {}
+    for path, s in tree.flatten(new_specs, is_spec).items():
+        dense = path.replace("/experts/", "/")
+        if s.role == "router" or dense not in averages:
+            continue
+        w = averages[dense]
+        if "experts" in s.axes:
+            dim = s.axes.index("experts")
+            E = s.shape[dim]
+            w = np.repeat(np.expand_dims(w / np.float32(E if order == 1 else E * top_k), dim), E, dim)
+        out[path] = w
+    return out

@@ -30,3 +30,24 @@ def with_rows(new_specs: Any, weights: Any, known: int, pieces: Mapping[int, Seq
         return np.moveaxis(rows, 0, dim).astype(np.float32)
 
     return tree.map_named(one, weights)
+
+
+def moments(
+    new_specs: Any, averages: Mapping[str, np.ndarray], pieces: Mapping[int, Sequence[int]]
+) -> dict[str, np.ndarray]:
+    """Returns averages of gradients, or of their squares, by path, as those of the larger vocabulary. Rows of new
+    tokens have 0, as those of tokens that no batch has held yet."""
+    flat = tree.flatten(new_specs, is_spec)
+
+    def one(path: str, w: np.ndarray) -> np.ndarray:
+        s: Spec = flat[path]
+        if "vocab" not in s.axes:
+            return w
+        dim = s.axes.index("vocab")
+        rows = np.moveaxis(w, dim, 0)
+        more = s.shape[dim] - len(rows)
+        rows = np.concatenate([rows, np.zeros((more, *rows.shape[1:]), rows.dtype)])
+        rows[list(pieces)] = 0
+        return np.moveaxis(rows, 0, dim)
+
+    return {path: one(path, w) for path, w in averages.items()}

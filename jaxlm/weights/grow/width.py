@@ -4,7 +4,7 @@ a copy of an old one, and the copies share what the old one sent on.
 Units of the residual stream are copied equally often, because norms take a mean over them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -45,12 +45,61 @@ def widened(
     `noise`: how unequally copies share what they send on, in deviations of the weight; the shares still add up to the
     old weight, so that the function stays, and the copies are trained apart. ValueError: a size can't grow so.
     """
+    rng, old, copies = (
+        np.random.default_rng(seed),
+        tree.flatten(old_specs, is_spec),
+        _copies(old_specs, new_specs, widths),
+    )
+
+    def one(path: str, w: np.ndarray) -> np.ndarray:
+        for i, source, times in copies(path):
+            w = np.take(w, source, axis=i)
+            if i in input_dimensions(old[path]):
+                w = _shared(w, source, times, i, noise, rng)
+        return w.astype(np.float32)
+
+    return tree.map_named(one, weights)
+
+
+def moments(
+    old_specs: Any, new_specs: Any, averages: Mapping[str, np.ndarray], widths: tuple[int, int], order: int
+) -> dict[str, np.ndarray]:
+    """Returns averages of gradients to the power of `order`, by path, as those of the widened model.
+
+    What a copied unit sends on is divided among its copies, and so is the gradient that comes back to each: it is
+    divided by their number along dimensions of outputs, and is the same along those of inputs, whose weights were
+    divided. This is exact where copies share equally, and where every copy of a key/value head serves copies of the
+    same queries; elsewhere the copies' gradients still add up to the old one.
+    """
+    old, copies = tree.flatten(old_specs, is_spec), _copies(old_specs, new_specs, widths)
+
+    def one(path: str, w: np.ndarray) -> np.ndarray:
+        for i, source, times in copies(path):
+            w = np.take(w, source, axis=i)
+            if i not in input_dimensions(old[path]):
+                w = w / _along(times[source].astype(np.float32) ** order, w.ndim, i)
+        return w
+
+    return {path: one(path, w) for path, w in averages.items()}
+
+
+def _along(x: np.ndarray, ndim: int, dim: int) -> np.ndarray:
+    return x.reshape([-1 if i == dim else 1 for i in range(ndim)])
+
+
+Copies = Callable[[str], Iterator[tuple[int, np.ndarray, np.ndarray]]]
+"""A weight's path → each of its dimensions that grows, the old unit of each new one, and how many copies each old unit
+has."""
+
+
+def _copies(old_specs: Any, new_specs: Any, widths: tuple[int, int]) -> Copies:
+    """Returns what says how weights grow. ValueError: a size can't grow so."""
     old, new = tree.flatten(old_specs, is_spec), tree.flatten(new_specs, is_spec)
     if old.keys() != new.keys():
         raise ValueError(f"widen: the model would have other weights: {', '.join(sorted(old.keys() ^ new.keys()))}")
-    rng, sources = np.random.default_rng(seed), _sources(old, new, widths)
+    sources = _sources(old, new, widths)
 
-    def one(path: str, w: np.ndarray) -> np.ndarray:
+    def copies(path: str) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         a, b = old[path], new[path]
         for i in range(len(a.shape)):
             if a.shape[i] == b.shape[i] and a.axes[i] != "heads":
@@ -65,12 +114,9 @@ def widened(
                 raise ValueError(
                     f"widen: {path} norms {a.shape[i]} units, so only whole multiples of them are possible"
                 )
-            w = np.take(w, source, axis=i)
-            if i in input_dimensions(a):
-                w = _shared(w, source, times, i, noise, rng)
-        return w.astype(np.float32)
+            yield i, source, times
 
-    return tree.map_named(one, weights)
+    return copies
 
 
 def _shared(
