@@ -23,7 +23,7 @@ from worker import machine, save, table
 
 from jaxlm.assembly import stream
 from jaxlm.core import config
-from jaxlm.core.continual import L2, MAS, SI, Continual, Ewc, Features, Gem, LwF, Replay, RWalk
+from jaxlm.core.continual import L2, MAS, SI, Continual, Ewc, Features, Gem, LwF, PackNet, Replay, RWalk
 from jaxlm.core.stream import Stage, Stream
 from jaxlm.models import llama
 from jaxlm.objectives import causal, classify, relate, tag
@@ -42,6 +42,7 @@ METHODS = {
     "der": Continual(("replay", "der"), replay=Replay(share=0.25, examples=512)),
     "agem": Continual(("agem",), replay=Replay(share=0.25, examples=512)),
     "gem": Continual(("gem",), replay=Replay(share=0.25, examples=512), gem=Gem(margin=0.5)),
+    "packnet": Continual(("packnet",), packnet=PackNet(tasks=5)),
     "replay 5 %": Continual(("replay",), replay=Replay(share=0.0625, examples=512)),
     "replay, all rows": Continual(("replay",), replay=Replay(share=0.25, examples=32768)),
     "replay + ewc": Continual(("replay", "ewc"), replay=Replay(share=0.25, examples=512), ewc=Ewc(1.0, 128)),

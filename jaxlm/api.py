@@ -19,7 +19,7 @@ from jaxlm.assembly.own_loop import Program
 from jaxlm.assembly.trained_run import RunDirectory
 from jaxlm.core import config_io, plugins
 from jaxlm.core.config import Run
-from jaxlm.core.stream import Stage, Stream
+from jaxlm.core.stream import MergeBack, Stage, Stream
 from jaxlm.inference.sampling import Sampling
 from jaxlm.models import MODELS
 from jaxlm.models.flax_bridge import from_linen, from_nnx
@@ -36,9 +36,9 @@ from jaxlm.weights.adapters.method import Method
 from jaxlm.weights.merging import MethodName, Rescale, Settings
 
 __all__ = [
-    "LanguageModel", "Plan", "Program", "RunDirectory", "Sampling", "Stage", "Stream", "as_linen", "as_nnx", "evaluate",
-    "from_linen", "from_nnx", "grow", "import_model", "load", "load_plugin", "merge", "open", "plan",
-    "register_adapter", "register_model", "register_objective", "register_optimizer", "register_schedule",
+    "LanguageModel", "MergeBack", "Plan", "Program", "RunDirectory", "Sampling", "Stage", "Stream", "as_linen",
+    "as_nnx", "evaluate", "from_linen", "from_nnx", "grow", "import_model", "load", "load_plugin", "merge", "open",
+    "plan", "register_adapter", "register_model", "register_objective", "register_optimizer", "register_schedule",
     "start_processes", "train", "train_stream",
 ]  # fmt: skip
 

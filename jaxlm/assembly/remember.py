@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.assembly import corpus, earlier, importances
+from jaxlm.assembly import corpus, earlier, importances, packing
 from jaxlm.assembly.model_source import Source, StartModel
 from jaxlm.assembly.program import Program
 from jaxlm.assembly.task_index import FOLDER, INDEX, STATISTICS, Task
@@ -57,6 +57,7 @@ def kept_like(p: Program) -> dict[str, Any]:
         return {}
     like = importances.like(p)
     kept = {name: {"importance": like, "anchor": like} for name in earlier.PENALTIES if name in p.run.continual.methods}
+    kept |= {earlier.PACKNET: {"owner": packing.like(p)}} if p.earlier.packed else {}
     return kept | ({"teacher": p.abstract_state().all_params} if p.earlier.needs_teacher else {})
 
 
@@ -68,13 +69,16 @@ def _make(p: Program, state: State, start: StartModel, folder: Path) -> None:
         part.mkdir()
     processes.barrier("the memory", HOURS)
     before = start.source if p.run.start and not p.run.continual.old else None
-    records = _records_of_last(p, before) if p.earlier.tasks else []
+    packs = earlier.PACKNET in p.run.continual.methods
+    records = _records_of_last(p, before) if p.earlier.tasks and not packs else []
     kept: dict[str, Any] = {}
     for name in p.run.continual.methods if p.earlier.tasks else ():
         if name in earlier.PENALTIES:
             kept[name] = _penalty(p, state, before, records, name)._asdict()
     if p.earlier.needs_teacher:
         kept["teacher"] = state.all_params
+    if p.earlier.packed and before is not None:
+        kept[earlier.PACKNET] = {"owner": packing.owners(p, before)}
     if kept:
         with Checkpoints(part / WEIGHTS) as stored:
             stored.save(0, kept, {"step": 0}, wait=True)
