@@ -17,41 +17,60 @@ import itertools
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from worker import machine, save, table
 
 from jaxlm.assembly import stream
 from jaxlm.core import config
-from jaxlm.core.continual import L2, MAS, SI, Continual, Ewc, Features, Gem, LwF, Replay, RWalk
-from jaxlm.core.stream import Stage, Stream
+from jaxlm.core.config import Adapter
+from jaxlm.core.continual import L2, MAS, SI, Continual, Ewc, Features, Gem, LwF, PackNet, Replay, RWalk
+from jaxlm.core.stream import MergeBack, Stage, Stream
 from jaxlm.models import llama
 from jaxlm.objectives import causal, classify, relate, tag
-from jaxlm.weights.adapters import Lora, Progressive
+from jaxlm.weights.adapters import Lora, OrthogonalLora, Progressive
 
+
+class Variant(NamedTuple):
+    """What a stream does that keeps what it learned."""
+
+    continual: Continual = Continual()
+    adapter: Adapter = Adapter()
+    """Over the model that a stream starts from, at ten times the learning rate."""
+    merge_back: MergeBack | None = None
+
+
+def _replayed(*more: str, **settings: Any) -> Continual:
+    """Returns methods that keep 512 rows, which are a quarter of each batch."""
+    return Continual(more or ("replay",), **({"replay": Replay(share=0.25, examples=512)} | settings))
+
+
+LORA = Lora(targets=("all",))
 METHODS = {
-    "none": Continual(),
-    "l2": Continual(("l2",), l2=L2(strength=0.3)),
-    "ewc": Continual(("ewc",), ewc=Ewc(strength=1.0, examples=128)),
-    "si": Continual(("si",), si=SI(strength=1.0)),
-    "mas": Continual(("mas",), mas=MAS(strength=0.1, examples=128)),
-    "rwalk": Continual(("rwalk",), rwalk=RWalk(strength=10.0)),
-    "lwf": Continual(("lwf",), lwf=LwF(strength=1.0)),
-    "features": Continual(("features",), features=Features(strength=1.0)),
-    "replay": Continual(("replay",), replay=Replay(share=0.25, examples=512)),
-    "der": Continual(("replay", "der"), replay=Replay(share=0.25, examples=512)),
-    "agem": Continual(("agem",), replay=Replay(share=0.25, examples=512)),
-    "gem": Continual(("gem",), replay=Replay(share=0.25, examples=512), gem=Gem(margin=0.5)),
-    "replay 5 %": Continual(("replay",), replay=Replay(share=0.0625, examples=512)),
-    "pseudo-replay": Continual(("replay",), replay=Replay(share=0.25, examples=512, source="model")),
-    "replay, all rows": Continual(("replay",), replay=Replay(share=0.25, examples=32768)),
-    "replay + ewc": Continual(("replay", "ewc"), replay=Replay(share=0.25, examples=512), ewc=Ewc(1.0, 128)),
-    "lora": Continual(),
-    "task adapters": Continual(adapters="task"),
-    "progressive": Continual(),
+    "none": Variant(),
+    "l2": Variant(Continual(("l2",), l2=L2(strength=0.3))),
+    "ewc": Variant(Continual(("ewc",), ewc=Ewc(strength=1.0, examples=128))),
+    "si": Variant(Continual(("si",), si=SI(strength=1.0))),
+    "mas": Variant(Continual(("mas",), mas=MAS(strength=0.1, examples=128))),
+    "rwalk": Variant(Continual(("rwalk",), rwalk=RWalk(strength=10.0))),
+    "lwf": Variant(Continual(("lwf",), lwf=LwF(strength=1.0))),
+    "features": Variant(Continual(("features",), features=Features(strength=1.0))),
+    "replay": Variant(_replayed()),
+    "replay 5 %": Variant(_replayed(replay=Replay(share=0.0625, examples=512))),
+    "replay, all rows": Variant(_replayed(replay=Replay(share=0.25, examples=32768))),
+    "pseudo-replay": Variant(_replayed(replay=Replay(share=0.25, examples=512, source="model"))),
+    "replay + ewc": Variant(_replayed("replay", "ewc", ewc=Ewc(1.0, 128))),
+    "der++": Variant(_replayed("replay", "der")),
+    "agem": Variant(_replayed("agem")),
+    "gem": Variant(_replayed("gem", gem=Gem(margin=0.5))),
+    "merge back": Variant(merge_back=MergeBack(weight=0.5)),
+    "packnet": Variant(Continual(("packnet",), packnet=PackNet(tasks=5))),
+    "lora": Variant(adapter=LORA),
+    "orthogonal lora": Variant(adapter=OrthogonalLora(targets=("all",))),
+    "lora + replay": Variant(_replayed(), LORA),
+    "task adapters": Variant(Continual(adapters="task"), LORA),
+    "progressive": Variant(adapter=Progressive()),
 }
-ADAPTERS = {"lora": Lora(targets=("all",)), "task adapters": Lora(targets=("all",)), "progressive": Progressive()}
-"""Of the methods that train an adapter over the model that `tasks` starts from, at ten times the learning rate."""
 
 
 def arguments() -> argparse.Namespace:
@@ -59,7 +78,12 @@ def arguments() -> argparse.Namespace:
     p.add_argument("what", choices=("text", "tasks"))
     p.add_argument("--data", type=Path, required=True)
     p.add_argument("--model", type=Path, help="tasks: where each stream starts")
-    p.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all; adapters only for tasks")
+    p.add_argument(
+        "--methods",
+        nargs="+",
+        choices=list(METHODS),
+        help="default: all; adapters where the stream starts from a model",
+    )
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--steps", type=int, help="of each stage")
     p.add_argument("--scale", type=float, nargs="+", default=[1.0], help="of the strengths")
@@ -155,14 +179,16 @@ def main() -> None:
     a = arguments()
     made = text_stream(a) if a.what == "text" else task_stream(a)
     results = {}
-    methods = a.methods or [m for m in METHODS if a.what == "tasks" or m not in ADAPTERS]
+    methods = a.methods or [m for m, variant in METHODS.items() if made.run.start or variant.adapter == Adapter()]
     for method, scale in itertools.product(methods, a.scale):
         name = method if len(a.scale) == 1 else f"{method} × {scale:g}"
         folder = "-".join([a.what, "".join(filter(str.isalnum, method)), *([] if scale == 1 else [f"{scale:g}"])])
-        run = replace(made.run, name=folder, continual=scaled(METHODS[method], scale))
-        if method in ADAPTERS:
-            run = replace(run, adapter=ADAPTERS[method], optim=replace(run.optim, lr=10 * run.optim.lr))
-        one = replace(made, run=run, references=("joint",) if method == "none" else ())
+        continual, adapter, merge_back = METHODS[method]
+        run = replace(made.run, name=folder, continual=scaled(continual, scale), adapter=adapter)
+        if adapter != Adapter():
+            run = replace(run, optim=replace(run.optim, lr=10 * run.optim.lr))
+        references = ("joint",) if method == "none" else ()
+        one = replace(made, run=run, references=references, merge_back=merge_back)
         if stream.train(one):
             raise SystemExit(1)
         results[name] = stream.collect(one, run.folder)

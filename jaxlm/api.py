@@ -21,7 +21,7 @@ from jaxlm.core import config_io, plugins
 from jaxlm.core.config import Run
 from jaxlm.core.growth import Growth
 from jaxlm.core.merging import MethodName, Rescale, Settings
-from jaxlm.core.stream import Stage, Stream
+from jaxlm.core.stream import MergeBack, Stage, Stream
 from jaxlm.inference.sampling import Sampling
 from jaxlm.models import MODELS
 from jaxlm.models.flax_bridge import from_linen, from_nnx
@@ -37,9 +37,9 @@ from jaxlm.weights.adapters import METHODS
 from jaxlm.weights.adapters.method import Method
 
 __all__ = [
-    "LanguageModel", "Plan", "Program", "RunDirectory", "Sampling", "Stage", "Stream", "as_linen", "as_nnx", "evaluate",
-    "from_linen", "from_nnx", "grow", "import_model", "load", "load_plugin", "merge", "open", "plan",
-    "register_adapter", "register_model", "register_objective", "register_optimizer", "register_schedule",
+    "LanguageModel", "MergeBack", "Plan", "Program", "RunDirectory", "Sampling", "Stage", "Stream", "as_linen",
+    "as_nnx", "evaluate", "from_linen", "from_nnx", "grow", "import_model", "load", "load_plugin", "merge", "open",
+    "plan", "register_adapter", "register_model", "register_objective", "register_optimizer", "register_schedule",
     "start_processes", "train", "train_stream",
 ]  # fmt: skip
 

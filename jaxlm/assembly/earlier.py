@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.run_objective import BoundObjective, bind
 from jaxlm.assembly.task_index import FOLDER, INDEX, Task, read_index, task_of
-from jaxlm.core import config, registry
+from jaxlm.core import config, registry, tree
 from jaxlm.core.continual import Continual
 from jaxlm.core.errors import nearest
 from jaxlm.data import replay
@@ -22,8 +22,9 @@ from jaxlm.models import MODELS
 from jaxlm.models.model import Model
 from jaxlm.objectives import OBJECTIVES, outputs
 from jaxlm.objectives.objective import DeviceBatch, RowShape, Sums
-from jaxlm.training.continual import path, penalty, projection
-from jaxlm.training.step import Keeping
+from jaxlm.training.adafactor import own_axes
+from jaxlm.training.continual import packnet, path, penalty, projection
+from jaxlm.training.step import Keeping, State
 from jaxlm.weights import adapters
 from jaxlm.weights.adapters.adapted import Adapted
 from jaxlm.weights.adapters.method import Columns
@@ -32,7 +33,8 @@ HEADS = "tasks"  # the weights of earlier tasks, heads and adapters, stand at `t
 PENALTIES = ("l2", "ewc", "si", "mas", "rwalk")
 REPLAYS = ("replay", "der", "agem", "gem")
 TEACHERS = ("lwf", "features")
-METHODS = (*PENALTIES, *TEACHERS, *REPLAYS)
+PACKNET = "packnet"
+METHODS = (*PENALTIES, *TEACHERS, *REPLAYS, PACKNET)
 TRACKED = ("si", "rwalk")
 
 
@@ -59,6 +61,8 @@ def check(c: Continual, run: config.Run) -> None:
         )
     if replays(c) and not (c.replay.examples or c.replay.tokens):
         raise ValueError("continual.replay: bound the memory by examples or tokens; both are 0")
+    if PACKNET in c.methods:
+        _check_packnet(c, run)
     needing = {"lwf", "der"} & set(c.methods)
     if needing and OBJECTIVES.of(run.objective).outputs is None:
         raise ValueError(
@@ -86,6 +90,31 @@ def _check_adapters(c: Continual, run: config.Run) -> None:
         )
 
 
+def _check_packnet(c: Continual, run: config.Run) -> None:
+    """ValueError: the run's other settings don't go with PackNet."""
+    if others := [name for name in c.methods if name != PACKNET]:
+        raise ValueError(
+            f"continual.methods: packnet leaves the weights of earlier tasks as they are, so {others[0]} has nothing "
+            "to keep; choose one"
+        )
+    if c.old:
+        raise ValueError("continual.old: packnet reads no earlier data; leave it out")
+    if adapters.METHODS.of(run.adapter).growth is not None:
+        raise ValueError(
+            f"continual.methods: packnet gives each task weights of its own, and so does "
+            f"{registry.name_of(run.adapter)}; leave out packnet, or choose lora as the adapter"
+        )
+    if run.train.use == "best":
+        raise ValueError("train.use: the best checkpoint may be one from before packnet prunes; set it to last")
+    if run.train.patience:
+        raise ValueError("train.patience: a run that stops early may stop before packnet prunes; set it to 0")
+    for name in ("top_layers", "only_layers"):
+        if getattr(run.optim, name) not in (None, ()):
+            raise ValueError(
+                f"optim.{name}: packnet prunes all layers of a weight, also those that aren't trained; leave it out"
+            )
+
+
 def earlier_tasks(run: config.Run, start: StartModel) -> tuple[Task, ...]:
     """Returns the tasks before this run: those of its own directory, else of the run that it starts from and that run's
     own, else, where the run names earlier data, one of its own objective."""
@@ -111,6 +140,13 @@ def earlier_tasks(run: config.Run, start: StartModel) -> tuple[Task, ...]:
     if before is None or source is None:
         return ()
     tasks = [*read_index(source.path), task_of(before, source.templates.get("default"))]
+    if PACKNET in before.continual.methods:
+        tasks[-1] = dataclasses.replace(tasks[-1], packed=1 + max((task.packed for task in tasks), default=0))
+    elif PACKNET in run.continual.methods and source.is_trained_here:
+        raise ValueError(
+            f"continual.methods: packnet keeps what was trained with it, and {source.path} was not: train that with "
+            f"--continual.methods packnet; to start from it and not keep it: jaxlm export {source.path} MODEL"
+        )
     taken = [task.name for task in tasks]
     if twice := next((name for name in taken if taken.count(name) > 1), None):
         raise ValueError(f"start: two earlier tasks have the name {twice!r}; rename the run directory")
@@ -181,11 +217,30 @@ class Earlier:
         """Says whether a step compares predictions or states of rows whose loss it computes."""
         return self.needs_teacher or (self.replays and {"replay", "der"} <= set(self.c.methods))
 
+    @property
+    def packed(self) -> int:
+        """Returns how many earlier tasks own weights that a step must leave as they are."""
+        return max((task.packed for task in self.tasks), default=0) if PACKNET in self.c.methods else 0
+
+    def plan(self, specs: Any, head: Any, steps: int) -> packnet.Plan:
+        """Returns what a run of so many steps prunes of weights with these specs: matrices, but not those of the
+        objective's own `head`, all of which the first task with that head keeps."""
+
+        def axes(path: str) -> tuple[int, ...] | None:
+            s = tree.at(specs, path)
+            return own_axes(s) if s.is_matrix and path.split("/")[0] not in head else None
+
+        keep = packnet.share(self.c.packnet, self.packed + 1)
+        return packnet.Plan(axes, keep, packnet.last_dense_step(self.c.packnet, steps))
+
     def describe(self) -> dict[str, str]:
         """Returns a line on what is kept, for people; nothing where no method is named and no task is kept whole."""
         if not self.c.methods:
             whole = " ".join(task.name for task in self.tasks if task.kept_whole)
             return {"continual": f"{whole}: kept whole, with heads and adapters of their own"} if whole else {}
+        if PACKNET in self.c.methods:
+            keep = packnet.share(self.c.packnet, self.packed + 1)
+            return {"continual": f"packnet: task {self.packed + 1}, which keeps {keep:.3g} of the free weights"}
         methods = " ".join(self.c.methods)
         if not self.tasks:
             return {"continual": f"{methods}: nothing was learned before this run, so they act from the next one on"}
@@ -280,16 +335,22 @@ class Earlier:
 
     def tracks(self, params: Any) -> Any:
         """Returns what is noted along the way, at the first update; None: nothing."""
-        made = {"si": path.si_start, "rwalk": path.rwalk_start}
-        return {name: made[name](params) for name in TRACKED if name in self.c.methods} or None
+        made = {"si": path.si_start, "rwalk": path.rwalk_start,
+                PACKNET: lambda w: {"pruned": packnet.nothing_pruned(w)}}  # fmt: skip
+        return {name: start(params) for name, start in made.items() if name in self.c.methods} or None
 
-    def tracks_like(self, trees: Any) -> Any:
-        """Returns the tracks with what `trees` has for the trained weights in the place of each, such as shardings."""
+    def tracks_like(self, trees: Any, masks: Any) -> Any:
+        """Returns the tracks with `trees` in the place of each tree of a float32 number for each trained weight, and
+        `masks` in that of one of an int8 number: their shardings, or their bytes."""
         parts = {"si": ("path", "start"), "rwalk": ("fisher", "score")}
-        return {name: dict.fromkeys(parts[name], trees) for name in TRACKED if name in self.c.methods} or None
+        out = {name: dict.fromkeys(names, trees) for name, names in parts.items() if name in self.c.methods}
+        return out | ({PACKNET: {"pruned": masks}} if PACKNET in self.c.methods else {}) or None
 
-    def keeping(self, rows: int) -> Keeping:
-        """Returns what the methods do to an update whose batch has `rows` rows."""
+    def keeping(self, rows: int, specs: Any, head: Any, steps: int) -> Keeping:
+        """Returns what the methods do to an update whose batch has `rows` rows, in a run of so many steps that trains
+        weights with these specs, and of them an objective's own `head`."""
+        if PACKNET in self.c.methods:
+            return self._packing(self.plan(specs, head, steps))
         c, penalties = self.c, [name for name in PENALTIES if name in self.c.methods and self.tasks]
         tracked = [name for name in TRACKED if name in c.methods]
 
@@ -323,6 +384,23 @@ class Earlier:
             return projection.agem(own, references[0])
 
         return keeping._replace(parts=parts, combine=combine, learned=lambda loss: not loss.startswith("replay"))
+
+    def _packing(self, plan: packnet.Plan) -> Keeping:
+        """Returns what PackNet does to an update."""
+
+        def owner(state: State) -> Any:
+            return state.memory[PACKNET]["owner"] if self.packed else None
+
+        def movable(gradient: Any, state: State) -> Any:
+            return packnet.masked(gradient, state.tracks[PACKNET]["pruned"], owner(state))
+
+        def settle(old: State, new: State) -> State:
+            number, before = old.step + 1, old.tracks[PACKNET]["pruned"]
+            params, pruned = packnet.settled(plan, number, old.params, new.params, before, owner(old))
+            average = None if new.ema is None else packnet.within(new.ema, params, pruned, owner(old))
+            return new.replace(params=params, ema=average, tracks=new.tracks | {PACKNET: {"pruned": pruned}})
+
+        return Keeping(movable=movable, settle=settle)
 
 
 def _name(task: int, loss: str) -> str:
@@ -439,4 +517,6 @@ def bound(run: config.Run, tasks: Sequence[Task], tokens: Any, rows: int) -> Ear
         )
     if tasks and writes(run.continual):
         _check_writes(run, tasks[-1], objectives[-1])
-    return Earlier(run.continual, tuple(tasks), objectives, rows, rows / run.train.batch_size, adapter)
+    made = Earlier(run.continual, tuple(tasks), objectives, rows, rows / run.train.batch_size, adapter)
+    made.describe()  # refuses a task for which no weights are left
+    return made

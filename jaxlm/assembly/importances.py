@@ -130,10 +130,13 @@ def stored(folder: Path) -> set[str]:
         return set() if step is None else {path.name for path in checkpoints.path(step).iterdir()}
 
 
-def restored(p: Program, before: Source, trained: Sequence[str], folder: Path, item: str) -> Any:
+def restored(
+    p: Program, before: Source, trained: Sequence[str], folder: Path, item: str, dtype: Any = jnp.float32
+) -> Any:
     """Returns a tree of the run before as one of this run: its own head is now an earlier task's. Weights that it had
     no number for get 0."""
-    shapes = tree.flatten(like(p))
+    wanted_here = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=s.sharding), like(p))
+    shapes = tree.flatten(wanted_here)
     places = {path: new for path in trained if (new := now(p.earlier.tasks[-1], before, path)) in shapes}
     wanted: dict[str, Any] = {}
     for path, new in places.items():
@@ -147,7 +150,7 @@ def restored(p: Program, before: Source, trained: Sequence[str], folder: Path, i
     return tree.map_named(
         lambda path, s: by_place[path] if path in by_place else jax.jit(
             partial(jnp.zeros, s.shape, s.dtype), out_shardings=s.sharding
-        )(), like(p),
+        )(), wanted_here,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxlm.assembly import earlier, run_directory, task_heads
+from jaxlm.assembly import earlier, owned, run_directory, task_heads
 from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import Source, StartModel, describe, with_adapter
 from jaxlm.assembly.run_objective import BoundObjective, bind_run
@@ -308,7 +308,10 @@ def _of_task(whole: Pretrained, source: Source) -> Pretrained:
     """Returns the model as one of its earlier tasks uses it."""
     task, own = source.task, whole.source.objective
     assert task is not None and whole.source.run is not None
-    weights = earlier.of_directory(source.path, whole.source.run).weights_for(whole.params, task)
+    weights = whole.params
+    if owned.task_of(source.path, whole.source.run, task.name) is not None:
+        weights = owned.for_task(source.path, weights, task)
+    weights = earlier.of_directory(source.path, whole.source.run).weights_for(weights, task)
     head = OBJECTIVES.of(task.objective).specs(task.objective, source.config.width)
     surplus = (OBJECTIVES.of(own).specs(own, source.config.width).keys() - head.keys()) | {earlier.HEADS}
     weights = {name: value for name, value in weights.items() if name not in surplus}

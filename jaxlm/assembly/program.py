@@ -138,9 +138,10 @@ class Program:
         """Returns the sharding of every leaf of the state."""
         weight_shardings, moments = self._weight_shardings
         host = "optimizer" in self.run.execution.offload
+        trained, _ = tree.partition(weight_shardings, self.optimizer.trainable)
         return step.shardings(
             self.specs, weight_shardings, self.optimizer, self.run.optim.ema > 0, self.whole, moments, host
-        ).replace(tracks=self.earlier.tracks_like(tree.partition(weight_shardings, self.optimizer.trainable)[0]))
+        ).replace(tracks=self.earlier.tracks_like(trained, masks=trained))
 
     @property
     def _weight_shardings(self) -> tuple[Any, Any]:
@@ -220,11 +221,13 @@ class Program:
     def train_step(self) -> Any:
         """Returns the jitted `(state, batch) → (state, metrics)`, state donated; `.lower(…).compile()` it."""
         c, shardings, host = self.run.optim, None, "optimizer" in self.run.execution.offload
+        head, train = self.objective.specs(self.run.model.width), self.run.train
         if self.mesh is not None:
             shardings = step.UpdateShardings.of(self.run.mesh.zero, *self._weight_shardings, self.optimizer)
         f = step.make_train_step(
             self.loss, self.totals, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema,
-            shardings=shardings, host=host, keeping=self.earlier.keeping(self.run.train.batch_size),
+            shardings=shardings, host=host,
+            keeping=self.earlier.keeping(train.batch_size, self.specs, head, train.steps),
         )  # fmt: skip
         out = (self.state_shardings, None)
         return jax.jit(f, donate_argnums=0, out_shardings=out, compiler_options=self.compiler_options or None)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.assembly import corpus, earlier, importances, pseudo
+from jaxlm.assembly import corpus, earlier, importances, packing, pseudo
 from jaxlm.assembly.model_source import Source, StartModel
 from jaxlm.assembly.program import Program
 from jaxlm.assembly.task_index import FOLDER, INDEX, STATISTICS, Task
@@ -53,16 +53,18 @@ def remember(p: Program, state: State, start: StartModel, begins: bool) -> State
 
 def kept_like(p: Program) -> dict[str, Any]:
     """Returns the shapes and shardings of the trees that an update reads, by name."""
-    return kept_trees(p.earlier, importances.like(p), p.abstract_state().all_params) if p.earlier.tasks else {}
+    if not p.earlier.tasks:
+        return {}
+    return kept_trees(p.earlier, importances.like(p), packing.like(p), p.abstract_state().all_params)
 
 
-def kept_trees(kept: earlier.Earlier, trained: Any, weights: Any) -> dict[str, Any]:
+def kept_trees(kept: earlier.Earlier, trained: Any, masks: Any, weights: Any) -> dict[str, Any]:
     """Returns the trees that an update reads, by name, with `trained` in the place of each tree of a float32 number for
-    each trained weight, and `weights` in that of all weights."""
+    each trained weight, `masks` in that of one of an int8 number, and `weights` in that of all weights."""
     if not kept.tasks:
         return {}
-    penalties = [name for name in earlier.PENALTIES if name in kept.c.methods]
-    out = {name: {"importance": trained, "anchor": trained} for name in penalties}
+    out = {name: {"importance": trained, "anchor": trained} for name in earlier.PENALTIES if name in kept.c.methods}
+    out |= {earlier.PACKNET: {"owner": masks}} if kept.packed else {}
     return out | ({"teacher": weights} if kept.needs_teacher else {})
 
 
@@ -81,6 +83,8 @@ def _make(p: Program, state: State, start: StartModel, folder: Path) -> None:
             kept[name] = _penalty(p, state, before, records, name)._asdict()
     if p.earlier.needs_teacher:
         kept["teacher"] = state.all_params
+    if p.earlier.packed and before is not None:
+        kept[earlier.PACKNET] = {"owner": packing.owners(p, before)}
     if kept:
         with Checkpoints(part / WEIGHTS) as stored:
             stored.save(0, kept, {"step": 0}, wait=True)

@@ -18,8 +18,10 @@ import numpy as np
 from jaxlm.assembly import (
     earlier,
     infer_task,
+    merge_back,
     moments,
     open_model,
+    owned,
     run_directory,
     run_source,
     stream_cost,
@@ -73,6 +75,7 @@ def _runs(stream: Stream, seed: int) -> list[config.Run]:
             run = run_source.completed(open_model.starting(run, start) if start.place else run, start)
             for before in out[-1:]:
                 moments.check_pair(before, run)
+            earlier.check(run.continual, run)
         except ValueError as error:
             raise ValueError(f"stage {stage.name}: {error}") from error
         if i == 0:
@@ -80,7 +83,11 @@ def _runs(stream: Stream, seed: int) -> list[config.Run]:
             out.append(dataclasses.replace(run_source.growing(run, start), optim=optim))
             continue
         run = run_source.growing_from(run, out[-1].adapter)
-        out.append(dataclasses.replace(run, start=str(out[-1].folder)))
+        merges = stream.merge_back is not None and i > 1
+        out.append(dataclasses.replace(run, start=str(merge_back.place(out[-1]) if merges else out[-1].folder)))
+    owned.check_stream(out)
+    if stream.merge_back is not None:
+        merge_back.check(stream.merge_back, out, stream.run.start)
     return out
 
 
@@ -123,7 +130,13 @@ def _train_seed(stream: Stream, runs: list[config.Run], folder: Path, say: Calla
         scores.add("before", {name: score for name, score in each.items() if score is not None}, 0.0)
     for i, (stage, run) in enumerate(pairs):
         say(f"── stage {i + 1} of {len(runs)}: {stage.name} ──")
-        if status := _train_stage(run, scores, f"after {stage.name}", all_of):
+
+        def score(place: Path, run: config.Run = run, merges: bool = i > 0) -> dict[str, Any]:
+            if stream.merge_back is not None and merges:
+                place = merge_back.merge(stream.merge_back, run, stream.run.start)
+            return all_of(place)
+
+        if status := _train_stage(run, scores, f"after {stage.name}", score):
             return status
     for i, (stage, run) in enumerate(pairs if "single" in stream.references else ()):
         if i == 0 and not run.continual.methods:  # the stream's first stage is trained by itself already
@@ -184,6 +197,8 @@ def _score(place: Path, run: config.Run, stage: Stage) -> dict[str, Any] | None:
     """Returns the score of the model in a run directory on a stage, whose own run is `run`; None: it has no head for
     it."""
     opened = open_model.open_model(place)
+    if (task := owned.task_of(place, opened.source.run, run.name)) is not None:
+        opened = dataclasses.replace(opened, params=owned.for_task(place, opened.params, task))
     if (weights := head_of(opened.params, place, run)) is None:
         return None
     here = _as_stage(dataclasses.replace(opened, params=weights), run)

@@ -33,6 +33,8 @@ class Task:
     run's; none: with the base alone."""
     column: int = 0
     """Of an adapter in columns, its own."""
+    packed: int = 0
+    """Its number, from 1, among the tasks that own weights (PackNet); 0: it owns none."""
     valid: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
     holdout: float = 0.0

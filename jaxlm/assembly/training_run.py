@@ -113,7 +113,7 @@ def _first_state(p: programs.Program, checkpoints: Checkpoints, start: StartMode
         if base := run_directory.frozen_base(p.adapter, state.all_params):
             run_directory.write_base(p.run.folder, base)
         return state, {}
-    if {"grown", "imported"} & checkpoints.read_meta().keys():
+    if {"grown", "imported", "merged"} & checkpoints.read_meta().keys():
         raise ValueError(
             f"{p.run.folder}: holds a model without an optimizer's state, so it does not go on; start a new "
             f"run from it: jaxlm train CONFIG --start {p.run.folder}"

@@ -130,12 +130,26 @@ class Gem:
 
 
 @dataclass(frozen=True)
+class PackNet:
+    """PackNet (Mallya & Lazebnik 2018): each task keeps the largest of the weights that are free and leaves the others
+    to the next; nothing moves what a task keeps."""
+
+    keep: PositiveShare = 0.5
+    """Share of the free weights of each matrix that the task keeps."""
+    tasks: Natural = 0
+    """So many tasks share the weights evenly, whatever `keep` says: of T the first keeps 1/T of them, the next
+    1/(T - 1) of what is left, …; 0: by `keep`."""
+    retrain: BelowOne = 0.3
+    """Share of the run's steps, the last ones, in which the kept weights are trained without the others."""
+
+
+@dataclass(frozen=True)
 class Continual:
     """Says how a run that starts from another keeps what that one learned."""
 
     methods: tuple[str, ...] = ()
     """Any of l2, ewc, si, mas, rwalk (penalties), lwf, features (distillation), replay, der, agem, gem (earlier rows);
-    several work together."""
+    several work together; or packnet (weights of each task's own) by itself."""
     heads: bool = False
     """Keep the heads of the tasks before, so that they can be evaluated; with any method they are kept in any case."""
     adapters: Literal["shared", "task"] = "shared"
@@ -156,3 +170,4 @@ class Continual:
     replay: Replay = field(default_factory=Replay)
     der: Der = field(default_factory=Der)
     gem: Gem = field(default_factory=Gem)
+    packnet: PackNet = field(default_factory=PackNet)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from jaxlm.core import config_io, ranges
 from jaxlm.core.config import Run
+from jaxlm.core.ranges import Natural, PositiveShare, Share
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,22 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class MergeBack:
+    """Merges the model after each stage but the first with the one before it, as `jaxlm merge` does; a stream goes on
+    from the merge, and that is scored."""
+
+    method: str = "linear"
+    """One of those of `jaxlm merge`. Those that add changes take the model before as their base; model_stock takes the
+    model that the stream starts from."""
+    weight: Share | None = None
+    """How much the new model counts, from 0 (the model before) to 1; None: 0.5. Changes are multiplied by it."""
+    density: PositiveShare | None = None
+    gamma: Share | None = None
+    rescale: str | None = None
+    seed: Natural = 0
+
+
+@dataclass(frozen=True)
 class Stream:
     """A stream holds what its stages share, and the stages."""
 
@@ -33,6 +50,8 @@ class Stream:
     """The whole stream is run once with each."""
     references: tuple[Literal["single", "joint"], ...] = ()
     """Trained beside the stream: single: each stage by itself; joint: all stages at once."""
+    merge_back: MergeBack | None = None
+    """None: each stage goes on from the one before it."""
 
     def run_of(self, number: int, seed: int, folder: str, start: str) -> Run:
         """Returns the run of stage `number` (0, 1, …) in a folder, which starts from `start` (empty: the stream's own
@@ -72,4 +91,5 @@ def to_dict(stream: Stream) -> dict[str, Any]:
     runs = [config_io.to_dict(stream.run_of(i, 0, "", "")) for i in range(len(stream.stages))]
     pairs = zip(stream.stages, runs, strict=True)
     stages = [{"name": stage.name, "metric": stage.metric, "run": run} for stage, run in pairs]
-    return {"stages": stages, "seeds": list(stream.seeds), "references": list(stream.references)}
+    merged = {} if stream.merge_back is None else {"merge_back": dataclasses.asdict(stream.merge_back)}
+    return {"stages": stages, "seeds": list(stream.seeds), "references": list(stream.references)} | merged

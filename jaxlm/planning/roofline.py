@@ -317,7 +317,10 @@ class _Step:
     def kept(self, weights: float) -> float:
         """Returns the bytes of what methods of continual learning hold beside the weights, whose bytes are given."""
         trained = sum(4 * self.stored(s) for path, s in self.flat.items() if self.p.optimizer.trainable(path))
-        trees = remember.kept_trees(self.p.earlier, trained, weights), self.p.earlier.tracks_like(trained)
+        trees = (
+            remember.kept_trees(self.p.earlier, trained, trained / 4, weights),
+            self.p.earlier.tracks_like(trained, trained / 4),
+        )
         return float(sum(jax.tree.leaves(trees)))
 
     def flows(self) -> list[Flow]:

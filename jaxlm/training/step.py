@@ -60,6 +60,10 @@ class Keeping(NamedTuple):
     """(params, memory) → what is added to the mean loss; its gradient is taken once an update."""
     observe: Callable[[Any, Any, Any, Any], Any] | None = None
     """(tracks, gradient without the penalty, params before and after the update) → tracks."""
+    movable: Callable[[Any, "State"], Any] | None = None
+    """(gradient, state) → the gradient with zeros for weights that must not move."""
+    settle: Callable[["State", "State"], "State"] | None = None
+    """(state before an update, state after it) → the state after it, in which such weights are what they have to be."""
 
 
 NOTHING_KEPT = Keeping()
@@ -225,6 +229,8 @@ def make_train_step(
             extra, pull = jax.value_and_grad(keeping.penalty)(state.params, state.memory)
             grads = jax.tree.map(jnp.add, grads, optimizer.moved(pull))
             metrics |= {"penalty": extra}
+        if keeping.movable is not None:
+            grads = keeping.movable(grads, state)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         if clip:
@@ -242,6 +248,8 @@ def make_train_step(
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), moved, unmoved)
         new = new.replace(frozen=state.frozen, memory=state.memory)
         new = new.replace(opt=_with_clocks_of(opt, new.opt))
+        if keeping.settle is not None:
+            new = keeping.settle(state, new)
         if shardings is not None:
             new = new.replace(params=constrain(new.params, shardings.weights))
         if host:

@@ -1,12 +1,12 @@
 """What a run keeps of earlier tasks, for models of every kind, on one device and on eight."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.continual_runs import KINDS, MODELS, ONE_KIND_QUICKLY, Stopped, begun, make, write_sources
 
 import jaxlm
 from jaxlm.assembly import earlier, importances, remember
@@ -16,60 +16,14 @@ from jaxlm.core import config, tree
 from jaxlm.core.continual import MAS, Continual, Der, Ewc, Replay
 from jaxlm.data import replay
 from jaxlm.data.tokenizer import Bytes
-from jaxlm.models import bert, llama, t5
-from jaxlm.objectives import causal, classify, seq2seq
+from jaxlm.objectives import classify
 from jaxlm.runtime import mesh
 from jaxlm.training.continual import projection
-
-MODELS = {
-    "decoder": (
-        llama.Config(vocab=384, layers=1, width=16, heads=2, kv_heads=2, head_width=8, ffn=32),
-        causal.Config(),
-    ),
-    "encoder": (
-        bert.Config(vocab=384, layers=1, width=16, heads=2, ffn=32, positions=32, dropout=0.0),
-        classify.Config(labels=("no", "yes"), dropout=0.0),
-    ),
-    "encoder_decoder": (
-        t5.Config(vocab=384, layers=1, width=16, heads=2, head_width=8, ffn=32, decoder_start=0, dropout=0.0),
-        seq2seq.Config(target_len=16, pack=False),
-    ),
-}
-KINDS = list(MODELS)
-ONE_KIND_QUICKLY = ["decoder", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, str]:
-    folder, rng = tmp_path_factory.mktemp("old"), np.random.default_rng(0)
-    words = ["".join(rng.choice(list("abcdef"), 4)) for _ in range(160)]
-    text = folder / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": " ".join(words[i : i + 40])}) + "\n" for i in range(40)))
-    rows = folder / "rows.csv"
-    rows.write_text("text,label\n" + "".join(f"{w},{'yes' if 'a' in w else 'no'}\n" for w in words))
-    pairs = folder / "pairs.jsonl"
-    pairs.write_text("".join(json.dumps({"source": w, "target": w[::-1]}) + "\n" for w in words))
-    return {"decoder": str(text), "encoder": str(rows), "encoder_decoder": str(pairs)}
-
-
-def make(kind: str, source: str, folder, methods=(), on: config.Mesh | None = None, **settings) -> config.Run:
-    model, objective = MODELS[kind]
-    return config.Run(
-        name=kind, out=str(folder), model=model, objective=objective,
-        data=config.Data((source,), tokenizer="bytes", cache=str(folder / "cache"), tokenize_workers=0, holdout=0.1),
-        optim=config.Optim(name="sgd", lr=0.1, momentum=0.0, warmup=0, weight_decay=0.0, schedule="constant", clip=0.0),
-        train=config.Train(steps=4, batch_size=16, seq_len=32, prompts=(), eval_every=0, save_every=0),
-        continual=Continual(methods, old=(source,), **settings),
-        execution=config.Execution(dtype="float32"), mesh=on or config.Mesh(),
-    )  # fmt: skip
-
-
-def begun(run: config.Run):
-    """The program of a run, and its state with what it keeps."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    p = programs.program(run, Bytes(), None, earlier.earlier_tasks(run, StartModel("")))
-    with mesh.on_mesh(p.mesh):
-        return p, remember.remember(p, p.init(), StartModel(""), begins=True)
+    return write_sources(tmp_path_factory.mktemp("old"))
 
 
 def rows_of(p, name: str, count: int) -> list[dict]:
@@ -226,10 +180,6 @@ def test_a_memory_larger_than_the_machine_is_refused_before_training(sources, tm
     monkeypatch.setattr(remember.os, "sysconf", lambda name: 1)
     with pytest.raises(ValueError, match=r"continual\.replay\.examples: .* of memory are free"):
         begun(make("encoder", sources["encoder"], tmp_path, ("replay",)))
-
-
-class Stopped(Exception):
-    pass
 
 
 def test_a_run_that_keeps_goes_on_as_if_it_had_not_stopped(sources, tmp_path, one_device):

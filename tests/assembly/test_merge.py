@@ -249,6 +249,11 @@ def test_an_adapter_and_a_gguf_file_are_told_what_to_do_first(place, tmp_path):
     (tmp_path / "lora" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"lora: has an adapter; .* jaxlm export \S+lora MERGED"):
         jaxlm.merge([tmp_path / "lora", place / "one"], tmp_path / "out")
+    (tmp_path / "lora" / "config.json").write_text(
+        json.dumps({**config, "adapter": {"family": "none"}, "continual": {"methods": ["packnet"]}})
+    )
+    with pytest.raises(ValueError, match=r"lora: its tasks own weights \(packnet\)"):
+        jaxlm.merge([tmp_path / "lora", place / "one"], tmp_path / "out")
     with pytest.raises(ValueError, match=r"one\.gguf: GGUF files aren't merged; .* jaxlm import \S+one\.gguf RUN"):
         jaxlm.merge([tmp_path / "one.gguf", place / "one"], tmp_path / "out")
     shutil.copytree(place / "run", tmp_path / "new", ignore=shutil.ignore_patterns("checkpoints"))

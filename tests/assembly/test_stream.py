@@ -3,17 +3,22 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm import Data, Execution, Optim, Run, Stage, Stream, Train
+from jaxlm import Data, Execution, MergeBack, Optim, Run, Stage, Stream, Train
+from jaxlm.assembly import merge_back, task_index, training_run
 from jaxlm.assembly import stream as streams
-from jaxlm.assembly import training_run
+from jaxlm.assembly.open_model import open_model
 from jaxlm.commands import cli
-from jaxlm.core.continual import Continual, Replay
+from jaxlm.core import tree
+from jaxlm.core.continual import Continual, Ewc, Replay
 from jaxlm.models import bert
 from jaxlm.objectives import classify
+from jaxlm.weights.merging import METHODS
 
 
 def table(file, words: dict[str, str], seed: int) -> str:
@@ -133,3 +138,96 @@ def test_a_stage_that_lacks_its_score_says_which_there_are(made):
 def test_differences_are_named():
     assert streams._difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}, "") == "a[1].b is 2 there and 3 here"
     assert streams._difference({"a": 1}, {"a": 1}, "") is None
+
+
+@pytest.fixture
+def merging(made) -> Stream:
+    """Two tasks that are trained without any method and merged back."""
+    run = dataclasses.replace(made.run, continual=Continual(), optim=Optim(lr=5e-2, warmup=1))
+    return dataclasses.replace(made, run=run, references=(), merge_back=MergeBack(weight=0.25))
+
+
+def test_a_stream_goes_on_from_the_merge_of_a_stage_with_the_model_before(merging, monkeypatch):
+    folder, merged = merging.run.folder / "seed-0", merge_back.merged
+
+    def dies(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merge_back, "merged", dies)
+    with pytest.raises(KeyboardInterrupt):  # between training and merging
+        jaxlm.train_stream(merging)
+    monkeypatch.setattr(merge_back, "merged", merged)
+    monkeypatch.setattr(training_run, "train", dies)
+    results = jaxlm.train_stream(merging)
+    matrix = np.array(results["matrices"][0], float)
+    places = (folder / "1-fruit", folder / "2-size", folder / "merged" / "2-size")
+    before, after, new = (open_model(place).params for place in places)
+    assert jaxlm.evaluate(places[2])["accuracy"] == pytest.approx(matrix[2, 1])
+    for path, w in tree.flatten(new).items():
+        own, head = tree.at(after, path), path.startswith("classify")
+        old = before[path.rpartition("/")[2]] if path.startswith("tasks/1-fruit") else tree.at(before, path)
+        wanted = own if head else 0.75 * np.asarray(old, float) + 0.25 * np.asarray(own, float)
+        np.testing.assert_array_equal(w, np.asarray(wanted, np.float32), err_msg=path)
+    assert (np.asarray(after["blocks"]["q"]) != np.asarray(before["blocks"]["q"])).any()
+
+    one = open_model(places[1])
+    seen = merge_back._seen_by(streams._runs(merging, 0)[1], open_model(places[0]))
+    density = {"dare_linear": 0.5, "dare_ties": 0.5, "breadcrumbs": 0.5}
+    for method in METHODS:
+        if method == "model_stock":
+            continue
+        how = MergeBack(method, density=density.get(method))
+        none, all_of, half = (merge_back.merged(dataclasses.replace(how, weight=w), one, seen) for w in (0.0, 1.0, 0.5))
+        np.testing.assert_array_equal(none["embed"], before["embed"])
+        assert (np.asarray(half["embed"]) != np.asarray(before["embed"])).any()
+        if method in merge_back.EXACT:
+            jax.tree.map(np.testing.assert_array_equal, all_of, after)
+    q = [np.asarray(t["blocks"]["q"][0], float).ravel() for t in (before, after, half)]
+    stock = merge_back.merged(MergeBack("model_stock"), one, seen, jax.tree.map(jnp.zeros_like, seen))
+    cosine = q[0] @ q[1] / np.linalg.norm(q[0]) / np.linalg.norm(q[1])
+    wanted = 2 * cosine / (1 + cosine) * (q[0] + q[1]) / 2  # the base is zero
+    np.testing.assert_allclose(np.asarray(stock["blocks"]["q"][0]).ravel(), wanted, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"models: id2label is .* in \S+2-size and .* in \S+1-fruit"):
+        jaxlm.merge(places[:2], folder / "both")
+    with pytest.raises(ValueError, match="holds a model without an optimizer's state"):
+        monkeypatch.undo()
+        jaxlm.train(jaxlm.load(places[2], **{"train.steps": 8}))
+
+
+@pytest.mark.slow
+def test_a_third_stage_knows_the_tasks_before_the_merge(merging, tmp_path):
+    words = {"wet": "rain sea", "dry": "sand sun"}
+    changes = {
+        "data.train": (table(tmp_path / "wet.csv", words, 0),),
+        "data.valid": (table(tmp_path / "v.csv", words, 1),),
+    }
+    third = Stage("wet", changes | {"objective": classify.Config(dropout=0.0)})
+    methods = Continual(("ewc", "replay"), replay=Replay(examples=8), ewc=Ewc(examples=4))
+    made = dataclasses.replace(
+        merging, stages=(*merging.stages, third), run=dataclasses.replace(merging.run, continual=methods)
+    )
+    matrix = np.array(jaxlm.train_stream(made)["matrices"][0], float)
+    assert not np.isnan(matrix[3]).any()
+    last = made.run.folder / "seed-0" / "merged" / "3-wet"
+    assert [task.name for task in task_index.read_index(last)] == ["1-fruit", "2-size"]
+    assert json.loads((last / "config.json").read_text())["start"].endswith("merged/2-size")
+
+
+@pytest.mark.parametrize(
+    ("how", "changes", "message"),
+    [
+        (MergeBack("slurp"), {}, r"merge_back\.method: unknown 'slurp'; did you mean 'slerp'"),
+        (MergeBack(weight=1.5), {}, r"merge_back\.weight: 1\.5 is out of range"),
+        (MergeBack("linear", density=0.5), {}, r"merge_back\.density: linear has no such setting"),
+        (MergeBack("dare_ties"), {}, r"merge_back\.density: dare_ties has no usual value"),
+        (MergeBack("model_stock"), {}, "model_stock needs a model that both began from"),
+        (MergeBack(), {"continual.methods": ("si",)}, "merge_back: si measures the path"),
+        (MergeBack(), {"continual.methods": ("packnet",)}, "merge_back: packnet owns weights"),
+        (MergeBack(), {"adapter": "lora"}, "merge_back: merges whole weights"),
+    ],
+)
+def test_a_merge_that_can_not_be_made_is_one_line_before_training(merging, how, changes, message):
+    run = jaxlm.load(merging.run, **changes)
+    with pytest.raises(ValueError, match=message) as raised:
+        jaxlm.train_stream(dataclasses.replace(merging, run=run, merge_back=how))
+    assert "\n" not in str(raised.value) and not merging.run.folder.exists()

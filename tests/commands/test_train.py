@@ -223,6 +223,15 @@ def test_a_finished_run_learns_new_data_in_a_run_beside_it(trained: Path, capsys
     with pytest.raises(ValueError, match=r"start: new data for .* starts from its own model"):
         jaxlm.load(folder, start=str(second), **{"data.train": (str(new),)})
 
+    both = trained / "both"  # what the second run changed counts half
+    assert cli.main(["merge", str(folder), str(second), "--out", str(both), "--weights", "0.5", "0.5"]) == 0
+    old, learned, half = (jaxlm.open(place).pretrained.params for place in (folder, second, both))
+    assert (np.asarray(old["embed"]) != np.asarray(learned["embed"])).any()
+    jax.tree.map(
+        lambda a, b, c: np.testing.assert_array_equal(c, (0.5 * np.asarray(a, float) + 0.5 * b).astype(np.float32)),
+        old, learned, half,
+    )  # fmt: skip
+
 
 CHANGES = {
     "train.steps": 2, "train.prompts": (), "optim.ema": 0.0, "train.micro_batches": 1, "mesh": Mesh(),

@@ -7,8 +7,12 @@ import optax
 import pytest
 import scipy.optimize
 
-from jaxlm.core.continual import SI, RWalk
-from jaxlm.training.continual import importance, path, penalty, projection
+from jaxlm.assembly.earlier import Earlier, Task
+from jaxlm.core import config, spec
+from jaxlm.core.continual import SI, Continual, PackNet, RWalk
+from jaxlm.training import optimizers
+from jaxlm.training import step as steps
+from jaxlm.training.continual import importance, packnet, path, penalty, projection
 
 
 def tree(seed: int, scale: float = 1.0) -> dict:
@@ -166,3 +170,99 @@ def test_optax_and_the_penalty_meet_at_the_balance():
         updates, state = tx.update(g, state)
         w = optax.apply_updates(w, updates)
     np.testing.assert_allclose(w["w"], [(3 + 1.5 * 2 * 1) / (1 + 1.5 * 2), 3.0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.3, 1.0])
+def test_the_smallest_free_weights_of_each_matrix_are_pruned(keep):
+    """Their numbers are exact in each layer and each expert, whatever its magnitudes are, ties included."""
+    rng = np.random.default_rng(0)
+    w = rng.integers(-9, 9, (2, 3, 7, 5)).astype(np.float32) * np.array([1, 1e-3])[:, None, None, None]
+    free = rng.random(w.shape) < np.array([0.9, 0.4])[:, None, None, None]
+    free[1, 2] = False
+    plan = packnet.Plan(lambda path: {"w": (2, 3), "v": None}[path], keep, 1)
+    trees = [{"w": jnp.asarray(x), "v": jnp.asarray(x[0, 0, 0])} for x in (w, free)]
+    found = jax.jit(lambda w, free: packnet.smallest(plan, w, free))(*trees)
+    assert not found["v"].any()
+    for one, is_free, pruned in zip(
+        w.reshape(6, 35), free.reshape(6, 35), np.asarray(found["w"]).reshape(6, 35), strict=True
+    ):
+        order = [i for i in np.argsort(np.abs(one), kind="stable") if is_free[i]]
+        n = len(order)
+        count = n - max(round(keep * n + 1e-6), min(n, 1))
+        assert sorted(order[:count]) == np.flatnonzero(pruned).tolist()
+
+
+def test_a_run_that_is_given_more_steps_is_pruned_once():
+    plan = packnet.Plan(lambda path: (0, 1), 0.5, 3)
+    w = {"w": jax.random.normal(jax.random.key(0), (4, 4))}
+    same, pruned = packnet.settled(plan, jnp.int32(2), w, w, packnet.nothing_pruned(w))
+    assert not pruned["w"].any() and (same["w"] == w["w"]).all()
+    for at in (3, 5):
+        w, pruned = packnet.settled(plan._replace(at=at), jnp.int32(at), w, w, pruned)
+        assert int(pruned["w"].sum()) == 8 == int((w["w"] == 0).sum())
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 1000, 123_457, 2**31 - 1])
+@pytest.mark.parametrize("keep", [1e-9, 0.1, 0.25, 1.0])
+def test_counts_of_kept_weights_do_not_overflow(n, keep):
+    found = int(packnet.kept(jnp.int32(n), keep))
+    assert min(n, 1) <= found <= n and abs(found - keep * n) <= 1 + n * 2**-15
+    assert keep not in (0.25, 1.0) or found == max(int(keep * n + 0.5), min(n, 1))
+
+
+def test_tasks_share_the_weights_evenly():
+    c, left = PackNet(tasks=4), 1.0
+    for number in range(1, 5):
+        taken = packnet.share(c, number) * left
+        assert taken == pytest.approx(0.25)
+        left -= taken
+    with pytest.raises(ValueError, match=r"continual\.packnet\.tasks: 4 tasks share the weights and this is task 5"):
+        packnet.share(c, 5)
+    assert [packnet.last_dense_step(PackNet(retrain=r), 10) for r in (0.0, 0.3, 0.99)] == [10, 7, 1]
+
+
+@pytest.mark.parametrize("name", list(optimizers.OPTIMIZERS))
+def test_no_optimizer_moves_what_an_earlier_task_owns(name):
+    """Nor its average: with weight decay and momentum, and bit for bit. What is pruned stays zero, even if the update
+    in which it is pruned is left out."""
+    specs = {
+        "blocks": {"w": spec.Spec((2, 8, 6), ("layers", "embed", "ffn"), spec.normal(0.3)),
+                   "b": spec.Spec((2, 6), ("layers", None), spec.normal(0.3), role="bias")},
+        "table": spec.table(5, 8, spec.normal(0.3)),
+    }  # fmt: skip
+    c = config.Optim(name=name, lr=0.05, muon_lr=0.05, weight_decay=0.5, warmup=0, momentum=0.9, schedule="constant")
+    optimizer = optimizers.make(c, 6, specs)
+    task = Task("first", None, 1, packed=1)
+    kept = Earlier(Continual(("packnet",), packnet=PackNet(keep=0.25, retrain=0.5)), (task,), ())
+
+    def loss(weights, batch, key, memory=None):
+        x = weights["table"][batch["x"]]
+        for layer in range(2):
+            x = x.at[:, :6].add(jnp.tanh(x @ weights["blocks"]["w"][layer] + weights["blocks"]["b"][layer][None]))
+        return {"toy": {"loss": jnp.square(x - batch["y"][:, None]).sum() / batch["fine"].min()}}
+
+    train = steps.make_train_step(
+        loss, lambda batch: {"toy": jnp.float32(20)}, optimizer, seed=0, clip=1.0, ema=0.9,
+        keeping=kept.keeping(5, specs, {}, 6),
+    )  # fmt: skip
+    params = spec.init(specs, jax.random.key(0))
+    owner = jax.tree.map(lambda w: jax.random.bernoulli(jax.random.key(1), 0.5, w.shape).astype(jnp.int8), params)
+    owner["blocks"]["b"] = jnp.ones((2, 6), jnp.int8)
+    params = jax.tree.map(lambda w, o: jnp.where(o == 0, 0.0, w), params, owner)  # what is free begins at zero
+    state = steps.start(params, jax.tree.map(lambda w: None, params), optimizer, True, kept.tracks(params))
+    state = state.replace(memory={"packnet": {"owner": owner}})
+    train, first = jax.jit(train), jax.device_get(params)
+    for i in range(6):
+        fine = jnp.full(1, 0.0 if i == 2 else 1.0)  # of the third update, after which it is pruned
+        state, metrics = train(state, {"x": jnp.arange(5)[None], "y": jnp.arange(5.0)[None] - i, "fine": fine[None]})
+        assert bool(metrics["finite"]) == (i != 2)
+        for now in jax.device_get((state.params, state.ema)):
+            jax.tree.map(lambda w, a, o: np.testing.assert_array_equal(w[o > 0], a[o > 0]), now, first, owner)
+        pruned = state.tracks["packnet"]["pruned"]
+        zeros = jax.tree.map(lambda w, e, p: bool(((w != 0) | (e != 0))[p].any()), state.params, state.ema, pruned)
+        assert not any(jax.tree.leaves(zeros))
+        free, gone = ((x["blocks"]["w"]).sum((1, 2)) for x in (jax.tree.map(lambda o: o == 0, owner), pruned))
+        wanted = free - (free + 2) // 4 if i >= 2 else 0 * free
+        np.testing.assert_array_equal(gone, wanted)
+    moved = jax.tree.map(lambda w, o, p: bool((w != 0)[(o == 0) & ~p].all()), state.params, owner, pruned)
+    assert moved["blocks"]["w"] and moved["table"], "what is free is trained"
