@@ -21,7 +21,6 @@ from jaxlm.assembly import earlier, task_index
 from jaxlm.assembly.merge import HELD
 from jaxlm.assembly.open_model import Pretrained, open_model
 from jaxlm.core import config, config_io, spec, tree
-from jaxlm.core.errors import nearest
 from jaxlm.core.stream import MergeBack
 from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.runtime import mesh, processes
@@ -39,8 +38,6 @@ LEFT = ("checkpoints", "start.npz", "report.html", "*.part", "environment.json")
 def check(c: MergeBack, runs: list[config.Run], start: str) -> None:
     """Refuses a stream whose stages can't be merged back so: ValueError. `start`: where the stream starts."""
     config_io.check(c, "merge_back.")
-    if c.method not in merging.METHODS:
-        raise ValueError(f"merge_back.method: unknown {c.method!r}{nearest(c.method, merging.METHODS)}")
     if c.method == "model_stock" and not start:
         raise ValueError(
             "merge_back.method: model_stock needs a model that both began from, and this stream starts from fresh "
@@ -63,7 +60,7 @@ def check(c: MergeBack, runs: list[config.Run], start: str) -> None:
 
 def settings(c: MergeBack) -> Settings:
     """Returns how two models are merged. ValueError: the method has no such setting, or needs one."""
-    given = Settings(c.method, density=c.density, gamma=c.gamma, rescale=c.rescale, seed=c.seed)  # type: ignore[arg-type]
+    given = Settings(c.method, density=c.density, gamma=c.gamma, rescale=c.rescale, seed=c.seed)
     weight = USUAL if c.weight is None else c.weight
     try:
         if c.method == "model_stock":

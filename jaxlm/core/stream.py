@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from jaxlm.core import config_io, ranges
 from jaxlm.core.config import Run
+from jaxlm.core.merging import MethodName, Rescale
 from jaxlm.core.ranges import Natural, PositiveShare, Share
 
 
@@ -28,14 +29,14 @@ class MergeBack:
     """Merges the model after each stage but the first with the one before it, as `jaxlm merge` does; a stream goes on
     from the merge, and that is scored."""
 
-    method: str = "linear"
-    """One of those of `jaxlm merge`. Those that add changes take the model before as their base; model_stock takes the
-    model that the stream starts from."""
+    method: MethodName = "linear"
+    """Those that add changes take the model before as their base; model_stock takes the model that the stream starts
+    from."""
     weight: Share | None = None
     """How much the new model counts, from 0 (the model before) to 1; None: 0.5. Changes are multiplied by it."""
     density: PositiveShare | None = None
     gamma: Share | None = None
-    rescale: str | None = None
+    rescale: Rescale | None = None
     seed: Natural = 0
 
 

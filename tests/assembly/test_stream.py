@@ -216,7 +216,7 @@ def test_a_third_stage_knows_the_tasks_before_the_merge(merging, tmp_path):
 @pytest.mark.parametrize(
     ("how", "changes", "message"),
     [
-        (MergeBack("slurp"), {}, r"merge_back\.method: unknown 'slurp'; did you mean 'slerp'"),
+        (MergeBack("slurp"), {}, r"merge_back\.method: 'slurp' is not one of linear, slerp"),
         (MergeBack(weight=1.5), {}, r"merge_back\.weight: 1\.5 is out of range"),
         (MergeBack("linear", density=0.5), {}, r"merge_back\.density: linear has no such setting"),
         (MergeBack("dare_ties"), {}, r"merge_back\.density: dare_ties has no usual value"),
