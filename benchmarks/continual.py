@@ -2,24 +2,28 @@
 
     python benchmarks/continual.py text --data DATA_DIR            # English prose, then Python, then German
     python benchmarks/continual.py tasks --data DATA_DIR --model MODEL_DIR   # five unlike labelled tasks in a row
+    python benchmarks/continual.py chain --data DATA_DIR --model SMOLLM2.gguf --methods lora "orthogonal lora" …
 
-DATA_DIR has the folders tinyshakespeare, multi30k, sst2, conll2003, semeval2010_task8; MODEL_DIR is a Hugging
-Face directory of a small encoder. `text` trains a decoder of a million weights from nothing, on bytes, and scores bits
-per byte of held-out text; `tasks` fine-tunes with a head for each task. Each method is a stream of its own with the
-same seeds, beside training without any and training on everything at once. What is finished is kept in --out, and the
-same command goes on. --scale multiplies the strengths of METHODS; they were chosen so with a seed of their own:
+DATA_DIR has the folders tinyshakespeare, multi30k, sst2, conll2003, semeval2010_task8, gsm8k, dialogsum; MODEL_DIR is a
+Hugging Face directory of a small encoder. `text` trains a decoder of a million weights from nothing, on bytes, and
+scores bits per byte of held-out text; `tasks` fine-tunes with a head for each task; `chain` teaches a pretrained chat
+model three kinds of answers, and scores their loss. Each method is a stream of its own with the same seeds, beside
+training without any and training on everything at once. What is finished is kept in --out, and the same command goes
+on; results/ keeps the methods that weren't run. --scale multiplies the strengths of METHODS; those of ewc and si were
+chosen so, with a seed of their own:
 
-    python benchmarks/continual.py text --data DATA_DIR --seeds 100 --scale 0.1 1 10 --save - --methods l2 ewc si …
+    python benchmarks/continual.py text --data DATA_DIR --seeds 100 --scale 0.1 1 10 --save - --methods ewc si
 """
 
 import argparse
 import itertools
+import json
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from worker import machine, save, table
+from worker import HERE, machine, save, table
 
 from jaxlm.assembly import stream
 from jaxlm.core import config
@@ -27,7 +31,7 @@ from jaxlm.core.config import Adapter
 from jaxlm.core.continual import L2, MAS, SI, Continual, Ewc, Features, Gem, LwF, PackNet, Replay, RWalk
 from jaxlm.core.stream import MergeBack, Stage, Stream
 from jaxlm.models import llama
-from jaxlm.objectives import causal, classify, relate, tag
+from jaxlm.objectives import causal, classify, relate, sft, tag
 from jaxlm.weights.adapters import Lora, OrthogonalLora, Progressive
 
 
@@ -75,9 +79,9 @@ METHODS = {
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("text", "tasks"))
+    p.add_argument("what", choices=list(STREAMS))
     p.add_argument("--data", type=Path, required=True)
-    p.add_argument("--model", type=Path, help="tasks: where each stream starts")
+    p.add_argument("--model", type=Path, help="tasks, chain: where each stream starts")
     p.add_argument(
         "--methods",
         nargs="+",
@@ -159,6 +163,7 @@ def task_stream(a: argparse.Namespace) -> Stream:
         mixed = [row for pair in zip(*rows, strict=True) for row in pair]
         at(f"language.{part}.tsv").write_text("\n".join(["sentence\tlabel", *mixed]) + "\n", "utf-8")
         changes["language"][key] = (str(at(f"language.{part}.tsv")),)
+    changes["relations"]["train.seq_len"] = 64  # some entities are far apart
     sentences = classify.Config(text="sentence", label="label")
     objectives = {"sentiment": (sentences, "accuracy"), "names": (tag.Config(), "f1"),
                   "relations": (relate.Config(columns=("e1", "e2", "label", "text")), "accuracy"),
@@ -175,9 +180,45 @@ def task_stream(a: argparse.Namespace) -> Stream:
     return Stream(run, stages, seeds=tuple(a.seeds))
 
 
+def chain_stream(a: argparse.Namespace) -> Stream:
+    """Returns the chain of three kinds of answers for a pretrained chat model: German for an English sentence, the
+    working of a sum, and the summary of a dialogue; 400 of each, and 40 to score, all short."""
+    from jaxlm.assembly.model_source import describe
+
+    def records(name: str) -> list[dict[str, str]]:
+        return [json.loads(line) for line in (a.data / name).read_text("utf-8").splitlines()]
+
+    sides = [(a.data / "multi30k" / f"train.{side}").read_text("utf-8").splitlines() for side in ("en", "de")]
+    pairs = {
+        "german": [(f"Translate to German: {en}", de) for en, de in zip(*sides, strict=True)],
+        "sums": [(row["question"], row["answer"]) for row in records("gsm8k/train.jsonl")],
+        "summaries": [(f"Summarize: {row['dialogue']}", row["summary"]) for row in records("dialogsum/dev.jsonl")],
+    }
+    source, folder, stages = describe(a.model), a.out / "answers", []
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, each in pairs.items():
+        short = [{"prompt": q, "completion": answer} for q, answer in each if len(q) + len(answer) < 600][:440]
+        parts = {"train": short[:-40], "valid": short[-40:]}
+        for part, rows in parts.items():
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (folder / f"{name}.{part}.jsonl").write_text(text, "utf-8")
+        stages.append(Stage(name, {f"data.{part}": (str(folder / f"{name}.{part}.jsonl"),) for part in parts}))
+    run = config.Run(
+        name="chain", out=str(a.out), model=source.config, objective=sft.Config(), start=str(a.model),
+        data=config.Data(cache=str(a.out / "cache"), tokenize_workers=0),
+        optim=config.Optim(lr=1e-4, warmup=3, schedule="linear", final=0.1, weight_decay=0.0),
+        train=config.Train(steps=a.steps or 30, batch_size=4, seq_len=192, eval_every=0, save_every=0, prompts=()),
+        execution=config.Execution(dtype="float32"),
+    )  # fmt: skip
+    return Stream(run, tuple(stages), seeds=tuple(a.seeds))
+
+
+STREAMS = {"text": text_stream, "tasks": task_stream, "chain": chain_stream}
+
+
 def main() -> None:
     a = arguments()
-    made = text_stream(a) if a.what == "text" else task_stream(a)
+    made = STREAMS[a.what](a)
     results = {}
     methods = a.methods or [m for m, variant in METHODS.items() if made.run.start or variant.adapter == Adapter()]
     for method, scale in itertools.product(methods, a.scale):
@@ -192,13 +233,16 @@ def main() -> None:
         if stream.train(one):
             raise SystemExit(1)
         results[name] = stream.collect(one, run.folder)
+    file = HERE / "results" / f"{a.save or f'continual_{a.what}'}.json"
+    stored = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    results = stored.get("results", {}) | results  # what wasn't run now stays
+    results = {name: results[name] for name in sorted(results, key=lambda n: -results[n]["figures"]["average"][0])}
     shown = ("average", "learned", "forgetting", "backward")
     rows = [[method, *(interval(r["figures"][name]) for name in shown), f"{sum(r['seconds'].values()):.0f}"]
             for method, r in results.items()]  # fmt: skip
-    report = table(rows, ["method", *shown, "seconds a seed"])
-    print(report)
+    print(table(rows, ["method", *shown, "seconds a seed"]))
     if a.save != "-":
-        save(a.save or f"continual_{a.what}", {"machine": machine(), "seeds": a.seeds, "results": results})
+        save(file.stem, {"machine": machine(), "seeds": a.seeds, "results": results})
 
 
 def scaled(c: Continual, scale: float) -> Continual:

@@ -22,7 +22,7 @@ class Ewc:
     """Elastic weight consolidation (Kirkpatrick et al. 2017): λ/2 · Σ F (θ − θ*)², where F is the diagonal of the
     Fisher information, the mean over examples of the squared gradient of each one's summed loss."""
 
-    strength: NonNegative = 100.0
+    strength: NonNegative = 1.0
     """λ."""
     examples: Count = 256
     """Rows of the earlier data that F is estimated on."""
