@@ -65,6 +65,7 @@ METHODS = {
     "pseudo-replay": Variant(_replayed(replay=Replay(share=0.25, examples=512, source="model"))),
     "replay + ewc": Variant(_replayed("replay", "ewc", ewc=Ewc(1.0, 128))),
     "der++": Variant(_replayed("replay", "der")),
+    "der++, half": Variant(_replayed("replay", "der", replay=Replay(share=0.5, examples=4096))),
     "agem": Variant(_replayed("agem")),
     "gem": Variant(_replayed("gem", gem=Gem(margin=0.5))),
     "merge back": Variant(merge_back=MergeBack(weight=0.5)),
