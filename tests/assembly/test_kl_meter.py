@@ -7,32 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.continual_runs import MODELS
 
 from jaxlm.assembly import corpus, earlier, kl_meter
 from jaxlm.assembly import program as programs
 from jaxlm.core import config
 from jaxlm.core.continual import Continual
 from jaxlm.data.tokenizer import Bytes
-from jaxlm.models import bert, llama, t5
 from jaxlm.nn.layout import Layout
-from jaxlm.objectives import causal, classify, outputs, seq2seq
+from jaxlm.objectives import outputs
 from jaxlm.runtime import mesh
 
 ALONE = Layout()
-MODELS = {
-    "decoder": (
-        llama.Config(vocab=384, layers=1, width=16, heads=2, kv_heads=2, head_width=8, ffn=32),
-        causal.Config(),
-    ),
-    "encoder": (
-        bert.Config(vocab=384, layers=1, width=16, heads=2, ffn=32, positions=32, dropout=0.0),
-        classify.Config(labels=("no", "yes"), dropout=0.0),
-    ),
-    "encoder_decoder": (
-        t5.Config(vocab=384, layers=1, width=16, heads=2, head_width=8, ffn=32, decoder_start=0, dropout=0.0),
-        seq2seq.Config(target_len=16, pack=False),
-    ),
-}
 
 
 def made(kind: str, folder, continual: Continual, start: str = "before") -> programs.Program:

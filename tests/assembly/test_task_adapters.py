@@ -8,6 +8,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from support.continual_runs import KINDS, MODELS
 
 import jaxlm
 from jaxlm import Stage, Stream
@@ -18,27 +19,10 @@ from jaxlm.assembly.task_index import Task
 from jaxlm.core import config, tree
 from jaxlm.core.continual import Continual
 from jaxlm.data.tokenizer import Bytes
-from jaxlm.models import bert, llama, t5
-from jaxlm.objectives import causal, classify, seq2seq
 from jaxlm.runtime import mesh
 from jaxlm.training import stream_report
 from jaxlm.weights.adapters import BitFit, Lora, OrthogonalLora, Progressive, Prompt
 
-MODELS = {
-    "decoder": (
-        llama.Config(vocab=384, layers=1, width=16, heads=2, kv_heads=2, head_width=8, ffn=32),
-        causal.Config(),
-    ),
-    "encoder": (
-        bert.Config(vocab=384, layers=1, width=16, heads=2, ffn=32, positions=32, dropout=0.0),
-        classify.Config(labels=("no", "yes"), dropout=0.0),
-    ),
-    "encoder_decoder": (
-        t5.Config(vocab=384, layers=1, width=16, heads=2, head_width=8, ffn=32, decoder_start=0, dropout=0.0),
-        seq2seq.Config(target_len=16, pack=False),
-    ),
-}
-KINDS = list(MODELS)
 ADAPTERS = {
     "lora": (Lora(rank=2), Continual(adapters="task")),
     "progressive": (Progressive(reduction=4.0), Continual()),

@@ -1,6 +1,6 @@
 """Adds rows to the vocabulary of a model, in its embedding and its head alike."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,20 +15,15 @@ def with_rows(new_specs: Any, weights: Any, known: int, pieces: Mapping[int, Seq
     The first `known` rows are those that tokens had so far. `pieces` says which of them a later token begins as the
     mean of; without it a row begins as the mean of all of them (Hewitt 2021). Rows that stay without a token are kept.
     """
-    flat = tree.flatten(new_specs, is_spec)
 
-    def one(path: str, w: np.ndarray) -> np.ndarray:
-        s: Spec = flat[path]
-        if "vocab" not in s.axes:
-            return w
-        dim = s.axes.index("vocab")
-        rows, before = np.moveaxis(w, dim, 0), w.shape[dim]
+    def grown(rows: np.ndarray, count: int) -> np.ndarray:
         mean = rows[:known].mean(0, keepdims=True)
-        rows = np.concatenate([rows, np.repeat(mean, s.shape[dim] - before, 0)])
+        out = np.concatenate([rows, np.repeat(mean, count - len(rows), 0)])
         for token, ids in pieces.items():
-            rows[token] = rows[list(ids)].mean(0) if ids else mean[0]
-        return np.moveaxis(rows, 0, dim).astype(np.float32)
+            out[token] = out[list(ids)].mean(0) if ids else mean[0]
+        return out.astype(np.float32)
 
+    one = _along_vocabulary(new_specs, grown)
     return tree.map_named(one, weights)
 
 
@@ -37,6 +32,21 @@ def moments(
 ) -> dict[str, np.ndarray]:
     """Returns averages of gradients, or of their squares, by path, as those of the larger vocabulary. Rows of new
     tokens have 0, as those of tokens that no batch has held yet."""
+
+    def grown(rows: np.ndarray, count: int) -> np.ndarray:
+        out = np.concatenate([rows, np.zeros((count - len(rows), *rows.shape[1:]), rows.dtype)])
+        out[list(pieces)] = 0
+        return out
+
+    one = _along_vocabulary(new_specs, grown)
+    return {path: one(path, w) for path, w in averages.items()}
+
+
+def _along_vocabulary(
+    new_specs: Any, grown: Callable[[np.ndarray, int], np.ndarray]
+) -> Callable[[str, np.ndarray], np.ndarray]:
+    """Returns the function (path, array) → array that gives an array with a row for each token the rows that `grown`
+    makes of its own and their new number, and any other array back."""
     flat = tree.flatten(new_specs, is_spec)
 
     def one(path: str, w: np.ndarray) -> np.ndarray:
@@ -44,10 +54,6 @@ def moments(
         if "vocab" not in s.axes:
             return w
         dim = s.axes.index("vocab")
-        rows = np.moveaxis(w, dim, 0)
-        more = s.shape[dim] - len(rows)
-        rows = np.concatenate([rows, np.zeros((more, *rows.shape[1:]), rows.dtype)])
-        rows[list(pieces)] = 0
-        return np.moveaxis(rows, 0, dim)
+        return np.moveaxis(grown(np.moveaxis(w, dim, 0), s.shape[dim]), 0, dim)
 
-    return {path: one(path, w) for path, w in averages.items()}
+    return one
