@@ -181,9 +181,23 @@ def task_stream(a: argparse.Namespace) -> Stream:
     return Stream(run, stages, seeds=tuple(a.seeds))
 
 
+def _names(sentence: str) -> tuple[str, str] | None:
+    """Returns a prompt that asks for the names in a sentence of CoNLL-2003, and the answer; None: it has none."""
+    words = [line.split() for line in sentence.splitlines() if line.strip() and not line.startswith("-DOCSTART-")]
+    names: list[tuple[str, list[str]]] = []
+    for before, (word, *_, kind) in zip([["O"], *words], words, strict=False):
+        if kind.startswith("B-") or (kind != "O" and before[-1][2:] != kind[2:]):
+            names.append((kind[2:], [word]))
+        elif kind != "O":
+            names[-1][1].append(word)
+    text = " ".join(word for word, *_ in words)
+    answer = ", ".join(f"{' '.join(part)} ({kind})" for kind, part in names)
+    return (f"Which names are in this sentence? {text}", answer) if names else None
+
+
 def chain_stream(a: argparse.Namespace) -> Stream:
     """Returns the chain of three kinds of answers for a pretrained chat model: German for an English sentence, the
-    working of a sum, and the summary of a dialogue; 400 of each, and 40 to score, all short."""
+    working of a sum, and the names in a sentence with their kinds; 400 of each, and 40 to score, all short."""
     from jaxlm.assembly.model_source import describe
 
     def records(name: str) -> list[dict[str, str]]:
@@ -193,12 +207,12 @@ def chain_stream(a: argparse.Namespace) -> Stream:
     pairs = {
         "german": [(f"Translate to German: {en}", de) for en, de in zip(*sides, strict=True)],
         "sums": [(row["question"], row["answer"]) for row in records("gsm8k/train.jsonl")],
-        "summaries": [(f"Summarize: {row['dialogue']}", row["summary"]) for row in records("dialogsum/dev.jsonl")],
+        "names": list(filter(None, map(_names, (a.data / "conll2003" / "train.txt").read_text("utf-8").split("\n\n")))),
     }
     source, folder, stages = describe(a.model), a.out / "answers", []
     folder.mkdir(parents=True, exist_ok=True)
     for name, each in pairs.items():
-        short = [{"prompt": q, "completion": answer} for q, answer in each if len(q) + len(answer) < 600][:440]
+        short = [{"prompt": q, "completion": answer} for q, answer in each if len(q) + len(answer) < 300][:440]
         parts = {"train": short[:-40], "valid": short[-40:]}
         for part, rows in parts.items():
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -208,7 +222,7 @@ def chain_stream(a: argparse.Namespace) -> Stream:
         name="chain", out=str(a.out), model=source.config, objective=sft.Config(), start=str(a.model),
         data=config.Data(cache=str(a.out / "cache"), tokenize_workers=0),
         optim=config.Optim(lr=1e-4, warmup=3, schedule="linear", final=0.1, weight_decay=0.0),
-        train=config.Train(steps=a.steps or 30, batch_size=4, seq_len=192, eval_every=0, save_every=0, prompts=()),
+        train=config.Train(steps=a.steps or 20, batch_size=4, seq_len=144, eval_every=0, save_every=0, prompts=()),
         execution=config.Execution(dtype="float32"),
     )  # fmt: skip
     return Stream(run, tuple(stages), seeds=tuple(a.seeds))
@@ -229,7 +243,7 @@ def main() -> None:
         run = replace(made.run, name=folder, continual=scaled(continual, scale), adapter=adapter)
         if adapter != Adapter():
             run = replace(run, optim=replace(run.optim, lr=10 * run.optim.lr))
-        references = ("joint",) if method == "none" else ()
+        references = ("joint",) if method in ("none", "lora") else ()
         one = replace(made, run=run, references=references, merge_back=merge_back)
         if stream.train(one):
             raise SystemExit(1)

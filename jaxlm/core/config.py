@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Generic, Literal, TypeVar
 
 from jaxlm.core.continual import Continual
+from jaxlm.core.distributed import Distributed
 from jaxlm.core.ranges import BelowOne, Count, Natural, NonNegative, Positive, PositiveShare, Range
 from jaxlm.core.registry import register
 
@@ -233,6 +234,7 @@ class Run(Generic[M, O]):
     adapter: Adapter = field(default_factory=Adapter)
     train: Train = field(default_factory=Train)
     continual: Continual = field(default_factory=Continual)
+    distributed: Distributed = field(default_factory=Distributed)
     mesh: Mesh = field(default_factory=Mesh)
     execution: Execution = field(default_factory=Execution)
     start: str = ""
