@@ -138,7 +138,7 @@ def _cut(source: Path, target: Path, count: int, between: str = "\n", head: str 
 
 def task_stream(a: argparse.Namespace) -> Stream:
     """Returns the stream of five tasks: sentiment, names of persons and places, relations, the language of a sentence
-    and parts of speech; 2,000 examples of each, and 200 to score."""
+    and parts of speech; 2,000 examples of each, and 100 to score."""
     from jaxlm.assembly.model_source import describe
 
     source = describe(a.model)
@@ -147,7 +147,7 @@ def task_stream(a: argparse.Namespace) -> Stream:
     changes: dict[str, dict[str, Any]] = {
         name: {} for name in ("sentiment", "names", "relations", "language", "speech")
     }
-    for part, count, file in (("train", 2000, "train"), ("valid", 200, "test")):
+    for part, count, file in (("train", 2000, "train"), ("valid", 100, "test")):
         key, at = f"data.{part}", lambda name: folder / name
         words = _cut(a.data / "conll2003" / f"{file}.txt", at(f"words.{part}.txt"), count, "\n\n")
         table = _cut(a.data / "sst2" / f"{file}.tsv", at(f"sst2.{part}.tsv"), count + 1)
@@ -164,18 +164,18 @@ def task_stream(a: argparse.Namespace) -> Stream:
         mixed = [row for pair in zip(*rows, strict=True) for row in pair]
         at(f"language.{part}.tsv").write_text("\n".join(["sentence\tlabel", *mixed]) + "\n", "utf-8")
         changes["language"][key] = (str(at(f"language.{part}.tsv")),)
-    changes["relations"]["train.seq_len"] = 64  # some entities are far apart
+    changes["relations"]["train.seq_len"] = 56  # some entities are far apart
     sentences = classify.Config(text="sentence", label="label")
     objectives = {"sentiment": (sentences, "accuracy"), "names": (tag.Config(), "f1"),
                   "relations": (relate.Config(columns=("e1", "e2", "label", "text")), "accuracy"),
-                  "language": (sentences, "accuracy"), "speech": (tag.Config(tag=1), "accuracy")}  # fmt: skip
+                  "language": (sentences, "accuracy"), "speech": (tag.Config(tag=1), "word_accuracy")}  # fmt: skip
     stages = tuple(Stage(name, changes[name] | {"objective": objective}, metric=metric)
                    for name, (objective, metric) in objectives.items())  # fmt: skip
     run = config.Run(
         name="tasks", out=str(a.out), model=source.config, objective=classify.Config(), start=str(a.model),
         data=config.Data(cache=str(a.out / "cache"), tokenize_workers=0),
-        optim=config.Optim(lr=5e-4, warmup=8, schedule="linear", final=0.1, weight_decay=0.0, freeze=("embed",)),
-        train=config.Train(steps=a.steps or 80, batch_size=8, seq_len=40, eval_every=0, save_every=0, prompts=()),
+        optim=config.Optim(lr=2e-4, warmup=8, schedule="linear", final=0.1, weight_decay=0.0, freeze=("embed",)),
+        train=config.Train(steps=a.steps or 80, batch_size=8, seq_len=32, eval_every=0, save_every=0, prompts=()),
         execution=config.Execution(dtype="float32"),
     )  # fmt: skip
     return Stream(run, stages, seeds=tuple(a.seeds))
