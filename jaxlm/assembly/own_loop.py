@@ -11,6 +11,7 @@ from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.program import HOURS
 from jaxlm.assembly.trained_run import RunDirectory
+from jaxlm.assembly.updates import Updates
 from jaxlm.core import config, config_io
 from jaxlm.evaluation import perplexity
 from jaxlm.formats.checkpoint import Checkpoints
@@ -48,6 +49,7 @@ class Program:
         self._start = StartModel(run.start)
         tokens = open_model.load_tokenizer(run, self._start)
         self.parts = programs.program(run, tokens, open_model.template_of(run, self._start))
+        self._updates: Updates | None = None
 
     @property
     def mesh(self) -> jax.sharding.Mesh | None:
@@ -87,14 +89,13 @@ class Program:
         for batch in loader.iterate(start):
             yield self.parts.to_device(batch, rows)
 
-    @cached_property
-    def _train_step(self) -> Any:
-        return self.parts.train_step()
-
     def step(self, state: State, batch: DeviceBatch) -> tuple[State, dict[str, jax.Array]]:
-        """Makes one update; returns the new state and the metrics. The old state is given up (donated)."""
+        """Makes one update; returns the new state and the metrics, those of each worker ([W]) where workers train
+        apart. The old state is given up (donated). Updates go on from the number of the first state."""
         with mesh.on_mesh(self.mesh):
-            return self._train_step(state, batch)
+            if self._updates is None:
+                self._updates = Updates(self.parts, int(state.step))
+            return self._updates(state, batch)
 
     @cached_property
     def _eval_step(self) -> Any:

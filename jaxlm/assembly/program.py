@@ -27,6 +27,8 @@ from jaxlm.runtime import compiler_options as compiler
 from jaxlm.runtime import mesh as meshes
 from jaxlm.runtime import processes
 from jaxlm.training import optimizers, step
+from jaxlm.training.distributed import replicas
+from jaxlm.training.distributed.fragments import Fragments
 from jaxlm.weights import matrices
 from jaxlm.weights.adapters import adapted
 
@@ -56,7 +58,10 @@ class Program:
     @property
     def notes(self) -> dict[str, str]:
         """Returns the choices as people read them: printed once and stored in the run."""
-        return self.choices.describe() | self.earlier.describe()
+        notes = self.choices.describe() | self.earlier.describe()
+        if self.apart:
+            notes["workers"] = replicas.describe(self.run, self.fragments)
+        return notes
 
     @property
     def tokens(self) -> Tokenizer:
@@ -136,12 +141,35 @@ class Program:
     @property
     def state_shardings(self) -> step.State:
         """Returns the sharding of every leaf of the state."""
+        if self.apart:
+            return replicas.shardings(self.run.distributed, self.fragments, self._one_sharding, self.whole)
+        return self._one_sharding
+
+    @property
+    def _one_sharding(self) -> step.State:
+        """The sharding of the state of one worker, or of the only one."""
         weight_shardings, moments = self._weight_shardings
         host = "optimizer" in self.run.execution.offload
         trained, _ = tree.partition(weight_shardings, self.optimizer.trainable)
         return step.shardings(
             self.specs, weight_shardings, self.optimizer, self.run.optim.ema > 0, self.whole, moments, host
         ).replace(tracks=self.earlier.tracks_like(trained, masks=trained))
+
+    @property
+    def apart(self) -> bool:
+        """Returns whether workers train apart within the program."""
+        return self.run.distributed.method == "diloco"
+
+    @property
+    def workers(self) -> int:
+        """Returns how many workers train apart; 1: all devices train together."""
+        return replicas.workers(self.run)
+
+    @cached_property
+    def fragments(self) -> Fragments:
+        """The parts of the trained weights that are exchanged in turn."""
+        trained, _ = tree.partition(self.specs, self.optimizer.trainable)
+        return Fragments.of(trained, self.run.distributed.fragments)
 
     @property
     def _weight_shardings(self) -> tuple[Any, Any]:
@@ -169,7 +197,8 @@ class Program:
         made = self.adapter.init(self.specs, key, self.adapter.prompt_ids(self.tokens), given)
         trainable, frozen = tree.partition(made, self.optimizer.trainable)
         tracks = self.earlier.tracks(trainable)
-        return step.start(trainable, frozen, self.optimizer, self.run.optim.ema > 0, tracks)
+        one = step.start(trainable, frozen, self.optimizer, self.run.optim.ema > 0, tracks)
+        return replicas.begin(self.run.distributed, self.fragments, one, self.workers) if self.apart else one
 
     def abstract_state(self) -> step.State:
         """Returns the shapes, dtypes and shardings of the state, to which a checkpoint is restored."""
@@ -218,19 +247,59 @@ class Program:
         batch = own | earlier
         return cast(DeviceBatch, loader.to_device(batch, self.batch_shardings(batch), rows))
 
-    def train_step(self) -> Any:
-        """Returns the jitted `(state, batch) → (state, metrics)`, state donated; `.lower(…).compile()` it."""
+    def train_step(self, send: tuple[int, ...] = ()) -> Any:
+        """Returns the jitted `(state, batch) → (state, metrics)`, state donated; `.lower(…).compile()` it.
+
+        Where workers train apart, metrics are those of each, and the program also exchanges the fragments to `send`.
+        """
         c, shardings, host = self.run.optim, None, "optimizer" in self.run.execution.offload
         head, train = self.objective.specs(self.run.model.width), self.run.train
         if self.mesh is not None:
             shardings = step.UpdateShardings.of(self.run.mesh.zero, *self._weight_shardings, self.optimizer)
-        f = step.make_train_step(
-            self.loss, self.totals, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema,
+        f: Any = step.make_train_step(
+            self._of_worker().loss, self.totals, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema,
             shardings=shardings, host=host,
             keeping=self.earlier.keeping(train.batch_size, self.specs, head, train.steps),
         )  # fmt: skip
+        if self.apart:
+            f = self._apart(f, send)
         out = (self.state_shardings, None)
         return jax.jit(f, donate_argnums=0, out_shardings=out, compiler_options=self.compiler_options or None)
+
+    def _of_worker(self) -> "Program":
+        """Returns the program whose loss is that of one worker: its batch isn't cut over the workers' axis."""
+        if not self.apart:
+            return self
+        batch = tuple(a for a in self.layout.over("batch") if a != replicas.AXIS)
+        layout = dataclasses.replace(self.layout, compute={**self.layout.compute, "batch": batch})
+        return dataclasses.replace(self, layout=layout, model=dataclasses.replace(self.model, shard=layout))
+
+    def _apart(self, one: Any, send: tuple[int, ...]) -> Any:
+        """Returns the step of all workers, which also exchanges the fragments to `send` from the weights before it, so
+        that they may travel while it computes."""
+        together = replicas.for_all(one, self.workers, self.mesh)
+
+        def update(state: step.State, batch: DeviceBatch) -> tuple[step.State, Any]:
+            new, metrics = together(state, batch)
+            return (self._exchanged(new, state.params, send) if send else new), metrics
+
+        return update
+
+    def _exchanged(self, state: step.State, before: Any, numbers: tuple[int, ...]) -> step.State:
+        c = self.run.distributed
+        return replicas.exchange(c, self.fragments, state, before, numbers, self._one_sharding, self.mesh)
+
+    def exchange(self, exchanged: tuple[int, ...], taken: tuple[int, ...]) -> Any:
+        """Returns the jitted `state → state`, donated, in which workers take up fragments that were sent before
+        (`taken`), and then exchange others and take them up."""
+        c = self.run.distributed
+
+        def f(state: step.State) -> step.State:
+            state = replicas.take_up(c, self.fragments, state, taken)
+            state = self._exchanged(state, state.params, exchanged)
+            return replicas.take_up(c, self.fragments, state, exchanged)
+
+        return jax.jit(f, donate_argnums=0, out_shardings=self.state_shardings)
 
     @cached_property
     def predict(self) -> Any:
@@ -287,6 +356,8 @@ class Program:
 def row_multiple(run: config.Run, layout: Layout, mesh: jax.sharding.Mesh | None) -> int:
     """Returns the number that a micro-batch's rows must be a multiple of."""
     ways, train = layout.ways("batch", mesh), run.train
+    if run.distributed.method == "diloco":  # those of one device have rows of their own
+        ways *= replicas.workers(run) // (1 if mesh is None else mesh.shape[replicas.AXIS])
     if mesh is None or mesh.shape[pipeline.AXIS] == 1:
         return ways
     return ways * pipeline.micro_batches(layout, mesh, train.batch_size // train.micro_batches)
@@ -320,6 +391,7 @@ def program(
     mesh = meshes.make_mesh(run.mesh)
     layout = Layout.of(run.mesh, run.execution)
     check_batch(run.train, layout, mesh)
+    replicas.check(run, 1 if mesh is None else mesh.shape[replicas.AXIS], layout.ways("batch", mesh))
     adapter = adapted.Adapted(run.adapter, family, run.model)
     kept = earlier_tasks.replay_rows(run, len(earlier), row_multiple(run, layout, mesh))
     before = earlier_tasks.bound(run, earlier, tokens, kept)
@@ -331,7 +403,12 @@ def program(
     options = compiler.options(run.execution.flags, meshes.local_device())
     made = choices.choose(run, family, layout, mesh, specs, adapter, own, options)
     model = Model(family, run.model, adapter.base | heads, layout, adapter if adapter.changes else None, used)
-    return Program(run, mesh, layout, specs, model, adapter, objective, own, made, before, options)
+    p = Program(run, mesh, layout, specs, model, adapter, objective, own, made, before, options)
+    if p.apart and mesh is not None:
+        trained, _ = tree.partition(specs, own.trainable)
+        first = {path: s.axes[0] for path, s in tree.flatten(trained, spec.is_spec).items()}
+        p.fragments.check(trained, {path: layout.ways(axis, mesh, layout.store) for path, axis in first.items()})
+    return p
 
 
 def once_a_shape(program: Any, what: str) -> tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]:

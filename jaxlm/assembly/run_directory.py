@@ -23,6 +23,7 @@ from jaxlm.models import MODELS
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.runtime import processes
 from jaxlm.training import optimizers, step
+from jaxlm.training.distributed import replicas
 from jaxlm.training.log import read_lines
 from jaxlm.weights.adapters import METHODS, adapted
 from jaxlm.weights.adapters.old_settings import upgraded
@@ -95,8 +96,11 @@ def saved(state: step.State, adapter: adapted.Adapted) -> dict[str, Any]:
     """Returns what a checkpoint holds: whole weights whatever is frozen, so that it opens without the run's
     configuration; but not a base that adapters rest on, which the run keeps once (`BASE`)."""
     kept, _ = tree.partition(state.all_params, lambda path: not adapter.in_frozen_base(path))
-    tracks = {} if state.tracks is None else {"tracks": state.tracks}
-    return dict(step=state.step, params=kept, opt=state.opt, ema=state.ema) | tracks
+    more = {} if state.tracks is None else {"tracks": state.tracks}
+    if state.outer is not None:
+        outer = {name: getattr(state.outer, name) for name in ("opt", "error", "learned")}
+        more |= {"workers": state.params, "outer": {name: value for name, value in outer.items() if value is not None}}
+    return dict(step=state.step, params=kept, opt=state.opt, ema=state.ema) | more
 
 
 def frozen_base(adapter: adapted.Adapted, weights: Any) -> Any:
@@ -117,7 +121,12 @@ def restored(values: dict[str, Any], base: Any, optimizer: optimizers.Optimizer)
     """Returns the state of a checkpoint. `base` is what `saved` left out; None: nothing."""
     whole = values["params"] if base is None else tree.merge(values["params"], base)
     trainable, frozen = tree.partition(whole, optimizer.trainable)
-    return step.State(values["step"], trainable, frozen, values["opt"], values["ema"], values.get("tracks"))
+    state = step.State(values["step"], trainable, frozen, values["opt"], values["ema"], values.get("tracks"))
+    if "workers" not in values:
+        return state
+    held = values["outer"]
+    shared = replicas.Global(trainable, held["opt"], held.get("error"), held.get("learned"))
+    return state.replace(params=values["workers"], outer=shared)
 
 
 def saved_weights(
@@ -146,11 +155,14 @@ MAY_CHANGE = (
 def differing(run: config.Run) -> dict[str, tuple[Any, Any]]:
     """Returns the fields in which a run is another one than its directory's, with the values there and here. A run may
     be given more steps than it had."""
-    mine, existing = config_io.flatten(run), config_io.flatten(read_config(run.folder))
+    before = read_config(run.folder)
+    mine, existing = config_io.flatten(run), config_io.flatten(before)
     if mine["train.steps"] > existing["train.steps"]:
         existing["train.steps"] = mine["train.steps"]
     fields = (k for k in mine | existing if mine.get(k) != existing.get(k) and not k.startswith(MAY_CHANGE))
-    return {k: (existing.get(k), mine.get(k)) for k in fields}
+    found = {k: (existing.get(k), mine.get(k)) for k in fields}
+    there, here = replicas.workers(before), replicas.workers(run)
+    return found if there == here else found | {"distributed.workers": (there, here)}
 
 
 def claim(run: config.Run) -> bool:

@@ -28,6 +28,7 @@ from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.program import HOURS
 from jaxlm.assembly.run_directory import claim, has_ended
+from jaxlm.assembly.updates import Updates
 from jaxlm.core import config
 from jaxlm.data import token_cache as caches
 from jaxlm.evaluation import bootstrap
@@ -37,6 +38,7 @@ from jaxlm.runtime import mesh, processes
 from jaxlm.runtime.chips import peak_flops
 from jaxlm.runtime.watchdog import Watchdog
 from jaxlm.training import loop, optimizers, report, run_logs
+from jaxlm.training.distributed import replicas
 from jaxlm.training.environment import write_environment
 from jaxlm.training.log import RunLog, read_lines
 from jaxlm.training.progress import Meter, Progress
@@ -177,7 +179,8 @@ def _run(
     start = int(meta.get("step", 0))
     rows = p.rows(p.new_rows)
     loader = corpus.training_loader(run, p.objective, data, rows, remember.replayed(p, rows))
-    compiled, compile_seconds = _compile(p, state, p.to_device(loader.batch(start), rows), log, start)
+    updates = Updates(p, start)
+    compile_seconds = _compile(updates, state, p.to_device(loader.batch(start), rows), log, start)
     scorer = scoring.Scorer(p)
     moved = kl_meter.meter(p, data, state.eval_params if start == 0 else None)
     validate, gain = training_hooks.validator(p, data, log, scorer, moved), training_hooks.gain_log(run, log)
@@ -200,12 +203,13 @@ def _run(
         hooks = loop.Hooks(
             batches=loader.iterate,
             to_device=lambda batch: p.to_device(batch, rows),
-            step=training_hooks.announcing(compiled, start),
+            step=training_hooks.announcing(updates, start),
             indices=loader.indices,
             log=keeper.log_step,
             validate=keeper.validate,
             sample=sample,
             save=keeper.save,
+            read=replicas.read if p.apart else loop.read_metrics,
         )
         begins()
         try:
@@ -268,17 +272,13 @@ def _watchdog(run: config.Run, compile_seconds: float) -> Watchdog:
     )  # fmt: skip
 
 
-def _compile(
-    p: programs.Program, state: Any, batch: DeviceBatch, log: RunLog, step: int
-) -> tuple[Callable[[Any, DeviceBatch], Any], float]:
-    """Compiles the step ahead of the loop, and says how long that took and what memory it needs. Returns the step and
-    the seconds.
+def _compile(updates: Updates, state: Any, batch: DeviceBatch, log: RunLog, step: int) -> float:
+    """Compiles the step ahead of the loop, and says how long that took and what memory it needs. Returns the seconds.
 
     Batches of packed texts have a few shapes; those that come later compile when they come.
     """
-    program, get = programs.once_a_shape(p.train_step(), "compile the step")
     started = time.perf_counter()
-    memory = get(state, batch).memory_analysis()
+    memory = updates.compiled(state, batch).memory_analysis()
     seconds = time.perf_counter() - started
     size = memory and memory.argument_size_in_bytes + memory.temp_size_in_bytes
     if jax.process_index() == 0:
@@ -286,7 +286,7 @@ def _compile(
         print(f"compiled     the step in {seconds:.1f} s{shown}")
     if step == 0:  # a continued run's log is the uninterrupted run's
         log.event(0, "compiled", bytes_per_device=size, time={"seconds": seconds})
-    return program, seconds
+    return seconds
 
 
 def _test(

@@ -149,9 +149,9 @@ class Layout:
             raise ValueError(f"mesh tables: {axes} would put one mesh axis on two dimensions: {parts}")
         return P(*(None if not p else p[0] if len(p) == 1 else p for p in parts))
 
-    def ways(self, axis: str, mesh: jax.sharding.Mesh | None) -> int:
-        """Returns how many devices share a dimension of activations."""
-        return 1 if mesh is None else math.prod(mesh.shape[a] for a in self.over(axis))
+    def ways(self, axis: str | None, mesh: jax.sharding.Mesh | None, table: Mapping[str, Axes] | None = None) -> int:
+        """Returns how many devices share a dimension of activations, or of what another table is for."""
+        return 1 if mesh is None else math.prod(mesh.shape[a] for a in self.over(axis, table))
 
     def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """Pins an array to its devices; on one device and inside shard_map it does nothing."""

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.core import config, tree
 from jaxlm.core.spec import is_spec
 from jaxlm.nn.layout import Layout
+from jaxlm.runtime.mesh import is_mapped
 
 AXIS = "stage"
 
@@ -32,8 +33,9 @@ def stages() -> int:
 
 
 def types_checked() -> bool:
-    """Returns whether `shard_map` within a layer may check what differs between devices; its rules know no stages."""
-    return stages() == 1
+    """Returns whether `shard_map` within a layer may check what differs between devices; its rules know no stages, and
+    no workers that train apart."""
+    return stages() == 1 and not is_mapped()
 
 
 def vary(x: Any, axes: tuple[str, ...]) -> Any:
@@ -244,22 +246,30 @@ def _numbers() -> jax.Array:
 
 def _copy_to_stages(x: jax.Array) -> jax.Array:
     """Returns `[S, …]`, a copy for each stage, which every device holds anyway."""
+    if is_mapped():
+        return _on_stages(jnp.broadcast_to(x[None], (stages(), *x.shape)))
     return _each(lambda x: jax.lax.pcast(x[None], (AXIS,), to="varying"), x, P(), P(AXIS))
 
 
 def _skewed(x: jax.Array) -> jax.Array:
     """Returns `[S, M, …]` of `[M, …]`, such that all stages find at t what their micro-batch of tick t needs."""
+    if is_mapped():
+        return _on_stages(jax.vmap(lambda s: jnp.roll(x, s, 0))(_numbers()))
     return _each(lambda x: jnp.roll(x, jax.lax.axis_index(AXIS), 0)[None], x, P(), P(AXIS))
 
 
 def _hand_on(tree: Any, S: int) -> Any:
     """Sends everything to the next stage, and from the last to the first."""
+    if is_mapped():
+        return jax.tree.map(lambda x: _on_stages(jnp.roll(x, 1, 0)), tree)
     pairs = [(s, (s + 1) % S) for s in range(S)]
     return jax.tree.map(lambda x: _each(lambda x: jax.lax.ppermute(x, AXIS, pairs), x, P(AXIS), P(AXIS)), tree)
 
 
 def _first_stage(x: jax.Array) -> jax.Array:
     """Returns the first stage's part of `[S, …]`, on all stages."""
+    if is_mapped():
+        return x[0]
 
     def first(x: jax.Array) -> jax.Array:
         return jax.lax.psum(jnp.where(jax.lax.axis_index(AXIS) == 0, x[0], jnp.zeros((), x.dtype)), AXIS)

@@ -113,6 +113,26 @@ def on_mesh(mesh: jax.sharding.Mesh | None) -> Any:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
+_mapped: contextvars.ContextVar[bool] = contextvars.ContextVar("mapped", default=False)
+
+
+@contextlib.contextmanager
+def mapped_over_replica() -> Iterator[None]:
+    """Marks what is traced within its context as the program of one part of the `replica` axis, which `jax.vmap` maps
+    over all."""
+    token = _mapped.set(True)
+    try:
+        yield
+    finally:
+        _mapped.reset(token)
+
+
+def is_mapped() -> bool:
+    """Returns whether a program is traced within `mapped_over_replica`. JAX can't then check what differs between the
+    devices of a `shard_map`, nor map one of a part of the axes."""
+    return _mapped.get()
+
+
 def replicated(mesh: jax.sharding.Mesh | None) -> Any:
     """Returns the sharding of an array that every device has whole."""
     return single_device_sharding() if mesh is None else NamedSharding(mesh, P())

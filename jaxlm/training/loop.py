@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -15,6 +15,11 @@ import numpy as np
 from jaxlm.core.batch import Batch
 
 Metrics = dict[str, float]
+
+
+def read_metrics(metrics: Mapping[str, Any]) -> Metrics:
+    """Waits for a step's metrics, which are scalars, and returns their numbers."""
+    return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
 
 class NonFiniteError(RuntimeError):
@@ -38,6 +43,8 @@ class Hooks:
     sample: Callable[[int, Any], None]
     save: Callable[[int, Any, Metrics | None, dict], None]
     """Takes the step, the state, the validation metrics of this very step or None, and early stopping's memory."""
+    read: Callable[[Mapping[str, Any]], Metrics] = read_metrics
+    """Waits for a step's metrics."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ def train(
             return
         number, metrics, waited, sending = pending
         began = time.perf_counter()
-        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        values = hooks.read(metrics)
         pending = None
         hooks.log(number, values, waited, sending + time.perf_counter() - began)
         _check(number, values, hooks.indices, stop_on_nonfinite)

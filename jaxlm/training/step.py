@@ -34,11 +34,14 @@ class State(struct.PyTreeNode):
     """What methods of continual learning note along the way, or None."""
     memory: Any = None
     """What they know of earlier tasks and training leaves as it is, or None; a run keeps it beside its checkpoints."""
+    outer: Any = None
+    """What workers that train apart share (`training.distributed.replicas.Global`), or None. `params` and `opt` then
+    have a leading axis of workers."""
 
     @property
     def all_params(self) -> Any:
-        """Returns trained and frozen weights as one tree."""
-        return tree.merge(self.params, self.frozen)
+        """Returns trained and frozen weights as one tree: the global ones, where workers train apart."""
+        return tree.merge(self.params if self.outer is None else self.outer.params, self.frozen)
 
     @property
     def eval_params(self) -> Any:
@@ -198,9 +201,9 @@ def make_train_step(
     shardings: UpdateShardings | None = None,
     host: bool = False,
     keeping: Keeping = NOTHING_KEPT,
-) -> Callable[[State, Batch[jax.Array]], tuple[State, dict[str, jax.Array]]]:
+) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     """Returns the function `(state, batch) → (state, metrics)` that makes one update; `batch` leaves are `[micro,
-    batch, …]`.
+    batch, …]`. Where workers train apart, each also gives its number, so that their dropout differs.
 
     Micro-batches add up sums, each divided by the weight of the whole batch, so 1, 2 or 4 of them are the same update.
     An update whose loss or gradient is not finite is left out: `finite` is 0, and the state is unchanged but for `step`
@@ -209,9 +212,13 @@ def make_train_step(
     back. `keeping` is what keeps earlier tasks in mind.
     """
 
-    def train_step(state: State, batch: Batch[jax.Array]) -> tuple[State, dict[str, jax.Array]]:
+    def train_step(
+        state: State, batch: Batch[jax.Array], worker: jax.Array | None = None
+    ) -> tuple[State, dict[str, jax.Array]]:
         totals = totals_of(batch)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        if worker is not None:  # the first one's key is that of a run without workers
+            key = jnp.where(worker == 0, key, jax.random.fold_in(key, worker))
 
         grads, sums = _gradients(loss, totals, state, batch, key, keeping, shardings)
 
