@@ -138,7 +138,7 @@ def _cut(source: Path, target: Path, count: int, between: str = "\n", head: str 
 
 def task_stream(a: argparse.Namespace) -> Stream:
     """Returns the stream of five tasks: sentiment, names of persons and places, relations, the language of a sentence
-    and parts of speech; 2,000 examples of each, and 100 to score."""
+    and parts of speech; 2,000 examples of each, and 100 to score. The last two layers are trained, and the heads."""
     from jaxlm.assembly.model_source import describe
 
     source = describe(a.model)
@@ -174,8 +174,8 @@ def task_stream(a: argparse.Namespace) -> Stream:
     run = config.Run(
         name="tasks", out=str(a.out), model=source.config, objective=classify.Config(), start=str(a.model),
         data=config.Data(cache=str(a.out / "cache"), tokenize_workers=0),
-        optim=config.Optim(lr=2e-4, warmup=8, schedule="linear", final=0.1, weight_decay=0.0, freeze=("embed",)),
-        train=config.Train(steps=a.steps or 80, batch_size=8, seq_len=32, eval_every=0, save_every=0, prompts=()),
+        optim=config.Optim(lr=2e-4, warmup=8, schedule="linear", final=0.1, weight_decay=0.0, top_layers=2),
+        train=config.Train(steps=a.steps or 50, batch_size=8, seq_len=32, eval_every=0, save_every=0, prompts=()),
         execution=config.Execution(dtype="float32"),
     )  # fmt: skip
     return Stream(run, stages, seeds=tuple(a.seeds))
@@ -197,7 +197,7 @@ def _names(sentence: str) -> tuple[str, str] | None:
 
 def chain_stream(a: argparse.Namespace) -> Stream:
     """Returns the chain of three kinds of answers for a pretrained chat model: German for an English sentence, the
-    working of a sum, and the names in a sentence with their kinds; 400 of each, and 40 to score, all short."""
+    working of a sum, and the names in a sentence with their kinds; 400 of each, and 16 to score, all short."""
     from jaxlm.assembly.model_source import describe
 
     def records(name: str) -> list[dict[str, str]]:
@@ -212,8 +212,8 @@ def chain_stream(a: argparse.Namespace) -> Stream:
     source, folder, stages = describe(a.model), a.out / "answers", []
     folder.mkdir(parents=True, exist_ok=True)
     for name, each in pairs.items():
-        short = [{"prompt": q, "completion": answer} for q, answer in each if len(q) + len(answer) < 300][:440]
-        parts = {"train": short[:-40], "valid": short[-40:]}
+        short = [{"prompt": q, "completion": answer} for q, answer in each if len(q) + len(answer) < 300][:416]
+        parts = {"train": short[:-16], "valid": short[-16:]}
         for part, rows in parts.items():
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (folder / f"{name}.{part}.jsonl").write_text(text, "utf-8")
@@ -222,7 +222,7 @@ def chain_stream(a: argparse.Namespace) -> Stream:
         name="chain", out=str(a.out), model=source.config, objective=sft.Config(), start=str(a.model),
         data=config.Data(cache=str(a.out / "cache"), tokenize_workers=0),
         optim=config.Optim(lr=1e-4, warmup=3, schedule="linear", final=0.1, weight_decay=0.0),
-        train=config.Train(steps=a.steps or 20, batch_size=4, seq_len=144, eval_every=0, save_every=0, prompts=()),
+        train=config.Train(steps=a.steps or 12, batch_size=4, seq_len=144, eval_every=0, save_every=0, prompts=()),
         execution=config.Execution(dtype="float32"),
     )  # fmt: skip
     return Stream(run, tuple(stages), seeds=tuple(a.seeds))
