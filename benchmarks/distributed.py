@@ -1,0 +1,124 @@
+"""Workers that train apart beside data parallelism, at equal tokens: bits per byte of held-out text, and bytes sent.
+
+    python benchmarks/distributed.py                       # the quickstart: AdamW and Muon, 4 workers, H = 30
+    python benchmarks/distributed.py --rows h workers compression fragments --steps 750
+
+Every row trains the same model on the same batches (Python's standard library). Workers take turns on one device, which
+computes what a device each would. Bytes are those that one worker sends: an all-reduce of float32 gradients a step, or
+what an exchange takes of deltas. Rows that are finished are kept in --out, and the same command goes on.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from worker import HERE, machine, save, table
+
+import jaxlm
+from jaxlm.core import config
+from jaxlm.core.distributed import Distributed, Outer
+from jaxlm.training.distributed import compression
+from jaxlm.training.log import read_lines
+
+OUTER = {"adamw": Outer("nesterov", lr=0.7, momentum=0.9), "muon": Outer("nesterov", lr=0.8, momentum=0.9)}
+ADAMW = config.Optim(lr=4e-3, schedule="wsd", decay=0.5, final=0.05, warmup=20)
+
+
+def diloco(**changes: Any) -> Distributed:
+    """Returns the usual settings, four workers of 30 local steps, with changes."""
+    return dataclasses.replace(Distributed("diloco", workers=4, every=30), **changes)
+
+
+ROWS: dict[str, dict[str, Distributed]] = {
+    "effect": {"data parallel": Distributed(), "DiLoCo": diloco()},
+    "h": {f"H {h}": diloco(every=h) for h in (10, 30, 90)},
+    "workers": {f"{n} workers": diloco(workers=n) for n in (1, 2, 4, 8)},
+    "compression": {kind: diloco(compress=kind) for kind in ("bfloat16", "int8", "float4")}
+    | {"float4, no error feedback": diloco(compress="float4", error_decay=0.0)},
+    "fragments": {
+        "3 fragments": diloco(fragments=3),
+        "3 fragments, overlap 2, mix 0.5": diloco(fragments=3, overlap=2, mix=0.5),
+    },
+    "outer": {
+        "outer average": diloco(outer=Outer("average")),
+        "outer adam": diloco(outer=Outer("adam", lr=1e-3, eps=1e-6)),
+    },
+}
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--rows", nargs="+", choices=ROWS, default=["effect"])
+    p.add_argument("--optimizers", nargs="+", choices=OUTER, default=list(OUTER))
+    p.add_argument("--steps", type=int, help="default: the quickstart's")
+    p.add_argument("--batch-size", type=int, help="sequences of all workers; default: the quickstart's")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0])
+    p.add_argument("--outer-lr", type=float, help="default: 0.7 (AdamW), 0.8 (Muon)")
+    p.add_argument("--out", type=Path, default=Path("runs/distributed"))
+    p.add_argument("--save", default="distributed", help="name under results/ (-: don't save)")
+    return p.parse_args()
+
+
+def a_run(a: argparse.Namespace, name: str, optimizer: str, c: Distributed, seed: int) -> config.Run:
+    """Returns the quickstart with an optimizer and workers."""
+    if c.method != "none" and c.outer == Outer():
+        outer = OUTER[optimizer]
+        c = dataclasses.replace(c, outer=dataclasses.replace(outer, lr=a.outer_lr or outer.lr))
+    run = jaxlm.load("quickstart")
+    train = dataclasses.replace(
+        run.train, steps=a.steps or run.train.steps, eval_every=0, save_every=0, prompts=(),
+        batch_size=a.batch_size or run.train.batch_size,
+    )  # fmt: skip
+    folder = "".join(x if x.isalnum() else "-" for x in f"{name}-{optimizer}-{train.steps}-{train.batch_size}-{seed}")
+    return dataclasses.replace(
+        run, name=folder, out=str(a.out), train=train, distributed=c, seed=seed,
+        optim=ADAMW if optimizer == "adamw" else run.optim,
+        data=dataclasses.replace(run.data, compare_compression=False, tokenize_workers=0),
+    )  # fmt: skip
+
+
+def sent(run: config.Run, count: int) -> float:
+    """Returns the bytes that one worker sends in a run of `count` weights, of 4 workers where all train together."""
+    c, steps = run.distributed, run.train.steps
+    workers = c.workers or 4
+    if c.method == "none" or c.compress == "none":
+        times = steps if c.method == "none" else -(-steps // c.every)
+        return times * 2 * (workers - 1) / workers * 4 * count
+    return -(-steps // c.every) * (workers - 1) * compression.size(c.compress, count)
+
+
+def main() -> None:
+    a = arguments()
+    file = HERE / "results" / f"{a.save}.json"
+    results: dict[str, Any] = json.loads(file.read_text("utf-8"))["results"] if file.is_file() else {}
+    for group in a.rows:
+        for name, c in ROWS[group].items():
+            for optimizer in a.optimizers:
+                bits, run = [], None
+                for seed in a.seeds:
+                    run = a_run(a, name, optimizer, c, seed)
+                    bits.append(trained(run))
+                assert run is not None
+                count = jaxlm.Program(run).parts.parameters[1]
+                key = f"{name}, {optimizer}, {run.train.steps} steps of {run.train.batch_size}"
+                results[key] = {"bits_per_byte": bits, "bytes_sent": sent(run, count), "seeds": a.seeds,
+                                "outer_lr": run.distributed.outer.lr}  # fmt: skip
+                print(key, bits)
+    shown = [[key, f"{sum(r['bits_per_byte']) / len(r['bits_per_byte']):.4f}", f"{r['bytes_sent'] / 1e6:,.0f}"]
+             for key, r in results.items()]  # fmt: skip
+    print(table(shown, ["row", "bits per byte", "MB sent by a worker"]))
+    if a.save != "-":
+        save(a.save, {"machine": machine(), "results": results})
+
+
+def trained(run: config.Run) -> float:
+    """Trains a run, or what is left of it, and returns its last validation's bits per byte."""
+    jaxlm.train(run)
+    lines = [line for line in read_lines(run.folder / "metrics.jsonl") if line["kind"] == "valid"]
+    return float(lines[-1]["bits_per_byte"])
+
+
+if __name__ == "__main__":
+    main()
