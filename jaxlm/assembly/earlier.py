@@ -11,12 +11,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.assembly.continual_methods import (
+    PACKNET,
+    PENALTIES,
+    TEACHERS,
+    TRACKED,
+    check_writes,
+    columns,
+    keeps,
+    replays,
+    separate,
+    writes,
+)
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.run_objective import BoundObjective, bind
 from jaxlm.assembly.task_index import FOLDER, INDEX, Task, read_index, task_of
 from jaxlm.core import config, registry, tree
 from jaxlm.core.continual import Continual
-from jaxlm.core.errors import nearest
 from jaxlm.data import replay
 from jaxlm.models import MODELS
 from jaxlm.models.model import Model
@@ -25,94 +36,9 @@ from jaxlm.objectives.objective import DeviceBatch, RowShape, Sums
 from jaxlm.training.adafactor import own_axes
 from jaxlm.training.continual import packnet, path, penalty, projection
 from jaxlm.training.step import Keeping, State
-from jaxlm.weights import adapters
 from jaxlm.weights.adapters.adapted import Adapted
-from jaxlm.weights.adapters.method import Columns
 
 HEADS = "tasks"  # the weights of earlier tasks, heads and adapters, stand at `tasks/NAME/…`
-PENALTIES = ("l2", "ewc", "si", "mas", "rwalk")
-REPLAYS = ("replay", "der", "agem", "gem")
-TEACHERS = ("lwf", "features")
-PACKNET = "packnet"
-METHODS = (*PENALTIES, *TEACHERS, *REPLAYS, PACKNET)
-TRACKED = ("si", "rwalk")
-
-
-def check(c: Continual, run: config.Run) -> None:
-    """ValueError: the methods can't be used, or not together, or not by this run."""
-    for name in c.methods:
-        if name not in METHODS:
-            raise ValueError(f"continual.methods: unknown {name!r}{nearest(name, METHODS)}")
-    if len(set(c.methods)) < len(c.methods):
-        raise ValueError("continual.methods: names a method twice")
-    if "agem" in c.methods and "gem" in c.methods:
-        raise ValueError("continual.methods: agem and gem both change the gradient; choose one")
-    bounds, learned = {"agem", "gem"} & set(c.methods), {"replay", "der"} & set(c.methods)
-    if bounds and learned:
-        raise ValueError(
-            f"continual.methods: {min(bounds)} takes the gradient of earlier rows as a bound, and {min(learned)} "
-            "learns from them; choose one"
-        )
-    _check_adapters(c, run)
-    if adapters.METHODS.of(run.adapter).growth is not None and (held := set(c.methods) & set(PENALTIES)):
-        raise ValueError(
-            f"continual.methods: {min(held)} holds the weights of earlier tasks, and {registry.name_of(run.adapter)} "
-            "trains new ones in each; choose replay or lwf, or lora as the adapter"
-        )
-    if replays(c) and not (c.replay.examples or c.replay.tokens):
-        raise ValueError("continual.replay: bound the memory by examples or tokens; both are 0")
-    if PACKNET in c.methods:
-        _check_packnet(c, run)
-    needing = {"lwf", "der"} & set(c.methods)
-    if needing and OBJECTIVES.of(run.objective).outputs is None:
-        raise ValueError(
-            f"continual.methods: {min(needing)} compares predictions, and {registry.name_of(run.objective)} offers "
-            "none to compare; choose another method"
-        )
-
-
-def _check_adapters(c: Continual, run: config.Run) -> None:
-    """ValueError: tasks can't have adapters of their own, or nothing is left that a method could keep."""
-    method, name = adapters.METHODS.of(run.adapter), registry.name_of(run.adapter)
-    if c.adapters == "task" and method.growth is not None:
-        raise ValueError(
-            f"continual.adapters: {name} grows from task to task by itself; leave the field out, or choose lora"
-        )
-    if c.adapters == "task" and method.trained_roles:
-        raise ValueError(
-            f"continual.adapters: task needs an adapter over a frozen base, and `adapter` {name} trains weights of the "
-            "base, which all tasks share; choose lora"
-        )
-    if c.adapters == "task" and c.methods:
-        raise ValueError(
-            "continual.methods: each task has an adapter of its own (continual.adapters), so that there is nothing to "
-            "keep; leave one of the two out"
-        )
-
-
-def _check_packnet(c: Continual, run: config.Run) -> None:
-    """ValueError: the run's other settings don't go with PackNet."""
-    if others := [name for name in c.methods if name != PACKNET]:
-        raise ValueError(
-            f"continual.methods: packnet leaves the weights of earlier tasks as they are, so {others[0]} has nothing "
-            "to keep; choose one"
-        )
-    if c.old:
-        raise ValueError("continual.old: packnet reads no earlier data; leave it out")
-    if adapters.METHODS.of(run.adapter).growth is not None:
-        raise ValueError(
-            f"continual.methods: packnet gives each task weights of its own, and so does "
-            f"{registry.name_of(run.adapter)}; leave out packnet, or choose lora as the adapter"
-        )
-    if run.train.use == "best":
-        raise ValueError("train.use: the best checkpoint may be one from before packnet prunes; set it to last")
-    if run.train.patience:
-        raise ValueError("train.patience: a run that stops early may stop before packnet prunes; set it to 0")
-    for name in ("top_layers", "only_layers"):
-        if getattr(run.optim, name) not in (None, ()):
-            raise ValueError(
-                f"optim.{name}: packnet prunes all layers of a weight, also those that aren't trained; leave it out"
-            )
 
 
 def earlier_tasks(run: config.Run, start: StartModel) -> tuple[Task, ...]:
@@ -153,32 +79,17 @@ def earlier_tasks(run: config.Run, start: StartModel) -> tuple[Task, ...]:
     return tuple(_beside(task, run, source.adapter) for task in tasks)
 
 
-def keeps(run: config.Run) -> bool:
-    """Says whether a run keeps anything of what was before."""
-    return bool(run.continual.methods) or run.continual.heads or separate(run)
-
-
-def separate(run: config.Run) -> bool:
-    """Says whether a run has an adapter, or a column of one, for itself, so that earlier tasks keep theirs."""
-    return run.continual.adapters == "task" or _columns(run) is not None
-
-
-def _columns(run: config.Run) -> Columns[Any] | None:
-    growth = adapters.METHODS.of(run.adapter).growth
-    return None if growth is None else growth.columns
-
-
 def _beside(task: Task, run: config.Run, before: config.Adapter) -> Task:
     """Returns a task as a run sees it that goes on: with what it is used with, of which the run may train nothing, or
     with a head of its own unless the run's is the same. `before`: the adapter of the model that the run starts from."""
     if separate(run) and task.adapter == "shared":
-        columns = _columns(run)
+        growing = columns(run)
         if type(before) is config.Adapter:
             task = dataclasses.replace(task, adapter="none")
-        elif columns is None:
+        elif growing is None:
             task = dataclasses.replace(task, adapter="own")
         elif isinstance(before, type(run.adapter)):  # another one is refused where its weights are read
-            task = dataclasses.replace(task, adapter="column", column=columns.last(before))
+            task = dataclasses.replace(task, adapter="column", column=growing.last(before))
     has_head = bool(OBJECTIVES.of(task.objective).specs(task.objective, run.model.width))
     return dataclasses.replace(task, own_head=has_head and (task.kept_whole or task.objective != run.objective))
 
@@ -407,52 +318,6 @@ def _name(task: int, loss: str) -> str:
     return f"replay{task}.{loss}"
 
 
-def replays(c: Continual) -> bool:
-    """Says whether any method keeps rows."""
-    return any(name in c.methods for name in REPLAYS)
-
-
-def writes(c: Continual) -> bool:
-    """Says whether the model writes the earlier rows itself."""
-    return replays(c) and c.replay.source == "model"
-
-
-def reads_old_data(c: Continual) -> bool:
-    """Says whether anything is made of the data of the task right before the run."""
-    return "ewc" in c.methods or "mas" in c.methods or (replays(c) and c.replay.source == "data")
-
-
-def _check_writes(run: config.Run, task: Task, objective: BoundObjective) -> None:
-    """ValueError: the model can't write rows of the task right before the run."""
-    name, own = objective.name, registry.name_of(run.objective)
-    if objective.writes is None:
-        raise ValueError(
-            f"continual.replay.source: a model can't write rows of {task.name}, whose objective is {name}; set it to "
-            "data, or choose lwf in continual.methods, which needs no old data either"
-        )
-    if objective.writes.asked is not None and objective.objective is not OBJECTIVES.of(run.objective):
-        raise ValueError(
-            f"continual.replay.source: {task.name} answers texts of {name}, which the new data have to hold, and they "
-            f"are for {own}; set it to data"
-        )
-
-
-def replay_rows(run: config.Run, tasks: int, multiple: int) -> int:
-    """Returns how many rows of a batch are earlier ones: the multiple of what devices and micro-batches need that is
-    nearest to the share asked for. ValueError: no new rows would be left."""
-    if not tasks or not replays(run.continual):
-        return 0
-    unit = multiple * run.train.micro_batches * (tasks if "gem" in run.continual.methods else 1)
-    share, size = run.continual.replay.share, run.train.batch_size
-    rows = max(1, round(share * size / unit)) * unit
-    if rows >= size:
-        raise ValueError(
-            f"continual.replay.share: {rows} of train.batch_size {size} rows would be earlier ones, in multiples of "
-            f"{unit}; raise train.batch_size"
-        )
-    return rows
-
-
 def of_directory(folder: Path, run: config.Run) -> Earlier:
     """Returns what a run directory says of earlier tasks, as far as weights are concerned."""
     return Earlier(run.continual, tuple(read_index(folder)), (), adapter=_adapted(run))
@@ -516,7 +381,7 @@ def bound(run: config.Run, tasks: Sequence[Task], tokens: Any, rows: int) -> Ear
             "text; choose lora as the adapter"
         )
     if tasks and writes(run.continual):
-        _check_writes(run, tasks[-1], objectives[-1])
+        check_writes(run, tasks[-1], objectives[-1])
     made = Earlier(run.continual, tuple(tasks), objectives, rows, rows / run.train.batch_size, adapter)
     made.describe()  # refuses a task for which no weights are left
     return made

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.assembly import corpus, earlier
+from jaxlm.assembly import continual_methods, corpus
 from jaxlm.assembly.earlier import Task
 from jaxlm.assembly.program import HOURS, Program
 from jaxlm.assembly.run_objective import BoundObjective
@@ -34,7 +34,7 @@ def compared(p: Program) -> list[Pair]:
     """Returns the heads whose predictions on the new inputs are compared: those of earlier tasks of the run's kind,
     or the vocabulary's. Empty: the run doesn't ask, or there are none."""
     run = p.run
-    if not (run.start and run.continual.kl_rows and earlier.keeps(run)):
+    if not (run.start and run.continual.kl_rows and continual_methods.keeps(run)):
         return []
     if p.objective.objective.outputs is None:
         return []

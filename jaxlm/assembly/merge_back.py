@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.assembly import earlier, task_index
+from jaxlm.assembly import continual_methods, earlier, task_index
 from jaxlm.assembly.merge import HELD
 from jaxlm.assembly.open_model import Pretrained, open_model
 from jaxlm.core import config, config_io, spec, tree
@@ -50,9 +50,9 @@ def check(c: MergeBack, runs: list[config.Run], start: str) -> None:
                 "merge_back: merges whole weights, and the product of an adapter's factors is not that of their means; "
                 "train without adapter"
             )
-        for name in ("si", "rwalk", earlier.PACKNET):
+        for name in ("si", "rwalk", continual_methods.PACKNET):
             if name in run.continual.methods:
-                why = "owns weights that merging changes" if name == earlier.PACKNET else (
+                why = "owns weights that merging changes" if name == continual_methods.PACKNET else (
                     "measures the path to a stage's own weights, from which merging goes away"
                 )  # fmt: skip
                 raise ValueError(f"merge_back: {name} {why}; choose another method, or leave merge_back out")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxlm.assembly import earlier, importances, open_model, run_directory
+from jaxlm.assembly import continual_methods, earlier, importances, open_model, run_directory
 from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import Source, StartModel
 from jaxlm.core import config, registry, spec, tree
@@ -76,7 +76,7 @@ def check_pair(before: config.Run, run: config.Run) -> None:
     method, name = METHODS.of(run.adapter), registry.name_of(run.adapter)
     if method.has_own_optimizer:
         raise ValueError(f"optim.moments: {name} begins to choose anew in each run; set it to fresh")
-    if method.growth is not None or earlier.separate(run):
+    if method.growth is not None or continual_methods.separate(run):
         raise ValueError(f"optim.moments: each run trains a new {name}, which has none yet; set it to fresh")
     theirs, ours = (_remembers(r.optim) for r in (before, run))
     if theirs != ours:

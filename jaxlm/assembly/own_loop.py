@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxlm.assembly import corpus, earlier, moments, open_model, run_directory
+from jaxlm.assembly import continual_methods, corpus, moments, open_model, run_directory
 from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.program import HOURS
@@ -40,7 +40,7 @@ class Program:
             raise ValueError(
                 "continual.methods: a loop of one's own keeps no earlier tasks; leave them out, or use train"
             )
-        if run.start and earlier.separate(run):
+        if run.start and continual_methods.separate(run):
             raise ValueError(
                 "adapter: a loop of one's own keeps no adapters or columns of earlier tasks; leave `start` out, or use "
                 "train"

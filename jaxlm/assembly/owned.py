@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.assembly.earlier import PACKNET
+from jaxlm.assembly.continual_methods import PACKNET
 from jaxlm.assembly.task_index import FOLDER, INDEX, Task, read_index
 from jaxlm.core import config, tree
 from jaxlm.formats.checkpoint import Checkpoints

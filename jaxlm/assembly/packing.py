@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.assembly import importances
-from jaxlm.assembly.earlier import PACKNET
+from jaxlm.assembly.continual_methods import PACKNET
 from jaxlm.assembly.model_source import Source
 from jaxlm.assembly.owned import OWNER, WEIGHTS
 from jaxlm.assembly.program import Program

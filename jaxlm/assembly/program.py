@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.assembly import choices
+from jaxlm.assembly import choices, continual_methods
 from jaxlm.assembly import earlier as earlier_tasks
 from jaxlm.assembly.choices import Choices
 from jaxlm.assembly.run_objective import BoundObjective, bind_run
@@ -369,7 +369,7 @@ def program(
     """Checks the run against its tokenizer and the devices, and puts its functions together. `template`: the chat
     template of the run's model, or None. `earlier`: the tasks that the model learned before."""
     config_io.check(run)
-    earlier_tasks.check(run.continual, run)
+    continual_methods.check(run.continual, run)
     family, objective = MODELS.of(run.model), bind_run(run, tokens, template)
     _check_pair(objective.objective, run)
     objective.check()
@@ -393,7 +393,7 @@ def program(
     check_batch(run.train, layout, mesh)
     replicas.check(run, 1 if mesh is None else mesh.shape[replicas.AXIS], layout.ways("batch", mesh))
     adapter = adapted.Adapted(run.adapter, family, run.model)
-    kept = earlier_tasks.replay_rows(run, len(earlier), row_multiple(run, layout, mesh))
+    kept = continual_methods.replay_rows(run, len(earlier), row_multiple(run, layout, mesh))
     before = earlier_tasks.bound(run, earlier, tokens, kept)
     heads = objective.specs(run.model.width) | before.specs(run.model.width)
     specs = adapter.specs() | heads

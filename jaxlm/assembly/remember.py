@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from jaxlm.assembly import corpus, earlier, importances, packing, pseudo
+from jaxlm.assembly.continual_methods import PACKNET, PENALTIES, TRACKED, keeps, reads_old_data
 from jaxlm.assembly.model_source import Source, StartModel
 from jaxlm.assembly.program import Program
 from jaxlm.assembly.task_index import FOLDER, INDEX, STATISTICS, Task
@@ -38,7 +39,7 @@ BLOCK = 256  # rows that are made at a time
 def remember(p: Program, state: State, start: StartModel, begins: bool) -> State:
     """Returns the state with what its methods know of earlier tasks, which the run's directory holds, or gets now if
     the run `begins`. ValueError: the directory has lost it, or it can't be made."""
-    if not earlier.keeps(p.run):
+    if not keeps(p.run):
         return state
     folder = p.run.folder / FOLDER
     if not (folder / INDEX).is_file():
@@ -63,8 +64,8 @@ def kept_trees(kept: earlier.Earlier, trained: Any, masks: Any, weights: Any) ->
     each trained weight, `masks` in that of one of an int8 number, and `weights` in that of all weights."""
     if not kept.tasks:
         return {}
-    out = {name: {"importance": trained, "anchor": trained} for name in earlier.PENALTIES if name in kept.c.methods}
-    out |= {earlier.PACKNET: {"owner": masks}} if kept.packed else {}
+    out = {name: {"importance": trained, "anchor": trained} for name in PENALTIES if name in kept.c.methods}
+    out |= {PACKNET: {"owner": masks}} if kept.packed else {}
     return out | ({"teacher": weights} if kept.needs_teacher else {})
 
 
@@ -76,15 +77,15 @@ def _make(p: Program, state: State, start: StartModel, folder: Path) -> None:
         part.mkdir()
     processes.barrier("the memory", HOURS)
     before = start.source if p.run.start and not p.run.continual.old else None
-    records = _records_of_last(p, before) if p.earlier.tasks and earlier.reads_old_data(p.run.continual) else []
+    records = _records_of_last(p, before) if p.earlier.tasks and reads_old_data(p.run.continual) else []
     kept: dict[str, Any] = {}
     for name in p.run.continual.methods if p.earlier.tasks else ():
-        if name in earlier.PENALTIES:
+        if name in PENALTIES:
             kept[name] = _penalty(p, state, before, records, name)._asdict()
     if p.earlier.needs_teacher:
         kept["teacher"] = state.all_params
     if p.earlier.packed and before is not None:
-        kept[earlier.PACKNET] = {"owner": packing.owners(p, before)}
+        kept[PACKNET] = {"owner": packing.owners(p, before)}
     if kept:
         with Checkpoints(part / WEIGHTS) as stored:
             stored.save(0, kept, {"step": 0}, wait=True)
@@ -123,7 +124,7 @@ def _penalty(
     c, task = getattr(p.run.continual, name), p.earlier.tasks[-1]
     if name == "l2":
         new = importances.ones(p, state)
-    elif name in earlier.TRACKED:
+    elif name in TRACKED:
         tracks = _tracks(p, before, name)
         new = path.si_importance(c, tracks, state.params) if name == "si" else path.rwalk_importance(tracks)
     else:

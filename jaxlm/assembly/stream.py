@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from jaxlm.assembly import (
+    continual_methods,
     earlier,
     infer_task,
     merge_back,
@@ -75,7 +76,7 @@ def _runs(stream: Stream, seed: int) -> list[config.Run]:
             run = run_source.completed(open_model.starting(run, start) if start.place else run, start)
             for before in out[-1:]:
                 moments.check_pair(before, run)
-            earlier.check(run.continual, run)
+            continual_methods.check(run.continual, run)
         except ValueError as error:
             raise ValueError(f"stage {stage.name}: {error}") from error
         if i == 0:

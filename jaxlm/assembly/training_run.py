@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxlm.assembly import (
+    continual_methods,
     corpus,
     earlier,
     infer_task,
@@ -235,7 +236,7 @@ def _run(
             print(f"interrupted after step {end.step}; saved. Go on with: jaxlm train {run.folder}")
         return 1
     sample(end.step, end.state)
-    if earlier.separate(run):
+    if continual_methods.separate(run):
         infer_task.note(p, end.state.all_params, data.train)
     used = (checkpoints.best() if c.use == "best" else None) or end.step
     if data.test:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.assembly import corpus, earlier, pseudo, remember
+from jaxlm.assembly import continual_methods, corpus, earlier, pseudo, remember
 from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.core import config
@@ -200,9 +200,11 @@ def test_a_memory_that_the_model_wrote_serves_a_run_whose_old_data_are_gone(sour
 
 def test_distillation_needs_no_old_data(sources, tmp_path, one_device):
     run = made("text", sources, tmp_path)[0].run
-    assert not earlier.reads_old_data(Continual(("lwf", "features", "l2", "si")))
-    assert earlier.reads_old_data(Continual(("ewc",))) and earlier.reads_old_data(Continual(("replay",)))
-    assert not earlier.reads_old_data(run.continual)
+    assert not continual_methods.reads_old_data(Continual(("lwf", "features", "l2", "si")))
+    assert continual_methods.reads_old_data(Continual(("ewc",))) and continual_methods.reads_old_data(
+        Continual(("replay",))
+    )
+    assert not continual_methods.reads_old_data(run.continual)
 
 
 @pytest.mark.parametrize(
