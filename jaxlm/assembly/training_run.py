@@ -88,7 +88,7 @@ def _train(
     if not (run.folder / "config.json").exists():
         raise ValueError(f"out: {run.folder} is not the same folder on all hosts; name one on storage that they share")
     with mesh.on_mesh(p.mesh), Checkpoints(run.folder / "checkpoints", keep=run.train.keep) as checkpoints:
-        state, meta = _first_state(p, checkpoints, start)
+        state, meta = first_state(p, checkpoints, start)
         state = remember.remember(p, state, start, begins=not meta)
         if p.objective.needs_reference:
             _remember_reference(p, data, None if meta else state.all_params)
@@ -108,7 +108,7 @@ def _train(
     return status
 
 
-def _first_state(p: programs.Program, checkpoints: Checkpoints, start: StartModel) -> tuple[Any, dict]:
+def first_state(p: programs.Program, checkpoints: Checkpoints, start: StartModel) -> tuple[Any, dict]:
     """Returns the state and what its checkpoint says of it: the newest sound checkpoint's, read straight to this mesh's
     shards, or that of the model it starts from, or a fresh one."""
     if checkpoints.latest() is None:
@@ -196,7 +196,7 @@ def _run(
         training_hooks.score(run, metrics)  # so that an unknown metric is found before the work
         gain(0, samples, False)
         _log_model(p, state, log)
-    meter, watch = _meter(p, start), _watchdog(run, compile_seconds)
+    meter, watch = speed_meter(p, start), stuck_watchdog(run, compile_seconds)
     with Progress(c.steps, enabled=main) as progress, watch:
         keeper = training_hooks.Keeper(p, loader, checkpoints, log, meter, watch, progress, validate, gain, on_step)
         keeper.tokens = int(meta.get("tokens", start * c.batch_size * c.seq_len))
@@ -254,13 +254,13 @@ def _log_model(p: programs.Program, state: Any, log: RunLog) -> None:
               memory_bytes=held)  # fmt: skip
 
 
-def _meter(p: programs.Program, start: int) -> Meter:
+def speed_meter(p: programs.Program, start: int) -> Meter:
     """Returns what measures the speed from now on."""
     flops, peak = p.flops_per_token(), peak_flops(jax.devices()[0].device_kind)
     return Meter(p.run.train.steps, start=start, flops=flops, peak=peak and peak * jax.device_count())
 
 
-def _watchdog(run: config.Run, compile_seconds: float) -> Watchdog:
+def stuck_watchdog(run: config.Run, compile_seconds: float) -> Watchdog:
     """Returns what notices that no step ends any more."""
 
     def stuck(line: str) -> None:

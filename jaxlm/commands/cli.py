@@ -24,6 +24,8 @@ class Row(NamedTuple):
 COMMANDS = {  # in the order of `--help`
     "train": Row("train.Train", "train a config, or continue a run directory"),
     "continual": Row("continual.Continual", "train a stream of tasks one after another, and say what was kept"),
+    "coordinate": Row("coordinate.Coordinate", "run the parameter server of workers that are jobs of their own"),
+    "work": Row("work.Work", "join such a run as a worker"),
     "plan": Row("plan.Plan", "what a config needs on machines that aren't here: memory, time, bottleneck"),
     "tune": Row("plan.Tune", "measure the fastest meshes and remat policies of a config on this machine"),
     "eval": Row("evaluate.Eval", "losses and scores of a model, with intervals"),

@@ -21,6 +21,11 @@ class Train(OnRun):
     def run(self, rest: list[str]) -> Done:
         run, start, origins = self.load(rest)
         start_processes(self, run)
+        if run.distributed.method == "server":
+            raise ValueError(
+                "distributed.method: server is trained by `jaxlm coordinate` and `jaxlm work`; start the one and then "
+                "the others"
+            )
         from jaxlm.assembly import run_directory, training_run
         from jaxlm.commands import dry_run
 
@@ -28,10 +33,10 @@ class Train(OnRun):
         if self.dry_run:
             return Done(dry_run.show(run, start, origins))
         status = training_run.train(run, start)
-        return Done(_results(run.folder), status)
+        return Done(results(run.folder), status)
 
 
-def _results(folder: Path) -> dict[str, Any]:
+def results(folder: Path) -> dict[str, Any]:
     """Returns what a run has come to."""
     from jaxlm.training import run_logs
 

@@ -45,6 +45,8 @@ class Hooks:
     """Takes the step, the state, the validation metrics of this very step or None, and early stopping's memory."""
     read: Callable[[Mapping[str, Any]], Metrics] = read_metrics
     """Waits for a step's metrics."""
+    ended: Callable[[], bool] = lambda: False
+    """Returns whether the step just made was the last one, where that is not known before."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def train(
                 done = update + 1
                 pending = (done, metrics, waited, sending)
 
-                last, improved = done == steps, False
+                last, improved = done == steps or hooks.ended(), False
                 validation = None
                 if last or (eval_every and done % eval_every == 0):
                     read()
