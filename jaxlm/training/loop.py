@@ -153,7 +153,7 @@ def train(
                 if last or reason != "finished" or (save_every and done % save_every == 0) or (save_best and improved):
                     read()
                     hooks.save(done, state, validation, {"best": best, "bad": bad})
-                if reason != "finished":
+                if last or reason != "finished":
                     break
         finally:
             close = getattr(batches, "close", None)  # a loader has it, a plain iterator doesn't

@@ -147,7 +147,7 @@ class Progress:
         line = _progress_line(step, self._steps, self._smooth, metrics, reading)
         if self._live is not None:
             self._live.update(rich.text.Text(line, no_wrap=True, overflow="ellipsis"))
-        elif step >= self._steps or clock.monotonic() - self._printed >= self._every_s:
+        elif step == self._steps or clock.monotonic() - self._printed >= self._every_s:
             self._printed = clock.monotonic()
             self.say(line)
 

@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,12 @@ from jaxlm.runtime.processes import ProcessError
 NAMESPACE = "jaxlm"
 POLL = (0.02, 0.5)
 """Seconds between two questions: at first, and at most."""
+
+
+def ignore_forks() -> None:
+    """Lets processes be started without a word: JAX warns of forks, and those that at once become another program are
+    safe."""
+    warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
 
 
 class Away(Exception):
@@ -35,6 +42,7 @@ def connect(address: str, dashboard: bool = False) -> str:
     """Joins the cluster at an address, or starts one on this machine if it is empty; returns the address by which
     others join. ValueError: there is none."""
     ray = need()
+    ignore_forks()
     common: dict[str, Any] = dict(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     if address:
         try:
