@@ -95,7 +95,7 @@ def split(line: str) -> list[str]:
 
 
 OPTION = re.compile(r"(?<![\w-])--[a-zA-Z][\w.-]*")
-TAKE_A_RUN = ("train", "plan", "tune", "data prepare", "data inspect")
+TAKE_A_RUN = ("train", "coordinate", "work", "plan", "tune", "data prepare", "data inspect")
 
 
 def check_command(words: list[str], page: str, helps: dict[str, str], folder: Path) -> None:
@@ -118,7 +118,7 @@ def check_command(words: list[str], page: str, helps: dict[str, str], folder: Pa
             fields += [word, *rest[i + 1 : end]]
     if command in TAKE_A_RUN and not plugin:
         written = {b.title: b.text for b in pages.blocks(TEXT[page]) if b.language == "python"}
-        if place in written:
+        if place and place in written:
             (folder / place).write_text(written[place])
             place = str(folder / place)
         known = {path.stem for path in (ROOT / "configs").glob("*.py")}

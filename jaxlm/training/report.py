@@ -38,6 +38,8 @@ PANELS = (
     Panel("Learning rate", lambda r: metric(r.train, "lr")),
     Panel("Gradient norm", lambda r: metric(r.train, "grad_norm"), smooth=True),
     Panel("Tokens per second", lambda r: metric(r.train, "tokens_per_s", time=True), smooth=True),
+    Panel("Workers of a version", lambda r: metric(r.train, "workers")),
+    Panel("Staleness of pushes, versions", lambda r: metric(r.train, "staleness")),
 )
 
 

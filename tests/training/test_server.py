@@ -177,17 +177,17 @@ def test_a_late_push_is_dropped_and_named_and_its_worker_goes_on() -> None:
 
 
 def test_a_quorum_that_can_not_be_met_is_said_at_once_and_ends_the_run_after_its_bound() -> None:
-    c = config(quorum=1.0, timeout=50.0)
+    c = config(quorum=1.0, timeout=50.0, wait=70.0)
     out = simulate(c, crew(1, 1, w1=((0.0, 7.0),)), START, 50, descend)
     [lost], [said] = named(out, "lost"), named(out, "quorum")
     assert lost["worker"] == "w1" and lost["time"] == said["time"] == 55.0  # last seen when the round ended at 5
     assert said["here"] == 1 and said["need"] == 2 and "w1" in said["missing"]
-    assert out.seconds == said["time"] + 50.0 and out.server.book.failed
+    assert out.seconds == said["time"] + 70.0 and out.server.book.failed
     assert "1 of the 2 workers that a round needs" in out.server.book.ended
 
 
 def test_too_few_workers_at_the_start_end_the_run_after_its_bound() -> None:
-    out = simulate(config(quorum=1.0, timeout=50.0), crew(1, 1, w1=((1e9, 2e9),)), START, 50, descend)
+    out = simulate(config(quorum=1.0, wait=50.0), crew(1, 1, w1=((1e9, 2e9),)), START, 50, descend)
     assert out.server.book.failed and out.seconds == 50.0 and not named(out, "version")
 
 

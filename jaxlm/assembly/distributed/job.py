@@ -2,6 +2,7 @@
 delta to a server, and takes up the global weights."""
 
 import contextlib
+import itertools
 import math
 import sys
 import time
@@ -58,6 +59,8 @@ class Job:
 
     def __init__(self, steps: LocalSteps, link: Link | None, error: np.ndarray | None) -> None:
         self.steps, self.link, self.error = steps, link, error
+        self.note: Callable[[float], None] = lambda seconds: None
+        """Takes how long each exchange took, waiting included."""
         self.work = Answer("end")
         self.start: np.ndarray | None = None
         self.done = 0
@@ -109,7 +112,10 @@ class Job:
             packed = vector.pack(c.compress, np.subtract(self.start, now, out=now), self.error, c.error_decay)
             return link.exchange(packed, steps=self.done, tokens=tokens, seconds=seconds, loss=loss)
 
-        return self._take_up(state, self._agreed(push))
+        pushed = time.monotonic()
+        told = self._agreed(push)
+        self.note(time.monotonic() - pushed)
+        return self._take_up(state, told)
 
     def _take_up(self, state: State, told: tuple[Answer, np.ndarray | None]) -> State:
         self.work, self.start = told
@@ -192,6 +198,14 @@ def _loop(
             p, loader, checkpoints, log, meter, watch, progress, lambda step, state: ({}, {}), lambda *_: None
         )
         keeper.tokens = int(meta.get("tokens", 0))
+        made = itertools.count(first + 1)
+
+        def step(state: State, batch: DeviceBatch) -> tuple[State, dict[str, jax.Array]]:
+            number = next(made)
+            job.note = lambda seconds: log.event(
+                number, "exchange", version=job.work.version, time={"seconds": seconds}
+            )
+            return job.step(state, batch)
 
         def save(step: int, state: State, validation: Any, stopping: dict) -> None:
             held = {"step": step, "tokens": keeper.tokens, "config": config_io.to_dict(p.run)}
@@ -205,7 +219,7 @@ def _loop(
         hooks = loop.Hooks(
             batches=job.batches,
             to_device=job.steps.to_device,
-            step=training_hooks.announcing(job.step, first),
+            step=training_hooks.announcing(step, first),
             indices=lambda update: np.array([job.work.shard, job.work.position + job.taken]),
             log=keeper.log_step,
             validate=lambda step, state: {"score": math.inf},

@@ -7,6 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from jaxlm.core import config
@@ -33,6 +34,10 @@ def need() -> Any:
         raise ValueError('distributed.method: server needs Ray: pip install "jaxlm[ray]"')
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers are jobs, whose devices Ray leaves alone
+    # A cluster that is started where there is a token asks for it; Ray sends it to one that is named only if told to.
+    named = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if named or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     return ray
@@ -50,7 +55,7 @@ def connect(address: str, dashboard: bool = False) -> str:
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise ValueError(
                 f"address: no Ray cluster answers at {address} ({' '.join(str(error).split())[:200]}); start one with "
-                "`ray start --head`, or see `ray status`"
+                "`ray start --head`, and give this machine the ~/.ray/auth_token of that one if it has one"
             ) from None
     else:
         # One CPU: Ray's own processes are as many as it takes the CPUs to be, and nothing here is scheduled by them.

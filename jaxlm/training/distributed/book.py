@@ -152,7 +152,7 @@ class Book:
         if since is not None:
             moments.append(since + server.grace)
         if self._short is not None:
-            moments.append(self._short + server.timeout)
+            moments.append(self._short + server.wait)
         return math.inf if self.ended else min((t for t in moments if t > now), default=math.inf)
 
     # ---- what workers ask
@@ -368,7 +368,7 @@ class Book:
         if self._short is None:
             self._short = now
             self._event(now, "quorum", here=here, need=self.need, missing=dict(self.gone))
-        if now >= self._short + self.c.server.timeout and not self.ended:
+        if now >= self._short + self.c.server.wait and not self.ended:
             self.failed = True
             self.ended = (
                 f"{here} of the {self.need} workers that a round needs were here for {now - self._short:.0f} s; start "
