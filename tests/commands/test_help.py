@@ -13,8 +13,9 @@ from jaxlm.commands import cli
 from jaxlm.core import typed_arguments
 
 COMMANDS = (
-    "train", "continual", "coordinate", "work", "plan", "tune", "eval", "predict", "generate", "chat", "embed", "augment",
-    "import", "export", "merge", "grow", "tokenizer train", "data prepare", "data inspect", "report", "doctor", "completion",
+    "train", "continual", "coordinate", "work", "plan", "tune", "eval", "predict", "generate", "chat", "embed",
+    "augment", "import", "export", "merge", "grow", "tokenizer train", "data prepare", "data inspect", "report",
+    "doctor", "completion",
 )  # fmt: skip
 
 

@@ -37,7 +37,8 @@ def options(folder: Path, name: str, steps: int, seed: int = 0, **more) -> list[
         "model.head_width": 16, "model.ffn": 64, "train.batch_size": 8, "train.seq_len": 64, "train.steps": steps,
         "train.eval_every": 0, "train.eval_batches": 8, "train.log_every": 20, "train.save_every": 60,
         "optim.warmup": 20, "optim.lr": 0.01, "distributed.method": "server", "distributed.workers": 4,
-        "distributed.every": 20, "distributed.server.timeout": TIMEOUT, "distributed.server.grace": GRACE, **more,
+        "distributed.every": 20, "distributed.server.timeout": TIMEOUT, "distributed.server.grace": GRACE,
+        "distributed.server.wait": START, **more,
     }  # fmt: skip
     words = [word for key, value in values.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     return [str(ROOT / "configs/tiny_llama.py"), *words, "--train.prompts"]

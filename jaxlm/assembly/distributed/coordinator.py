@@ -51,10 +51,11 @@ class Watch:
         """Asks the server where the run stands, and logs what has happened since the last time. Waits within bounds for
         a server that was killed."""
         ray = ray_cluster.need()
-        seconds = self.run.distributed.server.timeout
+        server = self.run.distributed.server
         status = ray_cluster.bounded(
-            "the server", seconds, lambda: ray.get(self.keeper.status.remote(self.epoch, self.seen), timeout=seconds)
-        )
+            "the server", server.wait,
+            lambda: ray.get(self.keeper.status.remote(self.epoch, self.seen), timeout=server.timeout),
+        )  # fmt: skip
         if status["epoch"] != self.epoch:
             if self.epoch:
                 self._event(
@@ -78,14 +79,13 @@ class Watch:
 
     def fetch(self) -> int:
         """Takes up the global weights as they are now; returns the step of the run that they are of."""
-        ray = ray_cluster.need()
-        seconds = self.run.distributed.server.timeout
+        ray, server = ray_cluster.need(), self.run.distributed.server
 
         def get() -> tuple[int, int, list[np.ndarray]]:
-            version, clock, refs = ray.get(self.keeper.current.remote(), timeout=seconds)
-            return version, clock, ray.get(list(refs), timeout=seconds)
+            version, clock, refs = ray.get(self.keeper.current.remote(), timeout=server.timeout)
+            return version, clock, ray.get(list(refs), timeout=server.timeout)
 
-        _, clock, parts = ray_cluster.bounded("the global weights", seconds, get)
+        _, clock, parts = ray_cluster.bounded("the global weights", server.wait, get)
         self.state = self.steps.take_up(self.state, clock, np.concatenate(parts))
         return clock
 
@@ -166,7 +166,10 @@ def _coordinate(
     others = ray_cluster.connect(address, dashboard)
     try:
         keeper = _start(run, terms.of(run, steps.p))
-        at = ray.get(keeper.status.remote("", 0), timeout=run.distributed.server.timeout)
+        server = run.distributed.server
+        at = ray_cluster.bounded(
+            "the server", server.wait, lambda: ray.get(keeper.status.remote("", 0), timeout=server.timeout)
+        )
         begins()
         print(f"the server of {run.name} is at version {at['version']}, step {at['clock']} of {run.train.steps}; "
               f"workers join by: jaxlm work {run.folder} --address {others}", flush=True)  # fmt: skip

@@ -126,4 +126,5 @@ class RayLink:
             raise
 
     def _bounded(self, attempt: Callable[[], Any]) -> Any:
-        return ray_cluster.bounded(f"the server of {self.run.name}", self._seconds, attempt, self.say)
+        wait = self.run.distributed.server.wait
+        return ray_cluster.bounded(f"the server of {self.run.name}", wait, attempt, self.say)

@@ -227,7 +227,7 @@ class Keeper(Holder):
         ray = ray_cluster.need()
         version = server_state.newest(self.folder)
         assert version is not None
-        seconds = self.c.server.timeout
+        seconds = self.c.server.wait
 
         def load() -> list[int]:
             return ray.get([other.load.remote(version) for other in self.others], timeout=seconds)
