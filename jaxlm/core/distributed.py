@@ -42,8 +42,8 @@ class Server:
     timeout: Positive = 600.0
     """Seconds without a sign of life after which a worker is taken to be lost, and named."""
     wait: Positive = 1800.0
-    """Seconds that the server waits for as many workers as it needs, at the start and later, and that a worker waits for
-    a server that is away; then it ends, and the same command goes on."""
+    """Seconds that the server waits for as many workers as it needs, at the start and later, and that a worker waits
+    for a server that is away; then it ends, and the same command goes on."""
     bound: Natural = 2
     """stale: rounds that a worker may be ahead of the slowest one."""
     staleness: NonNegative = 0.5
