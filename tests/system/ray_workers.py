@@ -25,7 +25,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT, GRACE = 20.0, 8.0
-START = 150.0  # seconds that a process may take to start again on a busy machine
+START = 600.0  # seconds that a process may take to start again on a busy machine
 SEEDS = 3
 Rows = list[tuple[str, str]]
 

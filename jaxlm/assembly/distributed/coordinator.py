@@ -2,9 +2,11 @@
 weights, and keeps the final ones as an ordinary checkpoint."""
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,11 +25,13 @@ from jaxlm.runtime import mesh
 from jaxlm.runtime.processes import ProcessError
 from jaxlm.training import loop, report
 from jaxlm.training.environment import write_environment
-from jaxlm.training.log import RunLog
+from jaxlm.training.log import RunLog, read_lines, replace_file
 from jaxlm.training.step import State
 
 POLL = 0.3
 """Seconds between two looks at the server."""
+FREED = 60.0
+"""Seconds within which Ray notices that a coordinator is dead."""
 TOLD = ("joined", "returned", "lost", "left", "late", "replaced", "quorum")
 """Events that are printed as they happen."""
 
@@ -38,7 +42,7 @@ class Watch:
     def __init__(self, steps: LocalSteps, state: State, keeper: Any, log: RunLog) -> None:
         self.steps, self.state, self.keeper, self.log = steps, state, keeper, log
         self.run = steps.run
-        self.epoch, self.seen, self.tokens, self.printed = "", 0, 0.0, -math.inf
+        self.epoch, self.seen, self.tokens, self.printed = "", 0, 0, -math.inf
         self.last: dict[str, Any] = {"clock": 0, "version": 0, "members": {}, "gone": {}, "ended": ""}
         data = corpus.corpus(self.run.data, steps.p.objective, ("valid", "test"))
         self.held, self.test = scoring.HeldOut(steps.p, data.valid), data.test
@@ -104,12 +108,12 @@ class Watch:
         name, step = event["name"], event["clock"]
         rest = {k: v for k, v in event.items() if k not in ("name", "clock", "time")}
         if name == "version":
-            self.tokens += event["tokens"]
+            self.tokens = int(event["tokens"])
             behind = event["staleness"]
             loss = {} if event["loss"] is None else {"loss": event["loss"]}
             figures = loss | dict(
                 version=event["version"], workers=len(event["workers"]), staleness=sum(behind) / len(behind),
-                tokens=int(self.tokens), received=status["received"], sent=status["sent"],
+                tokens=self.tokens, received=status["received"], sent=status["sent"],
             )  # fmt: skip
             self.log.train(step, figures, {"server_s": event["time"]})
             if time.monotonic() - self.printed > 10:
@@ -173,6 +177,7 @@ def _coordinate(
         begins()
         print(f"the server of {run.name} is at version {at['version']}, step {at['clock']} of {run.train.steps}; "
               f"workers join by: jaxlm work {run.folder} --address {others}", flush=True)  # fmt: skip
+        _forget(run.folder, at["version"])
         with (
             RunLog(run.folder, resume_step=at["clock"] if at["version"] else -1) as log,
             Crew(run, others, local) as crew,
@@ -199,20 +204,29 @@ def _coordinate(
 
 
 def _start(run: config.Run, agreed: dict[str, Any]) -> Any:
-    """Starts the server; one that an earlier coordinator left is ended first, and its workers join the new one."""
-    ray = ray_cluster.need()
-    try:
-        ray.kill(ray_cluster.keeper_of(run))
-    except ray_cluster.Away:
-        return ray_server.start(run, agreed)
+    """Starts the server. Where a coordinator has just died, its server's name is free a moment later. ValueError: a
+    server of this name lives in the cluster."""
 
     def start() -> Any:
         try:
             return ray_server.start(run, agreed)
-        except ValueError as error:  # its name is free a moment later
+        except ValueError as error:
             raise ray_cluster.Away(str(error)) from None
 
-    return ray_cluster.bounded("the name of the server", 60.0, start)
+    try:
+        return ray_cluster.bounded("the name of the server", FREED, start)
+    except ProcessError:
+        raise ValueError(
+            f"name: a server of {run.name} runs in this cluster already; stop it, or choose another `name`"
+        ) from None
+
+
+def _forget(folder: Path, version: int) -> None:
+    """Removes from a run's log what came after a version, which the server goes on from."""
+    file = folder / "metrics.jsonl"
+    if file.exists():
+        kept = [line for line in read_lines(file) if line.get("version", 0) <= version]
+        replace_file(file, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _finish(watch: Watch) -> None:
@@ -224,7 +238,7 @@ def _finish(watch: Watch) -> None:
         held = run_directory.saved(watch.state, steps.p.adapter)
         if base := run_directory.frozen_base(steps.p.adapter, watch.state.all_params):
             run_directory.write_base(run.folder, base)
-        meta = {"step": step, "tokens": int(watch.tokens), "config": config_io.to_dict(run)}
+        meta = {"step": step, "tokens": watch.tokens, "config": config_io.to_dict(run)}
         checkpoints.save(step, held, meta, wait=True)
     if watch.test:
         found = watch.scorer(watch.state.eval_params, scoring.HeldOut(steps.p, watch.test))

@@ -173,9 +173,10 @@ def _work(
         steps.compiled(state, steps.to_device(next(steps.batches(0, 0))))
         took = time.perf_counter() - began
         job = Job(steps, connect(terms.of(run, p), steps.count) if main else None, error)
+        state = job.begin(state)
         begins()
         with RunLog(own.folder, resume_step=meta.get("step", -1), enabled=main) as log:
-            end = _loop(job, job.begin(state), meta, checkpoints, log, took)
+            end = _loop(job, state, meta, checkpoints, log, took)
         if job.link is not None:
             job.link.leave()
     processes.barrier("the end", HOURS)

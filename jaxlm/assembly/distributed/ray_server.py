@@ -108,6 +108,7 @@ class Keeper(Holder):
         self.others, self._book_of = others, lambda: Book(c, workers, steps, terms, time.monotonic())
         self.epoch, self.why, self.count, self.received, self.sent, self.save_seconds = "", "", 0, 0, 0, 0.0
         self._refs: tuple[int, list[Any]] = (-1, [])
+        self._told = 0
         self._restore()
 
     # ---- what workers call
@@ -154,13 +155,16 @@ class Keeper(Holder):
         """Returns where the run stands, and the events after the first `since` of this life of the server (`epoch`)."""
         self._tick()
         now = time.monotonic()
+        if epoch == self.epoch:  # those before have arrived
+            del self.book.events[: since - self._told]
+            self._told = since
         members = {
             m.name: {"shard": m.shard, "status": m.status, "silent": now - m.seen} for m in self.book.members.values()
         }
         return {
             "epoch": self.epoch, "why": self.why, "version": self.version, "clock": self.book.clock,
             "ended": self.book.ended, "failed": self.book.failed, "received": self.received, "sent": self.sent,
-            "events": self.book.events[since if epoch == self.epoch else 0 :], "save_seconds": self.save_seconds,
+            "events": list(self.book.events), "save_seconds": self.save_seconds,
             "members": members, "gone": dict(self.book.gone),
         }  # fmt: skip
 
@@ -219,7 +223,8 @@ class Keeper(Holder):
         saving = [other.save.remote(str(folder)) for other in self.others]
         self.save(str(folder))
         ray.get(saving, timeout=self.c.server.timeout)
-        server_state.commit(self.folder, self.version, self.book.state(), self.c.server.keep)
+        book = self.book.state() | {"received": self.received, "sent": self.sent}
+        server_state.commit(self.folder, self.version, book, self.c.server.keep)
         self.save_seconds += time.monotonic() - began
 
     def _restore(self, why: str = "") -> None:
@@ -234,8 +239,10 @@ class Keeper(Holder):
 
         self.count = self.load(version) + sum(ray_cluster.bounded("a part of the server", seconds, load))
         self.book = self._book_of()
-        self.book.restore(server_state.read_book(self.folder, version))
-        self.epoch, self._refs = uuid.uuid4().hex, (-1, [])
+        book = server_state.read_book(self.folder, version)
+        self.book.restore(book)
+        self.received, self.sent = book["received"], book["sent"]
+        self.epoch, self._refs, self._told = uuid.uuid4().hex, (-1, []), 0
         self.why = why
 
     def _weights(self) -> list[Any]:
@@ -269,5 +276,5 @@ def write_first(run: config.Run, weights_N: np.ndarray) -> None:
     folder = server_state.new(run.folder / FOLDER, 0)
     for number, (first, last) in enumerate(vector.parts(weights_N.size, d.server.shards)):
         server_state.write_part(folder, number, Part(d, weights_N[first:last]).saved())
-    book = Book(d, d.workers, run.train.steps, {}).state()
+    book = Book(d, d.workers, run.train.steps, {}).state() | {"received": 0, "sent": 0}
     server_state.commit(run.folder / FOLDER, 0, book, d.server.keep)

@@ -74,7 +74,6 @@ class Round:
     pushed: list[str] = field(default_factory=list)
     total: float = 0.0
     losses: list[float] = field(default_factory=list)
-    tokens: float = 0.0
     first: float | None = None
     """When the first push came."""
     enough: float | None = None
@@ -94,6 +93,8 @@ class Book:
         self.positions = [0] * workers
         self.updates = [0] * workers
         """Pushes of each shard that counted."""
+        self.tokens = 0.0
+        """What all shards together have learned from."""
         self.members: dict[str, Member] = {}
         self.gone: dict[str, str] = {}
         """Workers that were here, and why they aren't."""
@@ -131,7 +132,7 @@ class Book:
         round in flight are not of it."""
         known = self.gone | dict.fromkeys(self.members, "the server was restarted")
         return {"version": self.version, "positions": self.positions, "updates": self.updates, "speeds": self.speeds,
-                "known": known, "token": self._tokens}  # fmt: skip
+                "tokens": self.tokens, "known": known, "token": self._tokens}  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from what `state` returned."""
@@ -142,7 +143,7 @@ class Book:
             )
         self.version, self.positions = state["version"], list(state["positions"])
         self.updates, self.speeds = list(state["updates"]), dict(state["speeds"])
-        self.gone, self._tokens = dict(state["known"]), state["token"]
+        self.gone, self._tokens, self.tokens = dict(state["known"]), state["token"], state["tokens"]
         self._end_if_done(0.0)
 
     def deadline(self, now: float) -> float:
@@ -233,11 +234,11 @@ class Book:
         if self.c.server.mode == "sync":
             return self._push_to_round(m, steps, tokens, loss, now)
         staleness = self.version - version
-        self._count(m, steps)
+        self._count(m, steps, tokens)
         m.rounds += 1
         m.status = "waiting"
         self.version += 1
-        self._new_version(now, [name], [staleness], tokens, [] if loss is None else [loss])
+        self._new_version(now, [name], [staleness], [] if loss is None else [loss])
         return [Op("apply", float(outer.staleness_weight(staleness, self.c.server.staleness)))]
 
     def tick(self, now: float) -> list[Op]:
@@ -265,9 +266,8 @@ class Book:
         r.pushed.append(m.name)
         r.first = now if r.first is None else r.first
         r.total += weight
-        r.tokens += tokens
         r.losses += [] if loss is None else [loss]
-        self._count(m, steps)
+        self._count(m, steps, tokens)
         m.status = "pushed"
         return [Op("add", weight), *self._tick_round(now)]
 
@@ -292,10 +292,10 @@ class Book:
             return []
         if working:
             self._event(now, "late", workers=[m.name for m in working], waited=server.grace)
-        pushed, total, tokens, losses = r.pushed, r.total, r.tokens, r.losses
+        pushed, total, losses = r.pushed, r.total, r.losses
         self.round = Round()
         self.version += 1
-        self._new_version(now, pushed, [0] * len(pushed), tokens, losses)
+        self._new_version(now, pushed, [0] * len(pushed), losses)
         for m in self.members.values():
             m.status = "waiting" if m.status == "pushed" else m.status
         if not self.ended:
@@ -354,8 +354,9 @@ class Book:
                 m.status = "waiting"
                 held.add(m.shard)
 
-    def _count(self, m: Member, steps: int) -> None:
+    def _count(self, m: Member, steps: int, tokens: float) -> None:
         assert m.shard is not None
+        self.tokens += tokens
         self.positions[m.shard] += steps
         self.updates[m.shard] += 1
 
@@ -378,11 +379,9 @@ class Book:
 
     # ---- what is told
 
-    def _new_version(
-        self, now: float, workers: list[str], staleness: list[int], tokens: float, losses: list[float]
-    ) -> None:
+    def _new_version(self, now: float, workers: list[str], staleness: list[int], losses: list[float]) -> None:
         loss = sum(losses) / len(losses) if losses else None
-        self._event(now, "version", workers=workers, staleness=staleness, tokens=tokens, loss=loss)
+        self._event(now, "version", workers=workers, staleness=staleness, tokens=self.tokens, loss=loss)
         self._end_if_done(now)
 
     def _end_if_done(self, now: float) -> None:
