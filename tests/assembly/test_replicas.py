@@ -9,12 +9,15 @@ import pytest
 from support.continual_runs import make, write_sources
 
 import jaxlm
-from jaxlm.core import config
+from jaxlm.assembly.distributed.local_steps import simulated
+from jaxlm.assembly.model_source import StartModel
+from jaxlm.core import config, tree
 from jaxlm.core.distributed import Distributed, Outer
 from jaxlm.models import mixtral
 from jaxlm.nn.moe import Moe
 from jaxlm.runtime import mesh as meshes
 from jaxlm.training.distributed import replicas
+from jaxlm.training.distributed.simulate import Worker, simulate
 from jaxlm.training.log import read_lines
 from jaxlm.weights.adapters import Lora
 
@@ -282,3 +285,18 @@ def test_what_can_not_be_met_is_refused(sources, tmp_path, line) -> None:
     run = a_run(sources, tmp_path, **BAD[line])
     with pytest.raises(ValueError, match=f"^{line}"), meshes.on_devices(jax.devices()[: run.mesh.replica]):
         jaxlm.Program(run)
+
+
+@pytest.mark.parametrize("compress", ["none", "int8"])
+def test_a_parameter_server_gives_the_same_weights_from_the_same_schedule(sources, tmp_path, compress) -> None:
+    run = a_run(sources, tmp_path, steps=6, optim=ADAMW, workers=2, every=3, compress=compress)
+    apart, _ = trained(run)
+    loose = dataclasses.replace(run, distributed=dataclasses.replace(run.distributed, method="server"))
+    with meshes.on_devices(jax.devices()[:1]):
+        weights, train = simulated(loose, StartModel(""))
+        outcome = simulate(loose.distributed, [Worker("a"), Worker("b")], weights, 6, train)
+    flat = tree.flatten(apart.outer.params)
+    joined = np.concatenate([flat[path].ravel() for path in sorted(flat)])
+    assert np.max(np.abs(weights - joined)) > 1e-3
+    differs = np.abs(outcome.weights - joined) > 2e-6
+    assert np.mean(differs) <= (0 if compress == "none" else 2e-3)  # the type's numbers may be chosen the other way
