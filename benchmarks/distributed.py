@@ -3,6 +3,8 @@
     python benchmarks/distributed.py                       # the quickstart: AdamW and Muon, 4 workers, H = 30
     python benchmarks/distributed.py --rows h workers compression fragments --steps 750
 
+    python benchmarks/distributed.py --clock --steps 300   # a server and workers of unlike speeds, on a counted clock
+
 Every row trains the same model on the same batches (Python's standard library). Workers take turns on one device, which
 computes what a device each would. Bytes are those that one worker sends: an all-reduce of float32 gradients a step, or
 what an exchange takes of deltas. Rows that are finished are kept in --out, and the same command goes on.
@@ -14,12 +16,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from worker import HERE, machine, save, table
 
 import jaxlm
-from jaxlm.core import config
-from jaxlm.core.distributed import Distributed, Outer
-from jaxlm.training.distributed import compression
+from jaxlm.assembly.distributed.local_steps import simulated
+from jaxlm.assembly.model_source import StartModel
+from jaxlm.core import config, tree
+from jaxlm.core.distributed import Distributed, Outer, Server
+from jaxlm.training.distributed import compression, vector
+from jaxlm.training.distributed.simulate import Worker, simulate
 from jaxlm.training.log import read_lines
 
 OUTER = {"adamw": Outer("nesterov", lr=0.7, momentum=0.9), "muon": Outer("nesterov", lr=0.8, momentum=0.9)}
@@ -47,6 +54,19 @@ ROWS: dict[str, dict[str, Distributed]] = {
     },
 }
 
+SPEEDS = (1.0, 1.0, 0.5, 0.25)
+"""Local steps a second of the workers of the counted clock."""
+CLOCK = {
+    "sync": Distributed("server", workers=4, server=Server("sync", quorum=1.0, timeout=1e6)),
+    "sync, fewer steps for the slow": Distributed(
+        "server", workers=4, server=Server("sync", quorum=1.0, timeout=1e6, dynamic=True)
+    ),
+    "async": Distributed("server", workers=4, server=Server("async", timeout=1e6)),
+    "async, all pushes alike": Distributed("server", workers=4, server=Server("async", timeout=1e6, staleness=0.0)),
+    "stale, at most 2 rounds ahead": Distributed("server", workers=4, server=Server("stale", timeout=1e6, bound=2)),
+}
+ONE_AT_A_TIME = Outer("delayed_nesterov", lr=0.7, momentum=0.9, delay=4)
+
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,6 +75,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--steps", type=int, help="default: the quickstart's")
     p.add_argument("--batch-size", type=int, help="sequences of all workers; default: the quickstart's")
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
+    p.add_argument("--clock", action="store_true", help="a server and workers of unlike speeds instead of --rows")
     p.add_argument("--outer-lr", type=float, help="default: 0.7 (AdamW), 0.8 (Muon)")
     p.add_argument("--out", type=Path, default=Path("runs/distributed"))
     p.add_argument("--save", default="distributed", help="name under results/ (-: don't save)")
@@ -93,7 +114,11 @@ def main() -> None:
     a = arguments()
     file = HERE / "results" / f"{a.save}.json"
     results: dict[str, Any] = json.loads(file.read_text("utf-8"))["results"] if file.is_file() else {}
-    for group in a.rows:
+    for name in CLOCK if a.clock else ():
+        for optimizer in a.optimizers:
+            results[f"clock: {name}, {optimizer}, {a.steps} steps"] = found = on_clock(a, name, optimizer)
+            print(name, found)
+    for group in () if a.clock else a.rows:
         for name, c in ROWS[group].items():
             for optimizer in a.optimizers:
                 bits, run = [], None
@@ -106,11 +131,33 @@ def main() -> None:
                 results[key] = {"bits_per_byte": bits, "bytes_sent": sent(run, count), "seeds": a.seeds,
                                 "outer_lr": run.distributed.outer.lr}  # fmt: skip
                 print(key, bits)
-    shown = [[key, f"{sum(r['bits_per_byte']) / len(r['bits_per_byte']):.4f}", f"{r['bytes_sent'] / 1e6:,.0f}"]
-             for key, r in results.items()]  # fmt: skip
-    print(table(shown, ["row", "bits per byte", "MB sent by a worker"]))
+    shown = [[key, f"{np.mean(r['bits_per_byte']):.4f}", f"{r['bytes_sent'] / 1e6:,.0f}",
+              f"{r['seconds']:,.0f}" if "seconds" in r else ""] for key, r in results.items()]  # fmt: skip
+    print(table(shown, ["row", "bits per byte", "MB sent by a worker, or all", "s on the counted clock"]))
     if a.save != "-":
         save(a.save, {"machine": machine(), "results": results})
+
+
+def on_clock(a: argparse.Namespace, name: str, optimizer: str) -> dict[str, Any]:
+    """Returns how long a run with workers of unlike speeds takes on the counted clock, and what comes of it."""
+    c = CLOCK[name]
+    outer = OUTER[optimizer] if c.server.mode == "sync" else ONE_AT_A_TIME
+    run = a_run(a, f"clock {name}", optimizer, dataclasses.replace(c, outer=outer), 0)
+    weights, train = simulated(run, StartModel(""))
+    crew = [Worker(f"{speed:g} steps a second, {i}", 1 / speed) for i, speed in enumerate(SPEEDS)]
+    out = simulate(run.distributed, crew, weights, run.train.steps, train)
+    program = jaxlm.Program(dataclasses.replace(run, distributed=Distributed()))
+    state = program.init()
+    flat = tree.flatten(state.params)
+    places = vector.places({path: x.shape for path, x in flat.items()})
+    params: dict[str, Any] = {}
+    for path, (first, last) in places.items():
+        params = tree.put(params, path, jnp.asarray(np.reshape(out.weights[first:last], flat[path].shape)))
+    bits = program.validate(state.replace(params=params))["bits_per_byte"]
+    versions = [e for e in out.events if "staleness" in e]
+    behind = [s for e in versions for s in e["staleness"]]
+    return {"seconds": out.seconds, "bits_per_byte": bits, "bytes_sent": out.sent, "versions": len(versions),
+            "mean_staleness": float(np.mean(behind)) if behind else 0.0}  # fmt: skip
 
 
 def trained(run: config.Run) -> float:
