@@ -33,6 +33,7 @@ def need() -> Any:
     if importlib.util.find_spec("ray") is None:
         raise ValueError('distributed.method: server needs Ray: pip install "jaxlm[ray]"')
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise: on a busy machine a server would hardly ever run
     # A cluster that is started where there is a token asks for it; Ray sends it to one that is named only if told to.
     named = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     if named or (Path.home() / ".ray" / "auth_token").is_file():
