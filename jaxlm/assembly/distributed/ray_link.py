@@ -37,12 +37,18 @@ class RayLink:
 
     def begin(self) -> tuple[Answer, np.ndarray | None]:
         """Joins, and waits for work. ValueError: the server refuses the worker."""
-        while True:
+        began = time.monotonic()
+        while time.monotonic() - began < self.run.distributed.server.wait:
             reply = self._bounded(lambda: self._call("join", self.name, self.terms))
             if reply.refused:
                 raise ValueError(reply.refused)
             if (found := self._followed(reply)) is not None:
                 return found
+            time.sleep(ray_cluster.POLL[1])
+        raise ProcessError(
+            f"{self.name}: taken in and lost again for {self.run.distributed.server.wait:.0f} s by the server; see "
+            "the coordinator's output"
+        )
 
     def exchange(
         self, packed: vector.Packed, *, steps: int, tokens: float, seconds: float, loss: float

@@ -61,6 +61,12 @@ class Holder:
         self._staged.clear()
         return self.part.weights.size
 
+    def at(self) -> int:
+        """Returns the version that it is at, -1 if it was started again; the next one who asks for its weights gets
+        them anew."""
+        self._put = None
+        return self.version
+
     def stage(self, name: str, token: int, packed: vector.Packed) -> str:
         """Keeps a worker's push until the keeper decides about it; returns what is wrong with it, or nothing."""
         if self.part is None:
@@ -118,7 +124,15 @@ class Keeper(Holder):
         return self.others
 
     def join(self, name: str, terms: Mapping[str, Any]) -> Reply:
-        """Takes a worker in (`Book.join`)."""
+        """Takes a worker in (`Book.join`), which may have found that a part of the server or its weights are gone."""
+        ray = ray_cluster.need()
+        try:
+            versions = ray.get([other.at.remote() for other in self.others], timeout=self.c.server.timeout)
+        except ray.exceptions.RayError:
+            versions = [-1]
+        if set(versions) - {self.version}:
+            self._restore("a process of it was started again")
+        self._put, self._refs = None, (-1, [])
         return self._reply(lambda now: self.book.join(name, terms, now).token, name)
 
     def ask(self, name: str, token: int) -> Reply:
