@@ -104,10 +104,11 @@ def skypilot() -> str:
         jsonschema.validate(manifest, schemas.get_task_schema())
         jsonschema.validate(manifest["resources"], schemas.get_resources_schema())
 
-    [manifest] = documents("skypilot.yaml")
-    check(manifest)
-    refused(check, manifest, "resources")
-    return "SkyPilot's task, by its own schema"
+    for name in ("skypilot.yaml", "skypilot_workers.yaml"):
+        [manifest] = documents(name)
+        check(manifest)
+        refused(check, manifest, "resources")
+    return "SkyPilot's tasks, by its own schema"
 
 
 def main() -> int:

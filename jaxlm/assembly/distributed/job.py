@@ -132,7 +132,7 @@ class Job:
             told = ask(self.link)
         if jax.process_count() == 1:
             return told
-        processes.barrier("the exchange", HOURS)
+        processes.barrier("the exchange", HOURS + 2 * self.steps.run.distributed.server.wait)
         answer = told[0]
         numbers = np.array([answer.do == "work", *answer[1:-1]], np.int64)
         does, *others = multihost_utils.broadcast_one_to_all(numbers.astype(np.int32)).tolist()
