@@ -16,7 +16,8 @@ from jaxlm.nn import context_parallel, ring_attention
 from jaxlm.nn.kernels import splash_attention
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.mask import Mask
-from jaxlm.runtime.mesh import platform
+from jaxlm.nn.merged_rows import with_merged_rows
+from jaxlm.runtime.mesh import is_mapped, platform
 
 
 @dataclass(frozen=True)
@@ -144,16 +145,20 @@ def attend(
 def _cudnn(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_BHTS, sinks_H):
     needs_dense_mask = mask.segments_BT is not None or mask.prefix_BS is not None or mask.window or mask.common
     visible = mask.dense(0, q_BTHC.shape[1], 0, k_BSKC.shape[1]) if needs_dense_mask else None
-    return jax.nn.dot_product_attention(
-        q_BTHC,
-        k_BSKC,
-        v_BSKC,
-        bias=None if bias_BHTS is None else bias_BHTS.astype(q_BTHC.dtype),
-        mask=None if visible is None else visible[:, None],
-        is_causal=mask.causal and visible is None,
-        scale=scale,
-        implementation="cudnn",
-    )
+    more = {"bias": None if bias_BHTS is None else bias_BHTS.astype(q_BTHC.dtype),
+            "mask": None if visible is None else visible[:, None]}  # fmt: skip
+    given = {name: x for name, x in more.items() if x is not None}
+
+    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> jax.Array:
+        options: dict[str, Any] = dict(zip(given, rest, strict=True)) | {"implementation": "cudnn", "scale": scale}
+        return jax.nn.dot_product_attention(q, k, v, is_causal=mask.causal and visible is None, **options)
+
+    if is_mapped():  # JAX's rule for mapping the kernel takes no mask that heads share
+        kernel = with_merged_rows(kernel)
+        # What workers have learned differs; a bias of one row would be that of all.
+        given = {name: jnp.broadcast_to(x, (q_BTHC.shape[0], *x.shape[1:])) if name == "bias" else x
+                 for name, x in given.items()}  # fmt: skip
+    return kernel(q_BTHC, k_BSKC, v_BSKC, *given.values())
 
 
 BLOCK = 128  # queries of a block: the scores of a few heads fit a CPU's cache, and the causal half is skipped

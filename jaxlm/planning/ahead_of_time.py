@@ -32,7 +32,8 @@ from jaxlm.objectives import outputs
 from jaxlm.planning import count_flops, hlo, roofline, targets
 from jaxlm.planning.roofline import Cost, Flow
 from jaxlm.planning.targets import Target
-from jaxlm.runtime import mesh
+from jaxlm.runtime import device_order, mesh
+from jaxlm.training.distributed import exchange as exchanges
 
 ACTIVATION_AXES = ("tensor", "expert", "context", "stage")  # activations travel over these axes, not weights
 RESERVE = 0.04  # the share of a device's memory that the runtime and fragmentation take
@@ -162,7 +163,7 @@ def compile_step(run: config.Run, t: Target) -> Compiled:
                 except jax.errors.JaxRuntimeError as e:
                     raise Refused(f"{t.name}'s compiler refuses this step: {one_line(e, 300)}") from None
     seconds = time.perf_counter() - started
-    module = hlo.Module(hlo_of(compiled), sizes)
+    module = read(compiled, sizes, t)
     cost = Cost(
         memory=memory(p, compiled.memory_analysis(), state), flops=count_flops.count(traced.jaxpr) / t.count,
         hbm=float(module.traffic), flows=flows(module, t), tokens=run.train.batch_size * run.train.seq_len,
@@ -173,6 +174,43 @@ def compile_step(run: config.Run, t: Target) -> Compiled:
     timed = roofline.combine(replace(cost, hbm=unhidden), t, sizes)
     warnings = tuple(x for x in captured.splitlines() if "rematerialization" in x.lower())
     return Compiled(run, t, sizes, replace(timed, hbm=cost.hbm), module, seconds, warnings, p, compiled)
+
+
+@dataclass(frozen=True)
+class CompiledExchange:
+    """A CompiledExchange is the program in which workers that train apart are brought together."""
+
+    program: programs.Program
+    module: hlo.Module
+    temporaries: int
+    """Bytes of a device that it needs beside the state."""
+    executable: Any
+
+    @property
+    def sent(self) -> float:
+        """Returns the bytes that one device sends to other workers."""
+        return sum(c.sent for c in self.module.collectives if exchanges.AXIS in c.axes)
+
+
+def compile_exchange(run: config.Run, t: Target, fragments: tuple[int, ...] | None = None) -> CompiledExchange:
+    """Compiles the exchange of a run's workers for a target: of these fragments, or of all. Raises Refused where the
+    compiler does."""
+    with mesh.on_devices(t.devices()):
+        p = program_of(run)
+        numbers = tuple(range(p.fragments.count)) if fragments is None else fragments
+        with mesh.on_mesh(p.mesh):
+            try:
+                compiled = p.exchange(numbers, ()).lower(p.abstract_state()).compile()
+            except jax.errors.JaxRuntimeError as e:
+                raise Refused(f"{t.name}'s compiler refuses the workers' exchange: {one_line(e, 300)}") from None
+    module = read(compiled, dict(p.mesh.shape) if p.mesh is not None else {}, t)
+    return CompiledExchange(p, module, int(compiled.memory_analysis().temp_size_in_bytes), compiled)
+
+
+def read(compiled: Any, sizes: Mapping[str, int], t: Target) -> hlo.Module:
+    """Returns a compiled program as read from its HLO text, on a mesh of these sizes."""
+    crossing = device_order.ways_across_slices(sizes, t.slices) if t.slices > 1 else {}
+    return hlo.Module(hlo_of(compiled), sizes, crossing)
 
 
 def hlo_of(compiled: Any) -> str:
@@ -224,14 +262,18 @@ def memory(p: programs.Program, analysis: Any, state: Any) -> dict[str, float]:
     shardings = tree.flatten(p.layout.shardings(p.specs, p.mesh))
     grads = sum(4.0 * math.prod(shardings[path].shard_shape(s.shape)) for path, s in flat.items()
                 if p.optimizer.trainable(path))  # fmt: skip
-    kept = bytes_of(state.tracks) + bytes_of(state.memory)
+    kept, held = bytes_of(state.tracks) + bytes_of(state.memory), {}
+    if state.outer is not None:
+        held = {roofline.GLOBAL: bytes_of(state.outer.params), roofline.OUTER: bytes_of(state.outer.opt),
+                roofline.ERROR: bytes_of(state.outer.error)}  # fmt: skip
     copied = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
     grads = min(grads, analysis.temp_size_in_bytes)
     return {
         "parameters": weights, "optimizer state": moments, "gradients": grads,
         "activations and other temporaries": analysis.temp_size_in_bytes - grads,
-        "batch and copies": max(0.0, analysis.argument_size_in_bytes - weights - moments - kept) + copied,
-    } | ({roofline.KEPT: kept} if kept else {})  # fmt: skip
+        "batch and copies": max(0.0, analysis.argument_size_in_bytes - weights - moments - kept - sum(held.values()))
+        + copied,
+    } | {name: n for name, n in {roofline.KEPT: kept, **held}.items() if n}  # fmt: skip
 
 
 def flows(module: hlo.Module, t: Target) -> tuple[Flow, ...]:

@@ -17,6 +17,10 @@ FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while
         "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency"}  # fmt: skip
 
 
+BETWEEN_SLICES = "_xla_megascale_"
+"""Begins the attributes of what a TPU's compiler sends to other slices, by way of their hosts."""
+
+
 @dataclass(frozen=True)
 class Collective:
     """A Collective is an exchange of arrays between devices."""
@@ -53,11 +57,14 @@ class Buffer:
 class Module:
     """A Module is a compiled program.
 
-    `mesh` gives names and sizes of the mesh axes, outer to inner, in the order of its devices.
+    `mesh` gives names and sizes of the mesh axes, outer to inner, in the order of its devices, and `crossing` how many
+    ways of each lie in different slices of TPUs.
     """
 
-    def __init__(self, text: str, mesh: Mapping[str, int] | None = None):
-        self.mesh = dict(mesh or {})
+    def __init__(
+        self, text: str, mesh: Mapping[str, int] | None = None, crossing: Mapping[str, int] | None = None
+    ) -> None:
+        self.mesh, self.crossing = dict(mesh or {}), dict(crossing or {})
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
         self.frames = Frames(text)
@@ -143,7 +150,21 @@ class Module:
                         collectives.append(
                             self._collective(kind, inner, outer, times, kernel or self.computations[name])
                         )
+                    elif inner.opcode == "send" and BETWEEN_SLICES in inner.attributes:
+                        collectives.append(self._between_slices(inner, times))
         return [c for c in collectives if c.ways > 1]
+
+    def _between_slices(self, i: Instruction, times: int) -> Collective:
+        """Returns what one `send` to the hosts of TPUs belongs to: they bring slices together, over their network."""
+        attribute = lambda name: (re.search(rf'{BETWEEN_SLICES}{name}="([^"]*)"', i.attributes) or ["", ""])[1]  # noqa: E731
+        kind = attribute("transfer_type").lower().replace("_", "-")
+        listed = re.match(r"\{([\d,:]*)\}", attribute("target"))
+        slices = [n - 1 for part in (listed[1] if listed else "").split(",") if part for n in _range(part)]
+        whole = next(arrays(i.shape), 0) * (len(slices) if kind == "all-gather" else 1)
+        kind = "collective-permute" if kind == "one-to-one" else kind
+        places = [unravel(n, tuple(self.crossing.values())) for n in slices]
+        axes = tuple(a for k, a in enumerate(self.crossing) if len({p[k] for p in places}) > 1)
+        return Collective(kind, axes, len(slices), whole, times, self.frames.where(i))
 
     def _collective(
         self, kind: str, inner: Instruction, outer: Instruction, times: int, computation: Mapping[str, Instruction]
@@ -159,7 +180,8 @@ class Module:
                 sizes = sizes[:-2]  # the last two are contexts
             first, last = sum(sizes[: len(sizes) // 2]), sum(sizes[len(sizes) // 2 :])
         else:
-            first = last = sum(sizes)
+            twice = kind == "all-reduce" and inner.shape.startswith("((")  # newer compilers name operands and results
+            first = last = sum(sizes) // (2 if twice else 1)
             if kind == "reduce-scatter" and "all-reduce" not in inner.opcode:
                 first = last * ways
         whole = max(first, last)
@@ -269,3 +291,9 @@ class Module:
                         buffer = Buffer(size(shape), shape, i.opcode, self.frames.where(i))
                         buffers.setdefault((buffer.where, shape), buffer)
         return sorted(buffers.values(), key=lambda b: -b.bytes)[:n]
+
+
+def _range(text: str) -> range:
+    """Returns the numbers of `3` or of `0:7`, which includes its last."""
+    first, _, last = text.partition(":")
+    return range(int(first), int(last or first) + 1)

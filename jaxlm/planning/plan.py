@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from jaxlm.core import config
-from jaxlm.planning import ahead_of_time, roofline
-from jaxlm.planning.ahead_of_time import Compiled
+from jaxlm.planning import ahead_of_time, roofline, workers
+from jaxlm.planning.ahead_of_time import Compiled, CompiledExchange
 from jaxlm.planning.roofline import Cost
 from jaxlm.planning.targets import Target
+from jaxlm.planning.workers import Exchange
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class Plan:
     """The most bytes of a host's memory that rows of earlier tasks take; None: only the data can say."""
     refused: str = ""
     """Why the target's compiler refuses the step; empty: it doesn't."""
+    exchange: Exchange | None = None
+    """What workers that train apart exchange in a round; None: all devices train together."""
+    compiled_exchange: CompiledExchange | None = None
+    """The compiled program of the exchange of all weights; None: there is none."""
 
     @property
     def memory_bytes(self) -> float:
@@ -58,11 +63,15 @@ class Plan:
         return bottleneck(self.cost) if self.cost.times else None
 
 
-def make(run: config.Run, target: Target, compiling: bool = True) -> Plan:
+def make(run: config.Run, target: Target, compiling: bool = True, link: float | None = None) -> Plan:
     """Returns the plan of a run on a target: compiled for it, or by arithmetic alone in a fraction of a second.
 
-    ValueError: a field of the run can't be met on the target's devices.
+    With a parameter server the target is that of one worker. `link`: Gbit/s that a worker has to the others, or to the
+    server; None: what the target has. ValueError: a field of the run can't be met on the target's devices.
     """
+    run = workers.worker_run(run)
+    if link is not None and run.distributed.method == "none":
+        raise ValueError("link: is for workers that train apart; set distributed.method, or leave it out")
     p = ahead_of_time.program_for(run, target)
     cost = roofline.cost(p, target)
     plan = Plan(
@@ -72,14 +81,16 @@ def make(run: config.Run, target: Target, compiling: bool = True) -> Plan:
         cost,
         p.notes,
         host_bytes=ahead_of_time.kept_bytes(p),
+        exchange=workers.exchange(p, target, link),
     )
     if not compiling:
         return plan
     try:
         compiled = ahead_of_time.compile_step(run, target)
+        together = ahead_of_time.compile_exchange(run, target) if p.apart else None
     except ahead_of_time.Refused as refusal:
         return replace(plan, refused=str(refusal))
-    return replace(plan, cost=compiled.cost, compiled=compiled)
+    return replace(plan, cost=compiled.cost, compiled=compiled, compiled_exchange=together)
 
 
 def fits(c: Cost, t: Target) -> bool:

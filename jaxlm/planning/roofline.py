@@ -23,8 +23,11 @@ from jaxlm.core.spec import Spec
 from jaxlm.nn import pipeline
 from jaxlm.planning.targets import Target
 from jaxlm.training import optimizers
+from jaxlm.training.distributed import outer, replicas
 
 KEPT = "what is kept of earlier tasks"
+GLOBAL, OUTER, ERROR = "global weights", "outer optimizer", "error of compression"
+"""What workers that train apart hold beside their own weights."""
 
 
 @dataclass(frozen=True)
@@ -138,13 +141,21 @@ def combine(c: Cost, t: Target, sizes: Mapping[str, int]) -> Cost:
                 times | {"waited": waited, "bubble": step - busy, "step": step})  # fmt: skip
 
 
+def outer_vectors(p: program.Program) -> int:
+    """Returns how many vectors of the weights' size the outer optimizer of workers that train apart keeps."""
+    like = {"w": jax.ShapeDtypeStruct((2,), "float32")}
+    state = jax.eval_shape(lambda x: outer.init(p.run.distributed.outer, x), like)
+    return sum(x.shape == (2,) for x in jax.tree.leaves(state))
+
+
 class _Step:
     """A _Step is one training step of a program, seen from one device."""
 
     def __init__(self, p: program.Program, sizes: dict[str, int], attention: str, t: Target):
         self.p, self.sizes, self.attention, self.target = p, sizes, attention, t
         run, table = p.run, p.layout.compute
-        self.micro = run.train.micro_batches
+        self.local = replicas.workers(run) // (sizes.get(replicas.AXIS, 1) if p.apart else 1)  # they take turns
+        self.micro = run.train.micro_batches * self.local
         self.bytes = p.layout.dtype.itemsize
         self.batch = ways(table.get("batch", ()), sizes)
         self.cuts = ways(table.get("seq", ()), sizes)
@@ -256,6 +267,7 @@ class _Step:
             scores = 12.0 * self.pairs() * self._heads() * self.layers / self.stages * (4 + self.recomputed)
         weights = sum(4 * self.stored(s) for path, s in self.flat.items() if self.p.optimizer.trainable(path))
         state = sum(self._moments().values())
+        weights *= self.local
         update = 5 * weights + 2 * state  # weights and state read and written, gradients written and read twice
         return (between + scores) * self.tokens * self.micro + update
 
@@ -276,13 +288,13 @@ class _Step:
             jax.tree_util.tree_flatten_with_path(state)[0], jax.tree.leaves(cuts), strict=True
         ):
             name = jax.tree_util.keystr(path)
-            bytes_by_path[name] = leaf.size * leaf.dtype.itemsize / part
+            bytes_by_path[name] = self.local * leaf.size * leaf.dtype.itemsize / part
         return bytes_by_path
 
     def memory(self) -> dict[str, float]:
         """Returns bytes by part. What a block needs while it runs, and a loss, is counted once: they don't exist at the
         same time."""
-        rest = sum(self.stored(s) * jax.numpy.dtype(s.dtype).itemsize for s in self.flat.values())
+        rest = sum(self.copies(path) * self.rests(s) for path, s in self.flat.items())
         grads = sum(4 * self.stored(s) for path, s in self.flat.items() if self.p.optimizer.trainable(path))
         remat = self.p.run.execution.remat
         outputs = sum(self.outputs(s) for s in self.layered.values())
@@ -310,9 +322,28 @@ class _Step:
         ema = sum(4 * self.stored(s) for s in self.flat.values()) if self.p.run.optim.ema else 0.0
         return {
             "parameters": rest, "optimizer state": sum(self._moments().values()) + ema,
-            "gradients": grads * (2 if self.micro > 1 else 1),
+            "gradients": grads * (2 if self.p.run.train.micro_batches > 1 else 1),
             "activations": self.tokens * cached, "working memory": max(block, loss),
-        } | ({KEPT: kept} if (kept := self.kept(rest)) else {})  # fmt: skip
+        } | ({KEPT: kept} if (kept := self.kept(rest)) else {}) | self.of_workers()  # fmt: skip
+
+    def rests(self, s: Spec) -> float:
+        """Returns the bytes of a weight that rest on one device."""
+        return self.stored(s) * jax.numpy.dtype(s.dtype).itemsize
+
+    def copies(self, path: str) -> int:
+        """Returns how many workers of one device have a weight of their own; those that are frozen all share."""
+        return self.local if self.p.optimizer.trainable(path) else 1
+
+    def of_workers(self) -> dict[str, float]:
+        """Returns the bytes by part that workers that train apart hold beside their weights and moments."""
+        c = self.p.run.distributed
+        if not self.p.apart:
+            return {}
+        trained = [s for path, s in self.flat.items() if self.p.optimizer.trainable(path)]
+        weights = 4 * sum(map(self.stored, trained))
+        errors = self.local * sum(map(self.rests, trained)) if c.compress != "none" and c.error_decay else 0.0
+        parts = {GLOBAL: weights, OUTER: outer_vectors(self.p) * weights, ERROR: errors}
+        return {name: n for name, n in parts.items() if n}
 
     def kept(self, weights: float) -> float:
         """Returns the bytes of what methods of continual learning hold beside the weights, whose bytes are given."""
@@ -335,6 +366,7 @@ class _Step:
                 totals[key] = totals.get(key, 0.0) + rounds * whole * (n - 1) / n
 
         dense = [*self.p.layout.compute.get("batch", ()), *self.p.layout.compute.get("seq", ())]
+        dense = [a for a in dense if a != replicas.AXIS] if self.p.apart else dense
         each = self.tokens * self.width * self.bytes * self.micro
         for path, s in self.flat.items():
             axes, n = self.gathered(s), ways(self.gathered(s), self.sizes)

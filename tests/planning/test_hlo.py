@@ -190,3 +190,27 @@ ENTRY %main (p: f32[9,4], k: s32[]) -> (f32[9,4], f32[1,4]) {
     assert (
         hlo.Module(text).traffic == row + index + 2 * row
     )  # the slice and where; the slice into the stack, and itself
+
+
+BETWEEN = """HloModule jit_f
+
+ENTRY %main (p: bf16[1,768], q: f32[64]) -> f32[64] {
+  %p = bf16[1,768]{1,0} parameter(0)
+  %q = f32[64]{0} parameter(1)
+  %after = token[] after-all()
+  %send = (bf16[1,768]{1,0:T(2,128)(2,1)}, u32[]{:S(2)}, token[]) send(%p, %after), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{1,3}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"}
+  %recv = (bf16[2,768]{1,0:T(2,128)(2,1)}, u32[]{:S(2)}, token[]) recv(%after), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{1,3}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"}
+  %send.1 = (f32[64]{0}, u32[]{:S(2)}, token[]) send(%q, %after), channel_id=5, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %reduce = ((f32[64]{0}), f32[64]{0}) all-reduce-start(%q), replica_groups={{0,8}}, to_apply=%add
+  ROOT %done = f32[64]{0} all-reduce-done(%reduce)
+}
+"""  # noqa: E501
+
+
+def test_what_slices_of_tpus_exchange_by_their_hosts_is_a_collective() -> None:
+    """Of four slices, as replica 2 × data 2, of four chips each."""
+    module = hlo.Module(BETWEEN, {"replica": 2, "data": 2, "fsdp": 4}, {"replica": 2, "data": 2, "fsdp": 1})
+    assert [(c.kind, c.axes, c.ways, c.bytes, c.sent) for c in module.collectives] == [
+        ("all-gather", ("replica",), 2, 2 * 1536, 1536), ("all-reduce", ("replica", "data"), 4, 256, 384),
+        ("all-reduce", ("replica",), 2, 256, 256),
+    ]  # fmt: skip

@@ -11,6 +11,9 @@ from jaxlm.core.distributed import Distributed
 from jaxlm.training.distributed import compression
 
 AXIS = "replica"
+LARGE = 1 << 16
+"""Numbers on a device from which a weight is exchanged by itself; smaller ones travel together as one vector. One
+vector of all would be made, and taken apart, by copies of everything."""
 
 
 def mean(
@@ -19,14 +22,15 @@ def mean(
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:  # fmt: skip
     """Returns the mean of the workers' weights as it arrives, and the errors that they keep."""
     share = None if learned is None else learned / jnp.maximum(jnp.sum(learned), 1e-30)
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for path, home in homes.items():
-        groups.setdefault(_free(home, mesh), []).append(path)
+    free_axes = {path: _free(home, mesh) for path, home in homes.items()}
 
     def local(part: Any, weights: Any, error: Any, share: Any) -> tuple[Any, Any]:
         means: dict[str, Any] = {}
         errors: dict[str, Any] = {}
-        for free, paths in groups.items():
+        groups: dict[tuple[tuple[str, ...], str], list[str]] = {}
+        for path, free in free_axes.items():
+            groups.setdefault((free, path if weights[path].size >= LARGE else ""), []).append(path)
+        for (free, _), paths in groups.items():
             own = None if error is None else [error[n] for n in paths]
             arrived, kept = _mean_of_group(
                 c, [part[n] for n in paths], [weights[n] for n in paths], own, share, free, mesh
@@ -66,8 +70,11 @@ def _mean_of_group(
     count = sum(w.size for w in weights)
     length = -(-count // (ways * compression.BLOCK)) * compression.BLOCK if ways > 1 else count
     mine = jax.lax.axis_index(free) * length if ways > 1 else 0
+    as_it_is = c.compress == "none" and ways == 1 and len(weights) == 1  # another shape may be another layout: a copy
 
     def vector(arrays: list[Any], many: bool) -> jax.Array:
+        if as_it_is:
+            return arrays[0].astype(jnp.float32)
         lead = (local,) if many else ()
         flat = jnp.concatenate([a.astype(jnp.float32).reshape(*lead, -1) for a in arrays], axis=-1)
         if ways == 1:
@@ -76,6 +83,8 @@ def _mean_of_group(
         return jax.lax.dynamic_slice_in_dim(flat, mine, length, axis=-1)
 
     def arrays(x: jax.Array, many: bool) -> list[Any]:
+        if as_it_is:
+            return [x]
         if ways > 1:
             x = jax.lax.all_gather(x, free, axis=x.ndim - 1, tiled=True)
         out, at = [], 0
@@ -88,7 +97,7 @@ def _mean_of_group(
     own = None if share is None else jax.lax.dynamic_slice_in_dim(share, first, local)
     x_WN = vector(part, True)
     if c.compress == "none":
-        total = jnp.sum(x_WN, axis=0) if own is None else jnp.sum(own[:, None] * x_WN, axis=0)
+        total = jnp.sum(x_WN if own is None else own.reshape(-1, *(1,) * (x_WN.ndim - 1)) * x_WN, axis=0)
         total = total if replicas == 1 else jax.lax.psum(total, AXIS)
         return arrays(total / (replicas * local) if own is None else total, False), None
     g_N = vector(weights, False)

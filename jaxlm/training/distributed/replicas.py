@@ -231,9 +231,9 @@ def exchange(
 ) -> State:  # fmt: skip
     """Returns the state in which the global weights of the fragments have moved to the workers' weights `before`.
 
-    Each fragment is one all-reduce over `replica` of float32 numbers, or one all-gather of compressed ones for each of
-    their arrays. Devices that hold the same weights of a worker exchange a part each. `one`: the shardings of one
-    worker's state.
+    Each weight is an all-reduce over `replica` of float32 numbers, or an all-gather of each of its compressed arrays;
+    small ones travel together. Devices that hold the same weights of a worker exchange a part each. `one`: the
+    shardings of one worker's state.
     """
     held = state.outer
     for p in numbers:
