@@ -133,15 +133,16 @@ def start_processes(run: Run | None = None) -> None:
     processes.start(None if run is None else config_io.flatten(run))
 
 
-def plan(run: Run, target: str, *, analytic: bool = False) -> Plan:
+def plan(run: Run, target: str, *, analytic: bool = False, link: float | None = None) -> Plan:
     """Returns what a step of the run needs on a target such as `h100:8`, `h100:8x8` or `v5p:4x4x4`, none of which need
     be here: memory, seconds, tokens a second, and what limits them. `analytic` works it out by arithmetic and
-    compiles nothing.
+    compiles nothing. `link`: Gbit/s that a worker that trains apart has to the others, or to the parameter server (then
+    the target is a worker's); None: what the target has.
 
     Where compilers for other machines are asked for, call this before anything else uses jax's devices. ValueError: the
     target isn't known, or a field of the run can't be met on it.
     """
-    return plans.make(run, targets.parse(target), not analytic)
+    return plans.make(run, targets.parse(target), not analytic, link)
 
 
 def import_model(model: str | Path, target: str | Path) -> RunDirectory:

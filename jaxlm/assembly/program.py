@@ -281,13 +281,13 @@ class Program:
 
         def update(state: step.State, batch: DeviceBatch) -> tuple[step.State, Any]:
             new, metrics = together(state, batch)
-            return (self._exchanged(new, state.params, send) if send else new), metrics
+            return (self._exchanged(new, state.params, send, metrics["finite"]) if send else new), metrics
 
         return update
 
-    def _exchanged(self, state: step.State, before: Any, numbers: tuple[int, ...]) -> step.State:
+    def _exchanged(self, state: step.State, before: Any, numbers: tuple[int, ...], beside: Any = None) -> step.State:
         c = self.run.distributed
-        return replicas.exchange(c, self.fragments, state, before, numbers, self._one_sharding, self.mesh)
+        return replicas.exchange(c, self.fragments, state, before, numbers, self._one_sharding, self.mesh, beside)
 
     def exchange(self, exchanged: tuple[int, ...], taken: tuple[int, ...]) -> Any:
         """Returns the jitted `state → state`, donated, in which workers take up fragments that were sent before

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxlm.commands.arguments import Done, Flag, OnRun
-from jaxlm.core.ranges import Count, Natural
+from jaxlm.core.ranges import Count, Natural, Positive
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,9 @@ class Plan(OnRun):
     """The machine: v5p:4x4x4, v5p-128, v6e:16x16, 2*v5e:16x16 (slices), h100:8, h100:8x8 (nodes × GPUs), cpu:8."""
     analytic: Flag = False
     """Work it out by arithmetic alone, in a second; compile nothing."""
+    link: Positive | None = None
+    """Workers that train apart: Gbit/s that each has to the others, or to the parameter server; by default what the
+    machine's devices have."""
     search: Flag = False
     """Try meshes, micro-batches and remat policies, by arithmetic."""
     compile: Natural = 0
@@ -28,6 +31,8 @@ class Plan(OnRun):
     def run(self, rest: list[str]) -> Done:
         if (self.compile or self.out) and not self.search:
             raise ValueError(f"--{'compile' if self.compile else 'out'}: is for --search; add it, or leave this out")
+        if self.link is not None and self.search:
+            raise ValueError("--link: is for one mesh, not for --search; leave one of them out")
         run = self.load(rest).run
         from jaxlm.commands import plan_report
         from jaxlm.planning import targets
@@ -36,7 +41,7 @@ class Plan(OnRun):
         if self.search:
             values, ok = plan_report.search(run, target, self.compile, self.out)
         else:
-            values, ok = plan_report.plan_one(run, target, not self.analytic)
+            values, ok = plan_report.plan_one(run, target, not self.analytic, self.link)
         return Done(values, 0 if ok else 1)
 
 

@@ -9,11 +9,12 @@ import rich.console
 import rich.table
 
 from jaxlm.core import config
-from jaxlm.planning import ahead_of_time, mesh_search, plan, roofline, targets
+from jaxlm.planning import ahead_of_time, mesh_search, plan, roofline, targets, workers
 from jaxlm.planning.ahead_of_time import Compiled
 from jaxlm.planning.plan import bottleneck, fits
 from jaxlm.planning.roofline import Cost
 from jaxlm.planning.targets import Target
+from jaxlm.planning.workers import Exchange
 
 console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 OVERLAP = (
@@ -22,19 +23,23 @@ OVERLAP = (
 )
 
 
-def plan_one(run: config.Run, t: Target, compiling: bool) -> tuple[dict[str, Any], bool]:
+def plan_one(run: config.Run, t: Target, compiling: bool, link: float | None = None) -> tuple[dict[str, Any], bool]:
     """Plans a run on a target and prints it; returns (figures, whether it fits). The change that helps most is found by
-    arithmetic either way."""
-    made = plan.make(run, t, compiling)
+    arithmetic either way. `link`: as `plan.make` takes it."""
+    made = plan.make(run, t, compiling, link)
     show(made.cost, t, made.mesh, made.notes, made.compiled)
+    if made.exchange:
+        show_exchange(made, made.exchange)
     if made.host_bytes is None:
         console.print("kept rows    in a host's memory, as many as the data has")
     elif made.host_bytes:
         console.print(f"kept rows    up to {amount(made.host_bytes)} of a host's memory")
     if made.refused:
         console.print(f"[bold red]refused[/]      {made.refused}")
-    advise(run, t, made.by_arithmetic)
+    advise(workers.worker_run(run), t, made.by_arithmetic)
     values = record(made.cost, t, made.mesh, made.compiled) | {"host_memory_bytes": made.host_bytes}
+    if made.exchange:
+        values["exchange"] = record_exchange(made, made.exchange)
     if made.refused:
         values |= {"fits": False, "refused": made.refused}
     return values, made.fits is not False
@@ -48,6 +53,7 @@ def advise(run: config.Run, t: Target, cost: Cost) -> None:
 def search(run: config.Run, t: Target, compiling: int, out: Path | None) -> tuple[dict[str, Any], bool]:
     """Searches for a mesh and prints the ranking; returns (figures of those ranked first, whether the best fits)."""
     mesh_search.check_free(out)
+    run = workers.worker_run(run)
     every = mesh_search.candidates(run, t)
     shown = every[: max(8, compiling)]
     console.print(f"[bold]{t.name}[/]: {len(every):,} layouts divide this model and batch; the first by arithmetic:")
@@ -206,6 +212,48 @@ def show_buffers(compiled: Compiled) -> None:
     console.print(table)
     if compiled.module.estimated_cycles:
         console.print(f"cycles       {compiled.module.estimated_cycles:,} of all kernels, by the TPU's compiler")
+
+
+def show_exchange(made: plan.Plan, e: Exchange) -> None:
+    """Prints what workers that train apart send each other or a server, and how long they wait for it."""
+    whom = "the server" if e.server_bytes else "the others"
+    parts = f", at most {amount(e.largest)} at a time" if e.parts > 1 else ""
+    line = f"exchange     every {e.every} steps each of {e.workers} workers sends {amount(e.sent_by_worker)}{parts}"
+    if e.server_bytes:
+        line += f" to the server, and gets {amount(e.received_by_worker)}"
+    if e.seconds is None:
+        line += "; no time: the link isn't known, give it by --link"
+    else:
+        line += f"; {seconds(e.seconds)} with {amount(e.link)}/s to {whom}"
+    console.print(line, soft_wrap=True)
+    share = None if made.seconds is None else e.share(made.seconds)
+    if share is not None and made.seconds is not None:
+        waited = e.waited(made.seconds)
+        assert waited is not None
+        console.print(
+            f"waiting      {seconds(waited)} of a round's {seconds(e.every * made.seconds + waited)} ({share:.1%})"
+        )
+    if e.server_bytes:
+        console.print(f"server       {amount(e.server_bytes)} of its memory; in a round it gets "
+                      f"{amount(e.workers * e.sent_by_worker)} and sends {amount(e.server_sent)}")  # fmt: skip
+    if found := made.compiled_exchange:
+        console.print(f"compiled     the exchange sends {amount(found.sent)} a device, by arithmetic {amount(e.sent)}, "
+                      f"and needs {amount(found.temporaries)} beside the state")  # fmt: skip
+
+
+def record_exchange(made: plan.Plan, e: Exchange) -> dict[str, Any]:
+    """Returns what workers exchange as JSON's own types."""
+    known, compiled = made.seconds, made.compiled_exchange
+    return {
+        "workers": e.workers, "every": e.every, "parts": e.parts, "bytes_sent_device": e.sent,
+        "bytes_sent_worker": e.sent_by_worker, "bytes_received_worker": e.received_by_worker,
+        "bytes_largest": e.largest, "link_bytes_per_s": e.link or None, "seconds": e.seconds,
+        "seconds_waited": None if known is None else e.waited(known),
+        "share_waited": None if known is None else e.share(known),
+        "server_memory_bytes": e.server_bytes or None, "server_bytes_sent": e.server_sent or None,
+        "compiled_bytes_sent_device": compiled.sent if compiled else None,
+        "compiled_temporary_bytes": compiled.temporaries if compiled else None,
+    }  # fmt: skip
 
 
 def record(c: Cost, t: Target, sizes: Mapping[str, int], compiled: Compiled | None) -> dict[str, Any]:

@@ -46,18 +46,19 @@ class Candidate:
 
 
 def meshes(run: config.Run, count: int) -> Iterator[config.Mesh]:
-    """Yields every way to give devices to the axes that this model can use; a pipeline only where the run has one."""
+    """Yields every way to give devices to the axes that this model can use; a pipeline only where the run has one, and
+    as many replicas as it has where workers train apart on them."""
     experts = 1 if run.model.moe is None else run.model.moe.experts
     limits = {"tensor": 16, "context": 16 if run.train.seq_len >= 8192 else 1, "expert": experts}
     divisors = [n for n in range(1, count + 1) if count % n == 0]
     choices = [[n for n in divisors if n <= limit] for limit in limits.values()]
-    stage = max(1, run.mesh.stage)
+    stage, replica = max(1, run.mesh.stage), run.mesh.replica if run.distributed.method == "diloco" else 1
     for tensor, context, expert in itertools.product(*choices):
-        taken = tensor * context * expert * stage
+        taken = tensor * context * expert * stage * replica
         if count % taken == 0:
             for fsdp in (n for n in divisors if (count // taken) % n == 0):
                 yield dataclasses.replace(
-                    run.mesh, replica=1, data=count // taken // fsdp, fsdp=fsdp, context=context, expert=expert,
+                    run.mesh, replica=replica, data=count // taken // fsdp, fsdp=fsdp, context=context, expert=expert,
                     tensor=tensor, stage=stage,
                 )  # fmt: skip
 

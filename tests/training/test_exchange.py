@@ -1,4 +1,5 @@
-"""What workers exchange, as compiled for eight devices: nothing over `replica` in a step, theory's bytes after it."""
+"""What workers exchange, as compiled for eight devices: nothing over `replica` in a step, theory's bytes after it; and
+what plans say of it."""
 
 import dataclasses
 
@@ -13,8 +14,7 @@ from jaxlm.core import config
 from jaxlm.core.distributed import Distributed
 from jaxlm.models import llama
 from jaxlm.objectives import causal
-from jaxlm.planning import ahead_of_time, targets
-from jaxlm.planning import workers as planned
+from jaxlm.planning import ahead_of_time, plan, roofline, targets, workers
 from jaxlm.runtime import mesh as meshes
 from jaxlm.training.distributed import compression, exchange
 
@@ -25,13 +25,11 @@ INSIDE = {
     "ZeRO 1 and tensor": dict(fsdp=2, zero=1, tensor=2),
     "context": dict(context=2, fsdp=2),
     "stages": dict(stage=2, data=2),
-    "workers that take turns": dict(fsdp=4),
 }
-QUICK = ("data and fsdp", "stages")
+CPUS = targets.parse("cpu:8")
 
 
-def a_run(inside: str, **distributed) -> config.Run:
-    workers = 4 if inside == "workers that take turns" else None
+def a_run(inside: str, workers: int | None = None, **distributed) -> config.Run:
     return config.Run(
         "x", SHAPE, causal.Config(), train=config.Train(batch_size=16, seq_len=32),
         mesh=config.Mesh(replica=2, **INSIDE[inside]), execution=config.Execution(dtype="float32", scan=True),
@@ -39,19 +37,52 @@ def a_run(inside: str, **distributed) -> config.Run:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("inside", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in INSIDE])
+def between_workers(module):
+    return [c for c in module.collectives if exchange.AXIS in c.axes]
+
+
+@pytest.fixture(scope="module")
+def turns() -> plan.Plan:
+    """Two workers on each of two replicas, whose large weights travel alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "LARGE", 1 << 10)
+        return plan.make(a_run("data and fsdp", workers=4, compress="int8", every=8), CPUS)
+
+
+def test_workers_that_take_turns_send_nothing_in_a_step_and_theorys_bytes_after_it(turns) -> None:
+    assert turns.compiled.module.collectives and between_workers(turns.compiled.module) == []
+    found = between_workers(turns.compiled_exchange.module)
+    assert {(c.kind, c.axes) for c in found} == {("all-gather", (exchange.AXIS,))}
+    p = turns.compiled_exchange.program
+    one = compression.size("int8", p.parameters[1]) / 4  # four devices of a replica send a part each
+    assert turns.compiled_exchange.sent == pytest.approx(2 * one, rel=0.05)
+    assert turns.exchange.sent == pytest.approx(2 * one, rel=0.01)
+    assert turns.exchange.sent_by_worker == pytest.approx(8 * one, rel=0.01)
+
+
+def test_a_plan_counts_what_workers_hold_by_arithmetic_as_compiled(turns) -> None:
+    found, by_arithmetic = turns.cost, turns.by_arithmetic
+    for part in ("parameters", "optimizer state", roofline.GLOBAL, roofline.OUTER, roofline.ERROR):
+        assert by_arithmetic.memory[part] == pytest.approx(found.memory[part], rel=1e-3), part
+    assert found.memory[roofline.ERROR] == found.memory["parameters"] == 2 * found.memory[roofline.GLOBAL]
+    assert found.memory[roofline.OUTER] == pytest.approx(found.memory[roofline.GLOBAL])
+    assert by_arithmetic.flops == pytest.approx(found.flops, rel=0.05)
+    assert not any("replica" in f.axes for c in (found, by_arithmetic) for f in c.flows)
+
+
+@pytest.mark.parametrize(
+    "inside", ["stages", *(pytest.param(n, marks=pytest.mark.slow) for n in INSIDE if n != "stages")]
+)
 def test_a_step_sends_nothing_to_another_worker(inside) -> None:
-    made = ahead_of_time.compile_step(a_run(inside), targets.parse("cpu:8"))
+    made = ahead_of_time.compile_step(a_run(inside), CPUS)
     assert made.module.collectives
-    assert [c for c in made.module.collectives if exchange.AXIS in c.axes] == []
+    assert between_workers(made.module) == []
 
 
 @pytest.mark.parametrize(
     ("inside", "kind", "large"),
     [
-        ("fsdp", "none", 1 << 10),
         ("data and fsdp", "none", 1 << 10),
-        ("data and fsdp", "int8", 1 << 10),
         ("fsdp", "float4", 1 << 30),
         pytest.param("fsdp", "bfloat16", 1 << 10, marks=pytest.mark.slow),
         pytest.param("ZeRO 1 and tensor", "float4", 1 << 10, marks=pytest.mark.slow),
@@ -60,24 +91,20 @@ def test_a_step_sends_nothing_to_another_worker(inside) -> None:
 )
 def test_an_exchange_sends_what_theory_says(monkeypatch, inside, kind, large) -> None:
     monkeypatch.setattr(exchange, "LARGE", large)
-    t = targets.parse("cpu:8")
-    made = ahead_of_time.compile_exchange(a_run(inside, compress=kind), t)
-    over = [c for c in made.module.collectives if exchange.AXIS in c.axes]
-    assert {(c.kind, c.axes) for c in over} == {("all-reduce" if kind == "none" else "all-gather", (exchange.AXIS,))}
-    numbers = sum(x.size for x in jax.tree.leaves(made.program.abstract_state().outer.params))
-    one = compression.size(kind, numbers) / 4  # four devices of a worker send a part each
-    theory = 2 * (2 - 1) / 2 * one if kind == "none" else (2 - 1) * one
-    assert sum(c.sent for c in over) == pytest.approx(theory, rel=0.05)
-    assert planned.exchange(made.program, t).sent == pytest.approx(theory, rel=0.05)
+    made = ahead_of_time.compile_exchange(a_run(inside, compress=kind), CPUS)
+    found = between_workers(made.module)
+    assert {(c.kind, c.axes) for c in found} == {("all-reduce" if kind == "none" else "all-gather", (exchange.AXIS,))}
+    one = compression.size(kind, made.program.parameters[1]) / 4
+    assert made.sent == pytest.approx(one, rel=0.05)  # 2 (R - 1) / R, or R - 1, of two replicas
+    assert workers.exchange(made.program, CPUS).sent == pytest.approx(one, rel=0.01)
 
 
 def test_a_fragment_is_its_share_of_an_exchange() -> None:
-    run, t = a_run("fsdp", fragments=4, every=4), targets.parse("cpu:8")
-    sent = [
-        sum(c.sent for c in ahead_of_time.compile_exchange(run, t, (p,)).module.collectives if "replica" in c.axes)
-        for p in range(4)
-    ]
-    whole = planned.exchange(ahead_of_time.program_for(run, t), t).sent
+    run = a_run("fsdp", fragments=4, every=4)
+    sent = [ahead_of_time.compile_exchange(run, CPUS, (p,)).sent for p in range(4)]
+    planned = workers.exchange(ahead_of_time.program_for(run, CPUS), CPUS)
+    whole = planned.sent
+    assert planned.parts == 4 and planned.largest <= 1.1 * planned.sent_by_worker / 4
     assert sum(sent) == pytest.approx(whole, rel=0.05)  # small weights are filled up to whole blocks
     assert max(sent) <= 1.1 * whole / 4
 

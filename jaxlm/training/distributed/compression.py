@@ -1,8 +1,8 @@
 """Compresses deltas: what travels between workers has fewer bits, and each worker keeps the error for its next delta
 (error feedback, Seide et al. 2014; Karimireddy et al. 2019).
 
-All functions take and return flat float32 vectors; numbers are scaled in blocks of `BLOCK`, the last one filled with
-zeros.
+All functions take and return float32 numbers: flat vectors where they are scaled, which they are in blocks of `BLOCK`,
+the last one filled with zeros; else of any shape.
 """
 
 import itertools

@@ -15,16 +15,23 @@ LARGE = 1 << 16
 """Numbers on a device from which a weight is exchanged by itself; smaller ones travel together as one vector. One
 vector of all would be made, and taken apart, by copies of everything."""
 
+LANES = 128
+
 
 def mean(
     c: Distributed, part: dict[str, Any], weights: dict[str, Any], error: dict[str, Any] | None, learned: Any,
-    homes: dict[str, Any], mesh: jax.sharding.Mesh | None,
+    homes: dict[str, Any], mesh: jax.sharding.Mesh | None, beside: jax.Array | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:  # fmt: skip
-    """Returns the mean of the workers' weights as it arrives, and the errors that they keep."""
+    """Returns the mean of the workers' weights as it arrives, and the errors that they keep.
+
+    `beside`: [W], whether each worker's update is finite (1 or 0), of a step that computes meanwhile. What a worker's
+    devices tell each other follows it, else a compiler may make one message of that and of the step's own, which would
+    then wait for what arrives.
+    """
     share = None if learned is None else learned / jnp.maximum(jnp.sum(learned), 1e-30)
     free_axes = {path: _free(home, mesh) for path, home in homes.items()}
 
-    def local(part: Any, weights: Any, error: Any, share: Any) -> tuple[Any, Any]:
+    def local(part: Any, weights: Any, error: Any, share: Any, beside: Any) -> tuple[Any, Any]:
         means: dict[str, Any] = {}
         errors: dict[str, Any] = {}
         groups: dict[tuple[tuple[str, ...], str], list[str]] = {}
@@ -33,21 +40,22 @@ def mean(
         for (free, _), paths in groups.items():
             own = None if error is None else [error[n] for n in paths]
             arrived, kept = _mean_of_group(
-                c, [part[n] for n in paths], [weights[n] for n in paths], own, share, free, mesh
+                c, [part[n] for n in paths], [weights[n] for n in paths], own, share, free, mesh, beside
             )
             means |= dict(zip(paths, arrived, strict=True))
             errors |= {} if kept is None else dict(zip(paths, kept, strict=True))
         return means, errors if error is not None else None
 
     if mesh is None:
-        return local(part, weights, error, share)
+        return local(part, weights, error, share, beside)
     one = {path: home.spec for path, home in homes.items()}
     many = {path: P(AXIS, *spec) for path, spec in one.items()}
     return jax.shard_map(
         local, mesh=mesh, check_vma=False,
-        in_specs=(many, one, None if error is None else many, None if share is None else P()),
+        in_specs=(many, one, None if error is None else many, None if share is None else P(),
+                  None if beside is None else P(AXIS)),
         out_specs=(one, None if error is None else many),
-    )(part, weights, error, share)  # fmt: skip
+    )(part, weights, error, share, beside)  # fmt: skip
 
 
 def _free(home: Any, mesh: jax.sharding.Mesh | None) -> tuple[str, ...]:
@@ -60,7 +68,7 @@ def _free(home: Any, mesh: jax.sharding.Mesh | None) -> tuple[str, ...]:
 
 def _mean_of_group(
     c: Distributed, part: list[Any], weights: list[Any], error: list[Any] | None, share: Any,
-    free: tuple[str, ...], mesh: jax.sharding.Mesh | None,
+    free: tuple[str, ...], mesh: jax.sharding.Mesh | None, beside: jax.Array | None,
 ) -> tuple[list[Any], list[Any] | None]:  # fmt: skip
     """Returns means and errors of weights that are cut alike, on a device: all are one vector, of which it exchanges
     its share."""
@@ -70,11 +78,15 @@ def _mean_of_group(
     count = sum(w.size for w in weights)
     length = -(-count // (ways * compression.BLOCK)) * compression.BLOCK if ways > 1 else count
     mine = jax.lax.axis_index(free) * length if ways > 1 else 0
-    as_it_is = c.compress == "none" and ways == 1 and len(weights) == 1  # another shape may be another layout: a copy
+    # Another shape may be another layout, and then it is a copy. A TPU fills rows that are no multiple of `LANES`, and
+    # sends what it filled in, so the longest axis makes the rows.
+    as_it_is = c.compress in ("none", "bfloat16") and ways == 1 and len(weights) == 1
+    first_w = weights[0]
+    row = max(range(-first_w.ndim, 0), key=first_w.shape.__getitem__) if as_it_is and first_w.shape[-1] % LANES else -1
 
     def vector(arrays: list[Any], many: bool) -> jax.Array:
         if as_it_is:
-            return arrays[0].astype(jnp.float32)
+            return jnp.moveaxis(arrays[0].astype(jnp.float32), row, -1)
         lead = (local,) if many else ()
         flat = jnp.concatenate([a.astype(jnp.float32).reshape(*lead, -1) for a in arrays], axis=-1)
         if ways == 1:
@@ -84,8 +96,10 @@ def _mean_of_group(
 
     def arrays(x: jax.Array, many: bool) -> list[Any]:
         if as_it_is:
-            return [x]
+            return [jnp.moveaxis(x, -1, row)]
         if ways > 1:
+            if beside is not None:  # a barrier would be gone before compilers put messages together
+                x = jnp.where(jnp.max(beside) > 1, 0.0, x)
             x = jax.lax.all_gather(x, free, axis=x.ndim - 1, tiled=True)
         out, at = [], 0
         for w in weights:

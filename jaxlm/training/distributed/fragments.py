@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm.core import spec, tree
 from jaxlm.core.spec import Spec
@@ -52,30 +53,30 @@ class Fragments:
         owner = self.owner[path]
         return slice(number, None, self.count) if owner is None else slice(None) if owner == number else None
 
-    def take(self, weights: Any, number: int) -> dict[str, jax.Array]:
-        """Returns a fragment of a tree of weights."""
+    def take(self, weights: Any, number: int, lead: int = 0) -> dict[str, jax.Array]:
+        """Returns a fragment of a tree of weights, before whose axes `lead` others stand."""
         flat = tree.flatten(weights)
         rows = {path: self.rows(path, number) for path in flat}
-        return {path: _cut(flat[path], part) for path, part in rows.items() if part is not None}
+        return {path: _cut(flat[path], part, lead) for path, part in rows.items() if part is not None}
 
-    def put(self, weights: Any, number: int, part: dict[str, jax.Array]) -> Any:
+    def put(self, weights: Any, number: int, part: dict[str, jax.Array], lead: int = 0) -> Any:
         """Returns a tree of weights in which a fragment has been replaced."""
 
         def one(path: str, w: jax.Array) -> jax.Array:
             rows = self.rows(path, number)
             if rows is None:
                 return w
-            return part[path] if _all(rows) else w.at[rows].set(part[path])
+            return part[path] if _all(rows) else _set(w, rows, part[path], lead)
 
         return tree.map_named(one, weights)
 
     def take_workers(self, weights: Any, number: int) -> dict[str, jax.Array]:
         """Returns a fragment of the weights of several workers, [W, …]."""
-        return jax.vmap(lambda one: self.take(one, number))(weights)
+        return self.take(weights, number, 1)
 
     def put_workers(self, weights: Any, number: int, part: dict[str, jax.Array]) -> Any:
         """Returns the weights of several workers, [W, …], in which a fragment has been replaced."""
-        return jax.vmap(lambda one, new: self.put(one, number, new))(weights, part)
+        return self.put(weights, number, part, 1)
 
     def take_like(self, tree_: Any, number: int) -> dict[str, Any]:
         """Returns what a tree, such as one of shardings, has for the weights of a fragment."""
@@ -102,5 +103,37 @@ def _all(rows: slice) -> bool:
     return rows == slice(None) or rows == slice(0, None, 1)
 
 
-def _cut(w: jax.Array, rows: slice) -> jax.Array:
-    return w if _all(rows) else w[rows]
+def _cut(w: jax.Array, rows: slice, lead: int) -> jax.Array:
+    if _all(rows):
+        return w
+    turns, last = _turns(w, rows, lead)
+    cut = jax.lax.index_in_dim(turns, rows.start, axis=lead + 1, keepdims=False)
+    if last is None:
+        return cut
+    return jnp.concatenate([cut, jax.lax.slice_in_dim(w, last, last + 1, axis=lead)], axis=lead)
+
+
+def _set(w: jax.Array, rows: slice, part: jax.Array, lead: int) -> jax.Array:
+    """Returns a weight with other rows. It is written as what compilers do in place: a scatter, which `jax.vmap` would
+    make of this too, is a copy of the weight."""
+    turns, last = _turns(w, rows, lead)
+    n = turns.shape[lead]
+    first = jnp.expand_dims(jax.lax.slice_in_dim(part, 0, n, axis=lead), lead + 1)
+    new = jax.lax.dynamic_update_slice_in_dim(turns, first, rows.start, axis=lead + 1)
+    new = new.reshape(*w.shape[:lead], n * rows.step, *w.shape[lead + 1 :])
+    if n * rows.step == w.shape[lead]:
+        return new
+    new = jax.lax.dynamic_update_slice_in_dim(w, new, 0, axis=lead)
+    if last is None:
+        return new
+    return jax.lax.dynamic_update_slice_in_dim(new, jax.lax.slice_in_dim(part, n, n + 1, axis=lead), last, axis=lead)
+
+
+def _turns(w: jax.Array, rows: slice, lead: int) -> tuple[jax.Array, int | None]:
+    """Returns a weight as [turns, fragments, …] after the axes that lead, and the last of some rows where that is after
+    the last whole turn."""
+    n = w.shape[lead] // rows.step
+    last = n * rows.step + rows.start
+    whole = jax.lax.slice_in_dim(w, 0, n * rows.step, axis=lead)
+    turns = whole.reshape(*w.shape[:lead], n, rows.step, *w.shape[lead + 1 :])
+    return turns, last if last < w.shape[lead] else None

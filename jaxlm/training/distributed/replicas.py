@@ -227,13 +227,13 @@ def _rows(x: jax.Array, count: int) -> jax.Array:
 
 def exchange(
     c: config.Distributed, fragments: Fragments, state: State, before: Any, numbers: tuple[int, ...],
-    one: State, mesh: jax.sharding.Mesh | None,
+    one: State, mesh: jax.sharding.Mesh | None, beside: Any = None,
 ) -> State:  # fmt: skip
     """Returns the state in which the global weights of the fragments have moved to the workers' weights `before`.
 
     Each weight is an all-reduce over `replica` of float32 numbers, or an all-gather of each of its compressed arrays;
     small ones travel together. Devices that hold the same weights of a worker exchange a part each. `one`: the
-    shardings of one worker's state.
+    shardings of one worker's state. `beside`: as `mean` takes it.
     """
     held = state.outer
     for p in numbers:
@@ -241,7 +241,7 @@ def exchange(
         error = None if held.error is None else fragments.take_workers(held.error, p)
         learned = None if held.learned is None else held.learned[:, p]
         weights = fragments.take(held.params, p)
-        target, error = mean(c, part, weights, error, learned, fragments.take_like(one.params, p), mesh)
+        target, error = mean(c, part, weights, error, learned, fragments.take_like(one.params, p), mesh, beside)
         weights, opt = outer.update(c.outer, weights, held.opt[p], target)
         held = held.replace(
             params=fragments.put(held.params, p, weights),
