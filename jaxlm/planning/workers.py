@@ -4,10 +4,10 @@ Bytes are theory's: with R replicas an all-reduce of float32 numbers sends 2 (R 
 all-gather of compressed ones R - 1 times them.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
+from jaxlm.assembly.distributed import terms
 from jaxlm.assembly.program import Program
 from jaxlm.core import config
 from jaxlm.planning import roofline
@@ -71,17 +71,11 @@ class Exchange:
 def worker_run(run: config.Run) -> config.Run:
     """Returns the run whose step is planned: with a parameter server that of one worker, a job of its own.
 
-    ValueError: the run doesn't say how many there are, or they don't share the batch."""
+    ValueError: the run can't be trained by workers and a server."""
     if run.distributed.method != "server":
         return run
-    count = run.distributed.workers
-    if not count:
-        raise ValueError("distributed.workers: a run with a parameter server says how many there are; set it")
-    if run.train.batch_size % count:
-        raise ValueError(
-            f"train.batch_size: {run.train.batch_size} rows do not divide over {count} workers; choose a multiple"
-        )
-    return dataclasses.replace(run, train=dataclasses.replace(run.train, batch_size=run.train.batch_size // count))
+    terms.check(run)
+    return terms.worker_run(run, "worker")
 
 
 def exchange(p: Program, t: Target, gbit: float | None = None) -> Exchange | None:

@@ -109,7 +109,7 @@ def test_the_command(tmp_path, capsys) -> None:
         (["--link", "2", "--distributed.method", "none"], "--link: is for workers that train apart"),
         (
             ["--distributed.method", "server", "--mesh.replica", "1"],
-            "distributed.workers: a run with a parameter server",
+            "distributed.workers: say into how many shards",
         ),
     ):
         assert cli.main([*asked, *more]) == 2

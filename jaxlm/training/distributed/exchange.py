@@ -16,6 +16,7 @@ LARGE = 1 << 16
 vector of all would be made, and taken apart, by copies of everything."""
 
 LANES = 128
+"""What the rows of arrays in a TPU's memory are a multiple of."""
 
 
 def mean(
@@ -78,15 +79,14 @@ def _mean_of_group(
     count = sum(w.size for w in weights)
     length = -(-count // (ways * compression.BLOCK)) * compression.BLOCK if ways > 1 else count
     mine = jax.lax.axis_index(free) * length if ways > 1 else 0
-    # Another shape may be another layout, and then it is a copy. A TPU fills rows that are no multiple of `LANES`, and
-    # sends what it filled in, so the longest axis makes the rows.
-    as_it_is = c.compress in ("none", "bfloat16") and ways == 1 and len(weights) == 1
-    first_w = weights[0]
-    row = max(range(-first_w.ndim, 0), key=first_w.shape.__getitem__) if as_it_is and first_w.shape[-1] % LANES else -1
+    # Another shape may be another layout, and then it is a copy. But of what is cut from a weight a TPU fills up narrow
+    # rows, and sends what it filled in.
+    narrow = c.fragments > 1 and weights[0].ndim > 0 and weights[0].shape[-1] % LANES > 0
+    as_it_is = c.compress in ("none", "bfloat16") and ways == 1 and len(weights) == 1 and not narrow
 
     def vector(arrays: list[Any], many: bool) -> jax.Array:
         if as_it_is:
-            return jnp.moveaxis(arrays[0].astype(jnp.float32), row, -1)
+            return arrays[0].astype(jnp.float32)
         lead = (local,) if many else ()
         flat = jnp.concatenate([a.astype(jnp.float32).reshape(*lead, -1) for a in arrays], axis=-1)
         if ways == 1:
@@ -96,7 +96,7 @@ def _mean_of_group(
 
     def arrays(x: jax.Array, many: bool) -> list[Any]:
         if as_it_is:
-            return [jnp.moveaxis(x, -1, row)]
+            return [x]
         if ways > 1:
             if beside is not None:  # a barrier would be gone before compilers put messages together
                 x = jnp.where(jnp.max(beside) > 1, 0.0, x)
