@@ -83,7 +83,7 @@ class Nf4(Quantized):
         return unpack(self.nf4, self.scale, self.low, self.step)
 
     def einsum(self, eq: str, x: jax.Array, shard: Layout, *axes: str | None) -> jax.Array:
-        return _product(lambda x, w: shard.einsum(eq, x, w.dense(x.dtype), *axes), shard)(x, self)
+        return frozen_product(lambda x, w: shard.einsum(eq, x, w.dense(x.dtype), *axes), shard)(x, self)
 
 
 class Int8(Quantized):
@@ -108,7 +108,7 @@ class Int8(Quantized):
             y = shard.einsum(eq, x, w.int8.astype(x.dtype), *axes)
             return times(y, w.scale.reshape(w.scale.shape[w.scale.ndim - w.outs :]))
 
-        return _product(product, shard)(x, self)
+        return frozen_product(product, shard)(x, self)
 
 
 def _unpacked(outs: int, dtype: Any, nf4: jax.Array, scale: jax.Array, low: jax.Array, step: jax.Array) -> jax.Array:
@@ -123,7 +123,7 @@ def _unpacked(outs: int, dtype: Any, nf4: jax.Array, scale: jax.Array, low: jax.
     return w.reshape(*lead, n, *rest).astype(dtype)
 
 
-def _product(f: Callable[[jax.Array, Any], jax.Array], shard: Layout) -> Callable[[jax.Array, Any], jax.Array]:
+def frozen_product(f: Callable[[jax.Array, Any], jax.Array], shard: Layout) -> Callable[[jax.Array, Any], jax.Array]:
     """Returns the product `f` of `x` and a frozen weight, whose backward pass makes the weight's numbers again instead
     of keeping them."""
     return jax.checkpoint(f, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=not scanned(shard))

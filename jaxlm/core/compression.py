@@ -1,0 +1,120 @@
+"""Holds the settings of the solvers that make weights small: formats of few bits, and what is pruned. Nothing here
+imports jax."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxlm.core.ranges import BelowOne, Count, Natural, Positive, Share
+
+Kind = Literal["int8", "int4", "fp8", "mxfp4", "nf4"]
+GROUPS: dict[Kind, tuple[int, ...]] = {
+    "int8": (0,),
+    "int4": (128, 64, 32),
+    "fp8": (0, 128),
+    "mxfp4": (32,),
+    "nf4": (64,),
+}
+"""How many inputs may share a scale, the default first; 0: all of them, so that each output has one scale."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A Format says how the numbers of a matrix are stored in few bits."""
+
+    kind: Kind = "int4"
+    group: Natural | None = None
+    """Inputs that share a scale: 32, 64 or 128 (int4); 0 for one scale an output, or 128 for one a block of 128 × 128
+    (fp8). None: the format's own, which is 128 for int4 and 0 for fp8."""
+    zero_point: bool = False
+    """int4: codes are counted from a group's least number, not from the middle."""
+
+    @property
+    def inputs(self) -> int:
+        """Returns how many inputs share a scale; 0: all. Raises ValueError for a format that doesn't exist."""
+        allowed = GROUPS[self.kind]
+        if self.group is not None and self.group not in allowed:
+            listed = " or ".join(map(str, allowed))
+            raise ValueError(f"group: {self.kind} has no groups of {self.group} inputs; it takes {listed}")
+        if self.zero_point and self.kind != "int4":
+            raise ValueError(f"zero_point: {self.kind} has none; leave it false, or take int4")
+        return allowed[0] if self.group is None else self.group
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Nearest rounds each number by itself."""
+
+    format: Format = field(default_factory=Format)
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """GPTQ (Frantar et al. 2023) rounds inputs one after another, and the later ones make up for the error."""
+
+    format: Format = field(default_factory=Format)
+    act_order: bool = True
+    """Inputs of larger squares are rounded first. The scales of groups are then those of the weight as it was; without,
+    those of the weight as it is when its group comes."""
+    damp: Positive = 0.01
+    """What is added to the squares of every input, as a share of their mean."""
+
+
+@dataclass(frozen=True)
+class Awq:
+    """AWQ (Lin et al. 2024) multiplies the rows of inputs with large magnitudes before they are rounded."""
+
+    format: Format = field(default_factory=Format)
+    ratios: Count = 20
+    """How many exponents of the magnitudes are tried: 0, 1/20, 2/20 …"""
+
+
+@dataclass(frozen=True)
+class Smooth:
+    """SmoothQuant (Xiao et al. 2023) moves part of the inputs' range into the weight, so that both fit few bits."""
+
+    format: Format = field(default_factory=lambda: Format("int8"))
+    alpha: Share = 0.5
+    """How much of the range moves: 0 none, 1 all."""
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """A Sparsity says how many of a matrix's numbers become zero."""
+
+    share: BelowOne = 0.5
+    """The share of all numbers."""
+    kept: Natural = 0
+    """With `of`: how many of every `of` inputs of an output stay (2 of 4); `share` then says nothing."""
+    of: Natural = 0
+
+    def check(self) -> None:
+        """Raises ValueError for a pattern that isn't one."""
+        if (self.kept, self.of) != (0, 0) and not 0 < self.kept < self.of:
+            raise ValueError(f"kept: {self.kept} of {self.of} is no pattern; it must be such as 2 of 4")
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Magnitude sets the least numbers of a matrix to zero."""
+
+    sparsity: Sparsity = field(default_factory=Sparsity)
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Wanda (Sun et al. 2024) sets to zero, in each output, the numbers whose magnitude times their input's norm is
+    least."""
+
+    sparsity: Sparsity = field(default_factory=Sparsity)
+
+
+@dataclass(frozen=True)
+class SparseGpt:
+    """SparseGPT (Frantar and Alistarh 2023) sets numbers to zero input by input, and the later ones make up for the
+    error."""
+
+    sparsity: Sparsity = field(default_factory=Sparsity)
+    damp: Positive = 0.01
+    """What is added to the squares of every input, as a share of their mean."""
+    block: Count = 128
+    """Inputs among which the share of zeros is kept."""
