@@ -140,6 +140,7 @@ def test_pairs_of_codes_come_back():
     for n in (1, 2, 7):
         codes = np.random.default_rng(n).integers(0, 16, (2, n, 3), np.uint8)
         np.testing.assert_array_equal(unpaired(in_pairs(jnp.asarray(codes)), n), codes)
+    assert int(in_pairs(jnp.array([[1], [2]], jnp.uint8))[0, 0]) == 0x12, "the first is the high half"
 
 
 def leaf_of(name: str, w: jax.Array):
@@ -147,7 +148,15 @@ def leaf_of(name: str, w: jax.Array):
     return jax.vmap(lambda w: formats.nearest(FORMATS[name], w.reshape(-1, w.shape[-1]), w.shape[:2], w.shape[2:]))(w)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4 zero", "fp8", "fp8 blocks", "mxfp4", "scaled"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int4 zero",
+        "fp8",
+        "scaled",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "fp8 blocks", "mxfp4")),
+    ],
+)
 def test_products_and_their_gradients_are_those_of_the_dense_weight(one_device, name):
     w = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 24, 6)), jnp.float32)
     leaf = leaf_of("int4 g32" if name == "scaled" else name, w)
