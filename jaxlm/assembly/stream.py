@@ -35,7 +35,7 @@ from jaxlm.core import config, registry
 from jaxlm.core import stream as streams
 from jaxlm.core.continual import Continual
 from jaxlm.core.stream import Stage, Stream
-from jaxlm.evaluation import forgetting, stream_warnings
+from jaxlm.evaluation import forgetting, stream_warnings, task_scores
 from jaxlm.evaluation.metrics import is_lower_better
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.runtime import processes
@@ -77,6 +77,7 @@ def _runs(stream: Stream, seed: int) -> list[config.Run]:
             for before in out[-1:]:
                 moments.check_pair(before, run)
             continual_methods.check(run.continual, run)
+            _check_metric(stage.metric, run)
         except ValueError as error:
             raise ValueError(f"stage {stage.name}: {error}") from error
         if i == 0:
@@ -90,6 +91,18 @@ def _runs(stream: Stream, seed: int) -> list[config.Run]:
     if stream.merge_back is not None:
         merge_back.check(stream.merge_back, out, stream.run.start)
     return out
+
+
+def _check_metric(metric: str, run: config.Run) -> None:
+    """Raises ValueError for a figure that the evaluation of a run doesn't have, or of which more isn't known to be
+    better or worse."""
+    prediction = OBJECTIVES.of(run.objective).prediction
+    if prediction is not None:
+        known = ("loss", *task_scores.FIGURES[prediction.scores](run.objective))
+        if metric and metric not in known:
+            raise ValueError(f"metric: {metric!r} is no figure of its objective; it has {', '.join(known)}")
+    elif metric and is_lower_better(metric) is None:
+        raise ValueError(f"metric: {metric!r} is no figure of a text; take loss, perplexity, bits_per_byte or accuracy")
 
 
 def _claim(stream: Stream, folder: Path) -> None:

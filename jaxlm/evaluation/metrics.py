@@ -212,3 +212,8 @@ def best_threshold(
 
 # The scores of classification by the objective's kind.
 KINDS: dict[str, Callable[..., tuple[dict, str]]] = {"single": classes, "multi": multiple, "regression": numbers}
+FIGURES = {
+    "single": ("accuracy", "f1_macro", "f1_weighted", "mcc"),
+    "multi": ("f1_micro", "f1_macro", "exact"),
+    "regression": ("pearson", "spearman", "mse"),
+}

@@ -16,6 +16,16 @@ SCORES: dict[str, Callable[[Any, Any, Any], tuple[dict[str, float], str]]] = {
 }
 
 
+# By the same name: settings → the figures that there may be, of which some need what the data has.
+FIGURES: dict[str, Callable[[Any], tuple[str, ...]]] = {
+    "classes": lambda c: metrics.FIGURES[c.kind],
+    "tags": lambda c: (*(f"word_{name}" for name in metrics.FIGURES["single"]), "precision", "recall", "f1"),
+    "relations": lambda c: ("f1_macro", "f1_micro", "precision", "recall", "accuracy"),
+    "choices": lambda c: ("accuracy",),
+    "spans": lambda c: ("exact", "f1", "hasans_exact", "hasans_f1", "noans_exact", "noans_f1", "best_f1"),
+}
+
+
 class Judged(NamedTuple):
     figures: dict[str, float]
     report: str

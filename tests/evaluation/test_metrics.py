@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from jaxlm.assembly import training_hooks
-from jaxlm.evaluation import metrics
+from jaxlm.evaluation import metrics, task_scores
 
 pytest.importorskip("seqeval")
 pytest.importorskip("sklearn")
@@ -33,6 +33,28 @@ def test_classes_and_words():
     assert values["word_accuracy"] == 0.5 and "f1" not in values and "seqeval" not in report
     values, report = metrics.tags([["B-X", "O"]], [["B-X", "O"]], ["O", "B-X"])
     assert values["f1"] == 1 and "entities (seqeval, strict, IOB2)" in report
+
+
+PREDICTIONS = {
+    "classes": (["a", "b"], ["a", "a"]),
+    "tags": ([["B-X", "O"]], [["B-X", "O"]]),
+    "relations": (["a", "b"], ["a", "a"]),
+    "choices": ([0, 1], [0, 0]),
+    "spans": ([["x"], []], [[("x", 1.0)], [("", 0.0)]]),
+}
+
+
+@pytest.mark.parametrize("scores", task_scores.SCORES)
+def test_the_names_of_all_figures_are_known_before_there_are_predictions(scores):
+    true, predicted = PREDICTIONS[scores]
+    c = SimpleNamespace(kind="single", labels=("B-X", "O") if scores == "tags" else ("a", "b"), negative="")
+    figures, _ = task_scores.SCORES[scores](c, true, predicted)
+    assert {*figures} - {"best_threshold"} == {*task_scores.FIGURES[scores](c)}
+
+
+def test_the_names_of_figures_of_several_labels_and_of_numbers_are_known():
+    assert {*metrics.multiple([["a"]], [["a"]], ["a"])[0]} == {*metrics.FIGURES["multi"]}
+    assert {*metrics.numbers([1, 2], [1, 2])[0]} == {*metrics.FIGURES["regression"]}
 
 
 def test_what_is_missing_is_named(monkeypatch):
