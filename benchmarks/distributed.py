@@ -77,6 +77,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
     p.add_argument("--clock", action="store_true", help="a server and workers of unlike speeds instead of --rows")
     p.add_argument("--outer-lr", type=float, help="default: 0.7 (AdamW), 0.8 (Muon)")
+    p.add_argument("--outer-momentum", type=float, help="default: 0.9")
     p.add_argument("--out", type=Path, default=Path("runs/distributed"))
     p.add_argument("--save", default="distributed", help="name under results/ (-: don't save)")
     return p.parse_args()
@@ -86,13 +87,15 @@ def a_run(a: argparse.Namespace, name: str, optimizer: str, c: Distributed, seed
     """Returns the quickstart with an optimizer and workers."""
     if c.method != "none" and c.outer == Outer():
         outer = OUTER[optimizer]
-        c = dataclasses.replace(c, outer=dataclasses.replace(outer, lr=a.outer_lr or outer.lr))
+        momentum = outer.momentum if a.outer_momentum is None else a.outer_momentum
+        c = dataclasses.replace(c, outer=dataclasses.replace(outer, lr=a.outer_lr or outer.lr, momentum=momentum))
     run = jaxlm.load("quickstart")
     train = dataclasses.replace(
         run.train, steps=a.steps or run.train.steps, eval_every=0, save_every=0, prompts=(),
         batch_size=a.batch_size or run.train.batch_size,
     )  # fmt: skip
-    folder = "".join(x if x.isalnum() else "-" for x in f"{name}-{optimizer}-{train.steps}-{train.batch_size}-{seed}")
+    tried = "" if (a.outer_lr, a.outer_momentum) == (None, None) else f"-{a.outer_lr}-{a.outer_momentum}"
+    folder = "".join(x if x.isalnum() else "-" for x in f"{name}{tried}-{optimizer}-{train.steps}-{train.batch_size}-{seed}")
     return dataclasses.replace(
         run, name=folder, out=str(a.out), train=train, distributed=c, seed=seed,
         optim=ADAMW if optimizer == "adamw" else run.optim,
@@ -127,9 +130,11 @@ def main() -> None:
                     bits.append(trained(run))
                 assert run is not None
                 count = jaxlm.Program(run).parts.parameters[1]
-                key = f"{name}, {optimizer}, {run.train.steps} steps of {run.train.batch_size}"
+                outer = run.distributed.outer
+                tried = "" if (a.outer_lr, a.outer_momentum) == (None, None) else f" outer {outer.lr:g}, {outer.momentum:g}"
+                key = f"{name}{tried}, {optimizer}, {run.train.steps} steps of {run.train.batch_size}"
                 results[key] = {"bits_per_byte": bits, "bytes_sent": sent(run, count), "seeds": a.seeds,
-                                "outer_lr": run.distributed.outer.lr}  # fmt: skip
+                                "outer_lr": outer.lr}  # fmt: skip
                 print(key, bits)
     shown = [[key, f"{np.mean(r['bits_per_byte']):.4f}", f"{r['bytes_sent'] / 1e6:,.0f}",
               f"{r['seconds']:,.0f}" if "seconds" in r else ""] for key, r in results.items()]  # fmt: skip
