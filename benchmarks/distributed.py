@@ -94,8 +94,7 @@ def a_run(a: argparse.Namespace, name: str, optimizer: str, c: Distributed, seed
         run.train, steps=a.steps or run.train.steps, eval_every=0, save_every=0, prompts=(),
         batch_size=a.batch_size or run.train.batch_size,
     )  # fmt: skip
-    tried = "" if (a.outer_lr, a.outer_momentum) == (None, None) else f"-{a.outer_lr}-{a.outer_momentum}"
-    folder = "".join(x if x.isalnum() else "-" for x in f"{name}{tried}-{optimizer}-{train.steps}-{train.batch_size}-{seed}")
+    folder = "".join(x if x.isalnum() else "-" for x in f"{name}-{optimizer}-{train.steps}-{train.batch_size}-{seed}")
     return dataclasses.replace(
         run, name=folder, out=str(a.out), train=train, distributed=c, seed=seed,
         optim=ADAMW if optimizer == "adamw" else run.optim,
@@ -121,8 +120,10 @@ def main() -> None:
         for optimizer in a.optimizers:
             results[f"clock: {name}, {optimizer}, {a.steps} steps"] = found = on_clock(a, name, optimizer)
             print(name, found)
+    tried = {"outer rate": a.outer_lr, "outer momentum": a.outer_momentum}
     for group in () if a.clock else a.rows:
         for name, c in ROWS[group].items():
+            name += "".join(f" {key} {value:g}" for key, value in tried.items() if value is not None)
             for optimizer in a.optimizers:
                 bits, run = [], None
                 for seed in a.seeds:
@@ -130,11 +131,9 @@ def main() -> None:
                     bits.append(trained(run))
                 assert run is not None
                 count = jaxlm.Program(run).parts.parameters[1]
-                outer = run.distributed.outer
-                tried = "" if (a.outer_lr, a.outer_momentum) == (None, None) else f" outer {outer.lr:g}, {outer.momentum:g}"
-                key = f"{name}{tried}, {optimizer}, {run.train.steps} steps of {run.train.batch_size}"
+                key = f"{name}, {optimizer}, {run.train.steps} steps of {run.train.batch_size}"
                 results[key] = {"bits_per_byte": bits, "bytes_sent": sent(run, count), "seeds": a.seeds,
-                                "outer_lr": outer.lr}  # fmt: skip
+                                "outer_lr": run.distributed.outer.lr}  # fmt: skip
                 print(key, bits)
     shown = [[key, f"{np.mean(r['bits_per_byte']):.4f}", f"{r['bytes_sent'] / 1e6:,.0f}",
               f"{r['seconds']:,.0f}" if "seconds" in r else ""] for key, r in results.items()]  # fmt: skip

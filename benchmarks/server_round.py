@@ -113,9 +113,8 @@ def main() -> None:
         print(all_reduce(a))
         return
     flags = f"--xla_force_host_platform_device_count={a.workers} {os.environ.get('XLA_FLAGS', '')}"
-    told = subprocess.run(
-        [sys.executable, *sys.argv, "--all-reduce"], env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True
-    )
+    command = [sys.executable, *sys.argv, "--all-reduce"]
+    told = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True)
     if told.returncode:
         raise SystemExit(told.stderr)
     plain = float(told.stdout.split()[-1])
@@ -126,8 +125,8 @@ def main() -> None:
             seconds, memory = server(a, compress, folder)
             results[f"server, {compress}"] = {"seconds": seconds, "times_the_all_reduce": seconds / plain,
                                               "server_memory_in_weights": memory}  # fmt: skip
-    rows = [[name, *(f"{r[key]:.2f}" if key in r else "" for key in
-                     ("seconds", "times_the_all_reduce", "server_memory_in_weights"))] for name, r in results.items()]  # fmt: skip
+    shown = ("seconds", "times_the_all_reduce", "server_memory_in_weights")
+    rows = [[name, *(f"{r[key]:.2f}" if key in r else "" for key in shown)] for name, r in results.items()]
     print(table(rows, ["", "seconds a round", "times the all-reduce", "server's memory / weights"]))
     if a.save != "-":
         settings = {key: getattr(a, key) for key in ("gigabytes", "workers", "shards", "rounds")}
