@@ -33,7 +33,6 @@ from jaxlm.objectives import OBJECTIVES
 from jaxlm.objectives.objective import TaskHead
 from jaxlm.runtime import mesh
 from jaxlm.training import run_logs
-from jaxlm.weights.adapters import adapted
 
 FORMATS = ("hf", "gguf", "stablehlo", "peft")
 # The dtypes of each format, the usual one first; None: each tensor's own, else float32.
@@ -362,7 +361,7 @@ def _peft_logits(p: Pretrained, folder: Path) -> np.ndarray:
     """Computes the logits with the adapter that was written, on the weights in memory."""
     files = open_files(folder)
     c = describe(files, p.model.family, p.model.config)
-    adapter = adapted.Adapted(dataclasses.replace(c, base=p.model.adapter.c.base), p.model.family, p.model.config)
+    adapter = dataclasses.replace(p.model.adapter, c=dataclasses.replace(c, base=p.model.adapter.c.base))
     with mesh.on_mesh(p.mesh):
         loaded = load(files, adapter, p.model.shard.shardings(adapter.specs()["adapter"], p.mesh), p.params)
     weights = p.params | {"adapter": loaded}

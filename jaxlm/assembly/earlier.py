@@ -324,7 +324,7 @@ def of_directory(folder: Path, run: config.Run) -> Earlier:
 
 
 def _adapted(run: config.Run) -> Adapted:
-    return Adapted(run.adapter, MODELS.of(run.model), run.model)
+    return Adapted(run.adapter, MODELS.of(run.model), run.model, run.compression)
 
 
 def with_heads(earlier: Earlier, before: config.Run, known: Sequence[Task], weights: Any) -> Any:

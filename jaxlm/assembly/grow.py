@@ -67,6 +67,9 @@ def grow(model: Place, target: str | Path, growth: Growth, step: int | None = No
         if p.source.adapter != config.Adapter():
             where = p.source.path
             raise ValueError(f"{where}: has an adapter; merge it first: jaxlm export {where} MERGED --format hf")
+        if p.source.adapted.few_bits:
+            where = p.source.path
+            raise ValueError(f"{where}: is compressed; make it whole first: jaxlm export {where} WHOLE --format hf")
         if p.source.run is not None and earlier.of_directory(p.source.path, p.source.run).tasks:
             raise ValueError(f"{p.source.path}: has heads of earlier tasks, which don't grow; grow the model before it")
         weights = jax.tree.map(np.asarray, jax.device_get(p.params))

@@ -11,6 +11,7 @@ from typing import Any
 from jaxlm.assembly import run_directory, task_heads
 from jaxlm.assembly.task_index import Task, read_index
 from jaxlm.core import config
+from jaxlm.core.compression import Compression
 from jaxlm.core.continual import Continual
 from jaxlm.core.errors import nearest
 from jaxlm.data import tokenizer as tokenizers
@@ -54,6 +55,7 @@ class Source:
     """The settings of the objective that a published model's own head belongs to; None: it has none."""
     files: gguf.Files | None = None
     adapter: config.Adapter = field(default_factory=config.Adapter)
+    compression: Compression = field(default_factory=Compression)
     adapter_files: Files | None = None
     """None: a run's own adapter lies in its checkpoints."""
     task: Task | None = None
@@ -74,7 +76,7 @@ class Source:
     @property
     def adapted(self) -> Adapted:
         """The model's weights as its adapter changes them."""
-        return Adapted(self.adapter, self.family, self.config)
+        return Adapted(self.adapter, self.family, self.config, self.compression)
 
     @property
     def eos(self) -> list[int]:
@@ -212,8 +214,9 @@ def _run(folder: Path) -> Source:
     family = MODELS.of(run.model)
     advice = hf_sidecars.read_generation(folder)
     return Source(
-        folder, "run", family, run.model, tokens, advice, templates, tokens.boundary_ids, run=run, adapter=run.adapter
-    )
+        folder, "run", family, run.model, tokens, advice, templates, tokens.boundary_ids, run=run,
+        adapter=run.adapter, compression=run.compression,
+    )  # fmt: skip
 
 
 def _base_of(folder: Path) -> str:

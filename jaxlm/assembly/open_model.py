@@ -102,7 +102,9 @@ def starting(run: config.Run, start: StartModel) -> config.Run:
         raise ValueError(f"start: {start.place} has no tokenizer; put its tokenizer.json beside the weights")
     adapter = source.adapter if run.adapter == config.Adapter() else run.adapter
     model = task_heads.fitting(source.config, source.family, run.objective)
-    return dataclasses.replace(run, model=model, adapter=adapter, start=start.place)
+    return dataclasses.replace(
+        run, model=model, adapter=adapter, compression=source.compression, start=start.place
+    )  # fmt: skip
 
 
 def load_tokenizer(run: config.Run, start: StartModel) -> Any:
@@ -148,6 +150,8 @@ def first_params(p: programs.Program, start: StartModel) -> Any:
     adapter. ValueError: the model does not fit the run."""
     source = start.source
     stored = specs_of(source)
+    if p.run.compression != source.compression:
+        raise ValueError(f"compression: {source.path} stores its weights in another way; leave that to `start`")
     earlier_heads = p.earlier.tasks and not p.run.continual.old and source.run is not None
     new = set(p.objective.specs(p.run.model.width))
     if not earlier_heads:

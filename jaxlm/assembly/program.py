@@ -392,7 +392,7 @@ def program(
     layout = Layout.of(run.mesh, run.execution)
     check_batch(run.train, layout, mesh)
     replicas.check(run, 1 if mesh is None else mesh.shape[replicas.AXIS], layout.ways("batch", mesh))
-    adapter = adapted.Adapted(run.adapter, family, run.model)
+    adapter = adapted.Adapted(run.adapter, family, run.model, run.compression)
     kept = continual_methods.replay_rows(run, len(earlier), row_multiple(run, layout, mesh))
     before = earlier_tasks.bound(run, earlier, tokens, kept)
     heads = objective.specs(run.model.width) | before.specs(run.model.width)

@@ -75,6 +75,7 @@ def _train(
         moments.check(run, start)
     tokens = open_model.load_tokenizer(run, start)
     p = programs.program(run, tokens, open_model.template_of(run, start), earlier.earlier_tasks(run, start))
+    p.adapter.check_trained()
     data = corpus.corpus(run.data, p.objective)
     processes.barrier("the data", 6 * HOURS)
     if main:

@@ -1,9 +1,10 @@
-"""Holds the settings of the solvers that make weights small: formats of few bits, and what is pruned. Nothing here
-imports jax."""
+"""Holds the settings of the solvers that make weights small: formats of few bits, what is pruned, and how a run says
+which of its weights are stored so. Nothing here imports jax."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
+from jaxlm.core.errors import nearest
 from jaxlm.core.ranges import BelowOne, Count, Natural, Positive, Share
 
 Kind = Literal["int8", "int4", "fp8", "mxfp4", "nf4"]
@@ -38,6 +39,66 @@ class Format:
         if self.zero_point and self.kind != "int4":
             raise ValueError(f"zero_point: {self.kind} has none; leave it false, or take int4")
         return allowed[0] if self.group is None else self.group
+
+
+ZEROS = "zeros"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A Stored says how one matrix of every layer is stored."""
+
+    format: Format | None
+    """None: as it was, with zeros that stay."""
+    scaled: bool = False
+    """Its inputs are multiplied by a vector first, as AWQ and SmoothQuant leave it."""
+
+    def __str__(self) -> str:
+        if self.format is None:
+            return ZEROS
+        f = self.format
+        flags = ["zero"] * f.zero_point + ["scaled"] * self.scaled
+        return ":".join([f.kind, *([str(f.inputs)] if f.inputs else []), *flags])
+
+
+def stored(text: str) -> Stored:
+    """Returns what a text such as `int4:128:zero:scaled` stands for: a kind, the inputs that share a scale, flags; or
+    `zeros`. ValueError: this version knows no such format."""
+    kind, *rest = text.split(":")
+    if kind == ZEROS and not rest:
+        return Stored(None)
+    kinds = (*get_args(Kind), ZEROS)
+    if kind not in kinds or kind == ZEROS:
+        raise ValueError(f"{text!r} is no format that this version knows{nearest(kind, kinds)}")
+    group = int(rest.pop(0)) if rest and rest[0].isdecimal() else 0
+    if unknown := [flag for flag in rest if flag not in ("zero", "scaled")]:
+        raise ValueError(f"{text!r}: no format has {unknown[0]!r}; take what `jaxlm compress` wrote, or update jaxlm")
+    f = Format(kind, group or None, "zero" in rest)  # type: ignore[arg-type]
+    _ = f.inputs  # refuses groups that the kind doesn't have
+    return Stored(f, "scaled" in rest)
+
+
+@dataclass(frozen=True)
+class Compression:
+    """A Compression says which weights of a model are stored in few bits, or have zeros that stay. `jaxlm compress`
+    writes it."""
+
+    weights: tuple[str, ...] = ()
+    """PATH=FORMAT of each matrix of the layers that isn't stored as plain numbers, such as blocks/q=int4:128."""
+
+    def by_path(self) -> dict[str, Stored]:
+        """Returns how each weight is stored by its path. ValueError: an entry isn't PATH=FORMAT, or its format is not
+        known."""
+        found = {}
+        for entry in self.weights:
+            path, sign, text = entry.partition("=")
+            if not sign:
+                raise ValueError(f"compression.weights: {entry!r} is not PATH=FORMAT; leave it to `jaxlm compress`")
+            try:
+                found[path] = stored(text)
+            except ValueError as error:
+                raise ValueError(f"compression.weights: {path}: {error}") from None
+        return found
 
 
 @dataclass(frozen=True)

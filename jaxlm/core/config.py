@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Generic, Literal, TypeVar
 
+from jaxlm.core.compression import Compression
 from jaxlm.core.continual import Continual
 from jaxlm.core.distributed import Distributed
 from jaxlm.core.ranges import BelowOne, Count, Natural, NonNegative, Positive, PositiveShare, Range
@@ -232,6 +233,7 @@ class Run(Generic[M, O]):
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)
     adapter: Adapter = field(default_factory=Adapter)
+    compression: Compression = field(default_factory=Compression)
     train: Train = field(default_factory=Train)
     continual: Continual = field(default_factory=Continual)
     distributed: Distributed = field(default_factory=Distributed)

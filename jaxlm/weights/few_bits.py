@@ -98,7 +98,8 @@ class Flat(Quantized, kw_only=True):
         axes = s.axes[-self.ndim :]
         lead = len(axes) - len(self.in_shape) - len(self.out_shape)
         pinned = {n: shard(x, *self._laid(n, x, axes, lead, shard)) for n in self.arrays for x in [getattr(self, n)]}
-        return self.replace(**pinned, axes=tuple(shard.spec(axes)))
+        made = self.replace(**pinned, axes=tuple(shard.spec(axes)))
+        return made.dense(shard.dtype) if "experts" in s.axes else made
 
     def _laid(self, name: str, x: jax.Array, axes: tuple, lead: int, shard: Layout) -> tuple[str | None, ...]:
         """Returns logical axes of one array. Dimensions that were merged are cut by the first of them, and groups of
@@ -195,9 +196,12 @@ class Scaled(Wrapped):
     def einsum(self, eq: str, x: jax.Array, shard: Layout, *axes: str | None) -> jax.Array:
         return shard.einsum(eq, times(x, self.by), self.base, *axes)
 
-    def gathered(self, s: Spec, shard: Layout) -> "Scaled":
-        whole = shard(self.by, *(None,) * self.by.ndim)
-        return self.replace(base=shard.gather(self.base, s), by=whole)
+    def gathered(self, s: Spec, shard: Layout) -> Any:
+        base = shard.gather(self.base, s)
+        if "experts" in s.axes:  # which go through no `einsum`
+            by = shard(self.by, "experts", *(None,) * (self.by.ndim - 1))
+            return times(base, by.reshape(*by.shape, *(1,) * self.outs))
+        return self.replace(base=base, by=shard(self.by, *(None,) * self.by.ndim))
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
         w = dense(self.base)

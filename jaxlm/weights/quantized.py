@@ -134,12 +134,12 @@ def _gathered(w: Any, s: Spec, shard: Layout) -> Any:
     numbers."""
     axes = s.axes[-w.ndim :]
     arrays = {name: getattr(w, name) for name in w.arrays}
-    arrays = {name: shard(x, *_axes(name, x.shape, axes, w.outs)) for name, x in arrays.items()}
+    arrays = {name: shard(x, *array_axes(name, x.shape, axes, w.outs)) for name, x in arrays.items()}
     w = w.replace(**arrays, axes=tuple(shard.spec(axes)))
     return w.dense(shard.dtype) if "experts" in s.axes else w
 
 
-def _axes(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], outs: int) -> tuple[str | None, ...]:
+def array_axes(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], outs: int) -> tuple[str | None, ...]:
     """Returns logical axes of one of a weight's arrays. Blocks of inputs are no dimension of the weight: they stay
     whole."""
     at = len(axes) - outs - 1
@@ -191,7 +191,7 @@ def specs(s: Spec, ins: int, outs: int, kind: str) -> Any:
     made = jax.eval_shape(partial(KINDS[kind], ins=ins, outs=outs), jax.ShapeDtypeStruct(s.shape, jnp.float32))
     if not isinstance(made, dict):
         return s._replace(dtype=made.dtype)
-    axes = {name: _axes(name, x.shape, s.axes, outs) for name, x in made.items()}
+    axes = {name: array_axes(name, x.shape, s.axes, outs) for name, x in made.items()}
     return {name: Spec(x.shape, axes[name], zeros, x.dtype, s.role) for name, x in made.items()}
 
 

@@ -12,6 +12,7 @@ import optax
 
 from jaxlm.core import registry, tree
 from jaxlm.core import spec as weights
+from jaxlm.core.compression import Compression, Stored
 from jaxlm.core.config import Adapter
 from jaxlm.core.spec import is_spec, stacked
 from jaxlm.nn import leaf
@@ -19,7 +20,7 @@ from jaxlm.nn.family import Family
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 from jaxlm.runtime.mesh import platform
-from jaxlm.weights import quantized
+from jaxlm.weights import quantized, stored
 from jaxlm.weights.adapters import METHODS, prompt
 from jaxlm.weights.adapters.method import Method, TargetedAdapter
 from jaxlm.weights.matrices import HEAD, TABLE, TABLE_PATTERNS, Matrix, matrices, select, stored_at
@@ -28,11 +29,12 @@ from jaxlm.weights.matrices import tables as tables_of
 
 @dataclass(frozen=True)
 class Adapted:
-    """A family's model with the adapter that a run's settings `c` put on it."""
+    """A family's model, its weights as they are stored, with the adapter that a run's settings `c` put on it."""
 
     c: Adapter
     family: Family
     config: Any
+    compression: Compression = dataclasses.field(default_factory=Compression)
 
     @property
     def method(self) -> Method[Any]:
@@ -51,6 +53,29 @@ class Adapted:
     @cached_property
     def matrices(self) -> dict[str, Matrix]:
         return matrices(self.family, self.config)
+
+    @cached_property
+    def few_bits(self) -> dict[str, Stored]:
+        """Returns how each compressed matrix is stored that isn't an array of numbers. ValueError: the model has no
+        such matrix, or the format isn't known or doesn't fit it."""
+        found = {}
+        for path, how in self.compression.by_path().items():
+            if path not in self.matrices:
+                raise ValueError(f"compression.weights: this model's layers have no matrix {path}")
+            if how.format is not None:
+                found[path] = how
+        if found and self.c.base != "float32":
+            first, how = next(iter(found.items()))
+            raise ValueError(f"adapter.base: {first} is stored as {how} already; leave it float32")
+        return found
+
+    def check_trained(self) -> None:
+        """Refuses to train all weights of a model whose matrices are stored in few bits. ValueError: there are such."""
+        if self.few_bits and type(self.c) is Adapter:
+            path, how = next(iter(self.few_bits.items()))
+            raise ValueError(
+                f"adapter: {path} is stored as {how}, which can't be trained; train an adapter on it, as `adapter` lora"
+            )
 
     @cached_property
     def targets(self) -> dict[str, Matrix]:
@@ -104,6 +129,8 @@ class Adapted:
                 raise ValueError(f"adapter.base: {c.base} weights can't be trained; choose a method, as `adapter` lora")
             for path, m in self.matrices.items():
                 out = tree.put(out, path, quantized.specs(m.spec, m.ins, m.outs, c.base))
+        for path, how in self.few_bits.items():
+            out = tree.put(out, path, stored.specs(self.matrices[path], how))
         adapter: dict[str, Any] = {}
         for path, target in self.targets.items():
             made = stacked(target.layers, method.specs(c, target), above=target.spec.layers_above)
@@ -170,7 +197,7 @@ class Adapted:
     @property
     def changes(self) -> bool:
         """Says whether the model has an adapter, or weights that aren't plain arrays."""
-        return self.c != Adapter()
+        return self.c != Adapter() or bool(self.few_bits)
 
     def summary(self, specs: Any, trainable: Callable[[str], bool]) -> str:
         """Returns a line that says what is trained and of how many weights."""
@@ -179,7 +206,8 @@ class Adapted:
         whole = weights.count(self.base)
         names = [*self.targets, *self.tables]
         on = f" on {' '.join(names)}" if names else ""
-        stored = f", matrices of the layers as {self.c.base}" if self.c.base != "float32" else ""
+        kinds = sorted({str(how) for how in self.few_bits.values()} | {self.c.base} - {"float32"})
+        stored = f", matrices of the layers as {' and '.join(kinds)}" if kinds else ""
         return (
             f"{self.name}{on}: {trained:,} weights are trained, {trained / whole:.2%} of the model's {whole:,}{stored}"
         )
@@ -202,6 +230,9 @@ class Adapted:
             if isinstance(tree.at(params, path), dict):  # has its few bits already
                 continue
             out = tree.put(out, path, quantized.KINDS[c.base](tree.at(params, path), m.ins, m.outs))
+        for path, how in self.few_bits.items():
+            if not isinstance(w := tree.at(params, path), dict):
+                out = tree.put(out, path, stored.arrays(stored.nearest(self.matrices[path], how, w)))
         if not fresh:
             return out
         for path, target in self.targets.items() if method.initial_values is not None else ():
@@ -257,18 +288,20 @@ class Adapted:
         return out
 
     def _base_leaf(self, params: Any, m: Matrix) -> Any:
-        stored = tree.at(params, m.path)
-        return quantized.bound(stored, m.outs) if isinstance(stored, dict) else stored
+        w = tree.at(params, m.path)
+        if isinstance(w, dict):
+            how = self.few_bits.get(m.path)
+            return quantized.bound(w, m.outs) if how is None else stored.bound(m, how, w)
+        return w
 
     def bind(self, params: Any, key: jax.Array | None = None) -> Any:
         """Returns the weights with every one as the leaf that does its work. What is bound already stays."""
         c, method = self.c, self.method
         out = {name: value for name, value in params.items() if name != "adapter"}
         adapter = params.get("adapter")
-        if c.base in ("nf4", "int8"):
-            for path, m in self.matrices.items():
-                if isinstance(tree.at(params, path), dict):
-                    out = tree.put(out, path, self._base_leaf(out, m))
+        for path, m in self.matrices.items():
+            if isinstance(tree.at(params, path), dict):
+                out = tree.put(out, path, self._base_leaf(out, m))
         if adapter is None:
             return out
         n = len(self.targets)

@@ -1,0 +1,81 @@
+"""What a configuration says of a compressed weight gives the arrays that solvers make of it."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxlm.core import config, tree
+from jaxlm.core.compression import Awq, Compression, Format, Nearest, stored
+from jaxlm.models import MODELS
+from jaxlm.weights import stored as weights
+from jaxlm.weights.adapters.adapted import Adapted
+from jaxlm.weights.compress.solve import solve
+from jaxlm.weights.compress.statistics import Statistics
+
+SHAPES = dict(layers=2, width=64, heads=4, kv_heads=2, head_width=16, vocab=50)
+TEXTS = ("int8", "int4:32", "int4:32:zero:scaled", "fp8", "fp8:128", "mxfp4:32", "nf4:64", "int8:scaled")
+
+
+def adapted(text: str, family: str = "llama", **more) -> Adapted:
+    module = MODELS[family]
+    c = module.Config(**SHAPES | more)
+    whole = Adapted(config.Adapter(), module, c)
+    return dataclasses.replace(whole, compression=Compression(tuple(f"{path}={text}" for path in whole.matrices)))
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_specs_are_those_of_what_solvers_make(text, family) -> None:
+    a = adapted(text, family)
+    specs = a.specs()
+    for path, m in a.matrices.items():
+        how = a.few_bits[path]
+        assert str(how) == text
+        method = Awq(how.format) if how.scaled else Nearest(how.format)
+        abstract = jax.ShapeDtypeStruct(m.spec.shape, jnp.float32)
+        lead = m.spec.shape[: m.lead]
+        inputs = abstract.size // m.spec.shape[0] // (m.spec.shape[1] if m.experts else 1)
+        for n in m.out_shape:
+            inputs //= n
+        record = jax.eval_shape(partial(Statistics.none, inputs, lead))
+        made = jax.eval_shape(partial(solve, method, ins=m.ins, outs=m.outs), abstract, statistics=record).weight
+        arrays, wanted = weights.arrays(made), tree.at(specs, path)
+        assert {n: (x.shape, x.dtype) for n, x in arrays.items()} == {
+            n: (s.shape, jnp.dtype(s.dtype)) for n, s in wanted.items()
+        }
+        assert all(len(s.axes) == len(s.shape) for s in wanted.values())
+        bound = weights.bound(m, how, arrays)
+        assert jax.tree.structure(bound) == jax.tree.structure(made)
+
+
+def test_a_format_that_is_not_known_is_refused_by_name() -> None:
+    for text, what in (
+        ("int3:64", "'int3:64' is no format that this version knows"),
+        ("int4:77", "group: int4 has no groups of 77"),
+        ("int8:32", "group: int8 has no groups of 32"),
+        ("int4:32:sparse", "no format has 'sparse'"),
+    ):
+        with pytest.raises(ValueError, match=r"compression.weights: blocks/q: ") as found:
+            Compression((f"blocks/q={text}",)).by_path()
+        assert what in str(found.value)
+    with pytest.raises(ValueError, match="is not PATH=FORMAT"):
+        Compression(("blocks/q",)).by_path()
+    with pytest.raises(ValueError, match="have no matrix blocks/qq"):
+        _ = dataclasses.replace(adapted("int8"), compression=Compression(("blocks/qq=int8",))).few_bits
+
+
+def test_texts_of_formats_read_back() -> None:
+    for text in (*TEXTS, "zeros"):
+        assert str(stored(text)) == text
+    assert stored("int4").format == Format("int4")
+
+
+def test_whole_matrices_of_few_bits_are_not_trained() -> None:
+    a = adapted("int8")
+    assert not any(a.trainable(path) for path in tree.flatten(a.specs()) if path.startswith("blocks/q/"))
+    with pytest.raises(ValueError, match="is stored as int8, which can't be trained"):
+        a.check_trained()
+    adapted("zeros").check_trained()
