@@ -19,10 +19,10 @@ from jaxlm.core.config import Adapter, Continual, Data, Execution, Mesh, Optim, 
 __version__ = "0.1.0"
 __all__ = [
     "Adapter", "Continual", "Data", "Execution", "LanguageModel", "MergeBack", "Mesh", "Optim", "Plan", "Program",
-    "Run", "RunDirectory", "Sampling", "Stage", "Stream", "Train", "as_linen", "as_nnx", "evaluate", "from_linen",
-    "from_nnx", "grow", "import_model", "load", "load_plugin", "merge", "open", "plan", "register_adapter",
-    "register_model", "register_objective", "register_optimizer", "register_schedule", "start_processes", "train",
-    "train_stream",
+    "Run", "RunDirectory", "Sampling", "Stage", "Stream", "Train", "as_linen", "as_nnx", "compress", "evaluate",
+    "from_linen", "from_nnx", "grow", "import_model", "load", "load_plugin", "merge", "open", "plan",
+    "register_adapter", "register_model", "register_objective", "register_optimizer", "register_schedule",
+    "start_processes", "train", "train_stream",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         Stream,
         as_linen,
         as_nnx,
+        compress,
         evaluate,
         from_linen,
         from_nnx,

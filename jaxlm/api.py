@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxlm.assembly import compress as compressing
 from jaxlm.assembly import convert, evaluate_model, run_directory, run_source, stream, training_run
 from jaxlm.assembly import grow as growing
 from jaxlm.assembly import merge as merges
@@ -17,7 +18,7 @@ from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.open_model import open_model
 from jaxlm.assembly.own_loop import Program
 from jaxlm.assembly.trained_run import RunDirectory
-from jaxlm.core import config_io, plugins
+from jaxlm.core import compression, config_io, plugins
 from jaxlm.core.config import Run
 from jaxlm.core.growth import Growth
 from jaxlm.core.merging import MethodName, Rescale, Settings
@@ -38,9 +39,9 @@ from jaxlm.weights.adapters.method import Method
 
 __all__ = [
     "LanguageModel", "MergeBack", "Plan", "Program", "RunDirectory", "Sampling", "Stage", "Stream", "as_linen",
-    "as_nnx", "evaluate", "from_linen", "from_nnx", "grow", "import_model", "load", "load_plugin", "merge", "open",
-    "plan", "register_adapter", "register_model", "register_objective", "register_optimizer", "register_schedule",
-    "start_processes", "train", "train_stream",
+    "as_nnx", "compress", "evaluate", "from_linen", "from_nnx", "grow", "import_model", "load", "load_plugin", "merge",
+    "open", "plan", "register_adapter", "register_model", "register_objective", "register_optimizer",
+    "register_schedule", "start_processes", "train", "train_stream",
 ]  # fmt: skip
 
 
@@ -170,6 +171,27 @@ def grow(
     sizes = tuple(f"{name}={size}" for name, size in (widen or {}).items())
     growth = Growth(blocks, stack, sizes, experts, str(vocab), top_k, noise, seed)
     growing.grow(_place(model), target, growth)
+    return RunDirectory(Path(target))
+
+
+def compress(
+    model: str | Path, target: str | Path, *, method: compression.MethodName = "gptq",
+    calibration: Sequence[str] = (), data: Sequence[str] = (), rows: int = 128, length: int | None = None,
+    batch_size: int = 8, batches: int = 0, compare: Literal["all", "quality", "sizes"] = "all", step: int | None = None,
+    **settings: Any,
+) -> RunDirectory:  # fmt: skip
+    """Makes a run directory of the model in few bits, or with zeros that stay, and returns it.
+
+    `method`: nearest, gptq, awq, smooth (few bits), magnitude, wanda, sparsegpt (zeros); `settings` are those of the
+    method, by the names of the options of `jaxlm compress`: `format="int4"`, `group=128`, `share=0.5`, `pattern="2:4"`,
+    `budget="5bits"`, `skip=("blocks/down",)`. `calibration` names the text whose first `rows` of `length` tokens the
+    method sees, and `data` other text on which both models are compared at the end, in `compress.json`.
+
+    ValueError: a setting, the calibration or the model doesn't fit, or `target` exists.
+    """
+    asked = config_io.changed(compression.Settings(method), settings)
+    on = compression.Calibration(tuple(calibration), rows, length, batch_size)
+    compressing.compress(model, target, asked, on, compression.Comparison(tuple(data), batches, compare), step)
     return RunDirectory(Path(target))
 
 

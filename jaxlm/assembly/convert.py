@@ -276,8 +276,9 @@ def _about(s: Source) -> model_card.About:
     run, licence = s.run, s.licence
     if run is None:
         return model_card.About(f"Made from {s.path.name}.", s.path.name, licence)
+    compressed = _compressed(s.path)
     if not run.data.train:
-        return model_card.About(f"Imported as {run.name}.", licence=licence)
+        return model_card.About("\n".join(compressed) or f"Imported as {run.name}.", licence=licence)
     start = model_card.name_of(run.start) if run.start else ""
     data = ", ".join(f"`{model_card.name_of(place)}`" for place in run.data.train)
     rows = f"{run.train.batch_size} rows of {run.train.seq_len} tokens"
@@ -285,7 +286,13 @@ def _about(s: Source) -> model_card.About:
     unknown = "data" if licence or not start else "data and of the start"
     terms = f"The licence of the {unknown} holds for it too and was not recorded."
     made = f"Trained in the run {run.name} from {start or 'random weights'}: {how}, on {data}. {terms}"
-    return model_card.About("\n".join([made, *_scores(run, s.path)]), start, licence)
+    return model_card.About("\n".join([made, *_scores(run, s.path), "", *compressed]).rstrip(), start, licence)
+
+
+def _compressed(folder: Path) -> list[str]:
+    """Returns what the card of a compressed model says of how it was made and what that changed; empty: it isn't."""
+    file = folder / "compress.json"
+    return json.loads(file.read_text("utf-8"))["card"] if file.is_file() else []
 
 
 def _scores(run: Any, folder: Path) -> list[str]:

@@ -398,13 +398,13 @@ def step_of(source: Source, checkpoints: Checkpoints, step: int | None) -> int |
     return checkpoints.best() if step is None and source.run and source.run.train.use == "best" else step
 
 
-def read_each(source: Source, specs: Any) -> Iterator[tuple[str, jax.Array]]:
+def read_each(source: Source, specs: Any, step: int | None = None) -> Iterator[tuple[str, jax.Array]]:
     """Yields (path, weight) of a run that has no adapter, those that `read` gives, one after the other: one is held."""
     run, wanted = source.run, spec.abstract(specs)
     assert run is not None and not source.adapted.changes
     stored = run_directory.read_config(source.path).objective
     with Checkpoints(source.path / "checkpoints") as checkpoints:
-        step = step_of(source, checkpoints, None)
+        step = step_of(source, checkpoints, step)
         averaged: Any = {}
         if run.optim.ema:
             before = earlier.of_directory(source.path, run)

@@ -29,6 +29,7 @@ from jaxlm.runtime import processes
 from jaxlm.training import optimizers, step
 from jaxlm.training.distributed import replicas
 from jaxlm.training.distributed.fragments import Fragments
+from jaxlm.training.kept_zeros import keep_zeros
 from jaxlm.weights import matrices
 from jaxlm.weights.adapters import adapted
 
@@ -433,9 +434,11 @@ def optimizer(
     run: config.Run, specs: Any, adapter: adapted.Adapted, earlier: earlier_tasks.Earlier
 ) -> optimizers.Optimizer:
     """Returns the optimizer of a run's weights; it moves what the adapter and earlier tasks leave to it."""
-    c, steps = run.optim, run.train.steps
+    c, steps, wrap = run.optim, run.train.steps, adapter.wrap_optimizer
+    if zeros := {path for path, how in run.compression.by_path().items() if how.format is None}:
+        wrap = lambda tx, steps: keep_zeros(adapter.wrap_optimizer(tx, steps), zeros)  # noqa: E731
     trainable = lambda path: adapter.trainable(path) and earlier.trainable(path)  # noqa: E731
-    return optimizers.make(c, steps, specs, trainable=trainable, rate_of=adapter.rate, wrap=adapter.wrap_optimizer)
+    return optimizers.make(c, steps, specs, trainable=trainable, rate_of=adapter.rate, wrap=wrap)
 
 
 def _check_pair(objective: Objective, run: config.Run) -> None:

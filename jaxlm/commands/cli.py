@@ -37,6 +37,7 @@ COMMANDS = {  # in the order of `--help`
     "import": Row("convert.Import", "make a run directory of a published model"),
     "export": Row("convert.Export", "write a model for others to read, and check that it is the same"),
     "merge": Row("merge.Merge", "make one model of several of one shape"),
+    "compress": Row("compress.Compress", "make a model small: few bits, or zeros that stay"),
     "grow": Row("grow.Grow", "make a larger model of a trained one that computes the same"),
     "tokenizer train": Row("data.TokenizerTrain", "train a SentencePiece tokenizer"),
     "data prepare": Row("data.DataPrepare", "tokenise the data of a config into its cache"),

@@ -3,12 +3,13 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import jax
 
-from jaxlm.core.spec import Spec
+from jaxlm.core.spec import Spec, is_spec
 from jaxlm.nn import pipeline
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.layers import subkeys
@@ -19,6 +20,30 @@ from jaxlm.runtime.mesh import platform
 
 # (weights, x, what else belongs to its rows, dropout key, kind of layer, its cache) → (x, its new cache)
 Block = Callable[[Any, Any, Any, jax.Array | None, Any, Any], tuple[Any, Any]]
+
+
+@dataclass
+class Window:
+    """A Window takes the place of a stack's weights in one call of a family's `forward`: only some layers of the stack
+    run then, on states that are given, and it notes what states come and go.
+
+    So a family that says nothing of single layers can be run layer by layer. It holds tracers: make one in each trace.
+    """
+
+    layers: Sequence[Any] = ()
+    """The weights of the layers that run, one tree a layer; none: states pass as they are."""
+    first: int = 0
+    """The number of the first of them."""
+    x: Any = None
+    """The states that the first of them reads; None: those that reach the stack."""
+    entered: Any = None
+    """The states that reached the stack."""
+    left: Any = None
+    """The states that came out."""
+    kinds: tuple[Any, ...] = ()
+    """How all layers of the stack differ apart from their weights."""
+    met: list["Window"] = field(default_factory=list)
+    """Windows in the order in which `forward` comes to them, where they share this list."""
 
 
 def scanned(shard: Layout) -> bool:
@@ -44,13 +69,15 @@ def run_blocks(
 ) -> tuple[Any, Cache | None]:
     """Applies layers in order, scanned or unrolled, with remat by name; returns (x, cache with what the layers store).
 
-    `params` is one tree of weights stacked along their first axis, or a tuple of trees, one a layer. `rows` holds all
-    arrays `[B, …]` that blocks need besides `x`: they may be handed a part of the rows, so no block may take such from
-    elsewhere. `kinds` says how layers differ apart from their weights (a window, no rotation); it is static. A scan's
-    body holds one period of the kinds. With a cache layers are always unrolled: a scan would copy the whole cache for
-    each token. On a mesh with stages each stage runs its part of the layers. With a cache, where a stack has fewer
-    layers than stages, and where the layout itself has one stage, all stages compute the same.
+    `params` is one tree of weights stacked along their first axis, a tuple of trees, one a layer, or a `Window`. `rows`
+    holds all arrays `[B, …]` that blocks need besides `x`: they may be handed a part of the rows, so no block may take
+    such from elsewhere. `kinds` says how layers differ apart from their weights (a window, no rotation); it is static.
+    A scan's body holds one period of the kinds. With a cache layers are always unrolled: a scan would copy the whole
+    cache for each token. On a mesh with stages each stage runs its part of the layers. With a cache, where a stack has
+    fewer layers than stages, and where the layout itself has one stage, all stages compute the same.
     """
+    if isinstance(params, Window):
+        return _in_window(params, block, specs, x, rows, shard, kinds), None
     separate = isinstance(params, tuple)
     n = len(params) if separate else jax.tree.leaves(params)[0].shape[0]
     kinds = [None] * n if kinds is None else list(kinds)
@@ -84,6 +111,21 @@ def run_blocks(
         )
         stored.append(updated)
     return x, None if cache is None else cache.replace(layers=tuple(stored), fresh=False)
+
+
+def _in_window(
+    w: Window, block: Block, specs: Any, x: Any, rows: Any, shard: Layout, kinds: Sequence[Any] | None
+) -> Any:
+    """Runs the layers of a window on its states."""
+    n = jax.tree.leaves(specs, is_leaf=is_spec)[0].shape[0]
+    w.met.append(w)
+    w.kinds, w.entered = tuple([None] * n if kinds is None else kinds), x
+    x = x if w.x is None else w.x
+    if w.layers:
+        own = w.kinds[w.first : w.first + len(w.layers)]
+        x, _ = run_blocks(block, tuple(w.layers), specs, x, rows, shard=shard, key=None, kinds=own)
+    w.left = x
+    return x
 
 
 def _in_order(layer: Any, kinds: Sequence[Any], x: Any, rows: Any, params: Any, keys: Any, shard: Layout) -> Any:

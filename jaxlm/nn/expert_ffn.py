@@ -6,6 +6,7 @@ expert's width, P rows that experts compute on: the pairs, laid out expert by ex
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.export
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxlm.nn.kernels import grouped_matmul
 from jaxlm.nn.layers import add_bias
+from jaxlm.nn.leaf import Wrapped
 
 UNKNOWN_BLOCK = 8  # rows of a block where nobody knows how many there are
 Gated = Callable[[jax.Array, jax.Array], jax.Array]
@@ -61,6 +63,30 @@ def _gated_ffn(
         return add_bias(y, per_row(w[f"{name}_bias"])) if f"{name}_bias" in w else y
 
     return linear(act(linear(x, "gate"), linear(x, "up")), "down")
+
+
+def noted(w: dict, x_BTD: jax.Array, sent_EN: jax.Array, act: Gated) -> tuple[jax.Array, dict]:
+    """Returns the tokens, and the experts' weights without the leaves that record; these note what each expert's
+    matrices read. `sent_EN` says how much each token counts for each expert: 0 where its router sends it elsewhere."""
+    leaves = {name: leaf for name, leaf in w.items() if isinstance(leaf, Wrapped)}
+    plain = w | {name: leaf.base for name, leaf in leaves.items()}
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+
+    def of_tokens(record: Any) -> Any:
+        return jax.lax.map(lambda sent_N: record(x_ND, sent_N), sent_EN)
+
+    def of_hidden(record: Any) -> Any:
+        def one(expert: Any) -> Any:
+            own, sent_N = expert
+            identity = jnp.eye(own["down"].shape[0], dtype=x_ND.dtype)
+            hidden = {n: x for n, x in own.items() if n != "down_bias"} | {"down": identity}
+            return record(_gated_ffn(hidden, x_ND, act), sent_N)
+
+        return jax.lax.map(one, (plain, sent_EN))
+
+    for name, leaf in leaves.items():
+        x_BTD = leaf.noted(x_BTD, of_hidden if name == "down" else of_tokens)
+    return x_BTD, plain
 
 
 def _spread(x_ND: jax.Array, slot_NK: jax.Array, rows: int) -> jax.Array:

@@ -61,6 +61,11 @@ class Leaf(struct.PyTreeNode):
         """Returns what is added to the output of the ffn whose input is `x`; None: nothing."""
         return None
 
+    def noted(self, x: jax.Array, inputs: Any) -> jax.Array:
+        """Returns `x`. A leaf that records notes what a mixture's expert matrices read: `inputs(record)` calls
+        `record(x_NI, weights_N)` for each expert, and returns what it returns, stacked."""
+        return x
+
     def prefix_keys_values(self) -> tuple[jax.Array, jax.Array] | None:
         """Returns keys and values `[P, K, C]` that every query of the layer sees before the row's own; None: none."""
         return None

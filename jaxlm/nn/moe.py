@@ -18,6 +18,7 @@ from jaxlm.core.spec import Spec, bias, fan_in, zeros
 from jaxlm.nn import expert_ffn, expert_parallel, layers, pipeline
 from jaxlm.nn.kernels import grouped_matmul
 from jaxlm.nn.layout import Layout
+from jaxlm.nn.leaf import is_leaf
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,10 @@ def mixture(
     """
     real_BT = jnp.ones(x_BTD.shape[:2], bool) if segments_BT is None else segments_BT > 0
     routed = {k: v for k, v in p.items() if k in ("router", "router_bias", "selection_bias", "experts")}
+    if any(map(is_leaf, p["experts"].values())):  # of a calibration
+        _, chosen_BTK, _ = _chosen(c, p, x_BTD)
+        sent_BTE = jax.nn.one_hot(chosen_BTK, c.experts).sum(2) * real_BT[..., None]
+        x_BTD, routed["experts"] = expert_ffn.noted(p["experts"], x_BTD, sent_BTE.reshape(-1, c.experts).T, act)
     y_BTD, tally = _routed(c if may_drop else dataclasses.replace(c, capacity=None), routed, x_BTD, real_BT, shard, act)
     return (y_BTD + layers.mlp(p["shared"], x_BTD, "silu", shard) if "shared" in p else y_BTD), tally
 
@@ -274,14 +279,7 @@ def _local(
     """Sends one device's tokens through its experts, or through all. With `scatters` positions are split as parts add
     up."""
     B, T, D = x_BTD.shape
-    # Routing is float32 throughout, on any hardware: rounding that changes an order sends tokens to other experts.
-    logits_BTE = jnp.einsum(
-        "btd,de->bte", x_BTD.astype(jnp.float32), p["router"].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
-    if "router_bias" in p:
-        logits_BTE += p["router_bias"].astype(jnp.float32)[None, None]
-    bias_E = p["selection_bias"].astype(jnp.float32) if "selection_bias" in p else None
-    weights_BTK, chosen_BTK, scores_BTE = route(c, logits_BTE, bias_E)
+    (logits_BTE, bias_E), chosen_BTK, (weights_BTK, scores_BTE) = _chosen(c, p, x_BTD)
     places, placed_BTK, place_BTK = 0, None, None
     if c.capacity is not None:
         # A row has places by its real tokens, so that what it drops doesn't depend on how far it is padded.
@@ -319,6 +317,19 @@ def _local(
     y_ND = (y_NKD.astype(jnp.float32) * weights_NK[..., None]).sum(1)
     y_BTD = _sum(y_ND.astype(x_BTD.dtype).reshape(B, T, D), summed_over if scatters else summed_over + axes.ffn)
     return (jax.lax.psum_scatter(y_BTD, axes.ffn, scatter_dimension=1, tiled=True) if scatters else y_BTD), tally
+
+
+def _chosen(c: Moe, p: dict, x_BTD: jax.Array) -> tuple[Any, jax.Array, Any]:
+    """Returns (logits, the bias of the choice or None), the experts of each token, (their weights, all scores)."""
+    # Routing is float32 throughout, on any hardware: rounding that changes an order sends tokens to other experts.
+    logits_BTE = jnp.einsum(
+        "btd,de->bte", x_BTD.astype(jnp.float32), p["router"].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
+    if "router_bias" in p:
+        logits_BTE += p["router_bias"].astype(jnp.float32)[None, None]
+    bias_E = p["selection_bias"].astype(jnp.float32) if "selection_bias" in p else None
+    weights_BTK, chosen_BTK, scores_BTE = route(c, logits_BTE, bias_E)
+    return (logits_BTE, bias_E), chosen_BTK, (weights_BTK, scores_BTE)
 
 
 def _ways(axes: tuple[str, ...]) -> int:

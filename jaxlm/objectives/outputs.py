@@ -38,6 +38,12 @@ def total(values_BN: jax.Array, outputs: Predicted) -> jax.Array:
     return (values_BN * outputs.weights_BN).sum()
 
 
+def same_top(before: Predicted, now: Predicted, shard: Layout) -> jax.Array:
+    """Returns 1 for each place `[B, N]` where both outputs have the same likeliest class, else 0."""
+    same = lambda old, new: (old.argmax(-1) == new.argmax(-1)).astype(jnp.float32)  # noqa: E731
+    return _each(same, [before, now], shard=shard)  # type: ignore[no-any-return]
+
+
 def divergence(before: Predicted, now: Predicted, temperature: float, shard: Layout) -> jax.Array:
     """Returns T² · KL(before ‖ now) of each place `[B, N]`, of logits divided by the temperature T (Hinton et al.
     2015); for numbers half their squared difference. `before` gets no gradient."""

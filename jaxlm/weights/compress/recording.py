@@ -5,7 +5,9 @@ alike: as the gradient of an array of zeros. The sums are made in the forward pa
 on, and what else it would compute is used by nobody, so that compilers drop it.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,22 +24,14 @@ from jaxlm.weights.matrices import Matrix
 
 
 @jax.custom_vjp
-def _noted(x: jax.Array, weights: jax.Array, seen: dict[str, jax.Array]) -> jax.Array:
+def _noted(x: jax.Array, found: dict[str, jax.Array], seen: dict[str, jax.Array]) -> jax.Array:
     return x
 
 
-def _note(x: jax.Array, weights: jax.Array, seen: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
-    def found(x: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
-        made = sums(x.reshape(weights.size, -1), weights.reshape(-1), "outer" in seen)
-        return {name: value.astype(seen[name].dtype) for name, value in made.items()}
-
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.are_all_axes_explicit:
-        found = jax.sharding.auto_axes(found, out_sharding=PartitionSpec())
-    return x, (found(x, weights), weights)
-
-
-_noted.defvjp(_note, lambda kept, g: (g, jnp.zeros_like(kept[1]), kept[0]))
+_noted.defvjp(
+    lambda x, found, seen: (x, (found, seen)),
+    lambda kept, g: (g, jax.tree.map(jnp.zeros_like, kept[0]), jax.tree.map(lambda f, s: f.astype(s.dtype), *kept)),
+)
 
 
 class Recording(Wrapped):
@@ -63,7 +57,24 @@ class Recording(Wrapped):
         tokens = x.shape[: x.ndim - self.ins]
         if tokens != self.weights.shape:
             raise ValueError(f"weights: {self.path} has inputs of {tokens} tokens; give it weights of that shape")
-        return shard.einsum(eq, _noted(x, self.weights, self.seen), self.base, *axes)
+
+        def inputs(record: Any, x: jax.Array, weights: jax.Array) -> Any:
+            return record(x.reshape(weights.size, -1), weights.reshape(-1))
+
+        found = self._found(inputs, x, self.weights)
+        return shard.einsum(eq, _noted(x, found, self.seen), self.base, *axes)
+
+    def noted(self, x: jax.Array, inputs: Callable[[Any], Any]) -> jax.Array:
+        return _noted(x, self._found(inputs), self.seen)
+
+    def _found(self, inputs: Callable[..., Any], *arrays: jax.Array) -> dict[str, jax.Array]:
+        """Returns the sums over inputs, by which nothing is differentiated."""
+        found: Callable[..., Any] = partial(inputs, partial(sums, hessian="outer" in self.seen))
+        mesh = jax.sharding.get_abstract_mesh()
+        if not mesh.empty and mesh.are_all_axes_explicit:
+            found = jax.sharding.auto_axes(found, out_sharding=PartitionSpec())
+        made: dict[str, jax.Array] = jax.lax.stop_gradient(found(*arrays))
+        return made
 
     def gathered(self, s: Spec, shard: Layout) -> "Recording":
         return self.replace(base=shard.gather(self.base, s))
@@ -79,27 +90,28 @@ def observe(
     weights: jax.Array | Mapping[str, jax.Array],
     *,
     hessian: bool = True,
+    stacked: bool = True,
 ) -> tuple[jax.Array, dict[str, Statistics]]:
-    """Returns what `forward(params)` returns, an array of floats, and a record of each matrix's inputs by its path,
-    with layers as leading dimension.
+    """Returns what `forward(params)` returns, an array of floats, and a record of each matrix's inputs by its path.
 
+    `stacked`: `params` hold all layers, which then are a record's leading dimension; else one layer alone, with paths
+    in it. A mixture's experts have records each, of the tokens that their router sends them, one layer at a time.
     `weights` says how much each token counts, `[B, T]`; of matrices with inputs of another shape (those that read an
     encoder's states) by their paths. Only what the returned array depends on is recorded. It is a pure function:
-    call it within `jit`. Raises ValueError for experts and tables, which go through no product of their own.
+    call it within `jit`. Raises ValueError for tables, and for experts of all layers at once.
     """
     start = {}
     for path, m in recorded.items():
-        if m.experts or m.is_table:
-            what = "experts multiply tokens that are sorted by expert" if m.experts else "a table is looked up"
+        if m.is_table or (m.experts and stacked):
+            what = "a table is looked up" if m.is_table else "experts are recorded one layer at a time"
             raise ValueError(f"recorded: inputs of {path} can't be recorded, as {what}; leave it out")
         wanted = weights[path] if isinstance(weights, Mapping) else weights
-        width = 1
-        for n in m.in_shape:
-            width *= n
+        lead = (m.layers,) * stacked + ((m.spec.shape[1],) if m.experts else ())
+        width = math.prod(m.in_shape)
         shapes: dict[str, tuple[int, ...]] = dict(count=(), square=(width,), abs=(width,), largest=(width,))
         shapes |= {"outer": (width, width)} if hessian else {}
-        seen = {name: jnp.zeros((m.layers, *shape), jnp.float32) for name, shape in shapes.items()}
-        start[path] = (jnp.broadcast_to(wanted.astype(jnp.float32), (m.layers, *wanted.shape)), seen)
+        seen = {name: jnp.zeros((*lead, *shape), jnp.float32) for name, shape in shapes.items()}
+        start[path] = (jnp.broadcast_to(wanted.astype(jnp.float32), (*lead[:stacked], *wanted.shape)), seen)
 
     def run(seen: dict[str, Any]) -> jax.Array:
         bound = params

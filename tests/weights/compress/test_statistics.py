@@ -169,5 +169,5 @@ def test_what_cannot_be_recorded_is_refused():
     with pytest.raises(ValueError, match=r"weights: blocks/q has inputs of \(2, 8\) tokens; give it weights of that"):
         observe(forward, params, {"blocks/q": found["blocks/q"]}, jnp.ones((2, 7)))
     experts = Matrix("blocks/up", Spec((1, 2, 4, 4), ("layers", "experts", "embed", "ffn"), zeros), 1, Name("up"))
-    with pytest.raises(ValueError, match="recorded: inputs of blocks/up can't be recorded, as experts multiply"):
+    with pytest.raises(ValueError, match="recorded: inputs of blocks/up can't be recorded, as experts are"):
         observe(forward, params, {"blocks/up": experts}, jnp.ones((2, 8)))

@@ -1,0 +1,213 @@
+"""Makes the layers of a model small one after another: each from what the small layers before it give, written once it
+is small. A budget first measures how much each matrix loses in each format."""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.assembly import compress_journal
+from jaxlm.assembly.compress_journal import Journal
+from jaxlm.assembly.layer_walk import LayerWalk, Stack
+from jaxlm.assembly.model_source import Source
+from jaxlm.core import spec, tree
+from jaxlm.core.compression import Format, Settings, Stored
+from jaxlm.nn.layout import Layout
+from jaxlm.weights import stored
+from jaxlm.weights.compress import budget, formats
+from jaxlm.weights.compress.solve import solve
+from jaxlm.weights.compress.statistics import check
+from jaxlm.weights.matrices import Matrix
+
+NEED_HESSIAN = ("gptq", "sparsegpt", "awq")
+CANDIDATES = (Format("int4", 128), Format("int4", 32), Format("int8"))
+"""Formats that a budget chooses among."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A Task is what is to be done to a model's layers, and with what."""
+
+    source: Source
+    settings: Settings
+    chosen: Mapping[str, Matrix]
+    """The matrices that become small, by their paths."""
+    journal: Journal
+    walk: LayerWalk | None
+    """None: the method needs no calibration, and there is none."""
+    layout: Layout
+    mesh: jax.sharding.Mesh | None
+    stacks: Sequence[Stack]
+
+    def recorded(self, stack: Stack) -> dict[str, Matrix]:
+        """Returns the chosen matrices of a stack by their paths in it."""
+        prefix = f"{stack.path}/"
+        return {path.removeprefix(prefix): m for path, m in self.chosen.items() if path.startswith(prefix)}
+
+    def weights(self, stack: Stack, layer: int) -> dict[str, Any]:
+        """Returns a layer's weights as they were, on the devices."""
+        arrays = {path: np.array(self.journal.weight(f"{stack.path}/{path}")[layer]) for path in stack.specs}
+        specs = {path: s._replace(shape=s.shape[1:], axes=s.axes[1:]) for path, s in stack.specs.items()}
+        return compress_journal.on_devices(arrays, self.layout.shardings(specs, self.mesh))
+
+
+def stored_as(task: Task) -> dict[str, Stored]:
+    """Returns how each chosen matrix is stored in the end."""
+    solver, settings = task.settings.solver(), task.settings
+    if settings.prunes:
+        return dict.fromkeys(task.chosen, Stored(None))
+    scaled = settings.method in ("awq", "smooth")
+    if not settings.budget:
+        return {path: Stored(solver.format, scaled) for path in task.chosen}  # type: ignore[union-attr]
+    options = _sensitivities(task)
+    picked = budget.choose(options, _bytes(settings.budget, task.chosen))
+    by_name = {str(Stored(f)): f for f in CANDIDATES}
+    return {path: Stored(by_name[option.name], scaled) for path, option in picked.items()}
+
+
+def _bytes(text: str, chosen: Mapping[str, Matrix]) -> int:
+    """Returns the bytes of a budget such as 5.5bits or 80MB. ValueError: it is none."""
+    count = sum(int(np.prod(m.spec.shape)) for m in chosen.values())
+    units = {"bits": count / 8, "kb": 1e3, "mb": 1e6, "gb": 1e9}
+    for unit, size in units.items():
+        number = text.lower().removesuffix(unit).strip()
+        if text.lower().endswith(unit) and number.replace(".", "", 1).isdecimal():
+            return int(float(number) * size)
+    raise ValueError(f"budget: {text!r} is no size; give bits of a weight such as 5.5bits, or bytes such as 80MB")
+
+
+def _sensitivities(task: Task) -> dict[str, list[budget.Option]]:
+    """Returns the options of each matrix with their errors, relative to what its layers give, on the model as it was:
+    rounded to the nearest."""
+    assert task.walk is not None
+    errors = {path: dict.fromkeys(CANDIDATES, 0.0) for path in task.chosen}
+    solvers = {f: _jitted(Settings("nearest").solver(f)) for f in CANDIDATES}
+    with _bar(task, "measuring") as advance:
+        for stack in task.stacks:
+            task.walk.begin(stack)
+            recorded = task.recorded(stack)
+            for i in range(stack.layers):
+                weights = task.weights(stack, i)
+                found = task.walk.observe(stack, i, weights, recorded, False) if recorded else {}
+                for path, m in recorded.items():
+                    check(found[path], f"{stack.path}/{path} of layer {i}")
+                    for f, solver in solvers.items():
+                        made = solver(tree.at(weights, path), m.ins, m.outs, found[path])
+                        errors[f"{stack.path}/{path}"][f] += float((made.error / made.power).mean())
+                task.walk.run(stack, i, weights)
+                advance()
+            task.walk.end(stack)
+    sizes = {path: {f: _size(m, f) for f in CANDIDATES} for path, m in task.chosen.items()}
+    return {path: [budget.Option(str(Stored(f)), sizes[path][f], errors[path][f]) for f in CANDIDATES]
+            for path in task.chosen}  # fmt: skip
+
+
+def _size(m: Matrix, f: Format) -> int:
+    copies = int(np.prod(m.spec.shape[: m.lead]))
+    return copies * formats.nbytes(f, int(np.prod(m.in_shape)), int(np.prod(m.out_shape)))
+
+
+def _jitted(solver: Any) -> Any:
+    """Returns the jitted `(weight, ins, outs, statistics) → Solution`."""
+    return jax.jit(partial(_solved, solver), static_argnums=(1, 2))
+
+
+def _solved(solver: Any, w: Any, ins: int, outs: int, statistics: Any) -> Any:
+    return solve(solver, w, ins, outs, statistics)
+
+
+def all_layers(task: Task, how: Mapping[str, Stored]) -> None:
+    """Makes one layer after another small, and takes the calibration through each as it is then."""
+    solvers = {form: _jitted(task.settings.solver(form.format)) for form in set(how.values())}
+    hessian = task.settings.method in NEED_HESSIAN
+    with _bar(task, "compressing") as advance:
+        for stack in task.stacks:
+            recorded, walk = task.recorded(stack), task.walk
+            if walk is not None:
+                walk.begin(stack)
+            for i in range(stack.layers):
+                weights = task.weights(stack, i)
+                if not task.journal.has(stack.path, i):
+                    found = walk.observe(stack, i, weights, recorded, hessian) if walk and recorded else {}
+                    _one_layer(task, how, solvers, stack, i, weights, found)
+                if walk is not None:
+                    walk.run(stack, i, _bound(task, how, stack, i, weights))
+                advance()
+            if walk is not None:
+                walk.end(stack)
+
+
+def _one_layer(
+    task: Task, how: Mapping[str, Stored], solvers: Mapping[Stored, Any], stack: Stack, i: int, weights: Any, found: Any
+) -> None:
+    """Makes the matrices of a layer small, and writes them."""
+    arrays: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
+    for path, m in task.recorded(stack).items():
+        whole = f"{stack.path}/{path}"
+        if found:
+            check(found[path], f"{whole} of layer {i}" + " (by expert)" * m.experts)
+        form = how[whole]
+        made = solvers[form](tree.at(weights, path), m.ins, m.outs, found.get(path))
+        kept = made.weight if form.format is None else stored.arrays(made.weight)
+        arrays = tree.put(arrays, path, jax.device_get(kept))
+        known = {name: float(jnp.sum(getattr(made, name))) for name in ("error", "plain_error", "power")}
+        if not np.isfinite(list(known.values())).all():
+            raise ValueError(f"{whole}: layer {i} holds NaN or infinity; mend the model first")
+        figures[path] = known | {"format": str(form)}
+    task.journal.write(stack.path, i, arrays, figures)
+
+
+def layer_specs(task: Task, how: Mapping[str, Stored], stack: Stack) -> dict[str, spec.Spec]:
+    """Returns the specs of what the journal holds of a layer, by their paths in it."""
+    out: dict[str, spec.Spec] = {}
+    for path, m in task.recorded(stack).items():
+        form = how[f"{stack.path}/{path}"]
+        whole = {path: m.spec} if form.format is None else {
+            f"{path}/{name}": s for name, s in stored.specs(m, form).items()
+        }  # fmt: skip
+        out |= {name: s._replace(shape=s.shape[1:], axes=s.axes[1:]) for name, s in whole.items()}
+    return out
+
+
+def _bound(task: Task, how: Mapping[str, Stored], stack: Stack, i: int, weights: Any) -> Any:
+    """Returns a layer's weights as they are now, with leaves for what has few bits. They are read from the journal
+    whether they were made just now or before."""
+    specs = layer_specs(task, how, stack)
+    arrays = task.journal.layer(stack.path, i, {path: jnp.dtype(s.dtype) for path, s in specs.items()})
+    homes = tree.flatten(task.layout.shardings(specs, task.mesh))
+    made = compress_journal.on_devices(arrays, homes)
+    for path, m in task.recorded(stack).items():
+        form = how[f"{stack.path}/{path}"]
+        now = tree.at(made, path)
+        weights = tree.put(weights, path, now if form.format is None else stored.bound(m, form, now))
+    return weights
+
+
+@contextlib.contextmanager
+def _bar(task: Task, what: str) -> Iterator[Any]:
+    """Shows a progress bar on standard error if a person watches, else a line every tenth of the layers."""
+    total, done = sum(stack.layers for stack in task.stacks), 0
+    if sys.stderr.isatty():
+        from rich import console
+        from rich import progress as bars
+
+        columns = bars.TextColumn(what), bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeRemainingColumn()
+        with bars.Progress(*columns, console=console.Console(stderr=True)) as bar:
+            row = bar.add_task("", total=total)
+            yield lambda: bar.advance(row)
+        return
+
+    def tell() -> None:
+        nonlocal done
+        done += 1
+        if done * 10 // total != (done - 1) * 10 // total:
+            print(f"{what}: {done} of {total} layers", file=sys.stderr, flush=True)
+
+    yield tell

@@ -1,0 +1,171 @@
+"""Compares a model that was made small with what it was: bytes, losses and scores, the divergence of its predictions,
+and tokens a second, each with an interval; as a record, and as a table for people."""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm.assembly import corpus as corpora
+from jaxlm.assembly import scoring
+from jaxlm.assembly.evaluate_model import evaluate
+from jaxlm.assembly.open_model import Pretrained, program
+from jaxlm.assembly.program import Program
+from jaxlm.core.compression import Comparison
+from jaxlm.evaluation import bootstrap
+from jaxlm.evaluation.bootstrap import Sample
+from jaxlm.formats.checkpoint import Checkpoints
+from jaxlm.inference.generate import Generator
+from jaxlm.inference.sampling import Sampling
+from jaxlm.objectives import OBJECTIVES, outputs
+from jaxlm.runtime import mesh
+
+PROMPT, NEW, REPEATS = 16, 64, 5  # tokens before and of an answer that is timed, and how often
+SHOWN = ("perplexity", "bits_per_byte", "loss", "accuracy", "f1", "f1_macro", "exact")
+
+
+def compare(before: Pretrained, after: Pretrained, c: Comparison) -> dict[str, Any]:
+    """Returns what is known of both models. Nothing is evaluated of a model without data of its own where none is
+    named, or without a head."""
+    record: dict[str, Any] = {"bytes_on_disk": [on_disk(p) for p in (before, after)],
+                              "bytes_in_memory": [in_memory(p.params) for p in (before, after)]}  # fmt: skip
+    if c.compare != "sizes" and (c.data or before.source.is_trained_here) and _has_head(before):
+        record |= _quality(before, after, c.data, c.batches)
+    if c.compare == "all" and before.model.family.generates:
+        record["decode"] = decode_speeds([before, after])
+    return record
+
+
+def _has_head(p: Pretrained) -> bool:
+    """Says whether the model predicts anything that can be scored."""
+    own = p.source.objective
+    return p.model.config.head or bool(own and OBJECTIVES.of(own).specs(own, p.model.config.width))
+
+
+def on_disk(p: Pretrained) -> int:
+    """Returns the bytes of the files that hold a model's weights."""
+    path = p.source.path
+    if path.is_file():
+        return path.stat().st_size
+    files = list(path.glob("*.safetensors"))
+    if p.source.run is not None:
+        with Checkpoints(path / "checkpoints") as checkpoints:
+            files = [f for f in (checkpoints.path(checkpoints.latest() or 0) / "params").rglob("*") if f.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def in_memory(params: Any) -> int:
+    """Returns the bytes of a model's weights as they are used."""
+    return sum(x.nbytes for x in jax.tree.leaves(params))
+
+
+def _quality(before: Pretrained, after: Pretrained, data: Sequence[str], batches: int) -> dict[str, Any]:
+    """Returns losses and scores of both with their difference, and the divergence of their predictions."""
+    rows = {"data": list(data) or None, "batches": batches}
+    old, new = (evaluate(p, data=data or None, batches=batches) for p in (before, after))
+    figures: dict[str, Any] = {}
+    for name, sample in new.samples.items():
+        figures |= bootstrap.paired(sample, old.samples[name])
+    settings = None if before.source.is_trained_here else before.source.objective
+    if settings is not None and data:
+        settings = OBJECTIVES.of(settings).infer_from_data(settings, data)
+    p = program(before, data or None, settings=settings)
+    rows |= {"part": new.part, "window": p.run.train.seq_len, "sources": [Path(s).name for s in new.data]}
+    found: dict[str, Any] = {"evaluated": rows, "figures": figures}
+    part = "valid" if data else new.part
+    if (sample := _apart(p, before, after, _sources(p, part), batches)) is not None:
+        ends = bootstrap.intervals(sample)
+        whole = sample.figures(sample.counts_NM.sum(0)[None])
+        found["predictions"] = {n: {"value": float(v[0]), "interval": ends.get(n)} for n, v in whole.items()}
+        found["predictions"]["rows"] = len(sample.counts_NM)
+    return found
+
+
+def _apart(p: Program, before: Pretrained, after: Pretrained, sources: Sequence[Any], batches: int) -> Sample | None:
+    """Returns by rows how far predictions are from those before: KL(before ‖ after) in nats, and the share of places
+    with the same likeliest class. None: the objective's predictions can't be compared."""
+    if p.objective.objective.outputs is None:
+        return None
+    held = scoring.HeldOut(p, sources)
+
+    @jax.jit
+    def sums(old: Any, new: Any, batch: Any) -> Any:
+        rows = jax.tree.map(lambda x: x[0], batch)
+        a, b = (p.objective.outputs(q.model, w, rows) for q, w in ((before, old), (after, new)))
+        kl, top = outputs.divergence(a, b, 1.0, before.model.shard), outputs.same_top(a, b, before.model.shard)
+        return jax.numpy.stack([(x * a.weights_BN).sum(-1) for x in (kl, top, jax.numpy.ones_like(kl))], -1)
+
+    with mesh.on_mesh(p.mesh):
+        found = [np.asarray(sums(before.params, after.params, batch)) for batch in held.batches(p, batches)]
+    counts = np.concatenate(found).astype(np.float64)
+    counts = counts[counts[:, 2] > 0]
+    return Sample(counts, lambda s: dict(kl=s[:, 0] / s[:, 2], same_top=s[:, 1] / s[:, 2]), unit="rows")
+
+
+def _sources(p: Program, part: Any) -> list[Any]:
+    return list(getattr(corpora.corpus(p.run.data, p.objective, (part,)), part))
+
+
+def decode_speeds(models: Sequence[Pretrained]) -> dict[str, Any]:
+    """Returns tokens a second of writing one text greedily, of each model: the median and the least and most of some
+    repeats, which take turns so that what else the machine does meets all models."""
+    places = models[0].model.config.positions or PROMPT + NEW
+    before = min(PROMPT, places // 4)
+    new = min(NEW, places - before)
+    ids = [list(np.random.default_rng(0).integers(1, models[0].model.config.vocab, before))]
+    how = Sampling(tokens=new, temperature=0.0)
+    made: list[list[float]] = [[] for _ in models]
+    runs = []
+    for p in models:
+        with mesh.on_mesh(p.mesh):
+            run = Generator(p.model, (), p.model.config.vocab)
+            weights = run.prepare(p.params)
+            run(weights, ids, how)  # compiles
+            runs.append((run, weights))
+    for _ in range(REPEATS):
+        for times, p, (run, weights) in zip(made, models, runs, strict=True):
+            with mesh.on_mesh(p.mesh):
+                began = time.perf_counter()
+                run(weights, ids, how)
+                times.append(new / (time.perf_counter() - began))
+    each = [{"tokens_per_second": statistics.median(t), "range": [min(t), max(t)]} for t in made]
+    return {"prompt": before, "new": new, "repeats": REPEATS, "device": jax.devices()[0].device_kind, "models": each}
+
+
+def lines(record: Mapping[str, Any]) -> list[str]:
+    """Returns the table as Markdown."""
+    out = ["| | before | after |", "|---|---|---|"]
+
+    def row(name: str, *cells: str) -> None:
+        out.append(f"| {name} | {' | '.join(cells)} |")
+
+    for name, key in (("bytes on disk", "bytes_on_disk"), ("bytes in memory", "bytes_in_memory")):
+        row(name, *(f"{n:,}" for n in record[key]))
+    for name, f in record.get("figures", {}).items():
+        if name.rpartition("/")[2] in SHOWN:
+            row(name, f"{f['against']:.5g}{_ends(f['against_interval'])}", f"{f['value']:.5g}{_ends(f['interval'])}")
+    if "predictions" in record:
+        kl, top = (record["predictions"][n] for n in ("kl", "same_top"))
+        row("KL to before, nats", "0", f"{kl['value']:.4g}{_ends(kl['interval'])}")
+        row("same likeliest token", "100 %", f"{top['value']:.2%}{_ends(top['interval'], '.2%')}")
+    if "decode" in record:
+        row("decoded tokens/s", *(f"{m['tokens_per_second']:.3g}{_ends(m['range'], '.3g')}"
+                                  for m in record["decode"]["models"]))  # fmt: skip
+    out.append("")
+    if "evaluated" in record:
+        e = record["evaluated"]
+        some = f"{e['batches']} batches" if e["batches"] else "all"
+        out.append(f"Evaluated on {some} of {', '.join(e['sources']) or 'the run’s own data'} in windows of "
+                   f"{e['window']} tokens; in brackets 95 % intervals (bootstrap), of speeds the least and most of "
+                   f"{REPEATS}.")  # fmt: skip
+    else:
+        out.append("Not evaluated: not asked for, or the model has no head, or no data of its own and none was named.")
+    return out
+
+
+def _ends(interval: Sequence[float] | None, form: str = ".5g") -> str:
+    return "" if not interval else f" [{interval[0]:{form}}, {interval[1]:{form}}]"
