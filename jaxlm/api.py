@@ -225,7 +225,9 @@ def merge(
     ValueError: a setting doesn't fit the method, or a model differs in shape or meaning, or holds numbers that aren't
     finite; nothing is left then.
     """
-    settings = Settings(method, tuple(weights), t, density, gamma, scale, rescale, seed)
+    settings = Settings(
+        method, density=density, gamma=gamma, rescale=rescale, seed=seed, weights=tuple(weights), t=t, scale=scale
+    )
     return merges.merge(models, out, settings, base, dtype=dtype, any_tokenizer=any_tokenizer).path
 
 

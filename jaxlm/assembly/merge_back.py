@@ -21,6 +21,7 @@ from jaxlm.assembly import continual_methods, earlier, task_index
 from jaxlm.assembly.merge import HELD
 from jaxlm.assembly.open_model import Pretrained, open_model
 from jaxlm.core import config, config_io, spec, tree
+from jaxlm.core.merging import Changes
 from jaxlm.core.stream import MergeBack
 from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.runtime import mesh, processes
@@ -60,7 +61,7 @@ def check(c: MergeBack, runs: list[config.Run], start: str) -> None:
 
 def settings(c: MergeBack) -> Settings:
     """Returns how two models are merged. ValueError: the method has no such setting, or needs one."""
-    given = Settings(c.method, density=c.density, gamma=c.gamma, rescale=c.rescale, seed=c.seed)
+    given = Settings(**{each.name: getattr(c, each.name) for each in dataclasses.fields(Changes)})
     weight = USUAL if c.weight is None else c.weight
     try:
         if c.method == "model_stock":

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from jaxlm.core import config_io, ranges
 from jaxlm.core.config import Run
-from jaxlm.core.merging import MethodName, Rescale
-from jaxlm.core.ranges import Natural, PositiveShare, Share
+from jaxlm.core.merging import Changes
+from jaxlm.core.ranges import Share
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,16 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class MergeBack:
+class MergeBack(Changes):
     """Merges the model after each stage but the first with the one before it, as `jaxlm merge` does; a stream goes on
-    from the merge, and that is scored."""
+    from the merge, and that is scored.
 
-    method: MethodName = "linear"
-    """Those that add changes take the model before as their base; model_stock takes the model that the stream starts
-    from."""
-    weight: Share | None = None
+    Methods that add changes take the model before as their base; model_stock takes the model that the stream starts
+    from.
+    """
+
+    weight: Share | None = field(default=None, kw_only=True)
     """How much the new model counts, from 0 (the model before) to 1; None: 0.5. Changes are multiplied by it."""
-    density: PositiveShare | None = None
-    gamma: Share | None = None
-    rescale: Rescale | None = None
-    seed: Natural = 0
 
 
 @dataclass(frozen=True)
