@@ -18,7 +18,7 @@ from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.open_model import open_model
 from jaxlm.assembly.own_loop import Program
 from jaxlm.assembly.trained_run import RunDirectory
-from jaxlm.core import compression, config_io, plugins
+from jaxlm.core import compress_request, config_io, plugins
 from jaxlm.core.config import Run
 from jaxlm.core.growth import Growth
 from jaxlm.core.merging import MethodName, Rescale, Settings
@@ -175,10 +175,10 @@ def grow(
 
 
 def compress(
-    model: str | Path, target: str | Path, *, method: compression.MethodName = "gptq",
+    model: str | Path, target: str | Path, *, method: compress_request.MethodName = "gptq",
     calibration: Sequence[str] = (), data: Sequence[str] = (), rows: int = 128, length: int | None = None,
-    batch_size: int = 8, batches: int = 0, compare: Literal["all", "quality", "sizes"] = "all", step: int | None = None,
-    **settings: Any,
+    batch_size: int = 8, batches: int = 0, window: int | None = None,
+    compare: Literal["all", "quality", "sizes"] = "all", step: int | None = None, **settings: Any,
 ) -> RunDirectory:  # fmt: skip
     """Makes a run directory of the model in few bits, or with zeros that stay, and returns it.
 
@@ -189,9 +189,10 @@ def compress(
 
     ValueError: a setting, the calibration or the model doesn't fit, or `target` exists.
     """
-    asked = config_io.changed(compression.Settings(method), settings)
-    on = compression.Calibration(tuple(calibration), rows, length, batch_size)
-    compressing.compress(model, target, asked, on, compression.Comparison(tuple(data), batches, compare), step)
+    asked = config_io.changed(compress_request.Settings(method), settings)
+    on = compress_request.Calibration(tuple(calibration), rows, length, batch_size)
+    comparison = compress_request.Comparison(tuple(data), batches, window, compare)
+    compressing.compress(model, target, asked, on, comparison, step)
     return RunDirectory(Path(target))
 
 

@@ -11,7 +11,7 @@ from jaxlm.assembly import corpus
 from jaxlm.assembly.model_source import Source
 from jaxlm.assembly.open_model import published_run
 from jaxlm.assembly.run_objective import bind_run
-from jaxlm.core.compression import Calibration
+from jaxlm.core.compress_request import Calibration
 from jaxlm.data import loader
 from jaxlm.data.loader import Arrays
 from jaxlm.nn.layout import Layout

@@ -24,7 +24,8 @@ from jaxlm.assembly.compress_layers import Task, all_layers, layer_specs, stored
 from jaxlm.assembly.layer_walk import LayerWalk, Stack
 from jaxlm.assembly.model_source import Source
 from jaxlm.core import config, config_io, spec, tree
-from jaxlm.core.compression import Calibration, Comparison, Compression, Settings, Stored
+from jaxlm.core.compress_request import Calibration, Comparison, Settings
+from jaxlm.core.compression import Compression, Stored
 from jaxlm.formats import model_card
 from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.nn.layout import Layout
@@ -219,7 +220,7 @@ def _write(task: Task, how: Mapping[str, Stored], rest: Any, target: Path) -> No
         for path in list(small):
             params = tree.put(params, f"{stack.path}/{path}", jnp.asarray(small.pop(path)))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+    with Checkpoints(folder / "checkpoints", file_each=True) as checkpoints:
         state = dict(step=jnp.zeros((), jnp.int32), params=params)
         checkpoints.save(0, state, {"step": 0, "compressed": task.settings.method}, wait=True)
     config_io.dump(run, folder / "config.json")

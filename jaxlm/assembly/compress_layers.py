@@ -5,7 +5,7 @@ import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -17,7 +17,8 @@ from jaxlm.assembly.compress_journal import Journal
 from jaxlm.assembly.layer_walk import LayerWalk, Stack
 from jaxlm.assembly.model_source import Source
 from jaxlm.core import spec, tree
-from jaxlm.core.compression import Format, Settings, Stored
+from jaxlm.core.compress_request import Settings
+from jaxlm.core.compression import Format, Stored
 from jaxlm.nn.layout import Layout
 from jaxlm.weights import stored
 from jaxlm.weights.compress import budget, formats
@@ -65,8 +66,10 @@ def stored_as(task: Task) -> dict[str, Stored]:
     scaled = settings.method in ("awq", "smooth")
     if not settings.budget:
         return {path: Stored(solver.format, scaled) for path in task.chosen}  # type: ignore[union-attr]
-    options = _sensitivities(task)
-    picked = budget.choose(options, _bytes(settings.budget, task.chosen))
+    given, least = _bytes(settings.budget, task.chosen), sum(_size(m, CANDIDATES[0]) for m in task.chosen.values())
+    if given < least:
+        raise ValueError(f"budget: {settings.budget} are {given:,} bytes, and int4 takes {least:,}; give at least that")
+    picked = budget.choose(_sensitivities(task), given)
     by_name = {str(Stored(f)): f for f in CANDIDATES}
     return {path: Stored(by_name[option.name], scaled) for path, option in picked.items()}
 
@@ -96,7 +99,7 @@ def _sensitivities(task: Task) -> dict[str, list[budget.Option]]:
                 weights = task.weights(stack, i)
                 found = task.walk.observe(stack, i, weights, recorded, False) if recorded else {}
                 for path, m in recorded.items():
-                    check(found[path], f"{stack.path}/{path} of layer {i}")
+                    check(found[path], f"{stack.path}/{path} of layer {i}", "expert")
                     for f, solver in solvers.items():
                         made = solver(tree.at(weights, path), m.ins, m.outs, found[path])
                         errors[f"{stack.path}/{path}"][f] += float((made.error / made.power).mean())
@@ -113,6 +116,7 @@ def _size(m: Matrix, f: Format) -> int:
     return copies * formats.nbytes(f, int(np.prod(m.in_shape)), int(np.prod(m.out_shape)))
 
 
+@lru_cache(32)
 def _jitted(solver: Any) -> Any:
     """Returns the jitted `(weight, ins, outs, statistics) → Solution`."""
     return jax.jit(partial(_solved, solver), static_argnums=(1, 2))
@@ -152,7 +156,7 @@ def _one_layer(
     for path, m in task.recorded(stack).items():
         whole = f"{stack.path}/{path}"
         if found:
-            check(found[path], f"{whole} of layer {i}" + " (by expert)" * m.experts)
+            check(found[path], f"{whole} of layer {i}", "expert")
         form = how[whole]
         made = solvers[form](tree.at(weights, path), m.ins, m.outs, found.get(path))
         kept = made.weight if form.format is None else stored.arrays(made.weight)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.assembly import corpus as corpora
@@ -15,12 +16,13 @@ from jaxlm.assembly import scoring
 from jaxlm.assembly.evaluate_model import evaluate
 from jaxlm.assembly.open_model import Pretrained, program
 from jaxlm.assembly.program import Program
-from jaxlm.core.compression import Comparison
+from jaxlm.core.compress_request import Comparison
 from jaxlm.evaluation import bootstrap
 from jaxlm.evaluation.bootstrap import Sample
 from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.inference.generate import Generator
 from jaxlm.inference.sampling import Sampling
+from jaxlm.nn import losses
 from jaxlm.objectives import OBJECTIVES, outputs
 from jaxlm.runtime import mesh
 
@@ -34,7 +36,7 @@ def compare(before: Pretrained, after: Pretrained, c: Comparison) -> dict[str, A
     record: dict[str, Any] = {"bytes_on_disk": [on_disk(p) for p in (before, after)],
                               "bytes_in_memory": [in_memory(p.params) for p in (before, after)]}  # fmt: skip
     if c.compare != "sizes" and (c.data or before.source.is_trained_here) and _has_head(before):
-        record |= _quality(before, after, c.data, c.batches)
+        record |= _quality(before, after, c)
     if c.compare == "all" and before.model.family.generates:
         record["decode"] = decode_speeds([before, after])
     return record
@@ -63,21 +65,23 @@ def in_memory(params: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(params))
 
 
-def _quality(before: Pretrained, after: Pretrained, data: Sequence[str], batches: int) -> dict[str, Any]:
+def _quality(before: Pretrained, after: Pretrained, c: Comparison) -> dict[str, Any]:
     """Returns losses and scores of both with their difference, and the divergence of their predictions."""
-    rows = {"data": list(data) or None, "batches": batches}
-    old, new = (evaluate(p, data=data or None, batches=batches) for p in (before, after))
+    data = c.data or None
+    old, new = (evaluate(p, data=data, batches=c.batches, window=c.window) for p in (before, after))
     figures: dict[str, Any] = {}
     for name, sample in new.samples.items():
         figures |= bootstrap.paired(sample, old.samples[name])
     settings = None if before.source.is_trained_here else before.source.objective
     if settings is not None and data:
         settings = OBJECTIVES.of(settings).infer_from_data(settings, data)
-    p = program(before, data or None, settings=settings)
-    rows |= {"part": new.part, "window": p.run.train.seq_len, "sources": [Path(s).name for s in new.data]}
+    p = program(before, data, settings=settings, window=c.window)
+    part: Any = "valid" if data else new.part
+    held = scoring.HeldOut(p, getattr(corpora.corpus(p.run.data, p.objective, (part,)), part))
+    rows = {"batches": c.batches, "part": new.part, "window": p.run.train.seq_len,
+            "sources": [Path(s).name for s in new.data]}  # fmt: skip
     found: dict[str, Any] = {"evaluated": rows, "figures": figures}
-    part = "valid" if data else new.part
-    if (sample := _apart(p, before, after, _sources(p, part), batches)) is not None:
+    if (sample := predictions(p, held, before, after, c.batches)) is not None:
         ends = bootstrap.intervals(sample)
         whole = sample.figures(sample.counts_NM.sum(0)[None])
         found["predictions"] = {n: {"value": float(v[0]), "interval": ends.get(n)} for n, v in whole.items()}
@@ -85,29 +89,42 @@ def _quality(before: Pretrained, after: Pretrained, data: Sequence[str], batches
     return found
 
 
-def _apart(p: Program, before: Pretrained, after: Pretrained, sources: Sequence[Any], batches: int) -> Sample | None:
-    """Returns by rows how far predictions are from those before: KL(before ‖ after) in nats, and the share of places
-    with the same likeliest class. None: the objective's predictions can't be compared."""
+def predictions(
+    p: Program, held: scoring.HeldOut, before: Pretrained, after: Pretrained, batches: int = 0
+) -> Sample | None:
+    """Returns by rows how far predictions are from those before: KL(before ‖ after) in nats, the share of places with
+    the same likeliest class, and for a vocabulary both perplexities. None: they can't be compared."""
     if p.objective.objective.outputs is None:
         return None
-    held = scoring.HeldOut(p, sources)
+    shard = before.model.shard
+
+    def likelihoods(o: outputs.Predicted, targets: jax.Array) -> jax.Array:
+        if not isinstance(o.logits, losses.Readout):
+            return jnp.zeros_like(o.weights_BN)
+        return losses.log_likelihoods(o.logits, targets, shard=shard)
 
     @jax.jit
-    def sums(old: Any, new: Any, batch: Any) -> Any:
+    def sums(old: Any, new: Any, batch: Any) -> jax.Array:
         rows = jax.tree.map(lambda x: x[0], batch)
         a, b = (p.objective.outputs(q.model, w, rows) for q, w in ((before, old), (after, new)))
-        kl, top = outputs.divergence(a, b, 1.0, before.model.shard), outputs.same_top(a, b, before.model.shard)
-        return jax.numpy.stack([(x * a.weights_BN).sum(-1) for x in (kl, top, jax.numpy.ones_like(kl))], -1)
+        each = [outputs.divergence(a, b, 1.0, shard), outputs.same_top(a, b, shard), jnp.ones_like(a.weights_BN)]
+        if "targets" in rows and rows["targets"].shape == a.weights_BN.shape:
+            each += [likelihoods(o, rows["targets"]) for o in (a, b)]
+        return jnp.stack([(x * a.weights_BN).sum(-1) for x in each], -1)
 
     with mesh.on_mesh(p.mesh):
         found = [np.asarray(sums(before.params, after.params, batch)) for batch in held.batches(p, batches)]
     counts = np.concatenate(found).astype(np.float64)
     counts = counts[counts[:, 2] > 0]
-    return Sample(counts, lambda s: dict(kl=s[:, 0] / s[:, 2], same_top=s[:, 1] / s[:, 2]), unit="rows")
 
+    def figures(s: np.ndarray) -> dict[str, np.ndarray]:
+        out = dict(kl=s[:, 0] / s[:, 2], same_top=s[:, 1] / s[:, 2])
+        if s.shape[1] > 3 and s[:, 3].any():
+            old, new = (np.exp(-s[:, i] / s[:, 2]) for i in (3, 4))
+            out |= dict(perplexity_before=old, perplexity=new, perplexity_change=new / old - 1)
+        return out
 
-def _sources(p: Program, part: Any) -> list[Any]:
-    return list(getattr(corpora.corpus(p.run.data, p.objective, (part,)), part))
+    return Sample(counts, figures, unit="rows")
 
 
 def decode_speeds(models: Sequence[Pretrained]) -> dict[str, Any]:
@@ -145,11 +162,15 @@ def lines(record: Mapping[str, Any]) -> list[str]:
 
     for name, key in (("bytes on disk", "bytes_on_disk"), ("bytes in memory", "bytes_in_memory")):
         row(name, *(f"{n:,}" for n in record[key]))
+    by_rows = record.get("predictions", {})
     for name, f in record.get("figures", {}).items():
-        if name.rpartition("/")[2] in SHOWN:
+        if name == "perplexity" and "perplexity" in by_rows:  # a single document has no interval, its rows have
+            row(name, *(f"{x['value']:.5g}{_ends(x['interval'])}"
+                        for x in (by_rows["perplexity_before"], by_rows["perplexity"])))  # fmt: skip
+        elif name.rpartition("/")[2] in SHOWN:
             row(name, f"{f['against']:.5g}{_ends(f['against_interval'])}", f"{f['value']:.5g}{_ends(f['interval'])}")
-    if "predictions" in record:
-        kl, top = (record["predictions"][n] for n in ("kl", "same_top"))
+    if by_rows:
+        kl, top = by_rows["kl"], by_rows["same_top"]
         row("KL to before, nats", "0", f"{kl['value']:.4g}{_ends(kl['interval'])}")
         row("same likeliest token", "100 %", f"{top['value']:.2%}{_ends(top['interval'], '.2%')}")
     if "decode" in record:

@@ -47,17 +47,18 @@ class Evaluation(NamedTuple):
 
 def evaluate(
     place: Place, *, data: Sequence[str] | None = None, rows: Rows | None = None, step: int | None = None,
-    batches: int = 0,
+    batches: int = 0, window: int | None = None,
 ) -> Evaluation:  # fmt: skip
     """Evaluates on the run's `rows`, or on `data`; on `batches` of each source if not 0. `rows` are those of its test
-    data, where it has some and nothing else is said, or of its validation data."""
+    data, where it has some and nothing else is said, or of its validation data. `window`: a row's tokens, if not those
+    that the model was trained with."""
     if batches < 0:
         raise ValueError(f"batches: {batches} is out of range; give 1 or more, or 0 for all")
     opened = open_model(place, step)
     settings = None if opened.source.is_trained_here else opened.source.objective
     if settings is not None and data:  # what a published head leaves open
         settings = OBJECTIVES.of(settings).infer_from_data(settings, data)
-    p = program(opened, data, settings=settings)
+    p = program(opened, data, settings=settings, window=window)
     part = _part(p.run.data, data, rows)
     corpus = corpora.corpus(p.run.data, p.objective, (part,))
     with mesh.on_mesh(p.mesh):

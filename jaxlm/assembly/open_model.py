@@ -102,9 +102,9 @@ def starting(run: config.Run, start: StartModel) -> config.Run:
         raise ValueError(f"start: {start.place} has no tokenizer; put its tokenizer.json beside the weights")
     adapter = source.adapter if run.adapter == config.Adapter() else run.adapter
     model = task_heads.fitting(source.config, source.family, run.objective)
-    return dataclasses.replace(
-        run, model=model, adapter=adapter, compression=source.compression, start=start.place
-    )  # fmt: skip
+    aware = run.compression.aware or source.compression.aware
+    compression = dataclasses.replace(source.compression, aware=aware)
+    return dataclasses.replace(run, model=model, adapter=adapter, compression=compression, start=start.place)
 
 
 def load_tokenizer(run: config.Run, start: StartModel) -> Any:
@@ -150,7 +150,7 @@ def first_params(p: programs.Program, start: StartModel) -> Any:
     adapter. ValueError: the model does not fit the run."""
     source = start.source
     stored = specs_of(source)
-    if p.run.compression != source.compression:
+    if p.run.compression.weights != source.compression.weights:
         raise ValueError(f"compression: {source.path} stores its weights in another way; leave that to `start`")
     earlier_heads = p.earlier.tasks and not p.run.continual.old and source.run is not None
     new = set(p.objective.specs(p.run.model.width))
@@ -424,10 +424,12 @@ def published_execution() -> config.Execution:
 
 
 def program(
-    p: Pretrained, data: Sequence[str] | None, objective: str | None = None, settings: Any = None
-) -> programs.Program:
+    p: Pretrained, data: Sequence[str] | None, objective: str | None = None, settings: Any = None,
+    window: int | None = None,
+) -> programs.Program:  # fmt: skip
     """Returns the program that evaluates on the validation data of the run, or on `data`. A published model is
-    evaluated by `objective`, if given. `settings` of an objective take the place of those that the model has."""
+    evaluated by `objective`, if given. `settings` of an objective take the place of those that the model has, and
+    `window` that of its row's tokens."""
     run, n = p.source.run or published_run(p.source), jax.device_count()
     if settings is not None:
         run = dataclasses.replace(run, objective=settings)
@@ -437,7 +439,8 @@ def program(
     if not p.model.config.head and not own_head:
         raise ValueError(f"{p.source.path}: its files have no language-model head; use it with: jaxlm embed")
     rows = run.train.batch_size // run.train.micro_batches  # made to divide over the devices here
-    train = dataclasses.replace(run.train, batch_size=-(-rows // n) * n, micro_batches=1)
+    length = window or run.train.seq_len
+    train = dataclasses.replace(run.train, batch_size=-(-rows // n) * n, micro_batches=1, seq_len=length)
     inputs = dataclasses.replace(run.data, valid=tuple(data)) if data else run.data
     if p.source.run is None and not data:
         raise ValueError(f"eval: {p.source.path} has no validation data of its own; name some with `data`")

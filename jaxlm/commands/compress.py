@@ -6,7 +6,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from jaxlm.commands.arguments import Command, Done, Model, part, start_processes
-from jaxlm.core.compression import Calibration, Comparison, Settings
+from jaxlm.core.compress_request import Calibration, Comparison, Settings
 from jaxlm.core.ranges import Natural
 
 

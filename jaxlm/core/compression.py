@@ -86,6 +86,26 @@ class Compression:
     weights: tuple[str, ...] = ()
     """PATH=FORMAT of each matrix of the layers that isn't stored as plain numbers, such as blocks/q=int4:128."""
 
+    aware: str = ""
+    """Format that the layers' matrices are rounded to wherever they are used, while their gradients reach them as they
+    are, such as int4:128 or fp8 (quantization-aware training); empty: none. `jaxlm compress --method nearest` with that
+    format then changes nothing."""
+
+    def aware_format(self) -> Format | None:
+        """Returns the format that matrices are trained for; None: they are used as they are. ValueError: there is no
+        such format."""
+        if not self.aware:
+            return None
+        try:
+            how = stored(self.aware)
+        except ValueError as error:
+            raise ValueError(f"compression.aware: {error}") from None
+        if how.format is None or how.scaled:
+            raise ValueError(
+                f"compression.aware: {self.aware!r} is no format that numbers are rounded to; take int4:128"
+            )
+        return how.format
+
     def by_path(self) -> dict[str, Stored]:
         """Returns how each weight is stored by its path. ValueError: an entry isn't PATH=FORMAT, or its format is not
         known."""
@@ -179,124 +199,3 @@ class SparseGpt:
     """What is added to the squares of every input, as a share of their mean."""
     block: Count = 128
     """Inputs among which the share of zeros is kept."""
-
-
-MethodName = Literal["nearest", "gptq", "awq", "smooth", "magnitude", "wanda", "sparsegpt"]
-PRUNES = ("magnitude", "wanda", "sparsegpt")
-SETTINGS: dict[MethodName, tuple[str, ...]] = {
-    "nearest": ("format", "group", "zero_point", "budget"),
-    "gptq": ("format", "group", "zero_point", "budget", "act_order", "damp"),
-    "awq": ("format", "group", "zero_point", "budget", "ratios"),
-    "smooth": ("format", "alpha"),
-    "magnitude": ("share", "pattern"),
-    "wanda": ("share", "pattern"),
-    "sparsegpt": ("share", "pattern", "damp", "block"),
-}
-"""What can be set of each method."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """These settings say how a model is made small; None is the method's own value, where it has one."""
-
-    method: MethodName = "gptq"
-    """nearest, gptq, awq: few bits, rounded each by itself, with later inputs making up for earlier errors, or with
-    large inputs scaled first; smooth: int8 with part of the inputs' range moved into the weights; magnitude, wanda,
-    sparsegpt: zeros, by magnitude, by magnitude times the inputs' norm, or with later inputs making up for them."""
-    format: Kind | None = None
-    """Of few bits (int4; smooth: int8)."""
-    group: Natural | None = None
-    """Inputs that share a scale (int4: 128, or 64 or 32; fp8: 0 for one an output, or blocks of 128)."""
-    zero_point: bool | None = None
-    """int4: codes are counted from a group's least number (no)."""
-    budget: str | None = None
-    """Bits of each compressed weight on average, such as 5.5bits, or bytes of all of them together, such as 80MB: each
-    matrix then gets int4, int8 or fp8 by the error that a byte saves, instead of one format."""
-    act_order: bool | None = None
-    """gptq: inputs of larger squares are rounded first (yes)."""
-    damp: Positive | None = None
-    """gptq, sparsegpt: what is added to the squares of every input, as a share of their mean (0.01)."""
-    ratios: Count | None = None
-    """awq: how many exponents of the magnitudes are tried (20)."""
-    alpha: Share | None = None
-    """smooth: how much of the inputs' range moves (0.5)."""
-    share: BelowOne | None = None
-    """Pruning: the share of each matrix's numbers that become zero (0.5)."""
-    pattern: str | None = None
-    """Pruning: how many of every few inputs stay instead of a share of all, such as 2:4."""
-    block: Count | None = None
-    """sparsegpt: inputs among which the share of zeros is kept (128)."""
-    skip: tuple[str, ...] = ()
-    """Patterns of matrices that stay as they are, such as blocks/down. Embeddings, heads, norms, routers and biases
-    always do."""
-
-    @property
-    def prunes(self) -> bool:
-        """Says whether numbers become zero; else they get few bits."""
-        return self.method in PRUNES
-
-    def solver(self, f: Format | None = None) -> "Nearest | Gptq | Awq | Smooth | Magnitude | Wanda | SparseGpt":
-        """Returns the settings of the method's solver; `f` takes the place of the format. ValueError, which names a
-        field: it isn't the method's, or out of its range."""
-        given = {name for names in SETTINGS.values() for name in names if getattr(self, name) is not None}
-        for name in sorted(given - set(SETTINGS[self.method])):
-            owners = [method for method, names in SETTINGS.items() if name in names]
-            raise ValueError(f"{name}: {self.method} has no such setting; leave it out, or choose {', '.join(owners)}")
-        if self.budget and given & {"format", "group", "zero_point"}:
-            raise ValueError("budget: chooses formats itself; leave format, group and zero_point out")
-        own = {name: getattr(self, name) for name in ("act_order", "damp", "ratios", "alpha", "block") if name in given}
-        if self.prunes:
-            kinds = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGpt}
-            return kinds[self.method](_sparsity(self.share, self.pattern), **own)
-        if f is None:
-            f = Format(
-                self.format or ("int8" if self.method == "smooth" else "int4"), self.group, bool(self.zero_point)
-            )
-        _ = f.inputs
-        if f.kind == "nf4" and self.method != "nearest":
-            raise ValueError(f"format: nf4 is rounded to the nearest alone; {self.method} takes int4, int8, fp8, mxfp4")
-        return {"nearest": Nearest, "gptq": Gptq, "awq": Awq, "smooth": Smooth}[self.method](f, **own)
-
-
-def _sparsity(share: float | None, pattern: str | None) -> Sparsity:
-    if pattern is None:
-        return Sparsity(0.5 if share is None else share)
-    if share is not None:
-        raise ValueError("pattern: says how many numbers stay, and so does share; leave one out")
-    kept, _, of = pattern.partition(":")
-    if not (kept.isdecimal() and of.isdecimal()):
-        raise ValueError(f"pattern: {pattern!r} is not KEPT:OF, such as 2:4")
-    made = Sparsity(kept=int(kept), of=int(of))
-    try:
-        made.check()
-    except ValueError as error:
-        raise ValueError(str(error).replace("kept:", "pattern:")) from None
-    return made
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A Calibration says which text a model is made small on."""
-
-    calibration: tuple[str, ...] = ()
-    """Sources, as `data.train` takes them, read as the model's own training or task would read them."""
-    rows: Count = 128
-    """Rows of it that are read, from the beginning of each source."""
-    length: Count | None = None
-    """Tokens of a row; None: 512, or as many as the model has positions."""
-    batch_size: Count = 8
-    """Rows that are computed at once."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A Comparison says how a model that was made small is compared with what it was."""
-
-    data: tuple[str, ...] = ()
-    """Sources that both are evaluated on; none: the data of the run that the model is. They must not be those of the
-    calibration."""
-    batches: Natural = 0
-    """At most so many batches of each source; 0: all."""
-    compare: Literal["all", "quality", "sizes"] = "all"
-    """all: bytes, losses and scores, divergence of predictions, and the speed of writing text; quality: all but the
-    speed; sizes: bytes alone. All but sizes hold both models in memory."""

@@ -41,7 +41,7 @@ def total(values_BN: jax.Array, outputs: Predicted) -> jax.Array:
 def same_top(before: Predicted, now: Predicted, shard: Layout) -> jax.Array:
     """Returns 1 for each place `[B, N]` where both outputs have the same likeliest class, else 0."""
     same = lambda old, new: (old.argmax(-1) == new.argmax(-1)).astype(jnp.float32)  # noqa: E731
-    return _each(same, [before, now], shard=shard)  # type: ignore[no-any-return]
+    return _each(same, [before, now], shard=shard)
 
 
 def divergence(before: Predicted, now: Predicted, temperature: float, shard: Layout) -> jax.Array:

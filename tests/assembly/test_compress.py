@@ -16,7 +16,7 @@ from jaxlm.assembly import compress, compress_journal
 from jaxlm.assembly.layer_walk import LayerWalk
 from jaxlm.commands import cli
 from jaxlm.core import config, tree
-from jaxlm.core.compression import Calibration, Comparison, Settings
+from jaxlm.core.compress_request import Calibration, Comparison, Settings
 from jaxlm.models import MODELS
 from jaxlm.nn import moe
 from jaxlm.nn.layers import rms_norm
@@ -25,6 +25,7 @@ from jaxlm.nn.leaf import is_leaf
 from jaxlm.weights.compress.statistics import Statistics
 from jaxlm.weights.matrices import matrices
 
+SLOW = pytest.mark.slow
 SIZES = Comparison(compare="sizes")
 SMALL = dict(vocab=40, layers=3, width=16, heads=2)
 FAMILIES = {
@@ -54,7 +55,9 @@ def layer_of(weights: dict, stack, i: int) -> dict:
     return jax.tree.map(lambda w: w[i], tree.at(weights, stack.path))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", ["llama", "t5", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bert", "mixtral"))]
+)
 def test_a_walk_through_the_layers_gives_what_the_model_gives(one_device, name):
     walk, weights = walk_of(name)
     for stack in walk.stacks:
@@ -70,7 +73,7 @@ def test_a_walk_through_the_layers_gives_what_the_model_gives(one_device, name):
     np.testing.assert_allclose(np.where(real, last, 0), np.where(real, whole, 0), atol=2e-5)
 
 
-def test_experts_are_recorded_by_the_tokens_that_their_router_sends(one_device):
+def test_experts_are_recorded_by_the_tokens_that_their_router_sends(one_device, monkeypatch):
     walk, weights = walk_of("mixtral")
     dense, blocks = walk.stacks
     walk.begin(dense)
@@ -81,19 +84,21 @@ def test_experts_are_recorded_by_the_tokens_that_their_router_sends(one_device):
     own = matrices(walk.family, walk.c)
     recorded = {n: own[f"blocks/{n}"] for n in ("experts/gate", "experts/down", "q")}
     found = walk.observe(blocks, 0, layer, recorded, True)
-    seen: dict = {}
+    whole = moe.mixture
 
-    def forward(c, p, x_BTD, segments_BT, **more):
-        seen.update(x=x_BTD, real=segments_BT > 0)
-        return old(c, p, x_BTD, segments_BT, **more)
+    def inputs(layer):
+        """What the mixture of the layer reads."""
+        seen: dict = {}
 
-    old = moe.mixture
-    try:
-        moe.mixture = forward
-        with jax.disable_jit():
-            LayerWalk._left(walk, walk.rest, walk.batches[0], {}, walk.states[0], layer, stack="blocks", first=0)
-    finally:
-        moe.mixture = old
+        def noting(c, p, x_BTD, segments_BT, **more):
+            seen.update(x=x_BTD, real=segments_BT > 0)
+            return whole(c, p, x_BTD, segments_BT, **more)
+
+        monkeypatch.setattr(moe, "mixture", noting)
+        walk._left(walk.rest, walk.batches[0], {}, walk.states[0], layer, stack="blocks", first=0)
+        return seen
+
+    seen = jax.jit(inputs)(layer)
     x, real = np.asarray(seen["x"], np.float64).reshape(-1, 16), np.asarray(seen["real"]).reshape(-1)
     _, chosen, _ = moe.route(walk.c.moe, jnp.asarray(x @ np.asarray(layer["router"], np.float64), jnp.float32))
     counts = found["experts/gate"].count
@@ -113,12 +118,15 @@ def test_experts_are_recorded_by_the_tokens_that_their_router_sends(one_device):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("compress")
-    published(folder / "llama", layers=2, width=32, ffn=64)
+    published(folder / "llama", layers=2)
     rng = np.random.default_rng(0)
     for name in ("text", "other"):
         lines = ["".join(map(chr, rng.integers(97, 123, 300))) for _ in range(8)]
         (folder / f"{name}.txt").write_text("\n".join(lines))
     return folder
+
+
+FEW = ("blocks/(q|k|v|o|gate)",)  # stay, so that less is compiled
 
 
 def made(place: Path, out: str, method: str = "gptq", **more):
@@ -127,7 +135,7 @@ def made(place: Path, out: str, method: str = "gptq", **more):
 
 
 def test_a_compression_that_was_killed_goes_on_to_the_same_files(one_device, place, monkeypatch, capsys):
-    whole = made(place, "whole", group=32)
+    whole = made(place, "whole", group=32, skip=FEW)
     assert whole.folder == place / "whole" and not (place / "whole.part").exists()
     assert {entry["format"] for entry in whole.record["weights"]} == {"int4:32"}
     assert all(w["error"] <= w["plain_error"] for w in whole.record["weights"])
@@ -140,21 +148,23 @@ def test_a_compression_that_was_killed_goes_on_to_the_same_files(one_device, pla
 
     monkeypatch.setattr(compress_journal.Journal, "write", killed)
     with pytest.raises(KeyboardInterrupt):
-        made(place, "again", group=32)
+        made(place, "again", group=32, skip=FEW)
     assert not (place / "again").exists() and (place / "again.part").is_dir()
     with pytest.raises(ValueError, match="holds a compression under way with another settings"):
-        made(place, "again", group=64)
+        made(place, "again", group=64, skip=FEW)
     monkeypatch.setattr(compress_journal.Journal, "write", write)
-    again = made(place, "again", group=32)
-    old, new = (jaxlm.open(m.folder).pretrained.params for m in (whole, again))
-    for path, w in tree.flatten(old).items():
-        assert np.asarray(w).tobytes() == np.asarray(tree.at(new, path)).tobytes(), path
-    assert again.record == whole.record
+    again = made(place, "again", group=32, skip=FEW)
+    files = {m: {f.relative_to(m): f.read_bytes() for f in m.rglob("*") if f.is_file()}
+             for m in (whole.folder, again.folder)}  # fmt: skip
+    named = {f for f in files[whole.folder] if f.name not in ("commit_success.txt", "_CHECKPOINT_METADATA")}  # times
+    for file in named - {Path("config.json")}:
+        assert files[whole.folder][file] == files[again.folder][file], file
+    assert files[whole.folder].keys() == files[again.folder].keys()
     assert cli.main(["compress", str(place / "llama"), str(place / "again"), "--method", "magnitude"]) == 2
     assert "again: is there already" in capsys.readouterr().err
     # It computes on the few bits, and its card says how it was made.
     p = jaxlm.open(place / "again").pretrained
-    assert is_leaf(p.model.bound(p.params)["blocks"]["q"]) and p.params["blocks"]["q"]["int4"].dtype == jnp.uint8
+    assert is_leaf(p.model.bound(p.params)["blocks"]["up"]) and p.params["blocks"]["up"]["int4"].dtype == jnp.uint8
     assert "Made of llama by gptq: matrices of the layers as int4:32" in (place / "again" / "README.md").read_text()
     before, after = (jaxlm.open(place / name).logits(["abc def"])[0] for name in ("llama", "again"))
     assert 0 < np.abs(before - after).max() < np.abs(before).max()
@@ -193,21 +203,22 @@ def test_activations_that_are_not_finite_are_refused_by_the_layer(one_device, pl
     weights["model.layers.1.input_layernorm.weight"][0] = np.nan
     save_file(weights, file, {"format": "pt"})
     c = Calibration((str(place / "text.txt"),), rows=4, length=32, batch_size=4)
-    with pytest.raises(ValueError, match=r"inputs of blocks/\w of layer 1 are NaN or infinite"):
-        compress.compress(broken, tmp_path / "out", Settings("wanda"), c, SIZES)
+    with pytest.raises(ValueError, match=r"inputs of blocks/\w+ of layer 1 are NaN or infinite"):
+        compress.compress(broken, tmp_path / "out", Settings("wanda", skip=FEW), c, SIZES)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
 
 
+@SLOW
 def test_a_budget_gives_matrices_formats_of_their_own(one_device, place):
     found = made(place, "mixed", "nearest", budget="5.5bits").record["stored"]
     assert len(set(found.values())) > 1 and set(found.values()) <= {"int4:128", "int4:32", "int8"}
 
 
 def test_a_compressed_model_is_compressed_no_more_and_trains_under_an_adapter_alone(one_device, place, capsys):
-    small = made(place, "small", "nearest", format="int8").folder
+    small = compress.compress(place / "llama", place / "small", Settings("nearest", format="int8"), None, SIZES).folder
     with pytest.raises(ValueError, match="small: is compressed already"):
         compress.compress(small, place / "smaller", Settings("nearest"))
-    args = ["train", str(small), "--data.train", str(place / "text.txt"), "--train.steps", "1"]
+    args = ["train", str(small), "--data.train", str(place / "text.txt"), "--train.steps", "1", "--optim.warmup", "0"]
     assert cli.main(args) == 2
     assert "is stored as int8, which can't be trained; train an adapter on it" in capsys.readouterr().err
     assert json.loads((small / "config.json").read_text())["compression"]["weights"][0].endswith("=int8")

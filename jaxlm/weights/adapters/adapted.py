@@ -25,6 +25,7 @@ from jaxlm.weights.adapters import METHODS, prompt
 from jaxlm.weights.adapters.method import Method, TargetedAdapter
 from jaxlm.weights.matrices import HEAD, TABLE, TABLE_PATTERNS, Matrix, matrices, select, stored_at
 from jaxlm.weights.matrices import tables as tables_of
+from jaxlm.weights.quantization_aware import Rounded
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class Adapted:
     @property
     def changes(self) -> bool:
         """Says whether the model has an adapter, or weights that aren't plain arrays."""
-        return self.c != Adapter() or bool(self.few_bits)
+        return self.c != Adapter() or bool(self.few_bits) or bool(self.compression.aware)
 
     def summary(self, specs: Any, trainable: Callable[[str], bool]) -> str:
         """Returns a line that says what is trained and of how many weights."""
@@ -299,9 +300,13 @@ class Adapted:
         c, method = self.c, self.method
         out = {name: value for name, value in params.items() if name != "adapter"}
         adapter = params.get("adapter")
+        trained_for = self.compression.aware_format()
         for path, m in self.matrices.items():
-            if isinstance(tree.at(params, path), dict):
+            w = tree.at(params, path)  # None: it is prepared for decoding, as an array for each layer
+            if isinstance(w, dict):
                 out = tree.put(out, path, self._base_leaf(out, m))
+            elif trained_for is not None and isinstance(w, jax.Array) and m.spec.role == "matrix":
+                out = tree.put(out, path, Rounded(w, trained_for, m.in_shape, m.out_shape))
         if adapter is None:
             return out
         n = len(self.targets)

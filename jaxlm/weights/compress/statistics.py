@@ -104,13 +104,14 @@ class Statistics(struct.PyTreeNode):
         return jnp.maximum((difference * jnp.dot(self.hessian, difference, precision=HIGHEST)).sum(0), 0)
 
 
-def check(statistics: Statistics, path: str) -> None:
-    """Refuses a record that no token reached, or one of inputs that aren't finite. It waits for the device."""
+def check(statistics: Statistics, path: str, lead: str = "layer") -> None:
+    """Refuses a record that no token reached, or one of inputs that aren't finite; `lead` says what its leading
+    dimension counts. It waits for the device."""
     counts = np.asarray(statistics.count)
     if not counts.all():
-        where = f"{path}, layer {', '.join(map(str, np.argwhere(counts == 0)[0]))}" if counts.ndim else path
+        where = f"{path}, {lead} {', '.join(map(str, np.argwhere(counts == 0)[0]))}" if counts.ndim else path
         raise ValueError(f"calibration: no token reached {where}; give more text, or leave the weight as it is")
     bad = ~np.isfinite(np.asarray(statistics.mean_square)).all(-1)
     if bad.any():
-        where = f"{path}, layer {', '.join(map(str, np.argwhere(bad)[0]))}" if bad.ndim else path
+        where = f"{path}, {lead} {', '.join(map(str, np.argwhere(bad)[0]))}" if bad.ndim else path
         raise ValueError(f"calibration: inputs of {where} are NaN or infinite; check the model on this text")

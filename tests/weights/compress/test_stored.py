@@ -5,11 +5,16 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from support.tiny_models import random_weights
 
 from jaxlm.core import config, tree
 from jaxlm.core.compression import Awq, Compression, Format, Nearest, stored
 from jaxlm.models import MODELS
+from jaxlm.models.model import Model
+from jaxlm.nn.layout import Layout
+from jaxlm.runtime import mesh
 from jaxlm.weights import stored as weights
 from jaxlm.weights.adapters.adapted import Adapted
 from jaxlm.weights.compress.solve import solve
@@ -79,3 +84,27 @@ def test_whole_matrices_of_few_bits_are_not_trained() -> None:
     with pytest.raises(ValueError, match="is stored as int8, which can't be trained"):
         a.check_trained()
     adapted("zeros").check_trained()
+
+
+@pytest.mark.parametrize(
+    "text", ["int4:32:scaled", *(pytest.param(t, marks=pytest.mark.slow) for t in ("fp8:128", "nf4:64"))]
+)
+def test_few_bits_rest_cut_on_a_mesh_and_give_the_same_states(text) -> None:
+    a = adapted(text, layers=1)
+    c, family = a.config, a.family
+    whole = jax.device_put(random_weights(a.base))
+    with mesh.on_devices(jax.devices()[:1]):
+        few = a.initial_values(whole)
+        ids = jnp.arange(16, dtype=jnp.int32).reshape(4, 4)
+        batch = dict(tokens=ids, segments=jnp.ones_like(ids), positions=jnp.broadcast_to(ids[:1], ids.shape))
+        one = Layout(execution=config.Execution(dtype="float32"))
+        alone = Model(family, c, a.base, one, a).forward(few, batch).x_BTD
+    settings = config.Mesh(data=2, fsdp=2, tensor=2)
+    devices = mesh.make_mesh(settings)
+    layout = Layout.of(settings, config.Execution(dtype="float32"))
+    homes = layout.shardings(a.specs(), devices)
+    assert any("tensor" in str(home.spec) for home in tree.flatten(homes["blocks"]["q"]).values())
+    with mesh.on_mesh(devices):
+        there = jax.device_put(few, homes)
+        cut = jax.jit(lambda w, batch: Model(family, c, a.base, layout, a).forward(w, batch).x_BTD)(there, batch)
+    np.testing.assert_allclose(cut, alone, atol=1e-4)
