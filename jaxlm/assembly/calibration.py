@@ -42,8 +42,9 @@ def read(source: Source, c: Calibration) -> list[Arrays]:
         data=dataclasses.replace(run.data, valid=c.calibration),
     )  # fmt: skip
     objective = bind_run(run, source.tokens, source.templates.get("default"))
+    read_as: corpus.Part = "valid"
     parts = [corpus.as_records(objective, part, document_mask=run.data.document_mask, seed=run.seed)
-             for part in corpus.corpus(run.data, objective, ("valid",)).valid]  # fmt: skip
+             for part in corpus.corpus(run.data, objective, (read_as,)).valid]  # fmt: skip
     wanted = [c.rows // len(parts) + (i < c.rows % len(parts)) for i in range(len(parts))]
     for place, part, n in zip(c.calibration, parts, wanted, strict=True):
         if len(part) < n:

@@ -78,14 +78,14 @@ def _quality(before: Pretrained, after: Pretrained, c: Comparison) -> dict[str, 
     p = program(before, data, settings=settings, window=c.window)
     part: Any = "valid" if data else new.part
     held = scoring.HeldOut(p, getattr(corpora.corpus(p.run.data, p.objective, (part,)), part))
-    rows = {"batches": c.batches, "part": new.part, "window": p.run.train.seq_len,
+    rows: dict[str, Any] = {"batches": c.batches, "part": new.part, "window": p.run.train.seq_len,
             "sources": [Path(s).name for s in new.data]}  # fmt: skip
     found: dict[str, Any] = {"evaluated": rows, "figures": figures}
-    if (sample := predictions(p, held, before, after, c.batches)) is not None:
-        ends = bootstrap.intervals(sample)
-        whole = sample.figures(sample.counts_NM.sum(0)[None])
+    if (rowwise := predictions(p, held, before, after, c.batches)) is not None:
+        ends = bootstrap.intervals(rowwise)
+        whole = rowwise.figures(rowwise.counts_NM.sum(0)[None])
         found["predictions"] = {n: {"value": float(v[0]), "interval": ends.get(n)} for n, v in whole.items()}
-        found["predictions"]["rows"] = len(sample.counts_NM)
+        found["predictions"]["rows"] = len(rowwise.counts_NM)
     return found
 
 
