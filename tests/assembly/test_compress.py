@@ -222,3 +222,23 @@ def test_a_compressed_model_is_compressed_no_more_and_trains_under_an_adapter_al
     assert cli.main(args) == 2
     assert "is stored as int8, which can't be trained; train an adapter on it" in capsys.readouterr().err
     assert json.loads((small / "config.json").read_text())["compression"]["weights"][0].endswith("=int8")
+
+
+@SLOW
+def test_zeros_stay_zeros_in_a_run_that_starts_from_a_pruned_model(one_device, place, monkeypatch):
+    pruned = compress.compress(
+        place / "llama", place / "pruned", Settings("magnitude", pattern="2:4"), None, SIZES
+    ).folder
+    zeros = {path: np.asarray(w) == 0 for path, w in tree.flatten(jaxlm.open(pruned).pretrained.params).items()}
+    assert zeros["blocks/up"].mean() == 0.5
+    run = jaxlm.load("tiny_llama", start=str(pruned), name="on", out=str(place / "runs"), **{
+        "data.train": (str(place / "text.txt"),), "data.holdout": 0.2, "train.steps": 3, "train.batch_size": 8,
+        "train.seq_len": 32, "optim.warmup": 0, "optim.ema": 0.9, "train.eval_batches": 1, "train.prompts": (),
+    })  # fmt: skip
+    assert run.compression.weights and all(entry.endswith("=zeros") for entry in run.compression.weights)
+    trained = jaxlm.train(run).path
+    after = tree.flatten(jaxlm.open(trained).pretrained.params)  # the average, where there is one
+    for path, kept in zeros.items():
+        if path in {entry.partition("=")[0] for entry in run.compression.weights}:
+            assert ((np.asarray(after[path]) == 0) == kept).all(), path
+    assert (np.asarray(after["blocks/up"]) != np.asarray(jaxlm.open(pruned).pretrained.params["blocks"]["up"])).any()
