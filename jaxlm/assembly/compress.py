@@ -25,7 +25,7 @@ from jaxlm.assembly.layer_walk import LayerWalk, Stack
 from jaxlm.assembly.model_source import Source
 from jaxlm.core import config, config_io, spec, tree
 from jaxlm.core.compress_request import Calibration, Comparison, Settings
-from jaxlm.core.compression import Compression, Stored
+from jaxlm.core.compression import ZEROS, Compression, Stored
 from jaxlm.formats import model_card
 from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.nn.layout import Layout
@@ -191,7 +191,8 @@ def _made(record: Mapping[str, Any]) -> str:
     text = "" if c is None else (
         f", calibrated on {c['tokens']:,} tokens of {', '.join(c['calibration'])} ({c['rows']} rows of {c['length']})"
     )  # fmt: skip
-    return f"Made of {record['source']} by {record['settings']['method']}: matrices of the layers as {forms}{text}."
+    how = "with zeros that stay" if forms == ZEROS else f"as {forms}"
+    return f"Made of {record['source']} by {record['settings']['method']}: matrices of the layers {how}{text}."
 
 
 # ------------------------------------------------------------------------------------------------------------ writing

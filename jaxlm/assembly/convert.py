@@ -106,7 +106,7 @@ def task_head(s: Source) -> TaskHead | None:
 
 
 def _export(p: Pretrained, path: Path, format: str, dtype: str | None) -> tuple[list[str], dict[str, Any]]:
-    if format == "peft" and p.model.adapter is None:
+    if format == "peft" and p.source.adapter == config.Adapter():
         raise ValueError(f"format peft: {p.source.path} has no adapter; choose another format")
     vectors = format == "stablehlo" and p.model.family.kind == "encoder"
     before = logits(p, vectors)
