@@ -93,12 +93,17 @@ def test_few_bits_rest_cut_on_a_mesh_and_give_the_same_states(text) -> None:
     a = adapted(text, layers=1)
     c, family = a.config, a.family
     whole = jax.device_put(random_weights(a.base))
-    with mesh.on_devices(jax.devices()[:1]):
+    ids = jnp.arange(16, dtype=jnp.int32).reshape(4, 4)
+    batch = dict(tokens=ids, segments=jnp.ones_like(ids), positions=jnp.broadcast_to(ids[:1], ids.shape))
+    one = Layout(execution=config.Execution(dtype="float32"))
+
+    @jax.jit
+    def run(whole, batch):
         few = a.initial_values(whole)
-        ids = jnp.arange(16, dtype=jnp.int32).reshape(4, 4)
-        batch = dict(tokens=ids, segments=jnp.ones_like(ids), positions=jnp.broadcast_to(ids[:1], ids.shape))
-        one = Layout(execution=config.Execution(dtype="float32"))
-        alone = Model(family, c, a.base, one, a).forward(few, batch).x_BTD
+        return few, Model(family, c, a.base, one, a).forward(few, batch).x_BTD
+
+    with mesh.on_devices(jax.devices()[:1]):
+        few, alone = run(whole, batch)
     settings = config.Mesh(data=2, fsdp=2, tensor=2)
     devices = mesh.make_mesh(settings)
     layout = Layout.of(settings, config.Execution(dtype="float32"))
