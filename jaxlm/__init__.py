@@ -20,8 +20,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter", "Continual", "Data", "Execution", "LanguageModel", "MergeBack", "Mesh", "Optim", "Plan", "Program",
     "Run", "RunDirectory", "Sampling", "Stage", "Stream", "Train", "as_linen", "as_nnx", "compress", "evaluate",
-    "from_linen", "from_nnx", "grow", "import_model", "load", "load_plugin", "merge", "open", "plan",
-    "register_adapter", "register_model", "register_objective", "register_optimizer", "register_schedule",
+    "extract", "from_linen", "from_nnx", "grow", "import_model", "load", "load_plugin", "merge", "open", "plan",
+    "register_adapter", "register_model", "register_objective", "register_optimizer", "register_schedule", "shrink",
     "start_processes", "train", "train_stream",
 ]  # fmt: skip
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         as_nnx,
         compress,
         evaluate,
+        extract,
         from_linen,
         from_nnx,
         grow,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
         register_objective,
         register_optimizer,
         register_schedule,
+        shrink,
         start_processes,
         train,
         train_stream,

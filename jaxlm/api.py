@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 from jaxlm.assembly import compress as compressing
 from jaxlm.assembly import convert, evaluate_model, run_directory, run_source, stream, training_run
+from jaxlm.assembly import extract as extracting
 from jaxlm.assembly import grow as growing
 from jaxlm.assembly import merge as merges
+from jaxlm.assembly import shrink as shrinking
 from jaxlm.assembly.as_flax import as_linen, as_nnx
 from jaxlm.assembly.language_model import LanguageModel
 from jaxlm.assembly.model_source import StartModel
@@ -20,8 +22,10 @@ from jaxlm.assembly.own_loop import Program
 from jaxlm.assembly.trained_run import RunDirectory
 from jaxlm.core import compress_request, config_io, plugins
 from jaxlm.core.config import Run
+from jaxlm.core.extraction import Extraction
 from jaxlm.core.growth import Growth
 from jaxlm.core.merging import MethodName, Rescale, Settings
+from jaxlm.core.shrinking import Importance, Shrinking
 from jaxlm.core.stream import MergeBack, Stage, Stream
 from jaxlm.inference.sampling import Sampling
 from jaxlm.models import MODELS
@@ -39,9 +43,9 @@ from jaxlm.weights.adapters.method import Method
 
 __all__ = [
     "LanguageModel", "MergeBack", "Plan", "Program", "RunDirectory", "Sampling", "Stage", "Stream", "as_linen",
-    "as_nnx", "compress", "evaluate", "from_linen", "from_nnx", "grow", "import_model", "load", "load_plugin", "merge",
-    "open", "plan", "register_adapter", "register_model", "register_objective", "register_optimizer",
-    "register_schedule", "start_processes", "train", "train_stream",
+    "as_nnx", "compress", "evaluate", "extract", "from_linen", "from_nnx", "grow", "import_model", "load",
+    "load_plugin", "merge", "open", "plan", "register_adapter", "register_model", "register_objective",
+    "register_optimizer", "register_schedule", "shrink", "start_processes", "train", "train_stream",
 ]  # fmt: skip
 
 
@@ -194,6 +198,47 @@ def compress(
     comparison = compress_request.Comparison(tuple(data), batches, window, compare)
     compressing.compress(model, target, asked, on, comparison, step)
     return RunDirectory(Path(target))
+
+
+def shrink(
+    model: LanguageModel | RunDirectory | str | Path, target: str | Path, *, heads: int | None = None,
+    kv_heads: int | None = None, ffn: int | None = None, experts: int | None = None, width: int | None = None,
+    layers: int | None = None, decoder_layers: int | None = None, share: float = 0.0,
+    importance: Importance = "activation", compensate: bool = False, calibration: Sequence[str] = (),
+    held_out: Sequence[str] = (), batches: int = 16, held_out_batches: int = 16,
+) -> RunDirectory:  # fmt: skip
+    """Makes a run directory of a smaller model of the same family, which `start` continues from, and returns it.
+
+    Give sizes, or the `share` of the layers' parameters that goes. `importance` says what is judged: what units send on
+    (activation), the weights alone (magnitude), or the loss to first order; `compensate` lets what stays make up for
+    what goes by least squares. `calibration` and `held_out` are sources of text, of which so many `batches` are read;
+    empty: the run's own. `shrunk.json` holds sizes and losses before and after.
+
+    ValueError: the model can't have these sizes, text is missing, or `target` exists.
+    """
+    sizes = (heads, kv_heads, ffn, experts, width, layers, decoder_layers)
+    settings = Shrinking(*sizes, share, importance, compensate, batches, held_out_batches)
+    shrinking.shrink(_place(model), target, settings, tuple(map(str, calibration)), tuple(map(str, held_out)))
+    return RunDirectory(Path(target))
+
+
+def extract(
+    model: LanguageModel | RunDirectory | str | Path, base: LanguageModel | RunDirectory | str | Path,
+    target: str | Path, *, rank: int = 16, targets: Sequence[str] = ("all",), calibration: Sequence[str] = (),
+    batches: int = 16,
+) -> Path:  # fmt: skip
+    """Makes a LoRA of the difference of a model from its `base` in files of Hugging Face PEFT, which open as
+    `BASE+TARGET`, and returns their directory.
+
+    `targets` are patterns of the paths of matrices. `calibration`: sources of text, of which so many `batches` are
+    read, on whose inputs the adapter is to be nearest to the difference; empty: its numbers are. `extracted.json` holds
+    how near it comes.
+
+    ValueError: the models are of different shapes or alike, the rank is too large, or `target` exists.
+    """
+    settings = Extraction(rank, tuple(targets), batches)
+    extracting.extract(_place(model), _place(base), target, settings, tuple(map(str, calibration)))
+    return Path(target)
 
 
 def merge(

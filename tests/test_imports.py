@@ -111,6 +111,7 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules} - set(s
         (["train", "--help"], {"jax", "numpy"}),
         (["eval", "--help"], {"jax", "numpy"}),
         (["grow", "--help"], {"jax", "numpy"}),
+        (["shrink", "--help"], {"jax", "numpy"}),
         (["merge", "--help"], {"jax", "numpy"}),
         (["eval", "m", "--bachtes", "3"], {"jax", "numpy"}),
         (["train", "no_such_config"], {"jax", "numpy"}),

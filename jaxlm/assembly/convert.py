@@ -43,6 +43,7 @@ DTYPES = {
     "peft": ("float32",),
 }
 # How far logits may move: root mean square of the difference over their deviation. Rounding stays far below.
+SHRUNK = "shrunk.json"  # what `jaxlm shrink` writes of a model beside it
 TOLERANCE = {None: 1e-5, "float32": 1e-5, "float16": 1e-2, "f16": 1e-2, "bfloat16": 5e-2, "q8_0": 0.2}
 ROWS, LENGTH = 2, 32  # of the probe
 
@@ -276,6 +277,9 @@ def _about(s: Source) -> model_card.About:
     run, licence = s.run, s.licence
     if run is None:
         return model_card.About(f"Made from {s.path.name}.", s.path.name, licence)
+    if (s.path / SHRUNK).is_file():
+        made = json.loads((s.path / SHRUNK).read_text("utf-8"))["card"]
+        return model_card.About("\n".join([made, *_scores(run, s.path)]), licence=licence)
     compressed = _compressed(s.path)
     if not run.data.train:
         return model_card.About("\n".join(compressed) or f"Imported as {run.name}.", licence=licence)

@@ -11,21 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.assembly import convert, earlier, moments, run_directory
-from jaxlm.assembly.open_model import Place, Pretrained, open_model, published_run
-from jaxlm.core import config, config_io, spec, tree
+from jaxlm.assembly import convert, moments, resized, run_directory
+from jaxlm.assembly.open_model import Place, Pretrained, open_model
+from jaxlm.core import config_io, spec, tree
 from jaxlm.core.growth import Growth
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.models import MODELS
-from jaxlm.nn.family import Family
-from jaxlm.nn.layout import Layout
 from jaxlm.nn.moe import Moe
-from jaxlm.objectives import OBJECTIVES
-from jaxlm.runtime import mesh
 from jaxlm.weights.grow import depth, experts, vocabulary, width
 
 RECORD = "grown.json"
@@ -64,14 +58,7 @@ def grow(model: Place, target: str | Path, growth: Growth, step: int | None = No
         raise ValueError("noise: only copies of widened layers can share unequally; leave it out, or give widen")
     with run_directory.removed_if_refused(folder):
         p = open_model(model, step)
-        if p.source.adapter != config.Adapter():
-            where = p.source.path
-            raise ValueError(f"{where}: has an adapter; merge it first: jaxlm export {where} MERGED --format hf")
-        if p.source.adapted.few_bits:
-            where = p.source.path
-            raise ValueError(f"{where}: is compressed; make it whole first: jaxlm export {where} WHOLE --format hf")
-        if p.source.run is not None and earlier.of_directory(p.source.path, p.source.run).tasks:
-            raise ValueError(f"{p.source.path}: has heads of earlier tasks, which don't grow; grow the model before it")
+        resized.check_plain(p, "grow")
         weights = jax.tree.map(np.asarray, jax.device_get(p.params))
         made = GROWTHS[asked[0]](p, weights, growth)
         known: tuple[Any, str] = (
@@ -84,14 +71,6 @@ def grow(model: Place, target: str | Path, growth: Growth, step: int | None = No
 
 
 # -------------------------------------------------------------------------------------------------------- the growths
-
-
-def _specs(family: Family, c: Any, p: Pretrained) -> Any:
-    """Returns the specs of a grown model, with those of the objective's own head."""
-    config_io.check(c, "model.")
-    objective = p.source.objective
-    own = {} if objective is None else OBJECTIVES.of(objective).specs(objective, c.width)
-    return family.specs(c) | own
 
 
 def _blocks(p: Pretrained, weights: Any, growth: Growth) -> Grown:
@@ -129,7 +108,7 @@ def _widen(p: Pretrained, weights: Any, growth: Growth) -> Grown:
             raise ValueError("widen: the head of this family is always its embedding, so its width can't grow")
         grown = dataclasses.replace(grown, tied=False)
         notes.append("the head is no longer tied to the embedding")
-    new = _specs(p.model.family, grown, p)
+    new = resized.specs_of(p.model.family, grown, p)
     if notes:
         old, weights = width.with_own_head(old, new, weights)
     sizes, parted = (c.width, grown.width), [*_heads(new), *_tables(new)] if notes else []
@@ -159,7 +138,7 @@ def _experts(p: Pretrained, weights: Any, growth: Growth) -> Grown:
     name, fields = c.with_experts(moe)
     family = MODELS[name]
     grown = family.Config(**fields)
-    specs = _specs(family, grown, p)
+    specs = resized.specs_of(family, grown, p)
     made = experts.upcycled(p.model.specs, specs, weights, jax.random.key(growth.seed))
     notes = [f"family {name}: {moe.experts} experts a layer, {moe.top_k} for each token"]
     return Grown(grown, made, notes, averages=lambda averages, n: experts.moments(specs, averages, moe.top_k, n))
@@ -180,7 +159,7 @@ def _vocab(p: Pretrained, weights: Any, growth: Growth) -> Grown:
         known, pieces = old.vocab_size, _pieces(old, tokens, growth.vocab)
         size = max(c.vocab, tokens.vocab_size)
     grown = dataclasses.replace(c, vocab=size)
-    specs = _specs(p.model.family, grown, p)
+    specs = resized.specs_of(p.model.family, grown, p)
     made = vocabulary.with_rows(specs, weights, known, pieces)
     notes = [f"vocabulary: {c.vocab} rows became {size}; {len(pieces) or size - known} have a start of their own"]
     return Grown(
@@ -217,21 +196,8 @@ def _write(
     """Writes the run directory, and the record of how its logits differ from those before. `opt`: what the optimizer
     remembers, or None, of which `told` says something. ValueError: the logits differ, though this growth keeps the
     function."""
-    family, source = MODELS.of(made.config), p.source
-    specs = _specs(family, made.config, p)
-    _check_shapes(specs, made.weights)
-    run = published_run(source) if source.run is None else source.run
-    run = dataclasses.replace(run, model=made.config, name=folder.resolve().name, out=str(folder.parent), start="")
-    run = dataclasses.replace(run, optim=dataclasses.replace(run.optim, ema=0.0))  # the average is what has grown
-    notes = [*made.notes, *_save_text(p, folder, made.tokens), *source.save_advice(folder)]
-    layout = Layout.of(config.Mesh(), run.execution)
-    with Checkpoints(folder / "checkpoints") as checkpoints, mesh.on_mesh(p.mesh):
-        weights = jax.device_put(made.weights, layout.shardings(specs, p.mesh))
-        state = dict(step=jnp.zeros((), jnp.int32), params=weights)
-        state |= {} if opt is None else {"opt": jax.device_put(opt, mesh.replicated(p.mesh))}
-        checkpoints.save(0, state, {"step": 0, "grown": kind}, wait=True)
-    config_io.dump(run, folder / "config.json")
-    notes.append(f"checkpoints: {spec.count(p.model.specs):,} parameters became {spec.count(specs):,}")
+    source = p.source
+    notes = [*made.notes, *resized.write(p, folder, made.config, made.weights, {"grown": kind}, made.tokens, opt)]
     notes.append(told)
     batch = convert.probe(p)
     if made.outputs is not None:  # rows behind those of the old tokens are new, though the model had them
@@ -246,30 +212,7 @@ def _write(
             "itself, or scale it by its width; nothing was written"
         )
     record = {"source": source.path.name, "growth": kind, "keeps": made.keeps, **difference}
-    record["moments"] = None if opt is None else run.optim.name
+    record["moments"] = None if opt is None or source.run is None else source.run.optim.name
     record |= {"new_layers": made.new_layers} if made.new_layers else {}
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     return [*notes, f"{RECORD}: the comparison of logits before and after"], record
-
-
-def _save_text(p: Pretrained, folder: Path, tokens: Any) -> list[str]:
-    if tokens is None:
-        if p.source.tokens is None:
-            raise ValueError(f"{p.source.path}: has no tokenizer; put its tokenizer.json beside the weights")
-        return [f"tokenizer: {', '.join(p.source.save_text(folder / 'tokenizer'))}"]
-    file = tokens.save(folder / "tokenizer")
-    if "default" in p.source.templates:
-        (folder / "tokenizer" / "chat_template.jinja").write_text(p.source.templates["default"], "utf-8")
-    return [f"tokenizer: {file.name}, {tokens.vocab_size} tokens"]
-
-
-def _check_shapes(specs: Any, weights: Any) -> None:
-    """Refuses a growth that the family's config can't express. ValueError: shapes differ."""
-    wanted = {path: s.shape for path, s in tree.flatten(specs, spec.is_spec).items()}
-    made = {path: w.shape for path, w in tree.flatten(weights).items()}
-    for path in sorted(wanted.keys() | made.keys()):
-        if wanted.get(path) != made.get(path):
-            raise ValueError(
-                f"{path}: would have shape {made.get(path)}, where the family's config allows {wanted.get(path)}; this "
-                "family can't grow so"
-            )

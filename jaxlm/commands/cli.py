@@ -39,6 +39,8 @@ COMMANDS = {  # in the order of `--help`
     "merge": Row("merge.Merge", "make one model of several of one shape"),
     "compress": Row("compress.Compress", "make a model small: few bits, or zeros that stay"),
     "grow": Row("grow.Grow", "make a larger model of a trained one that computes the same"),
+    "shrink": Row("shrink.Shrink", "make a smaller model of a trained one: fewer heads, layers, channels or experts"),
+    "extract": Row("extract.Extract", "make an adapter of what a full fine-tuning changed"),
     "tokenizer train": Row("data.TokenizerTrain", "train a SentencePiece tokenizer"),
     "data prepare": Row("data.DataPrepare", "tokenise the data of a config into its cache"),
     "data inspect": Row("data.DataInspect", "show decoded training examples"),

@@ -14,8 +14,8 @@ from jaxlm.core import typed_arguments
 
 COMMANDS = (
     "train", "continual", "coordinate", "work", "plan", "tune", "eval", "predict", "generate", "chat", "embed",
-    "augment", "import", "export", "merge", "grow", "tokenizer train", "data prepare", "data inspect", "report",
-    "doctor", "completion",
+    "augment", "import", "export", "merge", "grow", "shrink", "extract", "compress", "tokenizer train",
+    "data prepare", "data inspect", "report", "doctor", "completion",
 )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def test_arguments_have_the_names_that_they_have_in_the_library():
     """A function of the library and the command that does the same call their arguments by the same names."""
     for function, command in {
         jaxlm.load: "train", jaxlm.evaluate: "eval", jaxlm.plan: "plan", jaxlm.import_model: "import",
-        jaxlm.merge: "merge", jaxlm.grow: "grow",
+        jaxlm.merge: "merge", jaxlm.grow: "grow", jaxlm.shrink: "shrink", jaxlm.extract: "extract",
         jaxlm.LanguageModel.save: "export", jaxlm.LanguageModel.embed: "embed",
     }.items():  # fmt: skip
         kind = cli.command(command)

@@ -25,6 +25,12 @@ def input_dimensions(s: Spec) -> tuple[int, ...]:
     return tuple(own[:-1] if s.axes[-1] == "embed" else own[:1])
 
 
+def is_residual(s: Spec, dim: int) -> bool:
+    """Returns whether a dimension of a weight may be one of the residual stream: its axis is `embed`, or has no name in
+    a weight without heads. It then is one if it has the stream's width and changes with it."""
+    return s.axes[dim] == "embed" or (s.axes[dim] is None and not set(HEADS) & set(s.axes))
+
+
 def head_sources(heads: int, kv: int, new_heads: int, new_kv: int) -> np.ndarray:
     """Returns the old head that each new one copies, so that each keeps the keys and values it attends by: new
     key/value head k is a copy of k modulo `kv`. ValueError: the sizes don't allow it."""
@@ -147,8 +153,7 @@ def _sources(old: dict[str, Spec], new: dict[str, Spec], widths: tuple[int, int]
         a, b, axis = old[path].shape[dim], new[path].shape[dim], old[path].axes[dim]
         if b < a:
             raise ValueError(f"widen: {path} would shrink from {a} to {b} units; a model only grows")
-        residual = axis == "embed" or (axis is None and not set(HEADS) & set(old[path].axes))
-        if residual and (a, b) == widths:
+        if is_residual(old[path], dim) and (a, b) == widths:
             if b % a:
                 raise ValueError(f"widen: width {a} can't become {b}: norms allow whole multiples alone")
             return np.arange(b) % a
