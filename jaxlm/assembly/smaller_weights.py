@@ -93,7 +93,7 @@ class Maker:
         wanted: dict[str, Any] = {}
         if s.compensate or s.importance == "activation":
             if any(one.axis == "experts" for one in inside) and s.importance == "activation":
-                raise ValueError("importance: what experts read can't be recorded; judge them by loss or magnitude")
+                raise ValueError("importance: experts are judged by loss or magnitude alone; choose one of these")
             wanted = {path: self.found[path] for one in inside if one.axis != "experts" for path in sent[one]
                       if not self.found[path].experts}  # fmt: skip
         reading = importance.readers(self.found) if width and s.importance == "activation" else {}

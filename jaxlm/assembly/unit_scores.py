@@ -13,6 +13,7 @@ from jaxlm.assembly.calibrated_program import CalibratedProgram, shown
 from jaxlm.assembly.program import Program
 from jaxlm.core import spec, tree
 from jaxlm.models.model import Model
+from jaxlm.nn.block_stack import Window
 from jaxlm.runtime import mesh
 from jaxlm.weights.compress import recording, statistics
 from jaxlm.weights.compress.statistics import Statistics
@@ -175,51 +176,53 @@ def layers_by_loss(c: CalibratedProgram, weights: Any, side: list[tuple[str, int
 
 
 def layers_by_influence(c: CalibratedProgram, weights: Any, side: list[tuple[str, int]]) -> dict[str, np.ndarray]:
-    """Returns each layer's block influence (Men et al. 2024): 1 minus the cosine of the states before and after it, a
-    mean over tokens, both seen through the model's last norm. The first layer, before which there are no such states,
-    has an infinite one.
-
-    ValueError: the states after part of the layers can't be told: those of an encoder-decoder, or of layers of
-    different shapes that follow each other.
-    """
-    specs = c.p.model.specs
-    if len(spec.sequences(specs)) > 1 or len(side) > 1:
-        raise ValueError(
-            "importance: block influence is known for one stack of equal layers alone; judge the layers of this model "
-            "by loss or magnitude"
-        )
-    ((path, n),) = side
-    models = [_planned(c.p, weights, _kept(specs, {path: list(range(m))})) for m in range(1, n + 1)]
-    execution = dataclasses.replace(c.p.model.shard.execution, scan=True)  # programs of one layer each
-    shard = dataclasses.replace(c.p.model.shard, execution=execution)
-
-    def states(model: Model, weights: Any, batch: Any) -> jax.Array:
-        return dataclasses.replace(model, shard=shard).forward(weights, batch).x_BTD
-
-    runs = [jax.jit(partial(states, m)) for m, _ in models]
-
-    @jax.jit
-    def turned(a: jax.Array, b: jax.Array, weights_BT: jax.Array) -> jax.Array:
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        cosine = (a * b).sum(-1) / jnp.maximum(jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1), 1e-12)
-        return ((1 - cosine) * weights_BT).sum()
-
-    sums, total = np.zeros(n), 0.0
+    """Returns each layer's block influence (Men et al. 2024) by stack: 1 minus the cosine of the states before and
+    after it, a mean over tokens. ValueError: states are NaN or infinite, or there is no text."""
+    run = jax.jit(partial(_turned, c.p.model, dict(side)))
     with mesh.on_mesh(c.p.mesh):
-        placed_weights = [placed(c.p, w) for _, w in models]
-        for batch in c.each("influence of layers"):
-            each = _counted(batch)["tokens"]
-            total += float(each.sum())
-            before = runs[0](placed_weights[0], batch)
-            for i in range(1, n):
-                after = runs[i](placed_weights[i], batch)
-                sums[i] += float(turned(before, after, each))
-                before = after
-    sums /= max(total, 1.0)
-    if not np.isfinite(sums).all():
-        raise ValueError(f"calibration: states of {path} are NaN or infinite; check the model on this text")
-    sums[0] = np.inf
-    return {path: sums}
+        params = placed(c.p, weights)
+        found = [jax.device_get(run(params, batch)) for batch in c.each("influence of layers")]
+    sums, totals = jax.tree.map(lambda *x: np.sum(x, 0, dtype=np.float64), *found)
+    for path in sums:
+        if not np.isfinite(sums[path]).all():
+            raise ValueError(f"calibration: states of {path} are NaN or infinite; check the model on this text")
+    return {path: sums[path] / max(float(totals[path]), 1.0) for path in sums}
+
+
+def _turned(model: Model, wanted: Mapping[str, int], params: Any, batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the sums over tokens of how far each layer of some stacks turns the states, and the numbers of tokens.
+
+    The model is run layer by layer: what stands before the stack is computed anew each time, and dropped by the
+    compiler.
+    """
+    order = [(path, n) for side in spec.sequences(model.specs) for path, n in side]
+    ended: dict[str, Any] = {}
+
+    def through(path: str, window: Window) -> Window:
+        """Runs the model with one window that does something; stacks before it have ended, those behind do nothing."""
+        bound = params
+        for other, _ in order:
+            bound = tree.put(bound, other, window if other == path else Window(x=ended.get(other)))
+        model.forward(bound, batch)
+        return window
+
+    sums, totals, each = dict[str, Any](), dict[str, Any](), _counted(batch)
+    for path, n in order:
+        x = through(path, Window()).entered
+        own = tree.at(params, path)
+        count_BT = each["source" if _reads_source(path) else "tokens"]
+        turned = []
+        for i in range(n):
+            layer = jax.tree.map(lambda w, i=i: w[i], own)
+            after = through(path, Window(layers=(layer,), first=i, x=x)).left
+            a, b = (jax.tree.leaves(y)[0].astype(jnp.float32) for y in (x, after))
+            lengths = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+            turned.append(((1 - (a * b).sum(-1) / jnp.maximum(lengths, 1e-12)) * count_BT).sum())
+            x = after
+        ended[path] = x
+        if path in wanted:
+            sums[path], totals[path] = jnp.stack(turned), count_BT.sum()
+    return sums, totals
 
 
 def layers_by_weights(specs: Any, weights: Any, side: list[tuple[str, int]]) -> dict[str, np.ndarray]:

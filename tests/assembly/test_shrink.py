@@ -6,14 +6,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from support.sized_models import batch_of, model_of, tiny
 from support.tiny_models import published
 
 import jaxlm
-from jaxlm.assembly import convert
+from jaxlm.assembly import convert, unit_scores
 from jaxlm.assembly.open_model import open_model
 from jaxlm.commands import cli
-from jaxlm.core import tree
+from jaxlm.core import spec, tree
 from jaxlm.runtime import mesh
+from jaxlm.weights.grow import depth
 
 TEXT = ("--importance", "magnitude")
 
@@ -124,6 +126,34 @@ def test_one_and_eight_devices_choose_the_same(folder, tmp_path, importance):
     np.testing.assert_allclose(one["figures"]["loss"], many["figures"]["loss"], rtol=1e-5)
     for path in a:
         np.testing.assert_allclose(a[path], b[path], atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("name", ["t5", pytest.param("deepseek", marks=pytest.mark.slow)])
+def test_layers_that_add_nothing_have_no_influence(one_device, name):
+    model, weights = tiny(name)
+    plan = depth.expansion(model.specs, 1)
+    larger = model_of(model.family, depth.config(model.config, model.specs, plan))
+    stacks = {path: n for side in spec.sequences(larger.specs) for path, n in side}
+    found, tokens = jax.jit(lambda w: unit_scores._turned(larger, stacks, w, batch_of(larger)))(
+        depth.weights(model.specs, weights, plan)
+    )
+    assert found.keys() == plan.keys() and {float(n) for n in tokens.values()} == {12.0}
+    for path, layers in plan.items():
+        assert [abs(float(x)) < 1e-5 for x in found[path]] == list(layers.new), path
+
+
+def test_influence_is_the_cosine_of_the_states_around_a_layer(one_device):
+    model, weights = tiny("bert")  # whose states are normed, so that a model of fewer layers gives them
+    found, _ = jax.jit(lambda w: unit_scores._turned(model, {"blocks": 2}, w, batch_of(model)))(weights)
+    states = []
+    for n in (1, 2):
+        plan = {"blocks": depth.Layers(tuple(range(n)), (False,) * n)}
+        part = model_of(model.family, depth.config(model.config, model.specs, plan))
+        out = jax.jit(lambda w, part=part: part.forward(w, batch_of(part)).x_BTD)
+        states.append(np.asarray(out(depth.weights(model.specs, weights, plan)), np.float64))
+    lengths = np.prod([np.linalg.norm(x, axis=-1) for x in states], 0)
+    cosine = (states[0] * states[1]).sum(-1) / lengths
+    assert float(found["blocks"][1]) == pytest.approx((1 - cosine).sum(), rel=1e-4)
 
 
 def test_what_a_training_changed_becomes_an_adapter(one_device, folder, tmp_path, capsys):
