@@ -101,6 +101,14 @@ def merging(name: str, message: str, *others: str, **settings: Any) -> Mistake:
     return Mistake(f"a merge: {name}", message, lambda: jaxlm.merge(models, **settings), argv)
 
 
+def shrinking(name: str, message: str, place: str = "published", **settings: Any) -> Mistake:
+    """Returns the mistake of making a model smaller."""
+    argv = ["shrink", place, "new/out"]
+    for key, value in settings.items():
+        argv += [f"--{key}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return Mistake(f"a smaller model: {name}", message, lambda: jaxlm.shrink(place, "new/out", **settings), argv)
+
+
 MISTAKES = [
     # Config files.
     config_file("no such config", r"no config file bsae\.py", "bsae.py"),
@@ -416,6 +424,17 @@ MISTAKES = [
     merging("a weight for one of two", r"weights: 1 for 2 models; give one for each", "tiny", weights=(1.0,)),
     merging("numbers that are none", r"spoilt/model\.safetensors: model\.norm\.weight holds NaN or infinity", "spoilt"),
     merging("onto what is there", r"texts: is there already", "tiny", out="texts"),
+    shrinking("more heads than there are", r"heads: 4 are more than the model's 2", heads=4),
+    shrinking("a width that heads don't divide", r"width: 15 is not a multiple of model\.heads 2", "encoder", width=15),
+    shrinking("no text", r"calibration: .*published names no text that it was trained on", ffn=8),
+    shrinking("text that isn't there", r"nowhere\.txt", ffn=8, calibration=("nowhere.txt",)),
+    shrinking("size and share", r"share alone, not share and ffn", ffn=8, share=0.5),
+    Mistake(
+        "an adapter of a difference from another model",
+        r"base: .* is \[.*\], and .* in published; give the model that it began as",
+        lambda: jaxlm.extract("published", "wide", "new/out"),
+        ["extract", "published", "wide", "new/out"],
+    ),
     Mistake(
         "a report of no run",
         r"hollow has no metrics\.jsonl: name the directory of a run",
