@@ -6,7 +6,8 @@ et al. 2024).
 
 A Llama of bytes is trained, made smaller by each importance, and trained on for a part of the first steps. Beside it
 stand a model of the smaller shape that is trained from scratch for as long as the smaller one was trained on, and the
-original trained on for as long. Losses are in nats a byte of held-out text. Runs that are finished are kept in --out.
+original trained on for as long. `regained` is the share of the loss that came back, and `of longer` the same against
+the original trained on. Losses are in nats a byte of held-out text. Runs that are finished are kept in --out.
 """
 
 import argparse
@@ -100,9 +101,12 @@ def main() -> None:
         rows.append(row)
     scratch = trained(run_of("scratch", a, a.regain_steps, smaller_shape))
     longer = trained(run_of("original-longer", a, a.regain_steps, start=str(original.folder)), str(original.folder))
+    for row in rows:
+        if "trained on" in row:  # what the original gains from the same steps counts as lost too
+            row["of longer"] = (row["pruned"] - row["trained on"]) / (row["pruned"] - longer)
     figures = dict(rows=rows, original=first, original_trained_on=longer, from_scratch=scratch)
     figures |= dict(steps=a.steps, regain_steps=a.regain_steps, share=a.share, window=SEQ, seed=a.seed)
-    columns = ["importance", "original", "pruned", "trained on", "regained"]
+    columns = ["importance", "original", "pruned", "trained on", "regained", "of longer"]
     print(table([[row.get(name, "") for name in columns] for row in rows], columns))
     print(f"original trained on {longer:.4f}; smaller shape from scratch {scratch:.4f}")
     save("shrink", {"what": __doc__} | figures | machine())

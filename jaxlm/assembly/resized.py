@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxlm.assembly import earlier
 from jaxlm.assembly.open_model import Pretrained, published_run
 from jaxlm.core import config, config_io, spec, tree
+from jaxlm.formats import hf_sidecars
 from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.models import MODELS
 from jaxlm.nn.family import Family
@@ -51,6 +52,7 @@ def write(
     run = dataclasses.replace(run, model=c, name=folder.resolve().name, out=str(folder.parent), start="")
     run = dataclasses.replace(run, optim=dataclasses.replace(run.optim, ema=0.0))  # the average is what it was made of
     notes = [*_save_text(p, folder, tokens), *source.save_advice(folder)]
+    hf_sidecars.set_embedding_width(folder, c.width)
     layout = Layout.of(config.Mesh(), run.execution)
     with Checkpoints(folder / "checkpoints") as checkpoints, mesh.on_mesh(p.mesh):
         weights = jax.device_put(made, layout.shardings(specs, p.mesh))

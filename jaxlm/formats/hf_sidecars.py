@@ -203,6 +203,15 @@ def keep_embedding(folder: Path, source: Path) -> list[str]:
     return [f"{', '.join(names)}: carried along"]
 
 
+def set_embedding_width(folder: Path, width: int) -> None:
+    """Writes the width of vectors into the files that say how sentence-transformers makes them, if there are any: for a
+    model whose width isn't that of the one they came from."""
+    for path in sorted(folder.glob("[0-9]_*/config.json")):
+        values = json.loads(path.read_text("utf-8"))
+        stated = {"word_embedding_dimension", "embedding_dimension"} & values.keys()
+        path.write_text(json.dumps(values | dict.fromkeys(stated, width), indent=2) + "\n", "utf-8")
+
+
 def write_generation(folder: Path, g: Generation, source: str | Path | None) -> list[str]:
     """Writes `generation_config.json`, the source's byte for byte where it has one; returns a line on that."""
     path = folder / "generation_config.json"

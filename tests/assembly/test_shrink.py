@@ -111,6 +111,17 @@ def test_transformers_computes_the_same_with_the_smaller_model(one_device, famil
     assert np.abs(theirs - ours).max() <= 1e-5 * max(1, np.abs(ours).max())
 
 
+def test_files_of_sentence_vectors_say_the_new_width(one_device, tmp_path):
+    model = published(tmp_path / "bert", "bert")
+    (model / "modules.json").write_text("[]")
+    (model / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 16, "pooling_mode_mean_tokens": True}
+    (model / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    small = jaxlm.shrink(model, tmp_path / "smaller", width=8, heads=1, importance="magnitude").path
+    values = json.loads((small / "1_Pooling" / "config.json").read_text())
+    assert values == pooling | {"word_embedding_dimension": 8}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("importance", ["activation", "loss"])
 def test_one_and_eight_devices_choose_the_same(folder, tmp_path, importance):
