@@ -10,11 +10,12 @@ from support.sized_models import batch_of, model_of, tiny
 from support.tiny_models import published
 
 import jaxlm
-from jaxlm.assembly import convert, unit_scores
+from jaxlm.assembly import calibrated_program, convert, unit_scores
 from jaxlm.assembly.open_model import open_model
 from jaxlm.commands import cli
 from jaxlm.core import spec, tree
 from jaxlm.runtime import mesh
+from jaxlm.weights import matrices
 from jaxlm.weights.grow import depth
 
 TEXT = ("--importance", "magnitude")
@@ -199,3 +200,26 @@ def test_what_a_training_changed_becomes_an_adapter(one_device, folder, tmp_path
     }.items():
         assert says in complaint(capsys, "extract", *args), args
         assert not out.exists()
+
+
+@pytest.mark.slow
+def test_on_given_text_an_adapter_is_nearest_to_what_was_trained(one_device, folder, tmp_path):
+    base, text = jaxlm.open(folder / "llama"), (str(folder / "text.jsonl"),)
+    change = np.random.default_rng(0).standard_normal((2, 24, 16)).astype(np.float32) / 8
+    base.params["blocks"] = base.params["blocks"] | {"down": base.params["blocks"]["down"] + change}
+    base.save(tmp_path / "tuned")
+    opened = open_model(folder / "llama")
+    down = matrices.matrices(opened.model.family, opened.model.config)["blocks/down"]
+    seen, _ = unit_scores.recorded(
+        calibrated_program.of(opened, text, 1), jax.device_get(opened.params), {"blocks/down": down}, hessian=True
+    )
+    hessian, errors = np.asarray(seen["blocks/down"].hessian, np.float64), {}
+    for name, on in (("plain", ()), ("whitened", text)):
+        jaxlm.extract(tmp_path / "tuned", folder / "llama", tmp_path / name, rank=4, calibration=on, batches=1)
+        pair = open_model(f"{folder / 'llama'}+{tmp_path / name}").params["adapter"]["blocks"]["down"]
+        off = change.astype(np.float64) - np.asarray(pair["a"], np.float64) @ np.asarray(pair["b"], np.float64)
+        errors[name] = np.einsum("lio,lij,ljo->", off, hessian, off)
+    whole = np.einsum("lio,lij,ljo->", change, hessian, change)
+    told = json.loads((tmp_path / "whitened" / "extracted.json").read_text())
+    assert told["whitened"] and told["missed"] == pytest.approx(errors["whitened"] / whole, rel=1e-2)
+    assert errors["whitened"] < 0.95 * errors["plain"]

@@ -16,7 +16,7 @@ def inputs(tokens: int, width: int, seed: int = 0) -> np.ndarray:
     return mixed * np.exp(rng.uniform(-2, 2, width))
 
 
-@pytest.mark.parametrize(("shape", "rank"), [((8, 5), 2), ((5, 8), 3), ((6, 6), 6), ((7, 1), 1), ((1, 4), 1)])
+@pytest.mark.parametrize(("shape", "rank"), [((8, 5), 2), ((5, 8), 5), ((1, 4), 1)])
 def test_the_error_is_the_sum_of_the_squares_of_what_went(shape, rank):
     x, w = inputs(200, shape[0]), np.random.default_rng(1).standard_normal(shape)
     record = Statistics.of(jnp.asarray(x, jnp.float32))
