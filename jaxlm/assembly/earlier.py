@@ -225,7 +225,8 @@ class Earlier:
             out["lwf"] = jnp.zeros(())
             for task, objective in self.alike(own):
                 before, now = (objective.outputs(model, self.weights_for(w, task), batch) for w in (teacher, weights))
-                apart = outputs.divergence(before, now, self.c.lwf.temperature, model.shard)
+                how = outputs.Measure(temperature=self.c.lwf.temperature)
+                apart = outputs.divergence(before, now, how, model.shard)
                 out["lwf"] += self.c.lwf.strength * outputs.total(apart, now)
         if "features" in self.c.methods:
             old, new = (model.forward(w, batch).x_BTD.astype(jnp.float32) for w in (teacher, weights))

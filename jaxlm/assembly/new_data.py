@@ -36,7 +36,7 @@ def following(before: config.Run, run: config.Run) -> config.Run:
         data = dataclasses.replace(data, weights=())
     if continual.old == before.continual.old:
         continual = dataclasses.replace(continual, old=())
-    return dataclasses.replace(run, start=str(folder), data=data, continual=continual)
+    return dataclasses.replace(run, start=str(folder), start_layers=(), data=data, continual=continual)
 
 
 def named(before: config.Run, run: config.Run) -> config.Run:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxlm.assembly import earlier, owned, run_directory, task_heads
 from jaxlm.assembly import program as programs
@@ -26,6 +27,7 @@ from jaxlm.objectives import OBJECTIVES
 from jaxlm.runtime.mesh import make_mesh, on_mesh
 from jaxlm.weights import quantized
 from jaxlm.weights.adapters import per_row
+from jaxlm.weights.grow import depth
 
 # The objective that a published model of each kind is evaluated by.
 OBJECTIVE = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "seq2seq"}
@@ -107,6 +109,25 @@ def starting(run: config.Run, start: StartModel) -> config.Run:
     return dataclasses.replace(run, model=model, adapter=adapter, compression=compression, start=start.place)
 
 
+def with_chosen_layers(run: config.Run, start: StartModel) -> config.Run:
+    """Returns the run whose model has the layers that it takes of the model that it starts from. ValueError: there are
+    no such layers, or they can't be taken alone."""
+    if not run.start_layers:
+        return run
+    if not start.place:
+        raise ValueError("start_layers: names layers of the model in start, and there is none; give one, or leave it out")
+    if (source := start.source).adapter != config.Adapter():
+        raise ValueError(
+            f"start_layers: {start.place} has an adapter, which is on all of its layers; merge it first: jaxlm export "
+            f"{start.place} MERGED --format hf"
+        )
+    specs = source.family.specs(source.config)
+    chosen = depth.config(source.config, specs, depth.selection(specs, run.start_layers))
+    fields = {f.name for f in dataclasses.fields(chosen) if getattr(chosen, f.name) != getattr(source.config, f.name)}
+    model: Any = dataclasses.replace(run.model, **{name: getattr(chosen, name) for name in fields})
+    return dataclasses.replace(run, model=model)
+
+
 def load_tokenizer(run: config.Run, start: StartModel) -> Any:
     """Returns the tokenizer of the run directory, else of the model it starts from, else what `data.tokenizer` names.
 
@@ -152,6 +173,11 @@ def first_params(p: programs.Program, start: StartModel) -> Any:
     stored = specs_of(source)
     if p.run.compression.weights != source.compression.weights:
         raise ValueError(f"compression: {source.path} stores its weights in another way; leave that to `start`")
+    chosen: depth.Plan = {}
+    if p.run.start_layers:
+        if p.run.continual.methods or p.run.continual.adapters != "shared":
+            raise ValueError("start_layers: a model of other layers keeps no earlier tasks; leave continual.* out")
+        chosen = depth.selection(source.family.specs(source.config), p.run.start_layers)
     earlier_heads = p.earlier.tasks and not p.run.continual.old and source.run is not None
     new = set(p.objective.specs(p.run.model.width))
     if not earlier_heads:
@@ -165,13 +191,17 @@ def first_params(p: programs.Program, start: StartModel) -> Any:
     theirs_by_path = tree.flatten(
         {name: s for name, s in stored.items() if not (grows and name == "adapter")}, spec.is_spec
     )
+    left = {path: s.shape if (at := depth.chosen_layers(path, chosen)) is None else (len(at), *s.shape[1:])
+            for path, s in theirs_by_path.items()}  # fmt: skip
     differing = [path for path, s in tree.flatten(p.specs, spec.is_spec).items()
-                 if (other := theirs_by_path.get(path)) and other.shape != s.shape and path not in new]  # fmt: skip
+                 if left.get(path, s.shape) != s.shape and path not in new]  # fmt: skip
     if source.family is not p.model.family or differing:
         where = f": {differing[0]} has another shape" if differing else ""
         raise ValueError(f"start: {source.path} does not fit this run's model{where}; leave the model to `start`")
     transform = _quantizer(p) if source.adapter.base != p.run.adapter.base else None
     weights = read(source, stored, p.layout.shardings(stored, p.mesh), transform=transform)
+    if chosen:
+        weights = _with_layers(p, weights, chosen)
     if grows:
         weights |= {"adapter": _grown(p, source, weights["adapter"])}
     if earlier_heads:
@@ -179,6 +209,18 @@ def first_params(p: programs.Program, start: StartModel) -> Any:
         weights = earlier.with_heads(p.earlier, source.run, earlier.read_index(source.path), weights)
         new = set()  # where the run's own head is an earlier task's it stands among them
     return {name: value for name, value in weights.items() if name in p.specs and name not in new}
+
+
+def _with_layers(p: programs.Program, weights: Any, chosen: depth.Plan) -> Any:
+    """Returns the weights with the chosen layers alone, on the run's devices."""
+    homes = tree.flatten(p.layout.shardings(p.specs, p.mesh))
+
+    def one(path: str, w: jax.Array) -> jax.Array:
+        if (at := depth.chosen_layers(path, chosen)) is None or path not in homes:
+            return w
+        return jax.device_put(w[np.array(at)], homes[path])
+
+    return tree.map_named(one, weights)
 
 
 def _grows(p: programs.Program, source: Source) -> bool:
@@ -382,8 +424,9 @@ def read(
             averaged, wanted = tree.partition(wanted, trainable)
             averaged = checkpoints.restore_params(averaged, step, item="ema")
         weights = wanted
-        if jax.tree.leaves(wanted):
-            weights = checkpoints.restore_params(wanted, step, partial=averaged is not None)
+        if jax.tree.leaves(wanted):  # learned maps to a teacher's states are no part of the model
+            partial_item = averaged is not None or bool(run.distill.teacher)
+            weights = checkpoints.restore_params(wanted, step, partial=partial_item)
     for part in (averaged, base):
         weights = weights if part is None else tree.merge(weights, part)
     stored = run_directory.read_config(source.path).objective

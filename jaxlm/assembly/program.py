@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.assembly import choices, continual_methods
+from jaxlm.assembly import choices, continual_methods, distillation, teacher_fit
 from jaxlm.assembly import earlier as earlier_tasks
 from jaxlm.assembly.choices import Choices
+from jaxlm.assembly.model_source import Source
 from jaxlm.assembly.run_objective import BoundObjective, bind_run
 from jaxlm.core import config, config_io, registry, spec, tree
 from jaxlm.data import loader, packing, replay
 from jaxlm.models import MODELS
-from jaxlm.models.model import Model, SharingModel
+from jaxlm.models.model import Model, SharingModel, TappedModel
 from jaxlm.nn import pipeline
 from jaxlm.nn.layout import Layout, batch_sharding, check_batch
 from jaxlm.objectives import OBJECTIVES
@@ -55,6 +56,8 @@ class Program:
     """The tasks that the model learned before, and what keeps them."""
     compiler_options: dict[str, compiler.Option] = dataclasses.field(default_factory=dict)
     """The options that the train step is compiled with."""
+    teacher: distillation.Distillation | None = None
+    """What is learned from a teacher; None: there is none, or nothing is learned here."""
 
     @property
     def notes(self) -> dict[str, str]:
@@ -62,7 +65,7 @@ class Program:
         notes = self.choices.describe() | self.earlier.describe()
         if self.apart:
             notes["workers"] = replicas.describe(self.run, self.fragments)
-        return notes
+        return notes if self.teacher is None else notes | self.teacher.describe()
 
     @property
     def tokens(self) -> Tokenizer:
@@ -90,18 +93,29 @@ class Program:
     def _sharing(self) -> Model:
         """Returns the model for one trace of the loss."""
         m = self.model
-        return SharingModel(
-            m.family, m.config, m.specs, m.shard, m.adapter, m.ids_in_use, frozenset([*self.adapter.base, "adapter"])
-        )
+        return SharingModel(m.family, m.config, m.specs, m.shard, m.adapter, m.ids_in_use, self._read_names)
+
+    @property
+    def _read_names(self) -> frozenset[str]:
+        """The names at the top of the weights that the model's states depend on."""
+        return frozenset([*self.adapter.base, "adapter"])
 
     def _own_loss(self, model: Model, weights: Any, batch: DeviceBatch, key: jax.Array | None, memory: Any) -> Sums:
         """Computes the sums of the new rows."""
-        sums = self.objective.loss(model, weights, batch, key)
+        batch, known, is_sampled = distillation.own_leaves(batch)
+        student = model if key is None or self.teacher is None else self.teacher.student(self.model, self._read_names)
+        sums = self.objective.loss(student, weights, batch, key)
         if key is None:
             return sums
         # Sums like the others, divided by the whole batch's weight outside.
         name, total = next(iter(self.objective.totals(batch).items()))
         added: dict[str, Any] = {}
+        apart: Sums = {}
+        labels = 1.0
+        if self.teacher is not None and isinstance(student, TappedModel):
+            labels = 0.0 if is_sampled else self.teacher.c.labels
+            taught = None if memory is None else memory.get(distillation.MEMORY)
+            added, apart = self.teacher.losses(student, weights, taught, batch, known, self.objective)
         if (penalty := self.adapter.penalty(weights)) is not None:
             added["adapter_penalty"] = penalty * total
         if self.earlier.needs_teacher:
@@ -110,13 +124,14 @@ class Program:
         for loss, values in sums.items():
             values |= added if loss == name else {}
             more = sum(added.values(), jnp.zeros(())) if loss == name else 0.0
-            sums = sums | {loss: values | {"loss": scale * (values["loss"] + more)}}
-        return sums
+            own = labels * values["loss"] if labels else jnp.zeros(())  # without a gradient of its own
+            sums = sums | {loss: values | {"loss": scale * (own + more)}}
+        return sums | {loss: values | {"loss": scale * values["loss"]} for loss, values in apart.items()}
 
     def totals(self, batch: DeviceBatch) -> dict[str, jax.Array]:
         """Computes the total weight of each loss over a whole batch, earlier rows included."""
         own, earlier = replay.parted(batch)
-        totals = self.objective.totals(own)
+        totals = self.objective.totals(own) | ({} if self.teacher is None else self.teacher.totals(own))
         return (totals | self.earlier.totals(batch)) if earlier else totals
 
     @property
@@ -365,10 +380,12 @@ def row_multiple(run: config.Run, layout: Layout, mesh: jax.sharding.Mesh | None
 
 
 def program(
-    run: config.Run, tokens: Any, template: str | None = None, earlier: Sequence[earlier_tasks.Task] = ()
-) -> Program:
+    run: config.Run, tokens: Any, template: str | None = None, earlier: Sequence[earlier_tasks.Task] = (),
+    teacher: Source | None = None,
+) -> Program:  # fmt: skip
     """Checks the run against its tokenizer and the devices, and puts its functions together. `template`: the chat
-    template of the run's model, or None. `earlier`: the tasks that the model learned before."""
+    template of the run's model, or None. `earlier`: the tasks that the model learned before. `teacher`: the run's, for
+    training; None where nothing is learned from one."""
     config_io.check(run)
     continual_methods.check(run.continual, run)
     family, objective = MODELS.of(run.model), bind_run(run, tokens, template)
@@ -398,13 +415,18 @@ def program(
     before = earlier_tasks.bound(run, earlier, tokens, kept)
     heads = objective.specs(run.model.width) | before.specs(run.model.width)
     specs = adapter.specs() | heads
+    taught = None
+    if teacher is not None:
+        taught = teacher_fit.bound(run, teacher, objective, Model(family, run.model, adapter.base, layout))
+        taught.shardings(mesh)
+        specs |= taught.head_specs()
     layout.shardings(specs, mesh, layout.moments)  # refuses what doesn't divide, before any data is touched
     layout.check_sharded(specs, mesh, run.mesh.replicated, LARGE)
     own = optimizer(run, specs, adapter, before)
     options = compiler.options(run.execution.flags, meshes.local_device())
     made = choices.choose(run, family, layout, mesh, specs, adapter, own, options)
     model = Model(family, run.model, adapter.base | heads, layout, adapter if adapter.changes else None, used)
-    p = Program(run, mesh, layout, specs, model, adapter, objective, own, made, before, options)
+    p = Program(run, mesh, layout, specs, model, adapter, objective, own, made, before, options, taught)
     if p.apart and mesh is not None:
         trained, _ = tree.partition(specs, own.trainable)
         first = {path: s.axes[0] for path, s in tree.flatten(trained, spec.is_spec).items()}

@@ -59,6 +59,12 @@ def kept_like(p: Program) -> dict[str, Any]:
     return kept_trees(p.earlier, importances.like(p), packing.like(p), p.abstract_state().all_params)
 
 
+def memory_like(p: Program) -> dict[str, Any] | None:
+    """Returns the shapes and shardings of the memory of a state in training: what is kept of earlier tasks, and the
+    teacher; None: there is none."""
+    return (kept_like(p) | ({} if p.teacher is None else p.teacher.memory_like(p.mesh))) or None
+
+
 def kept_trees(kept: earlier.Earlier, trained: Any, masks: Any, weights: Any) -> dict[str, Any]:
     """Returns the trees that an update reads, by name, with `trained` in the place of each tree of a float32 number for
     each trained weight, `masks` in that of one of an int8 number, and `weights` in that of all weights."""

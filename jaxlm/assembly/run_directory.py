@@ -148,7 +148,7 @@ def saved_weights(
 MAY_CHANGE = (
     "name", "out", "mesh.", "execution.", "data.workers", "data.tokenize_workers", "data.cache", "train.log_every",
     "train.save_every", "train.keep", "train.use", "train.prompts", "train.sample_", "train.nonfinite",
-    "train.patience", "train.watchdog", "train.stuck",
+    "train.patience", "train.watchdog", "train.stuck", "distill.cache",
 )  # fmt: skip
 
 

@@ -81,6 +81,8 @@ def begun(base: Base, run: config.Run) -> tuple[config.Run, StartModel]:
     if follows:
         run = new_data.following(base.run, run)
     start = base.start if base.start.place == run.start else StartModel(run.start)
+    if follows or not base.in_directory:
+        run = open_model.with_chosen_layers(run, start)
     run = completed(run, start)
     if not base.in_directory or start.place != base.start.place:
         run = growing(run, start)

@@ -23,6 +23,7 @@ from jaxlm.assembly import (
     remember,
     run_directory,
     scoring,
+    teacher,
     training_hooks,
 )
 from jaxlm.assembly import program as programs
@@ -74,7 +75,9 @@ def _train(
     if Checkpoints(run.folder / "checkpoints").latest() is None:
         moments.check(run, start)
     tokens = open_model.load_tokenizer(run, start)
-    p = programs.program(run, tokens, open_model.template_of(run, start), earlier.earlier_tasks(run, start))
+    p = programs.program(
+        run, tokens, open_model.template_of(run, start), earlier.earlier_tasks(run, start), teacher.source(run)
+    )
     p.adapter.check_trained()
     data = corpus.corpus(run.data, p.objective)
     processes.barrier("the data", 6 * HOURS)
@@ -91,6 +94,7 @@ def _train(
     with mesh.on_mesh(p.mesh), Checkpoints(run.folder / "checkpoints", keep=run.train.keep) as checkpoints:
         state, meta = first_state(p, checkpoints, start)
         state = remember.remember(p, state, start, begins=not meta)
+        state = teacher.attached(p, state, begins=not meta)
         if p.objective.needs_reference:
             _remember_reference(p, data, None if meta else state.all_params)
         step = int(meta.get("step", 0))

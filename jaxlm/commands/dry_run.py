@@ -12,7 +12,7 @@ import rich.console
 import rich.table
 import rich.text
 
-from jaxlm.assembly import corpus, earlier, open_model, program, remember
+from jaxlm.assembly import corpus, earlier, open_model, program, remember, teacher
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.core import config, config_io, registry, spec, tree
 from jaxlm.runtime import mesh
@@ -24,7 +24,7 @@ def show(run: config.Run, start: StartModel, origins: Mapping[str, str]) -> dict
     """Shows what would run, and returns it as values; `origins` says where each field's value comes from."""
     show_config(run, origins)
     tokens, template = open_model.load_tokenizer(run, start), open_model.template_of(run, start)
-    p = program.program(run, tokens, template, earlier.earlier_tasks(run, start))
+    p = program.program(run, tokens, template, earlier.earlier_tasks(run, start), teacher.source(run))
     for name, note in p.notes.items():
         console.print(f"{name:12} {note}")
     show_parameters(p)
@@ -83,7 +83,7 @@ def show_memory(p: program.Program, loader: Any) -> int | None:
     with mesh.on_mesh(p.mesh):
         batch = p.to_device(loader.batch(0), rows)
         compiled = (
-            p.train_step().lower(p.abstract_state().replace(memory=remember.kept_like(p) or None), batch).compile()
+            p.train_step().lower(p.abstract_state().replace(memory=remember.memory_like(p)), batch).compile()
         )
     m = compiled.memory_analysis()
     if m is None:

@@ -12,6 +12,7 @@ from typing import Annotated, Generic, Literal, TypeVar
 
 from jaxlm.core.compression import Compression
 from jaxlm.core.continual import Continual
+from jaxlm.core.distillation import Distill
 from jaxlm.core.distributed import Distributed
 from jaxlm.core.ranges import BelowOne, Count, Natural, NonNegative, Positive, PositiveShare, Range
 from jaxlm.core.registry import register
@@ -236,12 +237,16 @@ class Run(Generic[M, O]):
     compression: Compression = field(default_factory=Compression)
     train: Train = field(default_factory=Train)
     continual: Continual = field(default_factory=Continual)
+    distill: Distill = field(default_factory=Distill)
     distributed: Distributed = field(default_factory=Distributed)
     mesh: Mesh = field(default_factory=Mesh)
     execution: Execution = field(default_factory=Execution)
     start: str = ""
     """Model whose weights, architecture and tokenizer the run starts from: a run directory, a Hugging Face directory,
     hf:OWNER/NAME or a .gguf file; empty: fresh weights."""
+    start_layers: tuple[Natural, ...] = ()
+    """Numbers from 0 of the layers of that model that this one has, in their order: `0 2 4`, a small student of a
+    larger teacher; of an encoder-decoder on both sides. Empty: all."""
     seed: Natural = 0
     out: str = "runs"
     """Folder that run directories are made in."""

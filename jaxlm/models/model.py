@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm.nn import layers
 from jaxlm.nn.cache import Cache
@@ -13,6 +14,7 @@ from jaxlm.nn.family import Family, ModelConfig
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.losses import Readout
+from jaxlm.nn.taps import Taps
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,59 @@ class SharingModel(Model):
         self, params: Any, batch: Mapping[str, Any], *, key: jax.Array | None = None, cache: Cache | None = None
     ) -> Output:
         """Computes what `Model.forward` does, or returns what it computed of these very arrays."""
-        read = {name: value for name, value in params.items() if name in self.reads}
-        arrays = [*jax.tree.leaves(read), *(batch[name] for name in sorted(batch))]
-        place = tuple(map(id, arrays))
+        place, arrays = self.place(params, batch)
         if cache is not None:
             return super().forward(params, batch, key=key, cache=cache)
         if place not in self.known:  # which also keeps the arrays, so that no other has their place
             self.known[place] = arrays, super().forward(params, batch)
         return self.known[place][1]
+
+    def place(self, params: Any, batch: Mapping[str, Any]) -> tuple[tuple[int, ...], list[Any]]:
+        """Returns what tells the weights and the batch of a pass from others, and these arrays."""
+        read = {name: value for name, value in params.items() if name in self.reads}
+        arrays = [*jax.tree.leaves(read), *(batch[name] for name in sorted(batch))]
+        return tuple(map(id, arrays)), arrays
+
+
+class Seen(NamedTuple):
+    """A Seen holds what layers of a model did with a batch."""
+
+    layers: list[dict[str, jax.Array]]
+    """The wanted activations `[B, T, …]` of each layer, by their names in `Taps`."""
+    segments_BT: jax.Array
+    """The texts that the tokens belong to; 0: padding."""
+
+
+@dataclass(frozen=True)
+class TappedModel(SharingModel):
+    """Keeps activations of layers beside the states, of the first pass over a batch, and computes the states of a batch
+    once: a loss with dropout and what compares its predictions then see one pass. It is for one trace."""
+
+    wanted: frozenset[str] = frozenset()
+    """Names of activations (`Taps`); empty: none."""
+    seen: list[Seen] = field(default_factory=list, compare=False)
+    """One for each pass."""
+
+    def forward(
+        self, params: Any, batch: Mapping[str, Any], *, key: jax.Array | None = None, cache: Cache | None = None
+    ) -> Output:
+        """Computes what `Model.forward` does, or returns what it computed of these very arrays, with or without a
+        key."""
+        place, arrays = self.place(params, batch)
+        if cache is None and place in self.known:
+            return self.known[place][1]
+        taps = Taps(self.wanted) if self.wanted and cache is None else None
+        plain = Model(self.family, self.config, self.specs, replace(self.shard, taps=taps), self.adapter)
+        out = plain.forward(params, batch, key=key, cache=cache)
+        if cache is None:
+            self.known[place] = arrays, out
+        if taps is not None:
+            n = 0 if self.adapter is None else self.adapter.num_virtual_tokens
+            tokens_BT = batch["tokens"]
+            each = [{name: self._own(x, n) for name, x in layer.items()} for layer in taps.layers]
+            self.seen.append(Seen(each, batch.get("segments", jnp.ones_like(tokens_BT))))
+        return out
+
+    def _own(self, x: jax.Array, virtual: int) -> jax.Array:
+        """Returns an activation without those of virtual tokens, which stand before a row's own."""
+        return self.shard(x, "batch", *[None] * (x.ndim - 1))[:, virtual:] if virtual else x

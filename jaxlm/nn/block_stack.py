@@ -16,6 +16,7 @@ from jaxlm.nn.layers import subkeys
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.leaf import is_leaf
 from jaxlm.nn.remat import named, remat_policy
+from jaxlm.nn.taps import HIDDEN
 from jaxlm.runtime.mesh import platform
 
 # (weights, x, what else belongs to its rows, dropout key, kind of layer, its cache) → (x, its new cache)
@@ -86,23 +87,33 @@ def run_blocks(
 
     def layer(kind: Any, x: Any, rows: Any, p: Any, k: Any, layer_cache: Any) -> tuple[Any, Any]:
         x = jax.tree.map(lambda a: named(a, "input", shard), x)
-        return block(_gathered(p, specs, shard), x, rows, k, kind, layer_cache)
+        if shard.taps is None or cache is not None:
+            return block(_gathered(p, specs, shard), x, rows, k, kind, layer_cache)
+        with shard.taps.layer() as seen:
+            x, _ = block(_gathered(p, specs, shard), x, rows, k, kind, layer_cache)
+            shard.taps.note(HIDDEN, jax.tree.leaves(x)[0])  # the residual stream stands before what goes with it
+        return x, seen
 
     rematerialized: Any = lambda f, **_: f  # noqa: E731
     if cache is None and (shard.execution.remat != "none" or shard.gathers):
         rematerialized = partial(jax.checkpoint, policy=remat_policy(shard.execution), prevent_cse=not scanned(shard))
     staged = shard.mesh.stage != 1 and 1 < pipeline.stages() <= n
     if cache is None and not separate and staged:
+        if shard.taps is not None:
+            raise ValueError("mesh.stage: the states of single layers don't leave pipeline stages; set it to 1")
         stage_depth = pipeline.depth(pipeline.stages(), shard.mesh.rounds, kinds)
 
         def stage(params: Any, x: Any, rows: Any, keys: Any) -> Any:
-            return _in_order(layer, kinds[:stage_depth], x, rows, params, keys, shard)
+            return _in_order(layer, kinds[:stage_depth], x, rows, params, keys, shard)[0]
 
         stage = rematerialized(stage)  # all of a stage's layers are computed again, from what the stage was handed
         return pipeline.run(stage, stage_depth, params, x, rows, keys, shard=shard), None
     layer = rematerialized(layer, static_argnums=0)
     if cache is None and not separate:
-        return _in_order(layer, kinds, x, rows, params, keys, shard), None
+        x, seen = _in_order(layer, kinds, x, rows, params, keys, shard)
+        if shard.taps is not None:
+            shard.taps.layers += seen
+        return x, None
     stored = []
     for i in range(n):
         p = params[i] if separate else jax.tree.map(lambda w, i=i: w[i], params)
@@ -110,6 +121,8 @@ def run_blocks(
             kinds[i], x, rows, p, None if keys is None else keys[i], None if cache is None else cache.layers[i]
         )
         stored.append(updated)
+    if cache is None and shard.taps is not None:
+        shard.taps.layers += stored
     return x, None if cache is None else cache.replace(layers=tuple(stored), fresh=False)
 
 
@@ -128,28 +141,37 @@ def _in_window(
     return x
 
 
-def _in_order(layer: Any, kinds: Sequence[Any], x: Any, rows: Any, params: Any, keys: Any, shard: Layout) -> Any:
-    """Applies stacked layers one after another, scanned or unrolled; `keys` is None or one a layer."""
+def _in_order(
+    layer: Any, kinds: Sequence[Any], x: Any, rows: Any, params: Any, keys: Any, shard: Layout
+) -> tuple[Any, list[Any]]:
+    """Applies stacked layers one after another, scanned or unrolled; `keys` is None or one a layer. Returns also what
+    somebody wanted of each layer, or None for each."""
     n = len(kinds)
+    wanted: list[Any] = []
     if not scanned(shard):
         for i in range(n):
             p, k = jax.tree.map(lambda w, i=i: w[i], (params, keys))
-            x, _ = layer(kinds[i], x, rows, p, k, None)
-        return x
+            x, seen = layer(kinds[i], x, rows, p, k, None)
+            wanted.append(seen)
+        return x, wanted
     for start, stop, period in stretches(kinds):
 
-        def several(x: Any, inputs: Any, first: int = start, period: int = period) -> tuple[Any, None]:
+        def several(x: Any, inputs: Any, first: int = start, period: int = period) -> tuple[Any, list[Any]]:
+            each = []
             for i in range(period):
                 p, k = jax.tree.map(lambda w, i=i: w[i], inputs) if period > 1 else inputs
-                x, _ = layer(kinds[first + i], x, rows, p, k, None)
-            return x, None
+                x, seen = layer(kinds[first + i], x, rows, p, k, None)
+                each.append(seen)
+            return x, each
 
         def cut(w: jax.Array, start: int = start, stop: int = stop, period: int = period) -> jax.Array:
             w = w if stop - start == n else w[start:stop]
             return w if period == 1 else w.reshape(-1, period, *w.shape[1:])
 
-        x, _ = jax.lax.scan(several, x, jax.tree.map(cut, (params, keys)))
-    return x
+        x, each = jax.lax.scan(several, x, jax.tree.map(cut, (params, keys)))
+        for i in range(stop - start):
+            wanted.append(jax.tree.map(lambda a, at=i // period: a[at], each[i % period]))
+    return x, wanted
 
 
 def run_stacks(

@@ -153,7 +153,10 @@ def project(p: dict, name: str, eq: str, x: jax.Array, shard: Layout, *axes: str
     result."""
     y = shard.einsum(eq, x, p[name], *axes)
     y = named(add_bias(y, p[f"{name}_bias"]) if f"{name}_bias" in p else y, name, shard)
-    return leaf_of(p[name]).after(y, shard)
+    y = leaf_of(p[name]).after(y, shard)
+    if shard.taps is not None:
+        shard.taps.note(name, y)
+    return y
 
 
 def dense_layer(

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.core import config, errors, tree
 from jaxlm.core.spec import Spec, is_spec
 from jaxlm.nn.leaf import is_leaf
+from jaxlm.nn.taps import Taps
 from jaxlm.runtime.mesh import AXES, BATCH_AXES, replicated, single_device_sharding
 
 Axes = tuple[str, ...]
@@ -103,6 +104,8 @@ class Layout:
     moments: Mapping[str, Axes] = field(default_factory=lambda: dict(STORE))
     mesh: config.Mesh = field(default_factory=config.Mesh)
     """The mesh that the run asks for; the sizes of its axes are known where a program is traced."""
+    taps: Taps | None = field(default=None, compare=False)
+    """Activations of layers that somebody wants; None: nobody."""
 
     @classmethod
     def of(cls, mesh: config.Mesh, execution: config.Execution) -> "Layout":

@@ -3,12 +3,14 @@
 B rows, N places of a row, V classes (the vocabulary's tokens, or a head's labels), K of them.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxlm.core.distillation import Divergence
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.losses import Readout, over_logits
 
@@ -44,24 +46,65 @@ def same_top(before: Predicted, now: Predicted, shard: Layout) -> jax.Array:
     return _each(same, [before, now], shard=shard)
 
 
-def divergence(before: Predicted, now: Predicted, temperature: float, shard: Layout) -> jax.Array:
-    """Returns T² · KL(before ‖ now) of each place `[B, N]`, of logits divided by the temperature T (Hinton et al.
-    2015); for numbers half their squared difference. `before` gets no gradient."""
+class Measure(NamedTuple):
+    """A Measure says how the predictions of two models are compared."""
+
+    kind: Divergence = "forward"
+    """forward: KL(before ‖ now); reverse: KL(now ‖ before); jsd: β · KL(before ‖ m) + (1 − β) · KL(now ‖ m), of
+    m = β · before + (1 − β) · now."""
+    temperature: float = 1.0
+    """T, which logits are divided by; the divergence is multiplied by T² (Hinton et al. 2015)."""
+    beta: float = 0.5
+    """β."""
+    used: int | None = None
+    """Classes from here on are padding of a vocabulary and not compared; None: there are none."""
+
+    def shown(self, z: jax.Array) -> jax.Array:
+        """Returns logits divided by the temperature, those of padding such that it is never chosen."""
+        if self.used is None or self.used >= z.shape[-1]:
+            return z / self.temperature
+        real = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1) < self.used
+        return jnp.where(real, z / self.temperature, NEVER)
+
+    def apart(self, before: jax.Array, now: jax.Array) -> jax.Array:
+        """Returns the divergence of log probabilities over the last axis."""
+        if self.kind == "forward":
+            return (jnp.exp(before) * (before - now)).sum(-1)
+        if self.kind == "reverse":
+            return (jnp.exp(now) * (now - before)).sum(-1)
+        if not 0 < self.beta < 1:
+            return jnp.zeros(now.shape[:-1], now.dtype)
+        mixed = jnp.logaddexp(before + math.log(self.beta), now + math.log(1 - self.beta))
+        parts = self.beta * jnp.exp(before) * (before - mixed) + (1 - self.beta) * jnp.exp(now) * (now - mixed)
+        return parts.sum(-1)
+
+    def between(self, before: jax.Array, now: jax.Array, kind: str) -> jax.Array:
+        """Returns T² times the divergence of logits over the last axis, which mean what `kind` says (`Predicted`); for
+        numbers half their squared difference."""
+        if kind == "value":
+            return 0.5 * jnp.square(now - before).sum(-1)
+        before, now = self.shown(before), self.shown(now)
+        if kind == "sigmoid":
+            both = [jnp.stack([jax.nn.log_sigmoid(z), jax.nn.log_sigmoid(-z)], -1) for z in (before, now)]
+            return self.temperature**2 * self.apart(*both).sum(-1)
+        return self.temperature**2 * self.apart(jax.nn.log_softmax(before), jax.nn.log_softmax(now))
+
+
+def divergence(before: Predicted, now: Predicted, how: Measure, shard: Layout) -> jax.Array:
+    """Returns how far the predictions of each place are from those `before`, `[B, N]`, in nats. `before` gets no
+    gradient; its vocabulary may have more padding than the other's, or less."""
 
     def one(old: jax.Array, new: jax.Array) -> jax.Array:
-        old = jax.lax.stop_gradient(old)
-        if now.kind == "value":
-            return 0.5 * jnp.square(new - old).sum(-1)
-        old, new = old / temperature, new / temperature
-        if now.kind == "sigmoid":
-            p = jax.nn.sigmoid(old)
-            gain = p * (jax.nn.log_sigmoid(old) - jax.nn.log_sigmoid(new))
-            gain += (1 - p) * (jax.nn.log_sigmoid(-old) - jax.nn.log_sigmoid(-new))
-            return temperature**2 * gain.sum(-1)
-        log_old, log_new = jax.nn.log_softmax(old), jax.nn.log_softmax(new)
-        return temperature**2 * (jnp.exp(log_old) * (log_old - log_new)).sum(-1)
+        most = max(old.shape[-1], new.shape[-1])
+        old, new = (z if z.shape[-1] == most else _padded(z, most) for z in (jax.lax.stop_gradient(old), new))
+        return how.between(old, new, now.kind)
 
     return _each(one, [before, now], shard=shard)
+
+
+def _padded(z: jax.Array, size: int) -> jax.Array:
+    """Returns logits of more classes, which are never chosen."""
+    return jnp.pad(z, [(0, 0)] * (z.ndim - 1) + [(0, size - z.shape[-1])], constant_values=NEVER)
 
 
 def squared_norm(outputs: Predicted, shard: Layout) -> jax.Array:
@@ -117,21 +160,26 @@ class Stored(NamedTuple):
     rest_BN: jax.Array
 
 
-def stored(outputs: Predicted, k: int, shard: Layout) -> Stored:
-    """Returns the predictions of each place with its k likeliest classes, or all where there are fewer."""
+def stored(outputs: Predicted, k: int, shard: Layout, how: Measure = Measure()) -> Stored:  # noqa: B008
+    """Returns the predictions of each place with its k likeliest classes, or all where there are fewer, of logits
+    divided by the temperature. Nothing has a gradient."""
 
     def one(z: jax.Array) -> Stored:
-        top, classes = jax.lax.top_k(z, min(k, z.shape[-1]) if outputs.kind == "softmax" else z.shape[-1])
+        z = jax.lax.stop_gradient(z)
         if outputs.kind != "softmax":
+            top, classes = jax.lax.top_k(z, z.shape[-1])
             return Stored(top, classes, jnp.zeros(z.shape[:-1], z.dtype))
+        z = how.shown(z)
+        _, classes = jax.lax.top_k(z, min(k, z.shape[-1]))
         values, rest = _among(z, classes)
         return Stored(values, classes, rest)
 
     return Stored(*_each(one, [outputs], shard=shard))
 
 
-def divergence_from(before: Stored, now: Predicted, shard: Layout) -> jax.Array:
-    """Returns KL(before ‖ now) of each place `[B, N]`, in nats; for numbers half their squared difference.
+def divergence_from(before: Stored, now: Predicted, shard: Layout, how: Measure = Measure()) -> jax.Array:  # noqa: B008
+    """Returns how far the predictions of each place are from stored ones, `[B, N]`, in nats, as `divergence` does.
+    `how` has the temperature that these were stored with.
 
     The classes that aren't stored count as one. That leaves the exact divergence where there are none, and else a lower
     bound of it, by the data processing inequality.
@@ -139,11 +187,10 @@ def divergence_from(before: Stored, now: Predicted, shard: Layout) -> jax.Array:
 
     def one(z: jax.Array, values: jax.Array, classes: jax.Array, rest: jax.Array) -> jax.Array:
         if now.kind != "softmax":
-            old = Predicted(values, now.weights_BN, now.kind)
-            return divergence(old, old._replace(logits=jnp.take_along_axis(z, classes, -1)), 1.0, shard)
-        new_values, new_rest = _among(z, classes)
-        others = jnp.where(rest > NEVER, jnp.exp(rest) * (rest - new_rest), 0.0)
-        return (jnp.exp(values) * (values - new_values)).sum(-1) + others
+            return how.between(values, jnp.take_along_axis(z, classes, -1), now.kind)
+        new_values, new_rest = _among(how.shown(z), classes)
+        old, new = (jnp.concatenate([v, r[..., None]], -1) for v, r in ((values, rest), (new_values, new_rest)))
+        return how.temperature**2 * how.apart(old, new)
 
     return _each(one, [now], *before, shard=shard)
 
@@ -151,6 +198,8 @@ def divergence_from(before: Stored, now: Predicted, shard: Layout) -> jax.Array:
 def _among(z: jax.Array, classes: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the log probabilities of some classes, and that of all others together: `NEVER` where there are none."""
     total = jax.nn.logsumexp(z, -1)
-    others = jnp.put_along_axis(z, classes, -jnp.inf, axis=-1, inplace=False)
-    rest = jnp.maximum(jax.nn.logsumexp(others, -1) - total, NEVER)
-    return jnp.take_along_axis(z, classes, -1) - total[..., None], rest
+    values = jnp.take_along_axis(z, classes, -1) - total[..., None]
+    if classes.shape[-1] == z.shape[-1]:  # whose gradient would be that of log 0
+        return values, jnp.full(z.shape[:-1], NEVER, z.dtype)
+    others = jnp.put_along_axis(z, classes, NEVER, axis=-1, inplace=False)
+    return values, jnp.maximum(jax.nn.logsumexp(others, -1) - total, NEVER)

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.assembly import earlier, remember
+from jaxlm.assembly import earlier, remember, teacher
 from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.run_objective import placeholder_tokenizer
@@ -56,7 +56,8 @@ def program_of(run: config.Run) -> programs.Program:
     """Returns the run's program on the devices that programs are made for now, with what the run directory that it
     starts from, if that is here, says of earlier tasks. ValueError: a run that keeps these starts from no model."""
     tasks = earlier.earlier_tasks(run, _start(run.start))
-    return programs.program(run, placeholder_tokenizer(run), None, tasks)
+    tokens, taught = placeholder_tokenizer(run), teacher.source(run)
+    return programs.program(run, tokens, None, tasks, taught and replace(taught, tokens=tokens))
 
 
 def _start(place: str) -> StartModel:
@@ -154,7 +155,7 @@ def compile_step(run: config.Run, t: Target) -> Compiled:
         p = program_of(run)
         sizes = dict(p.mesh.shape) if p.mesh is not None else {}
         started, batch = time.perf_counter(), abstract_batch(p)
-        state = p.abstract_state().replace(memory=remember.kept_like(p) or None)
+        state = p.abstract_state().replace(memory=remember.memory_like(p))
         with mesh.on_mesh(p.mesh):
             traced = p.train_step().trace(state, batch)
             with capture_stderr() as captured:

@@ -137,7 +137,7 @@ def measure(run: config.Run, steps: int = 5, warmup: int = 2) -> float:
             name: jax.device_put(_filled(x, run.model.vocab, rng), x.sharding)
             for name, x in ahead_of_time.abstract_batch(p).items()
         }
-        kept = remember.kept_like(p) or None
+        kept = remember.memory_like(p)
         train_step = p.train_step().lower(p.abstract_state().replace(memory=kept), batch).compile()
         made = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), kept)
         state, seconds = p.init().replace(memory=made), []

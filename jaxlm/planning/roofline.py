@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxlm.assembly import program, remember
 from jaxlm.core import spec, tree
@@ -346,13 +347,17 @@ class _Step:
         return {name: n for name, n in parts.items() if n}
 
     def kept(self, weights: float) -> float:
-        """Returns the bytes of what methods of continual learning hold beside the weights, whose bytes are given."""
+        """Returns the bytes of what methods of continual learning and a teacher hold beside the weights, whose bytes
+        are given."""
         trained = sum(4 * self.stored(s) for path, s in self.flat.items() if self.p.optimizer.trainable(path))
         trees = (
             remember.kept_trees(self.p.earlier, trained, trained / 4, weights),
             self.p.earlier.tracks_like(trained, trained / 4),
         )
-        return float(sum(jax.tree.leaves(trees)))
+        taught = {} if self.p.teacher is None or not self.p.teacher.reads_each_batch else self.p.teacher.specs
+        leaves = tree.flatten(taught, spec.is_spec).values()
+        teacher = sum(np.dtype(s.dtype).itemsize * self.stored(s) for s in leaves)
+        return float(sum(jax.tree.leaves(trees)) + teacher)
 
     def flows(self) -> list[Flow]:
         """Returns what one device sends."""

@@ -44,7 +44,7 @@ def test_stored_predictions_give_the_divergence_or_less(kind):
     """All of it where every class is stored; else no more, as some classes count as one."""
     a, b = jax.random.split(jax.random.key(0))
     before, now = (outputs.Predicted(3 * jax.random.normal(k, (2, 5, 9)), jnp.ones((2, 5)), kind) for k in (a, b))
-    exact = outputs.divergence(before, now, 1.0, ALONE)
+    exact = outputs.divergence(before, now, outputs.Measure(), ALONE)
     found = {k: outputs.divergence_from(outputs.stored(before, k, ALONE), now, ALONE) for k in (1, 4, 8, 9, 64)}
     for k in (8, 9, 64):
         np.testing.assert_allclose(found[k], exact, rtol=1e-4, atol=1e-5)
@@ -73,7 +73,7 @@ def test_the_meter_is_the_mean_divergence_on_new_rows(kind, tmp_path, monkeypatc
     [(_, batch, _), *more] = kl_meter._batches(p, data)
     rows = {name: jnp.asarray(leaf[0]) for name, leaf in batch.items()}
     both = [p.objective.outputs(p.model, w, rows) for w in (weights, now)]
-    apart = outputs.divergence(*both, 1.0, p.model.shard)
+    apart = outputs.divergence(*both, outputs.Measure(), p.model.shard)
     by_hand = float(outputs.total(apart, both[0]) / both[0].weights_BN.sum())
     assert not more and by_hand > 1e-5
     for value in found.values():

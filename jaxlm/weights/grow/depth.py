@@ -61,6 +61,32 @@ def repetition(specs: Any, times: int) -> Plan:
     return out
 
 
+def selection(specs: Any, layers: Sequence[int]) -> Plan:
+    """Returns the plan of a smaller model that has these layers alone, numbered from 0 and in this order, of an encoder
+    and a decoder each. ValueError: there is no such layer, or no model of them."""
+    out: Plan = {}
+    if not (sides := sequences(specs)):
+        raise ValueError("start_layers: this family doesn't say which of its weights are layers; leave it out")
+    for side in sides:
+        total, first = sum(n for _, n in side), 0
+        if any(i >= total for i in layers):
+            raise ValueError(f"start_layers: the model has layers 0 to {total - 1}, and no {max(layers)}")
+        if len(side) > 1 and list(layers) != sorted(layers):
+            raise ValueError("start_layers: layers of different shapes follow each other here; give them in their order")
+        for path, n in side:
+            source = tuple(i - first for i in layers if first <= i < first + n)
+            if not source:
+                raise ValueError(f"start_layers: names none of layers {first} to {first + n - 1}, which are {path}")
+            out[path] = Layers(source, (False,) * len(source))
+            first += n
+    return out
+
+
+def chosen_layers(path: str, plan: Plan) -> tuple[int, ...] | None:
+    """Returns which layers of a stacked weight a plan takes, in their order; None: it is no layer's."""
+    return None if (stack := _stack_of(path, plan)) is None else plan[stack].source
+
+
 def config(c: Any, specs: Any, plan: Plan) -> Any:
     """Returns the config of the grown model: with the counts of its layers, and each copy of the same kind as what it
     is a copy of. ValueError: the config doesn't count its layers."""
