@@ -223,15 +223,16 @@ def predictions(p: Program, weights: Any, part: Sequence[Any]) -> list[np.ndarra
 
 
 def training_loader(
-    run: config.Run, objective: BoundObjective, data: Corpus, rows: list[int] | None, replayed: Replayed | None = None
-) -> loader.Loader:
+    run: config.Run, objective: BoundObjective, data: Corpus, rows: list[int] | None, replayed: Replayed | None = None,
+    example: loader.ToExample | None = None,
+) -> loader.Loader:  # fmt: skip
     """Returns the loader of a run's training batches, of which this process makes `rows` (None: all). Rows of earlier
-    tasks, `replayed`, stand in the place of some."""
+    tasks, `replayed`, stand in the place of some. `example` makes rows in the objective's place."""
     parts = [as_records(objective, part, document_mask=run.data.document_mask, seed=run.seed) for part in data.train]
     return loader.Loader(
         parts,
         data.weights or [float(len(part)) for part in parts],
-        objective.example,
+        objective.example if example is None else example,
         batch_size=run.train.batch_size - (0 if replayed is None else replayed.rows_per_batch),
         micro_batches=run.train.micro_batches,
         seed=run.seed,

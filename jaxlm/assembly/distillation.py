@@ -11,6 +11,7 @@ from jaxlm.assembly.model_source import Source
 from jaxlm.assembly.run_objective import BoundObjective
 from jaxlm.core import spec
 from jaxlm.core.distillation import Distill
+from jaxlm.data.teacher_logits import LEAVES
 from jaxlm.models.model import Model, TappedModel
 from jaxlm.nn.taps import HIDDEN
 from jaxlm.objectives import OBJECTIVES, distill
@@ -21,7 +22,7 @@ PROJECTIONS = "distill"  # learned maps from the student's states to the teacher
 MEMORY = "distill"  # the teacher's weights, in the memory of a state
 LOSS = "teacher"  # the name of the losses on states and relations, whose total is the number of tokens
 SAMPLED = "sampled"  # the leaf of a batch whose texts the student wrote
-CACHED = tuple(f"teacher_{name}" for name in Stored._fields)  # leaves of a batch: what the teacher predicted
+CACHED = tuple(LEAVES)  # leaves of a batch: what the teacher predicted, as `Stored` has it
 
 
 @dataclass(frozen=True)

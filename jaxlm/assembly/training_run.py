@@ -19,11 +19,13 @@ from jaxlm.assembly import (
     kl_meter,
     moments,
     new_data,
+    on_policy,
     open_model,
     remember,
     run_directory,
     scoring,
     teacher,
+    teacher_cache,
     training_hooks,
 )
 from jaxlm.assembly import program as programs
@@ -184,7 +186,8 @@ def _run(
     run, c, main = p.run, p.run.train, jax.process_index() == 0
     start = int(meta.get("step", 0))
     rows = p.rows(p.new_rows)
-    loader = corpus.training_loader(run, p.objective, data, rows, remember.replayed(p, rows))
+    example = teacher_cache.example(p, data, begins=not meta)
+    loader = corpus.training_loader(run, p.objective, data, rows, remember.replayed(p, rows), example)
     updates = Updates(p, start)
     compile_seconds = _compile(updates, state, p.to_device(loader.batch(start), rows), log, start)
     scorer = scoring.Scorer(p)
@@ -209,7 +212,7 @@ def _run(
         hooks = loop.Hooks(
             batches=loader.iterate,
             to_device=lambda batch: p.to_device(batch, rows),
-            step=training_hooks.announcing(updates, start),
+            step=training_hooks.announcing(on_policy.updates(p, loader, rows, updates, start), start),
             indices=loader.indices,
             log=keeper.log_step,
             validate=keeper.validate,

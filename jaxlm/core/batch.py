@@ -65,3 +65,12 @@ class Batch(TypedDict, Generic[Array], total=False):
     """int32 [N]: 1 where there is a choice, 0 where the question has fewer than N."""
     reference: Array
     """float32 [A]: log likelihood of each answer under the reference model."""
+
+    teacher_values: Array
+    """float32 [N, K]: log probabilities of the teacher's likeliest classes at each of N places, or its outputs."""
+    teacher_classes: Array
+    """int32 [N, K]: the classes that they are of."""
+    teacher_rest: Array
+    """float32 [N]: log probability of all other classes together."""
+    sampled: Array
+    """float32 []: it is there where the model wrote the texts of a batch itself."""

@@ -102,16 +102,27 @@ class Loader:
         starts = step * self.batch_size + per_micro * np.arange(self.micro_batches)
         return starts[:, None] + np.array(self.rows)
 
-    def example(self, i: int) -> Mapping[str, Any]:
-        """Returns the i-th example since the start of training. ValueErrors name the example, part and record."""
+    def place(self, i: int) -> tuple[int, int]:
+        """Returns the part and the record that the i-th example since the start of training is made of."""
         part, counter = self.mixture.locate(i)
         records = self.mixture.parts[part]
         epoch, index = divmod(counter, len(records))
         if self.shuffle:
             index = shuffled(index, len(records), self.seed << 16 | part, epoch)  # parts are shuffled independently
+        return part, index
+
+    def record(self, i: int) -> tuple[Any, np.random.Generator]:
+        """Returns the record of the i-th example since the start of training, and the random generator that the example
+        is made with."""
+        part, index = self.place(i)
         rng = _generator(self.seed, i)
+        return record(self.mixture.parts[part], index, rng), rng
+
+    def example(self, i: int) -> Mapping[str, Any]:
+        """Returns the i-th example since the start of training. ValueErrors name the example, part and record."""
+        part, index = self.place(i)
         try:
-            return self.to_example(record(records, index, rng), rng)
+            return self.to_example(*self.record(i))
         except ValueError as error:
             raise ValueError(f"example {i} (part {part}, record {index}): {error}") from error
 
