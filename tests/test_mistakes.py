@@ -136,6 +136,20 @@ MISTAKES = [
         r"continual\.methods: unknown 'ewk'; did you mean 'ewc'",
         continual__methods=("ewk",),
     ),
+    field("a teacher that isn't there", r"distill\.teacher: nowhere: no such model", distill__teacher="nowhere"),
+    field("a teacher of another kind", r"encoder is of kind encoder and the run's model", distill__teacher="encoder"),
+    field(
+        "no loss of that name",
+        r"distill\.losses: .*logit.* is not one of|distill\.losses: .*logit",
+        distill__losses=("logit",),
+    ),
+    field("layers of nothing", r"start_layers: are layers of the model in start, and there is none", start_layers=(0,)),
+    field(
+        "layers that aren't there",
+        r"start_layers: the model has layers 0 to 0, and no 3",
+        start="tiny",
+        start_layers=(3,),
+    ),
     field(
         "rows as a bound and to learn",
         r"continual\.methods: agem takes the gradient",

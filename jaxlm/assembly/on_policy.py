@@ -14,7 +14,7 @@ import numpy as np
 from jaxlm.assembly.distillation import SAMPLED
 from jaxlm.assembly.program import Program
 from jaxlm.data.loader import Arrays, Loader
-from jaxlm.inference.generate import Generator
+from jaxlm.inference.generate import Completion, Generator
 from jaxlm.inference.sampling import Sampling
 from jaxlm.objectives.objective import Asked, DeviceBatch, Written
 
@@ -28,8 +28,8 @@ def drawn(seed: int, step: int, share: float) -> bool:
 
 
 def updates(p: Program, loader: Loader, rows: list[int] | None, update: Update, start: int) -> Update:
-    """Returns the update, `(state, batch) → (state, metrics)`, that puts rows of the student in the place of the batch's
-    where they are drawn. `start`: the updates that were made before. The update as it is, where none are."""
+    """Returns the update, `(state, batch) → (state, metrics)`, that puts rows of the student in the place of the
+    batch's where they are drawn. `start`: the updates that were made before. The update as it is, where none are."""
     if p.teacher is None or not (share := p.teacher.c.on_policy.share):
         return update
     writer, done = Writer(p, loader, rows), [start]
@@ -64,13 +64,14 @@ class Writer:
         seed = int.from_bytes(hashlib.blake2b(f"{self.p.run.seed} writes {step}".encode(), digest_size=4).digest())
         how = Sampling(tokens=c.tokens, temperature=c.temperature, seed=seed)
         inputs = [one.inputs for one in flat]
-        answers = iter(())
+        found_answers: list[list[Completion]] = []
         if flat:
             source = None if inputs[0] is None else [x or [] for x in inputs]
-            answers = iter(self.generate(weights, [one.prompt for one in flat], how, source))
+            found_answers = self.generate(weights, [one.prompt for one in flat], how, source)
+        answers = iter(found_answers)
         made = []
         for (record, rng), several in zip(found, asked, strict=True):
-            texts = []
+            texts: list[Written] = []
             for one in several:
                 [answer] = next(answers)
                 ids = [*answer.tokens, *(one.end if answer.reason == "stop" else ())]

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxlm.assembly import continual_methods, corpus, moments, open_model, run_directory
+from jaxlm.assembly import continual_methods, corpus, moments, open_model, run_directory, teacher
 from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.program import HOURS
@@ -45,10 +45,16 @@ class Program:
                 "adapter: a loop of one's own keeps no adapters or columns of earlier tasks; leave `start` out, or use "
                 "train"
             )
+        if run.distill.cache or run.distill.on_policy.share:
+            raise ValueError(
+                "distill: in a loop of one's own the teacher reads each batch; leave distill.cache and "
+                "distill.on_policy out, or use train"
+            )
         self.run = run
         self._start = StartModel(run.start)
         tokens = open_model.load_tokenizer(run, self._start)
-        self.parts = programs.program(run, tokens, open_model.template_of(run, self._start))
+        template, taught = open_model.template_of(run, self._start), teacher.source(run)
+        self.parts = programs.program(run, tokens, template, teacher=taught)
         self._updates: Updates | None = None
 
     @property
@@ -73,7 +79,8 @@ class Program:
 
     def init(self) -> State:
         """Returns the state before the first update: fresh weights, or those of the model that the run starts from."""
-        return moments.first_state(self.parts, self._start)
+        with mesh.on_mesh(self.mesh):
+            return teacher.attached(self.parts, moments.first_state(self.parts, self._start), begins=None)
 
     @cached_property
     def corpus(self) -> corpus.Corpus:

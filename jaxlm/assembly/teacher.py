@@ -1,6 +1,7 @@
 """Opens a run's teacher: its files when the program is put together, its weights when training begins, and a
 fingerprint of them by which a run that goes on, or a cache of its logits, knows it again."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -33,6 +34,12 @@ def source(run: config.Run) -> Source | None:
         raise ValueError(f"distill.teacher: {error}") from error
 
 
+def reading(run: config.Run) -> config.Run:
+    """Returns the run as if its teacher read each batch, which needs no stored logits: for its shapes, and as an upper
+    bound of its memory."""
+    return dataclasses.replace(run, distill=dataclasses.replace(run.distill, cache=""))
+
+
 def read(p: Program) -> Any:
     """Reads the teacher's weights, each device's share straight onto it, in the precision that the run asks for."""
     t = p.teacher
@@ -45,7 +52,8 @@ def read(p: Program) -> Any:
 
 def _quantizer(p: Program) -> Callable[[str, jax.Array], Any] | None:
     """Returns what quantizes a weight of the teacher that has just been read; None: it is used as it is stored."""
-    assert (t := p.teacher) is not None
+    t = p.teacher
+    assert t is not None
     adapted = t.model.adapter
     if adapted is None or adapted.c.base == t.source.adapter.base:
         return None
@@ -62,13 +70,15 @@ def _quantizer(p: Program) -> Callable[[str, jax.Array], Any] | None:
     return transform
 
 
-def attached(p: Program, state: State, begins: bool) -> State:
+def attached(p: Program, state: State, begins: bool | None) -> State:
     """Returns the state with the teacher's weights in its memory, where a step needs them. A run that begins notes the
-    teacher's fingerprint. ValueError: a run that goes on finds other weights than it began with."""
+    teacher's fingerprint; None: there is no run directory. ValueError: a run that goes on finds other weights than it
+    began with."""
     if p.teacher is None or not p.teacher.reads_each_batch:
         return state
     weights = read(p)
-    know(p, fingerprint(weights), begins)
+    if begins is not None:
+        know(p, fingerprint(weights), begins)
     return state.replace(memory=(state.memory or {}) | {MEMORY: weights})
 
 

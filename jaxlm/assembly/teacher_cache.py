@@ -30,7 +30,8 @@ def example(p: Program, data: corpus.Corpus, begins: bool) -> loader.ToExample |
 
 def _predicted(p: Program, weights: Any, batch: Any) -> outputs.Stored:
     """Returns what is stored of each row of a batch `[1, rows, …]`."""
-    assert (t := p.teacher) is not None
+    t = p.teacher
+    assert t is not None
     predictions = t.predictions(t.model, weights, jax.tree.map(lambda x: x[0], batch))
     how = distill.measure(t.c.logits, t.used)
     z = predictions.logits
@@ -40,7 +41,8 @@ def _predicted(p: Program, weights: Any, batch: Any) -> outputs.Stored:
 
 def _filled(p: Program, data: corpus.Corpus, weights: Any, found: str) -> Store:
     """Returns the store with every row of the run's training. What is there already stays."""
-    assert (t := p.teacher) is not None
+    t = p.teacher
+    assert t is not None
     c = p.run.train
     every = corpus.training_loader(p.run, p.objective, data, None)
     compute = jax.jit(partial(_predicted, p), out_shardings=p.whole)

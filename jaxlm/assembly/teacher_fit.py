@@ -76,7 +76,7 @@ def _check_settings(run: config.Run, objective: BoundObjective) -> None:
     """ValueError: settings of distillation contradict each other, or other parts of the run."""
     c = run.distill
     if not c.losses or len(set(c.losses)) < len(c.losses):
-        raise ValueError(f"distill.losses: {c.losses} must name at least one of logits, hidden, relations, and none twice")
+        raise ValueError("distill.losses: must name at least one of logits, hidden and relations, and none twice")
     if "logits" in c.losses and objective.objective.outputs is None:
         raise ValueError(
             f"distill.losses: logits compare predictions, and {objective.name} offers none to compare; choose hidden "
@@ -94,7 +94,7 @@ def _check_settings(run: config.Run, objective: BoundObjective) -> None:
             "leave one of the two out"
         )
     if c.on_policy.share and "logits" not in c.losses:
-        raise ValueError("distill.on_policy.share: the student's own texts teach nothing without logits in distill.losses")
+        raise ValueError("distill.on_policy.share: own texts teach nothing without logits in distill.losses; add them")
     if c.on_policy.share and (objective.writes is None or run.continual.methods):
         other = f"{objective.name} has no rows that a model could write"
         if objective.writes is not None:
@@ -103,7 +103,8 @@ def _check_settings(run: config.Run, objective: BoundObjective) -> None:
 
 
 def check_tokenizers(place: str, theirs: Any, mine: Any) -> None:
-    """Compares two tokenizers by what they hold. ValueError: they differ."""
+    """Compares two tokenizers by the text that each token stands for, however their files spell it. ValueError: they
+    differ."""
     remedy = "teacher and student need one tokenizer: name the teacher's as data.tokenizer, or start from its family"
     if theirs is None:
         raise ValueError(f"distill.teacher: {place} has no tokenizer; put its tokenizer.json beside the weights")
@@ -112,10 +113,11 @@ def check_tokenizers(place: str, theirs: Any, mine: Any) -> None:
             f"distill.teacher: the tokenizer of {place} has {theirs.vocab_size} tokens and the run's "
             f"{mine.vocab_size}; {remedy}"
         )
-    for i in range(mine.vocab_size):
-        if theirs.piece(i) != mine.piece(i):
+    for i, (there, here) in enumerate(zip(theirs.token_bytes, mine.token_bytes, strict=True)):
+        if there != here:
+            said = [text.decode("utf-8", "replace") for text in (there, here)]
             raise ValueError(
-                f"distill.teacher: token {i} is {theirs.piece(i)!r} in {place} and {mine.piece(i)!r} in the run; {remedy}"
+                f"distill.teacher: token {i} is {said[0]!r} in {place} and {said[1]!r} in the run; {remedy}"
             )
 
 
@@ -163,8 +165,10 @@ def _layer_pairs(run: config.Run, layers: int) -> tuple[tuple[int, int], ...]:
         return ()
     mine, out = run.model.layers, []
     if not run.distill.hidden.layers:
-        return tuple((i, round((i + 1) * layers / mine) - 1) for i in range(mine)) if mine <= layers else tuple(
-            (round((i + 1) * mine / layers) - 1, i) for i in range(layers)
+        return (
+            tuple((i, round((i + 1) * layers / mine) - 1) for i in range(mine))
+            if mine <= layers
+            else tuple((round((i + 1) * mine / layers) - 1, i) for i in range(layers))
         )
     for text in run.distill.hidden.layers:
         a, sign, b = text.partition("=")
@@ -183,9 +187,9 @@ def _relation_layers(run: config.Run, layers: int) -> tuple[int, int]:
     """Returns the layers whose relations are compared. ValueError: there are no such layers."""
     c, out = run.distill.relations, []
     for field, at, count in (("layer", c.layer, run.model.layers), ("teacher_layer", c.teacher_layer, layers)):
-        if not -count <= at < count and "relations" in run.distill.losses:
+        if at is not None and at >= count and "relations" in run.distill.losses:
             raise ValueError(f"distill.relations.{field}: {at} is no layer of {count}; give 0 to {count - 1}")
-        out.append(at % count)
+        out.append(count - 1 if at is None else at)
     return out[0], out[1]
 
 
@@ -215,4 +219,3 @@ def _check_heads(heads: int, run: config.Run, sides: dict[str, Any]) -> None:
                     f"distill.relations.heads: {heads} do not divide the {width} numbers of {name} in {side}; give a "
                     "divisor"
                 )
-

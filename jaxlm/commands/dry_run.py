@@ -24,7 +24,8 @@ def show(run: config.Run, start: StartModel, origins: Mapping[str, str]) -> dict
     """Shows what would run, and returns it as values; `origins` says where each field's value comes from."""
     show_config(run, origins)
     tokens, template = open_model.load_tokenizer(run, start), open_model.template_of(run, start)
-    p = program.program(run, tokens, template, earlier.earlier_tasks(run, start), teacher.source(run))
+    read = teacher.reading(run)  # a teacher whose logits aren't there yet
+    p = program.program(read, tokens, template, earlier.earlier_tasks(run, start), teacher.source(run))
     for name, note in p.notes.items():
         console.print(f"{name:12} {note}")
     show_parameters(p)
@@ -82,9 +83,7 @@ def show_memory(p: program.Program, loader: Any) -> int | None:
     rows = p.rows(c.batch_size // c.micro_batches)
     with mesh.on_mesh(p.mesh):
         batch = p.to_device(loader.batch(0), rows)
-        compiled = (
-            p.train_step().lower(p.abstract_state().replace(memory=remember.memory_like(p)), batch).compile()
-        )
+        compiled = p.train_step().lower(p.abstract_state().replace(memory=remember.memory_like(p)), batch).compile()
     m = compiled.memory_analysis()
     if m is None:
         console.print("memory       this backend's compiler gives no memory analysis")

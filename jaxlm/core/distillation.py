@@ -52,10 +52,10 @@ class Relations:
     """What is related: queries to queries, keys to keys, values to values."""
     heads: Natural = 0
     """Relation heads that each side's width is cut into, whatever heads it attends with; 0: the teacher's heads."""
-    layer: int = -1
-    """The student's layer; negative: counted from the end."""
-    teacher_layer: int = -1
-    """The teacher's layer; negative: counted from the end."""
+    layer: Natural | None = None
+    """The student's layer, counted from 0; None: its last."""
+    teacher_layer: Natural | None = None
+    """The teacher's layer; None: its last."""
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class Store:
 
     @cached_property
     def index(self) -> dict[bytes, int]:
-        """The number of each row by its key."""
+        """Returns the number of each row by its key."""
         file = self.folder / "keys.bin"
         data = file.read_bytes() if file.exists() else b""
         return {data[i : i + KEY]: i // KEY for i in range(0, len(data) - KEY + 1, KEY)}

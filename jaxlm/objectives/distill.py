@@ -1,8 +1,10 @@
 """Losses of a student against its teacher, which any objective's loss takes beside its own: predictions, hidden states,
 and relations of attention.
 
-They are sums over places or tokens by their weights; no loss sees padding, or one text of a row from another. `assembly`
-calls them with what both models make of one batch. B rows, T positions, D width, A relation heads, C width of one.
+They are sums over places or tokens by their weights; no loss sees padding, or one text of a row from another.
+`assembly` calls them with what both models make of one batch.
+
+B rows, T positions, D width of the student, E of the teacher, A relation heads, C width of one.
 """
 
 import math

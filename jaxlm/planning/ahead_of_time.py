@@ -57,7 +57,7 @@ def program_of(run: config.Run) -> programs.Program:
     starts from, if that is here, says of earlier tasks. ValueError: a run that keeps these starts from no model."""
     tasks = earlier.earlier_tasks(run, _start(run.start))
     tokens, taught = placeholder_tokenizer(run), teacher.source(run)
-    return programs.program(run, tokens, None, tasks, taught and replace(taught, tokens=tokens))
+    return programs.program(teacher.reading(run), tokens, None, tasks, taught and replace(taught, tokens=tokens))
 
 
 def _start(place: str) -> StartModel:

@@ -49,7 +49,7 @@ def check(run: config.Run) -> None:
         "distributed.fragments": (d.fragments != 1, "1"), "distributed.overlap": (d.overlap, "0"),
         "distributed.mix": (d.mix, "0"), "optim.ema": (run.optim.ema, "0"), "train.patience": (t.patience, "0"),
         "train.use": (t.use != "last", "last"), "continual.methods": (run.continual.methods, "()"),
-        "optim.moments": (run.optim.moments != "fresh", "fresh"),
+        "optim.moments": (run.optim.moments != "fresh", "fresh"), "distill.teacher": (run.distill.teacher, "''"),
         f"objective: {objective}": (OBJECTIVES.of(run.objective).reference is not None, "another one"),
     }  # fmt: skip
     for name, (given, remedy) in refused.items():

@@ -72,7 +72,9 @@ def selection(specs: Any, layers: Sequence[int]) -> Plan:
         if any(i >= total for i in layers):
             raise ValueError(f"start_layers: the model has layers 0 to {total - 1}, and no {max(layers)}")
         if len(side) > 1 and list(layers) != sorted(layers):
-            raise ValueError("start_layers: layers of different shapes follow each other here; give them in their order")
+            raise ValueError(
+                "start_layers: layers of different shapes follow each other here; give them in their order"
+            )
         for path, n in side:
             source = tuple(i - first for i in layers if first <= i < first + n)
             if not source:
