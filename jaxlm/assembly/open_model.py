@@ -115,9 +115,7 @@ def with_chosen_layers(run: config.Run, start: StartModel) -> config.Run:
     if not run.start_layers:
         return run
     if not start.place:
-        raise ValueError(
-            "start_layers: names layers of the model in start, and there is none; give one, or leave it out"
-        )
+        raise ValueError("start_layers: are layers of the model in start, and there is none; give one, or leave it out")
     if (source := start.source).adapter != config.Adapter():
         raise ValueError(
             f"start_layers: {start.place} has an adapter, which is on all of its layers; merge it first: jaxlm export "

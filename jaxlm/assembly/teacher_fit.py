@@ -143,7 +143,7 @@ def _head(run: config.Run, source: Source) -> tuple[Any, tuple[int, ...] | None]
             "relations in distill.losses"
         )
     if objective.head is None:
-        labels = [tuple(getattr(o, "labels", ())) for o in (run.objective, theirs)]
+        labels = [tuple(dict(vars(o)).get("labels", ())) for o in (run.objective, theirs)]
         kinds = ["", ""]
     else:
         written = [objective.head.write(o) for o in (run.objective, theirs)]
