@@ -107,7 +107,8 @@ def predictions(
     def sums(old: Any, new: Any, batch: Any) -> jax.Array:
         rows = jax.tree.map(lambda x: x[0], batch)
         a, b = (p.objective.outputs(q.model, w, rows) for q, w in ((before, old), (after, new)))
-        each = [outputs.divergence(a, b, 1.0, shard), outputs.same_top(a, b, shard), jnp.ones_like(a.weights_BN)]
+        apart = outputs.divergence(a, b, outputs.Measure(), shard)
+        each = [apart, outputs.same_top(a, b, shard), jnp.ones_like(a.weights_BN)]
         if "targets" in rows and rows["targets"].shape == a.weights_BN.shape:
             each += [likelihoods(o, rows["targets"]) for o in (a, b)]
         return jnp.stack([(x * a.weights_BN).sum(-1) for x in each], -1)
