@@ -400,6 +400,12 @@ MISTAKES = [
         ["export", "published", "new/out", "--format", "peft"],
     ),
     Mistake(
+        "an export of plain weights in few bits",
+        r"format gptq: published has no weights of few bits; make them first: jaxlm compress published COMPRESSED",
+        lambda: jaxlm.open("published").save("new/out", format="gptq"),
+        ["export", "published", "new/out", "--format", "gptq"],
+    ),
+    Mistake(
         "an import onto what is there",
         r"texts: is there already",
         lambda: jaxlm.import_model("tiny", "texts"),

@@ -19,25 +19,37 @@ import numpy as np
 from jaxlm.assembly import model_source, run_directory, task_heads
 from jaxlm.assembly.model_source import Source
 from jaxlm.assembly.open_model import Place, Pretrained, open_model, published_run
-from jaxlm.core import config, config_io, errors, registry
+from jaxlm.core import config, config_io, errors, registry, tree
 from jaxlm.core.paths import local
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.formats import gguf, gguf_tokenizer, hf_sidecars, huggingface, model_card, multimodal, stablehlo
+from jaxlm.formats import (
+    gguf,
+    gguf_tokenizer,
+    hf_sidecars,
+    huggingface,
+    model_card,
+    multimodal,
+    quantization,
+    stablehlo,
+)
 from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.formats.hf_sidecars import Generation
 from jaxlm.formats.peft import describe, load, open_files, save
 from jaxlm.models.model import Model
 from jaxlm.nn import losses
 from jaxlm.nn.family import Family
+from jaxlm.nn.leaf import is_leaf
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.objectives.objective import TaskHead
 from jaxlm.runtime import mesh
 from jaxlm.training import run_logs
 
-FORMATS = ("hf", "gguf", "stablehlo", "peft")
+FEW_BITS = tuple(quantization.WRITERS)
+FORMATS = ("hf", *FEW_BITS, "gguf", "stablehlo", "peft")
 # The dtypes of each format, the usual one first; None: each tensor's own, else float32.
 DTYPES = {
     "hf": (None, *huggingface.EXPORTED),
+    **dict.fromkeys(FEW_BITS, ("float32", "bfloat16", "float16")),
     "gguf": tuple(gguf.WRITTEN),
     "stablehlo": stablehlo.DTYPES,
     "peft": ("float32",),
@@ -45,6 +57,7 @@ DTYPES = {
 # How far logits may move: root mean square of the difference over their deviation. Rounding stays far below.
 SHRUNK = "shrunk.json"  # what `jaxlm shrink` writes of a model beside it
 TOLERANCE = {None: 1e-5, "float32": 1e-5, "float16": 1e-2, "f16": 1e-2, "bfloat16": 5e-2, "q8_0": 0.2}
+HALF_SCALES = ("gptq", "awq")  # formats whose scales are float16 whatever the dtype
 ROWS, LENGTH = 2, 32  # of the probe
 
 
@@ -109,22 +122,26 @@ def task_head(s: Source) -> TaskHead | None:
 def _export(p: Pretrained, path: Path, format: str, dtype: str | None) -> tuple[list[str], dict[str, Any]]:
     if format == "peft" and p.source.adapter == config.Adapter():
         raise ValueError(f"format peft: {p.source.path} has no adapter; choose another format")
+    if format in FEW_BITS:
+        _check_few_bits(p, format)
     vectors = format == "stablehlo" and p.model.family.kind == "encoder"
     before = logits(p, vectors)
-    if format != "peft" and p.model.adapter is not None:
+    if format not in ("peft", *FEW_BITS) and p.model.adapter is not None:
         p = _merged(p)
         dtype = dtype or "float32"  # that of the base's own numbers may be too coarse for what was learned
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write: Any = {"hf": _to_hf, "gguf": _to_gguf, "stablehlo": _to_stablehlo, "peft": _to_peft}[format]
+        few = dict.fromkeys(FEW_BITS, partial(_to_few_bits, format))
+        write: Any = {"hf": _to_hf, "gguf": _to_gguf, "stablehlo": _to_stablehlo, "peft": _to_peft, **few}[format]
         notes = write(p, path, dtype)
         read: Any = {"stablehlo": _stablehlo_logits, "peft": _peft_logits}.get(format)
         after = logits(open_model(path)) if read is None else read(p, path)
         difference = compare(before, after)
-        if not difference["relative_difference"] <= TOLERANCE[dtype]:
+        allowed = max(TOLERANCE[dtype], TOLERANCE["float16"] if format in HALF_SCALES else 0)
+        if not difference["relative_difference"] <= allowed:
             raise ValueError(
                 f"{path}: what was written gives other logits (off by {difference['relative_difference']:.2g} of their "
-                f"deviation, {TOLERANCE[dtype]:g} is allowed), so it was removed; please report this model"
+                f"deviation, {allowed:g} is allowed), so it was removed; please report this model"
             )
     except BaseException:
         _remove(path)
@@ -251,6 +268,28 @@ def _to_hf(p: Pretrained, folder: Path, dtype: str | None) -> list[str]:
         arguments |= dict(names=form.names, values=form.values)
     write = partial(huggingface.save, folder, m.family, c, specs, weights, **arguments)
     return with_sidecars(s, folder, write, left)
+
+
+def _check_few_bits(p: Pretrained, format: str) -> None:
+    """ValueError: the model has no weights of few bits, or an adapter over them."""
+    if "adapter" in p.params:
+        raise ValueError(
+            f"format {format}: {p.source.path} has an adapter, which its few bits can't take in; export it as peft, or "
+            "merge both as hf"
+        )
+    if p.model.adapter is None or not any(map(is_leaf, tree.flatten(p.model.adapter.bind(p.params)).values())):
+        raise ValueError(
+            f"format {format}: {p.source.path} has no weights of few bits; make them first: "
+            f"jaxlm compress {p.source.path} COMPRESSED"
+        )
+
+
+def _to_few_bits(format: str, p: Pretrained, folder: Path, dtype: str) -> list[str]:
+    m = p.model
+    weights = m.adapter.bind(p.params)
+    write = partial(huggingface.save, folder, m.family, m.config, m.specs, weights, dtype=dtype, layout=format,
+                    about=_about(p.source))  # fmt: skip
+    return with_sidecars(p.source, folder, write, [])
 
 
 def with_sidecars(s: Source, folder: Path, write: Callable[..., list[str]], left_out: Sequence[str]) -> list[str]:

@@ -190,7 +190,7 @@ def _open(source: Source, scratch: Path) -> Opened:
     form = published(source)
     table = weight_names.tensors(form.names, form.specs)
     if source.run is None:
-        files = safetensors.open_files(source.path)
+        files = huggingface.open_for(source.path, table, source.family)
         ignore: Sequence[str] = ()
         if source.head is not None:
             _, ignore = task_heads.names_in(source.family, source.config, source.head)

@@ -240,7 +240,7 @@ def with_adapter(base: Source, folder: Path) -> Source:
 def _hf(folder: Path) -> Source:
     family, c = huggingface.describe(folder, MODELS)
     c, head = task_heads.describe(folder, family, c)
-    if line := huggingface.left_out(folder, c):
+    for line in huggingface.left_out(folder, c):
         print(line, file=sys.stderr)
     names = ("tokenizer.json", "tokenizer.model", "spiece.model")
     tokens = tokenizers.load(folder) if any((folder / name).is_file() for name in names) else None

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, get_args
 from jaxlm.core import config, tree
 from jaxlm.core.spec import is_spec
 from jaxlm.core.weight_names import Name
-from jaxlm.formats import huggingface, multimodal, safetensors
+from jaxlm.formats import huggingface, multimodal
 from jaxlm.nn.family import Family, Task, TaskFiles
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.objectives.objective import TaskHead
@@ -32,7 +32,7 @@ def describe(folder: Path, family: Family, c: Any) -> tuple[Any, Any]:
     if files is None or multimodal.is_wrapper(values):
         raise ValueError(f"{where}: architectures: the head of {architecture} is not read here; start from the model "
                          "beneath it")  # fmt: skip
-    if files.names["task"].file not in safetensors.open_files(folder).entries:
+    if files.names["task"].file not in huggingface.open_tensors(folder).entries:
         return c, None  # config.json names the class of another model
     head = next(o.head for _, o in OBJECTIVES.items() if o.head is not None and o.head.task == task)
     try:

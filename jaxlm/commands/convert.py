@@ -38,10 +38,12 @@ class Export(Command):
     model: Model
     target: Annotated[Positional[str], arg(metavar="TARGET", help="a new directory; gguf: a new file")]
     format: str = "hf"
-    """hf: safetensors as transformers reads them; gguf: for llama.cpp; stablehlo: programs that run without this
-    package; peft: its adapter alone, which the others merge."""
+    """hf: safetensors as transformers reads them; compressed-tensors, gptq, awq: the same with the few bits of a
+    compressed model, for vLLM and transformers; gguf: for llama.cpp; stablehlo: programs that run without this package;
+    peft: its adapter alone, which the others merge."""
     dtype: str | None = None
-    """hf: float32, bfloat16, float16 (None: as it is); gguf: f16 (None), q8_0; stablehlo: float32 (None), bfloat16."""
+    """hf: float32, bfloat16, float16 (None: as it is); of few bits: float32 (None), bfloat16, float16, for what stays
+    plain; gguf: f16 (None), q8_0; stablehlo: float32 (None), bfloat16."""
     step: Natural | None = None
     """The checkpoint's; None: the newest."""
 

@@ -78,19 +78,25 @@ RULES: dict[str, Rule] = {
     **keys(FLAG, "attention_bias mlp_bias tie_word_embeddings norm_topk_prob use_sliding_window scale_embedding "
             "scale_decoder_outputs use_bidirectional_attention add_pooling_layer rope_interleave norm_bias "
             "classifier_bias decoder_bias truncate add_cross_attention is_decoder scale_attn_weights "
+            "load_in_4bit load_in_8bit is_marlin_format "
             "scale_attn_by_inverse_layer_idx normalize_before normalize_embedding add_final_layer_norm "
             "static_position_embeddings add_bias_logits"),
     **keys(TEXT, "hidden_act hidden_activation activation activation_function feed_forward_proj topk_method "
-            "scoring_func classifier_activation quant_method rope_type type position_embedding_type problem_type",
+            "scoring_func classifier_activation quant_method rope_type type position_embedding_type problem_type "
+            "quant_algo checkpoint_format format version backend quantization_status rotation",
             "model_type"),
     **keys(Rule(lambda x: x in ("cls", "mean"), "cls or mean"), "", "classifier_pooling"),
-    **keys(TEXTS, "layer_types architectures"),
+    **keys(TEXTS, "layer_types architectures targets"),
     **keys(FLAGS, "no_rope_layers"),
     **keys(COUNTS, "mlp_only_layers"),
     **keys(NUMBERS, "short_factor long_factor"),
     **keys(IDS, "eos_token_id bos_token_id"),
     **keys(OBJECT, "rope_parameters rope_scaling full_attention sliding_attention quantization_config id2label "
-            "text_config"),
+            "text_config compression_config config_groups weights dynamic sparsity_config transform_config "
+            "quantization"),
+    **keys(Rule(lambda x: _whole(x, 1, 64), "a whole number from 1 to 64"), "bits w_bit num_bits"),
+    **keys(Rule(lambda x: x == -1 or _whole(x, 1, MAX_SIZE), "a whole number above 0, or -1 for all inputs"),
+            "group_size q_group_size"),
 }  # fmt: skip
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 BY_LAYER = ("layer_types", "no_rope_layers")  # lists that have an entry for each layer

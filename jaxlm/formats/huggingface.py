@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from jaxlm.core import tree, weight_names
 from jaxlm.core.errors import misspelt
 from jaxlm.core.published_config import PublishedConfig
 from jaxlm.core.spec import is_spec
-from jaxlm.formats import hf_sidecars, model_card, multimodal, safetensors, shards
+from jaxlm.formats import hf_sidecars, model_card, multimodal, quantization, safetensors, shards
+from jaxlm.formats.quantization import QuantizedFiles
 from jaxlm.formats.safetensors import Files, read_json
 from jaxlm.nn.family import Family, Outputs
+from jaxlm.nn.leaf import is_leaf
 
 MAX_NAMES = 4  # tensors that an error names
 EXPORTED = ("float32", "bfloat16", "float16")
@@ -48,30 +50,37 @@ def family_of(values: Mapping[str, Any], models: Mapping[str, Family]) -> Family
         near = f"{f'{hint}, ' if hint else '; '}known: {', '.join(sorted(every))}"
         note = "; its own code (auto_map) is never run" if "auto_map" in values else ""
         raise ValueError(f"config.json: model_type {kind!r} is not read here{near}{note}")
-    refuse_quantized(values)
     return known[kind]
 
 
-def refuse_quantized(values: Mapping[str, Any]) -> None:
-    """Refuses a config.json whose weights are quantized."""
-    if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method", "unknown")
-        raise ValueError(
-            f"config.json: quantization_config: {method!r} weights are not read; bring the unquantised ones"
-        )
-
-
-def _open_tensors(directory: str | Path) -> Files:
-    """Opens the tensors of a directory: of a multimodal model those of its text model, as in files of its own."""
+def open_tensors(directory: str | Path) -> Files:
+    """Opens the tensors of a directory: of a multimodal model those of its text model, as in files of its own, and of
+    quantized weights the numbers that they stand for."""
     files = safetensors.open_files(directory)
-    wrapped = (Path(directory) / "config.json").is_file() and multimodal.is_wrapper(read_config(directory))
-    return multimodal.text_tensors(files) if wrapped else files
-
-
-def left_out(directory: str | Path, c: Any) -> str:
-    """Returns a line on what of a directory's files isn't read; empty: everything is."""
+    if not (Path(directory) / "config.json").is_file():
+        return files
     values = read_config(directory)
-    return multimodal.left_out(directory, values["model_type"], c) if multimodal.is_wrapper(values) else ""
+    files = multimodal.text_tensors(files) if multimodal.is_wrapper(values) else files
+    quantized = quantization.settings(values, directory)
+    return quantization.opened(files, quantized) if quantized else files
+
+
+def open_for(directory: str | Path, table: Mapping[str, weight_names.Tensor], family: Family) -> Files:
+    """Opens the tensors of a directory for a model's table of them. Quantized matrices stand as [out, in] in files of
+    every method; those that the table has as [in, out] are turned."""
+    files = open_tensors(directory)
+    if not isinstance(files, QuantizedFiles):
+        return files
+    spell = _spelling(files, family.FILES.prefixes)
+    return files.turn([spell(name) for name, tensor in table.items() if tensor.entry.order == "in_out"])
+
+
+def left_out(directory: str | Path, c: Any) -> list[str]:
+    """Returns lines on what of a directory's files isn't read, or not as it is."""
+    values = read_config(directory)
+    lines = [multimodal.left_out(directory, values["model_type"], c)] if multimodal.is_wrapper(values) else []
+    quantized = quantization.settings(values, directory)
+    return lines + ([f"{directory}: {quantization.note(quantized)}"] if quantized else [])
 
 
 def describe(directory: str | Path, models: Mapping[str, Family]) -> tuple[Family, Any]:
@@ -80,10 +89,11 @@ def describe(directory: str | Path, models: Mapping[str, Family]) -> tuple[Famil
     Raises a ValueError that names the key where one is missing or unusable.
     """
     values = read_config(directory)
+    if quantized := quantization.settings(values, directory):
+        quantization.method(quantized)  # refuses those that aren't read
     if multimodal.is_wrapper(values):
-        refuse_quantized(values)
         here = any(Path(directory).glob("*.safetensors"))
-        values = multimodal.text_config(values, _open_tensors(directory) if here else None)
+        values = multimodal.text_config(values, open_tensors(directory) if here else None)
     family = family_of(values, models)
     try:
         c = family.from_hf(values)
@@ -94,7 +104,7 @@ def describe(directory: str | Path, models: Mapping[str, Family]) -> tuple[Famil
     except (TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{directory}/config.json: a value is not what it should be ({error})") from error
     if any(Path(directory).glob("*.safetensors")):
-        c = family.FILES.infer_from_files(c, _open_tensors(directory).entries)
+        c = family.FILES.infer_from_files(c, open_tensors(directory).entries)
     return family, c
 
 
@@ -120,9 +130,9 @@ def load(
     one is read. The host holds a piece or two; every process reads what its own devices need.
     Raises a ValueError that names the tensors where they don't fit the model.
     """
-    files = _open_tensors(directory)
     entries = family.names(c) if names is None else names
     table = weight_names.tensors(entries, specs)
+    files = open_for(directory, table, family)
     found = match_names(files, table, family, entries, specs, ignore)
     sources: dict[str, list[shards.Source]] = {}
     for name, tensor in table.items():
@@ -187,6 +197,7 @@ def match_names(
         name
         for name in sorted(files.entries.keys() - names.values() - copies.keys())
         if not any(p.fullmatch(name) for p in patterns)
+        and not (isinstance(files, QuantizedFiles) and files.is_zero_bias(name))
     ]
     if missing or extra:
         what = [_listed(missing, "missing")] if missing else []
@@ -273,6 +284,7 @@ def save(
     card: bool = True,
     about: model_card.About | None = None,
     max_bytes: int = 5_000_000_000,
+    layout: str | None = None,
 ) -> list[str]:
     """Writes a directory that transformers and `load` read; returns a line on each thing that was written.
 
@@ -280,16 +292,38 @@ def save(
     `dtype`: float32, bfloat16 or float16, or a dict that says it for each tensor of the file (see `dtypes`).
     `extra_files_from`: a directory or a run's tokenizer folder whose tokenizer and settings come along.
     `about`: what the model card says of its making. `config.json` comes last: after a kill there is no model here.
+    `layout`: the method of `quantization.WRITERS` by which matrices that are leaves of few bits are laid out.
     """
-    flat = _weights(specs, params)
-    table = weight_names.tensors(family.names(c) if names is None else names, specs)
-    kinds = {name: export_dtype(dtype, name) for name in table}
+    flat = _weights(specs, params, leaves=layout is not None)
+    entries = family.names(c) if names is None else names
+    table = weight_names.tensors(entries, specs)
+    made = family.to_hf(c) if values is None else values
+    few: dict[str, quantization.Coded] = {}
+    planned: quantization.Tensors = {}
+    if layout is not None:
+        few = quantization.coded(table, flat, is_leaf)
+        writer = quantization.WRITERS[layout]
+        planned = {f"{x.module}.{last}": t for x in few.values() for last, t in writer.tensors(x).items()}
+        made = {**made, "quantization_config": writer.written(few, _plain_modules(table, entries, few))}
+    kinds = {name: export_dtype(dtype, name) for name in table if name not in few}
+    common = max(sorted(set(kinds.values()), key=str), key=list(kinds.values()).count)
+    tensors = {name: (kind, table[name].shape) for name, kind in kinds.items()}
     return write(
-        directory, family, family.to_hf(c) if values is None else values,
-        {name: (kinds[name], tensor.shape) for name, tensor in table.items()},
-        lambda name: _tensor(name, table[name], flat, kinds[name]), generates=family.generates and values is None,
+        directory, family, made, tensors | {name: (t.dtype, t.shape) for name, t in planned.items()},
+        lambda name: planned[name].make() if name in planned else _tensor(name, table[name], flat, kinds[name]),
+        count=sum(math.prod(tensor.shape) for tensor in table.values()), dtype=common,
+        generates=family.generates and values is None,
         extra_files_from=extra_files_from, generation=generation, card=card, about=about, max_bytes=max_bytes,
     )  # fmt: skip
+
+
+def _plain_modules(
+    table: Mapping[str, weight_names.Tensor], entries: Mapping[str, weight_names.Name], few: Collection[str]
+) -> list[str]:
+    """Returns the names of the linear modules that aren't in few bits; the head is one, tied or not."""
+    linear = [name for name, tensor in table.items() if tensor.entry.ins is not None and name.endswith(".weight")]
+    heads = [entries["head"].file] if "head" in entries else []
+    return [name.removesuffix(".weight") for name in dict.fromkeys([*heads, *linear]) if name not in few]
 
 
 def write(
@@ -305,20 +339,23 @@ def write(
     card: bool = True,
     about: model_card.About | None = None,
     max_bytes: int = 5_000_000_000,
+    count: int | None = None,
+    dtype: np.dtype | None = None,
 ) -> list[str]:
     """Writes a directory as `save` does, of tensors of these dtypes and shapes, each of which `read` gives by its name
     when its turn comes; returns a line on each thing that was written.
 
-    `values` are those of config.json; `generates`: the model may have settings of generation.
+    `values` are those of config.json; `generates`: the model may have settings of generation. `count` and `dtype`: of
+    the weights, where they aren't those of the tensors.
     """
     folder = Path(directory)
     if (folder / "config.json").exists():
         raise ValueError(f"{folder}: holds a config.json already; choose another directory or remove it")
     settings = generation or hf_sidecars.known_settings(extra_files_from)
     kinds = [dtype for dtype, _ in tensors.values()]
-    common = max(sorted(set(kinds), key=str), key=kinds.count)
+    common = dtype or max(sorted(set(kinds), key=str), key=kinds.count)
     written = safetensors.write(folder, tensors, read, max_bytes=max_bytes)
-    count = sum(math.prod(shape) for _, shape in tensors.values())
+    count = sum(math.prod(shape) for _, shape in tensors.values()) if count is None else count
     files = written[0].name if len(written) == 1 else f"{len(written) - 1} shards"
     notes = [f"{files}: {len(tensors)} tensors, {count:,} parameters as {common}"]
     notes += hf_sidecars.copy_tokenizer(folder, extra_files_from, family.kind)
@@ -346,7 +383,7 @@ def _tensor(name: str, tensor: weight_names.Tensor, flat: Mapping[str, jax.Array
 
 def dtypes(directory: str | Path) -> dict[str, str]:
     """Returns the dtype of each tensor of a directory, for `save` to write the same."""
-    return {name: str(entry.dtype) for name, entry in _open_tensors(directory).entries.items()}
+    return {name: str(entry.dtype) for name, entry in open_tensors(directory).entries.items()}
 
 
 def export_dtype(dtype: Any, name: str) -> np.dtype:
@@ -358,13 +395,15 @@ def export_dtype(dtype: Any, name: str) -> np.dtype:
     return np.dtype(dtype)
 
 
-def _weights(specs: Any, params: Any) -> dict[str, jax.Array]:
+def _weights(specs: Any, params: Any, leaves: bool = False) -> dict[str, Any]:
     flat, due = tree.flatten(params), tree.flatten(specs, is_spec)
     if extra := sorted(flat.keys() - due.keys()):
         raise ValueError(f"{', '.join(extra)}: no place for it in this family's published files; leave it out")
     if missing := sorted(due.keys() - flat.keys()):
         raise ValueError(f"{', '.join(missing)}: no such weights to export")
     for path, w in flat.items():
+        if leaves and is_leaf(w):
+            continue
         if not isinstance(w, jax.Array):
             raise ValueError(
                 f"{path}: is {type(w).__name__}, not plain numbers; merge adapters and dequantise before export"

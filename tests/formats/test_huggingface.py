@@ -339,7 +339,6 @@ FAMILIES = {"toy": TOY, "llama": llama}
         ({}, "model_type None is not read here"),
         ({"model_type": ["toy"]}, "is not read here"),
         ({"model_type": "own", "auto_map": {"AutoModel": "own.py"}}, r"its own code \(auto_map\) is never run"),
-        ({"model_type": "toy", "quantization_config": {"quant_method": "gptq"}}, "'gptq' weights are not"),
     ],
 )
 def test_models_that_are_not_read(values, why):

@@ -119,7 +119,7 @@ def test_what_is_left_out_is_said_and_the_text_model_is_written_alone(tmp_path, 
     (lambda v: v.pop("text_config"), r"config\.json: lacks text_config, which llava needs"),
     (lambda v: v.update(text_config=[1]), r"config\.json: text_config is \[1\]; it must be an object"),
     (lambda v: v["text_config"].update(num_attention_heads="4"), r"text_config: num_attention_heads is '4'; it must"),
-    (lambda v: v.update(quantization_config=dict(quant_method="awq")), r"quantization_config: 'awq' weights are not"),
+    (lambda v: v.update(quantization_config=dict(quant_method="hqq")), r"quantization_config: 'hqq' weights are not"),
     (lambda v: v.update(model_type="paligemma"), r"model_type 'paligemma' is not read here; known: .*llava_next"),
 ])  # fmt: skip
 def test_what_is_not_read_says_so(change, says, tmp_path):
