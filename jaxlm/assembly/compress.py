@@ -173,8 +173,7 @@ def _compared(
     source: Source, record: dict[str, Any], folder: Path, c: Comparison, step: int | None
 ) -> list[str]:  # fmt: skip
     """Adds the comparison to the record, writes it and the card, and returns the table."""
-    before, after = open_model.open_model(source, step), open_model.open_model(folder)
-    record["comparison"] = compress_report.compare(before, after, c)
+    record["comparison"] = compress_report.compare(source, open_model.source_of(folder), c, step)
     lines = compress_report.lines(record["comparison"])
     record["card"] = [_made(record), "", *lines]
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", "utf-8")

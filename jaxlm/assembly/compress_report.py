@@ -1,6 +1,7 @@
 """Compares a model that was made small with what it was: bytes, losses and scores, the divergence of its predictions,
 and tokens a second, each with an interval; as a record, and as a table for people."""
 
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,10 @@ import numpy as np
 from jaxlm.assembly import corpus as corpora
 from jaxlm.assembly import scoring
 from jaxlm.assembly.evaluate_model import evaluate
-from jaxlm.assembly.open_model import Pretrained, program
+from jaxlm.assembly.model_source import Source
+from jaxlm.assembly.open_model import Pretrained, open_model, program, specs_of
 from jaxlm.assembly.program import Program
+from jaxlm.core import spec
 from jaxlm.core.compress_request import Comparison
 from jaxlm.evaluation import bootstrap
 from jaxlm.evaluation.bootstrap import Sample
@@ -30,12 +33,15 @@ PROMPT, NEW, REPEATS = 16, 64, 5  # tokens before and of an answer that is timed
 SHOWN = ("perplexity", "bits_per_byte", "loss", "accuracy", "f1", "f1_macro", "exact")
 
 
-def compare(before: Pretrained, after: Pretrained, c: Comparison) -> dict[str, Any]:
-    """Returns what is known of both models. Nothing is evaluated of a model without data of its own where none is
-    named, or without a head."""
-    record: dict[str, Any] = {"bytes_on_disk": [on_disk(p) for p in (before, after)],
-                              "bytes_in_memory": [in_memory(p.params) for p in (before, after)]}  # fmt: skip
-    if c.compare != "sizes" and (c.data or before.source.is_trained_here) and _has_head(before):
+def compare(source: Source, small: Source, c: Comparison, step: int | None = None) -> dict[str, Any]:
+    """Returns what is known of a model, of its checkpoint `step` if given, and of the small one. Nothing is evaluated
+    of a model without data of its own where none is named, or without a head."""
+    record: dict[str, Any] = {"bytes_on_disk": [on_disk(s) for s in (source, small)],
+                              "bytes_in_memory": [in_memory(s) for s in (source, small)]}  # fmt: skip
+    if c.compare == "sizes":
+        return record
+    before, after = open_model(source, step), open_model(small)
+    if (c.data or before.source.is_trained_here) and _has_head(before):
         record |= _quality(before, after, c)
     if c.compare == "all" and before.model.family.generates:
         record["decode"] = decode_speeds([before, after])
@@ -48,21 +54,21 @@ def _has_head(p: Pretrained) -> bool:
     return p.model.config.head or bool(own and OBJECTIVES.of(own).specs(own, p.model.config.width))
 
 
-def on_disk(p: Pretrained) -> int:
+def on_disk(s: Source) -> int:
     """Returns the bytes of the files that hold a model's weights."""
-    path = p.source.path
+    path = s.path
     if path.is_file():
         return path.stat().st_size
     files = list(path.glob("*.safetensors"))
-    if p.source.run is not None:
+    if s.run is not None:
         with Checkpoints(path / "checkpoints") as checkpoints:
             files = [f for f in (checkpoints.path(checkpoints.latest() or 0) / "params").rglob("*") if f.is_file()]
     return sum(file.stat().st_size for file in files)
 
 
-def in_memory(params: Any) -> int:
+def in_memory(s: Source) -> int:
     """Returns the bytes of a model's weights as they are used."""
-    return sum(x.nbytes for x in jax.tree.leaves(params))
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(spec.abstract(specs_of(s))))
 
 
 def _quality(before: Pretrained, after: Pretrained, c: Comparison) -> dict[str, Any]:
