@@ -394,6 +394,24 @@ MISTAKES = [
         ["export", "published", "new/out", "--dtype", "int3"],
     ),
     Mistake(
+        "an unknown type of GGUF file",
+        r"quantize: unknown 'q4km'; did you mean 'q4_k_m'\?",
+        lambda: jaxlm.open("published").save("new.gguf", format="gguf", quantize="q4km"),
+        ["export", "published", "new.gguf", "--format", "gguf", "--quantize", "q4km"],
+    ),
+    Mistake(
+        "a type of GGUF file for a dtype",
+        r"dtype: 'q8_0' is not for gguf; did you mean --quantize q8_0\?",
+        lambda: jaxlm.open("published").save("new.gguf", format="gguf", dtype="q8_0"),
+        ["export", "published", "new.gguf", "--format", "gguf", "--dtype", "q8_0"],
+    ),
+    Mistake(
+        "calibration of nothing",
+        r"calibration: needs ",
+        lambda: jaxlm.open("published").save("new.gguf", format="gguf", calibration="texts"),
+        ["export", "published", "new.gguf", "--format", "gguf", "--calibration", "texts"],
+    ),
+    Mistake(
         "an export of no adapter",
         r"adapter",
         lambda: jaxlm.open("published").save("new/out", format="peft"),

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.assembly import model_source, run_directory, task_heads
+from jaxlm.assembly import input_squares, model_source, run_directory, task_heads
 from jaxlm.assembly.model_source import Source
 from jaxlm.assembly.open_model import Place, Pretrained, open_model, published_run
 from jaxlm.core import config, config_io, errors, registry, tree
@@ -24,7 +24,10 @@ from jaxlm.core.paths import local
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.formats import (
     gguf,
+    gguf_file_types,
+    gguf_importance,
     gguf_tokenizer,
+    gguf_write,
     hf_sidecars,
     huggingface,
     model_card,
@@ -50,14 +53,15 @@ FORMATS = ("hf", *FEW_BITS, "gguf", "stablehlo", "peft")
 DTYPES = {
     "hf": (None, *huggingface.EXPORTED),
     **dict.fromkeys(FEW_BITS, ("float32", "bfloat16", "float16")),
-    "gguf": tuple(gguf.WRITTEN),
+    "gguf": ("f16",),
     "stablehlo": stablehlo.DTYPES,
     "peft": ("float32",),
 }
-# How far logits may move: root mean square of the difference over their deviation. Rounding stays far below.
 SHRUNK = "shrunk.json"  # what `jaxlm shrink` writes of a model beside it
+# How far logits may move: root mean square of the difference over their deviation. Rounding stays far below.
 TOLERANCE = {None: 1e-5, "float32": 1e-5, "float16": 1e-2, "f16": 1e-2, "bfloat16": 5e-2, "q8_0": 0.2}
 HALF_SCALES = ("gptq", "awq")  # formats whose scales are float16 whatever the dtype
+TOLERANCE_QUANTIZED = 0.7  # of fewer bits than 8; another model's logits are off by more than 1
 ROWS, LENGTH = 2, 32  # of the probe
 
 
@@ -88,30 +92,49 @@ def export(
     format: str = "hf",
     dtype: str | None = None,
     step: int | None = None,
+    quantize: str | None = None,
+    calibration: str | None = None,
 ) -> tuple[list[str], dict[str, Any]]:
     """Writes the model; returns a line on each thing written, and how far its logits are from before.
 
-    What was written is read again and compared; if it is another model, it is removed and that is an error.
+    What was written is read again and compared; if it is another model, it is removed and that is an error. `quantize`
+    is a type of GGUF file; `calibration` a source, or llama.cpp's importance matrix, that says how much columns count.
     """
     if format not in FORMATS:
         raise ValueError(f"format: unknown {format!r}{errors.nearest(format, FORMATS)}")
     known = DTYPES[format]
     dtype = dtype or known[0]
     if dtype not in known:
-        raise ValueError(f"dtype: {dtype!r} is not for {format}; choose one of {', '.join(filter(None, known))}")
+        hint = f"; did you mean --quantize {dtype}?" if format == "gguf" and dtype in gguf_file_types.QUANTIZED else ""
+        raise ValueError(
+            f"dtype: {dtype!r} is not for {format}{hint or '; choose one of ' + ', '.join(filter(None, known))}"
+        )
+    _check_quantize(format, quantize, calibration)
+    dtype = quantize or dtype
     path = Path(target)
     if format == "gguf" and path.suffix != ".gguf":
         raise ValueError(f"{path}: name a file that ends in .gguf")
     fresh(path)
+    if (kept := _importance_file(path, calibration)) is not None:
+        fresh(kept)
     with run_directory.removed_if_refused(path):
         p = open_model(model, step)
         head = task_head(p.source)
         if head is None:
-            return _export(_published(p), path, format, dtype)
+            return _export(_published(p), path, format, dtype, calibration)
         if format != "hf":
             raise ValueError(f"format {format}: has no place for the head {head.weight} of {p.source.path}; choose hf")
         published_form(p.source, p.model.config, p.params)  # refuses before any work
         return _export(p, path, format, dtype)
+
+
+def _check_quantize(format: str, quantize: str | None, calibration: str | None) -> None:
+    if quantize is not None and format != "gguf":
+        raise ValueError(f"quantize: is for --format gguf, not {format}; leave it out")
+    if quantize is not None:
+        gguf_file_types.check_quantized(quantize)
+    if calibration is not None and (quantize is None or quantize == "q8_0"):
+        raise ValueError("calibration: needs quantize with a type of fewer bits than q8_0, whose rounding it improves")
 
 
 def task_head(s: Source) -> TaskHead | None:
@@ -119,7 +142,9 @@ def task_head(s: Source) -> TaskHead | None:
     return None if s.objective is None else OBJECTIVES.of(s.objective).head
 
 
-def _export(p: Pretrained, path: Path, format: str, dtype: str | None) -> tuple[list[str], dict[str, Any]]:
+def _export(
+    p: Pretrained, path: Path, format: str, dtype: str | None, calibration: str | None = None
+) -> tuple[list[str], dict[str, Any]]:
     if format == "peft" and p.source.adapter == config.Adapter():
         raise ValueError(f"format peft: {p.source.path} has no adapter; choose another format")
     if format in FEW_BITS:
@@ -132,12 +157,12 @@ def _export(p: Pretrained, path: Path, format: str, dtype: str | None) -> tuple[
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         few = dict.fromkeys(FEW_BITS, partial(_to_few_bits, format))
-        write: Any = {"hf": _to_hf, "gguf": _to_gguf, "stablehlo": _to_stablehlo, "peft": _to_peft, **few}[format]
-        notes = write(p, path, dtype)
+        write: Any = {"hf": _to_hf, "stablehlo": _to_stablehlo, "peft": _to_peft, **few}.get(format)
+        notes = _to_gguf(p, path, dtype or "f16", calibration) if write is None else write(p, path, dtype)
         read: Any = {"stablehlo": _stablehlo_logits, "peft": _peft_logits}.get(format)
         after = logits(open_model(path)) if read is None else read(p, path)
         difference = compare(before, after)
-        allowed = max(TOLERANCE[dtype], TOLERANCE["float16"] if format in HALF_SCALES else 0)
+        allowed = max(TOLERANCE.get(dtype, TOLERANCE_QUANTIZED), TOLERANCE["float16"] if format in HALF_SCALES else 0)
         if not difference["relative_difference"] <= allowed:
             raise ValueError(
                 f"{path}: what was written gives other logits (off by {difference['relative_difference']:.2g} of their "
@@ -145,6 +170,8 @@ def _export(p: Pretrained, path: Path, format: str, dtype: str | None) -> tuple[
             )
     except BaseException:
         _remove(path)
+        if (kept := _importance_file(path, calibration)) is not None:
+            kept.unlink(missing_ok=True)
         raise
     record = {"source": p.source.path.name, "format": format, "dtype": dtype or "as it was", **difference}
     file = path / "export.json" if path.is_dir() else path.with_name(f"{path.name}.json")
@@ -348,14 +375,20 @@ def _scores(run: Any, folder: Path) -> list[str]:
     return ["", "Scores, with 95 % intervals where they are known:", *scores] if scores else []
 
 
-def _to_gguf(p: Pretrained, path: Path, dtype: str) -> list[str]:
+def _to_gguf(p: Pretrained, path: Path, file_type: str, calibration: str | None) -> list[str]:
     s, text = p.source, None
     if s.tokens is not None:
         first, template = s.tokens.bos_id in s.boundary_ids[0], s.templates.get("default")
         text = gguf.Text(_vocabulary(s), first, template, tuple(p.eos))
-    m = p.model
-    gguf.save(path, m.family, m.config, m.specs, p.params, kind=dtype, text=text, name=s.path.stem)
-    notes = [f"{path.name}: {path.stat().st_size:,} bytes as {dtype}"]
+    m, importance = p.model, None
+    notes: list[str] = []
+    if calibration is not None:
+        importance, notes = _importance(p, calibration, path)
+    lines = gguf_write.save(
+        path, m.family, m.config, m.specs, p.params, file_type=file_type, importance=importance, text=text,
+        name=s.path.stem,
+    )  # fmt: skip
+    notes += [f"{path.name}: {path.stat().st_size:,} bytes", *lines]
     if text is not None:
         again = gguf.text(gguf.open_file(path))
         if (differs := gguf_tokenizer.different_text(s.tokens, again.tokenizer)) is not None:
@@ -363,6 +396,25 @@ def _to_gguf(p: Pretrained, path: Path, dtype: str) -> list[str]:
         if lost := gguf_tokenizer.lost_settings(s.tokens):
             notes.append(f"note: GGUF files can't say what {', '.join(lost)} do to the text beside them")
     return notes
+
+
+def _importance_file(path: Path, calibration: str | None) -> Path | None:
+    """Returns the file that keeps what is measured of a calibration text; None: nothing is measured."""
+    measures = calibration is not None and not input_squares.is_importance_file(calibration)
+    return path.with_suffix(".imatrix.gguf") if measures else None
+
+
+def _importance(p: Pretrained, calibration: str, path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Returns importance by the names of tensors, and lines on it; what was measured is kept beside the file."""
+    found = input_squares.for_gguf(p, calibration)
+    if not isinstance(found, input_squares.Measured):
+        return found, [f"importance of {len(found)} tensors from {calibration}"]
+    file = _importance_file(path, calibration)
+    assert file is not None
+    gguf_importance.write(file, found.importance, found.tokens, found.length, calibration)
+    return found.importance, [
+        f"{file.name}: importance of the columns of {len(found.importance)} tensors, over {found.tokens:,} tokens"
+    ]
 
 
 def _vocabulary(s: Source) -> Any:

@@ -167,13 +167,24 @@ class LanguageModel:
         if they say nothing), or by `pooling`: mean or cls. ValueError: the model is no encoder."""
         return generate_text.embed(self.pretrained, [texts] if isinstance(texts, str) else list(texts), pooling)
 
-    def save(self, target: str | Path, format: str = "hf", dtype: str | None = None) -> list[str]:
+    def save(
+        self,
+        target: str | Path,
+        format: str = "hf",
+        dtype: str | None = None,
+        quantize: str | None = None,
+        calibration: str | None = None,
+    ) -> list[str]:
         """Writes the model for others to read: `hf` (safetensors as transformers reads them), `gguf`, `stablehlo` or
         `peft`. What is written is read again and compared. Returns a line on each thing written.
 
-        ValueError: the format can't express the model, or `target` exists; nothing is left behind then.
+        `quantize` is a type of GGUF file of few bits, such as `q4_k_m`; `calibration` a text, or llama.cpp's importance
+        matrix, that says which columns matter more. ValueError: the format can't express the model, or `target` exists;
+        nothing is left behind then.
         """
-        notes, _ = convert.export(self.pretrained, target, format=format, dtype=dtype)
+        notes, _ = convert.export(
+            self.pretrained, target, format=format, dtype=dtype, quantize=quantize, calibration=calibration
+        )
         return notes
 
 

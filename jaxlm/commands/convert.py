@@ -43,7 +43,13 @@ class Export(Command):
     peft: its adapter alone, which the others merge."""
     dtype: str | None = None
     """hf: float32, bfloat16, float16 (None: as it is); of few bits: float32 (None), bfloat16, float16, for what stays
-    plain; gguf: f16 (None), q8_0; stablehlo: float32 (None), bfloat16."""
+    plain; gguf: f16 (None); stablehlo: float32 (None), bfloat16."""
+    quantize: str | None = None
+    """gguf: the type of the file as llama.cpp calls it: q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1 or
+    q4_0. None: as `dtype` says."""
+    calibration: str | None = None
+    """With `quantize`: a text (a file, or a source as for training) on which mean squares of inputs are measured, so
+    that columns that matter more are rounded better; or llama.cpp's importance matrix of the model (imatrix.gguf)."""
     step: Natural | None = None
     """The checkpoint's; None: the newest."""
 
@@ -51,7 +57,10 @@ class Export(Command):
         start_processes(self)
         from jaxlm.assembly import convert
 
-        notes, record = convert.export(self.model, self.target, format=self.format, dtype=self.dtype, step=self.step)
+        notes, record = convert.export(
+            self.model, self.target, format=self.format, dtype=self.dtype, step=self.step, quantize=self.quantize,
+            calibration=self.calibration,
+        )  # fmt: skip
         print(*notes, sep="\n")
         print(
             f"logits before and after: off by {record['relative_difference']:.2g} of their deviation, at most by "

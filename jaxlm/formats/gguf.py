@@ -1,11 +1,11 @@
-"""GGUF files (llama.cpp's format) are read dequantized, and written as F16 or Q8_0, the tokenizer included.
+"""Reads GGUF files (llama.cpp's format) dequantized, the tokenizer included.
 
-The `gguf` library parses and packs; `gguf_names.py` has the names, `gguf_tokenizer.py` the tokenizer.
+The `gguf` library parses and dequantizes; `gguf_names.py` has the names, `gguf_tokenizer.py` the tokenizer,
+`gguf_write.py` the way out.
 """
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxlm.core import tree, weight_names
+from jaxlm.core import weight_names
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.formats import gguf_names, gguf_tokenizer, huggingface, shards
 from jaxlm.formats.gguf_metadata import Metadata
-from jaxlm.formats.gguf_names import Fields, Place, Values
+from jaxlm.formats.gguf_names import Place, Values
 from jaxlm.nn.family import Family
 
 PLAIN: dict[str, np.dtype] = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "F64": np.dtype(np.float64)}
@@ -42,14 +42,11 @@ QUANTIZED = (
     ),
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
 )
-WRITTEN = {"f16": ("F16", "MOSTLY_F16"), "q8_0": ("Q8_0", "MOSTLY_Q8_0")}
-IN_F32 = ("position_embd", "ffn_gate_inp")  # matrices that llama.cpp wants in float32
 FACTORS = "rope_freqs.weight"  # divisors of the rotation's frequencies, which become part of the configuration
-# Values of config.json that a GGUF file doesn't hold: dropout, and names that share an architecture.
-NOT_STORED = {"model_type", "architectures", "resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout"}
 
 
-def _gguf() -> Any:
+def library() -> Any:
+    """Returns the `gguf` package; raises ValueError where it isn't installed."""
     try:
         import gguf
     except ImportError:
@@ -121,8 +118,8 @@ def _dequantized(kind: str, data: np.ndarray) -> np.ndarray:
     """Returns numbers, as float32 where they were quantized."""
     if kind in PLAIN:
         return data
-    quants = _gguf().quants
-    return quants.dequantize(np.ascontiguousarray(data), _gguf().GGMLQuantizationType[kind])
+    quants = library().quants
+    return quants.dequantize(np.ascontiguousarray(data), library().GGMLQuantizationType[kind])
 
 
 def open_file(path: str | Path) -> Files:
@@ -134,7 +131,7 @@ def open_file(path: str | Path) -> Files:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        reader = _reader()(path)
+        reader = reader_type()(path)
         fields = Metadata({name: stored.contents() for name, stored in reader.fields.items()})
         tensors = {t.name: t for t in reader.tensors}
         shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}
@@ -177,9 +174,9 @@ def _entries(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
     return out
 
 
-def _reader() -> type:
+def reader_type() -> type:
     """Returns the library's reader, which takes a short slice for a whole one, made to notice a truncated file."""
-    gguf = _gguf()
+    gguf = library()
 
     class Reader(gguf.GGUFReader):  # type: ignore[name-defined]
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
@@ -255,152 +252,3 @@ def text(files: Files) -> Text:
         return Text(tokenizer, gguf_tokenizer.adds_bos(files.fields), template, ends)
     except ValueError as error:
         raise ValueError(f"{files.path}: {error}") from error
-
-
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
-def save(
-    path: str | Path,
-    family: Family,
-    c: Any,
-    specs: Any,
-    params: Any,
-    *,
-    kind: str = "f16",
-    text: Text | None = None,
-    name: str = "",
-) -> Path:
-    """Writes a model as llama.cpp loads it: matrices in `kind` (f16 or q8_0), norms and biases in F32.
-
-    Raises a ValueError where the format or llama.cpp can't express the model exactly.
-    """
-    gguf, path = _gguf(), Path(path)
-    if kind not in WRITTEN:
-        raise ValueError(f"gguf: kind {kind!r} is not written, only {', '.join(WRITTEN)}")
-    if path.exists():
-        raise ValueError(f"{path} exists already; choose another name or remove it")
-    flat = tree.flatten(params)
-    for weight, w in flat.items():
-        if not isinstance(w, jax.Array):
-            what = type(w).__name__
-            raise ValueError(f"{weight}: is {what}, not plain numbers; merge adapters and dequantise before export")
-    values = gguf_names.complete(family.to_hf(c))
-    fields, factors = gguf_names.metadata(values)
-    table = weight_names.tensors(family.names(c), specs)
-    stored = _plan(kind, values, table)
-    _check(family, values, fields, stored, factors)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    writer = gguf.GGUFWriter(partial, fields.pop("general.architecture"))
-    writer.add_type("model")
-    writer.add_name(name)
-    writer.add_file_type(gguf.LlamaFileType[WRITTEN[kind][1]])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add(writer, fields)
-    if text is not None:
-        tokenizer_fields = gguf_tokenizer.write(text.tokenizer, values["vocab_size"], text.add_bos, text.ends)
-        _add(writer, {f"tokenizer.ggml.{key}": value for key, value in tokenizer_fields.items()})
-        writer.add_string("tokenizer.chat_template", text.chat_template or "")
-    for tensor, s in stored.items():
-        shape = s.shape
-        if s.kind == "Q8_0":
-            shape = gguf.quant_shape_to_byte_shape(s.shape, gguf.GGMLQuantizationType.Q8_0)
-        dtype = PLAIN.get(s.kind, np.dtype(np.uint8))
-        size = math.prod(shape) * dtype.itemsize
-        writer.add_tensor_info(tensor, shape, dtype, size, gguf.GGMLQuantizationType[s.kind])
-    if factors is not None:
-        writer.add_tensor_info(FACTORS, factors.shape, factors.dtype, factors.nbytes)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for s in stored.values():
-            parts = [_packed(s, shards.collect(table[name], flat, np.dtype(np.float32))) for name in s.hf_names]
-            writer.write_tensor_data(parts[0] if s.place.expert is None else np.stack(parts))
-        if factors is not None:
-            writer.write_tensor_data(factors)
-        writer.close()
-        partial.replace(path)
-    finally:
-        for file in writer.fout or ():  # the library leaves it open after an error
-            file.close()
-        partial.unlink(missing_ok=True)
-    return path
-
-
-class Stored(NamedTuple):
-    """This says how a tensor is written: its kind of numbers, and its shape, outermost first.
-
-    `hf_names` are the Hugging Face tensors in it: one, or those of all experts.
-    """
-
-    place: Place
-    kind: str
-    shape: tuple[int, ...]
-    hf_names: tuple[str, ...]
-
-
-def _plan(kind: str, values: Values, table: Mapping[str, weight_names.Tensor]) -> dict[str, Stored]:
-    """Returns how each tensor is written, by GGUF's names."""
-    arch = gguf_names.architecture_of_model_type(values["model_type"])
-    out: dict[str, Stored] = {}
-    a = gguf_names.ARCHITECTURES[arch]
-    for hf_name, tensor in table.items():
-        place = gguf_names.place_of(a, hf_name, values)
-        if place is None:
-            raise ValueError(f"gguf: {hf_name} has no place in files of architecture {arch}")
-        shape = tensor.shape[::-1] if place.stem in a.transposed else tensor.shape
-        flat = len(shape) == 1 or place.stem.endswith(IN_F32)
-        if not flat and kind == "q8_0" and shape[-1] % 32:
-            raise ValueError(f"gguf: q8_0 needs rows of a multiple of 32; {place.name} has {shape[-1]}: choose f16")
-        hf_names = (*(out[place.name].hf_names if place.name in out else ()), hf_name)
-        stored_shape = shape if place.expert is None else (len(hf_names), *shape)
-        out[place.name] = Stored(place, "F32" if flat else WRITTEN[kind][0], stored_shape, hf_names)
-    return out
-
-
-def _check(
-    family: Family, values: Values, fields: Fields, stored: Mapping[str, Stored], factors: np.ndarray | None
-) -> None:
-    """Raises where the metadata don't say all that config.json would, by reading them as `open_file` does."""
-    shapes = {name: s.shape for name, s in stored.items()}
-    back = gguf_names.complete(family.to_hf(family.from_hf(gguf_names.config(fields, shapes, factors))))
-    for name, ours in values.items():
-        if name not in NOT_STORED and not _same(ours, back.get(name)):
-            raise ValueError(f"gguf: {name} {ours} can't be told in a GGUF file, which would mean {back.get(name)}")
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Compares two values, floats to float32's precision."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    if isinstance(a, float) and isinstance(b, float | int):
-        return math.isclose(a, b, rel_tol=1e-5)
-    return a == b
-
-
-def _add(writer: Any, fields: Mapping[str, Any]) -> None:
-    for key, value in fields.items():
-        match value:
-            case bool():
-                writer.add_bool(key, value)
-            case int():
-                writer.add_uint32(key, value)
-            case float():
-                writer.add_float32(key, value)
-            case str():
-                writer.add_string(key, value)
-            case _:
-                writer.add_array(key, value)
-
-
-def _packed(s: Stored, w: np.ndarray) -> np.ndarray:
-    w = np.ascontiguousarray(s.place.write(w))
-    if s.kind == "F16":
-        with np.errstate(over="ignore"):
-            out = w.astype(np.float16)
-        if np.isinf(out).sum() > np.isinf(w).sum():
-            raise ValueError(f"gguf: {s.place.name} holds numbers beyond the range of F16")
-        return out
-    gguf = _gguf()
-    return gguf.quants.quantize(w, gguf.GGMLQuantizationType[s.kind])

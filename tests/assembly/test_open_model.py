@@ -94,7 +94,8 @@ def test_gguf_in_and_out(tmp_path, capsys):
             extra_files_from=tmp_path / "words", card=False)  # fmt: skip
     for kind in ("f16", "q8_0"):
         file = tmp_path / f"{kind}.gguf"
-        assert cli.main(["export", str(tmp_path / "hf"), str(file), "--format", "gguf", "--dtype", kind]) == 0
+        how = ["--quantize", kind] if kind == "q8_0" else []
+        assert cli.main(["export", str(tmp_path / "hf"), str(file), "--format", "gguf", *how]) == 0
         assert json.loads(file.with_name(f"{kind}.gguf.json").read_text())["relative_difference"] < 0.05
     assert cli.main(["export", str(tmp_path / "f16.gguf"), str(tmp_path / "back"), "--dtype", "float16"]) == 0
     assert np.array_equal(*(convert.logits(open_model.open_model(tmp_path / n)) for n in ("hf", "back")))
@@ -102,6 +103,17 @@ def test_gguf_in_and_out(tmp_path, capsys):
         opened = open_model.open_model(tmp_path / name)
         assert opened.prompts(["the cat"]) == ([[made.bos_id, *made.encode("the cat")]], None)
         assert opened.eos == [made.eos_id]
+    text, few = tmp_path / "text.txt", tmp_path / "q4_k_m.gguf"
+    text.write_text("\n".join(texts))
+    how = ["--format", "gguf", "--quantize", "q4_k_m"]
+    capsys.readouterr()
+    assert cli.main(["export", str(tmp_path / "hf"), str(few), *how, "--calibration", str(text)]) == 0
+    lines = capsys.readouterr().out
+    assert "note: rows of 64 don't fit Q4_K: " in lines and " got Q5_0, as llama.cpp does it" in lines
+    measured = tmp_path / "q4_k_m.imatrix.gguf"
+    again = tmp_path / "again.gguf"
+    assert cli.main(["export", str(tmp_path / "hf"), str(again), *how, "--calibration", str(measured)]) == 0
+    assert np.allclose(*(convert.logits(open_model.open_model(file)) for file in (few, again)), atol=1e-4)
     capsys.readouterr()
     assert "name a file that ends in .gguf" in complaint(capsys, "export", tmp_path / "hf", tmp_path / "x",
                                                          "--format", "gguf")  # fmt: skip
