@@ -1,16 +1,20 @@
 """Weights of few bits: how near, how small, and that products with them are products with what they stand for."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm.core import config, spec
+from jaxlm.core.compression import Format
 from jaxlm.core.spec import Spec, normal
 from jaxlm.nn import leaf
 from jaxlm.nn.layout import Layout
 from jaxlm.runtime.mesh import make_mesh
 from jaxlm.weights import quantized
+from jaxlm.weights.compress import formats
 
 SHAPE, INS, OUTS = (2, 128, 4, 24), 1, 2  # layers, D, H, C
 
@@ -91,3 +95,21 @@ def test_it_rests_sharded_as_the_weight_would(kind):
 def test_an_odd_number_of_inputs_is_refused():
     with pytest.raises(ValueError, match="nf4: 7 inputs have no even number to share a byte; leave base=bfloat16"):
         quantized.nf4(jnp.zeros((1, 7, 4)), 1, 1)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_loop_over_tokens_holds_no_dense_copies(kind: Any) -> None:
+    """Compilers move what doesn't change in a loop out of it, which would be every weight's numbers."""
+    w, n = jax.random.normal(jax.random.key(0), (128, 128)), 16
+    leaves = [formats.nearest(Format(kind), w, (128,), (128,)) for _ in range(n)]
+
+    def tokens(x: jax.Array, leaves: Any) -> jax.Array:
+        def step(_: Any, x: jax.Array) -> jax.Array:
+            for one in leaves:
+                x = one.einsum("bd,df->bf", x, Layout(), None, None)
+            return x
+
+        return jax.lax.fori_loop(0, 9, step, x)
+
+    used = jax.jit(tokens).lower(jnp.ones((1, 128)), leaves).compile().memory_analysis()
+    assert used.temp_size_in_bytes < n / 2 * w.nbytes
