@@ -114,7 +114,9 @@ def update(
         if kept is not None and "teacher" in kept:
             old, new = (outputs.Predicted(logits(w, batch["x"])[None], jnp.ones((1, len(batch["y"]))))
                         for w in (kept["teacher"], weights))  # fmt: skip
-            value += alpha * outputs.total(outputs.divergence(old, new, TEMPERATURE, Layout()), new)
+            value += alpha * outputs.total(
+                outputs.divergence(old, new, outputs.Measure(temperature=TEMPERATURE), Layout()), new
+            )
         return {"task": {"loss": value}}
 
     def pull(weights: Weights, kept: Any) -> jax.Array:

@@ -12,7 +12,6 @@ from jaxlm.nn.family import RunsItself
 from jaxlm.nn.layout import Layout
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.weights import quantized
-from jaxlm.weights.adapters.adapted import Adapted
 
 
 def bound(run: config.Run, source: Source, objective: BoundObjective, student: Model) -> Distillation:
@@ -54,12 +53,10 @@ def _teacher(run: config.Run, source: Source, settings: Any) -> tuple[Model, Any
     execution = dataclasses.replace(run.execution, dtype=dtype, remat="none", offload=())
     adapter = source.adapter
     if c.base not in ("float32", adapter.base):
-        if adapter.base != "float32":
-            raise ValueError(
-                f"distill.base: the matrices of {c.teacher} are stored as {adapter.base} already; leave it out"
-            )
+        if adapter.base != "float32" or source.adapted.few_bits:
+            raise ValueError(f"distill.base: the matrices of {c.teacher} are stored in few bits already; leave it out")
         adapter = dataclasses.replace(adapter, base=c.base)
-    adapted = Adapted(adapter, source.family, source.config)
+    adapted = dataclasses.replace(source.adapted, c=adapter)
     specs = dict(source.adapted.specs())
     if adapter.base != source.adapter.base:
         if not adapted.matrices:
