@@ -115,6 +115,7 @@ def main() -> None:
     found = json.loads(file.read_text()) if a.save != "-" and file.is_file() else {}
     if found.get("about", {}).get("steps") != a.steps:
         found = {"about": about, "students": []}
+    found["about"]["arms"] = ARMS
 
     def keep() -> None:
         text, found["verdict"] = summary(found)
