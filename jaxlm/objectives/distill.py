@@ -50,7 +50,7 @@ def hidden(
 ) -> jax.Array:  # fmt: skip
     """Computes the sum over tokens of how far the states of layers differ, the mean over pairs (student's layer,
     teacher's layer). `projections`: the learned map of each pair's student, by its number, where there is one."""
-    total = jnp.zeros(())
+    total, real_BT = jnp.zeros(()), shard(student.segments_BT, "batch", None) > 0
     for i, (mine, theirs) in enumerate(pairs):
         x_BTD = _whole(student.layers[mine][HIDDEN], shard)
         y_BTD = jax.lax.stop_gradient(_whole(teacher.layers[theirs][HIDDEN], shard))
@@ -62,7 +62,7 @@ def hidden(
             square = lambda x: jnp.square(x).sum(-1)  # noqa: E731
             sizes_BT = jnp.maximum(square(x_BTD), 1e-12) * jnp.maximum(square(y_BTD), 1e-12)
             apart_BT = 1 - (x_BTD * y_BTD).sum(-1) * jax.lax.rsqrt(sizes_BT)
-        total += (apart_BT * (student.segments_BT > 0)).sum()
+        total += (apart_BT * real_BT).sum()
     return total / len(pairs)
 
 
@@ -72,9 +72,9 @@ def relations(
     """Computes the sum over tokens of KL(teacher ‖ student) of the relations of each token to those of its text, the
     mean over relation heads and over queries, keys and values (Wang et al. 2021, equation 2). `layers`: the student's
     and the teacher's. The relations of one head exist at a time."""
-    seen_BTT = student.segments_BT[:, :, None] == student.segments_BT[:, None, :]
-    seen_BTT &= student.segments_BT[:, None, :] > 0
-    real_BT = (student.segments_BT > 0).astype(jnp.float32)
+    segments_BT = shard(student.segments_BT, "batch", None)
+    seen_BTT = (segments_BT[:, :, None] == segments_BT[:, None, :]) & (segments_BT[:, None, :] > 0)
+    real_BT = (segments_BT > 0).astype(jnp.float32)
 
     def one(both: tuple[jax.Array, jax.Array]) -> jax.Array:
         new, old = (_related(x_BTC, seen_BTT, shard) for x_BTC in both)

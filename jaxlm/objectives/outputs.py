@@ -165,7 +165,7 @@ def stored(outputs: Predicted, k: int, shard: Layout, how: Measure = Measure()) 
     divided by the temperature. Nothing has a gradient."""
 
     def one(z: jax.Array) -> Stored:
-        z = jax.lax.stop_gradient(z)
+        z = shard(jax.lax.stop_gradient(z), "batch", None, None)  # classes are chosen among all
         if outputs.kind != "softmax":
             top, classes = jax.lax.top_k(z, z.shape[-1])
             return Stored(top, classes, jnp.zeros(z.shape[:-1], z.dtype))
@@ -186,6 +186,7 @@ def divergence_from(before: Stored, now: Predicted, shard: Layout, how: Measure 
     """
 
     def one(z: jax.Array, values: jax.Array, classes: jax.Array, rest: jax.Array) -> jax.Array:
+        z = shard(z, "batch", None, None)
         if now.kind != "softmax":
             return how.between(values, jnp.take_along_axis(z, classes, -1), now.kind)
         new_values, new_rest = _among(how.shown(z), classes)
