@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.assembly import calibration as calibrations
-from jaxlm.assembly import compress_journal, compress_report, convert, earlier, open_model
+from jaxlm.assembly import compress_folds, compress_journal, compress_report, convert, earlier, open_model
+from jaxlm.assembly.compress_folds import Fold
 from jaxlm.assembly.compress_journal import Journal
 from jaxlm.assembly.compress_layers import Task, all_layers, layer_specs, stored_as
 from jaxlm.assembly.layer_walk import LayerWalk, Stack
@@ -154,7 +155,8 @@ def _small(
             placed = calibrations.placed(batches, layout, mesh)
             walk = LayerWalk(source.family, source.config, rest, placed, layout)
             stacks = walk.stacks
-        task = Task(source, settings, chosen, journal, walk, layout, mesh, stacks)
+        folds = _folds(source, settings, chosen, walk, layout, mesh) if walk and settings.scales else {}
+        task = Task(source, settings, chosen, journal, walk, layout, mesh, stacks, folds)
         how = stored_as(task)
         all_layers(task, how)
         _write(task, how, rest, folder)
@@ -167,6 +169,24 @@ def _small(
         calibrated["calibration"] = [model_card.name_of(place) for place in c.calibration]
     return {"source": source.path.name, "settings": dataclasses.asdict(settings), "calibration": calibrated,
             "stored": {path: str(form) for path, form in how.items()}, "weights": notes}  # fmt: skip
+
+
+def _folds(
+    source: Source, settings: Settings, chosen: Mapping[str, Matrix], walk: LayerWalk, layout: Layout, mesh: Any
+) -> dict[str, list[Fold]]:
+    """Returns what is divided instead of the inputs of the chosen matrices, by stack. ValueError: there is nothing."""
+    all_of_them, found = matrices(source.family, source.config), {}
+    for stack in walk.stacks:
+        prefix = f"{stack.path}/"
+        own = {path.removeprefix(prefix): m for path, m in all_of_them.items() if path.startswith(prefix)}
+        folds = compress_folds.find(walk, stack, own, layout, mesh)
+        found[stack.path] = [fold for fold in folds if any(prefix + path in chosen for path in fold.readers)]
+    if not any(found.values()) and not settings.own_scales:
+        raise ValueError(
+            f"method: nothing in this model's layers can take the factors of {settings.method}; take gptq, or set "
+            "`own_scales`"
+        )
+    return found
 
 
 def _compared(
@@ -216,7 +236,7 @@ def _write(task: Task, how: Mapping[str, Stored], rest: Any, target: Path) -> No
         small = {path: np.stack([arrays[path] for arrays in each]) for path in specs}
         del each
         small |= {path: task.journal.weight(f"{stack.path}/{path}") for path in stack.specs
-                  if f"{stack.path}/{path}" not in task.chosen}  # fmt: skip
+                  if path not in specs and f"{stack.path}/{path}" not in task.chosen}  # fmt: skip
         for path in list(small):
             params = tree.put(params, f"{stack.path}/{path}", jnp.asarray(small.pop(path)))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -4,7 +4,7 @@ is small. A budget first measures how much each matrix loses in each format."""
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.assembly import compress_journal
+from jaxlm.assembly.compress_folds import Fold, multiplied_rows
 from jaxlm.assembly.compress_journal import Journal
 from jaxlm.assembly.layer_walk import LayerWalk, Stack
 from jaxlm.assembly.model_source import Source
@@ -22,7 +23,7 @@ from jaxlm.core.compression import Format, Stored
 from jaxlm.nn.layout import Layout
 from jaxlm.weights import stored
 from jaxlm.weights.compress import budget, formats
-from jaxlm.weights.compress.solve import solve
+from jaxlm.weights.compress.solve import shared_factors, solve, solve_multiplied
 from jaxlm.weights.compress.statistics import check
 from jaxlm.weights.matrices import Matrix
 
@@ -45,6 +46,17 @@ class Task:
     layout: Layout
     mesh: jax.sharding.Mesh | None
     stacks: Sequence[Stack]
+    folds: Mapping[str, Sequence[Fold]] = field(default_factory=dict)
+    """What is divided instead of the inputs of matrices, by stack, where the method multiplies their rows."""
+
+    def folded(self, stack: Stack) -> dict[str, Fold]:
+        """Returns the folds of a stack by the paths in it of the matrices that read what they make."""
+        return {path: fold for fold in self.folds.get(stack.path, ()) for path in fold.readers}
+
+    def changed(self, stack: Stack) -> list[str]:
+        """Returns the paths in a stack of weights that stay plain and are divided, or multiplied, all the same."""
+        paths = [p for f in self.folds.get(stack.path, ()) for p in (f.source, f"{f.source}_bias", *f.readers)]
+        return [p for p in paths if p in stack.specs and f"{stack.path}/{p}" not in self.chosen]
 
     def recorded(self, stack: Stack) -> dict[str, Matrix]:
         """Returns the chosen matrices of a stack by their paths in it."""
@@ -63,15 +75,19 @@ def stored_as(task: Task) -> dict[str, Stored]:
     solver, settings = task.settings.solver(), task.settings
     if settings.prunes:
         return dict.fromkeys(task.chosen, Stored(None))
-    scaled = settings.method in ("awq", "smooth")
+    folded = {f"{stack.path}/{path}" for stack in task.stacks for path in task.folded(stack)}
+
+    def form(path: str, f: Format) -> Stored:
+        return Stored(f, bool(settings.own_scales) and path not in folded)
+
     if not settings.budget:
-        return {path: Stored(solver.format, scaled) for path in task.chosen}  # type: ignore[union-attr]
+        return {path: form(path, solver.format) for path in task.chosen}  # type: ignore[union-attr]
     given, least = _bytes(settings.budget, task.chosen), sum(_size(m, CANDIDATES[0]) for m in task.chosen.values())
     if given < least:
         raise ValueError(f"budget: {settings.budget} are {given:,} bytes, and int4 takes {least:,}; give at least that")
     picked = budget.choose(_sensitivities(task), given)
     by_name = {str(Stored(f)): f for f in CANDIDATES}
-    return {path: Stored(by_name[option.name], scaled) for path, option in picked.items()}
+    return {path: form(path, by_name[option.name]) for path, option in picked.items()}
 
 
 def _bytes(text: str, chosen: Mapping[str, Matrix]) -> int:
@@ -126,10 +142,25 @@ def _solved(solver: Any, w: Any, ins: int, outs: int, statistics: Any) -> Any:
     return solve(solver, w, ins, outs, statistics)
 
 
+@lru_cache(32)
+def _jitted_factors(solvers: tuple[Any, ...]) -> Any:
+    """Returns the jitted `(weights, statistics) → factors` of weights that read the same inputs."""
+    return jax.jit(partial(shared_factors, solvers))
+
+
+@lru_cache(32)
+def _jitted_multiplied(solver: Any) -> Any:
+    """Returns the jitted `(weight, ins, statistics, factors) → Solution`."""
+    return jax.jit(partial(solve_multiplied, solver), static_argnums=1)
+
+
 def all_layers(task: Task, how: Mapping[str, Stored]) -> None:
     """Makes one layer after another small, and takes the calibration through each as it is then."""
-    solvers = {form: _jitted(task.settings.solver(form.format)) for form in set(how.values())}
-    hessian = task.settings.method in NEED_HESSIAN
+    settings, solvers = task.settings, {}
+    for form in set(how.values()):
+        alone = Settings("nearest") if settings.scales and not form.scaled else settings
+        solvers[form] = _jitted(alone.solver(form.format))
+    hessian = settings.method in NEED_HESSIAN
     with _bar(task, "compressing") as advance:
         for stack in task.stacks:
             recorded, walk = task.recorded(stack), task.walk
@@ -150,34 +181,62 @@ def all_layers(task: Task, how: Mapping[str, Stored]) -> None:
 def _one_layer(
     task: Task, how: Mapping[str, Stored], solvers: Mapping[Stored, Any], stack: Stack, i: int, weights: Any, found: Any
 ) -> None:
-    """Makes the matrices of a layer small, and writes them."""
+    """Makes the matrices of a layer small, and writes them with what else of it was changed."""
+    recorded = task.recorded(stack)
+    for path, record in found.items():
+        check(record, f"{stack.path}/{path} of layer {i}", "expert")
+    weights, factors = _divided(task, how, stack, weights, found)
     arrays: dict[str, Any] = {}
     figures: dict[str, Any] = {}
-    for path, m in task.recorded(stack).items():
-        whole = f"{stack.path}/{path}"
-        if found:
-            check(found[path], f"{whole} of layer {i}", "expert")
-        form = how[whole]
-        made = solvers[form](tree.at(weights, path), m.ins, m.outs, found.get(path))
+    for path in task.changed(stack):
+        arrays = tree.put(arrays, path, jax.device_get(tree.at(weights, path)))
+    for path, m in recorded.items():
+        form, w = how[f"{stack.path}/{path}"], tree.at(weights, path)
+        note: dict[str, Any] = {}
+        if path in factors:
+            solver = _jitted_multiplied(task.settings.solver(form.format))
+            made = solver(w, m.ins, found[path], factors[path])
+            note = {"divides": f"{stack.path}/{task.folded(stack)[path].source}"}
+        else:
+            made = solvers[form](w, m.ins, m.outs, found.get(path))
+            if task.settings.scales:
+                note = {"divides": "its own inputs" if form.scaled else None}
         kept = made.weight if form.format is None else stored.arrays(made.weight)
         arrays = tree.put(arrays, path, jax.device_get(kept))
         known = {name: float(jnp.sum(getattr(made, name))) for name in ("error", "plain_error", "power")}
         if not np.isfinite(list(known.values())).all():
-            raise ValueError(f"{whole}: layer {i} holds NaN or infinity; mend the model first")
-        figures[path] = known | {"format": str(form)}
+            raise ValueError(f"{stack.path}/{path}: layer {i} holds NaN or infinity; mend the model first")
+        figures[path] = known | note | {"format": str(form)}
     task.journal.write(stack.path, i, arrays, figures)
+
+
+def _divided(
+    task: Task, how: Mapping[str, Stored], stack: Stack, weights: Any, found: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Returns a layer's weights with what makes the inputs of matrices divided, and the rows of those that stay plain
+    multiplied; and the factors of the others, whose rows are multiplied when they are rounded."""
+    factors: dict[str, Any] = {}
+    # Outputs are divided before rows are multiplied: of a matrix that has both, the errors then count as they are.
+    for fold in sorted(task.folds.get(stack.path, ()), key=lambda fold: stack.specs[fold.source].is_vector):
+        small = [path for path in fold.readers if path in found]
+        solvers = tuple(task.settings.solver(how[f"{stack.path}/{path}"].format) for path in small)
+        by = _jitted_factors(solvers)([tree.at(weights, path) for path in small], found[small[0]])
+        weights = fold.divided(weights, by)
+        factors |= dict.fromkeys(small, by)
+        for path in set(fold.readers) - set(small):
+            weights = tree.put(weights, path, multiplied_rows(tree.at(weights, path), by))
+    return weights, factors
 
 
 def layer_specs(task: Task, how: Mapping[str, Stored], stack: Stack) -> dict[str, spec.Spec]:
     """Returns the specs of what the journal holds of a layer, by their paths in it."""
-    out: dict[str, spec.Spec] = {}
+    whole = {path: stack.specs[path] for path in task.changed(stack)}
     for path, m in task.recorded(stack).items():
         form = how[f"{stack.path}/{path}"]
-        whole = {path: m.spec} if form.format is None else {
+        whole |= {path: m.spec} if form.format is None else {
             f"{path}/{name}": s for name, s in stored.specs(m, form).items()
         }  # fmt: skip
-        out |= {name: s._replace(shape=s.shape[1:], axes=s.axes[1:]) for name, s in whole.items()}
-    return out
+    return {name: s._replace(shape=s.shape[1:], axes=s.axes[1:]) for name, s in whole.items()}
 
 
 def _bound(task: Task, how: Mapping[str, Stored], stack: Stack, i: int, weights: Any) -> Any:
@@ -187,6 +246,8 @@ def _bound(task: Task, how: Mapping[str, Stored], stack: Stack, i: int, weights:
     arrays = task.journal.layer(stack.path, i, {path: jnp.dtype(s.dtype) for path, s in specs.items()})
     homes = tree.flatten(task.layout.shardings(specs, task.mesh))
     made = compress_journal.on_devices(arrays, homes)
+    for path in task.changed(stack):
+        weights = tree.put(weights, path, tree.at(made, path))
     for path, m in task.recorded(stack).items():
         form = how[f"{stack.path}/{path}"]
         now = tree.at(made, path)

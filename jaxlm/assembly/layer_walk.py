@@ -88,6 +88,22 @@ class LayerWalk:
             found = now if not found else _merged(found, now)
         return found
 
+    def probe(
+        self, stack: Stack, layer: int, recorded: Mapping[str, Matrix]
+    ) -> Callable[[Any], tuple[jax.Array, dict[str, Statistics]]]:
+        """Returns the function of a layer's weights that gives the states behind it, and a record of what its matrices
+        read, on the first batch; `begin` must have been called."""
+
+        def run(rest: Any, batch: Any, others: Any, x: Any, weights: Any) -> tuple[jax.Array, dict[str, Statistics]]:
+            def forward(weights: Any) -> jax.Array:
+                left = self._left(rest, batch, others, x, weights, stack=stack.path, first=stack.alike[layer])
+                return jax.tree.leaves(left)[0]
+
+            counted = {path: self._counted(batch, stack.path, path) for path in recorded}
+            return observe(forward, weights, recorded, counted, hessian=False, stacked=False)
+
+        return partial(jax.jit(run), self.rest, self.batches[0], self._others(0), self.states[0])
+
     def run(self, stack: Stack, layer: int, weights: Any) -> None:
         """Takes the states through a layer of these weights."""
         for i, batch in enumerate(self.batches):

@@ -180,6 +180,5 @@ def _offsets(specs: Any) -> dict[str, float]:
     out = {}
     for path, s in tree.flatten(specs, spec.is_spec).items():
         if s.role == "norm" or s.silent == -1.0:
-            begins = np.asarray(s.init(jax.random.key(0), s.shape)).ravel()[0]
-            out[path] = 1.0 if begins == 0 else 0.0
+            out[path] = spec.counts_from(s)
     return out

@@ -23,8 +23,8 @@ PRUNES = ("magnitude", "wanda", "sparsegpt")
 SETTINGS: dict[MethodName, tuple[str, ...]] = {
     "nearest": ("format", "group", "zero_point", "budget"),
     "gptq": ("format", "group", "zero_point", "budget", "act_order", "damp"),
-    "awq": ("format", "group", "zero_point", "budget", "ratios"),
-    "smooth": ("format", "alpha"),
+    "awq": ("format", "group", "zero_point", "budget", "ratios", "own_scales"),
+    "smooth": ("format", "alpha", "own_scales"),
     "magnitude": ("share", "pattern"),
     "wanda": ("share", "pattern"),
     "sparsegpt": ("share", "pattern", "damp", "block"),
@@ -57,6 +57,9 @@ class Settings:
     """awq: how many exponents of the magnitudes are tried (20)."""
     alpha: Share | None = None
     """smooth: how much of the inputs' range moves (0.5)."""
+    own_scales: bool | None = None
+    """awq, smooth: matrices whose factors no norm or matrix before them can take multiply their inputs by a vector of
+    their own, which other programs' files can't hold; otherwise they are rounded to the nearest (no)."""
     share: BelowOne | None = None
     """Pruning: the share of each matrix's numbers that become zero (0.5)."""
     pattern: str | None = None
@@ -71,6 +74,11 @@ class Settings:
     def prunes(self) -> bool:
         """Says whether numbers become zero; else they get few bits."""
         return self.method in PRUNES
+
+    @property
+    def scales(self) -> bool:
+        """Says whether the method multiplies rows of matrices before it rounds, and divides their inputs."""
+        return "own_scales" in SETTINGS[self.method]
 
     def solver(self, f: Format | None = None) -> "Nearest | Gptq | Awq | Smooth | Magnitude | Wanda | SparseGpt":
         """Returns the settings of the method's solver; `f` takes the place of the format. ValueError, which names a

@@ -112,6 +112,11 @@ def norm_bias(width: int) -> Spec:
     return Spec((width,), (None,), zeros, role="norm_bias")
 
 
+def counts_from(s: Spec) -> float:
+    """Returns the number that a scale is added to before it multiplies: 1 where it begins at zero, else 0."""
+    return 1.0 if float(s.init(jax.random.key(0), s.shape).ravel()[0]) == 0 else 0.0
+
+
 def layer_norm(name: str, width: int, below_layers: bool = False) -> dict[str, Spec]:
     """Returns the specs of a LayerNorm: its scale `name` and its bias `name_bias`."""
     made = {name: norm(width), f"{name}_bias": norm_bias(width)}

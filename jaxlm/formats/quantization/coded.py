@@ -55,8 +55,8 @@ class Coded:
         for part, leaf in zip(tensor.parts, own, strict=True):
             if isinstance(leaf, Scaled):
                 raise ValueError(
-                    f"{part.path}: multiplies its inputs by a vector first (awq, smooth), for which {name} has no "
-                    "place; compress with gptq or nearest, or export as hf"
+                    f"{part.path}: multiplies its inputs by a vector first, for which {name} has no place; compress "
+                    "without own_scales, or export as hf"
                 )
             if type(leaf) not in KINDS:
                 raise ValueError(

@@ -1,5 +1,11 @@
 """Solvers that round are pure functions of a matrix `[I, O]`, as our products multiply it, and the record of its
-inputs: to the nearest, GPTQ, AWQ and SmoothQuant. I inputs, O outputs."""
+inputs: to the nearest, GPTQ, AWQ and SmoothQuant. I inputs, O outputs.
+
+AWQ and SmoothQuant are a search for factors of the rows, shared by all matrices that read the same inputs, and rounding
+to the nearest. What makes the inputs is divided by the factors, or a leaf divides them each time (`Scaled`).
+"""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -75,23 +81,44 @@ def awq_scale(c: Awq, magnitudes: jax.Array, ratio: jax.Array) -> jax.Array:
     return scale / jnp.sqrt(scale.max() * scale.min())
 
 
-def awq(c: Awq, w: jax.Array, s: Statistics, ins: Dims, outs: Dims) -> Solution:
-    """Multiplies the rows of large inputs before rounding, by that power of their magnitudes for which the outputs'
-    error is least; the leaf divides its inputs again. The power 0 is rounding to the nearest. Raises ValueError for
-    NF4."""
-    f = c.format
+def awq_factors(cs: Sequence[Awq], ws: Sequence[jax.Array], s: Statistics) -> jax.Array:
+    """Returns what the rows of matrices `[I, O]` that read the same inputs are multiplied by before rounding, `[I]`:
+    that power of the inputs' magnitudes for which the errors of all their outputs together are least. The power 0 is
+    rounding to the nearest. Raises ValueError for NF4."""
 
     def tried(ratio: jax.Array) -> jax.Array:
-        scale = awq_scale(c, s.mean_abs, ratio)[:, None]
-        scaled = w * scale
-        made = formats.rounded(f, scaled, formats.each(f, formats.grids(f, scaled), w.shape[0])) / scale
-        return s.error(made - w).sum()
+        scale = awq_scale(cs[0], s.mean_abs, ratio)[:, None]
+        errors = jnp.zeros(())
+        for c, w in zip(cs, ws, strict=True):
+            rows = w * scale
+            made = formats.rounded(c.format, rows, formats.each(c.format, formats.grids(c.format, rows), len(w)))
+            errors += s.error(made / scale - w).sum()
+        return errors
 
-    ratios = jnp.arange(c.ratios, dtype=jnp.float32) / c.ratios
-    scale = awq_scale(c, s.mean_abs, ratios[jnp.argmin(jax.lax.map(tried, ratios))])
-    plain = formats.rounded(f, w, formats.each(f, formats.grids(f, w), w.shape[0]))
-    leaf = formats.nearest(f, w * scale[:, None], ins, outs)
-    return _solution(s, w, Scaled(base=leaf, by=(1 / scale).reshape(ins), outs=len(outs)), plain)
+    ratios = jnp.arange(cs[0].ratios, dtype=jnp.float32) / cs[0].ratios
+    return awq_scale(cs[0], s.mean_abs, ratios[jnp.argmin(jax.lax.map(tried, ratios))])
+
+
+def multiplied(c: Awq | Smooth, w: jax.Array, s: Statistics, ins: Dims, outs: Dims, factors: jax.Array) -> Solution:
+    """Multiplies the rows of a matrix by factors and rounds to the nearest: a leaf for inputs that are divided by the
+    factors. Its errors are those of the matrix and inputs as they were."""
+    leaf = formats.nearest(c.format, w * factors[:, None], ins, outs)
+    made = dense(leaf).reshape(w.shape) / factors[:, None]
+    plain = dense(formats.nearest(c.format, w, ins, outs)).reshape(w.shape)
+    return Solution(leaf, None, **measured(s, w, made, plain))
+
+
+def _own(made: Solution, factors: jax.Array, ins: Dims, outs: Dims) -> Solution:
+    """Returns a solution whose leaf divides its inputs itself."""
+    weight: Leaf = Scaled(base=made.weight, by=(1 / factors).reshape(ins), outs=len(outs))
+    return made.replace(weight=weight)
+
+
+def awq(c: Awq, w: jax.Array, s: Statistics, ins: Dims, outs: Dims) -> Solution:
+    """Multiplies the rows of large inputs before rounding; the leaf divides its inputs again. Raises ValueError for
+    NF4."""
+    factors = awq_factors([c], [w], s)
+    return _own(multiplied(c, w, s, ins, outs, factors), factors, ins, outs)
 
 
 def smooth_scale(c: Smooth, largest_inputs: jax.Array, largest_weights: jax.Array) -> jax.Array:
@@ -102,9 +129,13 @@ def smooth_scale(c: Smooth, largest_inputs: jax.Array, largest_weights: jax.Arra
     return jnp.where((largest_inputs > 0) & (largest_weights > 0), scale, 1)
 
 
+def smooth_factors(cs: Sequence[Smooth], ws: Sequence[jax.Array], s: Statistics) -> jax.Array:
+    """Returns what matrices `[I, O]` that read the same inputs multiply their rows by, `[I]`: by the largest number in
+    that row of any of them."""
+    return smooth_scale(cs[0], s.largest, jnp.max(jnp.stack([jnp.abs(w).max(1) for w in ws]), 0))
+
+
 def smooth(c: Smooth, w: jax.Array, s: Statistics, ins: Dims, outs: Dims) -> Solution:
     """Divides inputs, and multiplies rows of the weight, so that both have less range; then rounds to the nearest."""
-    scale = smooth_scale(c, s.largest, jnp.abs(w).max(1))
-    leaf = formats.nearest(c.format, w * scale[:, None], ins, outs)
-    plain = dense(formats.nearest(c.format, w, ins, outs)).reshape(w.shape)
-    return _solution(s, w, Scaled(base=leaf, by=(1 / scale).reshape(ins), outs=len(outs)), plain)
+    factors = smooth_factors([c], [w], s)
+    return _own(multiplied(c, w, s, ins, outs, factors), factors, ins, outs)

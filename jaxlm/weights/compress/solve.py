@@ -1,7 +1,7 @@
 """Makes all layers of a weight small at once: a table of methods by their settings, and the function around them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,8 @@ SOLVERS: dict[type, Callable[..., Solution]] = {
     Wanda: pruning.wanda,
     SparseGpt: pruning.sparse_gpt,
 }
+FACTORS: dict[type, Callable[..., jax.Array]] = {Awq: rounding.awq_factors, Smooth: rounding.smooth_factors}
+"""How solvers that multiply the rows of a matrix before rounding find the factors."""
 NEED_NOTHING = (Nearest, Magnitude)
 
 
@@ -51,3 +53,17 @@ def solve(c: Any, w: jax.Array, ins: int, outs: int, statistics: Statistics | No
     for _ in lead:
         one = jax.vmap(one)
     return one(matrix, statistics)
+
+
+def shared_factors(cs: Sequence[Any], ws: Sequence[jax.Array], statistics: Statistics) -> jax.Array:
+    """Returns what the rows of weights `[*ins, *outs]` that read the same inputs are multiplied by before rounding,
+    `[I]`, and the inputs divided by; `cs` are settings of one method, of each weight its own. No leading dimensions."""
+    inputs = statistics.mean_square.shape[0]
+    return FACTORS[type(cs[0])](cs, [w.astype(jnp.float32).reshape(inputs, -1) for w in ws], statistics)
+
+
+def solve_multiplied(c: Any, w: jax.Array, ins: int, statistics: Statistics, factors: jax.Array) -> Solution:
+    """Returns a weight `[*ins, *outs]` whose rows were multiplied by factors `[I]` and rounded, with the record of its
+    inputs before they are divided by these."""
+    matrix = w.astype(jnp.float32).reshape(factors.shape[0], -1)
+    return rounding.multiplied(c, matrix, statistics, w.shape[:ins], w.shape[ins:], factors)
