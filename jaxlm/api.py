@@ -184,12 +184,13 @@ def compress(
     batch_size: int = 8, batches: int = 0, window: int | None = None,
     compare: Literal["all", "quality", "sizes"] = "all", step: int | None = None, **settings: Any,
 ) -> RunDirectory:  # fmt: skip
-    """Makes a run directory of the model in few bits, or with zeros that stay, and returns it.
+    """Makes a run directory of the model in few bits or of low rank, or with zeros that stay, and returns it.
 
-    `method`: nearest, gptq, awq, smooth (few bits), magnitude, wanda, sparsegpt (zeros); `settings` are those of the
-    method, by the names of the options of `jaxlm compress`: `format="int4"`, `group=128`, `share=0.5`, `pattern="2:4"`,
-    `budget="5bits"`, `skip=("blocks/down",)`. `calibration` names the text whose first `rows` of `length` tokens the
-    method sees, and `data` other text on which both models are compared at the end, in `compress.json`.
+    `method`: nearest, gptq, awq, smooth (few bits), magnitude, wanda, sparsegpt (zeros), svd (low rank); `settings` are
+    those of the method, by the names of the options of `jaxlm compress`: `format="int4"`, `group=128`, `share=0.5`,
+    `pattern="2:4"`, `budget="5bits"`, `rank=64`, `skip=("blocks/down",)`. `calibration` names the text whose first
+    `rows` of `length` tokens the method sees, and `data` other text on which both models are compared at the end, in
+    `compress.json`.
 
     ValueError: a setting, the calibration or the model doesn't fit, or `target` exists.
     """

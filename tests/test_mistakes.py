@@ -457,6 +457,12 @@ MISTAKES = [
         lambda: jaxlm.compress("published", "small", method="nearest", alpha=0.5),
         ["compress", "published", "small", "--method", "nearest", "--alpha", "0.5"],
     ),
+    Mistake(
+        "a rank and a share at once",
+        r"rank: says how many numbers stay, and so does share; leave one out",
+        lambda: jaxlm.compress("published", "small", method="svd", rank=4, share=0.5),
+        ["compress", "published", "small", "--method", "svd", "--rank", "4", "--share", "0.5"],
+    ),
     merging("a share above one", r"density: 1\.5 is out of range", "tiny", method="ties", density=1.5),
     merging("a setting of another method", r"t: linear has no such setting; leave it out", "tiny", t=0.25),
     merging("a weight for one of two", r"weights: 1 for 2 models; give one for each", "tiny", weights=(1.0,)),

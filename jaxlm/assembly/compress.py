@@ -1,5 +1,5 @@
 """A model is made small, layer by layer, each from what the small layers before it give: a new run directory that
-computes on few bits, or with zeros that stay.
+computes on few bits or narrow factors, or with zeros that stay.
 
 Weights lie on disk but for one layer; its statistics and the states of the calibration's tokens are in memory. Each
 layer is written once it is small, so that a compression that was killed goes on.
@@ -78,12 +78,12 @@ def compress(
         str(Path(p).expanduser().resolve()) for p in c.calibration
     }:
         raise ValueError(f"data: {min(both)} is the calibration too, so its figures tell nothing; name other text")
-    chosen = _chosen(source, settings)
+    chosen, kept = _chosen(source, settings)
     request = dict(model=str(source.path), files=compress_journal.stamp(source), settings=dataclasses.asdict(settings),
                    calibration=dataclasses.asdict(c), step=step)  # fmt: skip
     journal = Journal(folder.with_name(f"{folder.name}.part"), request)
     try:
-        record = _small(source, settings, c, chosen, journal, folder, step)
+        record = _small(source, settings, c, chosen, journal, folder, step) | {"kept": kept}
         lines = _compared(source, record, journal.folder, comparison, step)
         journal.tidy()
     except ValueError:
@@ -111,8 +111,9 @@ def describe(model: str | Path, step: int | None = None) -> Source:
     return source
 
 
-def _chosen(source: Source, settings: Settings) -> dict[str, Matrix]:
-    """Returns the matrices that become small. ValueError: the method doesn't fit one, or none is left."""
+def _chosen(source: Source, settings: Settings) -> tuple[dict[str, Matrix], list[str]]:
+    """Returns the matrices that become small, and the paths of those that the method can't make smaller. ValueError:
+    the method doesn't fit one, or none is left."""
     found = {path: m for path, m in matrices(source.family, source.config).items() if m.spec.role == "matrix"}
     if not found:
         raise ValueError("model: its layers have no matrices that could be made small")
@@ -120,17 +121,23 @@ def _chosen(source: Source, settings: Settings) -> dict[str, Matrix]:
     found = {path: m for path, m in found.items() if not skipped(path)}
     if not found:
         raise ValueError("skip: leaves no matrix to make small; leave some patterns out")
-    solver = settings.solver()
+    solver, kept = settings.solver(), []
     for path, m in found.items():
         try:
             if settings.prunes:
-                pruning.checked(solver.sparsity, int(np.prod(m.in_shape)))  # type: ignore[union-attr]
+                pruning.checked(solver.sparsity, m.inputs)  # type: ignore[union-attr]
+            elif settings.method == "svd":
+                kept += [] if settings.rank_of(m.inputs, m.outputs) else [path]
             else:
                 stored.specs(m, Stored(solver.format))  # type: ignore[union-attr]
         except ValueError as error:
             said = str(error).replace("kept:", "pattern:")
-            raise ValueError(f"{said}, which {path} is; --skip {path}" if settings.prunes else said) from None
-    return found
+            by_size = settings.prunes or settings.method == "svd"
+            raise ValueError(f"{said}, which {path} is; --skip {path}" if by_size else said) from None
+    if len(kept) == len(found):
+        given = f"rank: {settings.rank}" if settings.rank else f"share: {settings.share:g}"
+        raise ValueError(f"{given} makes no matrix of this model smaller; give {'less' if settings.rank else 'more'}")
+    return {path: m for path, m in found.items() if path not in kept}, kept
 
 
 def _small(
@@ -211,7 +218,8 @@ def _made(record: Mapping[str, Any]) -> str:
         f", calibrated on {c['tokens']:,} tokens of {', '.join(c['calibration'])} ({c['rows']} rows of {c['length']})"
     )  # fmt: skip
     how = "with zeros that stay" if forms == ZEROS else f"as {forms}"
-    return f"Made of {record['source']} by {record['settings']['method']}: matrices of the layers {how}{text}."
+    but = f" ({', '.join(record['kept'])} as before, as factors would be no smaller)" if record["kept"] else ""
+    return f"Made of {record['source']} by {record['settings']['method']}: matrices of the layers {how}{but}{text}."
 
 
 # ------------------------------------------------------------------------------------------------------------ writing

@@ -27,7 +27,7 @@ from jaxlm.weights.compress.solve import shared_factors, solve, solve_multiplied
 from jaxlm.weights.compress.statistics import check
 from jaxlm.weights.matrices import Matrix
 
-NEED_HESSIAN = ("gptq", "sparsegpt", "awq")
+NEED_HESSIAN = ("gptq", "sparsegpt", "awq", "svd")
 CANDIDATES = (Format("int4", 128), Format("int4", 32), Format("int8"))
 """Formats that a budget chooses among."""
 
@@ -75,6 +75,8 @@ def stored_as(task: Task) -> dict[str, Stored]:
     solver, settings = task.settings.solver(), task.settings
     if settings.prunes:
         return dict.fromkeys(task.chosen, Stored(None))
+    if settings.method == "svd":
+        return {path: Stored(None, rank=settings.rank_of(m.inputs, m.outputs)) for path, m in task.chosen.items()}
     folded = {f"{stack.path}/{path}" for stack in task.stacks for path in task.folded(stack)}
 
     def form(path: str, f: Format) -> Stored:
@@ -106,7 +108,7 @@ def _sensitivities(task: Task) -> dict[str, list[budget.Option]]:
     rounded to the nearest."""
     assert task.walk is not None
     errors = {path: dict.fromkeys(CANDIDATES, 0.0) for path in task.chosen}
-    solvers = {f: _jitted(Settings("nearest").solver(f)) for f in CANDIDATES}
+    solvers = {f: _jitted(Settings("nearest").solver(Stored(f))) for f in CANDIDATES}
     with _bar(task, "measuring") as advance:
         for stack in task.stacks:
             task.walk.begin(stack)
@@ -159,7 +161,7 @@ def all_layers(task: Task, how: Mapping[str, Stored]) -> None:
     settings, solvers = task.settings, {}
     for form in set(how.values()):
         alone = Settings("nearest") if settings.scales and not form.scaled else settings
-        solvers[form] = _jitted(alone.solver(form.format))
+        solvers[form] = _jitted(alone.solver(form))
     hessian = settings.method in NEED_HESSIAN
     with _bar(task, "compressing") as advance:
         for stack in task.stacks:
@@ -194,14 +196,14 @@ def _one_layer(
         form, w = how[f"{stack.path}/{path}"], tree.at(weights, path)
         note: dict[str, Any] = {}
         if path in factors:
-            solver = _jitted_multiplied(task.settings.solver(form.format))
+            solver = _jitted_multiplied(task.settings.solver(form))
             made = solver(w, m.ins, found[path], factors[path])
             note = {"divides": f"{stack.path}/{task.folded(stack)[path].source}"}
         else:
             made = solvers[form](w, m.ins, m.outs, found.get(path))
             if task.settings.scales:
                 note = {"divides": "its own inputs" if form.scaled else None}
-        kept = made.weight if form.format is None else stored.arrays(made.weight)
+        kept = made.weight if form.is_array else stored.arrays(made.weight)
         arrays = tree.put(arrays, path, jax.device_get(kept))
         known = {name: float(jnp.sum(getattr(made, name))) for name in ("error", "plain_error", "power")}
         if not np.isfinite(list(known.values())).all():
@@ -219,7 +221,7 @@ def _divided(
     # Outputs are divided before rows are multiplied: of a matrix that has both, the errors then count as they are.
     for fold in sorted(task.folds.get(stack.path, ()), key=lambda fold: stack.specs[fold.source].is_vector):
         small = [path for path in fold.readers if path in found]
-        solvers = tuple(task.settings.solver(how[f"{stack.path}/{path}"].format) for path in small)
+        solvers = tuple(task.settings.solver(how[f"{stack.path}/{path}"]) for path in small)
         by = _jitted_factors(solvers)([tree.at(weights, path) for path in small], found[small[0]])
         weights = fold.divided(weights, by)
         factors |= dict.fromkeys(small, by)
@@ -233,15 +235,15 @@ def layer_specs(task: Task, how: Mapping[str, Stored], stack: Stack) -> dict[str
     whole = {path: stack.specs[path] for path in task.changed(stack)}
     for path, m in task.recorded(stack).items():
         form = how[f"{stack.path}/{path}"]
-        whole |= {path: m.spec} if form.format is None else {
+        whole |= {path: m.spec} if form.is_array else {
             f"{path}/{name}": s for name, s in stored.specs(m, form).items()
         }  # fmt: skip
     return {name: s._replace(shape=s.shape[1:], axes=s.axes[1:]) for name, s in whole.items()}
 
 
 def _bound(task: Task, how: Mapping[str, Stored], stack: Stack, i: int, weights: Any) -> Any:
-    """Returns a layer's weights as they are now, with leaves for what has few bits. They are read from the journal
-    whether they were made just now or before."""
+    """Returns a layer's weights as they are now, with leaves for what has few bits or factors. They are read from the
+    journal whether they were made just now or before."""
     specs = layer_specs(task, how, stack)
     arrays = task.journal.layer(stack.path, i, {path: jnp.dtype(s.dtype) for path, s in specs.items()})
     homes = tree.flatten(task.layout.shardings(specs, task.mesh))
@@ -251,7 +253,7 @@ def _bound(task: Task, how: Mapping[str, Stored], stack: Stack, i: int, weights:
     for path, m in task.recorded(stack).items():
         form = how[f"{stack.path}/{path}"]
         now = tree.at(made, path)
-        weights = tree.put(weights, path, now if form.format is None else stored.bound(m, form, now))
+        weights = tree.put(weights, path, now if form.is_array else stored.bound(m, form, now))
     return weights
 
 

@@ -68,7 +68,7 @@ def _changes(new: Pretrained, old: Pretrained, s: Extraction) -> tuple[dict[str,
     for p in (new, old):
         if p.source.adapter != config.Adapter():
             raise ValueError(f"{p.source.path}: has an adapter; merge it first: jaxlm export {p.source.path} MERGED")
-        if p.source.adapted.few_bits:
+        if p.source.adapted.compressed:
             raise ValueError(f"{p.source.path}: is compressed; make it whole first: jaxlm export {p.source.path} WHOLE")
     flat, specs = tree.flatten(new.params), tree.flatten(old.model.specs, spec.is_spec)
     first = tree.flatten(old.params)

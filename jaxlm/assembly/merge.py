@@ -121,7 +121,7 @@ def _mergeable(place: str) -> Source:
     source = describe(place)
     if source.adapter != config.Adapter():
         raise ValueError(f"{place}: has an adapter; merge it into its model first: jaxlm export {place} MERGED")
-    if source.adapted.few_bits:
+    if source.adapted.compressed:
         raise ValueError(f"{place}: is compressed; make it whole first: jaxlm export {place} WHOLE")
     if source.run is not None and "packnet" in source.run.continual.methods:
         raise ValueError(f"{place}: its tasks own weights (packnet), which no merge keeps; merge other models")

@@ -459,7 +459,7 @@ def optimizer(
 ) -> optimizers.Optimizer:
     """Returns the optimizer of a run's weights; it moves what the adapter and earlier tasks leave to it."""
     c, steps, wrap = run.optim, run.train.steps, adapter.wrap_optimizer
-    if zeros := {path for path, how in run.compression.by_path().items() if how.format is None}:
+    if zeros := {path for path, how in run.compression.by_path().items() if how.is_array}:
         wrap = lambda tx, steps: keep_zeros(adapter.wrap_optimizer(tx, steps), zeros)  # noqa: E731
     trainable = lambda path: adapter.trainable(path) and earlier.trainable(path)  # noqa: E731
     return optimizers.make(c, steps, specs, trainable=trainable, rate_of=adapter.rate, wrap=wrap)

@@ -26,7 +26,7 @@ def check_plain(p: Pretrained, how: str) -> None:
     where = p.source.path
     if p.source.adapter != config.Adapter():
         raise ValueError(f"{where}: has an adapter; merge it first: jaxlm export {where} MERGED --format hf")
-    if p.source.adapted.few_bits:
+    if p.source.adapted.compressed:
         raise ValueError(f"{where}: is compressed; make it whole first: jaxlm export {where} WHOLE --format hf")
     if p.source.run is not None and earlier.of_directory(where, p.source.run).tasks:
         raise ValueError(f"{where}: has heads of earlier tasks, which don't {how}; {how} the model before it")

@@ -1,4 +1,4 @@
-"""`jaxlm compress` makes a model small: few bits, or zeros that stay."""
+"""`jaxlm compress` makes a model small: few bits, low rank, or zeros that stay."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -12,7 +12,8 @@ from jaxlm.core.ranges import Natural
 
 @dataclass(frozen=True)
 class Compress(Comparison, Calibration, Settings, Command):
-    """Makes a model small, layer by layer, in a run directory that computes on few bits, or with zeros that stay.
+    """Makes a model small, layer by layer, in a run directory that computes on few bits or low rank,
+    or with zeros that stay.
 
     example: jaxlm compress runs/quickstart runs/small --method gptq --calibration README.md --rows 16
     """

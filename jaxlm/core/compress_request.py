@@ -14,11 +14,13 @@ from jaxlm.core.compression import (
     Smooth,
     SparseGpt,
     Sparsity,
+    Stored,
+    Svd,
     Wanda,
 )
 from jaxlm.core.ranges import BelowOne, Count, Natural, Positive, Share
 
-MethodName = Literal["nearest", "gptq", "awq", "smooth", "magnitude", "wanda", "sparsegpt"]
+MethodName = Literal["nearest", "gptq", "awq", "smooth", "magnitude", "wanda", "sparsegpt", "svd"]
 PRUNES = ("magnitude", "wanda", "sparsegpt")
 SETTINGS: dict[MethodName, tuple[str, ...]] = {
     "nearest": ("format", "group", "zero_point", "budget"),
@@ -28,6 +30,7 @@ SETTINGS: dict[MethodName, tuple[str, ...]] = {
     "magnitude": ("share", "pattern"),
     "wanda": ("share", "pattern"),
     "sparsegpt": ("share", "pattern", "damp", "block"),
+    "svd": ("share", "rank", "damp"),
 }
 """What can be set of each method."""
 
@@ -39,7 +42,8 @@ class Settings:
     method: MethodName = "gptq"
     """nearest, gptq, awq: few bits, rounded each by itself, with later inputs making up for earlier errors, or with
     large inputs scaled first; smooth: int8 with part of the inputs' range moved into the weights; magnitude, wanda,
-    sparsegpt: zeros, by magnitude, by magnitude times the inputs' norm, or with later inputs making up for them."""
+    sparsegpt: zeros, by magnitude, by magnitude times the inputs' norm, or with later inputs making up for them; svd:
+    two narrow matrices instead of each, of the least error on the inputs that the rank allows."""
     format: Kind | None = None
     """Of few bits (int4; smooth: int8)."""
     group: Natural | None = None
@@ -52,7 +56,7 @@ class Settings:
     act_order: bool | None = None
     """gptq: inputs of larger squares are rounded first (yes)."""
     damp: Positive | None = None
-    """gptq, sparsegpt: what is added to the squares of every input, as a share of their mean (0.01)."""
+    """gptq, sparsegpt, svd: what is added to the squares of every input, as a share of their mean (0.01)."""
     ratios: Count | None = None
     """awq: how many exponents of the magnitudes are tried (20)."""
     alpha: Share | None = None
@@ -61,18 +65,22 @@ class Settings:
     """awq, smooth: matrices whose factors no norm or matrix before them can take multiply their inputs by a vector of
     their own, which other programs' files can't hold; otherwise they are rounded to the nearest (no)."""
     share: BelowOne | None = None
-    """Pruning: the share of each matrix's numbers that become zero (0.5)."""
+    """Pruning: the share of each matrix's numbers that become zero (0.5); svd: the share that its factors have fewer
+    (0.2)."""
     pattern: str | None = None
     """Pruning: how many of every few inputs stay instead of a share of all, such as 2:4."""
     block: Count | None = None
     """sparsegpt: inputs among which the share of zeros is kept (128)."""
+    rank: Count | None = None
+    """svd: the rank of the factors of every matrix instead of a share; a matrix that they wouldn't make smaller stays
+    as it is."""
     skip: tuple[str, ...] = ()
     """Patterns of matrices that stay as they are, such as blocks/down. Embeddings, heads, norms, routers and biases
     always do."""
 
     @property
     def prunes(self) -> bool:
-        """Says whether numbers become zero; else they get few bits."""
+        """Says whether numbers become zero."""
         return self.method in PRUNES
 
     @property
@@ -80,13 +88,25 @@ class Settings:
         """Says whether the method multiplies rows of matrices before it rounds, and divides their inputs."""
         return "own_scales" in SETTINGS[self.method]
 
-    def solver(self, f: Format | None = None) -> "Nearest | Gptq | Awq | Smooth | Magnitude | Wanda | SparseGpt":
-        """Returns the settings of the method's solver; `f` takes the place of the format. ValueError, which names a
-        field: it isn't the method's, or out of its range."""
+    def rank_of(self, inputs: int, outputs: int) -> int:
+        """Returns the rank of the factors of a matrix (svd); 0: they would be no smaller than it. ValueError: none is
+        as small as `share` says."""
+        whole, each = inputs * outputs, inputs + outputs
+        share = 0.2 if self.share is None else self.share
+        rank = self.rank or int(whole * (1 - share) / each)
+        if not rank:
+            raise ValueError(f"share: {share:g} leaves no rank of a matrix of {inputs} x {outputs}")
+        return rank if rank * each < whole else 0
+
+    def solver(self, how: Stored | None = None) -> "Solver":
+        """Returns the settings of the method's solver; the format or rank of `how` take the place of its own.
+        ValueError, which names a field: it isn't the method's, or out of its range."""
         given = {name for names in SETTINGS.values() for name in names if getattr(self, name) is not None}
         for name in sorted(given - set(SETTINGS[self.method])):
             owners = [method for method, names in SETTINGS.items() if name in names]
             raise ValueError(f"{name}: {self.method} has no such setting; leave it out, or choose {', '.join(owners)}")
+        if {"share", "rank"} <= given:
+            raise ValueError("rank: says how many numbers stay, and so does share; leave one out")
         if self.budget and given & {"format", "group", "zero_point"}:
             raise ValueError("budget: chooses formats itself; leave format, group and zero_point out")
         own = {name: getattr(self, name) for name in ("act_order", "damp", "ratios", "alpha", "block") if name in given}
@@ -95,10 +115,10 @@ class Settings:
             if self.method == "magnitude":
                 return Magnitude(sparsity)
             return Wanda(sparsity) if self.method == "wanda" else SparseGpt(sparsity, **own)
-        if f is None:
-            f = Format(
-                self.format or ("int8" if self.method == "smooth" else "int4"), self.group, bool(self.zero_point)
-            )
+        if self.method == "svd":
+            return Svd(rank, **own) if (rank := how.rank if how else self.rank) else Svd(**own)
+        kind = self.format or ("int8" if self.method == "smooth" else "int4")
+        f = how.format if how and how.format else Format(kind, self.group, bool(self.zero_point))
         _ = f.inputs
         if f.kind == "nf4" and self.method != "nearest":
             raise ValueError(f"format: nf4 is rounded to the nearest alone; {self.method} takes int4, int8, fp8, mxfp4")
@@ -106,6 +126,9 @@ class Settings:
             self.method
         ](f, **own)
         return made
+
+
+Solver = Nearest | Gptq | Awq | Smooth | Magnitude | Wanda | SparseGpt | Svd
 
 
 def _sparsity(share: float | None, pattern: str | None) -> Sparsity:

@@ -1,5 +1,5 @@
-"""Holds the settings of the solvers that make weights small: formats of few bits, what is pruned, and how a run says
-which of its weights are stored so. Nothing here imports jax."""
+"""Holds the settings of the solvers that make weights small: formats of few bits, what is pruned, ranks of factors, and
+how a run says which of its weights are stored so. Nothing here imports jax."""
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -41,7 +41,7 @@ class Format:
         return allowed[0] if self.group is None else self.group
 
 
-ZEROS = "zeros"
+ZEROS, SVD = "zeros", "svd"
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,20 @@ class Stored:
     """A Stored says how one matrix of every layer is stored."""
 
     format: Format | None
-    """None: as it was, with zeros that stay."""
+    """None: its numbers aren't rounded."""
     scaled: bool = False
     """Its inputs are multiplied by a vector first, as AWQ and SmoothQuant leave it."""
+    rank: int = 0
+    """The rank of two factors that stand for it, without a format; 0: it is one matrix."""
+
+    @property
+    def is_array(self) -> bool:
+        """Says whether it is stored as it was, with zeros that stay."""
+        return self.format is None and not self.rank
 
     def __str__(self) -> str:
         if self.format is None:
-            return ZEROS
+            return f"{SVD}:{self.rank}" if self.rank else ZEROS
         f = self.format
         flags = ["zero"] * f.zero_point + ["scaled"] * self.scaled
         return ":".join([f.kind, *([str(f.inputs)] if f.inputs else []), *flags])
@@ -63,12 +70,14 @@ class Stored:
 
 def stored(text: str) -> Stored:
     """Returns what a text such as `int4:128:zero:scaled` stands for: a kind, the inputs that share a scale, flags; or
-    `zeros`. ValueError: this version knows no such format."""
+    `zeros`, or `svd:64`, two factors of rank 64. ValueError: this version knows no such format."""
     kind, *rest = text.split(":")
     if kind == ZEROS and not rest:
         return Stored(None)
-    kinds = (*get_args(Kind), ZEROS)
-    if kind not in kinds or kind == ZEROS:
+    if kind == SVD and len(rest) == 1 and rest[0].isdecimal() and int(rest[0]):
+        return Stored(None, rank=int(rest[0]))
+    kinds = (*get_args(Kind), ZEROS, SVD)
+    if kind not in get_args(Kind):
         raise ValueError(f"{text!r} is no format that this version knows{nearest(kind, kinds)}")
     group = int(rest.pop(0)) if rest and rest[0].isdecimal() else 0
     if unknown := [flag for flag in rest if flag not in ("zero", "scaled")]:
@@ -80,11 +89,12 @@ def stored(text: str) -> Stored:
 
 @dataclass(frozen=True)
 class Compression:
-    """A Compression says which weights of a model are stored in few bits, or have zeros that stay. `jaxlm compress`
-    writes it."""
+    """A Compression says which weights of a model are stored in few bits or as two factors, or have zeros that stay.
+    `jaxlm compress` writes it."""
 
     weights: tuple[str, ...] = ()
-    """PATH=FORMAT of each matrix of the layers that isn't stored as plain numbers, such as blocks/q=int4:128."""
+    """PATH=FORMAT of each matrix of the layers that isn't stored as plain numbers, such as blocks/q=int4:128, or as two
+    factors of a rank, such as blocks/q=svd:64."""
 
     aware: str = ""
     """Format that the layers' matrices are rounded to wherever they are used, while their gradients reach them as they
@@ -199,3 +209,14 @@ class SparseGpt:
     """What is added to the squares of every input, as a share of their mean."""
     block: Count = 128
     """Inputs among which the share of zeros is kept."""
+
+
+@dataclass(frozen=True)
+class Svd:
+    """SVD replaces a matrix by two narrow ones whose products with the recorded inputs are the nearest that their rank
+    allows (whitened singular values, as in SVD-LLM, Wang et al. 2025)."""
+
+    rank: Count = 64
+    damp: Positive = 0.01
+    """What is added to the squares of every input, as a share of their mean: what the text holds little of counts a
+    little too."""

@@ -1,6 +1,7 @@
 """The matrices of a model's layers, by their roles and the table of names in published files: what adapters are put on,
 and what is quantized."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,16 @@ class Matrix:
     @property
     def out_shape(self) -> tuple[int, ...]:
         return self._outputs(self.spec.shape)
+
+    @property
+    def inputs(self) -> int:
+        """Returns how many numbers it reads."""
+        return math.prod(self.in_shape)
+
+    @property
+    def outputs(self) -> int:
+        """Returns how many numbers it gives."""
+        return math.prod(self.out_shape)
 
     @property
     def in_axes(self) -> tuple[str | None, ...]:

@@ -13,18 +13,22 @@ from jaxlm.core.compression import Stored
 from jaxlm.core.spec import Spec, zeros
 from jaxlm.nn.leaf import Leaf
 from jaxlm.weights import few_bits, quantized
-from jaxlm.weights.compress import formats
+from jaxlm.weights.compress import formats, low_rank
+from jaxlm.weights.factored import Factored, factor_axes
 from jaxlm.weights.matrices import Matrix
 
 FACTORS = "by"
 
 
 def nearest(m: Matrix, how: Stored, w: jax.Array) -> Leaf:
-    """Returns the leaf of a matrix of all layers, each number rounded to the nearest; its inputs aren't scaled."""
-    assert how.format is not None
+    """Returns the leaf of a matrix of all layers, each number rounded to the nearest, or with the nearest of its rank;
+    its inputs aren't scaled."""
     f, inputs = how.format, math.prod(m.in_shape)
 
     def one(w: jax.Array) -> Leaf:
+        if f is None:
+            found = low_rank.factored(w.reshape(inputs, -1), how.rank)
+            return low_rank.leaf(found, m.in_shape, m.out_shape)
         leaf = formats.nearest(f, w.reshape(inputs, -1), m.in_shape, m.out_shape)
         return few_bits.Scaled(base=leaf, by=jnp.ones(m.in_shape), outs=m.outs) if how.scaled else leaf
 
@@ -43,7 +47,8 @@ def arrays(leaf: Any) -> dict[str, jax.Array]:
 def bound(m: Matrix, how: Stored, stored: Mapping[str, Any]) -> Leaf:
     """Returns the leaf that stored arrays of a matrix stand for, of all layers or of one."""
     f = how.format
-    assert f is not None
+    if f is None:
+        return Factored(**stored, ins=m.ins, outs=m.outs)
     own = {name: x for name, x in stored.items() if name != FACTORS}
     shape: dict[str, Any] = dict(in_shape=m.in_shape, out_shape=m.out_shape)
     leaf: Leaf
@@ -74,7 +79,8 @@ def specs(m: Matrix, how: Stored) -> dict[str, Spec]:
 def _axes(m: Matrix, how: Stored, name: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
     """Returns logical axes of a stored array. Dimensions that were merged are cut by the first of them, and what there
     is one of for several inputs or outputs stays whole along these."""
-    assert how.format is not None
+    if how.format is None:
+        return dict(zip(Factored.arrays, factor_axes(m.spec.axes, m.ins, m.outs), strict=True))[name]
     lead = m.spec.axes[: m.lead]
     if name == FACTORS:
         return (*lead, *(None,) * m.ins)

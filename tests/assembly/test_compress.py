@@ -1,5 +1,6 @@
 """`jaxlm compress`: layer by layer from the small layers' own activations, resumed bit for bit, opened on few bits."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -188,6 +189,9 @@ def test_what_cannot_be_compressed_is_refused_in_one_line_and_nothing_is_left(on
         ("--method", "nearest", "--budget", "1bits", *with_text): "budget:",
         ("--method", "gptq", "--data", text, *with_text): "--data: ",
         ("--method", "nearest", "--step", "3"): "--step: ",
+        ("--method", "svd"): "--calibration: svd needs text to be calibrated on",
+        ("--method", "svd", "--rank", "90", *with_text): "--rank: 90 makes no matrix of this model smaller; give less",
+        ("--method", "svd", "--share", "0.99", *with_text): "--share: 0.99 leaves no rank of a matrix of 24 x 16",
     }.items():
         assert cli.main(["compress", str(place / "llama"), str(out), *options]) == 2, options
         line = capsys.readouterr().err.splitlines()[-1]
@@ -222,6 +226,42 @@ def test_a_compressed_model_is_compressed_no_more_and_trains_under_an_adapter_al
     assert cli.main(args) == 2
     assert "is stored as int8, which can't be trained; train an adapter on it" in capsys.readouterr().err
     assert json.loads((small / "config.json").read_text())["compression"]["weights"][0].endswith("=int8")
+
+
+def test_factors_give_what_their_product_gives(one_device, place):
+    small = made(place, "factors", "svd", rank=6, skip=("blocks/(o|gate|down)",))
+    assert small.record["stored"] == {"blocks/q": "svd:6", "blocks/up": "svd:6"}
+    assert small.record["kept"] == ["blocks/k", "blocks/v"]  # of 16 × 8, for which 6 · 24 is more
+    assert all(w["error"] < w["plain_error"] < w["power"] for w in small.record["weights"])
+    assert "as svd:6 (blocks/k, blocks/v as before" in (small.folder / "README.md").read_text()
+    assert "blocks/q=svd:6" in json.loads((small.folder / "config.json").read_text())["compression"]["weights"]
+    opened, before = jaxlm.open(small.folder), jaxlm.open(place / "llama")
+    params = opened.pretrained.params
+    assert params["blocks"]["q"]["a"].shape == (2, 16, 6) and params["blocks"]["up"]["b"].shape == (2, 6, 24)
+    plain = dict(before.pretrained.params)
+    for name in ("q", "up"):
+        a, b = (np.asarray(params["blocks"][name][f]) for f in "ab")
+        product = np.stack([np.tensordot(*layer, 1) for layer in zip(a, b, strict=True)])
+        plain["blocks"] = plain["blocks"] | {name: jnp.asarray(product)}
+    (found,) = opened.logits(["abc def"])
+    whole = dataclasses.replace(before.pretrained, params=plain)
+    (wanted,) = jaxlm.LanguageModel(whole).logits(["abc def"])
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+@SLOW
+def test_factors_are_exported_as_their_product_and_train_on(one_device, place, tmp_path):
+    small = made(place, "trained", "svd", rank=6, skip=("blocks/(o|gate|down)",))
+    opened = jaxlm.open(small.folder)
+    params, (found,) = opened.pretrained.params, opened.logits(["abc def"])
+    opened.save(tmp_path / "hf", dtype="float32")
+    np.testing.assert_allclose(jaxlm.open(tmp_path / "hf").logits(["abc def"])[0], found, atol=1e-4)
+    run = jaxlm.load("tiny_llama", start=str(small.folder), name="on", out=str(tmp_path), **{
+        "data.train": (str(place / "text.txt"),), "train.steps": 2, "train.batch_size": 8, "train.seq_len": 32,
+        "optim.warmup": 0, "train.prompts": (),
+    })  # fmt: skip
+    after = jaxlm.open(jaxlm.train(run).path).pretrained.params["blocks"]["q"]
+    assert all((np.asarray(after[f]) != np.asarray(params["blocks"]["q"][f])).any() for f in "ab")
 
 
 @SLOW

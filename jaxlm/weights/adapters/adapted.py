@@ -56,14 +56,14 @@ class Adapted:
         return matrices(self.family, self.config)
 
     @cached_property
-    def few_bits(self) -> dict[str, Stored]:
-        """Returns how each compressed matrix is stored that isn't an array of numbers. ValueError: the model has no
+    def compressed(self) -> dict[str, Stored]:
+        """Returns how each compressed matrix is stored that isn't one array of numbers. ValueError: the model has no
         such matrix, or the format isn't known or doesn't fit it."""
         found = {}
         for path, how in self.compression.by_path().items():
             if path not in self.matrices:
                 raise ValueError(f"compression.weights: this model's layers have no matrix {path}")
-            if how.format is not None:
+            if not how.is_array:
                 found[path] = how
         if found and self.c.base != "float32":
             first, how = next(iter(found.items()))
@@ -72,8 +72,9 @@ class Adapted:
 
     def check_trained(self) -> None:
         """Refuses to train all weights of a model whose matrices are stored in few bits. ValueError: there are such."""
-        if self.few_bits and type(self.c) is Adapter:
-            path, how = next(iter(self.few_bits.items()))
+        rounded = {path: how for path, how in self.compressed.items() if how.format is not None}
+        if rounded and type(self.c) is Adapter:
+            path, how = next(iter(rounded.items()))
             raise ValueError(
                 f"adapter: {path} is stored as {how}, which can't be trained; train an adapter on it, as `adapter` lora"
             )
@@ -130,7 +131,7 @@ class Adapted:
                 raise ValueError(f"adapter.base: {c.base} weights can't be trained; choose a method, as `adapter` lora")
             for path, m in self.matrices.items():
                 out = tree.put(out, path, quantized.specs(m.spec, m.ins, m.outs, c.base))
-        for path, how in self.few_bits.items():
+        for path, how in self.compressed.items():
             out = tree.put(out, path, stored.specs(self.matrices[path], how))
         adapter: dict[str, Any] = {}
         for path, target in self.targets.items():
@@ -157,8 +158,11 @@ class Adapted:
     @cached_property
     def _trained_base(self) -> set[str]:
         """The paths of the base's own weights that are trained."""
-        roles = self.method.trained_roles
-        return {path for path, s in tree.flatten(self.base, is_spec).items() if s.role in roles}
+        roles, base = self.method.trained_roles, self.base
+        for path, how in self.compressed.items():
+            if how.format is None:  # factors are trained as the matrix would be
+                base = tree.put(base, path, stored.specs(self.matrices[path], how))
+        return {path for path, s in tree.flatten(base, is_spec).items() if s.role in roles}
 
     def products(self) -> dict[str, int]:
         """Returns of weights under `adapter/` which are no layer's own how many numbers a token is multiplied with, by
@@ -198,7 +202,7 @@ class Adapted:
     @property
     def changes(self) -> bool:
         """Says whether the model has an adapter, or weights that aren't plain arrays."""
-        return self.c != Adapter() or bool(self.few_bits) or bool(self.compression.aware)
+        return self.c != Adapter() or bool(self.compressed) or bool(self.compression.aware)
 
     def summary(self, specs: Any, trainable: Callable[[str], bool]) -> str:
         """Returns a line that says what is trained and of how many weights."""
@@ -207,7 +211,7 @@ class Adapted:
         whole = weights.count(self.base)
         names = [*self.targets, *self.tables]
         on = f" on {' '.join(names)}" if names else ""
-        kinds = sorted({str(how) for how in self.few_bits.values()} | {self.c.base} - {"float32"})
+        kinds = sorted({str(how) for how in self.compressed.values()} | {self.c.base} - {"float32"})
         stored = f", matrices of the layers as {' and '.join(kinds)}" if kinds else ""
         return (
             f"{self.name}{on}: {trained:,} weights are trained, {trained / whole:.2%} of the model's {whole:,}{stored}"
@@ -231,7 +235,7 @@ class Adapted:
             if isinstance(tree.at(params, path), dict):  # has its few bits already
                 continue
             out = tree.put(out, path, quantized.KINDS[c.base](tree.at(params, path), m.ins, m.outs))
-        for path, how in self.few_bits.items():
+        for path, how in self.compressed.items():
             if not isinstance(w := tree.at(params, path), dict):
                 out = tree.put(out, path, stored.arrays(stored.nearest(self.matrices[path], how, w)))
         if not fresh:
@@ -291,7 +295,7 @@ class Adapted:
     def _base_leaf(self, params: Any, m: Matrix) -> Any:
         w = tree.at(params, m.path)
         if isinstance(w, dict):
-            how = self.few_bits.get(m.path)
+            how = self.compressed.get(m.path)
             return quantized.bound(w, m.outs) if how is None else stored.bound(m, how, w)
         return w
 

@@ -1,5 +1,5 @@
 """Factors matrices into two narrow ones, whose products with the recorded inputs are the nearest that the rank allows
-(whitened singular values, as in SVD-LLM, Wang et al. 2025).
+(whitened singular values, as in SVD-LLM, Wang et al. 2025), and solves a matrix of a model so.
 
 I inputs, O outputs, R rank. Everything is multiplied at full precision on any device.
 """
@@ -10,7 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxlm.weights.compress.statistics import HIGHEST
+from jaxlm.core.compression import Svd
+from jaxlm.weights.compress.solution import Solution, measured
+from jaxlm.weights.compress.statistics import HIGHEST, Statistics
+from jaxlm.weights.factored import Factored
+
+Dims = tuple[int, ...]
 
 UNSEEN = 1e-6
 """Directions of inputs whose mean square is below this share of the largest count as never seen."""
@@ -54,3 +59,20 @@ def factored(w: jax.Array, rank: int, hessian: jax.Array | None = None) -> Facto
     share = jnp.sqrt(d[:rank])  # both factors are equally large, so that they train alike
     squared = jnp.square(d)
     return Factors(u[:, :rank] * share[None], share[:, None] * v[:rank], squared[rank:].sum(), squared.sum())
+
+
+def leaf(found: Factors, ins: Dims, outs: Dims) -> Factored:
+    """Returns the weight of a model that stands for a matrix with inputs and outputs of these dimensions."""
+    return Factored(found.a.reshape(*ins, -1), found.b.reshape(-1, *outs), ins=len(ins), outs=len(outs))
+
+
+def svd(c: Svd, w: jax.Array, s: Statistics, ins: Dims, outs: Dims) -> Solution:
+    """Replaces the matrix by two factors of the rank `c.rank`, for the inputs that were recorded.
+
+    The plain method is the cut singular value decomposition of the matrix alone. Raises ValueError without a Hessian.
+    """
+    hessian = s.needed_hessian()
+    damp = c.damp * s.mean_square.mean()
+    found, plain = factored(w, c.rank, hessian + damp * jnp.eye(w.shape[0])), factored(w, c.rank)
+    made, others = (jnp.dot(f.a, f.b, precision=HIGHEST) for f in (found, plain))
+    return Solution(leaf(found, ins, outs), None, **measured(s, w, made, others), damp=damp)

@@ -18,7 +18,8 @@ class Solution(struct.PyTreeNode):
     error: jax.Array
     """The error of the outputs on the inputs that were recorded."""
     plain_error: jax.Array
-    """That of rounding to the nearest, or of pruning by magnitude: the plain method of the same size."""
+    """That of rounding to the nearest, of pruning by magnitude, or of the nearest factors whatever the inputs are: the
+    plain method of the same size."""
     power: jax.Array
     """The mean square of the outputs themselves."""
     damp: jax.Array | None = None

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core.compression import Awq, Gptq, Magnitude, Nearest, Smooth, SparseGpt, Wanda
-from jaxlm.weights.compress import pruning, rounding
+from jaxlm.core.compression import Awq, Gptq, Magnitude, Nearest, Smooth, SparseGpt, Svd, Wanda
+from jaxlm.weights.compress import low_rank, pruning, rounding
 from jaxlm.weights.compress.solution import Solution
 from jaxlm.weights.compress.statistics import Statistics
 
@@ -20,6 +20,7 @@ SOLVERS: dict[type, Callable[..., Solution]] = {
     Magnitude: pruning.magnitude,
     Wanda: pruning.wanda,
     SparseGpt: pruning.sparse_gpt,
+    Svd: low_rank.svd,
 }
 FACTORS: dict[type, Callable[..., jax.Array]] = {Awq: rounding.awq_factors, Smooth: rounding.smooth_factors}
 """How solvers that multiply the rows of a matrix before rounding find the factors."""

@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.core.compression import Svd
+from jaxlm.nn.leaf import dense
 from jaxlm.weights.compress import low_rank
+from jaxlm.weights.compress.solve import solve
 from jaxlm.weights.compress.statistics import Statistics
 
 
@@ -70,3 +73,25 @@ def test_many_matrices_at_once_are_those_alone_and_ranks_are_checked():
     for rank in (0, 5):
         with pytest.raises(ValueError, match=rf"rank: {rank} is none of a matrix of 6 x 4; give 1 to 4"):
             low_rank.factored(jnp.asarray(w[0]), rank)
+
+
+def test_a_weight_of_full_rank_is_the_same_and_errors_are_those_of_the_inputs_and_the_damp():
+    x, w = inputs(30, 12), np.random.default_rng(1).standard_normal((2, 12, 2, 3)).astype(np.float32)
+    records = [Statistics.of(jnp.asarray(part, jnp.float32)) for part in (x, x[:8])]  # of the second H is singular
+    record = jax.tree.map(lambda *parts: jnp.stack(parts), *records)
+    run = jax.jit(lambda c, w, s: solve(c, w, 1, 2, s), static_argnums=0)
+    whole = run(Svd(6), jnp.asarray(w), record)
+    assert whole.weight.a.shape == (2, 12, 6) and whole.weight.b.shape == (2, 6, 2, 3)
+    np.testing.assert_allclose(dense(whole.weight), w, atol=1e-5)
+    found = run(Svd(2), jnp.asarray(w), record)
+    for layer, part in enumerate((x, x[:8])):
+        H, flat = part.T @ part / len(part), w[layer].reshape(12, 6).astype(np.float64)
+        damp = 0.01 * np.trace(H) / 12
+        d = np.linalg.svd(np.linalg.cholesky(H + damp * np.eye(12)).T @ flat, compute_uv=False)
+        apart = np.asarray(dense(found.weight), np.float64)[layer].reshape(12, 6) - flat
+        wanted = np.square(d[2:]).sum() - damp * np.square(apart).sum()
+        assert float(found.damp[layer]) == pytest.approx(damp, rel=1e-4)
+        assert float(found.error[layer]) == pytest.approx(wanted, rel=1e-3)
+        assert float(found.error[layer]) < float(found.plain_error[layer])
+    with pytest.raises(ValueError, match="rank: 7 is none of a matrix of 12 x 6"):
+        solve(Svd(7), jnp.asarray(w), 1, 2, record)

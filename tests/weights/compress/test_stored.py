@@ -10,18 +10,19 @@ import pytest
 from support.tiny_models import random_weights
 
 from jaxlm.core import config, tree
-from jaxlm.core.compression import Awq, Compression, Format, Nearest, stored
+from jaxlm.core.compression import Awq, Compression, Format, Nearest, Svd, stored
 from jaxlm.models import MODELS
 from jaxlm.models.model import Model
 from jaxlm.nn.layout import Layout
 from jaxlm.runtime import mesh
 from jaxlm.weights import stored as weights
 from jaxlm.weights.adapters.adapted import Adapted
+from jaxlm.weights.adapters.lora import Lora
 from jaxlm.weights.compress.solve import solve
 from jaxlm.weights.compress.statistics import Statistics
 
 SHAPES = dict(layers=2, width=64, heads=4, kv_heads=2, head_width=16, vocab=50)
-TEXTS = ("int8", "int4:32", "int4:32:zero:scaled", "fp8", "fp8:128", "mxfp4:32", "nf4:64", "int8:scaled")
+TEXTS = ("int8", "int4:32", "int4:32:zero:scaled", "fp8", "fp8:128", "mxfp4:32", "nf4:64", "int8:scaled", "svd:3")
 
 
 def adapted(text: str, family: str = "llama", **more) -> Adapted:
@@ -37,9 +38,9 @@ def test_specs_are_those_of_what_solvers_make(text, family) -> None:
     a = adapted(text, family)
     specs = a.specs()
     for path, m in a.matrices.items():
-        how = a.few_bits[path]
+        how = a.compressed[path]
         assert str(how) == text
-        method = Awq(how.format) if how.scaled else Nearest(how.format)
+        method = Svd(how.rank) if how.rank else Awq(how.format) if how.scaled else Nearest(how.format)
         abstract = jax.ShapeDtypeStruct(m.spec.shape, jnp.float32)
         lead = m.spec.shape[: m.lead]
         inputs = abstract.size // m.spec.shape[0] // (m.spec.shape[1] if m.experts else 1)
@@ -62,6 +63,7 @@ def test_a_format_that_is_not_known_is_refused_by_name() -> None:
         ("int4:77", "group: int4 has no groups of 77"),
         ("int8:32", "group: int8 has no groups of 32"),
         ("int4:32:sparse", "no format has 'sparse'"),
+        ("svd:0", "'svd:0' is no format that this version knows"),
     ):
         with pytest.raises(ValueError, match=r"compression.weights: blocks/q: ") as found:
             Compression((f"blocks/q={text}",)).by_path()
@@ -69,7 +71,7 @@ def test_a_format_that_is_not_known_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="is not PATH=FORMAT"):
         Compression(("blocks/q",)).by_path()
     with pytest.raises(ValueError, match="have no matrix blocks/qq"):
-        _ = dataclasses.replace(adapted("int8"), compression=Compression(("blocks/qq=int8",))).few_bits
+        _ = dataclasses.replace(adapted("int8"), compression=Compression(("blocks/qq=int8",))).compressed
 
 
 def test_texts_of_formats_read_back() -> None:
@@ -84,12 +86,17 @@ def test_whole_matrices_of_few_bits_are_not_trained() -> None:
     with pytest.raises(ValueError, match="is stored as int8, which can't be trained"):
         a.check_trained()
     adapted("zeros").check_trained()
+    factors = adapted("svd:3")
+    factors.check_trained()
+    assert all(factors.trainable(path) for path in tree.flatten(factors.specs()))
+    frozen = dataclasses.replace(factors, c=Lora())
+    assert not any(frozen.trainable(path) for path in tree.flatten(factors.specs()))
 
 
 @pytest.mark.parametrize(
-    "text", ["int4:32:scaled", *(pytest.param(t, marks=pytest.mark.slow) for t in ("fp8:128", "nf4:64"))]
+    "text", ["int4:32:scaled", "svd:8", *(pytest.param(t, marks=pytest.mark.slow) for t in ("fp8:128", "nf4:64"))]
 )
-def test_few_bits_rest_cut_on_a_mesh_and_give_the_same_states(text) -> None:
+def test_few_bits_and_factors_rest_cut_on_a_mesh_and_give_the_same_states(text) -> None:
     a = adapted(text, layers=1)
     c, family = a.config, a.family
     whole = jax.device_put(random_weights(a.base))
