@@ -53,7 +53,7 @@ def _teacher(run: config.Run, source: Source, settings: Any) -> tuple[Model, Any
     execution = dataclasses.replace(run.execution, dtype=dtype, remat="none", offload=())
     adapter = source.adapter
     if c.base not in ("float32", adapter.base):
-        if adapter.base != "float32" or source.adapted.few_bits:
+        if adapter.base != "float32" or source.adapted.compressed:
             raise ValueError(f"distill.base: the matrices of {c.teacher} are stored in few bits already; leave it out")
         adapter = dataclasses.replace(adapter, base=c.base)
     adapted = dataclasses.replace(source.adapted, c=adapter)
