@@ -26,8 +26,9 @@ def config():
                optim=Optim(warmup=0))
 """
 POSITIONAL = {
-    "model": ["m"], "target": ["t"], "config": ["quickstart"], "file": ["f"], "folder": ["r"], "source": ["x.txt"],
-    "models": ["m", "n"], "shell": ["bash"], "out": ["--out", "o.model"], "method": ["--method", "mask"],
+    "model": ["m"], "base": ["b"], "target": ["t"], "config": ["quickstart"], "file": ["f"], "folder": ["r"],
+    "source": ["x.txt"], "models": ["m", "n"], "shell": ["bash"],
+    "out": ["--out", "o.model"], "method": ["--method", "mask"],
 }  # fmt: skip
 
 
