@@ -126,7 +126,7 @@ def _unpacked(outs: int, dtype: Any, nf4: jax.Array, scale: jax.Array, low: jax.
 def frozen_product(f: Callable[[jax.Array, Any], jax.Array], shard: Layout) -> Callable[[jax.Array, Any], jax.Array]:
     """Returns the product `f` of `x` and a frozen weight, whose backward pass makes the weight's numbers again instead
     of keeping them. In a loop they are made in each turn: XLA would move what depends on the weight alone out of it,
-    and then read dense copies of all weights for each token."""
+    and then read dense copies of all weights for each token (as it does with jax 0.10, which drops the barrier)."""
 
     def in_turn(x: jax.Array, w: Any) -> jax.Array:
         return f(*jax.lax.optimization_barrier((x, w)))

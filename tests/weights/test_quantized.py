@@ -97,6 +97,9 @@ def test_an_odd_number_of_inputs_is_refused():
         quantized.nf4(jnp.zeros((1, 7, 4)), 1, 1)
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="XLA of jax 0.10 takes barriers away before it moves what loops don't change"
+)
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_loop_over_tokens_holds_no_dense_copies(kind: Any) -> None:
     """Compilers move what doesn't change in a loop out of it, which would be every weight's numbers."""
