@@ -123,7 +123,7 @@ def main() -> None:
     header = ["weights", "MB", f"{a.prompt} tokens read, ms", "a token, ms", "× float32", "reading × float32"]
     print(table(rows, header))
     if a.save != "-":
-        save(a.save, {"machine": machine(), "model": a.model, "tokens": a.tokens, "rows": found})
+        save(a.save, {"machine": machine(), "model": Path(a.model).name, "tokens": a.tokens, "rows": found})
 
 
 if __name__ == "__main__":
