@@ -190,7 +190,7 @@ def compress(
     those of the method, by the names of the options of `jaxlm compress`: `format="int4"`, `group=128`, `share=0.5`,
     `pattern="2:4"`, `budget="5bits"`, `rank=64`, `skip=("blocks/down",)`. `calibration` names the text whose first
     `rows` of `length` tokens the method sees, and `data` other text on which both models are compared at the end, in
-    `compress.json`.
+    `compress.json`: at most `batches` of each source (0: all), in windows of `window` tokens (None: the model's own).
 
     ValueError: a setting, the calibration or the model doesn't fit, or `target` exists.
     """

@@ -133,11 +133,11 @@ def docstrings() -> Iterator[tuple[str, str]]:
 
 
 def fragments() -> list[str]:
-    """Returns public docstrings whose first sentence begins like a fragment or has no verb."""
+    """Returns public docstrings whose first sentence begins like a fragment or an error's name, or has no verb."""
     return [
         f"{where}: {sentence}"
         for where, sentence in docstrings()
-        if re.split(r"\W", sentence)[0] in PREPOSITIONS or not has_verb(sentence)
+        if re.split(r"\W", sentence)[0] in PREPOSITIONS or re.match(r"\w+Error:", sentence) or not has_verb(sentence)
     ]
 
 

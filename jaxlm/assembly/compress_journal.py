@@ -23,7 +23,7 @@ class Journal:
     """A Journal is the folder in which a compression works."""
 
     def __init__(self, folder: Path, request: Mapping[str, Any]) -> None:
-        """ValueError: another request is under way there."""
+        """Raises ValueError where another request is under way there."""
         self.folder = folder
         self.is_new = not (folder / REQUEST).is_file()
         if self.is_new:

@@ -20,7 +20,7 @@ TRACKED = ("si", "rwalk")
 
 
 def check(c: Continual, run: config.Run) -> None:
-    """ValueError: the methods can't be used, or not together, or not by this run."""
+    """Raises ValueError where the methods can't be used, or not together, or not by this run."""
     for name in c.methods:
         if name not in METHODS:
             raise ValueError(f"continual.methods: unknown {name!r}{nearest(name, METHODS)}")
@@ -53,7 +53,7 @@ def check(c: Continual, run: config.Run) -> None:
 
 
 def _check_adapters(c: Continual, run: config.Run) -> None:
-    """ValueError: tasks can't have adapters of their own, or nothing is left that a method could keep."""
+    """Raises ValueError where tasks can't have adapters of their own, or nothing is left that a method could keep."""
     method, name = adapters.METHODS.of(run.adapter), registry.name_of(run.adapter)
     if c.adapters == "task" and method.growth is not None:
         raise ValueError(
@@ -72,7 +72,7 @@ def _check_adapters(c: Continual, run: config.Run) -> None:
 
 
 def _check_packnet(c: Continual, run: config.Run) -> None:
-    """ValueError: the run's other settings don't go with PackNet."""
+    """Raises ValueError where the run's other settings don't go with PackNet."""
     if others := [name for name in c.methods if name != PACKNET]:
         raise ValueError(
             f"continual.methods: packnet leaves the weights of earlier tasks as they are, so {others[0]} has nothing "
@@ -127,7 +127,7 @@ def reads_old_data(c: Continual) -> bool:
 
 
 def check_writes(run: config.Run, task: Task, objective: BoundObjective) -> None:
-    """ValueError: the model can't write rows of the task right before the run."""
+    """Raises ValueError where the model can't write rows of the task right before the run."""
     name, own = objective.name, registry.name_of(run.objective)
     if objective.writes is None:
         raise ValueError(

@@ -298,7 +298,7 @@ def _to_hf(p: Pretrained, folder: Path, dtype: str | None) -> list[str]:
 
 
 def _check_few_bits(p: Pretrained, format: str) -> None:
-    """ValueError: the model has no weights of few bits, or an adapter over them."""
+    """Raises ValueError where the model has no weights of few bits, or an adapter over them."""
     if "adapter" in p.params:
         raise ValueError(
             f"format {format}: {p.source.path} has an adapter, which its few bits can't take in; export it as peft, or "

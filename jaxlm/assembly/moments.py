@@ -47,7 +47,8 @@ def first_state(p: programs.Program, start: StartModel) -> State:
 
 
 def check(run: config.Run, start: StartModel) -> None:
-    """ValueError: the run is to go on with moments that there aren't, or that aren't those of its optimizer."""
+    """Raises ValueError where the run is to go on with moments that there aren't, or that aren't those of its
+    optimizer."""
     if run.optim.moments == "fresh":
         return
     if not run.start:
@@ -70,7 +71,8 @@ def check(run: config.Run, start: StartModel) -> None:
 
 
 def check_pair(before: config.Run, run: config.Run) -> None:
-    """ValueError: the run is to go on with the moments of a run of another optimizer, or has no use for any."""
+    """Raises ValueError where the run is to go on with the moments of a run of another optimizer, or has no use for
+    any."""
     if run.optim.moments == "fresh":
         return
     method, name = METHODS.of(run.adapter), registry.name_of(run.adapter)

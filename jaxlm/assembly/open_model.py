@@ -245,8 +245,8 @@ def _grows(p: programs.Program, source: Source) -> bool:
 
 
 def _check_alike(p: programs.Program, source: Source) -> None:
-    """ValueError: the adapter of the model that the run starts from is of another shape than the run's, or on a base of
-    another precision, though both stand over one base."""
+    """Raises ValueError where the adapter of the model that the run starts from is of another shape than the run's, or
+    on a base of another precision, though both stand over one base."""
     theirs, ours = (tree.flatten(a.specs().get("adapter", {}), spec.is_spec) for a in (source.adapted, p.adapter))
     if not theirs:
         return
@@ -292,7 +292,7 @@ def _quantizer(p: programs.Program) -> Callable[[str, jax.Array], Any] | None:
 
 
 def _check_whole(source: Source) -> None:
-    """ValueError: one task of a run is meant, where a model's files are read as they are."""
+    """Raises ValueError where one task of a run is meant, as a model's files are read as they are here."""
     if source.task is not None:
         place = f"{source.path}#{source.task.name}"
         raise ValueError(

@@ -229,7 +229,7 @@ def _new_rows(p: Program, records: Sequence[Records]) -> replay.Kept:
 
 
 def _check_memory(p: Program, block: replay.Arrays, rows: int) -> None:
-    """ValueError: that many rows don't fit into this machine's memory."""
+    """Raises ValueError where that many rows don't fit into this machine's memory."""
     each = sum(leaf[0].nbytes for leaf in block.values())
     if "der" in p.run.continual.methods:
         each += 8 * p.run.continual.der.top * max((leaf[0].size for leaf in block.values()), default=0)

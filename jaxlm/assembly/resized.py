@@ -21,8 +21,8 @@ from jaxlm.runtime import mesh
 
 
 def check_plain(p: Pretrained, how: str) -> None:
-    """ValueError: the model has an adapter, is in few bits, or has heads of earlier tasks, none of which change their
-    sizes with it. `how` is what is done to it: grow or shrink."""
+    """Raises ValueError where the model has an adapter, is in few bits, or has heads of earlier tasks, none of which
+    change their sizes with it. `how` is what is done to it: grow or shrink."""
     where = p.source.path
     if p.source.adapter != config.Adapter():
         raise ValueError(f"{where}: has an adapter; merge it first: jaxlm export {where} MERGED --format hf")

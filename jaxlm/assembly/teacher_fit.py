@@ -70,7 +70,7 @@ def _teacher(run: config.Run, source: Source, settings: Any) -> tuple[Model, Any
 
 
 def _check_settings(run: config.Run, objective: BoundObjective) -> None:
-    """ValueError: settings of distillation contradict each other, or other parts of the run."""
+    """Raises ValueError where settings of distillation contradict each other, or other parts of the run."""
     c = run.distill
     if not c.losses or len(set(c.losses)) < len(c.losses):
         raise ValueError("distill.losses: must name at least one of logits, hidden and relations, and none twice")
@@ -191,7 +191,7 @@ def _relation_layers(run: config.Run, layers: int) -> tuple[int, int]:
 
 
 def _check_states(run: config.Run, source: Source, student: Model) -> None:
-    """ValueError: states of layers can't be had of one of the two models."""
+    """Raises ValueError where states of layers can't be had of one of the two models."""
     for side, family in (("the run's model", student.family), (run.distill.teacher, source.family)):
         if isinstance(family, RunsItself) or family.kind == "encoder_decoder":
             what = "runs its layers itself" if isinstance(family, RunsItself) else "has two stacks of layers"
@@ -201,7 +201,8 @@ def _check_states(run: config.Run, source: Source, student: Model) -> None:
 
 
 def _check_heads(heads: int, run: config.Run, sides: dict[str, Any]) -> None:
-    """ValueError: queries, keys or values of a side aren't there, or don't divide into that many relation heads."""
+    """Raises ValueError where queries, keys or values of a side aren't there, or don't divide into that many relation
+    heads."""
     for side, specs in sides.items():
         flat = tree.flatten(specs, spec.is_spec)
         for name in run.distill.relations.of:

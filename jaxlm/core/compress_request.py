@@ -52,7 +52,7 @@ class Settings:
     """int4: codes are counted from a group's least number (no)."""
     budget: str | None = None
     """Bits of each compressed weight on average, such as 5.5bits, or bytes of all of them together, such as 80MB: each
-    matrix then gets int4, int8 or fp8 by the error that a byte saves, instead of one format."""
+    matrix then gets int4 in groups of 128 or of 32, or int8, by the error that a byte saves, instead of one format."""
     act_order: bool | None = None
     """gptq: inputs of larger squares are rounded first (yes)."""
     damp: Positive | None = None

@@ -63,7 +63,7 @@ class Stream:
 
 
 def check(stream: Stream) -> None:
-    """ValueError: the stream names a stage twice, or has too few, or a name that is no folder's."""
+    """Raises ValueError where the stream names a stage twice, or has too few, or a name that is no folder's."""
     names = [stage.name for stage in stream.stages]
     if len(names) < 2:
         raise ValueError(f"stages: {len(names)} stages are no stream; give at least two")

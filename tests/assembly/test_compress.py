@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support.killed_compressions import killed_in_layer
 from support.tiny_models import published, random_weights
 
 import jaxlm
-from jaxlm.assembly import compress, compress_journal
+from jaxlm.assembly import compress
 from jaxlm.assembly.layer_walk import LayerWalk
 from jaxlm.commands import cli
 from jaxlm.core import config, tree
@@ -135,25 +136,16 @@ def made(place: Path, out: str, method: str = "gptq", **more):
     return compress.compress(place / "llama", place / out, Settings(method, **more), c, SIZES)
 
 
-def test_a_compression_that_was_killed_goes_on_to_the_same_files(one_device, place, monkeypatch, capsys):
+def test_a_compression_that_was_killed_goes_on_to_the_same_files(one_device, place, capsys):
     whole = made(place, "whole", group=32, skip=FEW)
     assert whole.folder == place / "whole" and not (place / "whole.part").exists()
     assert {entry["format"] for entry in whole.record["weights"]} == {"int4:32"}
     assert all(w["error"] <= w["plain_error"] for w in whole.record["weights"])
-    write = compress_journal.Journal.write
-
-    def killed(self, stack, layer, *rest):
-        if layer == 1:
-            raise KeyboardInterrupt
-        write(self, stack, layer, *rest)
-
-    monkeypatch.setattr(compress_journal.Journal, "write", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_in_layer(1):
         made(place, "again", group=32, skip=FEW)
     assert not (place / "again").exists() and (place / "again.part").is_dir()
     with pytest.raises(ValueError, match="holds a compression under way with another settings"):
         made(place, "again", group=64, skip=FEW)
-    monkeypatch.setattr(compress_journal.Journal, "write", write)
     again = made(place, "again", group=32, skip=FEW)
     files = {m: {f.relative_to(m): f.read_bytes() for f in m.rglob("*") if f.is_file()}
              for m in (whole.folder, again.folder)}  # fmt: skip

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support import tiny_published
+from support.killed_compressions import killed_in_layer
 from support.tiny_models import random_weights
 
-from jaxlm.assembly import compress, compress_folds, compress_journal, convert
+from jaxlm.assembly import compress, compress_folds, convert
 from jaxlm.assembly.compress_folds import Fold, multiplied_rows
 from jaxlm.assembly.layer_walk import LayerWalk
 from jaxlm.assembly.open_model import open_model
@@ -138,20 +139,11 @@ def test_awq_leaves_plain_int4_that_its_own_files_hold(one_device, plain, tmp_pa
     np.testing.assert_allclose(convert.logits(open_model(tmp_path / "files")), convert.logits(p), atol=1e-4)
 
 
-def test_a_compression_with_divided_norms_goes_on_to_the_same_weights(one_device, plain, monkeypatch):
+def test_a_compression_with_divided_norms_goes_on_to_the_same_weights(one_device, plain):
     settings = dict(skip=("blocks/(v|gate|down)",), ratios=4)
     whole = made(plain, "whole", **settings)
-    write = compress_journal.Journal.write
-
-    def killed(self, stack, layer, *rest):
-        if layer == 1:
-            raise KeyboardInterrupt
-        write(self, stack, layer, *rest)
-
-    monkeypatch.setattr(compress_journal.Journal, "write", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_in_layer(1):
         made(plain, "again", **settings)
-    monkeypatch.setattr(compress_journal.Journal, "write", write)
     again = made(plain, "again", **settings)
     before, *after = (tree.flatten(open_model(x).params) for x in (plain, whole.folder, again.folder))
     for path, w in after[0].items():

@@ -46,8 +46,8 @@ def workers(run: config.Run) -> int:
 
 
 def check(run: config.Run, replicas: int, ways: int) -> None:
-    """ValueError: workers can't train apart as the run says, on a mesh of so many replicas whose devices share a
-    micro-batch `ways` times."""
+    """Raises ValueError where workers can't train apart as the run says, on a mesh of so many replicas whose devices
+    share a micro-batch `ways` times."""
     c = run.distributed
     if c.method != "diloco":
         return
