@@ -24,6 +24,7 @@ from jaxlm.core.batch import Batch
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.models.model import Model
 from jaxlm.nn import losses
+from jaxlm.nn.cache import with_own_ends
 from jaxlm.nn.family import Family, ModelConfig, RunsItself
 from jaxlm.nn.layout import Layout
 from jaxlm.objectives.objective import Objective
@@ -51,6 +52,7 @@ def check_family(
     names += ["logits are finite", "packed = alone"]
     if family.generates:
         laws.check_cache()
+        laws.check_cache_of_rows()
         names.append("cached = at once")
     if not isinstance(family, RunsItself):
         laws.check_scanned()
@@ -142,6 +144,34 @@ class FamilyLaws:
         real = batch["segments"] > 0
         self._same(np.concatenate(logits, 1)[real], expected[real], "cached = at once")
         assert int(cache.end) == T, "cached = at once: the cache's `end` is not the number of tokens"
+
+    def check_cache_of_rows(self) -> None:
+        """Checks rows that are read on from ends of their own: prompts of 5 and 3 tokens padded on the right, then
+        calls that bring 2 tokens of one row and 1 of the other, and 1 of the other alone."""
+        model = self._model
+        batch = self._documents((T,), rows=2)[0]
+        if "source" in batch:
+            batch["source_segments"] = batch["source_segments"] * (np.arange(T + 2)[None] < [[T + 2], [5]])
+        expected = np.asarray(self._run(self.weights, _padded(batch, LENGTH)))[:, :T]
+
+        @jax.jit
+        def read(weights: Any, part: Any, cache: Any) -> Any:
+            out = model.forward(weights, part, cache=cache)
+            return losses.logits(model.readout(weights, out.x_BTD), model.shard), out.cache
+
+        ends, cache = np.zeros(2, int), with_own_ends(model.init_cache(2, LENGTH, jnp.float32, LENGTH))
+        for counts in ([5, 3], [2, 1], [0, 1], [1, 2]):
+            n = max(counts)
+            at = ends[:, None] + np.arange(n)[None]
+            real = np.arange(n)[None] < np.array(counts)[:, None]
+            part = {k: np.take_along_axis(batch[k], np.minimum(at, T - 1), 1) for k in ("tokens", "positions")}
+            part["segments"] = real.astype(np.int32)
+            part |= {k: v for k, v in batch.items() if k.startswith("source") and not ends.any()}
+            z, cache = read(self.weights, part, cache)
+            wanted = np.take_along_axis(expected, np.minimum(at, T - 1)[..., None], 1)
+            self._same(np.asarray(z)[real], wanted[real], "rows with ends of their own = at once")
+            ends += counts
+            assert np.array_equal(cache.end, ends), "rows with ends of their own: `end` is not each row's tokens"
 
     @cached_property
     def _gradients(self) -> Any:

@@ -25,7 +25,7 @@ from jaxlm.core import tree
 from jaxlm.core.spec import Init, Role, Spec
 from jaxlm.core.weight_names import Name, same
 from jaxlm.nn import leaf
-from jaxlm.nn.cache import Cache, empty_cache, read_on
+from jaxlm.nn.cache import Cache, empty_cache, read_on, starts, write_rows
 from jaxlm.nn.family import Batch, Family, Files, Key, Kind, ModelConfig, RunsItself
 from jaxlm.nn.flax_modules import FLOAT32, GIVEN, Description, FlaxModules, LinenModules, NnxModules
 from jaxlm.nn.flax_specs import AXES, named_axes, role_of, unnamed_axes
@@ -293,23 +293,23 @@ class FlaxFamily(RunsItself):
     def _read_on(self, c: Any, plan: _Plan, weights: list[Any], batch: Batch, cache: Cache, shard: Layout) -> Output:
         """Reads the whole row of new tokens, those before them from the cache, and returns the new ones' states.
 
-        Rows are padded on the left; a module reads each from its first token on.
+        A module reads each row from its first token on.
         """
         (B, T), (stored,) = batch["tokens"].shape, cache.layers
         after = read_on(cache, batch["segments"], (B, T))
         assert after is not None
-        start, length = after.end - T, after.real_BS.shape[1]
+        start_B = jnp.broadcast_to(starts(after, batch["segments"], T), B)
+        length = after.real_BS.shape[1]
         stored = stored | {
-            name: jax.lax.dynamic_update_slice_in_dim(stored[name], batch[name], start, 1)
-            for name in stored.keys() & batch.keys()
+            name: write_rows(stored[name], batch[name], start_B, 1) for name in stored.keys() & batch.keys()
         }
-        real_BS = after.real_BS & (jnp.arange(length) < after.end)[None]
+        real_BS = after.real_BS & (jnp.arange(length)[None] < jnp.broadcast_to(after.end, B)[:, None])
         first_B = jnp.argmax(real_BS, 1)
         row = {"tokens": stored["tokens"], "segments": real_BS.astype(jnp.int32)}
         row |= {"prefix": stored["prefix"]} if plan.masks else {}
         S = min(length, c.positions or length)
         x_BSD = self._states(c, plan, weights, {k: x[:, :S] for k, x in _rolled(row, -first_B).items()}, shard, None)
-        at_BT = jnp.clip(start + jnp.arange(T)[None] - first_B[:, None], 0, S - 1)
+        at_BT = jnp.clip(start_B[:, None] + jnp.arange(T)[None] - first_B[:, None], 0, S - 1)
         x_BTD = jnp.take_along_axis(x_BSD, at_BT[..., None], axis=1)
         return Output(shard(x_BTD, "batch", "seq", None), cache=after.replace(layers=(stored,), fresh=False))
 

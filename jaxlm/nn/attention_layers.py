@@ -142,25 +142,33 @@ def relative_buckets(distance: jax.Array, buckets: int, longest: int, both_ways:
 def relative_bias(
     table_NH: jax.Array, mask: Mask, T: int, S: int, *, longest: int, both_ways: bool, shard: Layout
 ) -> jax.Array:
-    """Returns `bias_BHTS` (B = 1) by a key's distance from its query, from T5's table of N buckets.
+    """Returns `bias_BHTS` by a key's distance from its query, from T5's table of N buckets; B is 1 unless rows have
+    positions of their own.
 
     Positions must follow each other without gaps.
     """
     t_T, s_S = mask.positions(0, T, 0, S)
+    if t_T.ndim == 2:
+        buckets_BTS = relative_buckets(s_S[None, None] - t_T[..., None], table_NH.shape[0], longest, both_ways)
+        return shard(_rows_of(table_NH, buckets_BTS, shard).transpose(0, 3, 1, 2), None, "heads", "seq", None)
     # All distances lie on a circle: 0, 1 … S - 1, then the negative ones up to -1. Row t of the bias is the circle
     # turned by t. The reshape turns it, as its rows are one shorter than the circles that are laid end to end.
     n = jnp.arange(T + S, dtype=jnp.int32)
     distance = s_S[0] - t_T[0] + jnp.where(n < S, n, n - (T + S))
     buckets_N = relative_buckets(distance, table_NH.shape[0], longest, both_ways)
-    table_HN = shard(jnp.asarray(table_NH, jnp.float32), None, "heads").T
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.are_all_axes_explicit:
-        circle_HN = table_HN.at[:, buckets_N].get(out_sharding=shard.spec(("heads", None)))
-    else:
-        circle_HN = table_HN[:, buckets_N]
+    circle_HN = _rows_of(table_NH, buckets_N, shard).T
     H = circle_HN.shape[0]
     turned_HN = jnp.broadcast_to(circle_HN[:, None], (H, T, T + S)).reshape(H, T * (T + S))[:, : T * (T + S - 1)]
     return shard(turned_HN.reshape(H, T, T + S - 1)[None, :, :, :S], None, "heads", "seq", None)
+
+
+def _rows_of(table_NH: jax.Array, buckets: jax.Array, shard: Layout) -> jax.Array:
+    """Returns the table's row of each bucket, `[…, H]` in float32."""
+    table_NH = shard(jnp.asarray(table_NH, jnp.float32), None, "heads")
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not mesh.are_all_axes_explicit:
+        return table_NH[buckets]
+    return table_NH.at[buckets].get(out_sharding=shard.spec((*(None for _ in buckets.shape), "heads")))
 
 
 def kv_cache(

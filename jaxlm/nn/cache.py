@@ -17,14 +17,15 @@ SLOTS = {"k": 3, "v": 2, "cross_k": 3, "cross_v": 2}
 class Cache(struct.PyTreeNode):
     """A Cache holds what a model remembers of the tokens it has read.
 
-    Rows are padded on the left, so all of them write to the same slot.
+    Rows either share one `end`: they are padded on the left, so that all write to the same slot. Or each row has an end
+    of its own: its token `i` is in slot `i`, and the tokens of a call are padded on the right.
     """
 
     layers: tuple[dict[str, jax.Array], ...]
     """The arrays of each layer: `[B, slots, …]`, or with slots on the axis that `SLOTS` names. Fewer slots than the
     longest row make a ring, for sliding windows."""
     end: jax.Array
-    """The number of slots filled, which is where the next token goes."""
+    """The number of slots filled, which is where the next token goes: of all rows, or `[B]` of each row."""
     real_BS: jax.Array
     """Whether a position holds a token; the others are padding."""
     fresh: bool = struct.field(pytree_node=False, default=True)
@@ -35,6 +36,16 @@ def empty_cache(layers: list[dict[str, jax.Array]], batch_size: int, length: int
     """Returns a cache that has read nothing, around the empty arrays of each layer, for rows of up to `length`
     tokens."""
     return Cache(tuple(layers), jnp.zeros((), jnp.int32), jnp.zeros((batch_size, length), bool))
+
+
+def with_own_ends(cache: Cache) -> Cache:
+    """Returns an empty cache whose rows have ends of their own. Raises ValueError where a layer's slots are a ring."""
+    rows, length = cache.real_BS.shape
+    for layer in cache.layers:
+        for name, x in layer.items():
+            if x.shape[SLOTS.get(name, 1)] < length:
+                raise ValueError(f"cache: a ring of {x.shape[SLOTS.get(name, 1)]} slots has one end for all rows")
+    return cache.replace(end=jnp.zeros(rows, jnp.int32), fresh=False)
 
 
 def num_slots(window: int | None, length: int, slack: int = 0) -> int:
@@ -50,6 +61,9 @@ def read_on(cache: Cache | None, segments_BT: jax.Array | None, shape: tuple[int
     if cache is None:
         return None
     real_BT = jnp.ones(shape, bool) if segments_BT is None else segments_BT > 0
+    if cache.end.ndim:
+        end_B = cache.end + real_BT.sum(1, dtype=jnp.int32)
+        return cache.replace(real_BS=jnp.arange(cache.real_BS.shape[1])[None] < end_B[:, None], end=end_B)
     real_BS = jax.lax.dynamic_update_slice(cache.real_BS, real_BT, (jnp.zeros((), jnp.int32), cache.end))
     return cache.replace(real_BS=real_BS, end=cache.end + shape[1])
 
@@ -65,6 +79,8 @@ def remember(
     """
     if cache is None or stored is None:
         return new, mask, None
+    if cache.end.ndim:
+        return _remember_rows(stored, new, mask, cache)
     name, first = next(iter(stored.items()))
     T, size, length = new[name].shape[1], first.shape[SLOTS.get(name, 1)], cache.real_BS.shape[1]
     start = cache.end - T
@@ -88,14 +104,52 @@ def remember(
     )
 
 
+def starts(cache: Cache, segments_BT: jax.Array | None, T: int) -> jax.Array:
+    """Returns the slots of the first of T new tokens in a cache that `read_on` returned: one, or `[B]` where rows have
+    ends of their own."""
+    if not cache.end.ndim or segments_BT is None:
+        return cache.end - T
+    return cache.end - (segments_BT > 0).sum(1, dtype=jnp.int32)
+
+
+def write_rows(stored: jax.Array, new: jax.Array, start_B: jax.Array, axis: int) -> jax.Array:
+    """Returns a stored array with new tokens, `[B, T, …]`, from a slot of each row on; slots are on `axis`."""
+    new = jnp.moveaxis(new, 1, axis).astype(stored.dtype)
+    row = lambda s, n, at: jax.lax.dynamic_update_slice_in_dim(s, n, at, axis - 1)  # noqa: E731
+    return jax.vmap(row)(_as_sharded(stored, new), new, start_B)
+
+
+def _remember_rows(
+    stored: dict[str, jax.Array], new: dict[str, jax.Array], mask: Mask, cache: Cache
+) -> tuple[dict[str, jax.Array], Mask, dict[str, jax.Array]]:
+    """Does what `remember` does where each row has an end of its own.
+
+    Positions decide what a query sees: slots that its row hasn't filled yet come after it. A row's `prefix` has to be
+    read by the call that begins the row.
+    """
+    T, S = next(iter(new.values())).shape[1], cache.real_BS.shape[1]
+    start_B = starts(cache, mask.segments_BT, T)
+    stored = {name: write_rows(stored[name], x, start_B, SLOTS.get(name, 1)) for name, x in new.items()}
+    prefix_BS = None if mask.prefix_BS is None else jnp.pad(mask.prefix_BS, ((0, 0), (0, S - T)))
+    at_BT = start_B[:, None] + jnp.arange(T)[None]
+    mask = dataclasses.replace(
+        mask, segments_BT=None, segments_BS=None, prefix_BS=prefix_BS, at_T=at_BT, at_S=jnp.arange(S)
+    )
+    return {name: jnp.moveaxis(x, SLOTS.get(name, 1), 1) for name, x in stored.items()}, mask, stored
+
+
 def _write(stored: jax.Array, new: jax.Array, start: jax.Array, length: int, axis: int) -> jax.Array:
     new = jnp.moveaxis(new, 1, axis).astype(stored.dtype)
     T, size = new.shape[axis], stored.shape[axis]
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.are_all_axes_explicit:  # a cache is born whole; its first tokens say how it is sharded
-        stored = jax.reshard(stored, jax.typeof(new).sharding.spec)
+    stored = _as_sharded(stored, new)
     if size == length or T == 1:
         return jax.lax.dynamic_update_slice_in_dim(stored, new, start % size, axis)
     n = min(T, size)
     slots = (slice(None),) * axis + ((start + T - n + jnp.arange(n)) % size,)
     return stored.at[slots].set(jax.lax.slice_in_dim(new, T - n, T, axis=axis))
+
+
+def _as_sharded(stored: jax.Array, new: jax.Array) -> jax.Array:
+    """Returns the stored array as the new one is sharded: a cache is born whole, its first tokens say how it is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return stored if mesh.empty or not mesh.are_all_axes_explicit else jax.reshard(stored, jax.typeof(new).sharding.spec)

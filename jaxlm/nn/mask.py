@@ -30,15 +30,15 @@ class Mask:
     prefix_BS: jax.Array | None = None
     """Whether every query of a key's segment may see it, causal or not."""
     at_T: jax.Array | None = None
-    """Positions of the queries in their row; None: 0, 1, 2 …"""
+    """Positions of the queries in their row, `[T]`, or `[B, T]` where rows differ; None: 0, 1, 2 …"""
     at_S: jax.Array | None = None
     """Positions of the keys; a negative one is an empty slot of a cache."""
     common: int = 0
     """The number of first keys that are no tokens of the row: every query sees them, and positions don't count them."""
 
     def positions(self, start: int, stop: int, first: int, last: int) -> tuple[jax.Array, jax.Array]:
-        """Returns the positions in the row of a block of queries and of a span of keys."""
-        t = jnp.arange(start, stop) if self.at_T is None else self.at_T[start:stop]
+        """Returns the positions in the row of a block of queries, `[T]` or `[B, T]`, and of a span of keys."""
+        t = jnp.arange(start, stop) if self.at_T is None else self.at_T[..., start:stop]
         return t, jnp.arange(first, last) if self.at_S is None else self.at_S[first:last]
 
     def dense(self, start: int, stop: int, first: int, last: int) -> jax.Array | None:
@@ -53,17 +53,17 @@ class Mask:
                 None if visible is None else jnp.pad(visible, ((0, 0), (0, 0), (self.common, 0)), constant_values=True)
             )
         t_T, s_S = self.positions(start, stop, first, last)
-        t, s = t_T[:, None], s_S[None, :]
+        t, s = jnp.atleast_2d(t_T)[:, :, None], s_S[None, None, :]
         visible = None
         if self.causal:
-            visible = (t >= s)[None]
+            visible = t >= s
         if self.prefix_BS is not None and visible is not None:
             visible = visible | self.prefix_BS[:, None, first:last]
         if self.window is not None:
             near = (t - s < self.window) if self.causal else (abs(t - s) < self.window)
-            visible = near[None] if visible is None else visible & near[None]
+            visible = near if visible is None else visible & near
         if self.at_S is not None:
-            visible = (s >= 0)[None] if visible is None else visible & (s >= 0)[None]
+            visible = s >= 0 if visible is None else visible & (s >= 0)
         if self.segments_BT is not None and self.segments_BS is not None:
             keys_BS = self.segments_BS[:, None, first:last]
             same = (self.segments_BT[:, start:stop, None] == keys_BS) | (keys_BS == EVERYONE)

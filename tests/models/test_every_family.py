@@ -93,6 +93,7 @@ def test_packed_equals_alone(name):
 @pytest.mark.parametrize("name", by_default(USUAL, GENERATING))
 def test_with_a_cache_equals_at_once_and_no_position_sees_the_next(name):
     laws(name, FEW.get(name)).check_cache()
+    laws(name, FEW.get(name)).check_cache_of_rows()
     laws(name, FEW.get(name)).check_causality()
 
 
