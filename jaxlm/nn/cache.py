@@ -152,4 +152,6 @@ def _write(stored: jax.Array, new: jax.Array, start: jax.Array, length: int, axi
 def _as_sharded(stored: jax.Array, new: jax.Array) -> jax.Array:
     """Returns the stored array as the new one is sharded: a cache is born whole, its first tokens say how it is."""
     mesh = jax.sharding.get_abstract_mesh()
-    return stored if mesh.empty or not mesh.are_all_axes_explicit else jax.reshard(stored, jax.typeof(new).sharding.spec)
+    if mesh.empty or not mesh.are_all_axes_explicit:
+        return stored
+    return jax.reshard(stored, jax.typeof(new).sharding.spec)
