@@ -59,6 +59,10 @@ class Reader:
         self.sent = self.text = self.sent + new
         return new
 
+    def decoded(self, ids: Sequence[int]) -> str:
+        """Returns the text of tokens of the answer."""
+        return decode_after(self.tokens, self.before, ids)
+
     def _stop(self, text: str) -> int | None:
         """Returns where the first stop text begins, or None."""
         return min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=None)

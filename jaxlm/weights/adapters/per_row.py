@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -82,3 +83,18 @@ def _pairs(adapted: Adapted, weights: Any) -> dict[str, tuple[np.ndarray, np.nda
         raise ValueError(f"adapter: {adapted.name}{on} can't be mixed with others in a batch; use it alone")
     shared = weights.get("shared", {})
     return {path: factors(adapted.c, t, tree.at(weights, path), shared) for path, t in adapted.targets.items()}
+
+
+def for_rows(params: Any, rows_BR: jnp.ndarray | None) -> Any:
+    """Returns weights that `decode.prepare` made, for rows with other adapters; None: as they are."""
+    if rows_BR is None:
+        return params
+
+    def of(w: Any) -> Any:
+        return w.replace(rows_BR=rows_BR.astype(w.rows_BR.dtype)) if _is_mixed(w) else w
+
+    return jax.tree.map(of, params, is_leaf=_is_mixed)
+
+
+def _is_mixed(w: Any) -> bool:
+    return isinstance(w, low_rank.LowRank) and w.rows_BR is not None

@@ -1,0 +1,317 @@
+"""The programs of an engine: pure functions of fixed shapes, all compiled when it starts.
+
+Prompts are read in chunks into a row of their own, which is then put among the rows that run. Rows and the pages of the
+prefix cache are caches of one kind: a page is a short row.
+
+B running rows, S slots of a row, T tokens of a chunk, R directions of adapters, V vocabulary.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.inference.decode import prepare, whole_rows
+from jaxlm.inference.engine import sample
+from jaxlm.models.model import Model
+from jaxlm.nn.cache import SLOTS, Cache, with_own_ends
+from jaxlm.nn.losses import logits
+from jaxlm.weights.adapters import per_row
+
+Layers = tuple[dict[str, jax.Array], ...]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The shapes that programs are compiled for. `pairs` are the (rows, slots) that fit the cache."""
+
+    pairs: tuple[tuple[int, int], ...]
+    chunks: tuple[int, ...]
+    pages: int
+    page: int
+    source: int
+    """Tokens that an encoder reads; 0: there is none."""
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return tuple(sorted({b for b, _ in self.pairs}))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(sorted({s for _, s in self.pairs}))
+
+    def pair(self, rows: int, length: int) -> tuple[int, int] | None:
+        """Returns the smallest (rows, slots) that hold so many rows of a length, None where none does."""
+        fitting = [(b, s) for b, s in self.pairs if b >= rows and s >= length]
+        return min(fitting, key=lambda pair: (pair[1], pair[0]), default=None)
+
+
+class Programs:
+    """The compiled programs of one model; `used` is how many ids of the vocabulary are tokens.
+
+    `compile` makes them all; a shape that isn't among them is an error, so that nothing is ever compiled later.
+    """
+
+    def __init__(self, model: Model, params: Any, shapes: Shapes, used: int, both_ways: bool) -> None:
+        self.model, self.shapes, self.used, self.both_ways = whole_rows(model), shapes, used, both_ways
+        self.params = jax.jit(partial(prepare, self.model))(params)
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    # -------------------------------------------------------------------------------------------- what is called
+
+    def empty(self, rows: int, length: int) -> Layers:
+        """Returns the arrays of a cache of so many rows and slots, with room for what an encoder says."""
+        return self._compiled["empty", rows, length]()
+
+    def read(
+        self, layers: Layers, end: int, tokens: Sequence[int], rows_1R: Any, source: Sequence[int] | None, prefix: bool
+    ) -> tuple[jax.Array, Layers]:
+        """Reads up to a chunk's tokens into a row and returns (states `[1, T, D]`, the row's arrays). With `prefix`,
+        which a model that reads prompts both ways understands, each of them sees all of them."""
+        T, S = self.chunk(len(tokens)), _slots(layers)
+        batch = dict(
+            tokens=_padded(tokens, T)[None],
+            segments=(np.arange(T) < len(tokens)).astype(np.int32)[None],
+            positions=np.minimum(end + np.arange(T, dtype=np.int32), end + len(tokens) - 1)[None],
+        )
+        if source is not None:
+            n = self.shapes.source
+            batch |= dict(
+                source=_padded(source, n)[None],
+                source_segments=(np.arange(n) < len(source)).astype(np.int32)[None],
+                source_positions=np.arange(n, dtype=np.int32)[None],
+            )
+        if self.both_ways:
+            batch["prefix"] = (batch["segments"] > 0) & prefix
+        return self._compiled["read", T, S](self.params, layers, np.array([end], np.int32), batch, rows_1R)
+
+    def last_logits(self, x_1TD: jax.Array, count: int) -> jax.Array:
+        """Returns the logits `[1, V]` after the last of `count` tokens."""
+        return self._compiled["last", x_1TD.shape[1]](self.params, x_1TD, np.int32(count))
+
+    def scores(self, x_1TD: jax.Array, next_T: Sequence[int]) -> Any:
+        """Returns the log probabilities of the tokens that follow, `[T]`, and the likeliest ones with theirs."""
+        T = x_1TD.shape[1]
+        return self._compiled["score", T](self.params, x_1TD, _padded(next_T, T))
+
+    def step(self, layers: Layers, end_B: Any, known: tuple[Any, Any, Any], active_B: Any, rows_BR: Any) -> Any:
+        """Reads one more token of each active row and returns (logits `[B, V]`, the rows' arrays).
+
+        `known` is (tokens, whether to take them, tokens of the step before): a row's token is on the host or still on
+        its way.
+        """
+        key = "step", len(end_B), _slots(layers)
+        return self._compiled[key](self.params, layers, end_B, known, active_B, rows_BR)
+
+    def greedy(self, z_BV: jax.Array) -> sample.Chosen:
+        """Returns the likeliest token of each row."""
+        return self._compiled["greedy", len(z_BV)](z_BV)
+
+    def choose(self, z_BV: jax.Array, settings: sample.RowSettings, noted: bool) -> sample.Chosen:
+        """Returns the tokens that rows choose by their own settings, with log probabilities if `noted`."""
+        return self._compiled["choose", len(z_BV), settings.allowed.shape[1], noted](z_BV, settings)
+
+    def insert(self, layers: Layers, row: Layers, at: int) -> Layers:
+        """Returns running rows with a row in place `at`."""
+        return self._compiled["insert", _slots(row), _rows(layers), _slots(layers)](layers, row, np.int32(at))
+
+    def extract(self, layers: Layers, at: int, length: int) -> Layers:
+        """Returns a row of its own with the first `length` slots of the running row `at`."""
+        return self._compiled["extract", _rows(layers), _slots(layers), length](layers, np.int32(at))
+
+    def load(self, pool: Layers, pages: Sequence[int], length: int) -> Layers:
+        """Returns a row of `length` slots that begins with what pages hold."""
+        return self._compiled["load", length](pool, _padded(pages, length // self.shapes.page))
+
+    def store(self, pool: Layers, row: Layers, pages: Sequence[int]) -> Layers:
+        """Returns the pool of pages with a row's tokens in `pages`: the first in the first, and so on; 0: nowhere."""
+        S = _slots(row)
+        return self._compiled["store", S](pool, row, _padded(pages, S // self.shapes.page))
+
+    def chunk(self, tokens: int) -> int:
+        """Returns the size of the smallest chunk that holds so many tokens."""
+        return min(n for n in self.shapes.chunks if n >= tokens)
+
+    # -------------------------------------------------------------------------------------------- how it is compiled
+
+    def compile(self, rows_R: np.ndarray | None, progress: Callable[[int, int], None] | None = None) -> float:
+        """Compiles every program and returns the seconds that it took. `rows_R` is the mask of a row without adapter;
+        `progress` is told how many are done, and of how many."""
+        began, jobs = time.monotonic(), dict(self._programs(rows_R))
+        # Tracing holds the interpreter's lock and needs this thread's mesh; compiling does neither.
+        lowered = ((name, job()) for name, job in jobs.items())
+        with ThreadPoolExecutor(4) as pool:
+            running = [(name, pool.submit(program.compile)) for name, program in lowered]
+            for i, (name, program) in enumerate(running):
+                self._compiled[name] = program.result()
+                if progress is not None:
+                    progress(i + 1, len(jobs))
+        return time.monotonic() - began
+
+    def _programs(self, rows_R: np.ndarray | None) -> Iterable[tuple[tuple[Any, ...], Callable[[], Any]]]:
+        """Yields the name of each program and what lowers it."""
+        p, shapes = self.params, self.shapes
+        D, V = self.model.config.width, self.model.config.vocab
+        i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+        masks = lambda B: None if rows_R is None else jax.ShapeDtypeStruct((B, len(rows_R)), jnp.float32)  # noqa: E731
+        x = lambda T: jax.ShapeDtypeStruct((1, T, D), self._state_dtype)  # noqa: E731
+        z = lambda B: jax.ShapeDtypeStruct((B, V), jnp.float32)  # noqa: E731
+        lower = lambda f, *args, donate=(): partial(jax.jit(f, donate_argnums=donate).lower, *args)  # noqa: E731
+        pool = self._layers(shapes.pages + 1, shapes.page) if shapes.pages else None
+        sizes = {*shapes.pairs, *((1, S) for S in shapes.lengths)}
+        for B, S in sizes | ({(shapes.pages + 1, shapes.page)} if shapes.pages else set()):
+            yield ("empty", B, S), lower(partial(_empty, like=self._layers(B, S)))
+        for B, S in sorted(shapes.pairs, reverse=True):
+            layers, bools = self._layers(B, S), jax.ShapeDtypeStruct((B,), jnp.bool_)
+            known = i32(B), bools, i32(B)
+            yield ("step", B, S), lower(self._step, p, layers, i32(B), known, bools, masks(B), donate=(1,))
+            for length in [s for s in shapes.lengths if s <= S]:
+                row = self._layers(1, length)
+                yield ("insert", length, B, S), lower(_insert, layers, row, i32(), donate=(0,))
+                yield ("extract", B, S, length), lower(partial(_extract, like=row), layers, i32())
+        for S in shapes.lengths:
+            row = self._layers(1, S)
+            for T in shapes.chunks:
+                if T <= S:
+                    batch = {name: i32(1, T) for name in ("tokens", "segments", "positions")}
+                    if shapes.source:
+                        names = ("source", "source_segments", "source_positions")
+                        batch |= {name: i32(1, shapes.source) for name in names}
+                    if self.both_ways:
+                        batch["prefix"] = jax.ShapeDtypeStruct((1, T), jnp.bool_)
+                    yield ("read", T, S), lower(self._read, p, row, i32(1), batch, masks(1), donate=(1,))
+            if pool is not None:
+                yield ("load", S), lower(partial(_load, like=row), pool, i32(S // shapes.page))
+                yield ("store", S), lower(_store, pool, row, i32(S // shapes.page), donate=(0,))
+        for T in shapes.chunks:
+            yield ("last", T), lower(self._last, p, x(T), i32())
+            yield ("score", T), lower(self._score, p, x(T), i32(T))
+        for B in sorted({1, *shapes.rows}):
+            yield ("greedy", B), lower(partial(sample.greedy, used=self.used), z(B))
+            for width, noted in itertools.product((1, V), (False, True)):
+                settings = jax.eval_shape(lambda B=B, width=width: sample.arrays([None] * B, width))
+                f = partial(sample.choose, used=self.used, noted=noted)
+                yield ("choose", B, width, noted), lower(f, z(B), settings)
+
+    def _layers(self, rows: int, length: int) -> Any:
+        """Returns the shapes of a cache's arrays; all slots are kept, as rows have ends of their own."""
+        dtype = self.model.shard.dtype
+
+        def begun() -> Any:
+            cache = with_own_ends(self.model.init_cache(rows, length, dtype, length))
+            if not self.shapes.source:
+                return cache.layers
+            n = self.shapes.source
+            batch = {name: jnp.zeros((rows, 1), jnp.int32) for name in ("tokens", "segments", "positions")}
+            batch |= {f"source{part}": jnp.zeros((rows, n), jnp.int32) for part in ("", "_segments", "_positions")}
+            out = self.model.forward(self.params, batch, cache=cache).cache
+            assert out is not None
+            return out.layers
+
+        return jax.eval_shape(begun)
+
+    @property
+    def _state_dtype(self) -> Any:
+        return self.model.shard.dtype
+
+    def _cache(self, layers: Layers, end_B: jax.Array) -> Cache:
+        return Cache(layers, end_B, jnp.zeros((len(end_B), _slots(layers)), bool), fresh=False)
+
+    def _read(self, params: Any, layers: Layers, end_1: jax.Array, batch: dict, rows_1R: Any) -> Any:
+        out = self.model.forward(per_row.for_rows(params, rows_1R), batch, cache=self._cache(layers, end_1))
+        assert out.cache is not None
+        return out.x_BTD.astype(self._state_dtype), out.cache.layers
+
+    def _last(self, params: Any, x_1TD: jax.Array, count: jax.Array) -> jax.Array:
+        x_11D = jax.lax.dynamic_slice_in_dim(x_1TD, count - 1, 1, axis=1)
+        return self._logits(params, x_11D)[:, 0]
+
+    def _score(self, params: Any, x_1TD: jax.Array, next_T: jax.Array) -> Any:
+        p_TV = jax.nn.log_softmax(self._logits(params, x_1TD)[0], -1)
+        own_T = jnp.take_along_axis(p_TV, next_T[:, None], -1)[:, 0]
+        return own_T, jax.lax.top_k(p_TV, min(sample.MOST_TOP, p_TV.shape[-1]))
+
+    def _step(self, params: Any, layers: Layers, end_B: Any, known: Any, active_B: Any, rows_BR: Any) -> Any:
+        tokens_B, given_B, before_B = known
+        tokens_B1 = jnp.where(given_B, tokens_B, before_B)[:, None]
+        batch = dict(tokens=tokens_B1, positions=end_B[:, None], segments=active_B.astype(jnp.int32)[:, None])
+        out = self.model.forward(per_row.for_rows(params, rows_BR), batch, cache=self._cache(layers, end_B))
+        assert out.cache is not None
+        return self._logits(params, out.x_BTD)[:, 0], out.cache.layers
+
+    def _logits(self, params: Any, x_BTD: jax.Array) -> jax.Array:
+        z_BTV = logits(self.model.readout(params, x_BTD), self.model.shard)
+        return self.model.shard(z_BTV.astype(jnp.float32), None, None, None)
+
+
+# ---------------------------------------------------------------------------------------------------- caches as arrays
+
+
+def _axis(name: str) -> int | None:
+    """Returns the axis of the slots of a row's own tokens; what an encoder said has none."""
+    return None if name.startswith("cross_") else SLOTS.get(name, 1)
+
+
+def _slots(layers: Layers) -> int:
+    name, x = next((name, x) for name, x in layers[0].items() if _axis(name) is not None)
+    return x.shape[SLOTS.get(name, 1)]
+
+
+def _rows(layers: Layers) -> int:
+    return next(iter(layers[0].values())).shape[0]
+
+
+def _each(layers: Layers, change: Callable[..., jax.Array], *others: Layers) -> Layers:
+    """Returns `change(name, array, …)` of each array of all layers."""
+    return tuple(
+        {name: change(name, x, *(o[i][name] for o in others)) for name, x in layer.items()}
+        for i, layer in enumerate(layers)
+    )
+
+
+def _empty(like: Layers) -> Layers:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+
+
+def _insert(layers: Layers, row: Layers, at: jax.Array) -> Layers:
+    zero = jnp.zeros((), jnp.int32)
+    return _each(layers, lambda _, x, y: jax.lax.dynamic_update_slice(x, y, (at, *(zero for _ in y.shape[1:]))), row)
+
+
+def _extract(layers: Layers, at: jax.Array, like: Layers) -> Layers:
+    zero = jnp.zeros((), jnp.int32)
+    return _each(layers, lambda _, x, y: jax.lax.dynamic_slice(x, (at, *(zero for _ in y.shape[1:])), y.shape), like)
+
+
+def _load(pool: Layers, pages_N: jax.Array, like: Layers) -> Layers:
+    def joined(name: str, x: jax.Array, y: Any) -> jax.Array:
+        axis = _axis(name)
+        if axis is None:
+            return jnp.zeros(y.shape, y.dtype)
+        return jnp.moveaxis(x[pages_N], 0, axis - 1).reshape(y.shape)
+
+    return _each(pool, joined, like)
+
+
+def _store(pool: Layers, row: Layers, pages_N: jax.Array) -> Layers:
+    def cut(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        axis = _axis(name)
+        if axis is None:
+            return x
+        parts = y[0].reshape(*y.shape[1:axis], len(pages_N), x.shape[axis], *y.shape[axis + 1 :])
+        return x.at[pages_N].set(jnp.moveaxis(parts, axis - 1, 0))
+
+    return _each(pool, cut, row)
+
+
+def _padded(ids: Sequence[int], n: int) -> np.ndarray:
+    out = np.zeros(n, np.int32)
+    out[: len(ids)] = ids
+    return out

@@ -1,0 +1,50 @@
+"""Says how large an engine's batches, caches and queue may become."""
+
+from dataclasses import dataclass
+
+from jaxlm.core.ranges import Count, Natural
+
+
+@dataclass(frozen=True)
+class Settings:
+    """An engine's settings. Programs are compiled at its start for each of `rows` × `lengths` and of `chunks` ×
+    `lengths`."""
+
+    length: Count = 2048
+    """The most tokens of a prompt and its answer together; a model with fewer positions allows no more than those."""
+    rows: tuple[Count, ...] = (1, 8, 32)
+    """Numbers of answers that a step of the model goes on with; the smallest that fits is used."""
+    lengths: tuple[Count, ...] = ()
+    """Numbers of slots of a row in the cache; the smallest that fits the longest row is used. Empty: `length` and,
+    down to 256, each fourth part of the one before."""
+    chunks: tuple[Count, ...] = (32, 256)
+    """Numbers of a prompt's tokens that are read at once, between two steps of the answers that run."""
+    cache_tokens: Count | None = None
+    """The most slots of all rows together: where a longer row needs more, those that came last wait. None: half of what
+    the most rows at the longest of `lengths` would take."""
+    page: Count = 16
+    """Tokens of a page of the prefix cache, which keeps prompts and answers for prompts that begin as they do."""
+    pages: Natural | None = None
+    """Pages of the prefix cache; 0: none. None: a quarter of `cache_tokens`."""
+    source: Count = 512
+    """The most tokens that an encoder reads."""
+    queue: Count = 1024
+    """The most answers that may wait; a request beyond is refused."""
+
+    def row_lengths(self, limit: int) -> tuple[int, ...]:
+        """Returns the numbers of slots that rows may have, in whole pages, for rows of up to `limit` tokens."""
+        wanted = [min(n, limit) for n in self.lengths] or [limit]
+        while not self.lengths and wanted[-1] > 256:
+            wanted.append(max(256, wanted[-1] // 4))
+        return tuple(sorted({-(-n // self.page) * self.page for n in {*wanted, limit}}))
+
+    def most_tokens(self, lengths: tuple[int, ...]) -> int:
+        """Returns the most slots of all rows together. Raises ValueError where the longest row doesn't fit."""
+        if self.cache_tokens is None:
+            return max(max(self.rows) * lengths[-1] // 2, min(self.rows) * lengths[-1])
+        if self.cache_tokens < min(self.rows) * lengths[-1]:
+            raise ValueError(
+                f"engine.cache_tokens: {self.cache_tokens} do not hold {min(self.rows)} row(s) of {lengths[-1]} "
+                "tokens; raise it, or lower engine.length"
+            )
+        return self.cache_tokens
