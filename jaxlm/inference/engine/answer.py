@@ -69,7 +69,8 @@ class Answer:
         self._sent = 0
         self._noted: list[tuple[float, dict[int, float]]] = []
         grammar = rules.grammar
-        self._matcher = grammar and grammar.start(after_text=bool(tokenizer.decode(self._reader.before)))
+        after_text = bool(tokenizer.decode(self._reader.before))
+        self._matcher = None if grammar is None else grammar.start(after_text)
 
     @property
     def request(self) -> Request:

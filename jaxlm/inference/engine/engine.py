@@ -52,6 +52,10 @@ class Engine:
     ) -> None:
         if not model.family.generates:
             raise ValueError("engine: this model is an encoder; it does not predict the next token")
+        if model.adapter is not None and model.adapter.num_virtual_tokens:
+            raise ValueError("adapter: virtual tokens stand in no row of an engine's cache; use `jaxlm generate`")
+        if mesh is not None and mesh.are_all_axes_explicit:
+            raise ValueError("mesh.axis_type: an engine's programs are laid out by the compiler; set it to auto")
         settings = Settings() if settings is None else settings
         self.tokenizer, self.settings, self.eos, self.mesh = tokenizer, settings, tuple(eos), mesh
         self.adapters = dict(adapters or {})
@@ -62,7 +66,7 @@ class Engine:
         self.has_source = model.family.kind == "encoder_decoder"
         shapes = _shapes(settings, self.limit, both_ways, self.has_source)
         with on_mesh(mesh):
-            self.programs = Programs(model, params, shapes, min(used or self.vocab, self.vocab), both_ways)
+            self.programs = Programs(model, params, shapes, min(used or self.vocab, self.vocab), both_ways, mesh)
         self._pages = Pages(shapes.pages, settings.page)
         self._stats = Stats(pages=shapes.pages, cache_tokens=max(b * s for b, s in shapes.pairs))
         self._grammars: dict[tuple[Any, ...], constrain.Grammar | None] = {}

@@ -23,6 +23,7 @@ from jaxlm.inference.engine import sample
 from jaxlm.models.model import Model
 from jaxlm.nn.cache import SLOTS, Cache, with_own_ends
 from jaxlm.nn.losses import logits
+from jaxlm.runtime.mesh import NamedSharding
 from jaxlm.weights.adapters import per_row
 
 Layers = tuple[dict[str, jax.Array], ...]
@@ -59,8 +60,9 @@ class Programs:
     `compile` makes them all; a shape that isn't among them is an error, so that nothing is ever compiled later.
     """
 
-    def __init__(self, model: Model, params: Any, shapes: Shapes, used: int, both_ways: bool) -> None:
+    def __init__(self, model: Model, params: Any, shapes: Shapes, used: int, both_ways: bool, mesh: Any = None) -> None:
         self.model, self.shapes, self.used, self.both_ways = whole_rows(model), shapes, used, both_ways
+        self._mesh = mesh
         self.params = jax.jit(partial(prepare, self.model))(params)
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -163,7 +165,11 @@ class Programs:
         masks = lambda B: None if rows_R is None else jax.ShapeDtypeStruct((B, len(rows_R)), jnp.float32)  # noqa: E731
         x = lambda T: jax.ShapeDtypeStruct((1, T, D), self._state_dtype)  # noqa: E731
         z = lambda B: jax.ShapeDtypeStruct((B, V), jnp.float32)  # noqa: E731
-        lower = lambda f, *args, donate=(): partial(jax.jit(f, donate_argnums=donate).lower, *args)  # noqa: E731
+
+        def lower(f: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Callable[[], Any]:
+            placed = None if self._mesh is None else self._placed(jax.eval_shape(f, *args))
+            return partial(jax.jit(f, donate_argnums=donate, out_shardings=placed).lower, *args)
+
         pool = self._layers(shapes.pages + 1, shapes.page) if shapes.pages else None
         sizes = {*shapes.pairs, *((1, S) for S in shapes.lengths)}
         for B, S in sizes | ({(shapes.pages + 1, shapes.page)} if shapes.pages else set()):
@@ -215,7 +221,23 @@ class Programs:
             assert out is not None
             return out.layers
 
-        return jax.eval_shape(begun)
+        layers = jax.eval_shape(begun)
+        if self._mesh is None:
+            return layers
+        placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+        return jax.tree.map(placed, layers, self._placed(layers))
+
+    def _placed(self, outputs: Any) -> Any:
+        """Returns where a program leaves each of its arrays on the mesh: heads of keys and values where the layers have
+        them, all else on every device. So each program finds what another left as it was compiled for."""
+        shard = self.model.shard
+
+        def place(path: tuple[Any, ...], x: Any) -> Any:
+            name = getattr(path[-1], "key", None) if path else None
+            axes = (None, "kv", None, None) if name in SLOTS else ()
+            return NamedSharding(self._mesh, shard.spec(axes))
+
+        return jax.tree_util.tree_map_with_path(place, outputs)
 
     @property
     def _state_dtype(self) -> Any:

@@ -74,7 +74,7 @@ class Rows:
         self._adapters, self._none_R = adapters, none_R
         self.reading: Reading | None = None
         self.running: list[Answer] = []
-        self.pool = programs.empty(pages.count + 1, pages.size) if pages.count else None
+        self.pool = programs.empty(pages.count + 1, pages.size) if pages.count else ()
         self._pair = programs.shapes.pair(1, 1)
         assert self._pair is not None
         self._layers = programs.empty(*self._pair)
@@ -222,7 +222,7 @@ class Rows:
             self._leave(answer)
 
     def _choose(self, z_BV: Any, answers: Sequence[Answer | None], noted: bool) -> sample.Chosen:
-        rows = [a and a.row() for a in answers]
+        rows = [None if a is None else a.row() for a in answers]
         if not noted and all(r is None or r.is_plain for r in rows):
             return self.programs.greedy(z_BV)
         width = z_BV.shape[1] if any(r is not None and r.is_wide for r in rows) else 1

@@ -102,7 +102,8 @@ def choose(z_BV: jax.Array, s: RowSettings, used: int, noted: bool) -> Chosen:
         return Chosen(drawn_B, finite_B)
     p_BV = jax.nn.log_softmax(model_BV, -1)
     logprobs_B = jnp.take_along_axis(p_BV, drawn_B[:, None], -1)[:, 0]
-    return Chosen(drawn_B, finite_B, logprobs_B, tuple(jax.lax.top_k(p_BV, min(MOST_TOP, p_BV.shape[-1]))))
+    top_BN, ids_BN = jax.lax.top_k(p_BV, min(MOST_TOP, p_BV.shape[-1]))
+    return Chosen(drawn_B, finite_B, logprobs_B, (top_BN, ids_BN))
 
 
 def _draw(z_BV: jax.Array, s: RowSettings) -> jax.Array:
