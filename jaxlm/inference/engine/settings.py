@@ -17,11 +17,11 @@ class Settings:
     lengths: tuple[Count, ...] = ()
     """Numbers of slots of a row in the cache; the smallest that fits the longest row is used. Empty: `length` and,
     down to 256, each fourth part of the one before."""
-    chunks: tuple[Count, ...] = (32, 256)
+    chunks: tuple[Count, ...] = (16, 64, 256)
     """Numbers of a prompt's tokens that are read at once, between two steps of the answers that run."""
     cache_tokens: Count | None = None
     """The most slots of all rows together: where a longer row needs more, those that came last wait. None: half of what
-    the most rows at the longest of `lengths` would take."""
+    the most rows at the longest of `lengths` would take, and at least what they take at the shortest."""
     page: Count = 16
     """Tokens of a page of the prefix cache, which keeps prompts and answers for prompts that begin as they do."""
     pages: Natural | None = None
@@ -41,7 +41,8 @@ class Settings:
     def most_tokens(self, lengths: tuple[int, ...]) -> int:
         """Returns the most slots of all rows together. Raises ValueError where the longest row doesn't fit."""
         if self.cache_tokens is None:
-            return max(max(self.rows) * lengths[-1] // 2, min(self.rows) * lengths[-1])
+            most = max(self.rows)
+            return max(most * lengths[0], most * lengths[-1] // 2, min(self.rows) * lengths[-1])
         if self.cache_tokens < min(self.rows) * lengths[-1]:
             raise ValueError(
                 f"engine.cache_tokens: {self.cache_tokens} do not hold {min(self.rows)} row(s) of {lengths[-1]} "
