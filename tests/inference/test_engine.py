@@ -196,6 +196,18 @@ def test_rows_wait_where_longer_ones_need_the_cache_and_go_on_as_if_nothing_was(
     assert settled(one).preemptions > 0
 
 
+def test_guesses_that_are_judged_leave_greedy_answers_as_they_are():
+    guessing = engine_of("llama", dataclasses.replace(SMALL, lookup=3))
+    requests = [Request(tuple(b"abcabcabcab"), Sampling(tokens=n, stop=("zz",))) for n in (30, 31, 2, 17)]
+    requests += [random_request(random.Random(i), "llama") for i in range(6)]
+    one = engine_of("llama")
+    for each in (requests[:1], requests[:4], requests):
+        got = [collected(a) for a in [guessing.submit(r) for r in each]]
+        assert got == [collected(one.submit(r)) for r in each]
+    s = settled(guessing)
+    assert s.guessed_right > 0 and s.guessed > s.guessed_right
+
+
 def test_lower_priorities_go_first():
     one = engine_of("llama")
     s = Sampling(tokens=30, banned_ids=(TOKENS.eos_id,))

@@ -88,6 +88,22 @@ class Answer:
         return self._matcher is not None or bool(s.no_repeat_ngram) or self._row().needs_history
 
     @property
+    def is_greedy(self) -> bool:
+        """Says whether this token and the next ones are the likeliest ones without further ado."""
+        s = self.request.sampling
+        last = s.first_id is not None or s.last_id is not None
+        return not (self.waits_for_choice or self.is_noted or last) and self.row().is_plain
+
+    def guess(self, count: int) -> list[int]:
+        """Returns up to `count` tokens that followed the last two before, as far as the answer may go."""
+        text = np.asarray(self.text_so_far, np.int32)
+        count = min(count, self.rules.most - len(self.tokens) - 1)
+        if len(text) < 3 or count < 1:
+            return []
+        met = np.flatnonzero((text[1:-1] == text[-1]) & (text[:-2] == text[-2]))
+        return text[met[-1] + 2 :][:count].tolist() if len(met) else []
+
+    @property
     def is_noted(self) -> bool:
         """Says whether log probabilities are asked for."""
         return self.request.sampling.logprobs is not None

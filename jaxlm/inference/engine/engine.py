@@ -274,4 +274,4 @@ def _shapes(c: Settings, limit: int, both_ways: bool, has_source: bool) -> Shape
     # A prompt that is read both ways, or together with a source, is no beginning of another one.
     pages = 0 if both_ways or has_source else pages
     chunks = lengths if both_ways else tuple(sorted({min(n, lengths[0]) for n in c.chunks}))
-    return Shapes(pairs, chunks, pages, c.page, c.source if has_source else 0)
+    return Shapes(pairs, chunks, pages, c.page, c.source if has_source else 0, c.lookup)

@@ -23,7 +23,7 @@ from jaxlm.inference.engine import sample
 from jaxlm.models.model import Model
 from jaxlm.nn.cache import SLOTS, Cache, with_own_ends
 from jaxlm.nn.losses import logits
-from jaxlm.runtime.mesh import NamedSharding
+from jaxlm.runtime.mesh import NamedSharding, single_device_sharding
 from jaxlm.weights.adapters import per_row
 
 Layers = tuple[dict[str, jax.Array], ...]
@@ -39,6 +39,8 @@ class Shapes:
     page: int
     source: int
     """Tokens that an encoder reads; 0: there is none."""
+    lookup: int = 0
+    """Tokens that an answer guesses ahead."""
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -63,7 +65,10 @@ class Programs:
     def __init__(self, model: Model, params: Any, shapes: Shapes, used: int, both_ways: bool, mesh: Any = None) -> None:
         self.model, self.shapes, self.used, self.both_ways = whole_rows(model), shapes, used, both_ways
         self._mesh = mesh
-        self.params = jax.jit(partial(prepare, self.model))(params)
+        ready = jax.jit(partial(prepare, self.model))
+        here = all(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(params))
+        self.params = ready(params) if here else self._described(jax.eval_shape(ready, params))
+        """The weights as decoding reads them; their shapes, where the engine was given no more than these."""
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     # -------------------------------------------------------------------------------------------- what is called
@@ -77,7 +82,7 @@ class Programs:
     ) -> tuple[jax.Array, Layers]:
         """Reads up to a chunk's tokens into a row and returns (states `[1, T, D]`, the row's arrays). With `prefix`,
         which a model that reads prompts both ways understands, each of them sees all of them."""
-        T, S = self.chunk(len(tokens)), _slots(layers)
+        T, S = min(n for n in self.shapes.chunks if n >= len(tokens)), _slots(layers)
         batch = dict(
             tokens=_padded(tokens, T)[None],
             segments=(np.arange(T) < len(tokens)).astype(np.int32)[None],
@@ -112,6 +117,13 @@ class Programs:
         key = "step", len(end_B), _slots(layers)
         return self._compiled[key](self.params, layers, end_B, known, active_B, rows_BR)
 
+    def judge(self, layers: Layers, end_B: Any, tokens_BT: Any, counts_B: Any, rows_BR: Any) -> Any:
+        """Reads `counts_B` tokens of each row and returns (the likeliest token after each of them with whether its
+        logits were finite, the rows' arrays)."""
+        return self._compiled["judge", len(end_B), _slots(layers)](
+            self.params, layers, end_B, tokens_BT, counts_B, rows_BR
+        )
+
     def greedy(self, z_BV: jax.Array) -> sample.Chosen:
         """Returns the likeliest token of each row."""
         return self._compiled["greedy", len(z_BV)](z_BV)
@@ -137,9 +149,17 @@ class Programs:
         S = _slots(row)
         return self._compiled["store", S](pool, row, _padded(pages, S // self.shapes.page))
 
-    def chunk(self, tokens: int) -> int:
-        """Returns the size of the smallest chunk that holds so many tokens."""
-        return min(n for n in self.shapes.chunks if n >= tokens)
+    def chunk(self, tokens: int, at_once: bool = False) -> tuple[int, int]:
+        """Returns the chunk with which to begin to read so many tokens, and how many of them it holds.
+
+        It is the smallest that holds all, but where a third of it would be empty a smaller one that is full, unless
+        they must be read `at_once`.
+        """
+        sizes = self.shapes.chunks
+        whole = min((n for n in sizes if n >= tokens), default=sizes[-1])
+        full = max((n for n in sizes if n <= tokens), default=whole)
+        size = whole if at_once or 3 * tokens >= 2 * whole else full
+        return size, min(size, tokens)
 
     # -------------------------------------------------------------------------------------------- how it is compiled
 
@@ -157,17 +177,22 @@ class Programs:
                     progress(i + 1, len(jobs))
         return time.monotonic() - began
 
+    def lowered(self, *name: Any) -> Any:
+        """Returns a program before it is compiled, such as `("step", rows, slots)`, to look at."""
+        return dict(self._programs(None))[name]()
+
     def _programs(self, rows_R: np.ndarray | None) -> Iterable[tuple[tuple[Any, ...], Callable[[], Any]]]:
         """Yields the name of each program and what lowers it."""
         p, shapes = self.params, self.shapes
         D, V = self.model.config.width, self.model.config.vocab
-        i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
-        masks = lambda B: None if rows_R is None else jax.ShapeDtypeStruct((B, len(rows_R)), jnp.float32)  # noqa: E731
-        x = lambda T: jax.ShapeDtypeStruct((1, T, D), self._state_dtype)  # noqa: E731
-        z = lambda B: jax.ShapeDtypeStruct((B, V), jnp.float32)  # noqa: E731
+        like = lambda shape, dtype: self._described(jax.ShapeDtypeStruct(shape, dtype))  # noqa: E731
+        i32 = lambda *shape: like(shape, jnp.int32)  # noqa: E731
+        masks = lambda B: None if rows_R is None else like((B, len(rows_R)), jnp.float32)  # noqa: E731
+        x = lambda T: like((1, T, D), self._state_dtype)  # noqa: E731
+        z = lambda B: like((B, V), jnp.float32)  # noqa: E731
 
         def lower(f: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Callable[[], Any]:
-            placed = None if self._mesh is None else self._placed(jax.eval_shape(f, *args))
+            placed = jax.tree.map(lambda x: x.sharding, self._described(jax.eval_shape(f, *args)))
             return partial(jax.jit(f, donate_argnums=donate, out_shardings=placed).lower, *args)
 
         pool = self._layers(shapes.pages + 1, shapes.page) if shapes.pages else None
@@ -175,9 +200,12 @@ class Programs:
         for B, S in sizes | ({(shapes.pages + 1, shapes.page)} if shapes.pages else set()):
             yield ("empty", B, S), lower(partial(_empty, like=self._layers(B, S)))
         for B, S in sorted(shapes.pairs, reverse=True):
-            layers, bools = self._layers(B, S), jax.ShapeDtypeStruct((B,), jnp.bool_)
+            layers, bools = self._layers(B, S), like((B,), jnp.bool_)
             known = i32(B), bools, i32(B)
             yield ("step", B, S), lower(self._step, p, layers, i32(B), known, bools, masks(B), donate=(1,))
+            if shapes.lookup:
+                tokens = i32(B, shapes.lookup + 1)
+                yield ("judge", B, S), lower(self._judge, p, layers, i32(B), tokens, i32(B), masks(B), donate=(1,))
             for length in [s for s in shapes.lengths if s <= S]:
                 row = self._layers(1, length)
                 yield ("insert", length, B, S), lower(_insert, layers, row, i32(), donate=(0,))
@@ -191,7 +219,7 @@ class Programs:
                         names = ("source", "source_segments", "source_positions")
                         batch |= {name: i32(1, shapes.source) for name in names}
                     if self.both_ways:
-                        batch["prefix"] = jax.ShapeDtypeStruct((1, T), jnp.bool_)
+                        batch["prefix"] = like((1, T), jnp.bool_)
                     yield ("read", T, S), lower(self._read, p, row, i32(1), batch, masks(1), donate=(1,))
             if pool is not None:
                 yield ("load", S), lower(partial(_load, like=row), pool, i32(S // shapes.page))
@@ -202,7 +230,7 @@ class Programs:
         for B in sorted({1, *shapes.rows}):
             yield ("greedy", B), lower(partial(sample.greedy, used=self.used), z(B))
             for width, noted in itertools.product((1, V), (False, True)):
-                settings = jax.eval_shape(lambda B=B, width=width: sample.arrays([None] * B, width))
+                settings = self._described(jax.eval_shape(partial(sample.arrays, [None] * B, width)))
                 f = partial(sample.choose, used=self.used, noted=noted)
                 yield ("choose", B, width, noted), lower(f, z(B), settings)
 
@@ -221,23 +249,21 @@ class Programs:
             assert out is not None
             return out.layers
 
-        layers = jax.eval_shape(begun)
-        if self._mesh is None:
-            return layers
-        placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-        return jax.tree.map(placed, layers, self._placed(layers))
+        return self._described(jax.eval_shape(begun))
 
-    def _placed(self, outputs: Any) -> Any:
-        """Returns where a program leaves each of its arrays on the mesh: heads of keys and values where the layers have
-        them, all else on every device. So each program finds what another left as it was compiled for."""
-        shard = self.model.shard
+    def _described(self, arrays: Any) -> Any:
+        """Returns shapes with where each array stands: on a mesh heads of cached keys and values where the layers have
+        theirs, all else on every device. So each program finds what another left as it was compiled for."""
+        if self._mesh is None:
+            one = single_device_sharding()
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), arrays)
 
         def place(path: tuple[Any, ...], x: Any) -> Any:
             name = getattr(path[-1], "key", None) if path else None
-            axes = (None, "kv", None, None) if name in SLOTS else ()
-            return NamedSharding(self._mesh, shard.spec(axes))
+            spec = self.model.shard.spec((None, "kv", None, None) if name in SLOTS else ())
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self._mesh, spec))
 
-        return jax.tree_util.tree_map_with_path(place, outputs)
+        return jax.tree_util.tree_map_with_path(place, arrays)
 
     @property
     def _state_dtype(self) -> Any:
@@ -267,6 +293,20 @@ class Programs:
         out = self.model.forward(per_row.for_rows(params, rows_BR), batch, cache=self._cache(layers, end_B))
         assert out.cache is not None
         return self._logits(params, out.x_BTD)[:, 0], out.cache.layers
+
+    def _judge(
+        self, params: Any, layers: Layers, end_B: jax.Array, tokens_BT: jax.Array, counts_B: jax.Array, rows_BR: Any
+    ) -> Any:
+        at_T = jnp.arange(tokens_BT.shape[1])[None]
+        batch = dict(
+            tokens=tokens_BT,
+            positions=end_B[:, None] + jnp.minimum(at_T, jnp.maximum(counts_B[:, None] - 1, 0)),
+            segments=(at_T < counts_B[:, None]).astype(jnp.int32),
+        )
+        out = self.model.forward(per_row.for_rows(params, rows_BR), batch, cache=self._cache(layers, end_B))
+        assert out.cache is not None
+        z_BTV = self._logits(params, out.x_BTD)
+        return jax.vmap(partial(sample.greedy, used=self.used))(z_BTV), out.cache.layers
 
     def _logits(self, params: Any, x_BTD: jax.Array) -> jax.Array:
         z_BTV = logits(self.model.readout(params, x_BTD), self.model.shard)

@@ -114,12 +114,12 @@ class Rows:
         r = self.reading
         assert r is not None
         request, programs = r.answers[0].request, self.programs
-        most = max(programs.shapes.chunks)
-        end, stop = r.end, min(len(r.tokens), max(r.end + most, 0))
         if r.end == 0 and r.first:
-            stop = r.first
+            T, count = programs.chunk(r.first, at_once=True)
+        else:
+            T, count = programs.chunk(len(r.tokens) - r.end)
+        end, stop = r.end, r.end + count
         slots = self.length_for(len(r.tokens) + 1)
-        T = programs.chunk(stop - end)
         end = min(end, max(0, slots - T))  # what was read is read again where a chunk would reach beyond the row
         chunk = r.tokens[end:stop]
         source = request.source if programs.shapes.source else None
@@ -180,6 +180,8 @@ class Rows:
             self._finish_step()
         left = self._make_room()
         active = [a for a in self.running if a.num_asked < a.rules.most]
+        if self.programs.shapes.lookup and active and all(a.is_greedy for a in active) and self._guess(active):
+            return left
         before, self._under_way = self._under_way, None
         if active:
             self._begin_step(active)
@@ -207,6 +209,43 @@ class Rows:
         for a in active:
             a.end, a.num_asked = a.end + 1, a.num_asked + 1
         self.stats.steps += 1
+
+    def _guess(self, active: list[Answer]) -> bool:
+        """Goes on by as many tokens as answers guess right and one more, and returns whether any guessed."""
+        k = self.programs.shapes.lookup
+        if self._under_way is not None:
+            self._finish_step()
+            active = [a for a in active if not a.done and a.num_asked < a.rules.most]
+        guesses = {a: a.guess(k) for a in active}
+        if not any(guesses.values()) or not self._fit(len(self.running), max(a.end for a in self.running) + k + 1):
+            return False
+        assert self._pair is not None
+        B = self._pair[0]
+        tokens_BT, end_B, counts_B = np.zeros((B, k + 1), np.int32), np.zeros(B, np.int32), np.zeros(B, np.int32)
+        rows: list[Answer | None] = [None] * B
+        for a, guess in guesses.items():
+            assert a.slot is not None
+            fed = [a.tokens[-1], *guess]
+            rows[a.slot], end_B[a.slot], counts_B[a.slot] = a, a.end, len(fed)
+            tokens_BT[a.slot, : len(fed)] = fed
+        mask = self._mask(rows, B)
+        judged, self._layers = self.programs.judge(self._layers, end_B, tokens_BT, counts_B, mask)
+        judged = jax.device_get(judged)
+        self.stats.steps += 1
+        for a, guess in guesses.items():
+            said = judged.tokens[a.slot]
+            right = next((i for i, token in enumerate(guess) if token != said[i]), len(guess))
+            self.stats.guessed += len(guess)
+            self.stats.guessed_right += right
+            for i in range(right + 1):
+                a.end, a.num_asked = a.end + 1, a.num_asked + 1
+                self.stats.generated_tokens += 1
+                a.take(int(said[i]), bool(judged.finite[a.slot][i]))
+                if a.done:
+                    break
+        for a in [a for a in self.running if a.done]:
+            self._leave(a)
+        return True
 
     def _finish_step(self, step: Any = None) -> None:
         """Gives the tokens of a step to their answers; of the step under way, which then isn't any more, by default."""

@@ -12,7 +12,7 @@ class Settings:
 
     length: Count = 2048
     """The most tokens of a prompt and its answer together; a model with fewer positions allows no more than those."""
-    rows: tuple[Count, ...] = (1, 8, 32)
+    rows: tuple[Count, ...] = (1, 4, 8, 16, 32)
     """Numbers of answers that a step of the model goes on with; the smallest that fits is used."""
     lengths: tuple[Count, ...] = ()
     """Numbers of slots of a row in the cache; the smallest that fits the longest row is used. Empty: `length` and,
@@ -26,6 +26,9 @@ class Settings:
     """Tokens of a page of the prefix cache, which keeps prompts and answers for prompts that begin as they do."""
     pages: Natural | None = None
     """Pages of the prefix cache; 0: none. None: a quarter of `cache_tokens`."""
+    lookup: Natural = 0
+    """Tokens that a greedy answer guesses ahead: those that followed its last two tokens before. One step of the model
+    judges them, so that the answer stays the same; it pays where few rows run and texts repeat themselves."""
     source: Count = 512
     """The most tokens that an encoder reads."""
     queue: Count = 1024

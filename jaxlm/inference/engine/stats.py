@@ -29,6 +29,9 @@ class Stats:
     prompt_tokens: int = 0
     """Tokens of prompts that the model read, without those found."""
     generated_tokens: int = 0
+    guessed: int = 0
+    """Tokens that answers guessed ahead."""
+    guessed_right: int = 0
     preemptions: int = 0
     """Answers that had to wait in the middle, because longer ones needed the cache."""
     finished: int = 0
