@@ -5,7 +5,7 @@
 MODEL_DIR is a Hugging Face directory, CONLL_DIR holds train.txt, valid.txt and test.txt. Both sides: three epochs of 32
 sentences, AdamW at 5e-5 falling to 0, no decay, clipping at 1, at most 128 tokens, float32; the epoch with the best
 validation F1 is kept. Every seed trains ours, then theirs, each in a process of its own under the allocator settings of
-launch/quickstart.sh; both test predictions are scored by the same function (seqeval, strict, IOB2). Every finished run
+the command line; both test predictions are scored by the same function (seqeval, strict, IOB2). Every finished run
 is saved at once, and the same command goes on with those that are missing.
 
 Exit status 1 if the mean F1 of ours is below theirs by more than 0.3 points.

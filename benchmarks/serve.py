@@ -1,5 +1,5 @@
-"""Serving on this machine: throughput and latency at several numbers of clients, over HTTP, beside our own generation of
-one answer after the other, `transformers serve` and llama.cpp's server.
+"""Serving on this machine: throughput and latency at several numbers of clients, over HTTP, beside our own generation
+of one answer after the other, `transformers serve` and llama.cpp's server.
 
     python benchmarks/serve.py MODEL [--peer-python VENV/bin/python] [--llama-python VENV/bin/python]
 

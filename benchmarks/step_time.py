@@ -5,7 +5,7 @@
     python benchmarks/step_time.py --shape gpt2-17m --only jaxlm --rounds 3 --execution.loss_chunk 512
 
 Peers start from our weights and our batch, and their losses are compared with ours before anything is timed. A row
-"+ malloc" runs under the allocator settings of launch/quickstart.sh. Further arguments are overrides of our run.
+"+ malloc" runs under the allocator settings of the command line. Further arguments are overrides of our run.
 """
 
 import argparse

@@ -5,6 +5,7 @@ no CPU, so several of them can take turns in one run. Only the standard library:
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -82,9 +83,8 @@ class Worker:
 
 
 def launcher_environment() -> dict[str, str]:
-    """What `launch/quickstart.sh` exports: the allocator's settings."""
-    text = (HERE.parent / "launch" / "quickstart.sh").read_text()
-    return dict(re.findall(r"export (\w+)=\$\{\w+:-([^}]*)\}", text))
+    """The allocator's settings that the command line starts itself with."""
+    return dict(runpy.run_path(str(HERE.parent / "jaxlm" / "runtime" / "allocator.py"))["VARIABLES"])
 
 
 def machine() -> dict[str, Any]:

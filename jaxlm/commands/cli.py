@@ -9,7 +9,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, NamedTuple
 
 from jaxlm.core import errors, plugins
-from jaxlm.runtime import processes
+from jaxlm.runtime import allocator, processes
 
 if TYPE_CHECKING:
     from jaxlm.commands.arguments import Command
@@ -19,12 +19,16 @@ class Row(NamedTuple):
     place: str
     """The file of this folder and the dataclass there."""
     does: str
+    computes: bool = True
+    """Whether it runs a model, so that it pays to choose how memory is allocated."""
 
 
 COMMANDS = {  # in the order of `--help`
     "train": Row("train.Train", "train a config, or continue a run directory"),
     "continual": Row("continual.Continual", "train a stream of tasks one after another, and say what was kept"),
-    "coordinate": Row("coordinate.Coordinate", "run the parameter server of workers that are jobs of their own"),
+    "coordinate": Row(
+        "coordinate.Coordinate", "run the parameter server of workers that are jobs of their own", computes=False
+    ),
     "work": Row("work.Work", "join such a run as a worker"),
     "plan": Row("plan.Plan", "what a config needs on machines that aren't here: memory, time, bottleneck"),
     "tune": Row("plan.Tune", "measure the fastest meshes and remat policies of a config on this machine"),
@@ -41,12 +45,14 @@ COMMANDS = {  # in the order of `--help`
     "grow": Row("grow.Grow", "make a larger model of a trained one that computes the same"),
     "shrink": Row("shrink.Shrink", "make a smaller model of a trained one: fewer heads, layers, channels or experts"),
     "extract": Row("extract.Extract", "make an adapter of what a full fine-tuning changed"),
-    "tokenizer train": Row("data.TokenizerTrain", "train a SentencePiece tokenizer"),
-    "data prepare": Row("data.DataPrepare", "tokenise the data of a config into its cache"),
-    "data inspect": Row("data.DataInspect", "show decoded training examples"),
-    "report": Row("report.Report", "rebuild report.html and report.png from a run's logs"),
-    "doctor": Row("doctor.Doctor", "devices, versions, what is missing and the command that mends it"),
-    "completion": Row("completion.Completion", "a script that completes commands and options in bash, zsh or fish"),
+    "tokenizer train": Row("data.TokenizerTrain", "train a SentencePiece tokenizer", computes=False),
+    "data prepare": Row("data.DataPrepare", "tokenise the data of a config into its cache", computes=False),
+    "data inspect": Row("data.DataInspect", "show decoded training examples", computes=False),
+    "report": Row("report.Report", "rebuild report.html and report.png from a run's logs", computes=False),
+    "doctor": Row("doctor.Doctor", "devices, versions, what is missing and the command that mends it", computes=False),
+    "completion": Row(
+        "completion.Completion", "a script that completes commands and options in bash, zsh or fish", computes=False
+    ),
 }
 ABOUT = """usage: jaxlm [--version] [--plugin MODULE] [--debug] COMMAND ...
 
@@ -84,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             print(overview(name))
             return 0 if rest else 2  # `jaxlm` alone asks for nothing
+        if argv is None and COMMANDS[name].computes and not {"-h", "--help"} & {*rest}:
+            allocator.restart_tuned()
         processes.reserve_threads()
         kind = command(name)
         plugins.load(modules)

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from jaxlm.commands.arguments import Command, Done
 from jaxlm.core.errors import one_line
+from jaxlm.runtime import allocator
 
 Status = Literal["ok", "note", "bad"]
 MARKS = {"ok": "green", "note": "yellow", "bad": "bold red"}
@@ -70,6 +71,7 @@ def doctor(*, cache: str | os.PathLike = "~/.cache/jaxlm") -> tuple[list[Row], b
     rows = [_python(), *_core(), *_extras()]
     if all(row.status != "bad" for row in rows if row.name in ("jax", "jaxlib")):
         rows += [*_devices(), _matmul()]
+    rows.append(Row("memory allocator", "ok", allocator.describe(os.environ)))
     rows += [_disk(), _writable("cache folder", Path(cache).expanduser()), _compile_cache()]
     return rows, all(row.status != "bad" for row in rows)
 

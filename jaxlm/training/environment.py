@@ -16,8 +16,9 @@ from jaxlm.training.log import replace_file
 PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-# Prefixes of variables that change how devices and their network are used.
-RECORDED = ("JAX_", "JAXLM_", "XLA_", "LIBTPU_INIT_ARGS", "NCCL_", "TPU_", "MEGASCALE_NUM_SLICES", "CUDA_", "TF_GPU_")
+# Prefixes of variables that change how devices, their network and memory are used.
+RECORDED = ("JAX_", "JAXLM_", "XLA_", "LIBTPU_INIT_ARGS", "NCCL_", "TPU_", "MEGASCALE_NUM_SLICES", "CUDA_", "TF_GPU_",
+            "GLIBC_TUNABLES", "MALLOC_")  # fmt: skip
 
 
 # Parts of the names of variables that may hold a host, a path or a secret: these are left out.

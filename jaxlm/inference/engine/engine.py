@@ -64,7 +64,7 @@ class Engine:
         self.limit = settings.length if most is None else min(settings.length, most)
         """The most tokens of a prompt and its answer."""
         self.has_source = model.family.kind == "encoder_decoder"
-        shapes = _shapes(settings, self.limit, both_ways, self.has_source)
+        shapes = shapes_of(settings, self.limit, both_ways, self.has_source)
         with on_mesh(mesh):
             self.programs = Programs(model, params, shapes, min(used or self.vocab, self.vocab), both_ways, mesh)
         self._pages = Pages(shapes.pages, settings.page)
@@ -265,7 +265,7 @@ class Engine:
             self._stats.cache_used = sum(a.end for a in self._rows.running)
 
 
-def _shapes(c: Settings, limit: int, both_ways: bool, has_source: bool) -> Shapes:
+def shapes_of(c: Settings, limit: int, both_ways: bool, has_source: bool) -> Shapes:
     """Returns the shapes that an engine's programs are compiled for."""
     lengths = c.row_lengths(limit)
     tokens = c.most_tokens(lengths)

@@ -195,23 +195,23 @@ class Programs:
             placed = jax.tree.map(lambda x: x.sharding, self._described(jax.eval_shape(f, *args)))
             return partial(jax.jit(f, donate_argnums=donate, out_shardings=placed).lower, *args)
 
-        pool = self._layers(shapes.pages + 1, shapes.page) if shapes.pages else None
+        pool = self.described(shapes.pages + 1, shapes.page) if shapes.pages else None
         sizes = {*shapes.pairs, *((1, S) for S in shapes.lengths)}
         for B, S in sizes | ({(shapes.pages + 1, shapes.page)} if shapes.pages else set()):
-            yield ("empty", B, S), lower(partial(_empty, like=self._layers(B, S)))
+            yield ("empty", B, S), lower(partial(_empty, like=self.described(B, S)))
         for B, S in sorted(shapes.pairs, reverse=True):
-            layers, bools = self._layers(B, S), like((B,), jnp.bool_)
+            layers, bools = self.described(B, S), like((B,), jnp.bool_)
             known = i32(B), bools, i32(B)
             yield ("step", B, S), lower(self._step, p, layers, i32(B), known, bools, masks(B), donate=(1,))
             if shapes.lookup:
                 tokens = i32(B, shapes.lookup + 1)
                 yield ("judge", B, S), lower(self._judge, p, layers, i32(B), tokens, i32(B), masks(B), donate=(1,))
             for length in [s for s in shapes.lengths if s <= S]:
-                row = self._layers(1, length)
+                row = self.described(1, length)
                 yield ("insert", length, B, S), lower(_insert, layers, row, i32(), donate=(0,))
                 yield ("extract", B, S, length), lower(partial(_extract, like=row), layers, i32())
         for S in shapes.lengths:
-            row = self._layers(1, S)
+            row = self.described(1, S)
             for T in shapes.chunks:
                 if T <= S:
                     batch = {name: i32(1, T) for name in ("tokens", "segments", "positions")}
@@ -234,7 +234,7 @@ class Programs:
                 f = partial(sample.choose, used=self.used, noted=noted)
                 yield ("choose", B, width, noted), lower(f, z(B), settings)
 
-    def _layers(self, rows: int, length: int) -> Any:
+    def described(self, rows: int, length: int) -> Any:
         """Returns the shapes of a cache's arrays; all slots are kept, as rows have ends of their own."""
         dtype = self.model.shard.dtype
 
