@@ -1,7 +1,7 @@
 """The llguidance library says which tokens may come next where answers match a regular expression or a JSON schema."""
 
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -99,12 +99,18 @@ def open_grammar(tokens: Any, s: Sampling, vocab: int, end_ids: tuple[int, ...])
             grammar = llguidance.LLMatcher.grammar_from_json_schema(s.json_schema)
     except ValueError as error:
         raise ValueError(f"sampling.{name}: {one_line(error)}") from None
-    vocabulary = _Vocabulary(tokens, end_ids[0])
-    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(vocabulary), n_vocab=None)
+    vocabulary, tokenizer = _read_vocabulary(tokens, end_ids[0])
     failed, notes = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
     if failed:
         raise ValueError(f"sampling.{name}: {one_line(notes[0])}")
     return Grammar(tokenizer, grammar, vocab, end_ids, vocabulary.spaced)
+
+
+@lru_cache(maxsize=4)  # a second or more for 50,000 tokens
+def _read_vocabulary(tokens: Any, end: int) -> tuple["_Vocabulary", Any]:
+    """Returns a tokenizer's vocabulary, whose texts end with the token `end`, and what llguidance makes of it."""
+    llguidance, vocabulary = _library(), _Vocabulary(tokens, end)
+    return vocabulary, llguidance.LLTokenizer(llguidance.TokenizerWrapper(vocabulary), n_vocab=None)
 
 
 class _Vocabulary:
