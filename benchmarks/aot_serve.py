@@ -34,7 +34,7 @@ def step(run: config.Run, t: targets.Target, rows: int, slots: int) -> tuple[Any
     with targets.without_driver(t), mesh.on_devices(t.devices()):
         p = ahead_of_time.program_of(run)
         settings = Settings(length=slots, rows=(rows,), lengths=(slots,), pages=0)
-        params = spec.abstract(p.model.specs, jax.tree.map(lambda _: mesh.single_device_sharding(), p.model.specs))
+        params = spec.abstract(p.specs, p.model.shard.shardings(p.specs, None))
         programs = Programs(p.model, params, shapes_of(settings, slots, False, False), p.model.config.vocab, False)
         compiled = programs.lowered("step", rows, slots).compile()
         weights, cache = (
@@ -64,7 +64,7 @@ def main() -> None:
     for file in a.configs:
         base = dataclasses.replace(
             config_io.load(file), mesh=config.Mesh(), execution=config.Execution(dtype="bfloat16"),
-            train=config.Train(batch_size=1, seq_len=a.slots),
+            train=config.Train(batch_size=1, seq_len=a.slots), optim=config.Optim(),
         )  # fmt: skip
         kinds = {"bfloat16": Compression()}
         if a.int8:

@@ -16,6 +16,9 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragg
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "iota",
         "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency"}  # fmt: skip
 
+CUTS = {"dynamic-slice", "gather"}
+PUTS = {"dynamic-update-slice": 1, "scatter": 2}  # with the operand that is put into the first one
+
 
 BETWEEN_SLICES = "_xla_megascale_"
 """Begins the attributes of what a TPU's compiler sends to other slices, by way of their hosts."""
@@ -202,7 +205,7 @@ class Module:
     def traffic(self) -> int:
         """Returns the bytes to and from main memory, if every kernel reads its operands and writes its results once.
 
-        Where a kernel only cuts a slice from an array, or writes one into it, the slice counts.
+        Where a kernel only cuts slices from an array, or writes some into it, the slices count.
         """
         total = 0
         for name, times in self.runs.items():
@@ -220,10 +223,10 @@ class Module:
             moved = next(iter(arrays(i.shape)), 0)  # the result comes first
             ends = [*ARRAY.finditer(i.shape)][:1] + [*ARRAY.finditer(" ".join(shapes))][:1]
             return moved * sum("S(" not in (e[3] or "") for e in ends)
-        if i.opcode == "dynamic-slice":
+        if i.opcode in CUTS:
             return 2 * size(i.shape, False)
-        if i.opcode == "dynamic-update-slice":
-            return 2 * size(shapes[1], False)
+        if i.opcode in PUTS:
+            return 2 * size(shapes[PUTS[i.opcode]], False)
         if i.opcode != "fusion":
             return size(i.shape, False) + sum(size(s, False) for s in shapes)
         kernel = self.computations.get(i.attribute("calls") or "", {})
@@ -242,9 +245,9 @@ class Module:
             if u.opcode == "fusion":
                 inner = self.computations.get(u.attribute("calls") or "", {})
                 cut += sum(self._read(inner, k, shape) for k, o in enumerate(u.operands) if o in names)
-            elif first and u.opcode == "dynamic-slice":
+            elif first and u.opcode in CUTS:
                 cut += size(u.shape)
-            elif not first or u.opcode != "dynamic-update-slice":
+            elif not first or u.opcode not in PUTS:
                 return full_size
         return min(cut, full_size) if users else full_size
 
@@ -263,8 +266,8 @@ class Module:
             result = kernel[result.operands[0]]
         if result is not None and result.opcode == "fusion" and not result.shape.startswith("("):
             return self._written(self.computations.get(result.attribute("calls") or "", {}), shape)
-        if result is not None and result.opcode == "dynamic-update-slice" and result.operands[1] in kernel:
-            return size(kernel[result.operands[1]].shape) if size(shape, False) else 0
+        if result is not None and (n := PUTS.get(result.opcode)) and result.operands[n] in kernel:
+            return size(kernel[result.operands[n]].shape) if size(shape, False) else 0
         return size(shape, False)
 
     @cached_property

@@ -192,6 +192,36 @@ ENTRY %main (p: f32[9,4], k: s32[]) -> (f32[9,4], f32[1,4]) {
     )  # the slice and where; the slice into the stack, and itself
 
 
+def test_traffic_of_rows_that_are_gathered_and_scattered_in_place() -> None:
+    """A cache that rows are written to, and a table that some are looked up in, are neither read nor written whole."""
+    text = """HloModule m
+
+%put (c: f32[9,4], at: s32[2,1], x: f32[2,4]) -> f32[9,4] {
+  %c = f32[9,4] parameter(0)
+  %at = s32[2,1] parameter(1)
+  %x = f32[2,4] parameter(2)
+  ROOT %s = f32[9,4] scatter(%c, %at, %x), update_window_dims={1}, to_apply=%region
+}
+
+%look (t: f32[99,4], at: s32[2,1]) -> f32[2,4] {
+  %t = f32[99,4] parameter(0)
+  %at = s32[2,1] parameter(1)
+  %g = f32[2,4] gather(%t, %at), offset_dims={1}, slice_sizes={1,4}
+  ROOT %n = f32[2,4] negate(%g)
+}
+
+ENTRY %main (p: f32[9,4], q: f32[99,4], at: s32[2,1]) -> f32[9,4] {
+  %p = f32[9,4] parameter(0)
+  %q = f32[99,4] parameter(1)
+  %at = s32[2,1] parameter(2)
+  %l = f32[2,4] fusion(%q, %at), kind=kLoop, calls=%look
+  ROOT %r = f32[9,4] fusion(%p, %at, %l), kind=kInput, calls=%put
+}
+"""
+    rows, index = 2 * 4 * 4, 2 * 4
+    assert hlo.Module(text).traffic == 2 * (2 * rows + index)
+
+
 BETWEEN = """HloModule jit_f
 
 ENTRY %main (p: bf16[1,768], q: f32[64]) -> f32[64] {
