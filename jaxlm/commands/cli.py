@@ -9,7 +9,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, NamedTuple
 
 from jaxlm.core import errors, plugins
-from jaxlm.runtime import allocator, processes
+from jaxlm.runtime import allocator, compile_cache, processes
 
 if TYPE_CHECKING:
     from jaxlm.commands.arguments import Command
@@ -20,7 +20,7 @@ class Row(NamedTuple):
     """The file of this folder and the dataclass there."""
     does: str
     computes: bool = True
-    """Whether it runs a model, so that it pays to choose how memory is allocated."""
+    """Whether it runs a model, so that it pays to choose how memory is allocated and to keep compiled programs."""
 
 
 COMMANDS = {  # in the order of `--help`
@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0 if rest else 2  # `jaxlm` alone asks for nothing
         if argv is None and COMMANDS[name].computes and not {"-h", "--help"} & {*rest}:
             allocator.restart_tuned()
+            compile_cache.use()
         processes.reserve_threads()
         kind = command(name)
         plugins.load(modules)

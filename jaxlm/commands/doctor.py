@@ -20,7 +20,7 @@ from rich.text import Text
 
 from jaxlm.commands.arguments import Command, Done
 from jaxlm.core.errors import one_line
-from jaxlm.runtime import allocator
+from jaxlm.runtime import allocator, compile_cache
 
 Status = Literal["ok", "note", "bad"]
 MARKS = {"ok": "green", "note": "yellow", "bad": "bold red"}
@@ -241,10 +241,9 @@ def _disk(usage: Callable[[str], Any] = shutil.disk_usage) -> Row:
 
 
 def _compile_cache() -> Row:
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    if not folder:
-        remedy = "JAX_COMPILATION_CACHE_DIR=~/.cache/jax makes the second start of a run faster"
-        return Row("compile cache", "note", "not set", remedy)
+    if os.environ.get(compile_cache.SWITCH, "true").lower() in ("false", "0"):
+        return Row("compile cache", "note", f"off ({compile_cache.SWITCH})", "leave that out for faster starts")
+    folder = os.environ.get(compile_cache.VARIABLE) or str(compile_cache.folder())
     if "://" in folder:
         return Row("compile cache", "note", f"{folder} is not looked at from here")
     return _writable("compile cache", Path(folder).expanduser())
