@@ -9,6 +9,7 @@ import re
 import secrets
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -90,10 +91,72 @@ def _render_batch(shared: Mapping[str, Any], requests: Sequence[tuple[str, str]]
         if answer is None:
             limits = f"{SECONDS} s or {MEMORY >> 20} MiB"
             raise ValueError(f"{place}chat template: took more than {limits}; use another template")
-        result = json.loads(answer)
-        if "error" in result:
-            raise ValueError(f"{place}chat template: {result['error']}")
-        yield [Text(text, [(a, z) for a, z in learned]) for text, learned in result["texts"]]
+        yield _texts(answer, place)
+
+
+def _texts(answer: bytes, place: str = "") -> list[Text]:
+    result = json.loads(answer)
+    if "error" in result:
+        raise ValueError(f"{place}chat template: {result['error']}")
+    return [Text(text, [(a, z) for a, z in learned]) for text, learned in result["texts"]]
+
+
+class Renderer:
+    """A Renderer runs one template in a process that stays, so that a request costs no start of an interpreter.
+
+    It may be called from several threads. A request that fails ends the process, and the next one starts another.
+    """
+
+    def __init__(self, template: str, *, bos: str = "", eos: str = "") -> None:
+        self.template = template
+        self._shared = dict(template=template, bos=bos, eos=eos, seconds=SECONDS)
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self, request: Request) -> list[Text]:
+        """Returns the texts of a request; raises ValueError as `render_all` does."""
+        each = json.dumps(dict(messages=list(request.messages), cuts=request.cuts, variables=request.variables))
+        with self._lock:
+            process = self._process or self._start()
+            assert process.stdin is not None and process.stdout is not None
+            patience = threading.Timer(6 * SECONDS, process.kill)
+            patience.start()
+            try:
+                process.stdin.write(each.encode() + b"\n")
+                process.stdin.flush()
+                answer = process.stdout.readline()
+            except BrokenPipeError:
+                answer = b""
+            finally:
+                patience.cancel()
+            if not answer.endswith(b"\n"):
+                self._end()
+                raise ValueError(f"chat template: took more than {SECONDS} s or {MEMORY >> 20} MiB")
+            try:
+                return _texts(answer)
+            except ValueError:
+                self._end()
+                raise
+
+    def close(self) -> None:
+        """Ends the process."""
+        with self._lock:
+            self._end()
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        process = subprocess.Popen(
+            [sys.executable, "-I", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(self._shared).encode() + b"\n")
+        self._process = process
+        return process
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+        self._process = None
 
 
 # ---------------------------------------------------------------------------------------------------- the other process
@@ -178,7 +241,6 @@ def _unmarked(text: str, begin: str, end: str) -> tuple[str, list[tuple[int, int
 def _serve() -> None:
     """Reads requests from standard input, a line each, and writes a line of their texts to standard output for each."""
     shared = json.loads(sys.stdin.buffer.readline())
-    lines = sys.stdin.buffer.readlines()
     try:
         import jinja2  # noqa: F401
     except ImportError:
@@ -189,7 +251,7 @@ def _serve() -> None:
     environment: Any = _environment(begin, end)
     template = None
     _limit_memory()
-    for line in lines:
+    for line in sys.stdin.buffer:
         _limit_seconds(shared["seconds"])
         try:
             template = template or environment.from_string(shared["template"])

@@ -1,11 +1,12 @@
 """Turns conversations into text and token ids, by a model's chat template or, without one, plainly."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from jaxlm.data.chat_template import Request, Text, render, render_all
+from jaxlm.data.chat_template import Renderer, Request, Text, render, render_all
 from jaxlm.data.conversations import IDS, Conversation, Messages
+from jaxlm.data.sealed_text import Sealed
 
 Render = Callable[[Sequence[Request]], Iterator[list[Text]]]
 """A chat template: it gives the texts of each request."""
@@ -40,6 +41,22 @@ def encode(tokens: Any, template: str, messages: list[dict[str, Any]], answer: b
     The template alone decides whether a begin-of-text token comes first.
     """
     return tokens.encode_special(render_text(tokens, template, messages, answer))
+
+
+def encode_sealed(
+    tokens: Any, by: Renderer, messages: list[dict[str, Any]], variables: Mapping[str, Any], answer: bool = True
+) -> list[int]:
+    """Returns the token ids of a conversation whose messages and variables come from strangers: special tokens that
+    they spell stay text, and only the template writes others."""
+    sealed = Sealed(tokens.special_pieces)
+    given, named = sealed.seal(messages), sealed.seal(dict(variables))
+    return tokens.encode_parts(sealed.open(by(Request(given, [(len(given), answer)], named))[0].text))
+
+
+def renderer(tokens: Any, template: str) -> Renderer:
+    """Returns a chat template that runs in a process which stays; `close` ends it."""
+    bos, eos = _boundary_pieces(tokens)
+    return Renderer(template, bos=bos, eos=eos)
 
 
 def turn_ends(tokens: Any, template: str) -> list[int]:

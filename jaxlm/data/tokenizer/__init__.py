@@ -13,7 +13,7 @@ from jaxlm.data.tokenizer.continuation import (
     encode_after,
 )
 from jaxlm.data.tokenizer.hugging_face import HuggingFace, configured_tokens, post_processor, read_tokenizer_json
-from jaxlm.data.tokenizer.interface import KINDS, SpecialIds, SpelledSpecial, Tokenizer, write_atomically
+from jaxlm.data.tokenizer.interface import KINDS, Part, SpecialIds, SpelledSpecial, Tokenizer, write_atomically
 from jaxlm.data.tokenizer.raw_bytes import Bytes
 from jaxlm.data.tokenizer.sentence_piece import SPACE, SentencePiece
 
@@ -23,6 +23,7 @@ __all__ = [
     "UNFINISHED",
     "Bytes",
     "HuggingFace",
+    "Part",
     "SentencePiece",
     "SpecialIds",
     "SpelledSpecial",

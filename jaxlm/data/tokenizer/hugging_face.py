@@ -3,13 +3,15 @@
 import functools
 import hashlib
 import json
+import re
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from jaxlm.data.tokenizer.interface import KINDS, SpecialIds, trim_spans, write_atomically
+from jaxlm.data.tokenizer.interface import KINDS, Part, SpecialIds, trim_spans, write_atomically
 from jaxlm.data.tokenizer.sentence_piece import SPACE
 
 # GPT-2's alphabet of bytes: printable characters of Latin-1 are themselves, the other bytes follow from U+0100 on.
@@ -152,6 +154,38 @@ class HuggingFace(SpecialIds):
         """Returns the ids as `encode_special` does, and the characters (start, end) that each stands for."""
         encoded = self._special_tokenizer.encode(text, add_special_tokens=False)
         return encoded.ids, encoded.offsets
+
+    @functools.cached_property
+    def special_pieces(self) -> list[str]:
+        """Returns the special tokens, as they are spelt."""
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+
+    @functools.cached_property
+    def _renamed(self) -> tuple[Any, re.Pattern[str], dict[str, str], dict[Any, Any]]:
+        """Returns a tokenizer whose special tokens have names that nobody knows, a pattern of the true names, the new
+        ones by them, and the true ids by the ids of the new names."""
+        import tokenizers
+
+        spec, secret = json.loads(self.json), secrets.token_hex(12)
+        names: dict[str, str] = {}
+        for i, entry in enumerate(spec.get("added_tokens") or []):
+            if entry["special"]:
+                names[entry["content"]] = entry["content"] = f"{secret}{i:06d}"
+        made = tokenizers.Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
+        made.no_padding()
+        made.no_truncation()
+        ids = {made.token_to_id(new): self._tokenizer.token_to_id(old) for old, new in names.items()}
+        ordered = sorted(names, key=len, reverse=True)
+        return made, re.compile("|".join(map(re.escape, ordered)) if ordered else r"(?!)"), names, ids
+
+    def encode_parts(self, parts: Sequence[Part]) -> list[int]:
+        """Returns the ids of a text in parts, of which some may hold special tokens.
+
+        In those parts special tokens are renamed, so that the library finds no others.
+        """
+        made, spelled, names, ids = self._renamed
+        text = "".join(spelled.sub(lambda m: names[m[0]], t) if special else t for t, special in parts)
+        return [ids.get(id, id) for id in made.encode(text, add_special_tokens=False).ids]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text."""

@@ -4,11 +4,18 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 KINDS = ("bos", "eos", "pad", "unk", "mask", "cls", "sep")
+
+
+class Part(NamedTuple):
+    """A part of a text says whether special tokens that it spells out become themselves."""
+
+    text: str
+    special: bool
 
 
 class SpecialIds:
@@ -81,6 +88,14 @@ class Tokenizer(Protocol):
     def encode_special_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Returns the ids as `encode_special` does, and the characters (start, end) that each stands for."""
 
+    @property
+    def special_pieces(self) -> list[str]:
+        """Returns the special tokens, as they are spelt, that `encode_special` reads out of a text."""
+
+    def encode_parts(self, parts: Sequence[Part]) -> list[int]:
+        """Encodes the text that parts make together, as `encode_special` does, but for special tokens that aren't
+        wholly in a part that says so: these stay text."""
+
     def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Returns the ids of a text, and the characters (start, end) that each stands for.
 
@@ -146,6 +161,23 @@ def split_special(text: str, special: Mapping[str, int], encode: Callable[[str],
         spans += [(at + a, at + z) for a, z in places]
         at += len(part)
     return ids, spans
+
+
+def encode_parts(parts: Sequence[Part], special: Mapping[str, int], encode: Callable[[str], list[int]]) -> list[int]:
+    """Returns the ids of the text that parts make together. Pieces in `special` that lie in a special part have their
+    ids there, and `encode` gives the rest."""
+    names = sorted(filter(None, special), key=len, reverse=True)
+    spelled = re.compile("|".join(map(re.escape, names)) if names else r"(?!)")
+    ids: list[int] = []
+    plain = ""
+    for text, is_special in parts:
+        at = 0
+        for found in spelled.finditer(text) if is_special else ():
+            plain += text[at : found.start()]
+            ids += [*(encode(plain) if plain else []), special[found[0]]]
+            plain, at = "", found.end()
+        plain += text[at:]
+    return ids + (encode(plain) if plain else [])
 
 
 def trim_spans(text: str, spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxlm.data.tokenizer.interface import SpecialIds, split_special, trim_spans, write_atomically
+from jaxlm.data.tokenizer.interface import (
+    Part,
+    SpecialIds,
+    encode_parts,
+    split_special,
+    trim_spans,
+    write_atomically,
+)
 
 
 class Bytes(SpecialIds):
@@ -58,7 +65,20 @@ class Bytes(SpecialIds):
 
     def encode_special_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Returns the ids as `encode_special` does, and the characters (start, end) that each stands for."""
-        return split_special(text, {piece: 256 + i for i, piece in enumerate(self.SPECIAL)}, self.encode_offsets)
+        return split_special(text, self._special, self.encode_offsets)
+
+    @property
+    def special_pieces(self) -> list[str]:
+        """Returns the special tokens, as they are spelt."""
+        return list(self.SPECIAL)
+
+    def encode_parts(self, parts: Sequence[Part]) -> list[int]:
+        """Returns the ids of a text in parts, of which some may hold special tokens."""
+        return encode_parts(parts, self._special, self.encode)
+
+    @property
+    def _special(self) -> dict[str, int]:
+        return {piece: 256 + i for i, piece in enumerate(self.SPECIAL)}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text."""

@@ -8,7 +8,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jaxlm.data.tokenizer.interface import SpecialIds, split_special, trim_spans, write_atomically
+from jaxlm.data.tokenizer.interface import (
+    Part,
+    SpecialIds,
+    encode_parts,
+    split_special,
+    trim_spans,
+    write_atomically,
+)
 
 SPACE = "\u2581"  # SentencePiece writes a space so; in a user's text it must not become one
 
@@ -94,6 +101,15 @@ class SentencePiece(SpecialIds):
     def encode_special_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Returns the ids as `encode_special` does, and the characters (start, end) that each stands for."""
         return split_special(text, self._controls, self.encode_offsets)
+
+    @property
+    def special_pieces(self) -> list[str]:
+        """Returns the special tokens, as they are spelt."""
+        return list(self._controls)
+
+    def encode_parts(self, parts: Sequence[Part]) -> list[int]:
+        """Returns the ids of a text in parts, of which some may hold special tokens."""
+        return encode_parts(parts, self._controls, self.encode)
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without special tokens."""
