@@ -1,10 +1,14 @@
 """Inputs without labels are labelled by a fine-tuned model: texts, or rows of a table."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from jaxlm.assembly import corpus
-from jaxlm.assembly.open_model import Place, open_model, program
+from jaxlm.assembly.model_source import Source
+from jaxlm.assembly.open_model import Place, Pretrained, open_model, program
+from jaxlm.assembly.program import Program
 from jaxlm.core.errors import one_line
 from jaxlm.core.registry import name_of
 from jaxlm.data.labelled import tables
@@ -17,6 +21,59 @@ Input = str | Mapping[str, Any]
 """A text, or the named parts of an input, such as `{"question": …, "context": …}`."""
 
 
+@dataclass(frozen=True)
+class Labeller:
+    """A Labeller is an opened model that was fine-tuned for a labelled task; its programs serve many inputs."""
+
+    opened: Pretrained
+    use: Use
+    settings: Any
+
+    def rows(self, inputs: Sequence[Input], data: str | None = None) -> list[tables.Row]:
+        """Returns inputs with their parts by name. ValueError: one lacks a part, or there are none."""
+        rows = list(_rows(self.use, self.settings, inputs, data))
+        if not rows:
+            raise ValueError(f"data: {data} holds no input" if data else "inputs: there are none")
+        return rows
+
+    def __call__(self, rows: Sequence[tables.Row]) -> list[dict[str, Any]]:
+        """Returns what the model says of each input."""
+        trained = self.opened.source.is_trained_here
+        p = self._program(self.settings if trained else self.use.fit(self.settings, rows))
+        objective = p.objective
+        records = self.use.records(objective.settings, rows, objective.row, objective.tokenizer)
+        with mesh.on_mesh(p.mesh):
+            predictions = corpus.predictions(p, self.opened.params, records)
+        return self.use.told(objective.settings, records, predictions)
+
+    def _program(self, settings: Any) -> Program:
+        if settings not in self._programs:
+            # Inputs have no labels: the run's own validation data is not read.
+            self._programs[settings] = program(self.opened, ["inputs"], settings=settings)
+        return self._programs[settings]
+
+    @cached_property
+    def _programs(self) -> dict[Any, Program]:
+        return {}
+
+
+def use_of(source: Source) -> Use | None:
+    """Returns how a model labels inputs; None: it was not fine-tuned for a labelled task."""
+    prediction = None if source.objective is None else OBJECTIVES.of(source.objective).prediction
+    return None if prediction is None else prediction.use
+
+
+def labeller(place: Place, step: int | None = None) -> Labeller:
+    """Opens a model that labels inputs. ValueError: it wasn't fine-tuned for a labelled task."""
+    opened = open_model(place, step)
+    source, settings = opened.source, opened.source.objective
+    if (use := use_of(source)) is None:
+        what = "its files hold no head for a task" if settings is None else f"it was trained for {name_of(settings)}"
+        raise ValueError(f"model: {source.path} predicts no labels: {what}; fine-tune it for a labelled task, or "
+                         "generate text with it")  # fmt: skip
+    return Labeller(opened, use, settings)
+
+
 def predict(
     place: Place, inputs: Sequence[Input] | None = None, *, data: str | None = None, step: int | None = None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -25,25 +82,9 @@ def predict(
 
     ValueError: the model wasn't fine-tuned for a labelled task, or an input lacks a part.
     """
-    opened = open_model(place, step)
-    source = opened.source
-    settings = source.objective
-    prediction = None if settings is None else OBJECTIVES.of(settings).prediction
-    use: Use | None = None if prediction is None else prediction.use
-    if use is None:
-        what = "its files hold no head for a task" if settings is None else f"it was trained for {name_of(settings)}"
-        raise ValueError(f"model: {source.path} predicts no labels: {what}; fine-tune it for a labelled task, or "
-                         "generate text with it")  # fmt: skip
-    rows = list(_rows(use, settings, inputs or [], data))
-    if not rows:
-        raise ValueError(f"data: {data} holds no input" if data else "inputs: there are none")
-    # Inputs have no labels: the run's own validation data is not read.
-    p = program(opened, ["inputs"], settings=settings if source.is_trained_here else use.fit(settings, rows))
-    objective = p.objective
-    records = use.records(objective.settings, rows, objective.row, objective.tokenizer)
-    with mesh.on_mesh(p.mesh):
-        predictions = corpus.predictions(p, opened.params, records)
-    return [row.cells for row in rows], use.told(objective.settings, records, predictions)
+    label = labeller(place, step)
+    rows = label.rows(inputs or [], data)
+    return [row.cells for row in rows], label(rows)
 
 
 def _rows(use: Use, c: Any, inputs: Sequence[Input], data: str | None) -> Iterable[tables.Row]:
