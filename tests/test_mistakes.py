@@ -486,6 +486,18 @@ MISTAKES = [
         ["report", "hollow"],
     ),
     Mistake(
+        "a served adapter without a name",
+        r"adapter: 'lora' is not NAME=DIR",
+        None,
+        ["serve", "published", "--port", "0", "--adapter", "lora"],
+    ),
+    Mistake(
+        "adapters of a served encoder",
+        r"adapter, template: are for models that write text",
+        None,
+        ["serve", "encoder", "--port", "0", "--adapter", "poems=lora"],
+    ),
+    Mistake(
         "a plugin that isn't there",
         r"plugin.*nowhere",
         lambda: jaxlm.load_plugin("nowhere"),

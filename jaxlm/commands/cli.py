@@ -36,6 +36,7 @@ COMMANDS = {  # in the order of `--help`
     "predict": Row("predict.Predict", "label texts with a fine-tuned model"),
     "generate": Row("generate.Generate", "continue prompts"),
     "chat": Row("generate.Chat", "talk with a model"),
+    "serve": Row("serve.Serve", "answer over HTTP, as clients of OpenAI's interface expect"),
     "embed": Row("generate.Embed", "texts to vectors with an encoder"),
     "augment": Row("augment.Augment", "make more labelled examples"),
     "import": Row("convert.Import", "make a run directory of a published model"),

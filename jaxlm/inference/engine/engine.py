@@ -139,6 +139,11 @@ class Engine:
         now.pages_free, now.pages_cached, now.pages_used = self._pages.free, self._pages.cached, self._pages.used
         return now
 
+    @property
+    def is_broken(self) -> bool:
+        """Says whether an error ended the engine, so that it answers nothing more."""
+        return self._broken is not None
+
     def drain(self, seconds: float) -> bool:
         """Refuses new requests, and returns whether all that were there have ended within so many seconds."""
         with self._lock:
