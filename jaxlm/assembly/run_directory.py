@@ -53,10 +53,18 @@ def read_config(folder: Path) -> config.Run:
     file = folder / "config.json"
     if not file.exists():
         raise ValueError(f"{folder}: not a run directory (it has no config.json)")
+    return read_config_file(file)
+
+
+def read_config_file(file: Path) -> config.Run:
+    """Reads a run's configuration as `config.json` holds it."""
     try:
-        return config_io.from_dict(_with_former(upgraded(json.loads(file.read_text()))), MODELS, OBJECTIVES, METHODS)
-    except json.JSONDecodeError as e:
+        values = json.loads(file.read_text("utf-8"))
+    except ValueError as e:
         raise ValueError(f"{file}: not JSON ({e}); restore it, or delete the run directory") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: holds no configuration of a run, as its config.json does")
+    return config_io.from_dict(_with_former(upgraded(values)), MODELS, OBJECTIVES, METHODS)
 
 
 def load_tokenizer(run: config.Run, say: Callable[[str], None] = print) -> Any:

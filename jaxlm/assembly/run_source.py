@@ -13,7 +13,8 @@ from jaxlm.training import optimizers
 from jaxlm.weights.adapters import METHODS
 
 RunSource = str | Path | config.Run | Callable[[], config.Run]
-"""A config file's path or bare name, a run directory, a `Run`, or a function that returns one."""
+"""A config file's path or bare name, the `config.json` of a run, a run directory, a `Run`, or a function that returns
+one."""
 
 
 class Base(NamedTuple):
@@ -43,7 +44,8 @@ def load_base(source: RunSource, start: str = "") -> Base:
 
 def _run_of(source: RunSource) -> config.Run:
     if isinstance(source, str | Path):
-        return config_io.load(config_io.find(source))
+        file = config_io.find(source)
+        return run_directory.read_config_file(file) if file.suffix == ".json" else config_io.load(file)
     run = source if isinstance(source, config.Run) else source()
     if not isinstance(run, config.Run):
         raise ValueError(f"config: the function returned {type(run).__name__}, not a Run")

@@ -1,6 +1,7 @@
 """A model is scored on held-out data: its losses by document or example, and the scores of its task. Training and
 `jaxlm eval` do it in the same way."""
 
+import itertools
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from jaxlm.assembly import corpus
 from jaxlm.assembly.program import Program, once_a_shape
 from jaxlm.assembly.run_objective import BoundObjective
 from jaxlm.data import loader, packing
-from jaxlm.evaluation import perplexity, task_scores
+from jaxlm.evaluation import mistakes, perplexity, task_scores
 from jaxlm.evaluation.bootstrap import Sample
 from jaxlm.evaluation.samples import is_loss, of_losses
 from jaxlm.objectives.objective import DeviceBatch, ExampleReader
@@ -112,6 +113,8 @@ class Scored(NamedTuple):
     """What figures of each class are resampled from, where the task has classes."""
     examples: list[dict[str, Any]]
     """The place, the true and the predicted answer of each example, where the objective makes predictions."""
+    mistakes: dict[str, Any]
+    """What the predictions get wrong; empty: there are none."""
 
     @property
     def figures(self) -> dict[str, float]:
@@ -134,10 +137,33 @@ class Scorer:
         found = perplexity.tally(self._step, weights, held.batches(p, limit), held.count, held.unit)
         losses, samples = found.figures(), {"losses": of_losses(found, whole=not p.objective.predicts)}
         if not p.objective.predicts:
-            return Scored(losses, {}, samples, "", None, [])
+            return Scored(losses, {}, samples, "", None, [], {})
         most = limit * (p.run.train.batch_size // p.run.train.micro_batches) or None
         records = [record for source in held.sources for record in source[:most]]
         true, predicted = p.objective.answers(records, corpus.predictions(p, weights, records))
         judged = task_scores.judge(p.objective.prediction.scores, p.run.objective, records, true, predicted)
+        wrong = self._mistakes(held, found, judged, records, true, predicted)
         samples = {"answers": judged.sample} | samples
-        return Scored(losses, judged.figures, samples, judged.report, judged.classes, judged.examples)
+        return Scored(losses, judged.figures, samples, judged.report, judged.classes, judged.examples, wrong)
+
+    def _mistakes(
+        self, held: HeldOut, found: perplexity.Tally, judged: task_scores.Judged, records: Sequence[Any],
+        true: Sequence[Any], predicted: Sequence[Any],
+    ) -> dict[str, Any]:  # fmt: skip
+        """Returns what the predictions get wrong, with the text of each example and its loss."""
+        p, reader = self.p, self.p.objective.records
+        assert isinstance(reader, ExampleReader)
+        places = [example["where"] for example in judged.examples]
+        first = dict(zip(reversed([r["where"] for r in records]), reversed(records), strict=True))
+        each = records if len(records) == len(true) else [first[place] for place in places]
+        numbered = [dict.fromkeys(r["where"] or i for i, r in enumerate(source)) for source in held.sources]
+        losses = None if reader.shares_rows else found.losses()
+        known = {} if losses is None else dict(zip(itertools.chain(*numbered), losses, strict=True))
+
+        def told(i: int) -> tuple[str, Sequence[str]]:
+            words = each[i].get("words", ())
+            texts = [p.tokens.decode(ids) for ids in reader.texts(each[i])]
+            return " ".join(words) or "\n".join(texts), words
+
+        scores = p.objective.prediction.scores
+        return mistakes.mistakes(scores, p.run.objective, true, predicted, judged.classes, places, known, told)

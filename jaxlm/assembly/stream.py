@@ -34,9 +34,9 @@ from jaxlm.assembly.stream_memory import write_joint
 from jaxlm.core import config, registry
 from jaxlm.core import stream as streams
 from jaxlm.core.continual import Continual
+from jaxlm.core.figures import is_lower_better
 from jaxlm.core.stream import Stage, Stream
 from jaxlm.evaluation import forgetting, stream_warnings, task_scores
-from jaxlm.evaluation.metrics import is_lower_better
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.runtime import processes
 from jaxlm.training.log import read_lines

@@ -5,7 +5,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -14,16 +14,17 @@ import numpy as np
 from jaxlm.assembly import corpus, kl_meter, run_directory, scoring
 from jaxlm.assembly import program as programs
 from jaxlm.core import config, config_io, errors
+from jaxlm.core.figures import is_lower_better
 from jaxlm.data.loader import Loader
 from jaxlm.data.render_chat import encode
 from jaxlm.data.tokenizer import decode_after
 from jaxlm.evaluation import bootstrap
-from jaxlm.evaluation.metrics import is_lower_better
 from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.inference.generate import Generator
 from jaxlm.inference.sampling import Sampling
 from jaxlm.objectives.objective import DeviceBatch
-from jaxlm.runtime import processes
+from jaxlm.runtime import mesh, processes
+from jaxlm.runtime.load import Load
 from jaxlm.runtime.watchdog import Watchdog
 from jaxlm.training.log import RunLog, shown
 from jaxlm.training.progress import Meter, Progress
@@ -52,6 +53,10 @@ class Keeper:
     """The best score of a validation so far."""
     tokens: int = 0
     """Tokens that were read so far, without padding."""
+    load: Load = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.load = Load([d for d in mesh.devices() if d.process_index == jax.process_index()])
 
     def log_step(self, step: int, metrics: dict, data_s: float, step_s: float) -> None:
         """Shows a step, and logs every `log_every`th."""
@@ -66,7 +71,7 @@ class Keeper:
         if self.on_step is not None:
             self.on_step(step, metrics)
         if step % c.log_every == 0 or step == c.steps or not metrics["finite"]:
-            self.log.train(step, metrics | {"tokens": self.tokens}, reading)
+            self.log.train(step, metrics | {"tokens": self.tokens}, reading | self.load.read())
 
     def validate(self, step: int, state: Any) -> dict:
         """Returns the validation's metrics with their score."""
@@ -134,6 +139,8 @@ def validator(
         found = scorer(state.eval_params, held, p.run.train.eval_batches)
         metrics = found.losses | found.task | moved(state.eval_params)
         log.valid(step, metrics, {"seconds": time.perf_counter() - started})
+        if found.mistakes:
+            log.event(step, "answers", part="valid", **found.mistakes)
         return metrics, found.samples if found.classes is None else found.samples | {CLASSES: found.classes}
 
     return validate

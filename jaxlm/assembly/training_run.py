@@ -314,6 +314,8 @@ def _test(
     log.event(end.step, "test", used=used, figures=figures, resamples=bootstrap.RESAMPLES,
               intervals={name: ends for name, ends in intervals.items() if name in figures},
               over=bootstrap.size(next(iter(found.samples.values()))))  # fmt: skip
+    if found.mistakes:
+        log.event(end.step, "answers", part="test", **found.mistakes)
 
 
 def _finish(p: programs.Program, end: loop.Outcome, used: int, log: RunLog) -> None:

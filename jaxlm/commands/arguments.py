@@ -28,7 +28,7 @@ _MODEL = (
     "a run directory (RUN#TASK: as an earlier task uses it), a Hugging Face directory, hf:OWNER/NAME, or a .gguf file; "
     "MODEL+ADAPTER puts an adapter of Hugging Face PEFT on it, whose directory alone may name its model"
 )
-_CONFIG = "a config file, the name of one of the package, or a run directory"
+_CONFIG = "a config file, the name of one of the package, a run's config.json, or a run directory"
 Model = Annotated[Positional[str], arg(metavar="MODEL", help=_MODEL)]
 Config = Annotated[Positional[str], arg(metavar="CONFIG|RUN_DIR", help=_CONFIG)]
 Flag = FlagCreatePairsOff[bool]

@@ -49,6 +49,7 @@ COMMANDS = {  # in the order of `--help`
     "tokenizer train": Row("data.TokenizerTrain", "train a SentencePiece tokenizer", computes=False),
     "data prepare": Row("data.DataPrepare", "tokenise the data of a config into its cache", computes=False),
     "data inspect": Row("data.DataInspect", "show decoded training examples", computes=False),
+    "board": Row("board.Board", "a page that shows runs while they train", computes=False),
     "report": Row("report.Report", "rebuild report.html and report.png from a run's logs", computes=False),
     "doctor": Row("doctor.Doctor", "devices, versions, what is missing and the command that mends it", computes=False),
     "completion": Row(

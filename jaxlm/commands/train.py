@@ -1,8 +1,11 @@
 """`jaxlm train` trains a config, or continues a run directory."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jaxlm.commands.arguments import Done, Flag, OnRun, start_processes
 
@@ -17,6 +20,8 @@ class Train(OnRun):
 
     dry_run: Flag = False
     """Show the config, the memory and one example of what would run, and don't run it."""
+    board: Flag = False
+    """Serve a page that shows this run, and those beside it, while it trains; its address is printed."""
 
     def run(self, rest: list[str]) -> Done:
         run, start, origins = self.load(rest)
@@ -32,8 +37,23 @@ class Train(OnRun):
         run_directory.check_place(run)
         if self.dry_run:
             return Done(dry_run.show(run, start, origins))
-        status = training_run.train(run, start)
+        with self._board(run.folder):
+            status = training_run.train(run, start)
         return Done(results(run.folder), status)
+
+    @contextlib.contextmanager
+    def _board(self, folder: Path) -> Iterator[None]:
+        """Serves the board while it is entered, if it is asked for, by one process of all."""
+        import jax
+
+        if not self.board or jax.process_index():
+            yield
+            return
+        from jaxlm.training.board import beside
+
+        with beside.serving(folder.parent) as address:
+            print(f"board        {address}#run={quote(folder.name, safe='')}", flush=True)
+            yield
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -43,6 +63,5 @@ def results(folder: Path) -> dict[str, Any]:
     logs = run_logs.read(folder)
     end = logs.events.get("end", {})
     figures = [vars(result) for result in run_logs.results(logs)]
-    step = max(line["step"] for line in [*logs.train, *logs.valid])
-    return {"folder": folder, "step": step, "reason": end.get("reason", "interrupted"), "used": end.get("used"),
+    return {"folder": folder, "step": logs.step, "reason": end.get("reason", "interrupted"), "used": end.get("used"),
             "results": figures, "gain": (run_logs.gain(logs) or {}).get("figures", {})}  # fmt: skip

@@ -9,17 +9,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# What is better: less or more of a figure. Parts of words and of labels ("word_", "_macro") don't change it.
-LOWER = {"loss", "nll", "perplexity", "bits_per_byte", "aux", "mse"}
-HIGHER = {"accuracy", "f1", "precision", "recall", "mcc", "exact", "pearson", "spearman", "margin"}
-PARTS = re.compile(r"^(word|hasans|noans|best)_|_(macro|micro|weighted)$")
-
-
-def is_lower_better(name: str) -> bool | None:
-    """Returns whether less of a figure is better; None: nothing is known of it, such as of a threshold."""
-    base = PARTS.sub("", name.rpartition("/")[2])
-    return True if base in LOWER else False if base in HIGHER else None
-
 
 def import_library(name: str) -> Any:
     """Imports a module of the extra `eval`; raises a ValueError that says how to install it where it is missing."""

@@ -126,6 +126,13 @@ class Tally:
         has = (self._table_UC[:, totals] > 0).any(1)
         return self._table_UC[has], self._keys_U[has].tolist(), self.unit
 
+    def losses(self) -> np.ndarray | None:
+        """Returns the loss of each unit `[U]`, NaN for one without targets; None where units' sums aren't known."""
+        if not self._by_unit or not self._batches:
+            return None
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return means(*nested(self.columns, self._table_UC.T))["loss"]
+
     def figures(self) -> dict[str, float]:
         """Returns the means over all. ValueError: there is no batch, or not a single target."""
         if not self._batches:

@@ -44,8 +44,7 @@ class RunLog:
             if resume_step is not None:
                 lines = [line for line in lines if line["step"] <= resume_step]
                 if ended:
-                    precedes_end = lambda x: x["kind"] in ("train", "valid") or x.get("name") == "gain"  # noqa: E731
-                    lines = [x for x in lines if x["step"] < resume_step or precedes_end(x)]
+                    lines = [x for x in lines if x["step"] < resume_step or _precedes_end(x)]
             replace_file(path, "".join(map(_line, lines)))
             replace_file(samples, "".join(_sample(x) for x in lines if x["kind"] == "sample"))
         if tensorboard:
@@ -110,15 +109,17 @@ def read_lines(path: str | os.PathLike) -> list[dict]:
     "Infinity", "-Infinity". Raises ValueError, which names the line, for any other fault.
     """
     *complete, _ = Path(path).read_bytes().split(b"\n")
-    lines = []
-    for number, text in enumerate(complete, 1):
-        try:
-            line = json.loads(text)
-            line["step"], line["kind"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is not a line of this log: mend or delete it ({error})") from error
-        lines.append(line)
-    return lines
+    return [read_line(text, path, number) for number, text in enumerate(complete, 1)]
+
+
+def read_line(text: bytes, path: str | os.PathLike, number: int) -> dict:
+    """Returns a line of a log. ValueError: it is none, said with its number."""
+    try:
+        line = json.loads(text)
+        line["step"] + 0, line["kind"], line.get("time", {}).get
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}, line {number} is not a line of this log: mend or delete it ({error})") from error
+    return line
 
 
 def _line(line: dict) -> str:
@@ -147,6 +148,12 @@ def _sample(line: dict) -> str:
 def shown(prompt: str, text: str, goes_on: bool = True) -> str:
     """Returns a prompt with what a model wrote after it, on a line of its own where it doesn't go on from it."""
     return prompt + text if goes_on else f"{prompt}\n→ {text}"
+
+
+def _precedes_end(line: dict) -> bool:
+    """Returns whether a line of the last step was written before its checkpoint was saved."""
+    validation = line.get("name") == "gain" or (line.get("name") == "answers" and line.get("part") == "valid")
+    return line["kind"] in ("train", "valid") or validation
 
 
 def replace_file(path: Path, text: str) -> None:

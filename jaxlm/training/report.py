@@ -1,21 +1,18 @@
-"""Puts a run on one page, from its logs alone: `report.html` (self-contained, light and dark) and `report.png`."""
+"""Puts a run on a page, from its logs alone: `report.html`, the board's page with its data in it, and `report.png`."""
 
-import io
 import math
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxlm.training import report_page
-from jaxlm.training.run_logs import Curve, Logs, metric, read
+from jaxlm.training.board import single_file, views
+from jaxlm.training.log_table import Curve
+from jaxlm.training.run_logs import Logs, read
 
-POINTS = 1500  # a curve is thinned to about this many, as a long run would make a page of 100 MB
+POINTS = 1500  # a curve is thinned to about this many
 INK, GRID, RAW, LINE, BEST = "#1b1f24", "#d9dde1", "#9db9d6", "#1f6fb2", "#c2571a"
-# Matplotlib's colours become CSS variables in the page, so that the curves follow light and dark.
-VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)", RAW: "var(--raw)", LINE: "var(--line)", BEST: "var(--best)"}
 
 
 @dataclass(frozen=True)
@@ -31,15 +28,15 @@ class Panel:
 
 
 PANELS = (
-    Panel("Training loss", lambda r: metric(r.train, "loss"), smooth=True),
-    Panel("Validation loss", lambda r: metric(r.valid, "loss"), lowest=True, dots=True),
-    Panel("Validation bits per byte", lambda r: metric(r.valid, "bits_per_byte"), lowest=True, dots=True),
-    Panel("KL from the model before", lambda r: metric(r.valid, "kl_before"), dots=True),
-    Panel("Learning rate", lambda r: metric(r.train, "lr")),
-    Panel("Gradient norm", lambda r: metric(r.train, "grad_norm"), smooth=True),
-    Panel("Tokens per second", lambda r: metric(r.train, "tokens_per_s", time=True), smooth=True),
-    Panel("Workers of a version", lambda r: metric(r.train, "workers")),
-    Panel("Staleness of pushes, versions", lambda r: metric(r.train, "staleness")),
+    Panel("Training loss", lambda r: r.train.curve("loss"), smooth=True),
+    Panel("Validation loss", lambda r: r.valid_table.curve("loss"), lowest=True, dots=True),
+    Panel("Validation bits per byte", lambda r: r.valid_table.curve("bits_per_byte"), lowest=True, dots=True),
+    Panel("KL from the model before", lambda r: r.valid_table.curve("kl_before"), dots=True),
+    Panel("Learning rate", lambda r: r.train.curve("lr")),
+    Panel("Gradient norm", lambda r: r.train.curve("grad_norm"), smooth=True),
+    Panel("Tokens per second", lambda r: r.train.curve("time/tokens_per_s"), smooth=True),
+    Panel("Workers of a version", lambda r: r.train.curve("workers")),
+    Panel("Staleness of pushes, versions", lambda r: r.train.curve("staleness")),
 )
 
 
@@ -106,33 +103,12 @@ def _draw_png(panels: list[Panel], logs: Logs, path: Path) -> None:
     figure.savefig(path, dpi=130, facecolor="white")
 
 
-def _svg(panel: Panel, logs: Logs) -> str:
-    import matplotlib
-
-    figure = _figure((5.4, 2.9))
-    _draw(figure.add_subplot(), panel, logs)
-    out = io.StringIO()
-    # Text stays text (it can be selected and takes the page's font) and the same run gives the same page.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.title}):
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    svg = out.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r"font: (\d+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    return svg
-
-
 def build(run_dir: str | os.PathLike) -> Path:
     """Writes both files into the run directory; returns the path of the page. Raises ValueError if there is nothing to
     show."""
     folder = Path(run_dir)
     logs = read(folder)
-    panels = [panel for panel in PANELS if panel.curve(logs)]
-    _draw_png(panels, logs, folder / "report.png")
-    charts = [_svg(panel, logs) for panel in panels]
+    _draw_png([panel for panel in PANELS if panel.curve(logs)], logs, folder / "report.png")
     page = folder / "report.html"
-    page.write_text(report_page.page(logs, charts), encoding="utf-8")
+    page.write_text(single_file.page(logs.name, [views.whole(logs)]), encoding="utf-8")
     return page

@@ -1,29 +1,81 @@
-"""Reads what the logs of a run say: its lines, curves and gains."""
+"""Reads what the logs of a run say, from the beginning or as they grow: lines, curves, gains and results."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from jaxlm.training.log import read_lines
+from jaxlm.training.log import read_line
+from jaxlm.training.log_table import Table
+
+CHUNK = 1 << 20
+"""Bytes that are read at once of a log that grows."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Logs:
     """A Logs holds what a run directory says."""
 
     name: str
-    train: list[dict]
-    valid: list[dict]
-    samples: list[dict]
-    events: dict[str, dict]
-    """The last event of each name."""
     config: dict[str, Any]
     environment: dict[str, Any]
-    gains: list[dict]
+    train: Table = field(default_factory=Table)
+    valid_table: Table = field(default_factory=Table)
+    valid: list[dict] = field(default_factory=list)
+    samples: list[dict] = field(default_factory=list)
+    events: dict[str, dict] = field(default_factory=dict)
+    """The last event of each name."""
+    gains: list[dict] = field(default_factory=list)
     """Comparisons of validations with that before the first step, of a run that starts from a model."""
-    tests: list[dict]
+    tests: list[dict] = field(default_factory=list)
     """Scores on the test data, one for each end of the run."""
+    answers: list[dict] = field(default_factory=list)
+    """What a labelled task's predictions were: classes, confusions, the hardest wrong ones."""
+    last: dict = field(default_factory=dict)
+    """The newest line."""
+    times: list[float] = field(default_factory=list)
+    """When the newest lines were written, in seconds since 1970."""
+    _elapsed: tuple[float, float] = (0.0, 0.0)
+
+    def add(self, line: dict) -> None:
+        """Takes a line of the log."""
+        kind = line["kind"]
+        if kind == "train":
+            self.train.add(line, self._axes(line))
+        elif kind == "valid":
+            self.valid.append(line)
+            self.valid_table.add(line, self._axes(line))
+        elif kind == "sample":
+            self.samples.append(line)
+        elif kind == "event":
+            name = line.get("name", "")
+            self.events[name] = line
+            kept = {"gain": self.gains, "test": self.tests, "answers": self.answers}.get(name)
+            if kept is not None:
+                kept.append(line)
+        self.last = line
+        if isinstance(unix := line.get("time", {}).get("unix"), int | float):
+            self.times = [*self.times[-31:], unix]
+
+    def _axes(self, line: dict) -> dict[str, float]:
+        """Returns where a line stands on each axis. Seconds add up over all sittings, for `elapsed_s` starts anew
+        whenever a run is continued; a validation stands where the training step before it does."""
+        before, last = self._elapsed
+        now = line.get("time", {}).get("elapsed_s") if line["kind"] == "train" else None
+        now = float(now) if isinstance(now, int | float) else last
+        self._elapsed = before, last = (before + last, now) if now < last else (before, now)
+        tokens = line.get("tokens") if line["kind"] == "train" else self.train.last("tokens")
+        return {"step": line["step"], "tokens": tokens or 0.0, "seconds": before + last}
+
+    @property
+    def seconds(self) -> float:
+        """Returns the seconds of training over all sittings."""
+        return sum(self._elapsed)
+
+    @property
+    def step(self) -> int:
+        """Returns the last step that was trained or validated."""
+        return max((int(table.axes["step"][-1]) for table in (self.train, self.valid_table) if table.rows), default=0)
 
 
 def read(folder: Path) -> Logs:
@@ -31,25 +83,59 @@ def read(folder: Path) -> Logs:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{folder} has no metrics.jsonl: name the directory of a run")
-    kinds: dict[str, list[dict]] = {"train": [], "valid": [], "sample": [], "event": []}
-    for line in read_lines(path):
-        kinds.setdefault(line["kind"], []).append(line)
-    if not kinds["train"] and not kinds["valid"]:
+    logs = begin(folder)
+    with open(path, "rb") as file:
+        for number, text in enumerate(file, 1):
+            if text.endswith(b"\n"):
+                logs.add(read_line(text, path, number))
+    if not logs.train.rows and not logs.valid:
         raise ValueError(f"{path} holds no training or validation line yet")
-    config, environment = (_json(folder / name) for name in ("config.json", "environment.json"))
-    events = {line.get("name", ""): line for line in kinds["event"]}
-    name = str(config.get("name") or folder.resolve().name)
-    gains, tests = ([line for line in kinds["event"] if line.get("name") == name] for name in ("gain", "test"))
-    return Logs(name, kinds["train"], kinds["valid"], kinds["sample"], events, config, environment, gains, tests)
+    return logs
 
 
-def _json(path: Path) -> dict[str, Any]:
+def begin(folder: Path) -> Logs:
+    """Returns the logs of a run directory before any line is read. ValueError: a file of it is not JSON."""
+    config, environment = (read_json(folder / name) for name in ("config.json", "environment.json"))
+    return Logs(str(config.get("name") or folder.resolve().name), config, environment)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns what a file of a run directory holds, nothing if it isn't there. ValueError: it is not JSON."""
     if not path.is_file():
         return {}
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+class Tail:
+    """A Tail reads a log that grows, each line once. A line that is no line of a log is told and left out."""
+
+    def __init__(self, path: Path, logs: Logs, start: int = 0) -> None:
+        """`start`: bytes that are left out, and with them the rest of the line in which they end."""
+        self.path, self.logs = path, logs
+        self.read, self.lines = start, 0
+        """Bytes and lines that were read."""
+        self.faults: list[str] = []
+        self._rest, self._cut = b"", start > 0
+
+    def advance(self, file: BinaryIO) -> bool:
+        """Reads some bytes of the log on; returns whether there were any."""
+        file.seek(self.read)
+        text = file.read(CHUNK)
+        self.read += len(text)
+        *whole, self._rest = (self._rest + text).split(b"\n")
+        if self._cut and whole:
+            del whole[0]
+            self._cut = False
+        for one in whole:
+            self.lines += 1
+            try:
+                self.logs.add(read_line(one, self.path, self.lines))
+            except ValueError as error:
+                self.faults = [*self.faults[:4], str(error)]
+        return bool(text)
 
 
 def gain(logs: Logs) -> dict | None:
@@ -133,18 +219,3 @@ def advice(found: list[Result]) -> str:
 
 def _number(x: Any) -> str:
     return f"{x:.4g}" if isinstance(x, int | float) else str(x)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A Curve holds the values of a figure by step."""
-
-    x: list[int]
-    y: list[float]
-
-
-def metric(lines: list[dict], name: str, *, time: bool = False) -> Curve | None:
-    """Returns the values of a figure by step, or None if there are none; "NaN" and its kin become gaps."""
-    values = [(line["step"], (line.get("time", {}) if time else line).get(name)) for line in lines]
-    known = [(step, float(value)) for step, value in values if isinstance(value, int | float | str)]
-    return Curve([step for step, _ in known], [value for _, value in known]) if known else None

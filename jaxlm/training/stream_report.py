@@ -1,12 +1,13 @@
 """Puts a stream on one page, from its results alone: the matrix of scores, what they say, and what it cost."""
 
-import html
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-from jaxlm.training.report_page import PAGE, warnings
+from jaxlm.training.board import single_file
+from jaxlm.training.board.sections import Section, cell, section, warnings
+from jaxlm.training.board.sections import table as table_block
 
 MEANING = {
     "average": "average of all stages at the end",
@@ -82,6 +83,11 @@ def mean_of(matrices: list[list[list[float]]]) -> list[list[float]]:
     return [[sum(values) / n for values in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
 
 
+def is_stream(results: dict[str, Any]) -> bool:
+    """Returns whether values are the results of a stream."""
+    return {"stages", "matrices", "figures", "seeds", "methods"} <= results.keys()
+
+
 def build(folder: Path) -> tuple[dict[str, Any], Path]:
     """Writes `report.html` into a stream's directory; returns the results and the page's path. ValueError: the stream
     isn't finished."""
@@ -89,76 +95,82 @@ def build(folder: Path) -> tuple[dict[str, Any], Path]:
     if not file.is_file():
         raise ValueError(f"{folder}: the stream isn't finished; go on with: jaxlm continual CONFIG")
     results = _with_numbers(json.loads(file.read_text("utf-8")))
-    methods = ", ".join(results["methods"]) or "no method"
-    body = [
-        f"<header><h1>{html.escape(folder.name)}</h1><p>{len(results['stages'])} stages · {html.escape(methods)} · "
-        f"{_seeds(results)}</p></header>",
-        warnings(results.get("warnings", ())),
-        "<h2>Scores</h2>", _heat_map(results),
-        *(("<h2>Tasks inferred</h2>", _inferred(results)) if "inferred" in results else ()),
-        "<h2>Figures</h2>", _figures(results),
-        "<h2>Cost</h2>", _cost(results),
-    ]  # fmt: skip
     page = folder / "report.html"
-    page.write_text(PAGE.replace("@TITLE@", html.escape(folder.name)).replace("@BODY@", "\n".join(body)), "utf-8")
+    page.write_text(single_file.page(folder.name, [view(folder.name, folder.name, results)]), "utf-8")
     return results, page
 
 
-def _heat_map(results: dict[str, Any]) -> str:
+def view(id: str, name: str, results: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a page shows of a stream, as values that JSON has: sections alone, for it has no curves of its
+    own."""
+    results, stages = _with_numbers(results), len(results["stages"])
+    made = sections(results)
+    methods = ", ".join(results["methods"]) or "no method"
+    brief = {
+        "name": name, "state": "finished", "says": "", "step": stages, "steps": stages, "updated": 0.0, "loss": None,
+        "alerts": [], "about": f"{stages} stages · {methods} · {_seeds(results)}",
+    }  # fmt: skip
+    return {
+        "id": id, "kind": "stream", "reset": True, "cursor": "", "whole": 1.0, "brief": brief, "panels": [],
+        "sections": made, "order": [one["id"] for one in made], "config": {},
+    }  # fmt: skip
+
+
+def sections(results: dict[str, Any]) -> list[Section]:
+    """Returns the sections of a stream's page in their order."""
+    lines = results.get("warnings", ())
+    inferred = [_inferred(results)] if "inferred" in results else []
+    notes = [section("warnings", "", warnings(lines))] if lines else []
+    return [*notes, _scores(results), *inferred, _figures(results), _cost(results)]
+
+
+def _about(*lines: str) -> dict[str, Any]:
+    return {"kind": "lines", "lines": list(lines)}
+
+
+def _scores(results: dict[str, Any]) -> Section:
     """Shows the matrix; a cell's shade is its place between the worst and the best score of its column."""
-    matrix, names = mean_matrix(results), results["stages"]
-    lower = results["lower_is_better"]
+    matrix, names, lower = mean_matrix(results), results["stages"], results["lower_is_better"]
     ends = []
     for j in range(len(names)):
         column = [row[j] for row in matrix if not math.isnan(row[j])]
         ends.append((max(column), min(column)) if lower[j] else (min(column), max(column)))
 
-    def cell(value: float, j: int, learned: bool) -> str:
+    def shaded(value: float, j: int, learned: bool) -> Any:
         if math.isnan(value):
-            return "<td>–</td>"
+            return "–"
         worst, best = ends[j]
-        share = (value - worst) / (best - worst) if best != worst else 1.0
-        edge = "outline: 2px solid var(--line); outline-offset: -2px;" if learned else ""
-        return f'<td style="background: rgba(31, 111, 178, {0.05 + 0.55 * share:.2f}); {edge}">{_number(value)}</td>'
+        return cell(_number(value), shade=(value - worst) / (best - worst) if best != worst else 1.0, edge=learned)
 
-    head = "".join(
-        f"<td>{html.escape(name)}<br><small>{html.escape(metric)}{' ↓' if low else ''}</small></td>"
-        for name, metric, low in zip(names, results["metrics"], lower, strict=True)
-    )
-    rows = []
-    for i, (row, values) in enumerate(zip(["before", *(f"after {n}" for n in names)], matrix, strict=True)):
-        cells = "".join(cell(value, j, i == j + 1) for j, value in enumerate(values))
-        rows.append(f"<tr><th>{html.escape(row)}</th>{cells}</tr>")
-    about = (
+    heads = ["", *(f"{name}\n{metric}{' ↓' if low else ''}"
+                   for name, metric, low in zip(names, results["metrics"], lower, strict=True))]  # fmt: skip
+    rows = [
+        [row, *(shaded(value, j, i == j + 1) for j, value in enumerate(values))]
+        for i, (row, values) in enumerate(zip(["before", *(f"after {n}" for n in names)], matrix, strict=True))
+    ]
+    note = (
         "Mean over seeds. Outlined: right after learning that stage. ↓: less is better. Darker is better in its column."
     )
-    return f"<table class=matrix><tr><th></th>{head}</tr>{''.join(rows)}</table><p><small>{about}</small></p>"
+    return section("scores", "Scores", table_block(heads, rows), _about(note))
 
 
-def _inferred(results: dict[str, Any]) -> str:
+def _inferred(results: dict[str, Any]) -> Section:
     """Shows the shares of rows whose task is inferred right."""
     names = results["stages"]
-    rows = "".join(
-        f"<tr><th>after {html.escape(name)}</th>{''.join(f'<td>{_number(x)}</td>' for x in values)}</tr>"
-        for name, values in zip(names, mean_of(results["inferred"]), strict=True)
-    )
-    head = "".join(f"<td>{html.escape(name)}</td>" for name in names)
+    rows = [[f"after {name}", *map(_number, values)]
+            for name, values in zip(names, mean_of(results["inferred"]), strict=True)]  # fmt: skip
     note = (
         "Share of a stage's rows whose task is inferred right, of the tasks learned by then, from the base's states "
         "(linear discriminant). The scores above are with the right task."
     )
-    return f"<table class=matrix><tr><th></th>{head}</tr>{rows}</table><p><small>{note}</small></p>"
+    return section("inferred", "Tasks inferred", table_block(["", *names], rows), _about(note))
 
 
-def _figures(results: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><th>{html.escape(MEANING[name])}</th><td>{_number(mean)}</td>"
-        f"<td>{'' if math.isnan(low) else f'{low:.4f} … {high:.4f}'}</td></tr>"
-        for name, (mean, low, high) in results["figures"].items()
-    )
+def _figures(results: dict[str, Any]) -> Section:
+    rows = [[MEANING[name], _number(mean), "" if math.isnan(low) else f"{low:.4f} … {high:.4f}"]
+            for name, (mean, low, high) in results["figures"].items()]  # fmt: skip
     note = "Scores of which less is better have their sign turned, so that more is always better."
-    heads = "<tr><th></th><td>mean</td><td>95 % over seeds</td></tr>"
-    return f"<table class=matrix>{heads}{rows}</table><p><small>{note}</small></p>"
+    return section("figures", "Figures", table_block(["", "mean", "95 % over seeds"], rows), _about(note))
 
 
 COSTS = {
@@ -191,18 +203,14 @@ def _figure(name: str, value: float | None) -> str:
     return f"{value:.4f}" if name == "kl_before" else f"{value:,.0f}"
 
 
-def _cost(results: dict[str, Any]) -> str:
+def _cost(results: dict[str, Any]) -> Section:
     heads, rows = costs(results)
-    head = "".join(f"<td>{html.escape(name)}</td>" for name in heads)
-    body = "".join(
-        f"<tr><th>{html.escape(row[0])}</th>{''.join(f'<td>{x}</td>' for x in row[1:])}</tr>" for row in rows
-    )
     about = (
         "Means over seeds. Weights added are heads and adapters. Kept is what methods of continual learning hold: on "
         "disk, and on devices beside the weights in training. KL from before is that of the model before to the model "
         "after on the stage's own validation inputs, in nats."
     )
-    return f"<table class=matrix><tr><th></th>{head}</tr>{body}</table><p><small>{about}</small></p>"
+    return section("cost", "Cost", table_block(["", *heads], rows), _about(about))
 
 
 def _seeds(results: dict[str, Any]) -> str:

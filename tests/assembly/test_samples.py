@@ -11,8 +11,8 @@ from jaxlm.data.tokenizer import Bytes
 from jaxlm.inference.generate import Completion
 from jaxlm.models import llama, t5
 from jaxlm.objectives import causal, preference, prefix, seq2seq, sft
+from jaxlm.training.board.sections import after_prompt
 from jaxlm.training.log import RunLog
-from jaxlm.training.report_page import _shown
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}<sep>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"  # noqa: E501
 TOKENS = Bytes()
@@ -63,4 +63,4 @@ def test_answers_are_greedy_and_stand_apart(objective, model, read, goes_on, tmp
     assert f"── sample before training ──\n{expected}\n" in capsys.readouterr().out
     [line] = [json.loads(x) for x in (run.folder / "metrics.jsonl").read_text().splitlines() if '"sample"' in x]
     assert expected in (run.folder / "samples.txt").read_text()
-    assert _shown(line) == f"<b>Hi</b>{'' if goes_on else chr(10) + '→ '}ho"
+    assert after_prompt(line) == f"{'' if goes_on else chr(10) + '→ '}ho"

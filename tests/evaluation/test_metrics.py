@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from jaxlm.assembly import training_hooks
+from jaxlm.core.figures import is_lower_better
 from jaxlm.evaluation import metrics, task_scores
 
 pytest.importorskip("seqeval")
@@ -125,10 +126,10 @@ def test_every_figure_says_whether_less_of_it_is_better():
     figures |= metrics.numbers([1.0, 2.0, 3.0], [1.0, 2.5, 2.0])[0]
     figures |= metrics.relations(["a", "b"], ["a", "a"], ["a", "b"], "")[0] | metrics.choices([0, 1], [0, 0])[0]
     figures |= metrics.spans([["a"], []], [[("a", 1.0)], [("", 0.0)]])[0]
-    lower = {name for name in figures if metrics.is_lower_better(name)}
-    unknown = {name for name in figures if metrics.is_lower_better(name) is None}
+    lower = {name for name in figures if is_lower_better(name)}
+    unknown = {name for name in figures if is_lower_better(name) is None}
     assert (lower, unknown) == ({"mse"}, {"best_threshold"})
-    assert metrics.is_lower_better("tokens/perplexity") and metrics.is_lower_better("pairs/accuracy") is False
+    assert is_lower_better("tokens/perplexity") and is_lower_better("pairs/accuracy") is False
 
 
 def test_the_checkpoint_with_the_lowest_error_is_the_best():

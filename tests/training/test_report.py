@@ -1,7 +1,10 @@
 """The report is made from logs alone, needs nothing from outside, and shows other people's text as text."""
 
+import base64
+import hashlib
 import json
 import re
+import shlex
 import sys
 
 import pytest
@@ -51,29 +54,53 @@ def page(folder):
     return folder / "report.html"
 
 
+def view(page):
+    """What the page shows, as it holds it."""
+    [text] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+    [found] = json.loads(text)
+    return found
+
+
 def text(page):
-    """What a reader sees, tags away."""
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page.read_text().split("</style></head>")[1]))
+    """What a reader sees beside the curves."""
+
+    def words(value):
+        if isinstance(value, dict):
+            return [word for part in value.values() for word in words(part)]
+        return [word for part in value for word in words(part)] if isinstance(value, list) else [str(value)]
+
+    shown = view(page)
+    brief = shown["brief"]
+    seen = [brief["name"], brief["state"], brief["about"], *brief["alerts"]]
+    blocks = lambda part: [list(b.values())[1:] for b in part["blocks"]]  # noqa: E731
+    seen += words([[part["title"], part["note"], blocks(part)] for part in shown["sections"]])
+    return re.sub(r"\s+", " ", " ".join(filter(None, seen)))
+
+
+def block(page, name):
+    return next(part for part in view(page)["sections"] if part["id"] == name)["blocks"][0]
 
 
 def test_the_summary_comes_first_and_tells_best_and_final(page):
     seen = text(page)
     for words in (
-        "tiny &amp; small llama · causal · 8 × cpu Best bits per byte 0.7500 step 30 Final bits per byte 1.7500",
+        "tiny & small unfinished llama · causal",
+        "Best bits per byte 0.7500 step 30 Final bits per byte 1.7500",
         "Best validation loss 1.0000 step 30 Final validation loss 2.0000",
         "Steps 40 Tokens 4 K",
         "Time 39.0 s",  # 24 s in the first sitting, 15 s in the second
         "MFU, causal attention 25.0%",
         "Parameters 1.23 M Trainable parameters 4.1 K",
-        "gzip 2.500 xz 2.125 this model 0.750",
     ):
         assert words in seen
     assert "MFU, full" not in seen  # unknown is left out, not shown as 0
+    assert view(page)["order"][0] == "summary"
 
 
 def test_the_chart_of_compressors_has_bits_per_byte_alone(page):
-    bars = page.read_text().partition("<table class=bars>")[2].partition("</table>")[0]
-    assert re.findall(r"<th>(\w+(?: \w+)?)</th>", bars) == ["gzip", "xz", "this model"] and "516157" not in bars
+    bars = block(page, "compression")["rows"]
+    assert [bar[:2] for bar in bars] == [["gzip", "2.500"], ["xz", "2.125"], ["this model", "0.750"]]
+    assert [bar[2] for bar in bars] == [1, 0.85, 0.3] and [bar[3] for bar in bars] == [False, False, True]
 
 
 def test_the_speed_is_tokens_over_time(page):
@@ -91,19 +118,48 @@ def test_a_smoothed_curve_does_not_lag():
     assert smoothed([float("nan") if i == 200 else 1.0 for i in range(400)]) == [1.0] * 400
 
 
-def test_samples_stand_side_by_side_first_and_last_as_text(page):
-    page = page.read_text()
-    assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    pair = page[page.index("<div class=pair>") :]
-    assert pair.index("step 0") < pair.index("step 40") and "cat &amp; dog" in pair and "middle" not in pair
+def test_samples_are_told_from_first_to_last(page):
+    [row] = block(page, "samples")["rows"]
+    assert row["prompt"] == "The "
+    assert row["texts"] == [[0, "<script>alert(1)</script>"], [20, "middle"], [40, "cat & dog"]]
 
 
-def test_the_page_asks_nothing_of_the_network(page):
-    page = page.read_text()
-    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:|//)""", page)
-    assert "@import" not in page and "url(http" not in page
-    assert "default-src 'none'" in page
-    assert page.count("<svg") == 6 and "var(--line)" in page
+def test_nothing_of_a_run_can_become_markup(page, tmp_path):
+    written = page.read_text()
+    assert "alert(1)" in written and "<script>alert" not in written and "</script>alert" not in written
+    folder = run(tmp_path)
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"name": "</title><script>x</script><!--SCRIPTS-->"}))
+    written = build(folder).read_text()
+    assert "<script>x" not in written and "&lt;/title&gt;" in written and "\\u003c!--SCRIPTS" in written
+    assert view(folder / "report.html")["brief"]["name"] == "</title><script>x</script><!--SCRIPTS-->"
+
+
+def test_the_page_asks_nothing_of_the_network_and_runs_its_own_scripts_alone(page):
+    written = page.read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:|//|page/)""", written)
+    assert "@import" not in written and "url(http" not in written
+    [policy] = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', written)
+    assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy
+    for tag in ("script", "style"):
+        texts = re.findall(rf"<{tag}>(.*?)</{tag}>", written, re.DOTALL)
+        sums = [base64.b64encode(hashlib.sha256(x.encode()).digest()).decode() for x in texts]
+        assert re.findall(r"sha256-([^']*)", policy.split(f"{tag}-src")[1].split(";")[0]) == sums and sums
+    assert "Copyright (c) 2022 Leon Sorokin" in written, "the licence of what is in the page goes with it"
+
+
+def test_the_page_has_every_curve_and_says_where_it_is_best(page):
+    shown = view(page)
+    panels = {panel["key"]: panel for panel in shown["panels"]}
+    assert list(panels)[:3] == ["valid/loss", "train/loss", "valid/bits_per_byte"], (
+        "what chooses the checkpoint is first"
+    )
+    assert {"train/lr", "train/grad_norm", "train/time/tokens_per_s"} < panels.keys()
+    assert not {"train/tokens", "train/time/elapsed_s"} & panels.keys()
+    best = panels["valid/loss"]["best"]
+    assert (best["step"], best["value"], best["word"], best["tokens"]) == (30, 1.0, "lowest", 3000)
+    loss = shown["train"]["columns"]["loss"]
+    assert len(loss["mean"]) == 40 and loss["mean"][6] is None and loss["gaps"] == [6], "NaN is a gap"
+    assert shown["train"]["seconds"][22:27] == [23.0, 24.0, 24.0, 25.0, 26.0], "sittings add up"
 
 
 def test_the_picture_is_a_picture(folder):
@@ -121,7 +177,7 @@ def test_a_run_cut_off_early_has_a_report_of_what_there_is(tmp_path):
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "st')
     page = build(tmp_path)
-    assert page.read_text().count("<svg") == 4
+    assert {panel["key"][:5] for panel in view(page)["panels"]} == {"train"}
     assert "Steps 40" in text(page) and "validation loss" not in text(page)
 
 
@@ -149,7 +205,7 @@ def test_missing_matplotlib_names_the_remedy(tmp_path, monkeypatch):
 
 def test_before_and_after_of_a_run_that_starts_from_a_model(page, tmp_path):
     folder = run(tmp_path)
-    assert "Before and after" not in page.read_text()
+    assert "Before and after" not in text(page)
 
     def figures(value):
         found = dict(value=value, interval=[value - 0.1, value + 0.1], against=0.5, against_interval=[0.4, 0.6])
@@ -162,8 +218,47 @@ def test_before_and_after_of_a_run_that_starts_from_a_model(page, tmp_path):
         out.event(40, "gain", figures=figures(0.7), resamples=10_000, best=False)
     seen = text(build(folder))
     assert "its start and step 40; 95 % intervals" in seen
-    assert "f1&lt;b&gt; 0.5 0.4 … 0.6 0.7 0.6 … 0.8 +0.2 NaN … +0.3 0.0040 9 examples" in seen
+    assert "f1<b> 0.5 0.4 … 0.6 0.7 0.6 … 0.8 +0.2 NaN … +0.3 0.0040 9 examples" in seen
     config = CONFIG | {"start": "models/<x>", "train": CONFIG["train"] | {"use": "best"}}
     (folder / "config.json").write_text(json.dumps(config))
     seen = text(build(folder))
-    assert "models/&lt;x&gt; and step 30" in seen and "which flatters it" in seen and "+0.25" in seen
+    assert "models/<x> and step 30" in seen and "which flatters it" in seen and "+0.25" in seen
+
+
+def answers(part, right):
+    """What a validation says of predictions, `right` of 10 of which are right."""
+    figures = {"precision": right / 10, "recall": 1.0, "f1": 0.5, "support": 6.0}
+    worst = {"where": "t.tsv, line 3", "text": "<i>not</i> bad", "true": "pos", "found": "neg", "loss": 2.5}
+    confused = {"labels": ["neg", "pos"], "counts": [[4, 0], [10 - right, right - 4]], "left_out": 0}
+    return dict(part=part, over=10, wrong=10 - right, classes={"neg": figures, "pos": figures}, hardest=[worst],
+                confusion=confused)  # fmt: skip
+
+
+def test_a_task_has_its_classes_confusions_and_hardest_wrong_examples(tmp_path):
+    folder = run(tmp_path)
+    with RunLog(folder, tensorboard=False) as out:
+        out.event(30, "answers", **answers("valid", 8))
+        out.event(40, "answers", **answers("valid", 7))
+    page = build(folder)
+    seen = text(page)
+    assert "validation at step 40; 3 of 10 wrong" in seen, "the last one, while nothing says which is used"
+    assert "t.tsv, line 3 <i>not</i> bad pos neg 2.5" in seen
+    matrix = block(page, "confusion")
+    assert matrix["heads"][1:] == ["neg", "pos"]
+    [_, wrong, _] = matrix["rows"][1]
+    assert (wrong["text"], wrong["shade"], wrong["wrong"]) == ("3", 0.5, True)
+    assert [cell["text"] for cell in block(page, "classes")["rows"][0][1:4]] == ["0.7000", "1.0000", "0.5000"]
+    with RunLog(folder, tensorboard=False) as out:
+        out.event(40, "end", reason="finished", used=30)
+    assert "validation at step 30; 2 of 10 wrong" in text(build(folder))
+    with RunLog(folder, tensorboard=False) as out:
+        out.event(40, "answers", **answers("test", 5))
+    assert "test rows; 5 of 10 wrong" in text(build(folder))
+
+
+def test_it_says_by_which_command_the_run_is_made_again(tmp_path):
+    folder = run(tmp_path)
+    config = CONFIG | {"name": "it's mine", "out": "runs"}
+    (folder / "config.json").write_text(json.dumps(config))
+    command = block(build(folder), "command")["text"]
+    assert shlex.split(command) == ["jaxlm", "train", "runs/it's mine/config.json", "--name", "it's mine-again"]
