@@ -16,7 +16,7 @@ BUCKETS = 2048
 """At most so many buckets are made of a table: about two for each pixel that a curve is drawn on."""
 MISSING, NOT_FINITE = math.nan, math.inf
 """What a column holds where a line has no such number, and where it has NaN or an infinity."""
-NOT_NUMBERS = {"NaN": NOT_FINITE, "Infinity": NOT_FINITE, "-Infinity": NOT_FINITE}
+NOT_NUMBERS = {"NaN", "Infinity", "-Infinity"}
 
 
 class Curve(NamedTuple):
@@ -41,32 +41,29 @@ class Table:
 
     def add(self, line: Mapping[str, Any], axes: Mapping[str, float]) -> None:
         """Adds the numbers of a line; `axes` has its place on each axis."""
-        n = self.rows
+        row = self.rows
         for name, places in self.axes.items():
             places.append(axes[name])
-        for key, value in line.items():
-            if key == "time":
-                for inner, number in value.items():
-                    self._put(f"time/{inner}", number, n)
-            elif key != "kind" and key != "step":
-                self._put(key, value, n)
-        self.rows = n + 1
+        self._put(line, row, "")
+        self._put(line.get("time", {}), row, "time/")
+        self.rows = row + 1
         for column in self.columns.values():
-            if len(column) == n:
+            if len(column) == row:
                 column.append(MISSING)
 
-    def _put(self, name: str, value: Any, row: int) -> None:
-        if isinstance(value, str):
-            if value not in NOT_NUMBERS:
-                return
-            value = NOT_NUMBERS[value]
-            self.not_finite.setdefault(name, []).append(row)
-        elif not isinstance(value, int | float):
-            return
-        column = self.columns.get(name)
-        if column is None:
-            column = self.columns[name] = array("d", [MISSING]) * row
-        column.append(value)
+    def _put(self, values: Mapping[str, Any], row: int, prefix: str) -> None:
+        columns = self.columns
+        for key, value in values.items():
+            name = prefix + key
+            if value.__class__ is not float:  # a float is what most values are, and a million lines have many
+                if isinstance(value, str) and value in NOT_NUMBERS:
+                    value = NOT_FINITE
+                    self.not_finite.setdefault(name, []).append(row)
+                elif not isinstance(value, int) or name == "step":
+                    continue
+            if name not in columns:
+                columns[name] = array("d", [MISSING]) * row
+            columns[name].append(value)
 
     def curve(self, name: str) -> Curve | None:
         """Returns the values of a column by step, or None if there are none; what isn't finite is NaN, a gap."""

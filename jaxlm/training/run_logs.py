@@ -10,6 +10,8 @@ from jaxlm.training.log_table import Table
 
 CHUNK = 1 << 20
 """Bytes that are read at once of a log that grows."""
+SAMPLED_LINE, SAMPLED_END = 1 << 12, 1 << 16
+"""Bytes in which a line of a long log is looked for, and of its end."""
 
 
 @dataclass
@@ -136,6 +138,26 @@ class Tail:
             except ValueError as error:
                 self.faults = [*self.faults[:4], str(error)]
         return bool(text)
+
+
+def sampled(file: BinaryIO, size: int, path: Path, about: Logs, lines: int = 1000) -> Logs:
+    """Returns what lines here and there say of a long log, and all of its end: curves are coarse, and its last line is
+    the last. `about` has the run's configuration."""
+    logs = Logs(about.name, about.config, about.environment)
+    end = max(0, size - SAMPLED_END)
+    for i in range(lines):
+        file.seek(end * i // lines)
+        _, *whole = file.read(SAMPLED_LINE).split(b"\n")
+        if len(whole) < 2:  # in the midst of a line that is longer than most
+            continue
+        try:
+            logs.add(read_line(whole[0], path, 0))
+        except ValueError:  # it is told when the whole log is read, which goes on
+            continue
+    tail = Tail(path, logs, end)
+    while tail.advance(file):
+        pass
+    return logs
 
 
 def gain(logs: Logs) -> dict | None:

@@ -9,10 +9,12 @@ import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from jaxlm.commands import cli
 from jaxlm.training.board import beside, status
+from jaxlm.training.board import runs as module
 from jaxlm.training.board.runs import Runs
 from jaxlm.training.board.server import FILES, Server
 from jaxlm.training.log import RunLog
@@ -91,6 +93,32 @@ def test_a_long_log_comes_in_few_buckets_that_are_replaced_when_they_double(tmp_
     assert (grown["train"]["first"], grown["train"]["step"], grown["train"]["n"]) == (1050, [2101, 2103], [2, 1])
     near = runs.zoom("a", "step", 100, 110)["train"]
     assert near["size"] == 1 and near["step"] == list(range(99, 112))
+
+
+def test_a_log_that_is_not_read_yet_is_shown_from_lines_here_and_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "TURN", 0.0)  # a look reads a megabyte
+    folder = train(tmp_path / "a", 1)
+    line = (folder / "metrics.jsonl").read_text()
+    text = "".join(line.replace('"step": 1', f'"step": {step}') for step in range(2, 40_000))
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(text)
+    runs = Runs(tmp_path)
+    early = runs.view("a")
+    assert 0 < early["whole"] < 0.5 and early["reset"] and not early["sections"]
+    steps = early["train"]["step"]
+    assert steps[0] < 100 and steps[-1] == early["brief"]["step"] == 39_999 and steps == sorted(steps)
+    assert max(np.diff(steps)) < 200, "they stand all over the log"
+    later = runs.view("a", early["cursor"])
+    assert later["whole"] > early["whole"] and "train" not in later and not later["reset"]
+    for _ in range(10):
+        later = runs.view("a", later["cursor"])
+        if later["reset"]:
+            break
+    assert later["sections"] and sum(later["train"]["n"]) > 20_000
+    while later["whole"] < 1:
+        later = runs.view("a", later["cursor"])
+        assert not later["reset"]
+    assert sum(runs.view("a")["train"]["n"]) == 39_999
 
 
 def test_a_log_that_is_written_anew_is_sent_anew(tmp_path):

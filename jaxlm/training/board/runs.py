@@ -22,6 +22,8 @@ OLD = 1.5
 """Seconds after which a folder is looked at anew."""
 MOST_NUMBERS = 40_000_000
 """Numbers that are kept of logs that are followed, 320 MB. The log that nobody asked for longest is let go first."""
+EARLY_BYTES = 1 << 21
+"""A log of which more is unread is shown from lines here and there until it is read."""
 TURN = 0.25
 """Seconds for which a request reads a log on, so that the first points of a long one come at once."""
 
@@ -97,12 +99,16 @@ class Runs:
         return logs, list(filter(None, (fault, other)))
 
     def list(self) -> list[dict[str, Any]]:
-        """Returns what a list says of each run, from the end of its log alone; the newest first."""
+        """Returns what a list says of each run, from the end of its log alone: those that train by their names, then
+        the newest first."""
         out = []
         for id, folder in self.folders().items():
             if (made := self._brief(id, folder)) is not None:
                 out.append({"id": id} | made)
-        return sorted(out, key=lambda brief: -brief["updated"])
+        trains = lambda brief: brief["state"] == "running"  # noqa: E731
+        return sorted(
+            out, key=lambda brief: (not trains(brief), 0 if trains(brief) else -brief["updated"], brief["id"])
+        )
 
     def _brief(self, id: str, folder: Path) -> dict[str, Any] | None:
         file = self.open(folder, LOG)
@@ -144,7 +150,11 @@ class Runs:
                 until = time.monotonic() + TURN
                 while view.tail.advance(file) and time.monotonic() < until:
                     pass
-                return view.since(since, os.fstat(file.fileno()).st_size, self._now(), self._stalled)
+                size = os.fstat(file.fileno()).st_size
+                late = size - view.tail.read > EARLY_BYTES and view.needs_all(since)
+                if late:
+                    return view.early(file, since, size, self._now(), self._stalled)
+                return view.since(since, size, self._now(), self._stalled)
 
     def zoom(self, id: str, axis: str, low: float, high: float) -> dict[str, Any]:
         """Returns the points of a run in a range of an axis, as finely as it has them. KeyError: there is no such

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from typing import Any
+from typing import Any, BinaryIO
 
 from jaxlm.training import run_logs
 from jaxlm.training.board import panels, sections, status
@@ -45,6 +45,24 @@ class View:
         if read != tail.read:
             out |= self._new_sections(read)
         return out
+
+    def needs_all(self, cursor: str) -> bool:
+        """Returns whether who has this cursor knows nothing of the run as it is now."""
+        return _parsed(cursor)[0] != self.inode
+
+    def early(self, file: BinaryIO, cursor: str, size: int, now: float, stalled: float = 0.0) -> dict[str, Any]:
+        """Returns the view of a log that isn't read yet: at first its curves from lines here and there, and then only
+        how much is read."""
+        known = f"{self.inode}.early"
+        out: dict[str, Any] = {"id": self.id, "kind": "run", "reset": cursor != known, "cursor": known,
+                               "whole": self.tail.read / max(1, size)}  # fmt: skip
+        logs = run_logs.sampled(file, size, self.tail.path, self.tail.logs)
+        out["brief"] = status.brief(logs, now, stalled)
+        if cursor == known:
+            return out
+        shown = [panel | {"best": None} for panel in panels.panels(logs)]
+        tables = {"train": _new_buckets(logs.train, 0), "valid": _new_buckets(logs.valid_table, 0)}
+        return out | tables | {"panels": shown, "order": [], "sections": [], "config": flat(logs.config)}
 
     def _new_sections(self, read: int) -> dict[str, Any]:
         logs = self.tail.logs

@@ -57,7 +57,7 @@ class Shown {
   }
 
   take(view) {
-    if (view.reset) Object.assign(this, {tables: {}, sections: new Map()});
+    if (view.reset) Object.assign(this, {tables: {}, sections: new Map(), near: null});
     for (const kind of ["train", "valid"]) if (view[kind]) this.tables[kind] = merged(this.tables[kind], view[kind]);
     for (const section of view.sections ?? []) this.sections.set(section.id, section);
     this.fresh = new Set((view.sections ?? []).map((section) => section.id));
@@ -162,7 +162,7 @@ function ends() {
 /** Draws what is shown; `anew` where other runs are, or curves are drawn in another way. */
 function page(anew = false) {
   const runs = [...state.shown.values()].filter((run) => run.brief), one = runs.length === 1 ? runs[0] : null;
-  byId("title").textContent = one ? one.name : runs.length ? `${runs.length} runs` : state.shown.size ? "…" : state.runs.length ? "Choose a run" : isLive ? "No runs yet" : "";
+  byId("title").textContent = one ? one.name : runs.length ? `${runs.length} runs` : state.shown.size ? "…" : state.awaited?.length ? `Waiting for ${state.awaited.join(", ")}` : state.runs.length ? "Choose a run" : isLive ? "No runs yet" : "";
   byId("about").replaceChildren(...(one ? about(one) : runs.length ? [runs.map((run) => run.name).join(" · ")] : []));
   const told = runs.flatMap((run) => run.brief.alerts.map((line) => (one ? line : `${run.name}: ${line}`)));
   if (byId("alerts").dataset.told !== JSON.stringify(told)) {
@@ -177,7 +177,7 @@ function page(anew = false) {
 function about(run) {
   const {brief} = run, steps = brief.steps ? `step ${brief.step.toLocaleString("en")} of ${brief.steps.toLocaleString("en")}` : `step ${brief.step.toLocaleString("en")}`;
   const reading = run.whole < 1 ? ` · reading its log, ${Math.round(100 * run.whole)} %` : "";
-  return [element("span", {class: `state ${brief.state}`}, brief.state), ` ${run.kind === "stream" ? "" : `${steps} · `}${brief.about}${reading} `,
+  return [element("span", {class: `state ${brief.state}`}, brief.state), ` · ${[run.kind === "stream" ? "" : steps, brief.about].filter(Boolean).join(" · ")}${reading} `,
     brief.updated && isLive ? element("span", {class: "age", "data-unix": String(brief.updated)}) : ""].filter(Boolean);
 }
 
@@ -185,7 +185,7 @@ function drawCharts(runs, anew) {
   const panels = new Map();
   for (const run of runs) for (const panel of run.panels) if (!panels.has(panel.key)) panels.set(panel.key, panel);
   byId("curves").hidden = panels.size === 0;
-  const chosen = {axis: state.axis, smoothing: (state.smoothing ** 2) / 2, log: state.log, zoom: state.zoom, ends: ends()};
+  const chosen = {axis: state.axis, smoothing: (state.smoothing ** 2) / 2, log: state.log, zoom: state.zoom, ends: ends(), many: runs.length > 1};
   byId("unzoom").hidden = !state.zoom;
   const ask = () => drawCharts.chosen;
   drawCharts.chosen = chosen;
@@ -325,9 +325,10 @@ async function lookOnce() {
   state.runs = found.runs;
   if (isLive) byId("root").textContent = found.root;
   if (!state.shown.size) {
-    const ids = inAddress().filter((id) => state.runs.some((run) => run.id === id));
-    const first = ids.length ? ids : state.runs.slice(0, 1).map((run) => run.id);
-    if (first.length) return select(first, false);
+    const named = inAddress(); // a run that begins now may not be there yet
+    const ids = named.length ? named.filter((id) => state.runs.some((run) => run.id === id)) : state.runs.slice(0, 1).map((run) => run.id);
+    if (ids.length) return select(ids, false);
+    state.awaited = named;
   }
   const listed = new Map(state.runs.map((run) => [run.id, run]));
   await Promise.all([...state.shown.values()].map(async (run) => {

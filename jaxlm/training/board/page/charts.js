@@ -86,6 +86,11 @@ function shown(x, digits = 4) {
   return size !== 0 && size < 1e-3 ? x.toExponential(digits - 2).replace(/\.?0+e/, "e") : trimmed(x, digits);
 }
 
+/** Round times between two ticks of an axis, from a hundredth of a second to ten thousand days, and how one is written. */
+const SECONDS = [0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 21600, 43200,
+  ...[1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 1e4].map((days) => days * 86400)];
+const tick = (x) => (x && x % 86400 === 0 ? `${x / 86400} d` : x && x % 3600 === 0 ? `${x / 3600} h` : x && x % 60 === 0 ? `${x / 60} min` : `${trimmed(x, 4)} s`);
+
 const trimmed = (x, digits) => String(Number(x.toPrecision(digits)));
 
 /** Returns seconds as people say them. */
@@ -124,12 +129,13 @@ class Chart {
     return {width, height: Math.round(Math.min(260, Math.max(170, width * 0.5)))};
   }
 
-  /** Takes the runs to draw, each with `name`, `slot` (its colour), and `table(kind)`; `anew` where they are others than
-   * before or are drawn in another way. */
+  /** Takes the runs to draw, each with `name`, `slot` (its colour), and `table(kind)`; `anew` where they are drawn in
+   * another way than before. */
   show(runs, anew) {
+    const same = runs.length === this.runs.length && runs.every((run, i) => run === this.runs[i]);
     this.runs = runs;
     this.dirty = true;
-    if (anew) this.stale = true;
+    if (anew || !same) this.stale = true;
     if (this.visible) this.draw();
   }
 
@@ -152,7 +158,7 @@ class Chart {
 
   options(axis, log) {
     const ink = style("--soft"), grid = {stroke: style("--grid"), width: 1};
-    const font = "11px system-ui, sans-serif", many = this.runs.length > 1;
+    const font = "11px system-ui, sans-serif", {many} = this.ask();
     const series = [{}], bands = [];
     for (const run of this.runs) {
       const colour = colourOf(run.slot, many), faint = {stroke: colour + "45", width: 1, points: {show: false}};
@@ -170,7 +176,8 @@ class Chart {
         y: {distr: log ? 3 : 1, range: (u, low, high) => this.range(low, high, log)},
       },
       axes: [
-        {stroke: ink, grid, font, ticks: {show: false}, size: 26, space: 64, values: (u, splits) => splits.map((x) => (axis === "seconds" ? time(x) : shown(x, 3)))},
+        {stroke: ink, grid, font, ticks: {show: false}, size: 26, space: 64, ...(axis === "seconds" ? {incrs: SECONDS} : {}),
+          values: (u, splits) => splits.map((x) => (axis === "seconds" ? tick(x) : shown(x, 3)))},
         {stroke: ink, grid, font, ticks: {show: false}, size: 54, space: 34, values: (u, splits) => splits.map((x) => (x === null ? "" : shown(x, 4)))},
       ],
       cursor: {
@@ -190,10 +197,23 @@ class Chart {
     };
   }
 
-  /** Returns the range of y: of training curves it leaves out the first twentieth, which would press the rest flat. */
+  /** Returns the range of y. Of training curves it leaves out the first twentieth where that would press the rest flat. */
   range(low, high, log) {
     const {zoom, ends} = this.ask();
-    const from = zoom ? zoom[0] : this.panel.smooth ? ends[0] + 0.05 * (ends[1] - ends[0]) : -Infinity, to = zoom ? zoom[1] : Infinity;
+    let [least, most] = this.extent(...(zoom ?? [-Infinity, Infinity]));
+    if (this.panel.smooth && !zoom) {
+      const late = this.extent(ends[0] + 0.05 * (ends[1] - ends[0]), Infinity);
+      const ratio = log ? Math.log(most / least) / Math.log(late[1] / late[0]) : (most - least) / (late[1] - late[0]);
+      if (late[0] < late[1] && ratio > 2) [least, most] = late;
+    }
+    if (least > most) [least, most] = [low ?? 0, high ?? 1];
+    if (log) return uPlot.rangeLog(Math.max(least, 1e-300), Math.max(most, 1e-300), 10, false);
+    const room = 0.06 * (most - least) || Math.abs(most) * 0.05 || 1;
+    return [least - room, most + room];
+  }
+
+  /** Returns the least and the greatest value between two places. */
+  extent(from, to) {
     let [least, most] = [Infinity, -Infinity];
     for (const c of this.curves)
       for (let i = 0; i < c.x.length; i++) {
@@ -201,11 +221,7 @@ class Chart {
         if (c.low[i] < least) least = c.low[i];
         if (c.high[i] > most) most = c.high[i];
       }
-    if (least > most) [least, most] = [low ?? 0, high ?? 1];
-    if (least > most || least === null) return [0, 1];
-    if (log) return uPlot.rangeLog(Math.max(least, 1e-300), Math.max(most, 1e-300), 10, false);
-    const room = 0.06 * (most - least) || Math.abs(most) * 0.05 || 1;
-    return [least - room, most + room];
+    return [least, most];
   }
 
   /** Draws the best point, and a tick at the bottom for each value that is not finite. */
@@ -213,13 +229,13 @@ class Chart {
     const {axis} = this.ask(), context = u.ctx, ratio = devicePixelRatio || 1, {left, top, width, height} = u.bbox;
     context.save();
     context.beginPath();
-    context.rect(left, top, width, height);
+    context.rect(left - 6 * ratio, top - 6 * ratio, width + 12 * ratio, height + 12 * ratio);
     context.clip();
     this.curves.forEach((curve) => {
       context.fillStyle = style("--bad");
       for (const x of curve.gaps) context.fillRect(Math.round(u.valToPos(x, "x", true)) - ratio, top + height - 12 * ratio, 2 * ratio, 12 * ratio);
     });
-    const best = this.runs.length === 1 && this.runs[0].best?.(this.panel.key);
+    const best = !this.ask().many && this.runs[0]?.best?.(this.panel.key);
     if (best && !(this.ask().log && best.value <= 0)) {
       context.fillStyle = style("--best");
       context.beginPath();
@@ -231,7 +247,7 @@ class Chart {
 
   /** Says beside the title what stands under the cursor; else the best value, or the newest. */
   tellLegend() {
-    const {axis} = this.ask(), many = this.runs.length > 1, index = this.plot?.cursor.idx;
+    const {axis, many} = this.ask(), index = this.plot?.cursor.idx;
     const under = index !== null && index !== undefined && this.plot.cursor.left >= 0;
     const parts = this.runs.map((run, i) => {
       const curve = this.curves[i], at = under ? nearest(this.plot.data[3 * i + 3], index) : null;
