@@ -1,5 +1,6 @@
 """The library: objects in, objects out, and errors that name arguments and fields."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import jaxlm
+from jaxlm.core import config_io
 from jaxlm.core.config import Optim
 from jaxlm.models import llama
 from jaxlm.weights.adapters import Lora
@@ -26,6 +28,12 @@ def small_run(folder: Path, name: str = "small") -> jaxlm.Run:
         data={"train": (str(text),), "holdout": 0.3, "cache": str(folder / "cache"), "tokenize_workers": 1},
         train={"steps": 3, "seq_len": 32, "eval_batches": 1, "prompts": (), "log_every": 1}, **{"optim.warmup": 1},
     )  # fmt: skip
+
+
+def test_the_configuration_that_a_run_keeps_is_a_config(tmp_path):
+    run = small_run(tmp_path)
+    config_io.dump(run, tmp_path / "config.json")
+    assert jaxlm.load(tmp_path / "config.json", name="again") == dataclasses.replace(run, name="again")
 
 
 def test_a_run_is_trained_opened_used_and_written(tmp_path):

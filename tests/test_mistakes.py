@@ -498,6 +498,12 @@ MISTAKES = [
         ["serve", "encoder", "--port", "0", "--adapter", "poems=lora"],
     ),
     Mistake(
+        "a JSON file that is no config.json",
+        r"list\.json: holds no configuration of a run",
+        lambda: jaxlm.load("list.json"),
+        ["train", "list.json"],
+    ),
+    Mistake(
         "a plugin that isn't there",
         r"plugin.*nowhere",
         lambda: jaxlm.load_plugin("nowhere"),
@@ -535,6 +541,7 @@ def place(tmp_path_factory):
         data = json.loads(Path("unfinished/config.json").read_text())["data"]
         _change("unfinished/config.json", data=data | {"train": ["texts"]})
         _change("negative/config.json", optim={"lr": -1.0})
+        Path("list.json").write_text("[1, 2]")
         yield folder
 
 

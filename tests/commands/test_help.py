@@ -15,7 +15,7 @@ from jaxlm.core import typed_arguments
 COMMANDS = (
     "train", "continual", "coordinate", "work", "plan", "tune", "eval", "predict", "generate", "chat", "serve", "embed",
     "augment", "import", "export", "merge", "grow", "shrink", "extract", "compress", "tokenizer train",
-    "data prepare", "data inspect", "report", "doctor", "completion",
+    "data prepare", "data inspect", "board", "report", "doctor", "completion",
 )  # fmt: skip
 
 

@@ -68,11 +68,13 @@ def _panel(kind: str, name: str, metric: str, way: str, table: Table) -> dict[st
 
 
 def _best(table: Table, name: str, lower: bool) -> dict[str, Any] | None:
-    """Returns the best point of a column: its place on each axis, its value, and how it is called."""
+    """Returns the best point of a column, the newest of equals, as of checkpoints: its place on each axis, its value,
+    and how it is called."""
     column = enumerate(table.columns[name])
-    finite = [(value if lower else -value, row) for row, value in column if math.isfinite(value)]
+    finite = [(value if lower else -value, -row) for row, value in column if math.isfinite(value)]
     if not finite:
         return None
-    value, row = min(finite)
+    value, back = min(finite)
+    row = -back
     places = {axis: column[row] for axis, column in table.axes.items()}
     return {**places, "value": value if lower else -value, "word": "lowest" if lower else "highest"}
