@@ -3,6 +3,7 @@
 B buckets, N rows.
 """
 
+import bisect
 import math
 from array import array
 from collections.abc import Mapping
@@ -85,8 +86,8 @@ class Table:
     def find(self, axis: str, low: float, high: float) -> tuple[int, int]:
         """Returns the first row of a range of an axis, and the row after its last; both with a row beyond the range, so
         that lines reach its edges."""
-        first, last = np.searchsorted(np.array(self.axes[axis]), (low, high), side="left")
-        return max(0, int(first) - 1), min(self.rows, int(last) + 2)
+        first, last = (bisect.bisect_left(self.axes[axis], x) for x in (low, high))
+        return max(0, first - 1), min(self.rows, last + 2)
 
     def buckets(self, first: int, last: int, size: int) -> dict[str, Any]:
         """Returns the rows `first` … `last` - 1 in buckets of `size` rows, as values that JSON has.
@@ -98,11 +99,11 @@ class Table:
         starts = np.arange(0, last - first, size)
         out: dict[str, Any] = {"n": np.diff([*starts, last - first]).tolist(), "columns": {}}
         for name, places in self.axes.items():
-            at = np.array(places[first:last])[starts]
+            at = _view(places, first, last)[starts]
             out[name] = np.round(at, 3).tolist() if name == "seconds" else at.astype(np.int64).tolist()
         for name, column in self.columns.items():
             if len(starts):
-                out["columns"][name] = _reduced(np.array(column[first:last]), starts, size)
+                out["columns"][name] = _reduced(_view(column, first, last), starts, size)
         return out
 
 
@@ -112,8 +113,19 @@ def bucket_size(rows: int, buckets: int = BUCKETS) -> int:
     return 1 << max(0, math.ceil(math.log2(max(1, rows) / buckets)))
 
 
+def _view(values: array, first: int, last: int) -> np.ndarray:
+    """Returns a part of a column without a copy. The column can't grow while anything refers to it."""
+    return np.frombuffer(values, np.float64)[first:last] if values else np.zeros(0)
+
+
 def _reduced(values_N: np.ndarray, starts_B: np.ndarray, size: int) -> dict[str, Any]:
-    finite_N, gap_N = np.isfinite(values_N), np.isinf(values_N)
+    finite_N = np.isfinite(values_N)
+    if size > 1 and finite_N.all():
+        count_B = np.diff([*starts_B, len(values_N)])
+        return {"mean": _plain(np.add.reduceat(values_N, starts_B) / count_B),
+                "low": _plain(np.minimum.reduceat(values_N, starts_B)),
+                "high": _plain(np.maximum.reduceat(values_N, starts_B)), "gaps": []}  # fmt: skip
+    gap_N = np.isinf(values_N)
     gaps = np.flatnonzero(np.logical_or.reduceat(gap_N, starts_B)).tolist() if gap_N.any() else []
     if size == 1:
         return {"mean": _plain(np.where(finite_N, values_N, np.nan)), "gaps": gaps}

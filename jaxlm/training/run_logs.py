@@ -140,7 +140,7 @@ class Tail:
         return bool(text)
 
 
-def sampled(file: BinaryIO, size: int, path: Path, about: Logs, lines: int = 1000) -> Logs:
+def sampled(file: BinaryIO, size: int, path: Path, about: Logs, lines: int) -> Logs:
     """Returns what lines here and there say of a long log, and all of its end: curves are coarse, and its last line is
     the last. `about` has the run's configuration."""
     logs = Logs(about.name, about.config, about.environment)

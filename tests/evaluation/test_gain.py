@@ -80,7 +80,8 @@ def _check_test_data(folder, file, test, shown, page, capsys) -> None:
     chose = "chose the checkpoint: step 30 by the best accuracy of 2 validations"
     assert f"valid ({chose}, 60 examples): accuracy 1 [1, 1]" in shown
     assert f"test (never seen, 22 examples): accuracy {told['figures']['accuracy']:.4g} [" in shown
-    assert re.search(f"valid +{chose}", page) and re.search("test +never seen", page) and "flatter it" not in shown
+    assert f'"text":"valid","small":"{chose}"' in page and '"text":"test","small":"never seen"' in page
+    assert "flatter it" not in shown
     assert "60 of 60 validation examples stand in the training data too" in shown
     assert "20 of 22 test examples" not in shown, "none of them was seen"
     file.rename(folder / "away")

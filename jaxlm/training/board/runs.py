@@ -147,14 +147,14 @@ class Runs:
         with file:
             view = self._view(id, folder, file)
             with view.lock:
+                about = os.fstat(file.fileno()).st_size, self._now(), self._stalled
+                is_late = lambda: about[0] - view.tail.read > EARLY_BYTES and view.needs_all(since)  # noqa: E731
+                if is_late() and since != view.early_cursor:
+                    return view.early(file, since, *about)
                 until = time.monotonic() + TURN
                 while view.tail.advance(file) and time.monotonic() < until:
                     pass
-                size = os.fstat(file.fileno()).st_size
-                late = size - view.tail.read > EARLY_BYTES and view.needs_all(since)
-                if late:
-                    return view.early(file, since, size, self._now(), self._stalled)
-                return view.since(since, size, self._now(), self._stalled)
+                return view.early(file, since, *about) if is_late() else view.since(since, *about)
 
     def zoom(self, id: str, axis: str, low: float, high: float) -> dict[str, Any]:
         """Returns the points of a run in a range of an axis, as finely as it has them. KeyError: there is no such

@@ -20,6 +20,8 @@ from jaxlm.training.run_logs import Logs, advice, gain, results, role
 
 SAMPLES = 12
 """At most so many texts are shown of each prompt: the first, the last, and some in between."""
+TYPICAL = 10_000
+"""Logged steps from which a typical speed is taken."""
 Section = dict[str, Any]
 
 
@@ -85,7 +87,8 @@ def _summary(logs: Logs) -> Section:
 
 
 def _median(logs: Logs, name: str) -> float | None:
-    values = logs.train.tail(f"time/{name}", logs.train.rows)
+    """Returns the median of a time over the last steps."""
+    values = logs.train.tail(f"time/{name}", TYPICAL)
     return float(np.median(values)) if len(values) else None
 
 

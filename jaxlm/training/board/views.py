@@ -8,6 +8,9 @@ from jaxlm.training import run_logs
 from jaxlm.training.board import panels, sections, status
 from jaxlm.training.log_table import Table, bucket_size
 
+SAMPLED = 1000
+"""Lines from which the curves of a long log are drawn until it is read."""
+
 
 class View:
     """A View is a run that is followed, with what was sent of it."""
@@ -46,6 +49,11 @@ class View:
             out |= self._new_sections(read)
         return out
 
+    @property
+    def early_cursor(self) -> str:
+        """Returns the cursor of who knows a few lines of the log."""
+        return f"{self.inode}.early"
+
     def needs_all(self, cursor: str) -> bool:
         """Returns whether who has this cursor knows nothing of the run as it is now."""
         return _parsed(cursor)[0] != self.inode
@@ -53,10 +61,10 @@ class View:
     def early(self, file: BinaryIO, cursor: str, size: int, now: float, stalled: float = 0.0) -> dict[str, Any]:
         """Returns the view of a log that isn't read yet: at first its curves from lines here and there, and then only
         how much is read."""
-        known = f"{self.inode}.early"
+        known = self.early_cursor
         out: dict[str, Any] = {"id": self.id, "kind": "run", "reset": cursor != known, "cursor": known,
                                "whole": self.tail.read / max(1, size)}  # fmt: skip
-        logs = run_logs.sampled(file, size, self.tail.path, self.tail.logs)
+        logs = run_logs.sampled(file, size, self.tail.path, self.tail.logs, 0 if cursor == known else SAMPLED)
         out["brief"] = status.brief(logs, now, stalled)
         if cursor == known:
             return out
