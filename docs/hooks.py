@@ -57,8 +57,9 @@ def command_line() -> str:
 
     parts = [
         "# The command line\n",
-        "What every command says when it is asked with `--help`. `train`, `coordinate`, `work`, `plan`, `tune` and",
-        "`data` also take every field of a run as an option, as `--optim.lr 1e-3` or `--train.batch-size 8`: see",
+        "What every command says when it is asked with `--help`. `train`, `coordinate`, `work`, `plan`, `tune`,",
+        "`coordinate-check` and `data` also take every field of a run as an option, as `--optim.lr 1e-3` or",
+        "`--train.batch-size 8`: see",
         "[the run](run.md).\n",
         f"```text\n{help_of().rstrip()}\n```\n",
     ]

@@ -14,15 +14,15 @@ are loaded when the first of them is used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from jaxlm.core.config import Adapter, Continual, Data, Execution, Mesh, Optim, Run, Train
+from jaxlm.core.config import Adapter, Continual, Data, Execution, Mesh, Optim, Run, Train, Transfer
 
 __version__ = "0.1.0"
 __all__ = [
     "Adapter", "Continual", "Data", "Execution", "LanguageModel", "MergeBack", "Mesh", "Optim", "Plan", "Program",
-    "Run", "RunDirectory", "Sampling", "Stage", "Stream", "Train", "as_linen", "as_nnx", "compress", "evaluate",
-    "extract", "from_linen", "from_nnx", "grow", "import_model", "load", "load_plugin", "merge", "open", "plan",
-    "register_adapter", "register_model", "register_objective", "register_optimizer", "register_schedule", "shrink",
-    "start_processes", "train", "train_stream",
+    "Run", "RunDirectory", "Sampling", "Stage", "Stream", "Train", "Transfer", "as_linen", "as_nnx", "compress",
+    "evaluate", "extract", "from_linen", "from_nnx", "grow", "import_model", "load", "load_plugin", "merge", "open",
+    "plan", "register_adapter", "register_model", "register_objective", "register_optimizer", "register_schedule",
+    "shrink", "start_processes", "train", "train_stream",
 ]  # fmt: skip
 
 if TYPE_CHECKING:

@@ -86,6 +86,12 @@ def check_pair(before: config.Run, run: config.Run) -> None:
             f"optim.moments: the run {before.name} was trained by {theirs}, and this one is by {ours}; choose the same "
             "optimizer, or set it to fresh"
         )
+    sizes = [(r.transfer, r.model.width, r.model.layers) for r in (before, run)]
+    if {before.transfer.method, run.transfer.method} != {"none"} and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"optim.moments: the run {before.name} has other sizes or another transfer, by which gradients are scaled; "
+            "set it to fresh"
+        )
     if ours == "sgd without momentum":
         raise ValueError(f"optim.moments: {ours} remembers nothing; set it to fresh")
 

@@ -31,7 +31,7 @@ from jaxlm.training import optimizers, step
 from jaxlm.training.distributed import replicas
 from jaxlm.training.distributed.fragments import Fragments
 from jaxlm.training.kept_zeros import keep_zeros
-from jaxlm.weights import matrices
+from jaxlm.weights import matrices, parametrization
 from jaxlm.weights.adapters import adapted
 
 HOURS = 3600.0  # how long barriers wait: a process that has died is found at once, so only one that hangs takes so long
@@ -417,6 +417,9 @@ def program(
     before = earlier_tasks.bound(run, earlier, tokens, kept)
     heads = objective.specs(run.model.width) | before.specs(run.model.width)
     specs = adapter.specs() | heads
+    if run.transfer.method != "none":
+        _check_transfer(run, bool(heads))
+        specs |= parametrization.scaled(run.transfer, family, run.model)[0]
     taught = None
     if teacher is not None:
         taught = teacher_fit.bound(run, teacher, objective, Model(family, run.model, adapter.base, layout))
@@ -462,7 +465,25 @@ def optimizer(
     if zeros := {path for path, how in run.compression.by_path().items() if how.is_array}:
         wrap = lambda tx, steps: keep_zeros(adapter.wrap_optimizer(tx, steps), zeros)  # noqa: E731
     trainable = lambda path: adapter.trainable(path) and earlier.trainable(path)  # noqa: E731
-    return optimizers.make(c, steps, specs, trainable=trainable, rate_of=adapter.rate, wrap=wrap)
+    scales = parametrization.scaled(run.transfer, adapter.family, run.model)[1]
+    return optimizers.make(c, steps, specs, trainable=trainable, rate_of=adapter.rate, scales=scales, wrap=wrap)
+
+
+def _check_transfer(run: config.Run, heads: bool) -> None:
+    """Refuses to take settings from a smaller model for anything but training all weights of one that predicts tokens.
+    ValueError: the run asks for more."""
+    asked = {
+        "adapter": (type(run.adapter) is not config.Adapter, "train all weights"),
+        "compression.weights": (bool(run.compression.weights), "leave them out"),
+        "continual.methods": (bool(run.continual.methods), "leave them out"),
+        "objective": (heads, "choose one that adds no head to the model"),
+    }
+    for name, (used, remedy) in asked.items():
+        if used:
+            raise ValueError(
+                f"{name}: transfer.method {run.transfer.method} is for pretraining, and how this changes with the "
+                f"width isn't known; {remedy}, or set transfer.method to none"
+            )
 
 
 def _check_pair(objective: Objective, run: config.Run) -> None:

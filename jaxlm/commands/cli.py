@@ -32,6 +32,9 @@ COMMANDS = {  # in the order of `--help`
     "work": Row("work.Work", "join such a run as a worker"),
     "plan": Row("plan.Plan", "what a config needs on machines that aren't here: memory, time, bottleneck"),
     "tune": Row("plan.Tune", "measure the fastest meshes and remat policies of a config on this machine"),
+    "coordinate-check": Row(
+        "coordinate_check.CoordinateCheck", "whether settings can be taken from a narrow model to wide ones"
+    ),
     "eval": Row("evaluate.Eval", "losses and scores of a model, with intervals"),
     "predict": Row("predict.Predict", "label texts with a fine-tuned model"),
     "generate": Row("generate.Generate", "continue prompts"),

@@ -16,6 +16,7 @@ from jaxlm.core.distillation import Distill
 from jaxlm.core.distributed import Distributed
 from jaxlm.core.ranges import BelowOne, Count, Natural, NonNegative, Positive, PositiveShare, Range
 from jaxlm.core.registry import register
+from jaxlm.core.transfer import Transfer
 
 M = TypeVar("M")  # a model's Config
 O = TypeVar("O")  # an objective's Config  # noqa: E741
@@ -239,6 +240,7 @@ class Run(Generic[M, O]):
     continual: Continual = field(default_factory=Continual)
     distill: Distill = field(default_factory=Distill)
     distributed: Distributed = field(default_factory=Distributed)
+    transfer: Transfer = field(default_factory=Transfer)
     mesh: Mesh = field(default_factory=Mesh)
     execution: Execution = field(default_factory=Execution)
     start: str = ""

@@ -3,6 +3,7 @@
 import math
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -50,6 +51,11 @@ class Spec(NamedTuple):
     silent: float | None = None
     """The value at which its half of a layer adds nothing to the residual stream, for norms after the half. None: it
     has no such value, or its half ends with a matrix to `embed`, which is silent at zero."""
+    scores: bool = False
+    """Attention's scores are this times something: the last matrix of the queries and its bias. Where the queries are
+    normalised after it, the scale of that norm is meant in its place."""
+    before_head: bool = False
+    """Scale or bias of the norm whose output the head multiplies."""
 
     @property
     def is_matrix(self) -> bool:
@@ -80,16 +86,56 @@ def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.ones(shape, jnp.float32)
 
 
+@dataclass(frozen=True)
+class Constant:
+    """Initializes to one value."""
+
+    value: float
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return jnp.full(shape, self.value, jnp.float32)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Draws from a normal distribution around zero whose deviation is the same for every shape."""
+
+    std: float
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return self.std * jax.random.normal(key, shape, jnp.float32)
+
+
+@dataclass(frozen=True)
+class FanIn:
+    """Draws from a normal distribution with variance scale² / (product of the input dimensions `axes`)."""
+
+    axes: tuple[int, ...]
+    scale: float = 1.0
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        std = self.scale / math.sqrt(math.prod(shape[a] for a in self.axes))
+        return jax.random.normal(key, shape, jnp.float32) * std
+
+
+@dataclass(frozen=True)
+class EachLayer:
+    """Initializes each layer of a stack by itself; the first dimension counts them."""
+
+    one: Init
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return jax.vmap(lambda k: self.one(k, shape[1:]))(jax.random.split(key, shape[0]))
+
+
 def normal(std: float) -> Init:
     """Returns an initializer that draws from a normal distribution around zero."""
-    return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
+    return Normal(std)
 
 
 def fan_in(*axes: int, scale: float = 1.0) -> Init:
     """Returns a normal initializer with variance scale² / (product of the input dimensions `axes`)."""
-    return lambda key, shape: (
-        jax.random.normal(key, shape, jnp.float32) * (scale / math.sqrt(math.prod(shape[a] for a in axes)))
-    )
+    return FanIn(axes, scale)
 
 
 def table(rows: int, width: int, init: Init, axis: str | None = None) -> Spec:
@@ -117,10 +163,10 @@ def counts_from(s: Spec) -> float:
     return 1.0 if float(s.init(jax.random.key(0), s.shape).ravel()[0]) == 0 else 0.0
 
 
-def layer_norm(name: str, width: int, below_layers: bool = False) -> dict[str, Spec]:
+def layer_norm(name: str, width: int, below_layers: bool = False, before_head: bool = False) -> dict[str, Spec]:
     """Returns the specs of a LayerNorm: its scale `name` and its bias `name_bias`."""
     made = {name: norm(width), f"{name}_bias": norm_bias(width)}
-    return {n: s._replace(below_layers=below_layers) for n, s in made.items()}
+    return {n: s._replace(below_layers=below_layers, before_head=before_head) for n, s in made.items()}
 
 
 def bias(shape: int | tuple[int, ...], *axes: str | None) -> Spec:
@@ -134,10 +180,8 @@ def stacked(n: int, specs: Any, above: int = 0) -> Any:
     layers of other stacks stand above them."""
 
     def one(s: Spec) -> Spec:
-        def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            return jax.vmap(lambda k: s.init(k, s.shape))(jax.random.split(key, n))
-
-        return s._replace(shape=(n, *s.shape), axes=("layers", *s.axes), init=init, layers_above=above)
+        shape, axes = (n, *s.shape), ("layers", *s.axes)
+        return s._replace(shape=shape, axes=axes, init=EachLayer(s.init), layers_above=above)
 
     return jax.tree.map(one, specs, is_leaf=is_spec)
 

@@ -71,10 +71,10 @@ def block_specs(c: Config) -> dict[str, Spec]:
     D, H, C, F = c.width, c.heads, c.width // c.heads, c.ffn
     w = normal(0.02)
     return dict(
-        q=Spec((D, H, C), ("embed", "heads", None), w),
+        q=Spec((D, H, C), ("embed", "heads", None), w, scores=True),
         k=Spec((D, H, C), ("embed", "heads", None), w),
         v=Spec((D, H, C), ("embed", "heads", None), w),
-        q_bias=bias((H, C), "heads", None),
+        q_bias=bias((H, C), "heads", None)._replace(scores=True),
         k_bias=bias((H, C), "heads", None),
         v_bias=bias((H, C), "heads", None),
         o=Spec((H, C, D), ("heads", None, "embed"), w),
@@ -108,7 +108,7 @@ def specs(c: Config) -> dict[str, Any]:
         out |= dict(
             transform=Spec((D, D), ("embed", None), w),
             transform_bias=bias(D),
-            **layer_norm("transform_norm", D),
+            **layer_norm("transform_norm", D, before_head=True),
             head_bias=bias(c.vocab, "vocab"),
         )
     if c.next_sentence:

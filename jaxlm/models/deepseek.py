@@ -68,6 +68,7 @@ class Config(ModelConfig):
     model_type: Literal["deepseek_v3", "deepseek_v2"] = "deepseek_v3"
     """What published files of this model call its architecture."""
     layer_counts = MappingProxyType({"dense": ("layers", "dense")})
+    width_fields = (*ModelConfig.width_fields, "query_rank", "latent")
 
 
 NORM_EPS = 1e-6  # of the latents' norms, whatever `eps` is
@@ -91,11 +92,11 @@ def attention_specs(c: Config) -> dict[str, Spec]:
         norm2=norm(D),
     )
     if Q is None:
-        out["q"] = Spec((D, *per_head), ("embed", "heads", None), fan_in(0))
+        out["q"] = Spec((D, *per_head), ("embed", "heads", None), fan_in(0), scores=True)
     else:
         out["q_a"] = Spec((D, Q), ("embed", None), fan_in(0))
         out["q_norm"] = norm(Q)
-        out["q_b"] = Spec((Q, *per_head), ("embed", "heads", None), fan_in(0))
+        out["q_b"] = Spec((Q, *per_head), ("embed", "heads", None), fan_in(0), scores=True)
     if c.attention_bias:
         widths = dict(kv_a_bias=L, k_rotated_bias=c.rotated_width, o_bias=D) | ({} if Q is None else {"q_a_bias": Q})
         out |= {name: bias(n) for name, n in widths.items()}

@@ -54,10 +54,10 @@ def block_specs(c: Config) -> dict[str, Spec]:
     into, out = normal(0.02), normal(0.02 / math.sqrt(2 * c.layers))
     return dict(
         **layer_norm("norm1", D),
-        q=Spec((D, H, C), ("embed", "heads", None), into),
+        q=Spec((D, H, C), ("embed", "heads", None), into, scores=True),
         k=Spec((D, H, C), ("embed", "heads", None), into),
         v=Spec((D, H, C), ("embed", "heads", None), into),
-        q_bias=bias((H, C), "heads", None),
+        q_bias=bias((H, C), "heads", None)._replace(scores=True),
         k_bias=bias((H, C), "heads", None),
         v_bias=bias((H, C), "heads", None),
         o=Spec((H, C, D), ("heads", None, "embed"), out),
@@ -77,7 +77,7 @@ def specs(c: Config) -> dict[str, Any]:
         embed=spec.table(c.vocab, c.width, normal(0.02), "vocab"),
         position=spec.table(c.positions, c.width, normal(0.02)),
         blocks=stacked(c.layers, block_specs(c)),
-        **layer_norm("norm", c.width),
+        **layer_norm("norm", c.width, before_head=True),
     )
     if not c.tied and c.head:
         out["head"] = spec.head(c.vocab, c.width, normal(0.02))

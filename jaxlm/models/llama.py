@@ -60,7 +60,7 @@ def block_specs(c: Config) -> dict[str, Spec]:
     return dict(
         norm1=norm(c.width),
         **decoder.attention_specs(c, "qkv" * c.qkv_bias + "o" * c.o_bias, scale),
-        **(dict(q_norm=norm(c.head_width), k_norm=norm(c.head_width)) if c.qk_norm else {}),
+        **(dict(q_norm=norm(c.head_width)._replace(scores=True), k_norm=norm(c.head_width)) if c.qk_norm else {}),
         norm2=norm(c.width),
         **decoder.gated_specs(c.width, c.ffn, scale, c.mlp_bias),
     )

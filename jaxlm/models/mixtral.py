@@ -44,7 +44,7 @@ class Config(decoder.DecoderConfig):
 
 def attention_specs(c: Config) -> dict[str, Spec]:
     attention = decoder.attention_specs(c, "qkvo" if c.qkvo_bias else "", decoder.deep(c))
-    norms = dict(q_norm=norm(c.head_width), k_norm=norm(c.head_width)) if c.qk_norm else {}
+    norms = dict(q_norm=norm(c.head_width)._replace(scores=True), k_norm=norm(c.head_width)) if c.qk_norm else {}
     return dict(norm1=norm(c.width), norm2=norm(c.width), **attention, **norms)
 
 

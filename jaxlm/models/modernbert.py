@@ -75,8 +75,8 @@ def attention_width(c: Config) -> int:
     return c.layers * c.width
 
 
-def norm_specs(c: Config, name: str, below_layers: bool = False) -> dict[str, Spec]:
-    both = spec.layer_norm(name, c.width, below_layers)
+def norm_specs(c: Config, name: str, below_layers: bool = False, before_head: bool = False) -> dict[str, Spec]:
+    both = spec.layer_norm(name, c.width, below_layers, before_head)
     return both if c.norm_bias else {name: both[name]}
 
 
@@ -84,7 +84,7 @@ def block_specs(c: Config, *, first: bool) -> dict[str, Spec]:
     D, H, C, F = c.width, c.heads, c.width // c.heads, c.ffn
     into, back = normal(0.02), normal(0.02 / math.sqrt(2 * c.layers))
     out = dict(
-        q=Spec((D, H, C), ("embed", "heads", None), into),
+        q=Spec((D, H, C), ("embed", "heads", None), into, scores=True),
         k=Spec((D, H, C), ("embed", "heads", None), into),
         v=Spec((D, H, C), ("embed", "heads", None), into),
         o=Spec((H, C, D), ("heads", None, "embed"), back),
@@ -96,7 +96,7 @@ def block_specs(c: Config, *, first: bool) -> dict[str, Spec]:
     if not first:
         out |= norm_specs(c, "norm1")
     if c.attention_bias:
-        out |= {f"{n}_bias": bias((H, C), "heads", None) for n in "qkv"}
+        out |= {f"{n}_bias": bias((H, C), "heads", None)._replace(scores=n == "q") for n in "qkv"}
         out["o_bias"] = bias(D)
     if c.mlp_bias:
         out |= {f"{n}_bias": bias(F, "ffn") for n in ("gate", "up")}
@@ -120,7 +120,7 @@ def specs(c: Config) -> dict[str, Any]:
         **norm_specs(c, "norm"),
     )
     if c.head or c.task_transform:
-        out |= dict(transform=Spec((D, D), ("embed", None), back), **norm_specs(c, "transform_norm"))
+        out |= dict(transform=Spec((D, D), ("embed", None), back), **norm_specs(c, "transform_norm", before_head=True))
         if c.transform_bias:
             out["transform_bias"] = bias(D)
     if c.head:  # the dense layer and the norm stand before the embedding, or a matrix of its own

@@ -43,7 +43,7 @@ def block_specs(c: Config) -> dict[str, Spec]:
     D, H, K, C = c.width, c.heads, c.kv_heads, c.head_width
     return dict(
         **decoder.attention_specs(c, "qkvo" if c.bias else ""),
-        q_norm=norm(H, C, axes=("heads", None)),
+        q_norm=norm(H, C, axes=("heads", None))._replace(scores=True),
         k_norm=norm(K, C, axes=("kv", None)),
         norm1=norm(D)._replace(silent=0.0),
         **decoder.gated_specs(D, c.ffn),

@@ -71,9 +71,14 @@ def attention_specs(c: DecoderConfig, biases: str = "", scale: float = 1.0) -> d
         raise ValueError(f"model.heads: {c.heads} is not a multiple of model.kv_heads {c.kv_heads}")
     rope.check(c.rope, c.head_width)
     D, H, K, C = c.width, c.heads, c.kv_heads, c.head_width
-    every = dict(q=bias((H, C), "heads", None), k=bias((K, C), "kv", None), v=bias((K, C), "kv", None), o=bias(D))
+    every = dict(
+        q=bias((H, C), "heads", None)._replace(scores=True),
+        k=bias((K, C), "kv", None),
+        v=bias((K, C), "kv", None),
+        o=bias(D),
+    )
     return dict(
-        q=Spec((D, H, C), ("embed", "heads", None), fan_in(0)),
+        q=Spec((D, H, C), ("embed", "heads", None), fan_in(0), scores=True),
         k=Spec((D, K, C), ("embed", "kv", None), fan_in(0)),
         v=Spec((D, K, C), ("embed", "kv", None), fan_in(0)),
         o=Spec((H, C, D), ("heads", None, "embed"), fan_in(0, 1, scale=scale)),
@@ -106,7 +111,8 @@ def model_specs(c: Any, embed: Init, stacks: dict[str, Any], scale: Init = ones)
 
     `embed` and `scale` initialize the embedding and the norm.
     """
-    out = dict(embed=spec.table(c.vocab, c.width, embed, "vocab"), **stacks, norm=norm(c.width, init=scale))
+    last = norm(c.width, init=scale)._replace(before_head=True)
+    out = dict(embed=spec.table(c.vocab, c.width, embed, "vocab"), **stacks, norm=last)
     return out if c.tied or not c.head else out | dict(head=spec.head(c.vocab, c.width, fan_in(1)))
 
 

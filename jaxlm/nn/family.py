@@ -5,7 +5,7 @@ They stand below `models` because whatever takes a family is typed by them, adap
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -87,6 +87,33 @@ class ModelConfig:
     """Fields that count the layers of a stack, by the stack's path; of others `layers` alone does."""
     layer_patterns: tuple[str, ...] = ("windowed",)
     """Fields that say how layers differ, as patterns that repeat, if the config has them."""
+
+    width_fields: tuple[str, ...] = ("width", "heads", "kv_heads", "ffn")
+    """Fields that grow with the width, of those that the config has and that aren't None."""
+
+    def at_width(self, width: int) -> Any:
+        """Returns the config of another width, whose heads, ffn and experts are more in proportion; a head is as wide.
+        ValueError: a size would be no whole number."""
+        own = {f.name for f in fields(self)}  # type: ignore[arg-type]
+
+        def grown(name: str, size: int) -> int:
+            if size * width % self.width:
+                raise ValueError(
+                    f"model.{name}: {size} at model.width {self.width} would be no whole number at {width}; choose "
+                    "another width"
+                )
+            return size * width // self.width
+
+        sizes = {name: size for name in self.width_fields if name in own and (size := getattr(self, name)) is not None}
+        changes: dict[str, Any] = {name: grown(name, size) for name, size in sizes.items()}
+        if self.moe is not None:
+            ffn, shared = grown("moe.ffn", self.moe.ffn), grown("moe.shared", self.moe.shared)
+            changes["moe"] = replace(self.moe, ffn=ffn, shared=shared)
+        return replace(self, **changes)  # type: ignore[type-var]
+
+    def at_depth(self, layers: int) -> Any:
+        """Returns the config of another number of layers."""
+        return replace(self, layers=layers)  # type: ignore[type-var]
 
     def with_experts(self, moe: Moe) -> tuple[str, dict[str, Any]]:
         """Returns the name and the fields of the family that has experts where this one has a feed-forward network.

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxlm.core import config, tree
 from jaxlm.core.registry import Table
-from jaxlm.core.spec import Spec, is_spec, sequences
-from jaxlm.training import adafactor
+from jaxlm.core.spec import Spec, is_spec
+from jaxlm.training import adafactor, rate_scales
+from jaxlm.training.rate_scales import Scale, Scales
 
 Schedule = Callable[[Any], Any]
 """From the update t = 0, 1, … to its learning rate."""
@@ -90,13 +91,20 @@ def make(
     *,
     trainable: Callable[[str], bool] = lambda path: True,
     rate_of: Callable[[str], float] = lambda path: 1.0,
+    scales: Scales = {},  # noqa: B006  # nothing changes it
     wrap: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] = lambda tx, steps: tx,
 ) -> Optimizer:
     """Returns the optimizer of a run for a spec tree. Raises ValueError for a pattern that matches no parameter.
 
     `trainable` says which of the weights that aren't frozen by name are trained; `rate_of` returns what a weight's
-    learning rate is multiplied by; `wrap` gets the whole chain and the number of steps.
+    learning rate is multiplied by; `wrap` gets the whole chain and the number of steps. `scales` are of a model whose
+    settings come from one of another size; ValueError: it isn't known how those of the optimizer change.
     """
+    if scales and c.name not in SCALED:
+        raise ValueError(
+            f"optim.name: it isn't known how the rates of {c.name} change with the width, which transfer.method asks "
+            f"for; choose {' or '.join(SCALED)}"
+        )
     flat = tree.flatten(specs, is_spec)
     by_name = tree.matcher(c.freeze, flat, "optim.freeze")
     frozen = lambda path: by_name(path) or not trainable(path)  # noqa: E731
@@ -119,72 +127,46 @@ def make(
     labels = tree.map_named(lambda path, s: None if frozen(path) else group(path), specs)
     mask = tree.map_named(lambda path, s: None if frozen(path) else decays(path), specs)
     used = set(tree.flatten(labels).values())
-    chains = {name: (BY_ROLE.get(name) or OPTIMIZERS[name])(c, rate, _mask_for(mask), specs) for name in sorted(used)}
+
+    def chain(name: str) -> optax.GradientTransformation:
+        if scales and name in SCALED:
+            build, factor = SCALED[name]
+            return build(c, rate, _mask_for(mask), specs, rate_scales.after(scales, factor))
+        return (BY_ROLE.get(name) or OPTIMIZERS[name])(c, rate, _mask_for(mask), specs)
+
+    chains = {name: chain(name) for name in sorted(used)}
     tx = chains[next(iter(used))] if len(used) == 1 else optax.partition(chains, labels)
     rates, moved = {path: rate_of(path) for path in flat}, lambda grads: grads
+    if scales:
+        tx, moved = optax.chain(rate_scales.before(scales), tx), rate_scales.unfolded(scales)
     if c.layer_decay != 1 or c.top_layers is not None or c.only_layers or set(rates.values()) != {1.0}:
-        depths, _ = tree.partition(depth_scales(c, specs), lambda path: not frozen(path))
-        scales = tree.map_named(lambda path, scale: scale * rates[path], depths)
-        tx = optax.chain(tx, optax.stateless(lambda u, _: jax.tree.map(jnp.multiply, u, scales)))
+        depths, _ = tree.partition(rate_scales.depth_scales(c, specs), lambda path: not frozen(path))
+        shares = tree.map_named(lambda path, scale: scale * rates[path], depths)
+        tx = optax.chain(tx, optax.stateless(lambda u, _: jax.tree.map(jnp.multiply, u, shares)))
         still = lambda g, x: g if np.all(x) else jnp.where(np.asarray(x) == 0, jnp.zeros((), g.dtype), g)  # noqa: E731
-        moved = lambda grads: jax.tree.map(still, grads, scales)  # noqa: E731
-    groups = {
-        path: "frozen"
-        if frozen(path)
-        else f"{group(path)}, " + (f"decay {c.weight_decay:g}" if decays(path) and c.weight_decay else "no decay")
-        for path in flat
-    }
+        of_size = moved
+        moved = lambda grads: jax.tree.map(still, of_size(grads), shares)  # noqa: E731
+
+    def described(path: str) -> str:
+        if frozen(path):
+            return "frozen"
+        decay = f"decay {c.weight_decay:g}" if decays(path) and c.weight_decay else "no decay"
+        factor = rate_scales.factor(scales, path, SCALED[name][1]) if (name := group(path)) in SCALED else 1.0
+        return f"{name}, {decay}" + (f", rate × {factor:g}" if factor != 1 else "")
+
+    groups = {path: described(path) for path in flat}
     return Optimizer(wrap(tx, steps), rate, lambda path: not frozen(path), groups, moved)
 
 
-def depth_scales(c: config.Optim, specs: Any) -> Any:
-    """Returns what each weight's updates are multiplied by for its height: embeddings, layers, heads.
-
-    Stacks whose layers follow each other are one sequence; an encoder and a decoder are two, both of which end below
-    the heads. Weight decay is part of an update, so a weight that is multiplied by 0 stays as it was. Raises ValueError
-    where `optim.top_layers` is more than there are, or `optim.only_layers` names one that there isn't.
-    """
-    stacks = [s for s in tree.flatten(specs, is_spec).values() if s.axes[:1] == ("layers",)]
-    deepest = max((s.shape[0] + s.layers_above for s in stacks), default=0)
-    if c.layer_decay != 1 and not deepest:
-        raise ValueError("optim.layer_decay: this model's weights name no layers to count; set it to 1")
-    if c.top_layers is not None and not 0 <= c.top_layers <= deepest:
-        raise ValueError(f"optim.top_layers: {c.top_layers} of {deepest} layers can't be trained")
-
-    if c.only_layers and c.top_layers is not None:
-        raise ValueError(
-            "optim.only_layers: says which layers are trained, and so does optim.top_layers; leave one out"
-        )
-    if max(c.only_layers, default=-1) >= deepest:
-        raise ValueError(
-            f"optim.only_layers: there is no layer {max(c.only_layers)}; the last of {deepest} is {deepest - 1}"
-        )
-    first = {}  # the number of each stack's first layer
-    for side in sequences(specs):
-        for i, (stack, _) in enumerate(side):
-            first[stack] = sum(n for _, n in side[:i])
-
-    def one(path: str, s: Spec) -> Any:
-        if s.axes[:1] != ("layers",):
-            if not s.below_layers:
-                return 1.0
-            return 0.0 if c.top_layers is not None or c.only_layers else c.layer_decay ** (deepest + 1)
-        height = s.layers_above + np.arange(s.shape[0], 0, -1.0)  # 1 for the last layer
-        scale = c.layer_decay**height
-        if c.top_layers is not None:
-            scale[height > c.top_layers] = 0.0
-        if c.only_layers:
-            start = next(n for stack, n in first.items() if path == stack or path.startswith(f"{stack}/"))
-            scale[~np.isin(start + np.arange(s.shape[0]), c.only_layers)] = 0.0
-        return scale.astype(np.float32).reshape(-1, *[1] * (len(s.shape) - 1))
-
-    return tree.map_named(one, specs)
+Scaled: TypeAlias = optax.GradientTransformation | None
+"""What scales the direction of single weights; None: nothing."""
 
 
-def _finish(c: config.Optim, rate: Schedule, decays: DecayMask) -> optax.GradientTransformation:
+def _finish(c: config.Optim, rate: Schedule, decays: DecayMask, scaled: Scaled = None) -> optax.GradientTransformation:
     """Applies decoupled weight decay (Loshchilov & Hutter 2019), then the learning rate."""
     decay = optax.add_decayed_weights(c.weight_decay, mask=decays) if c.weight_decay else optax.identity()
-    return optax.chain(decay, optax.scale_by_learning_rate(rate))
+    first = () if scaled is None else (scaled,)
+    return optax.chain(*first, decay, optax.scale_by_learning_rate(rate))
 
 
 def _in_proportion(c: config.Optim, rate: Schedule, peak: float) -> Schedule:
@@ -202,8 +184,10 @@ def _mask_for(mask: Any) -> DecayMask:
     return mask_of
 
 
-def _adamw(c: config.Optim, rate: Schedule, decays: DecayMask, specs: Any) -> optax.GradientTransformation:
-    return optax.chain(optax.scale_by_adam(c.beta1, c.beta2, c.eps), _finish(c, rate, decays))
+def _adamw(
+    c: config.Optim, rate: Schedule, decays: DecayMask, specs: Any, scaled: Scaled = None
+) -> optax.GradientTransformation:
+    return optax.chain(optax.scale_by_adam(c.beta1, c.beta2, c.eps), _finish(c, rate, decays, scaled))
 
 
 def _sgd(c: config.Optim, rate: Schedule, decays: DecayMask, specs: Any) -> optax.GradientTransformation:
@@ -230,7 +214,9 @@ def matrix_dimensions(s: Spec) -> MuonDimensionNumbers:
     return MuonDimensionNumbers(tuple(inputs), tuple(i for i in dims if i not in inputs))
 
 
-def _muon(c: config.Optim, rate: Schedule, decays: DecayMask, specs: Any) -> optax.GradientTransformation:
+def _muon(
+    c: config.Optim, rate: Schedule, decays: DecayMask, specs: Any, scaled: Scaled = None
+) -> optax.GradientTransformation:
     """Builds Muon (Jordan 2024): momentum made orthogonal by Newton–Schulz, for hidden matrices only.
 
     The iteration is written on whole matrices, so the partitioner keeps it exact however they are sharded.
@@ -252,7 +238,7 @@ def _muon(c: config.Optim, rate: Schedule, decays: DecayMask, specs: Any) -> opt
     return optax.chain(
         scale_by_muon(beta=c.muon_momentum, weight_dimension_numbers=numbers),
         optax.stateless(rescale),
-        _finish(c, _in_proportion(c, rate, c.muon_lr), decays),
+        _finish(c, _in_proportion(c, rate, c.muon_lr), decays, scaled),
     )
 
 
@@ -262,6 +248,12 @@ OPTIMIZERS: Table[Callable[[config.Optim, Schedule, DecayMask, Any], optax.Gradi
 """Maps a name to a function of the settings, the schedule, the mask of what is decayed (optax's `mask=`), and the specs
 of all weights. It returns a whole optimizer: what it gives is added to the weights."""
 
+
+SCALED: dict[str, tuple[Callable[..., optax.GradientTransformation], Callable[[Scale], float]]] = {
+    "adamw": (_adamw, lambda s: s.adam),
+    "muon": (_muon, lambda s: s.muon),
+}
+"""Optimizers whose rates are known for models of another size, and which factor of a `Scale` is theirs."""
 
 BALANCE_RATE = 1e-3  # the size of a step at the peak of the schedule, which it follows
 

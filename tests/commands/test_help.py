@@ -13,9 +13,9 @@ from jaxlm.commands import cli
 from jaxlm.core import typed_arguments
 
 COMMANDS = (
-    "train", "continual", "coordinate", "work", "plan", "tune", "eval", "predict", "generate", "chat", "serve", "embed",
-    "augment", "import", "export", "merge", "grow", "shrink", "extract", "compress", "tokenizer train",
-    "data prepare", "data inspect", "board", "report", "doctor", "completion",
+    "train", "continual", "coordinate", "work", "plan", "tune", "coordinate-check", "eval", "predict", "generate",
+    "chat", "serve", "embed", "augment", "import", "export", "merge", "grow", "shrink", "extract", "compress",
+    "tokenizer train", "data prepare", "data inspect", "board", "report", "doctor", "completion",
 )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def test_every_argument_is_explained(capsys):
 
 
 def test_the_commands_are_all_of_them(capsys):
-    listed = re.findall(r"^    ([a-z]+(?: [a-z]+)?)  ", shown(capsys), re.MULTILINE)
+    listed = re.findall(r"^    ([a-z][a-z-]*(?: [a-z]+)?)  ", shown(capsys), re.MULTILINE)
     assert sorted(listed) == sorted(COMMANDS)
     assert cli.main([]) == 2 and "usage: jaxlm" in capsys.readouterr().out
     assert re.findall(r"^    (\w+ \w+)  ", shown(capsys, "data"), re.MULTILINE) == ["data prepare", "data inspect"]

@@ -11,7 +11,7 @@ from support.hf_rows import ROWS
 
 from jaxlm.core import config, spec, tree
 from jaxlm.models import MODELS
-from jaxlm.training import optimizers
+from jaxlm.training import optimizers, rate_scales
 from jaxlm.weights.adapters import METHODS, adapted
 from jaxlm.weights.matrices import matrices as matrices_of
 from jaxlm.weights.matrices import select
@@ -73,7 +73,7 @@ def test_what_is_decided_by_roles_is_what_names_would_decide(name):
     lowest = lowest.get(family.__name__.rpartition(".")[2], "-")
     found = {p for p in flat if re.fullmatch(rf"(.*/)?(embed|position|type)(_.*)?|{lowest}", p)}
     below = {p for p in found if "layers" not in flat[p].axes}
-    scales = tree.flatten(optimizers.depth_scales(config.Optim(layer_decay=0.5), family.specs(c)))
+    scales = tree.flatten(rate_scales.depth_scales(config.Optim(layer_decay=0.5), family.specs(c)))
     deepest = max(s.shape[0] + s.layers_above for s in flat.values() if s.axes[0] == "layers")
     assert deepest == max(c.layers, getattr(c, "decoder_layers", 0) or 0)
     assert {p for p, x in scales.items() if np.min(x) == 0.5 ** (deepest + 1)} == below

@@ -15,7 +15,7 @@ from jaxlm.models import deepseek, llama, modernbert, t5
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.moe import Moe
 from jaxlm.runtime.mesh import make_mesh, on_mesh, replicated
-from jaxlm.training import optimizers, step
+from jaxlm.training import optimizers, rate_scales, step
 
 SPECS = {
     "embed": table(24, 16, normal(1), "vocab"),
@@ -356,11 +356,11 @@ def test_height_counts_the_layers_of_all_stacks(name):
         "t5": (t5, dict(decoder_layers=2, ffn=8)),
     }[name]
     specs = model.specs(model.Config(**tiny, **own))
-    scales = {p: np.ravel(x) for p, x in tree.flatten(optimizers.depth_scales(
+    scales = {p: np.ravel(x) for p, x in tree.flatten(rate_scales.depth_scales(
         config.Optim(layer_decay=0.5), specs)).items()}  # fmt: skip
-    top = {p: np.ravel(x) for p, x in tree.flatten(optimizers.depth_scales(config.Optim(top_layers=1), specs)).items()}
+    top = {p: np.ravel(x) for p, x in tree.flatten(rate_scales.depth_scales(config.Optim(top_layers=1), specs)).items()}
     own = config.Optim(only_layers=(0, 2))
-    only = {p: np.ravel(x) for p, x in tree.flatten(optimizers.depth_scales(own, specs)).items()}
+    only = {p: np.ravel(x) for p, x in tree.flatten(rate_scales.depth_scales(own, specs)).items()}
     every, last, named = [0.0625, 0.125, 0.25, 0.5], [0, 0, 0, 1], [1, 0, 1, 0]
     stacks = {
         "deepseek": {"dense/norm1": slice(0, 2), "blocks/norm1": slice(2, 4), "blocks/router": slice(2, 4)},
@@ -374,7 +374,7 @@ def test_height_counts_the_layers_of_all_stacks(name):
         np.testing.assert_array_equal(only[path], [1, 0] if path.startswith("decoder") else named[layers])
     assert (scales["embed"], top["embed"]) == (0.5**5, 0)
     with pytest.raises(ValueError, match=r"optim.top_layers: 5 of 4 layers"):
-        optimizers.depth_scales(config.Optim(top_layers=5), specs)
+        rate_scales.depth_scales(config.Optim(top_layers=5), specs)
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,8 @@ class Adapted:
             for path, x in tree.flatten(existing["adapter"]).items():
                 made = tree.put(made, path, x)
             existing["adapter"] = made
-        made = weights.init({name: self.base.get(name, s) for name, s in specs.items() if name not in existing}, key)
+        base = self.base if self.changes else {}  # else `specs` are the model's own
+        made = weights.init({name: base.get(name, s) for name, s in specs.items() if name not in existing}, key)
         key = jax.random.fold_in(key, 1)
         return self.initial_values(made | existing, prompt_ids, key, fresh="adapter" not in existing)
 
