@@ -418,7 +418,7 @@ def program(
     heads = objective.specs(run.model.width) | before.specs(run.model.width)
     specs = adapter.specs() | heads
     if run.transfer.method != "none":
-        _check_transfer(run, bool(heads))
+        _check_transfer(run, bool(heads), teacher is not None)
         specs |= parametrization.scaled(run.transfer, family, run.model)[0]
     taught = None
     if teacher is not None:
@@ -469,14 +469,15 @@ def optimizer(
     return optimizers.make(c, steps, specs, trainable=trainable, rate_of=adapter.rate, scales=scales, wrap=wrap)
 
 
-def _check_transfer(run: config.Run, heads: bool) -> None:
+def _check_transfer(run: config.Run, heads: bool, taught: bool) -> None:
     """Refuses to take settings from a smaller model for anything but training all weights of one that predicts tokens.
     ValueError: the run asks for more."""
     asked = {
-        "adapter": (type(run.adapter) is not config.Adapter, "train all weights"),
+        "adapter": (run.adapter != config.Adapter(), "train all weights"),
         "compression.weights": (bool(run.compression.weights), "leave them out"),
         "continual.methods": (bool(run.continual.methods), "leave them out"),
         "objective": (heads, "choose one that adds no head to the model"),
+        "distill.teacher": (taught, "leave it out"),
     }
     for name, (used, remedy) in asked.items():
         if used:

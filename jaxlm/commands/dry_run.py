@@ -50,6 +50,7 @@ def show_config(run: config.Run, origins: Mapping[str, str]) -> None:
     plain: dict[str, Any] = {"adapter": registry.name_of(config.Adapter())}
     for part, prefix in ((config.Data(), "data."), (config.Optim(), "optim."), (config.Train(), "train."),
                          (type(run.adapter)(), "adapter."),
+                         (config.Transfer(), "transfer."),
                          (config.Mesh(), "mesh."), (config.Execution(), "execution."), (type(run.model)(), "model."),
                          (type(run.objective)(), "objective.")):  # fmt: skip
         plain |= config_io.flatten(part, prefix)
