@@ -26,7 +26,7 @@ def draw(result: Result, path: Path) -> None:
     figure = _figure((2.1 * len(kinds) + 0.8, 5.2))
     verdict = "passes" if not result.faults else f"fails at {len(result.faults)} of {len(result.activations)}"
     figure.suptitle(f"coordinate check: {verdict}", fontsize=12)
-    panels = figure.subplots(2, len(kinds), squeeze=False, sharex=True)
+    panels = figure.subplots(2, len(kinds), squeeze=False, sharex=True, sharey="row")  # so that what is flat looks so
     for column, kind in enumerate(kinds):
         of_kind = [a for a in result.activations if a.kind == kind]
         for row, (field, label) in enumerate(ROWS.items()):
@@ -34,6 +34,8 @@ def draw(result: Result, path: Path) -> None:
             _panel(panels[row, column], of_kind[0].widths, values, first=field == "sizes")
             panels[row, column].set_title(kind if row == 0 else "", fontsize=10)
             panels[row, 0].set_ylabel(label, fontsize=9)
+        panels[1, column].set_xlabel("width", fontsize=9)
+    panels[0, 0].legend(fontsize=6, frameon=False)
     figure.savefig(path, dpi=130, facecolor="white")
 
 
@@ -42,7 +44,7 @@ def _panel(axes: Any, widths: tuple[int, ...], values: np.ndarray, first: bool) 
     updates = len(values) - 1
     for t in range(0 if first else 1, updates + 1):
         shade = 0.15 + 0.75 * t / max(1, updates)
-        axes.plot(widths, values[t], marker="o", markersize=3, color=(0.1, 0.35, 0.65, shade), label=f"{t} updates")
+        axes.plot(widths, values[t], marker="o", markersize=3, color=(0.1, 0.35, 0.65, shade), label=f"after {t}")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(widths, [str(w) for w in widths])

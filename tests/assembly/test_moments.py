@@ -193,6 +193,8 @@ def test_moments_that_are_not_there_are_refused_in_one_line(over, sources, tmp_p
     )
     each = {"adapter": "lora", "continual.adapters": "task"}
     refused(by_place(before.path, **each), r"optim\.moments: each run trains a new lora")
+    other = {"transfer.method": "mup", "transfer.base_width": 8}
+    refused(by_place(before.path, **other), r"optim\.moments: the run small has other sizes or another transfer")
     lora = {"adapter": "lora"}
     refused(by_place(before.path, **lora), "remembers nothing of the weights that this run trains")
 
