@@ -58,6 +58,8 @@ def read_config(folder: Path) -> config.Run:
 
 def read_config_file(file: Path) -> config.Run:
     """Reads a run's configuration as `config.json` holds it."""
+    if not file.is_file():
+        raise ValueError(f"no file {file}")
     try:
         values = json.loads(file.read_text("utf-8"))
     except ValueError as e:

@@ -37,6 +37,10 @@ def load_base(source: RunSource, start: str = "") -> Base:
         run = run_directory.read_config(folder)
         run = dataclasses.replace(run, name=folder.resolve().name, out=str(folder.parent))
         return Base(run, StartModel(run.start), run, in_directory=True)
+    if isinstance(source, str | Path) and Path(source).suffix == ".json":
+        run = run_directory.read_config_file(Path(source))
+        return Base(run if start in ("", run.start) else open_model.starting(run, StartModel(start)),
+                    StartModel(start or run.start), run)  # fmt: skip
     run = _run_of(source)
     model = StartModel(start or run.start)
     return Base(open_model.starting(run, model) if model.place else run, model, run)

@@ -31,7 +31,7 @@ from jaxlm.assembly import (
 from jaxlm.assembly.evaluate_model import evaluate
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.assembly.stream_memory import write_joint
-from jaxlm.core import config, registry
+from jaxlm.core import config, registry, tree
 from jaxlm.core import stream as streams
 from jaxlm.core.continual import Continual
 from jaxlm.core.figures import is_lower_better
@@ -110,7 +110,7 @@ def _claim(stream: Stream, folder: Path) -> None:
     file, mine = folder / DESCRIPTION, json.loads(json.dumps(streams.to_dict(stream)))
     if file.is_file():
         theirs = json.loads(file.read_text("utf-8"))
-        if (where := _difference(theirs, mine, "")) is not None:
+        if (where := tree.difference(theirs, mine)) is not None:
             raise ValueError(f"{folder} holds another stream: {where}; choose another `name`, or delete it")
     elif folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no {DESCRIPTION}; choose another `name` or `out`")
@@ -118,17 +118,6 @@ def _claim(stream: Stream, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(mine, indent=1) + "\n", "utf-8")
     processes.barrier("the stream's directory", 3600.0)
-
-
-def _difference(a: Any, b: Any, where: str) -> str | None:
-    """Returns the first place where two JSON values differ, with both values; None: nowhere."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        parts = ((a.get(key), b.get(key), f"{where}.{key}") for key in sorted(a.keys() | b.keys()))
-    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        parts = ((x, y, f"{where}[{i}]") for i, (x, y) in enumerate(zip(a, b, strict=True)))
-    else:
-        return None if a == b else f"{where.lstrip('.')} is {a!r} there and {b!r} here"
-    return next((found for x, y, place in parts if (found := _difference(x, y, place)) is not None), None)
 
 
 def _train_seed(stream: Stream, runs: list[config.Run], folder: Path, say: Callable[[str], None]) -> int:

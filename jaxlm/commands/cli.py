@@ -26,6 +26,7 @@ class Row(NamedTuple):
 COMMANDS = {  # in the order of `--help`
     "train": Row("train.Train", "train a config, or continue a run directory"),
     "continual": Row("continual.Continual", "train a stream of tasks one after another, and say what was kept"),
+    "sweep": Row("sweep.Sweep", "search settings of a config: each trial a run, the best one a file", computes=False),
     "coordinate": Row(
         "coordinate.Coordinate", "run the parameter server of workers that are jobs of their own", computes=False
     ),
@@ -99,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             allocator.restart_tuned()
             compile_cache.use()
         processes.reserve_threads()
+        processes.stop_with_input()
         kind = command(name)
         plugins.load(modules)
         return _run(kind, name, rest)

@@ -10,7 +10,7 @@ import re
 import traceback
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -296,6 +296,26 @@ def changed(part: Any, changes: Mapping[str, Any], where: str = "") -> Any:
     return part
 
 
+def field_type(run: Run, path: str, where: str = "") -> Any:
+    """Returns the type of the field of a run that a dotted path names. `where` begins the message of the ValueError if
+    there is no such field, or if it is a whole part of the run."""
+    part: Any = run
+    *parts, last = path.split(".")
+    for name in parts:
+        part = getattr(part, name) if name in _field_names(part) else None
+    if last not in _field_names(part):
+        known = [key for key in flatten(run) if key != "adapter"]
+        raise ValueError(f"{where}unknown config key {path}{_remedy(run, path, known)}")
+    if dataclasses.is_dataclass(getattr(part, last)):
+        inner = [f"{path}.{f.name}" for f in dataclasses.fields(getattr(part, last))]
+        raise ValueError(f"{where}{path} is a part with fields of its own: {', '.join(inner[:4])} …")
+    return typing.get_type_hints(type(part), include_extras=True)[last]
+
+
+def _field_names(part: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(part)] if dataclasses.is_dataclass(part) else []
+
+
 def override(run: Run, args: list[str]) -> Run:
     """Applies typed overrides such as ["--optim.lr", "3e-4"]. Unknown keys and wrong types are one-line errors."""
     import tyro  # 0.2 seconds that `import jaxlm` need not wait for
@@ -319,7 +339,7 @@ def override(run: Run, args: list[str]) -> Run:
         raise ValueError(_wrong_type(run, args, known)) from None
 
 
-def _remedy(run: Run, name: str, known: Mapping[str, Any]) -> str:
+def _remedy(run: Run, name: str, known: Iterable[str]) -> str:
     """Returns what follows the name of an unknown key: the nearest of its part of the run, or of the whole run."""
     if name == "adapter.method" or (name.startswith("adapter.") and type(run.adapter) is Adapter):
         return "; choose a method first, and then its own fields: --adapter lora --adapter.rank 16"

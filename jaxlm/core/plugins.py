@@ -13,6 +13,8 @@ from pathlib import Path
 from jaxlm.core.errors import one_line
 
 VARIABLE = "JAXLM_PLUGINS"
+loaded: list[str] = []
+"""The names of what was loaded, for processes that this one starts."""
 
 
 def load(names: Sequence[str]) -> None:
@@ -24,6 +26,8 @@ def load(names: Sequence[str]) -> None:
     more = [name for name in os.environ.get(VARIABLE, "").split(",") if name]
     for name in dict.fromkeys([*more, *names]):
         _load(name)
+        if name not in loaded:
+            loaded.append(name)
 
 
 def _load(name: str) -> None:
@@ -36,7 +40,7 @@ def _load(name: str) -> None:
     if folder not in sys.path:
         sys.path.append(folder)  # it stays, for processes that load data import the module by its name
     try:
-        loaded = importlib.import_module(module)
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and module.startswith(error.name):
             raise ValueError(
@@ -47,5 +51,5 @@ def _load(name: str) -> None:
         raise
     except Exception as error:
         raise ValueError(f"plugin: {name} fails: {type(error).__name__}: {one_line(error, 300)}") from error
-    if is_file and Path(str(loaded.__file__)).resolve() != path.resolve():
-        raise ValueError(f"plugin: {name} has the name of another module, {loaded.__file__}; rename the file")
+    if is_file and Path(str(found.__file__)).resolve() != path.resolve():
+        raise ValueError(f"plugin: {name} has the name of another module, {found.__file__}; rename the file")

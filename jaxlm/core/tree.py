@@ -66,3 +66,14 @@ def matcher(patterns: Iterable[str], paths: Iterable[str], field: str) -> Callab
         if not any(compiled[-1].search(path) for path in paths):
             raise ValueError(f"{field}: pattern {p!r} matches no parameter; there are: {', '.join(paths)}")
     return lambda path: any(c.search(path) for c in compiled)
+
+
+def difference(a: Any, b: Any, where: str = "") -> str | None:
+    """Returns the first place where two JSON values differ, with both values; None: nowhere."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        parts = ((a.get(key), b.get(key), f"{where}.{key}") for key in sorted(a.keys() | b.keys()))
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        parts = ((x, y, f"{where}[{i}]") for i, (x, y) in enumerate(zip(a, b, strict=True)))
+    else:
+        return None if a == b else f"{where.lstrip('.')} is {a!r} there and {b!r} here"
+    return next((found for x, y, place in parts if (found := difference(x, y, place)) is not None), None)

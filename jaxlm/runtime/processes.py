@@ -8,7 +8,9 @@ costs nothing.
 import atexit
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Mapping
 from importlib import metadata
 from types import TracebackType
@@ -29,9 +31,12 @@ __all__ = [
     "set_exit_hint",
     "start",
     "step",
+    "stop_with_input",
 ]
 
 THREADS = 64
+STOPS_WITH_INPUT = "JAXLM_STOPS_WITH_INPUT"
+"""Variable of a process that is to stop, as by SIGTERM, when its standard input ends, for who started it is gone."""
 
 _place = launchers.Place("")
 _member: rollcall.Member | None = None
@@ -106,6 +111,19 @@ def _seconds() -> float:
     if not seconds > 0:
         raise ValueError(f"JAXLM_START_SECONDS: {value!r} is no number of seconds above 0")
     return seconds
+
+
+def stop_with_input() -> None:
+    """Sends this process SIGTERM when its standard input ends, if the variable `STOPS_WITH_INPUT` says so."""
+    if not os.environ.pop(STOPS_WITH_INPUT, ""):  # processes that this one starts have other inputs
+        return
+
+    def wait() -> None:
+        while os.read(0, 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True, name="stop-with-input").start()
 
 
 def describe_launcher() -> str:

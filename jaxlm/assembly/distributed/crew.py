@@ -87,14 +87,14 @@ class Crew:
         self._log(name).parent.mkdir(parents=True, exist_ok=True)
         words = [sys.executable, "-m", "jaxlm", "work", str(self.run.folder), "--address", self.address,
                  "--worker", name]  # fmt: skip
-        environment = os.environ | devices(self.names.index(name), len(self.names), os.environ, _accelerators())
+        environment = os.environ | devices(self.names.index(name), len(self.names), os.environ, accelerators())
         with self._log(name).open("ab") as out:
             self._processes[name] = subprocess.Popen(words, env=environment, stdout=out, stderr=out)
         self._started[name] = time.monotonic()
         print(f"{name} is pid {self._processes[name].pid}", flush=True)
 
 
-def _accelerators() -> int:
+def accelerators() -> int:
     """Returns how many NVIDIA GPUs this machine has."""
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
@@ -102,7 +102,12 @@ def _accelerators() -> int:
 def devices(index: int, count: int, environment: Mapping[str, str], gpus: int) -> dict[str, str]:
     """Returns the variable that gives a worker its share of this machine's GPUs, of those that are visible now; nothing
     where there are fewer GPUs than workers."""
-    shown = environment.get("CUDA_VISIBLE_DEVICES")
-    every = [str(i) for i in range(gpus)] if shown is None else [word for word in shown.split(",") if word]
+    every = visible(environment, gpus)
     each = len(every) // count
     return {"CUDA_VISIBLE_DEVICES": ",".join(every[index * each : (index + 1) * each])} if each else {}
+
+
+def visible(environment: Mapping[str, str], gpus: int) -> list[str]:
+    """Returns the GPUs of this machine, which has so many, that a process with this environment sees."""
+    shown = environment.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(gpus)] if shown is None else [word for word in shown.split(",") if word]
