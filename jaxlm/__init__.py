@@ -18,15 +18,17 @@ from jaxlm.core.config import Adapter, Continual, Data, Execution, Mesh, Optim, 
 
 __version__ = "0.1.0"
 __all__ = [
-    "Adapter", "Continual", "Data", "Execution", "LanguageModel", "MergeBack", "Mesh", "Optim", "Plan", "Program",
-    "Run", "RunDirectory", "Sampling", "Stage", "Stream", "Train", "Transfer", "as_linen", "as_nnx", "compress",
-    "evaluate", "extract", "from_linen", "from_nnx", "grow", "import_model", "load", "load_plugin", "merge", "open",
-    "plan", "register_adapter", "register_model", "register_objective", "register_optimizer", "register_schedule",
-    "shrink", "start_processes", "train", "train_stream",
+    "Adapter", "Between", "Choice", "Continual", "Data", "Execution", "LanguageModel", "MergeBack", "Mesh", "Optim",
+    "Plan", "Program", "Run", "RunDirectory", "Sampling", "Stage", "Stream", "Train", "Transfer", "as_linen", "as_nnx",
+    "compress", "evaluate", "extract", "from_linen", "from_nnx", "grow", "import_model", "load", "load_plugin", "merge",
+    "open", "plan", "register_adapter", "register_model", "register_objective", "register_optimizer",
+    "register_schedule", "shrink", "start_processes", "sweep", "train", "train_stream",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from jaxlm.api import (
+        Between,
+        Choice,
         LanguageModel,
         MergeBack,
         Plan,
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
         register_schedule,
         shrink,
         start_processes,
+        sweep,
         train,
         train_stream,
     )

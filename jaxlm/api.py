@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxlm.assembly import compress as compressing
-from jaxlm.assembly import convert, evaluate_model, run_directory, run_source, stream, training_run
+from jaxlm.assembly import convert, evaluate_model, run_directory, run_source, stream, sweep_results, training_run
 from jaxlm.assembly import extract as extracting
 from jaxlm.assembly import grow as growing
 from jaxlm.assembly import merge as merges
 from jaxlm.assembly import shrink as shrinking
+from jaxlm.assembly import sweep as sweeping
 from jaxlm.assembly.as_flax import as_linen, as_nnx
 from jaxlm.assembly.language_model import LanguageModel
 from jaxlm.assembly.model_source import StartModel
@@ -27,6 +28,8 @@ from jaxlm.core.growth import Growth
 from jaxlm.core.merging import MethodName, Rescale, Settings
 from jaxlm.core.shrinking import Importance, Shrinking
 from jaxlm.core.stream import MergeBack, Stage, Stream
+from jaxlm.core.sweep import Between, Choice, Dimension
+from jaxlm.core.sweep import Settings as SweepSettings
 from jaxlm.inference.sampling import Sampling
 from jaxlm.models import MODELS
 from jaxlm.models.flax_bridge import from_linen, from_nnx
@@ -42,21 +45,21 @@ from jaxlm.weights.adapters import METHODS
 from jaxlm.weights.adapters.method import Method
 
 __all__ = [
-    "LanguageModel", "MergeBack", "Plan", "Program", "RunDirectory", "Sampling", "Stage", "Stream", "as_linen",
-    "as_nnx", "compress", "evaluate", "extract", "from_linen", "from_nnx", "grow", "import_model", "load",
+    "Between", "Choice", "LanguageModel", "MergeBack", "Plan", "Program", "RunDirectory", "Sampling", "Stage", "Stream",
+    "as_linen", "as_nnx", "compress", "evaluate", "extract", "from_linen", "from_nnx", "grow", "import_model", "load",
     "load_plugin", "merge", "open", "plan", "register_adapter", "register_model", "register_objective",
-    "register_optimizer", "register_schedule", "shrink", "start_processes", "train", "train_stream",
+    "register_optimizer", "register_schedule", "shrink", "start_processes", "sweep", "train", "train_stream",
 ]  # fmt: skip
 
 
 def load(source: run_source.RunSource, *, start: str = "", overrides: str | Path | None = None, **changes: Any) -> Run:
     """Returns a run with changed fields.
 
-    `source` is a config file, the bare name of one of the package (`quickstart`), a run directory, a `Run`, or a
-    function that returns one. Changes are fields or parts: `load("quickstart", seed=1, train={"steps": 100},
-    optim=Optim(lr=1e-3), adapter="lora")`, and by names with dots: `load("quickstart", **{"optim.lr": 1e-3})`. `start`
-    names a model to start from, whose architecture and tokenizer the run then has. `overrides` names a YAML or JSON
-    file of changes, which come before the others.
+    `source` is a config file, the bare name of one of the package (`quickstart`), a run directory, its `config.json` or
+    another such file, a `Run`, or a function that returns one. Changes are fields or parts: `load("quickstart", seed=1,
+    train={"steps": 100}, optim=Optim(lr=1e-3), adapter="lora")`, and by names with dots: `load("quickstart",
+    **{"optim.lr": 1e-3})`. `start` names a model to start from, whose architecture and tokenizer the run then has.
+    `overrides` names a YAML or JSON file of changes, which come before the others.
 
     A finished run directory with another `data.train` or objective becomes a new run beside it, which starts from the
     model there: `load("runs/news", **{"data.train": ("week2.txt",)})` is `runs/news-2`, unless it is given a `name`.
@@ -97,6 +100,25 @@ def train_stream(stages: Stream) -> dict[str, Any] | None:
     if stream.train(stages):
         return None
     return stream.collect(stages, stages.run.folder)
+
+
+def sweep(run: Run, space: Mapping[str, Dimension] | Sequence[str], **settings: Any) -> dict[str, Any] | None:
+    """Searches settings of a run, each trial a process that trains a run of its own, or goes on with a sweep that was
+    stopped or killed; returns what `results.json` in `run.folder` then holds: all trials with their values, the best
+    one, importances. None: it was stopped by Ctrl-C or SIGTERM, and the same call goes on.
+
+    `space` names fields and their values: `{"optim.lr": Between(1e-5, 1e-3, log=True), "train.batch_size":
+    Choice((16, 32))}`, or as the options of `jaxlm sweep` say it: `["optim.lr=log(1e-5,1e-3)"]`. `settings` are
+    those options too, such as `trials=40`, `sampler="tpe"`, `pruner="median"`, `seeds=(0, 1, 2)`, `parallel=2`. Trials
+    are compared by `run.train.metric`. Models, objectives and other parts that a program registers itself are not known
+    to the trials' processes: put them into a module, and name it to `load_plugin`.
+
+    ValueError: a field, a value or a setting doesn't fit, said before anything is trained; optuna is missing; or the
+    directory belongs to another sweep. A trial that fails ends no sweep.
+    """
+    sweeping.search(run, space, config_io.changed(SweepSettings(), settings))
+    results = sweep_results.read(run.folder)
+    return None if results["counts"]["running"] or len(results["trials"]) < results["total"] else results
 
 
 def open(place: str | Path, step: int | None = None) -> LanguageModel:

@@ -95,7 +95,9 @@ def split(line: str) -> list[str]:
 
 
 OPTION = re.compile(r"(?<![\w-])--[a-zA-Z][\w.-]*")
-TAKE_A_RUN = ("train", "coordinate", "work", "plan", "tune", "coordinate-check", "data prepare", "data inspect")
+TAKE_A_RUN = (
+    "train", "sweep", "coordinate", "work", "plan", "tune", "coordinate-check", "data prepare", "data inspect",
+)  # fmt: skip
 
 
 def check_command(words: list[str], page: str, helps: dict[str, str], folder: Path) -> None:

@@ -109,6 +109,16 @@ def shrinking(name: str, message: str, place: str = "published", **settings: Any
     return Mistake(f"a smaller model: {name}", message, lambda: jaxlm.shrink(place, "new/out", **settings), argv)
 
 
+def sweeping(name: str, message: str, *space: str, config: str = "base.py", **settings: Any) -> Mistake:
+    """Returns the mistake of a sweep, whose run validates often enough."""
+    argv = ["sweep", config, "--train.eval_every", "1", *(word for text in space for word in ("--space", text))]
+    for key, value in settings.items():
+        argv += [f"--{key}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    changes = {"train.eval_every": 1}
+    return Mistake(f"a sweep: {name}", message, lambda: jaxlm.sweep(jaxlm.load(config, **changes), space, **settings),
+                   argv)  # fmt: skip
+
+
 MISTAKES = [
     # Config files.
     config_file("no such config", r"no config file bsae\.py", "bsae.py"),
@@ -493,6 +503,37 @@ MISTAKES = [
     shrinking("no text", r"calibration: .*published names no text that it was trained on", ffn=8),
     shrinking("text that isn't there", r"nowhere\.txt", ffn=8, calibration=("nowhere.txt",)),
     shrinking("size and share", r"share alone, not share and ffn", ffn=8, share=0.5),
+    sweeping("no space", r"space: give the fields that vary, such as"),
+    sweeping("an unknown field", r"space: unknown config key optim\.lrr; did you mean 'optim\.lr'\?", "optim.lrr=1|2"),
+    sweeping("a value out of range", r"space: optim\.lr: -1\.0 is out of range; it must be 0 or more", "optim.lr=-1|1"),
+    sweeping("a range out of range", r"space: optim\.beta1: 1\.5 is out of range", "optim.beta1=uniform(0.5,1.5)"),
+    sweeping("a word for a number", r"space: optim\.lr: 'fast' is not a valid float", "optim.lr=fast|slow"),
+    sweeping(
+        "a range by factors from zero", r"space: optim\.lr: a range by factors begins above 0", "optim.lr=log(0,1)"
+    ),
+    sweeping("an unknown adapter", r"space: adapter: unknown 'lorra'; did you mean 'lora'\?", "adapter=none|lorra"),
+    sweeping("a field of some adapters", r"space: .*rank.*choose a method", "adapter=none|lora", "adapter.rank=4|8"),
+    sweeping("seeds in the space", r"space: seed is no setting to search", "seed=0|1"),
+    sweeping("a grid of a range", r"sampler: grid tries every point", "optim.lr=log(1e-4,1e-2)", sampler="grid"),
+    sweeping(
+        "devices that are too few",
+        r"devices: names 1 places, and 2 trials run at once",
+        "optim.lr=1|2",
+        parallel=2,
+        devices=("0",),
+    ),
+    sweeping(
+        "a sweep where something else is",
+        r"texts is not empty and holds no sweep\.json",
+        "optim.lr=1|2",
+        config="elsewhere.py",
+    ),
+    sweeping(
+        "a metric of which nothing is known",
+        r"train\.metric: say whether less or more of 'speed' is better",
+        "optim.lr=1|2",
+        config="metric.py",
+    ),
     Mistake(
         "an adapter of a difference from another model",
         r"base: .* is \[.*\], and .* in published; give the model that it began as",
@@ -588,6 +629,11 @@ def _write_files(folder: Path) -> None:
         "zero.py": "from base import config as base\nimport dataclasses\n\n\n"
         "def config():\n    return dataclasses.replace(base(), train=dataclasses.replace(base().train, steps=0))\n",
         "empty.py": "",
+        "elsewhere.py": "from base import config as base\nimport dataclasses\n\n\n"
+        "def config():\n    return dataclasses.replace(base(), name='texts', out='.')\n",
+        "metric.py": "from base import config as base\nimport dataclasses\n\n\n"
+        "def config():\n    train = dataclasses.replace(base().train, metric='speed')\n"
+        "    return dataclasses.replace(base(), train=train)\n",
         "text.txt": "a text\n",
         "table.csv": "text,label\ngood,yes\nbad,no\n" * 4,
         "hollow.csv": "",

@@ -165,7 +165,7 @@ class _Sitting:
                 self._ask()
                 while self.told < self.total and not signals:
                     self._step()
-                    time.sleep(0.2)
+                    time.sleep(0.1)
             finally:
                 self._stop()
         self._publish()

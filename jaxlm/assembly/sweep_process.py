@@ -70,7 +70,7 @@ class Process:
         words = [*shlex.split(launcher), sys.executable, "-m", "jaxlm", "train", str(run)]
         alone = {} if launcher else {"JAXLM_DISTRIBUTED": "0"}
         names = {plugins.VARIABLE: ",".join(plugins.loaded)} if plugins.loaded else {}
-        environment = os.environ | alone | names | variables | {processes.STOPS_WITH_INPUT: "1"}
+        environment = os.environ | alone | names | dict(variables) | {processes.STOPS_WITH_INPUT: "1"}
         with self.log.open("ab") as out:
             self._process = subprocess.Popen(
                 words, env=environment, stdin=subprocess.PIPE, stdout=out, stderr=out, pass_fds=(lock.fileno(),),
