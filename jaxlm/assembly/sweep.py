@@ -69,6 +69,7 @@ def _with_adapters(run: config.Run, space: sweeps.Space) -> list[config.Run]:
 
 def _check(run: config.Run, space: sweeps.Space, settings: sweeps.Settings) -> int:
     """Returns the number of trials. ValueError: the sweep can't be, said before anything is trained."""
+    config_io.check(run)
     run_directory.check_place(run)
     for one in _with_adapters(run, space):
         sweeps.check(space, one)

@@ -68,8 +68,8 @@ class Attempt:
             if i == 0 and (cut := self._cut()) is not None:  # all that it validated is there by now
                 return cut
             value = used_value(run.folder, self.metric)
-            if math.isnan(value):
-                return self._failed(f"{self.metric} is not a number at the step that the run uses", True)
+            if not math.isfinite(value):
+                return self._failed(f"{self.metric} is not finite at the step that the run uses", True)
             values.append(value)
         _, rungs = self._judged()
         done = replace(self.trial, state="complete", value=sum(values) / len(values), steps=self._steps(), rungs=rungs)

@@ -50,8 +50,12 @@ def page(results: dict[str, Any]) -> str:
     body = [f"<header><h1>{text(results['name'])}</h1><p>{text(subtitle)}</p></header>", _best(results)]
     if any(t["state"] != "running" for t in results["trials"]):
         figures = [
-            ("History", "the line is the best so far", charts.history(results)),
-            ("Validations", "of each trial's first seed", charts.curves(results)),
+            (
+                "History",
+                "dashed: the best so far; hollow: stopped early, its last validation; ×: failed",
+                charts.history(results),
+            ),
+            ("Validations", "of each trial's first seed; dashed: stopped early", charts.curves(results)),
             ("Importances", "share in what makes trials good, PED-ANOVA", charts.importances(results)),
         ]
         body += [
