@@ -48,8 +48,7 @@ def load_base(source: RunSource, start: str = "") -> Base:
 
 def _run_of(source: RunSource) -> config.Run:
     if isinstance(source, str | Path):
-        file = config_io.find(source)
-        return run_directory.read_config_file(file) if file.suffix == ".json" else config_io.load(file)
+        return config_io.load(config_io.find(source))
     run = source if isinstance(source, config.Run) else source()
     if not isinstance(run, config.Run):
         raise ValueError(f"config: the function returned {type(run).__name__}, not a Run")
