@@ -19,7 +19,7 @@ from jaxlm.assembly.sweep_study import Journal, Search, Trial
 from jaxlm.assembly.sweep_trial import Attempt
 from jaxlm.core import config, config_io, tree
 from jaxlm.core import sweep as sweeps
-from jaxlm.evaluation.metrics import is_lower_better
+from jaxlm.core.figures import is_lower_better
 from jaxlm.runtime import launchers
 from jaxlm.training.log import replace_file
 

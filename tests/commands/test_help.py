@@ -14,8 +14,8 @@ from jaxlm.core import typed_arguments
 
 COMMANDS = (
     "train", "continual", "sweep", "coordinate", "work", "plan", "tune", "coordinate-check", "eval", "predict",
-    "generate", "chat", "serve", "embed", "augment", "import", "export", "merge", "grow", "shrink", "extract", "compress",
-    "tokenizer train", "data prepare", "data inspect", "board", "report", "doctor", "completion",
+    "generate", "chat", "serve", "embed", "augment", "import", "export", "merge", "grow", "shrink", "extract",
+    "compress", "tokenizer train", "data prepare", "data inspect", "board", "report", "doctor", "completion",
 )  # fmt: skip
 
 

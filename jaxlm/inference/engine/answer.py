@@ -14,7 +14,7 @@ from jaxlm.inference.stream import Reader
 
 @dataclass(frozen=True)
 class Rules:
-    """What a request's answers keep to; made once for all of them."""
+    """The rules are what a request's answers keep to; they are made once for all of them."""
 
     request: Request
     most: int

@@ -52,7 +52,7 @@ class Chosen(struct.PyTreeNode):
 
 @dataclass(frozen=True)
 class Row:
-    """A row's settings on the host."""
+    """A row holds the settings of one answer's next token, on the host."""
 
     settings: sampling.Sampling
     sample: int

@@ -7,7 +7,7 @@ from jaxlm.core.ranges import Count, Natural
 
 @dataclass(frozen=True)
 class Settings:
-    """An engine's settings. Programs are compiled at its start for each of `rows` × `lengths` and of `chunks` ×
+    """The settings say how much an engine does at once. Programs are compiled at its start for each of `rows` × `lengths` and of `chunks` ×
     `lengths`."""
 
     length: Count = 2048
