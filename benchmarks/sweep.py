@@ -83,11 +83,11 @@ def killed(a: argparse.Namespace, words: list[str], folder: Path, told: list[dic
     """Runs a sweep, and kills it whenever a share of its trials has ended and the next has taken some steps."""
     for share in KILLS[len(told) :]:
         process = start(words, a.work / f"{folder.name}.log")
-        while not (ended(folder) >= share * a.trials and under_way(folder)):
+        while not ((now := under_way(folder)) and ended(folder) >= share * a.trials):
             if process.poll() is not None:
                 raise SystemExit(f"the sweep ended before it was killed: {a.work / folder.name}.log")
             time.sleep(0.5)
-        number, step = under_way(folder)
+        number, step = now
         process.send_signal(signal.SIGKILL)
         process.wait()
         told.append({"ended": ended(folder), "trial": number, "step": step})

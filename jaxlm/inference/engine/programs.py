@@ -259,7 +259,7 @@ class Programs:
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), arrays)
 
         def place(path: tuple[Any, ...], x: Any) -> Any:
-            name = getattr(path[-1], "key", None) if path else None
+            name = path[-1].key if path and isinstance(path[-1], jax.tree_util.DictKey) else None
             spec = self.model.shard.spec((None, "kv", None, None) if name in SLOTS else ())
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self._mesh, spec))
 

@@ -7,8 +7,8 @@ from jaxlm.core.ranges import Count, Natural
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings say how much an engine does at once. Programs are compiled at its start for each of `rows` × `lengths` and of `chunks` ×
-    `lengths`."""
+    """The settings say how much an engine does at once. Programs are compiled at its start for each of `rows` ×
+    `lengths` and of `chunks` × `lengths`."""
 
     length: Count = 2048
     """The most tokens of a prompt and its answer together; a model with fewer positions allows no more than those."""

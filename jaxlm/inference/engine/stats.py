@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 @dataclass
 class Stats:
-    """The stats are an engine's counters. Those of pages and rows say how it stands now, the others what happened since its start."""
+    """The stats are an engine's counters. Those of pages and rows say how it stands now, the others what happened since
+    its start."""
 
     running: int = 0
     """Answers that grow now."""

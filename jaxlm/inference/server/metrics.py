@@ -116,6 +116,14 @@ class _OfEngine:
             gauge = GaugeMetricFamily(f"vllm:{key}", does, labels=["model_name"])
             gauge.add_metric([name], value)
             yield gauge
+        pages = GaugeMetricFamily(
+            "jaxlm:prefix_cache_pages", "Pages of the prefix cache: free, cached and used are all.",
+            labels=["model_name", "state"],
+        )  # fmt: skip
+        states = dict(free=s.pages_free, cached=s.pages_cached, used=s.pages_used, all=s.pages)
+        for state, number in states.items():
+            pages.add_metric([name, state], number)
+        yield pages
         for key, (value, does) in counters.items():
             counter = CounterMetricFamily(f"vllm:{key}", does, labels=["model_name"])
             counter.add_metric([name], value)
