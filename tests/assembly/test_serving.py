@@ -35,7 +35,7 @@ from jaxlm.objectives import classify
 from jaxlm.runtime import mesh
 
 pytest.importorskip("jinja2")
-SMALL = Settings(length=320, rows=(4,), lengths=(320,), chunks=(64,), page=8)
+SMALL = Settings(length=320, rows=(4,), lengths=(320,), chunks=(64,), page_tokens=8)
 SIZES = dict(vocab=264, layers=1, width=16, heads=2, kv_heads=1, head_width=8, ffn=24, positions=320)
 
 

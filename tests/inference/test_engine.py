@@ -36,7 +36,7 @@ KINDS = {
     "bart": ("bart", dict(vocab=V, layers=1, width=16, heads=2, ffn=24, positions=64)),
     "two kv heads": ("llama", LLAMA | dict(kv_heads=2)),
 }
-SMALL = Settings(length=64, rows=(1, 4), lengths=(32, 64), chunks=(16,), cache_tokens=4 * 64, page=4, source=16)
+SMALL = Settings(length=64, rows=(1, 4), lengths=(32, 64), chunks=(16,), cache_tokens=4 * 64, page_tokens=4, source=16)
 USUAL = ("llama", "windowed", "t5")
 SETTINGS = (
     {},

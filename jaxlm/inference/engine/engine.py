@@ -67,7 +67,7 @@ class Engine:
         shapes = shapes_of(settings, self.limit, both_ways, self.has_source)
         with on_mesh(mesh):
             self.programs = Programs(model, params, shapes, min(used or self.vocab, self.vocab), both_ways, mesh)
-        self._pages = Pages(shapes.pages, settings.page)
+        self._pages = Pages(shapes.pages, settings.page_tokens)
         self._stats = Stats(pages=shapes.pages, cache_tokens=max(b * s for b, s in shapes.pairs))
         self._grammars: dict[tuple[Any, ...], constrain.Grammar | None] = {}
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -275,8 +275,8 @@ def shapes_of(c: Settings, limit: int, both_ways: bool, has_source: bool) -> Sha
     lengths = c.row_lengths(limit)
     tokens = c.most_tokens(lengths)
     pairs = tuple((b, s) for s in lengths for b in sorted(set(c.rows)) if b * s <= tokens)
-    pages = tokens // c.page // 4 if c.pages is None else c.pages
+    pages = tokens // c.page_tokens // 4 if c.pages is None else c.pages
     # A prompt that is read both ways, or together with a source, is no beginning of another one.
     pages = 0 if both_ways or has_source else pages
     chunks = lengths if both_ways else tuple(sorted({min(n, lengths[0]) for n in c.chunks}))
-    return Shapes(pairs, chunks, pages, c.page, c.source if has_source else 0, c.lookup)
+    return Shapes(pairs, chunks, pages, c.page_tokens, c.source if has_source else 0, c.lookup)

@@ -22,7 +22,7 @@ class Settings:
     cache_tokens: Count | None = None
     """The most slots of all rows together: where a longer row needs more, those that came last wait. None: half of what
     the most rows at the longest of `lengths` would take, and at least what they take at the shortest."""
-    page: Count = 16
+    page_tokens: Count = 16
     """Tokens of a page of the prefix cache, which keeps prompts and answers for prompts that begin as they do."""
     pages: Natural | None = None
     """Pages of the prefix cache; 0: none. None: a quarter of `cache_tokens`."""
@@ -39,7 +39,7 @@ class Settings:
         wanted = [min(n, limit) for n in self.lengths] or [limit]
         while not self.lengths and wanted[-1] > 256:
             wanted.append(max(256, wanted[-1] // 4))
-        return tuple(sorted({-(-n // self.page) * self.page for n in {*wanted, limit}}))
+        return tuple(sorted({-(-n // self.page_tokens) * self.page_tokens for n in {*wanted, limit}}))
 
     def most_tokens(self, lengths: tuple[int, ...]) -> int:
         """Returns the most slots of all rows together. Raises ValueError where the longest row doesn't fit."""
@@ -48,7 +48,7 @@ class Settings:
             return max(most * lengths[0], most * lengths[-1] // 2, min(self.rows) * lengths[-1])
         if self.cache_tokens < min(self.rows) * lengths[-1]:
             raise ValueError(
-                f"engine.cache_tokens: {self.cache_tokens} do not hold {min(self.rows)} row(s) of {lengths[-1]} "
-                "tokens; raise it, or lower engine.length"
+                f"cache_tokens: {self.cache_tokens} do not hold {min(self.rows)} row(s) of {lengths[-1]} "
+                "tokens; raise it, or lower length"
             )
         return self.cache_tokens
