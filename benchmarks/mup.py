@@ -29,7 +29,7 @@ from worker import HERE, machine, save, table
 sys.path.insert(0, str(HERE.parent))
 
 WIDTHS, LAYERS, DEPTH = (64, 128, 256), 2, 8
-RATES = tuple(0.002 * 2**i for i in range(6))
+RATES = tuple(0.001 * 2**i for i in range(7))
 STEPS = 200
 
 
@@ -81,13 +81,13 @@ def train(a: argparse.Namespace, cell: Cell) -> dict[str, float]:
     return {"loss": figures["loss"] if finite else float("nan"), "cpu_s": round(time.process_time() - began, 1)}
 
 
-def cells(found: dict[str, Any], depth: bool) -> Iterator[Cell]:
+def cells(found: dict[str, Any], depth: bool, rates: list[float]) -> Iterator[Cell]:
     """The runs in their order; those with more seeds follow from the others."""
     wide = [(width, LAYERS) for width in WIDTHS]
     for sizes in [wide] + [[(WIDTHS[0], DEPTH)]] * depth:
         for width, layers in sizes:
             first = RATES[0] if (width, layers) == (WIDTHS[0], LAYERS) else best(found, "standard", WIDTHS[0], LAYERS)
-            for rate in sorted(RATES, key=lambda rate: abs(math.log(rate / first))):  # those near the base's best
+            for rate in sorted(rates, key=lambda rate: abs(math.log(rate / first))):  # those near the base's best
                 for arm in ("mup", "standard"):
                     yield Cell(base_is_shared(arm, width, layers), width, layers, rate, 0)
         for arm in ("mup", "standard"):
@@ -148,6 +148,7 @@ def main() -> None:
     p.add_argument("--data", type=Path, required=True)
     p.add_argument("--cache", type=Path, required=True, help="a folder for tokens, which is kept")
     p.add_argument("--depth", action="store_true", help="train the deeper models too")
+    p.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="train these alone now")
     p.add_argument("--save", default="mup", help="name under results/")
     a = p.parse_args()
     file = HERE / "results" / f"{a.save}.json"
@@ -159,7 +160,7 @@ def main() -> None:
         "machine": machine(), "jax": jax.__version__, "numpy": np.__version__, "widths": WIDTHS,
         "layers": (LAYERS, DEPTH), "rates": RATES, "steps": STEPS, "base": {"width": WIDTHS[0], "layers": LAYERS},
     }  # fmt: skip
-    for cell in cells(found, a.depth):
+    for cell in cells(found, a.depth, a.rates):
         if cell.key not in found["runs"]:
             done = train(a, cell)
             found["runs"][cell.key] = done | ({} if done["loss"] == done["loss"] else {"loss": None})
