@@ -204,6 +204,29 @@ def test_runs_are_listed_from_the_ends_of_their_logs(tmp_path):
     assert [run["id"] for run in Runs(tmp_path / "a").list()] == ["a"], "a run's own folder is a board of one"
 
 
+def test_a_stream_is_shown_beside_the_runs_of_its_stages(tmp_path):
+    train(tmp_path / "stream" / "seed-0" / "1-a", 5)
+    results = {
+        "stages": ["a", "b<b>"], "seeds": [0], "methods": ["ewc"], "metrics": ["accuracy", "loss"], "seconds": {},
+        "lower_is_better": [False, True], "matrices": [[[0.1, 9.0], [0.75, 8.0], [None, 2.5]]],
+        "figures": {"average": [0.5, None, None]}, "warnings": ["b is small"],
+    }  # fmt: skip
+    (tmp_path / "stream" / "results.json").write_text(json.dumps(results))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.json").write_text('{"scores": 1}')
+    runs = Runs(tmp_path)
+    assert {run["id"]: run["kind"] for run in runs.list()} == {"stream": "stream", "stream/seed-0/1-a": "run"}
+    shown = runs.view("stream")
+    assert shown["brief"]["about"] == "2 stages · ewc · 1 seed"
+    scores = next(part for part in shown["sections"] if part["id"] == "scores")["blocks"][0]
+    assert scores["heads"] == ["", "a\naccuracy", "b<b>\nloss ↓"]
+    _, after_a, after_b = scores["rows"]
+    assert (after_a[1]["text"], after_a[1]["shade"], after_a[1]["edge"]) == ("0.7500", 1.0, True)
+    assert after_b[1] == "–" and after_b[2]["shade"] == 1.0, "the lowest loss is the best"
+    with pytest.raises(KeyError):
+        runs.view("other")
+
+
 # ------------------------------------------------------------------------------------------------------- who may see it
 
 
@@ -247,6 +270,8 @@ def test_no_path_leaves_the_runs(tmp_path):
     root = tmp_path / "runs"
     train(root / "a", 5)
     (root / "linked").symlink_to(outside)
+    (root / "again").symlink_to(root / "a")
+    (root / "circle").symlink_to(root)
     (root / "file").mkdir()
     (root / "file" / "metrics.jsonl").symlink_to(outside / "metrics.jsonl")
     os.mkfifo(root / "a" / "environment.json")

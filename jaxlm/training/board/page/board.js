@@ -277,10 +277,13 @@ function compared(runs) {
 
 // ------------------------------------------------------------------------------------------------------------ what changes
 
-async function zoomTo(range) {
+/** Shows a range, or all; `again` where the same range has new points, so that the ones that it has stay until then. */
+async function zoomTo(range, again = false) {
   state.zoom = range;
-  for (const run of state.shown.values()) run.near = null;
-  page();
+  if (!again) {
+    for (const run of state.shown.values()) run.near = null;
+    page();
+  }
   if (!range) return;
   const axis = state.axis;
   await Promise.all([...state.shown.values()].map(async (run) => {
@@ -331,6 +334,7 @@ async function lookOnce() {
     state.awaited = named;
   }
   const listed = new Map(state.runs.map((run) => [run.id, run]));
+  let grew = false;
   await Promise.all([...state.shown.values()].map(async (run) => {
     const brief = listed.get(run.id);
     if (!brief) return;
@@ -340,11 +344,13 @@ async function lookOnce() {
     const view = await source.run(run.id, run.cursor);
     if (state.shown.get(run.id) !== run) return;
     run.take(view);
+    grew ||= Boolean(view.train?.n.length || view.valid?.n.length);
     run.settled = same && run.cursor === before;
     if (run.whole < 1) wanted = true;
   }));
   list();
   page();
+  if (state.zoom && grew) await zoomTo(state.zoom, true);
 }
 
 for (const radio of document.querySelectorAll("[name=axis]"))
