@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.assembly import open_engine
 from jaxlm.assembly.generation_advice import advice
 from jaxlm.assembly.model_source import Source
 from jaxlm.assembly.open_model import Place, Pretrained, open_model, source_of, with_row_adapters
@@ -66,7 +67,8 @@ def generate(
     With `special`, special tokens that a prompt spells, such as `<|im_start|>`, are read as such, else as characters.
 
     `draft` is a smaller model of the same tokenizer that proposes tokens, or `lookup`, which proposes what followed the
-    last two tokens before. `adapters` are those of each prompt, in one batch.
+    last two tokens before. `adapters` are those of each prompt, in one batch. More than 32 answers are not made in one
+    batch: as soon as one ends, the next prompt takes its place.
     """
     p = open_model(model, step)
     if adapters:
@@ -75,6 +77,8 @@ def generate(
         p = with_row_adapters(p, adapters)
     ids, source = _prompts(p, prompts, special)
     with mesh.on_mesh(p.mesh):
+        if draft is None and not adapters and open_engine.fits(p, ids, sampling):
+            return open_engine.answers(p, ids, sampling, source)
         run = p.generator()
         weights = run.prepare(p.params)
         if draft is None:

@@ -12,34 +12,20 @@ import numpy as np
 
 from jaxlm.assembly import predict
 from jaxlm.assembly.generation_advice import advice
-from jaxlm.assembly.open_model import Place, Pretrained, open_model, source_of, with_row_adapters
+from jaxlm.assembly.open_engine import open_engine
+from jaxlm.assembly.open_model import Place, Pretrained, open_model, source_of
 from jaxlm.data import render_chat
 from jaxlm.data.chat_template import Renderer
 from jaxlm.data.text_input import read_text
 from jaxlm.data.tokenizer import SpelledSpecial
 from jaxlm.inference.embed import Recipe, encode, make_embed, read_recipe
-from jaxlm.inference.engine import Engine, Settings
+from jaxlm.inference.engine import Settings
 from jaxlm.inference.sampling import Sampling
 from jaxlm.inference.server.service import Classify, Embed, Prompt, Service, ToChat
 from jaxlm.inference.server.tool_calls import FORMATS, Format, format_of
 from jaxlm.runtime import mesh
 
 KINDS = {"decoder": "a decoder", "encoder": "an encoder", "encoder_decoder": "an encoder-decoder"}
-
-
-def open_engine(p: Pretrained, settings: Settings | None = None, adapters: Mapping[str, str] | None = None) -> Engine:
-    """Returns an engine over an opened model, not started yet. `adapters` are directories of PEFT's by the names that
-    requests call them by."""
-    masks: dict[str, np.ndarray] = {}
-    if adapters:
-        if twice := [name for name, folder in adapters.items() if list(adapters.values()).count(folder) > 1]:
-            raise ValueError(f"adapter: {', '.join(twice)} are of one directory; give each directory once")
-        p = with_row_adapters(p, list(adapters.values()))
-        masks = dict(zip(adapters, np.asarray(p.params["adapter"]["rows"]), strict=True))
-    used = p.tokens.vocab_size if p.objective is None else p.objective.vocab_size
-    both_ways = p.objective is not None and p.objective.prompts_read_both_ways
-    return Engine(p.model, p.tokens, p.params, settings, eos=p.eos, used=used, both_ways=both_ways, adapters=masks,
-                  mesh=p.mesh)  # fmt: skip
 
 
 def open_service(
