@@ -155,8 +155,8 @@ def main() -> None:
     found = {"jaxlm, one by one": one_by_one(a, p)}
     length = 256 * -(-(a.tokens + 64) // 256)
     port = free_port()
-    command = [sys.executable, "-m", "jaxlm", "serve", a.model, "--port", str(port), "--length", str(length)]
-    with server([*command, "--rows", *map(str, a.clients)], port, "jaxlm serve") as url:
+    command = [sys.executable, "-m", "jaxlm", "serve", a.model, "--port", str(port), "--engine.length", str(length)]
+    with server([*command, "--engine.rows", *map(str, a.clients)], port, "jaxlm serve") as url:
         name = json.load(urllib.request.urlopen(f"{url}/models"))["data"][0]["id"]
         found["jaxlm serve"] = measure(url, name, a.clients, a, dict(ignore_eos=True))
     with tempfile.TemporaryDirectory() as folder:

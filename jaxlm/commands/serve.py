@@ -4,19 +4,21 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction, arg
 
 from jaxlm.commands.arguments import Command, Done, Flag, Model, More, part, start_processes
 from jaxlm.core import typed_arguments
+from jaxlm.core.errors import nearest
 from jaxlm.core.ranges import Natural
 from jaxlm.inference.server.limits import Limits
 
 Several = UseAppendAction[tuple[str, ...]]
 KEY = "JAXLM_API_KEY"
+ENGINE = "--engine."
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
 
 
@@ -62,7 +64,8 @@ class Serve(Limits, Command):
     def more(cls, place: str, rest: Sequence[str] = ()) -> More | None:
         from jaxlm.inference.engine import Settings
 
-        return More("engine", Settings, Settings())
+        kind = make_dataclass("Options", [("engine", Settings)], frozen=True)
+        return More("options", kind, kind(Settings()))
 
     def run(self, rest: list[str]) -> Done:
         if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
@@ -70,12 +73,11 @@ class Serve(Limits, Command):
         adapters, keys = _named(self.adapter), self._keys()
         start_processes(self)
         from jaxlm.assembly import serving
-        from jaxlm.inference.engine import Settings
         from jaxlm.inference.server.app import make_app
         from jaxlm.inference.server.guard import Access, local_hosts
         from jaxlm.inference.server.listen import address, bind, serve
 
-        limits, settings = part(self, Limits), typed_arguments.parse(Settings, rest)
+        limits, settings = part(self, Limits), _engine(rest)
         hosts = local_hosts(self.host)
         if not hosts and not keys:
             print(f"whoever reaches {self.host} may use this server: give a key by {KEY}", file=sys.stderr)
@@ -109,6 +111,22 @@ class Serve(Limits, Command):
         if any(not key.strip() for key in keys):
             raise ValueError("api_key: is empty; leave it out to serve without a key")
         return tuple(keys)
+
+
+def _engine(rest: Sequence[str]) -> Any:
+    """Returns the engine's settings of options such as `--engine.length`. ValueError: there is no such option."""
+    from jaxlm.inference.engine import Settings
+
+    for option in rest:
+        if option.startswith("--") and not option.startswith(ENGINE):
+            known = [f.name.replace("_", "-") for f in fields(Serve)] + [f"engine.{f.name}" for f in fields(Settings)]
+            raise ValueError(f"unknown option {option.partition('=')[0]}{nearest(option.removeprefix('--'), known)}")
+    try:
+        return typed_arguments.parse(
+            Settings, [f"--{a.removeprefix(ENGINE)}" if a.startswith(ENGINE) else a for a in rest]
+        )
+    except ValueError as error:
+        raise ValueError(str(error).replace("--", ENGINE)) from None
 
 
 def _named(adapters: Sequence[str]) -> dict[str, str]:

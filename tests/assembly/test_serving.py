@@ -228,6 +228,9 @@ MISTAKES = {
     "no such address": (["--host", "no such host"], "--host: 'no such host' is no address"),
     "a wrong number": (["--port", "0", "--answers", "0"], "--answers: 0 is out of range"),
     "no such model": (["--port", "0"], "nowhere: no such model"),
+    "no such option": (["--engine.lenght", "9"], "unknown option --engine.lenght; did you mean '--engine.length'?"),
+    "an option that is wrong": (["--engine.length", "0"], "--engine.length: 0 is out of range"),
+    "another option": (["--prot", "9"], "unknown option --prot; did you mean 'port'?"),
 }
 
 
@@ -252,7 +255,8 @@ def test_the_command_serves_and_drains_on_sigterm(home, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("k1\nk2\n")
     command = [sys.executable, "-m", "jaxlm", "serve", str(home / "model"), "--port", "0", "--api-key-file", str(keys),
-               "--length", "128", "--rows", "4", "--lengths", "128", "--chunks", "32", "--name", "mine"]  # fmt: skip
+               "--engine.length", "128", "--engine.rows", "4", "--engine.lengths", "128", "--engine.chunks", "32",
+               "--name", "mine"]  # fmt: skip
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     assert process.stdout is not None
