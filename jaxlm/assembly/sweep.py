@@ -6,6 +6,7 @@ but the settings and what earlier trials came to.
 
 import dataclasses
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 from jaxlm.assembly import run_directory, run_source, sweep_results, sweep_study
 from jaxlm.assembly.model_source import StartModel
-from jaxlm.assembly.sweep_process import LOCK, Process, environments, held, stop_signals
+from jaxlm.assembly.sweep_process import LOCK, environments, held, stop_signals
 from jaxlm.assembly.sweep_study import Journal, Search, Trial
 from jaxlm.assembly.sweep_trial import Attempt
 from jaxlm.core import config, config_io, tree
@@ -38,7 +39,7 @@ def search(
     """
     space = space if isinstance(space, Mapping) else _read(space, run)
     total = _check(run, space, settings)
-    found = Search(settings, space, run, _lower(run))
+    found = Search(settings, space, run, _with_adapters(run, space)[0], _lower(run))
     found.sampler(0)
     places = environments(settings, _environment())
     folder = run.folder
@@ -102,8 +103,6 @@ def _lower(run: config.Run) -> bool:
 
 def _environment() -> Mapping[str, str]:
     """Returns this process's environment. ValueError: a launcher started several."""
-    import os
-
     place = launchers.find(os.environ)
     if place.count > 1:
         raise ValueError(f"sweep: {place.launcher} started {place.count} processes of it; start one, which starts a "
@@ -153,7 +152,7 @@ class _Sitting:
         self.trials = self.journal.trials()
         self.told = next((t.number for t in self.trials if t.state == "running"), len(self.trials))
         self.free = places[: search.settings.parallel]
-        self.at_work: dict[int, tuple[Generator[Process | None, None, Trial], dict[str, str]]] = {}
+        self.at_work: dict[int, tuple[Attempt, Generator[None, None, Trial]]] = {}
         self.done: dict[int, Trial] = {}
 
     def work(self) -> int:
@@ -190,13 +189,13 @@ class _Sitting:
         for trial in self.trials[self.told :]:
             if self.free and trial.number not in self.at_work and trial.number not in self.done:
                 self._start(trial)
-        for number, (going, place) in list(self.at_work.items()):
+        for number, (attempt, going) in list(self.at_work.items()):
             try:
                 next(going)
             except StopIteration as end:
                 self.done[number] = end.value
                 del self.at_work[number]
-                self.free.append(place)
+                self.free.append(attempt.variables)
         while self.told in self.done:
             trial = self.done.pop(self.told)
             self.journal.finish(trial)
@@ -218,17 +217,14 @@ class _Sitting:
             return
         launcher = self.search.settings.launcher
         attempt = Attempt(self.search, self.metric, self.trials, trial, runs, launcher, place)
-        self.at_work[trial.number] = attempt.work(), place
+        self.at_work[trial.number] = attempt, attempt.work()
 
     def _stop(self) -> None:
         """Lets all that runs save and end."""
-        for going, _ in self.at_work.values():
-            try:
-                if (process := next(going)) is not None:
-                    process.stop()
-            except StopIteration:
-                continue
-        for going, _ in self.at_work.values():
+        for attempt, _ in self.at_work.values():
+            if attempt.process is not None:
+                attempt.process.stop()
+        for _, going in self.at_work.values():
             going.close()
 
     def _clean(self) -> None:

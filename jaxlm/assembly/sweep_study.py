@@ -21,6 +21,9 @@ from jaxlm.core.config import Run
 
 NAME = "sweep"  # of each study: Hyperband draws a trial's bracket from it and the trial's number
 JOURNAL = "journal.log"
+SAMPLERS = {"tpe": "TPESampler", "cma-es": "CmaEsSampler", "gp": "GPSampler", "random": "RandomSampler",
+            "brute-force": "BruteForceSampler"}  # fmt: skip
+"""optuna's names of those that take nothing but a seed."""
 REMEMBERING = ("cma-es", "qmc", "grid")
 """Samplers that know more than the trials."""
 NEEDS = {"cma-es": "cmaes", "gp": "torch", "qmc": "scipy"}
@@ -66,6 +69,8 @@ class Search:
     settings: sweeps.Settings
     space: sweeps.Space
     run: Run
+    typed: Run
+    """The run with a method of fine-tuning that the space has fields of, where it chooses methods."""
     lower: bool
     """Less of the metric is better."""
 
@@ -82,7 +87,7 @@ class Search:
         for path, d in self.space.items():
             if isinstance(d, sweeps.Choice):
                 out[path] = kinds.CategoricalDistribution(sweeps.labels(d))
-            elif sweeps.is_whole(self.run, path):
+            elif sweeps.is_whole(self.typed, path):
                 out[path] = kinds.IntDistribution(int(d.low), int(d.high), d.log, int(d.step or 1))
             else:
                 out[path] = kinds.FloatDistribution(d.low, d.high, d.log, d.step)
@@ -95,21 +100,13 @@ class Search:
         whole = self.settings.sampler_seed  # for those whose trials are parts of one sequence
         with _quiet():
             try:
-                if name == "tpe":
-                    return kinds.TPESampler(seed=seed)
-                if name == "cma-es":
-                    return kinds.CmaEsSampler(seed=seed)
-                if name == "gp":
-                    return kinds.GPSampler(seed=seed)
                 if name == "qmc":
                     return kinds.QMCSampler(seed=whole, scramble=True)
-                if name == "random":
-                    return kinds.RandomSampler(seed=seed)
-                if name == "brute-force":
-                    return kinds.BruteForceSampler(seed=seed)
+                if name != "grid":
+                    return getattr(kinds, SAMPLERS[name])(seed=seed)
             except ImportError:
                 raise ValueError(f"sampler: {name} needs {NEEDS[name]}: pip install {NEEDS[name]}") from None
-        every = sweeps.points(self.space, self.run)
+        every = sweeps.points(self.space, self.typed)
         assert every is not None
         return kinds.GridSampler({path: list(dict.fromkeys(p[path] for p in every)) for path in self.space}, whole)
 

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,20 +32,22 @@ class Attempt:
     runs: Sequence[config.Run]
     """One for each seed."""
     launcher: str
-    variables: Mapping[str, str]
+    variables: dict[str, str]
+    process: Process | None = None
+    """What runs now."""
     _read: tuple[Any, dict[int, float]] = (None, {})
     _verdict: tuple[dict[int, float], tuple[int | None, dict[str, float]]] = field(default=({}, (None, {})))
 
-    def work(self) -> Generator[Process | None, None, Trial]:
-        """Trains, and yields from time to time, the process that runs or None; returns the trial with what it came
-        to. Closed early, it stops the process and waits until that has saved."""
+    def work(self) -> Generator[None, None, Trial]:
+        """Trains, and yields from time to time; returns the trial with what it came to. Closed early, it stops the
+        process that runs and waits until that has saved."""
         folder = self.runs[0].folder.parent
         while (lock := held(folder / LOCK)) is None:  # a process of a sweep that was killed is about to end
-            yield None
+            yield
         with lock:
             return (yield from self._work(lock))
 
-    def _work(self, lock: Any) -> Generator[Process | None, None, Trial]:
+    def _work(self, lock: Any) -> Generator[None, None, Trial]:
         values: list[float] = []
         for i, run in enumerate(self.runs):
             tries = 0
@@ -54,10 +56,12 @@ class Attempt:
                     return cut
                 _write(run)
                 with Process(run.folder, lock, self.launcher, self.variables) as process:
+                    self.process = process
                     while (status := process.poll()) is None:
-                        yield process
+                        yield
                         if i == 0 and self._cut() is not None:
                             process.stop()
+                self.process = None
                 if (i == 0 and self._cut() is not None) or _ended(run.folder):
                     continue
                 reason, by_settings = _failure(run.folder, process, status)

@@ -128,6 +128,17 @@ def test_a_trial_is_the_mean_over_seeds_and_the_first_decides_whether_it_goes_on
     assert not (tmp_path / "s" / "trials" / f"{pruned['number']:04d}" / "seed-50").exists()
 
 
+def test_methods_of_fine_tuning_and_their_fields_vary_together(tmp_path):
+    space = ["adapter=lora|dora", "adapter.rank=uniform(2,8)"]
+    results = search(make_run(tmp_path), space, trials=4, pruner="none")
+    assert results["counts"]["complete"] == 4
+    runs = [json.loads(file.read_text())["adapter"] for file in sorted((tmp_path / "s/trials").glob("*/*/config.json"))]
+    assert [{"adapter": a["family"], "adapter.rank": a["rank"]} for a in runs] == [
+        trial["params"] for trial in results["trials"]
+    ]
+    assert {a["family"] for a in runs} == {"lora", "dora"}
+
+
 def test_a_stop_lets_trials_save_and_the_same_call_goes_on(tmp_path, monkeypatch):
     run = make_run(tmp_path)
     monkeypatch.setenv("JAXLM_TEST_SECONDS", "0.15")
@@ -179,7 +190,8 @@ def test_a_directory_of_another_sweep_or_one_at_work_is_left_alone(tmp_path):
 
 
 def of(space=SPACE, folder: Path = Path("x"), **settings) -> Search:
-    return Search(Settings(**settings), space, make_run(folder), lower=True)
+    run = make_run(folder)
+    return Search(Settings(**settings), space, run, run, lower=True)
 
 
 def history(found: Search, count: int, parallel: int = 1) -> list[Trial]:
@@ -212,7 +224,7 @@ def test_a_proposal_depends_on_what_it_may_know_alone(sampler):
         [t if t.number < last.known else Trial(t.number, t.params, t.known) for t in trials[:-1]],
     ):
         assert sweep_study.propose(found, later, last.known) == last.params
-    other = Search(Settings(sampler=sampler, sampler_seed=1), found.space, found.run, True)
+    other = of(found.space, sampler=sampler, sampler_seed=1)
     assert [t.params for t in history(other, 3)] != [t.params for t in trials[:3]]
 
 
@@ -292,29 +304,28 @@ def test_a_process_stops_when_who_started_it_is_gone():
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_with_the_checkpoint_of_the_trial_that_it_trained(tmp_path):
+def test_a_killed_sweep_goes_on_with_the_checkpoint_of_the_trial_that_it_trained(tmp_path, monkeypatch):
     (tmp_path / "x.txt").write_text("".join(f"line {i} of a text that is learned\n\n" for i in range(400)))
     (tmp_path / "c.py").write_text(CONFIG)
     words = [sys.executable, "-m", "jaxlm", "sweep", "c.py", "--space", "optim.lr=log(1e-3,1e-1)", "--trials", "2",
              "--json"]  # fmt: skip
     env = os.environ | {"PYTHONPATH": str(Path(jaxlm.__file__).parents[1])}
-    trial = tmp_path / "runs/r/trials/0000/seed-0"
-    with subprocess.Popen(words, cwd=tmp_path, env=env) as process:
+    monkeypatch.chdir(tmp_path)
+    trial = Path("runs/r/trials/0000/seed-0")
+    with subprocess.Popen(words, env=env) as process:
         while not list(trial.glob("checkpoints/checkpoint-*")):
             assert process.poll() is None
             time.sleep(0.1)
         process.kill()
-    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
     results = json.loads(done.stdout)
     assert results["counts"]["complete"] == 2
     assert "continuing" in (trial.parent / "seed-0.log").read_text()
     steps = [json.loads(line)["step"] for line in (trial / "metrics.jsonl").read_text().splitlines()
              if json.loads(line)["kind"] == "valid"]  # fmt: skip
     assert steps == list(range(0, 201, 20))
-    assert jaxlm.evaluate(tmp_path / f"runs/r/trials/{results['best']:04d}/seed-0")["loss"] < 3
-    assert (
-        jaxlm.load(tmp_path / "runs/r/best.json").optim.lr == results["trials"][results["best"]]["params"]["optim.lr"]
-    )
+    assert jaxlm.evaluate(f"runs/r/trials/{results['best']:04d}/seed-0")["loss"] < 3
+    assert jaxlm.load("runs/r/best.json").optim.lr == results["trials"][results["best"]]["params"]["optim.lr"]
 
 
 CONFIG = """
@@ -327,5 +338,5 @@ def config():
     return Run("r", llama.Config(vocab=264, layers=1, width=16, heads=2, kv_heads=1, head_width=8, ffn=16),
                causal.Config(), Data(train=("x.txt",), holdout=0.2, tokenizer="bytes", cache="cache",
                tokenize_workers=0), Optim(warmup=2),
-               train=Train(steps=200, batch_size=4, seq_len=32, eval_every=20, save_every=20, prompts=()))
+               train=Train(steps=200, batch_size=8, seq_len=32, eval_every=20, save_every=20, prompts=()))
 """
