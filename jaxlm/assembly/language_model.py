@@ -11,8 +11,10 @@ import numpy as np
 
 from jaxlm.assembly import convert, generate_text, predict
 from jaxlm.assembly.generation_advice import advice
+from jaxlm.assembly.open_engine import open_engine
 from jaxlm.assembly.open_model import Pretrained
 from jaxlm.core import tree
+from jaxlm.inference.engine import Engine, Settings
 from jaxlm.inference.sampling import Sampling
 from jaxlm.inference.stream import Answer
 from jaxlm.nn import losses
@@ -130,6 +132,13 @@ class LanguageModel:
             raise ValueError(f"{unknown[0]}: no such setting of Sampling; known: {', '.join(known)}")
         how = self._with_advice(settings) if sampling is None else dataclasses.replace(sampling, **settings)
         return generate_text.generate(self.pretrained, prompts, how, special=special)
+
+    def engine(self, settings: Settings | None = None, adapters: Mapping[str, str] | None = None) -> Engine:
+        """Returns an engine that answers many requests at once, with everything compiled. `adapters` are directories of
+        PEFT's by the names that requests call them by. Close it in the end."""
+        made = open_engine(self.pretrained, settings, adapters)
+        made.start()
+        return made
 
     def _with_advice(self, settings: dict[str, Any]) -> Sampling:
         """Returns what the files advise, with a user's own settings. What is followed is told the first time."""
