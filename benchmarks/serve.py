@@ -4,7 +4,7 @@ of one answer after the other, `transformers serve` and llama.cpp's server.
     python benchmarks/serve.py MODEL [--peer-python VENV/bin/python] [--llama-python VENV/bin/python]
 
 MODEL is anything that `jaxlm serve` reads. The first peer's Python has torch and `transformers[serving]`, and reads
-MODEL's weights in float32; the second has xllamacpp, and reads them in float32 (as ours are) and in Q8_0. Each client
+MODEL's weights in float32 (as ours are); the second has xllamacpp, and reads them in float16 and in Q8_0. Each client
 sends the next request when it has the answer to its last one; all send the same prompts, which begin unlike each
 other, and get answers of the same length. Each server runs alone, with --threads.
 """
@@ -166,9 +166,9 @@ def main() -> None:
         found["jaxlm serve"] = measure(url, name, a.clients, a, dict(ignore_eos=True))
     with tempfile.TemporaryDirectory() as folder:
         if a.llama_python:
-            for kind in ("f32", "q8_0"):
+            for kind in ("f16", "q8_0"):
                 file = Path(folder) / f"{kind}.gguf"
-                convert.export(p.source.path, file, format="gguf", **({} if kind == "f32" else dict(quantize=kind)))
+                convert.export(p.source.path, file, format="gguf", **({} if kind == "f16" else dict(quantize=kind)))
                 arguments_ = [str(file), port, a.threads, max(a.clients), length]
                 with server([a.llama_python, "-c", LLAMA, *map(str, arguments_)], port, "llama.cpp") as url:
                     more = dict(ignore_eos=True, cache_prompt=False)
