@@ -18,8 +18,9 @@ from jaxlm.inference import constrain
 from jaxlm.inference.engine.answer import Answer, Rules, check, end_ids_of
 from jaxlm.inference.engine.pages import Pages
 from jaxlm.inference.engine.programs import Programs, Shapes
+from jaxlm.inference.engine.reading import Reading
 from jaxlm.inference.engine.request import Answering, EngineFull, Request
-from jaxlm.inference.engine.rows import Reading, Rows
+from jaxlm.inference.engine.rows import Rows
 from jaxlm.inference.engine.schedule import Line, Waiting
 from jaxlm.inference.engine.settings import Settings
 from jaxlm.inference.engine.stats import Stats

@@ -19,14 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.inference.decode import prepare, whole_rows
-from jaxlm.inference.engine import sample
+from jaxlm.inference.engine import row_caches, sample
+from jaxlm.inference.engine.row_caches import Layers
 from jaxlm.models.model import Model
 from jaxlm.nn.cache import SLOTS, Cache, with_own_ends
 from jaxlm.nn.losses import logits
 from jaxlm.runtime.mesh import NamedSharding, single_device_sharding
 from jaxlm.weights.adapters import per_row
-
-Layers = tuple[dict[str, jax.Array], ...]
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Programs:
     ) -> tuple[jax.Array, Layers]:
         """Reads up to a chunk's tokens into a row and returns (states `[1, T, D]`, the row's arrays). With `prefix`,
         which a model that reads prompts both ways understands, each of them sees all of them."""
-        T, S = min(n for n in self.shapes.chunks if n >= len(tokens)), _slots(layers)
+        T, S = min(n for n in self.shapes.chunks if n >= len(tokens)), row_caches.slots(layers)
         batch = dict(
             tokens=_padded(tokens, T)[None],
             segments=(np.arange(T) < len(tokens)).astype(np.int32)[None],
@@ -114,13 +113,13 @@ class Programs:
         `known` is (tokens, whether to take them, tokens of the step before): a row's token is on the host or still on
         its way.
         """
-        key = "step", len(end_B), _slots(layers)
+        key = "step", len(end_B), row_caches.slots(layers)
         return self._compiled[key](self.params, layers, end_B, known, active_B, rows_BR)
 
     def judge(self, layers: Layers, end_B: Any, tokens_BT: Any, counts_B: Any, rows_BR: Any) -> Any:
         """Reads `counts_B` tokens of each row and returns (the likeliest token after each of them with whether its
         logits were finite, the rows' arrays)."""
-        return self._compiled["judge", len(end_B), _slots(layers)](
+        return self._compiled["judge", len(end_B), row_caches.slots(layers)](
             self.params, layers, end_B, tokens_BT, counts_B, rows_BR
         )
 
@@ -134,11 +133,15 @@ class Programs:
 
     def insert(self, layers: Layers, row: Layers, at: int) -> Layers:
         """Returns running rows with a row in place `at`."""
-        return self._compiled["insert", _slots(row), _rows(layers), _slots(layers)](layers, row, np.int32(at))
+        return self._compiled["insert", row_caches.slots(row), row_caches.rows(layers), row_caches.slots(layers)](
+            layers, row, np.int32(at)
+        )
 
     def extract(self, layers: Layers, at: int, length: int) -> Layers:
         """Returns a row of its own with the first `length` slots of the running row `at`."""
-        return self._compiled["extract", _rows(layers), _slots(layers), length](layers, np.int32(at))
+        return self._compiled["extract", row_caches.rows(layers), row_caches.slots(layers), length](
+            layers, np.int32(at)
+        )
 
     def load(self, pool: Layers, pages: Sequence[int], length: int) -> Layers:
         """Returns a row of `length` slots that begins with what pages hold."""
@@ -146,7 +149,7 @@ class Programs:
 
     def store(self, pool: Layers, row: Layers, pages: Sequence[int]) -> Layers:
         """Returns the pool of pages with a row's tokens in `pages`: the first in the first, and so on; 0: nowhere."""
-        S = _slots(row)
+        S = row_caches.slots(row)
         return self._compiled["store", S](pool, row, _padded(pages, S // self.shapes.page))
 
     def chunk(self, tokens: int, at_once: bool = False) -> tuple[int, int]:
@@ -198,7 +201,7 @@ class Programs:
         pool = self.described(shapes.pages + 1, shapes.page) if shapes.pages else None
         sizes = {*shapes.pairs, *((1, S) for S in shapes.lengths)}
         for B, S in sizes | ({(shapes.pages + 1, shapes.page)} if shapes.pages else set()):
-            yield ("empty", B, S), lower(partial(_empty, like=self.described(B, S)))
+            yield ("empty", B, S), lower(partial(row_caches.empty, like=self.described(B, S)))
         for B, S in sorted(shapes.pairs, reverse=True):
             layers, bools = self.described(B, S), like((B,), jnp.bool_)
             known = i32(B), bools, i32(B)
@@ -208,8 +211,8 @@ class Programs:
                 yield ("judge", B, S), lower(self._judge, p, layers, i32(B), tokens, i32(B), masks(B), donate=(1,))
             for length in [s for s in shapes.lengths if s <= S]:
                 row = self.described(1, length)
-                yield ("insert", length, B, S), lower(_insert, layers, row, i32(), donate=(0,))
-                yield ("extract", B, S, length), lower(partial(_extract, like=row), layers, i32())
+                yield ("insert", length, B, S), lower(row_caches.insert, layers, row, i32(), donate=(0,))
+                yield ("extract", B, S, length), lower(partial(row_caches.extract, like=row), layers, i32())
         for S in shapes.lengths:
             row = self.described(1, S)
             for T in shapes.chunks:
@@ -222,8 +225,8 @@ class Programs:
                         batch["prefix"] = like((1, T), jnp.bool_)
                     yield ("read", T, S), lower(self._read, p, row, i32(1), batch, masks(1), donate=(1,))
             if pool is not None:
-                yield ("load", S), lower(partial(_load, like=row), pool, i32(S // shapes.page))
-                yield ("store", S), lower(_store, pool, row, i32(S // shapes.page), donate=(0,))
+                yield ("load", S), lower(partial(row_caches.load, like=row), pool, i32(S // shapes.page))
+                yield ("store", S), lower(row_caches.store, pool, row, i32(S // shapes.page), donate=(0,))
         for T in shapes.chunks:
             yield ("last", T), lower(self._last, p, x(T), i32())
             yield ("score", T), lower(self._score, p, x(T), i32(T))
@@ -270,7 +273,7 @@ class Programs:
         return self.model.shard.dtype
 
     def _cache(self, layers: Layers, end_B: jax.Array) -> Cache:
-        return Cache(layers, end_B, jnp.zeros((len(end_B), _slots(layers)), bool), fresh=False)
+        return Cache(layers, end_B, jnp.zeros((len(end_B), row_caches.slots(layers)), bool), fresh=False)
 
     def _read(self, params: Any, layers: Layers, end_1: jax.Array, batch: dict, rows_1R: Any) -> Any:
         out = self.model.forward(per_row.for_rows(params, rows_1R), batch, cache=self._cache(layers, end_1))
@@ -311,66 +314,6 @@ class Programs:
     def _logits(self, params: Any, x_BTD: jax.Array) -> jax.Array:
         z_BTV = logits(self.model.readout(params, x_BTD), self.model.shard)
         return self.model.shard(z_BTV.astype(jnp.float32), None, None, None)
-
-
-# ---------------------------------------------------------------------------------------------------- caches as arrays
-
-
-def _axis(name: str) -> int | None:
-    """Returns the axis of the slots of a row's own tokens; what an encoder said has none."""
-    return None if name.startswith("cross_") else SLOTS.get(name, 1)
-
-
-def _slots(layers: Layers) -> int:
-    name, x = next((name, x) for name, x in layers[0].items() if _axis(name) is not None)
-    return x.shape[SLOTS.get(name, 1)]
-
-
-def _rows(layers: Layers) -> int:
-    return next(iter(layers[0].values())).shape[0]
-
-
-def _each(layers: Layers, change: Callable[..., jax.Array], *others: Layers) -> Layers:
-    """Returns `change(name, array, …)` of each array of all layers."""
-    return tuple(
-        {name: change(name, x, *(o[i][name] for o in others)) for name, x in layer.items()}
-        for i, layer in enumerate(layers)
-    )
-
-
-def _empty(like: Layers) -> Layers:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-
-
-def _insert(layers: Layers, row: Layers, at: jax.Array) -> Layers:
-    zero = jnp.zeros((), jnp.int32)
-    return _each(layers, lambda _, x, y: jax.lax.dynamic_update_slice(x, y, (at, *(zero for _ in y.shape[1:]))), row)
-
-
-def _extract(layers: Layers, at: jax.Array, like: Layers) -> Layers:
-    zero = jnp.zeros((), jnp.int32)
-    return _each(layers, lambda _, x, y: jax.lax.dynamic_slice(x, (at, *(zero for _ in y.shape[1:])), y.shape), like)
-
-
-def _load(pool: Layers, pages_N: jax.Array, like: Layers) -> Layers:
-    def joined(name: str, x: jax.Array, y: Any) -> jax.Array:
-        axis = _axis(name)
-        if axis is None:
-            return jnp.zeros(y.shape, y.dtype)
-        return jnp.moveaxis(x[pages_N], 0, axis - 1).reshape(y.shape)
-
-    return _each(pool, joined, like)
-
-
-def _store(pool: Layers, row: Layers, pages_N: jax.Array) -> Layers:
-    def cut(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        axis = _axis(name)
-        if axis is None:
-            return x
-        parts = y[0].reshape(*y.shape[1:axis], len(pages_N), x.shape[axis], *y.shape[axis + 1 :])
-        return x.at[pages_N].set(jnp.moveaxis(parts, axis - 1, 0))
-
-    return _each(pool, cut, row)
 
 
 def _padded(ids: Sequence[int], n: int) -> np.ndarray:
