@@ -106,12 +106,15 @@ def settled(one: Engine):
     raise AssertionError(f"rows are left over: {s}")
 
 
-@pytest.mark.parametrize("kind", [k if k in USUAL else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
-def test_many_requests_at_once_get_the_answers_that_each_gets_alone(kind):
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [*((kind, 20) for kind in USUAL), *(pytest.param(kind, 100, marks=pytest.mark.slow) for kind in KINDS)],
+)
+def test_many_requests_at_once_get_the_answers_that_each_gets_alone(kind, count):
     model, weights = model_of(kind)
     generate, rng, one = Generator(model, (TOKENS.eos_id,)), random.Random(kind), engine_of(kind)
     params = generate.prepare(weights)
-    requests = [random_request(rng, kind) for _ in range(20)]
+    requests = [random_request(rng, kind) for _ in range(count)]
     under_way = [one.submit(r) for r in requests]
     for request, answering in zip(requests, under_way, strict=True):
         source = None if request.source is None else [request.source]
