@@ -132,11 +132,6 @@ def test_a_stream_that_can_not_be_trained_is_one_line_and_leaves_nothing(made, c
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_differences_are_named():
-    assert streams._difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}, "") == "a[1].b is 2 there and 3 here"
-    assert streams._difference({"a": 1}, {"a": 1}, "") is None
-
-
 @pytest.fixture
 def merging(made) -> Stream:
     """Two tasks that are trained without any method and merged back."""

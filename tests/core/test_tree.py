@@ -47,3 +47,9 @@ def test_matcher_searches_anywhere_in_a_path():
 def test_matcher_refuses_patterns_that_fit_nothing(pattern, message):
     with pytest.raises(ValueError, match=message):
         tree.matcher(["a", pattern], tree.flatten(TREE), "optim.freeze")
+
+
+def test_the_first_difference_is_named_with_both_values():
+    assert tree.difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == "a[1].b is 2 there and 3 here"
+    assert tree.difference({"a": 1}, {"a": 1}) is None
+    assert tree.difference({"a": [1]}, {"a": [1, 2]}) == "a is [1] there and [1, 2] here"
