@@ -547,6 +547,12 @@ MISTAKES = [
         ["report", "hollow"],
     ),
     Mistake(
+        "a coordinate check that is to search",
+        r"coordinate.check: searches no settings",
+        None,
+        ["sweep", "tiny_llama", "--coordinate-check", "--space", "optim.lr=1e-3|1e-2"],
+    ),
+    Mistake(
         "a served adapter without a name",
         r"adapter: 'lora' is not NAME=DIR",
         None,

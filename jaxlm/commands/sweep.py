@@ -1,11 +1,11 @@
 """`jaxlm sweep` searches settings of a run: a trial is a run, and the best configuration becomes a file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated
 
 from tyro.conf import UseAppendAction, arg
 
-from jaxlm.commands.arguments import Done, OnRun, part
+from jaxlm.commands.arguments import Done, Flag, OnRun, part
 from jaxlm.core.sweep import Settings
 
 _SPACE = (
@@ -24,8 +24,17 @@ class Sweep(Settings, OnRun):
     """
 
     space: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FIELD=VALUES", help=_SPACE)] = ()
+    coordinate_check: Flag = False
+    """Searches nothing, but shows whether settings found at one width hold at others: `jaxlm coordinate-check` as it is
+    without options of its own."""
 
     def run(self, rest: list[str]) -> Done:
+        if self.coordinate_check:
+            from jaxlm.commands.coordinate_check import CoordinateCheck
+
+            if self.space:
+                raise ValueError("coordinate_check: searches no settings; leave `space` out")
+            return CoordinateCheck(**{f.name: getattr(self, f.name) for f in fields(OnRun)}).run(rest)
         run, _, _ = self.load(rest)
         import jax
 
