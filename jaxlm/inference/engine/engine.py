@@ -18,7 +18,6 @@ from jaxlm.inference import constrain
 from jaxlm.inference.engine.answer import Answer, Rules, check, end_ids_of
 from jaxlm.inference.engine.pages import Pages
 from jaxlm.inference.engine.programs import Programs, Shapes
-from jaxlm.inference.engine.reading import Reading
 from jaxlm.inference.engine.request import Answering, EngineFull, Request
 from jaxlm.inference.engine.rows import Rows
 from jaxlm.inference.engine.schedule import Line, Waiting
@@ -231,7 +230,7 @@ class Engine:
         now = time.monotonic()
         if taken.answers[0].answering.times.started is None:
             taken.answers[0].answering.times.started = now
-        self._rows.reading = Reading.of(taken.answers, taken.number, self._rows)
+        self._rows.start_reading(taken.answers, taken.number)
 
     def _add(self, answers: list[Answer]) -> None:
         self._number += 1

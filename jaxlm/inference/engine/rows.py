@@ -71,6 +71,25 @@ class Rows:
 
     # ----------------------------------------------------------------------------------------------------- reading
 
+    def start_reading(self, answers: list[Answer], number: int) -> None:
+        """Begins to read answers' prompt, behind what the prefix cache has of it."""
+        request, tokens = answers[0].request, answers[0].text_so_far
+        length = self.length_for(len(tokens) + 1)
+        pages: list[int] = []
+        if self.pages.count and request.prompt_logprobs is None:
+            names = self.pages.names(tokens[:-1], self.salt(answers[0]))
+            for answer in answers:
+                pages = self.pages.find(names)
+                answer.pages = names[: len(pages)]
+            self.stats.prefix_queries += len(tokens)
+            self.stats.prefix_hits += len(pages) * self.pages.size
+        end = len(pages) * self.pages.size
+        if not answers[0].tokens:
+            answers[0].answering.cached = end
+        row = self.programs.load(self.pool, pages, length) if pages else self.programs.empty(1, length)
+        first = len(request.prompt) if self.programs.both_ways else 0
+        self.reading = Reading(answers, number, tokens, row, end, first)
+
     def read_chunk(self) -> bool:
         """Reads a chunk of the prompt, and returns whether it was the last."""
         r = self.reading
