@@ -53,7 +53,7 @@ def check_family(
     if family.generates:
         laws.check_cache()
         laws.check_cache_of_rows()
-        names.append("cached = at once")
+        names += ["cached = at once", "rows with ends of their own = at once"]
     if not isinstance(family, RunsItself):
         laws.check_scanned()
         names.append("scanned and rematerialized = unrolled")
@@ -127,18 +127,13 @@ class FamilyLaws:
             batch["source_segments"] = batch["source_segments"] * (np.arange(T + 2)[None] < [[T + 2], [5]])
         expected = np.asarray(self._run(self.weights, _padded(batch, LENGTH)))[:, :T]
 
-        @jax.jit
-        def read(weights: Any, part: Any, cache: Any) -> Any:
-            out = model.forward(weights, part, cache=cache)
-            return losses.logits(model.readout(weights, out.x_BTD), model.shard), out.cache
-
         slots = lambda slack: jax.eval_shape(lambda: model.init_cache(2, T, jnp.float32, slack))  # noqa: E731
         last = 3 if slots(0).layers != slots(1).layers else 1
         cache, logits, at = model.init_cache(2, T, jnp.float32, last - 1), [], 0
         for n in (prompt, *[1] * (T - prompt - last), last):
             part = {k: v[:, at : at + n] for k, v in batch.items() if not k.startswith("source")}
             part |= {k: v for k, v in batch.items() if k.startswith("source") and at == 0}
-            z, cache = read(self.weights, part, cache)
+            z, cache = self._read_on(self.weights, part, cache)
             logits.append(z)
             at += n
         real = batch["segments"] > 0
@@ -154,11 +149,6 @@ class FamilyLaws:
             batch["source_segments"] = batch["source_segments"] * (np.arange(T + 2)[None] < [[T + 2], [5]])
         expected = np.asarray(self._run(self.weights, _padded(batch, LENGTH)))[:, :T]
 
-        @jax.jit
-        def read(weights: Any, part: Any, cache: Any) -> Any:
-            out = model.forward(weights, part, cache=cache)
-            return losses.logits(model.readout(weights, out.x_BTD), model.shard), out.cache
-
         ends, cache = np.zeros(2, int), with_own_ends(model.init_cache(2, LENGTH, jnp.float32, LENGTH))
         for counts in ([5, 3], [2, 1], [0, 1], [1, 2]):
             n = max(counts)
@@ -167,11 +157,23 @@ class FamilyLaws:
             part = {k: np.take_along_axis(batch[k], np.minimum(at, T - 1), 1) for k in ("tokens", "positions")}
             part["segments"] = real.astype(np.int32)
             part |= {k: v for k, v in batch.items() if k.startswith("source") and not ends.any()}
-            z, cache = read(self.weights, part, cache)
+            z, cache = self._read_on(self.weights, part, cache)
             wanted = np.take_along_axis(expected, np.minimum(at, T - 1)[..., None], 1)
             self._same(np.asarray(z)[real], wanted[real], "rows with ends of their own = at once")
             ends += counts
             assert np.array_equal(cache.end, ends), "rows with ends of their own: `end` is not each row's tokens"
+
+    @cached_property
+    def _read_on(self) -> Any:
+        """The logits of a part of the rows that a cache has the beginning of, and the cache."""
+        model = self._model
+
+        @jax.jit
+        def read(weights: Any, part: Any, cache: Any) -> Any:
+            out = model.forward(weights, part, cache=cache)
+            return losses.logits(model.readout(weights, out.x_BTD), model.shard), out.cache
+
+        return read
 
     @cached_property
     def _gradients(self) -> Any:

@@ -52,7 +52,8 @@ def answers(
     engine.start()
     try:
         requests = [
-            Request(tuple(ids), s, None if sources is None else tuple(sources[i])) for i, ids in enumerate(prompts)
+            Request(tuple(ids), s, None if sources is None else tuple(sources[i]), row=i * s.samples)
+            for i, ids in enumerate(prompts)
         ]
         out = []
         for answering in [engine.submit(r) for r in requests]:

@@ -14,6 +14,14 @@ def test_more_prompts_than_a_batch_holds_get_the_answers_that_each_gets_alone(tm
     assert len(set(got)) > 20
 
 
+def test_equal_prompts_draw_unlike_answers_as_they_do_in_one_batch(tmp_path):
+    model = jaxlm.open(published(tmp_path / "model"))
+    settings = dict(tokens=6, temperature=1.5, seed=5)
+    many = model.generate(["the same"] * 40, **settings)
+    assert len(set(many)) > 30
+    assert many[:8] == model.generate(["the same"] * 8, **settings)
+
+
 def test_a_model_gives_an_engine(tmp_path):
     model = jaxlm.open(published(tmp_path / "model"))
     engine = model.engine(Settings(length=32, rows=(2,), lengths=(32,), chunks=(16,)))

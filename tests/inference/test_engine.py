@@ -15,6 +15,8 @@ from jaxlm.core import config, spec
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.inference import stream
 from jaxlm.inference.engine import Engine, EngineFull, Request, Settings
+from jaxlm.inference.engine import engine as engine_module
+from jaxlm.inference.engine.answer import Answer
 from jaxlm.inference.engine.pages import Pages
 from jaxlm.inference.generate import Generator
 from jaxlm.inference.sampling import Sampling
@@ -343,6 +345,67 @@ def test_what_cannot_be_met_is_refused_by_name():
     with pytest.raises(EngineFull, match="answers wait already"):
         ask(s=Sampling(tokens=4, samples=SMALL.queue + 1, temperature=1.0))
     assert settled(one).waiting == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(regex="[ab]{3,9}x", banned_ids=(97, 98)),  # the grammar and the rest leave nothing in common
+        dict(allowed_ids=(97,), banned_ids=(97,), min_tokens=3),
+    ],
+)
+def test_an_answer_that_no_token_may_follow_ends_alone(settings):
+    one = engine_of("llama")
+    other = one.submit(Request(tuple(b"go on"), Sampling(tokens=20, banned_ids=(TOKENS.eos_id,))))
+    assert collected(one.submit(Request(tuple(b"x"), Sampling(tokens=9, **settings)))) == ("", [], "error")
+    assert collected(other)[2] == "length"
+    assert not one.is_broken
+
+
+def test_as_many_answers_wait_as_may_whoever_asks_for_counters():
+    model, weights = model_of("llama")
+    few = dataclasses.replace(SMALL, rows=(1,), lengths=(32,), length=32, chunks=(16,), queue=3)
+    with Engine_(model, weights, settings=few) as one:
+        held = threading.Event()
+        one._send(held.wait)  # the engine's thread stands still
+        waiting = [one.submit(Request((1, 2), Sampling(tokens=2))) for _ in range(3)]
+        assert one.stats().waiting == 3
+        with pytest.raises(EngineFull, match="3 answers wait already"):
+            one.submit(Request((1, 2), Sampling(tokens=2)))
+        held.set()
+        assert [collected(a)[2] for a in waiting] == ["length"] * 3
+
+
+def test_requests_of_one_seed_draw_apart_where_they_say_so():
+    one = engine_of("llama")
+    s = Sampling(tokens=10, temperature=2.0, seed=3)
+    ask = lambda row: collected(one.submit(Request(tuple(b"same"), s, row=row)))[1]  # noqa: E731
+    assert ask(0) == ask(0) != ask(1)
+
+
+def test_a_request_that_comes_while_an_engine_is_drained_is_answered_or_refused(monkeypatch):
+    model, weights = model_of("llama")
+    few = dataclasses.replace(SMALL, rows=(1,), lengths=(32,), length=32, chunks=(16,))
+    with Engine_(model, weights, settings=few) as one:
+
+        def drained_meanwhile(*given):
+            one.drain(0)
+            threading.Event().wait(0.2)
+            return Answer(*given)
+
+        monkeypatch.setattr(engine_module, "Answer", drained_meanwhile)
+        found = []
+
+        def ask():
+            try:
+                found.append(collected(one.submit(Request((1, 2), Sampling(tokens=2))))[2])
+            except RuntimeError as error:
+                found.append(str(error))
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(20)
+        assert found in (["length"], ["the engine does not run"])
 
 
 def test_a_drained_engine_ends_what_it_has_and_refuses_more():

@@ -1,5 +1,6 @@
 """One answer while it grows: what may come next, what its tokens say, and whether it has ended."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from jaxlm.inference import constrain, sampling
 from jaxlm.inference.engine import sample
 from jaxlm.inference.engine.request import Answering, Piece, Reason, Request
 from jaxlm.inference.stream import Reader
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,9 @@ class Answer:
         """Says whether this token and the next ones are the likeliest ones without further ado."""
         s = self.request.sampling
         last = s.first_id is not None or s.last_id is not None
-        return not (self.waits_for_choice or self.is_noted or last) and self.row().is_plain
+        if self.waits_for_choice or self.is_noted or last:
+            return False
+        return self._row(self._allowed()).is_plain
 
     def guess(self, count: int) -> list[int]:
         """Returns up to `count` tokens that followed the last two before, as far as the answer may go."""
@@ -108,14 +113,27 @@ class Answer:
         """Says whether log probabilities are asked for."""
         return self.request.sampling.logprobs is not None
 
-    def row(self) -> sample.Row:
-        """Returns the settings with which the next token is chosen."""
-        return self._row(self._allowed())
+    def row(self) -> sample.Row | None:
+        """Returns the settings with which the next token is chosen; None where none may come, which ends the answer
+        with an error."""
+        try:
+            allowed_V = self._allowed()
+        except ValueError as error:  # the grammar's library gave up
+            self._fail(str(error))
+            return None
+        if allowed_V is not None and not allowed_V.any():
+            self._fail("its settings allow no further token")
+            return None
+        return self._row(allowed_V)
+
+    def _fail(self, why: str) -> None:
+        log.warning("an answer ended with an error: %s", why)
+        self.finish("error")
 
     def _row(self, allowed_V: np.ndarray | None = None) -> sample.Row:
         r = self.request
         bias = tuple(r.logit_bias.items())
-        return sample.Row(r.sampling, self.sample, self.num_asked, allowed_V, bias, r.prompt, self.tokens)
+        return sample.Row(r.sampling, r.row + self.sample, self.num_asked, allowed_V, bias, r.prompt, self.tokens)
 
     def _allowed(self) -> np.ndarray | None:
         """Returns which tokens may come next; None: all."""
@@ -146,7 +164,10 @@ class Answer:
         if logprob is not None:
             self._noted.append((logprob, top or {}))
         if self._matcher is not None:
-            self._matcher.take(token)
+            try:
+                self._matcher.take(token)
+            except ValueError as error:
+                return self._fail(str(error))
             if self._matcher.ended:
                 return self.finish("stop")
         if len(self.tokens) >= rules.most:

@@ -116,19 +116,19 @@ class Engine:
             raise ValueError("source: an encoder-decoder needs one, and no other model takes one")
         if request.source is not None and not 0 < len(request.source) <= self.settings.source:
             raise ValueError(f"source: {len(request.source)} tokens; give 1 to {self.settings.source}")
-        with self._lock:
+        answering = Answering(request, self._abort)
+        answers = [Answer(rules, i, self.tokenizer, answering, self.vocab) for i in range(s.samples)]
+        with self._lock:  # until the command is sent, so that no thread ends between the look and the sending
             if self._broken is not None:
                 raise RuntimeError("the engine stopped by an error") from self._broken
             if self._closing or self._thread is None:
                 raise RuntimeError("the engine does not run")
-            if self._stats.waiting + s.samples > self.settings.queue:
-                raise EngineFull(f"{self._stats.waiting} answers wait already; try again later")
-            self._stats.waiting += s.samples
+            waiting = self._open - len(self._rows.running)
+            if waiting + s.samples > self.settings.queue:
+                raise EngineFull(f"{waiting} answers wait already; try again later")
             self._open += s.samples
             self._idle.clear()
-        answering = Answering(request, self._abort)
-        answers = [Answer(rules, i, self.tokenizer, answering, self.vocab) for i in range(s.samples)]
-        self._send(lambda: self._add(answers))
+            self._send(lambda: self._add(answers))
         return answering
 
     def stats(self) -> Stats:
@@ -173,11 +173,13 @@ class Engine:
         if s.regex is None and s.json_schema is None:
             return None
         key = s.regex, s.json_schema, end_ids_of(request, self.eos)
-        if key not in self._grammars:
-            while len(self._grammars) >= 64:
-                self._grammars.pop(next(iter(self._grammars)), None)
-            self._grammars[key] = constrain.open_grammar(self.tokenizer, s, self.vocab, key[2])
-        return self._grammars[key]
+        if (grammar := self._grammars.get(key)) is None:
+            grammar = constrain.open_grammar(self.tokenizer, s, self.vocab, key[2])
+            with self._lock:
+                while len(self._grammars) >= 64:
+                    self._grammars.pop(next(iter(self._grammars)))
+                self._grammars[key] = grammar
+        return grammar
 
     # --------------------------------------------------------------------------------------------- the engine's thread
 
@@ -203,8 +205,9 @@ class Engine:
                 pass
             if self._line.first is not None or self._rows.is_busy:
                 return True
-            if self._closing:
-                return False
+            with self._lock:  # whoever was let in before has sent its command
+                if self._closing and self._commands.empty():
+                    return False
             self._wake.wait()
 
     def _work(self) -> None:
@@ -270,7 +273,7 @@ class Engine:
     def _count(self) -> None:
         with self._lock:
             self._stats.running = len(self._rows.running)
-            self._stats.waiting = len(self._line) + len(self._rows.reading.answers if self._rows.reading else ())
+            self._stats.waiting = self._open - self._stats.running
             self._stats.cache_used = sum(a.end for a in self._rows.running)
 
 

@@ -32,6 +32,9 @@ class Request:
     """Log probabilities of the prompt's own tokens, and of so many of the likeliest ones at each position."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of tokens."""
+    row: int = 0
+    """Answers are drawn with the seed, this number and the number of the answer: requests that share a seed draw apart
+    by numbers of their own. Those of a batch have the row of their first answer there."""
     ignore_eos: bool = False
     """The model's own end tokens don't end an answer; those of `sampling.stop_ids` do."""
     salt: str = ""

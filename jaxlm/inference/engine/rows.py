@@ -125,7 +125,7 @@ class Rows:
         """
         self.reading = None
         answering = r.answers[0].answering
-        if len(r.scores) > 1 or (r.answers[0].request.prompt_logprobs is not None and answering.prompt_scores is None):
+        if r.answers[0].request.prompt_logprobs is not None and answering.prompt_scores is None:
             logprobs, top = zip(*r.scores, strict=True)
             answering.prompt_scores = PromptScores(logprobs, top)
         x_1TD, count = r.state
@@ -141,8 +141,9 @@ class Rows:
             chosen = jax.device_get(self._choose(z_1V, [answer], answer.is_noted))
             answer.end = len(r.tokens)
             answer.num_asked += 1
-            self.stats.generated_tokens += 1
-            _take(answer, chosen, 0)
+            if not answer.done:
+                self.stats.generated_tokens += 1
+                _take(answer, chosen, 0)
             if answer.done:
                 self._forget_pages(answer)
                 continue
