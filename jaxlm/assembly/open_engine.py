@@ -62,8 +62,8 @@ def answers(
                 texts[piece.sample] += piece.text
                 tokens[piece.sample] += piece.tokens
                 reasons[piece.sample] = piece.reason or ""
-            if "error" in reasons:
-                raise ValueError("generate: the model's logits are not finite; look at its weights and its dtype")
+                if piece.error is not None:
+                    raise ValueError(f"generate: {piece.error}")
             each = zip(texts, tokens, reasons, strict=True)
             out.append([Answer(text, Completion(ids, reason)) for text, ids, reason in each])
         return out

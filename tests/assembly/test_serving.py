@@ -110,6 +110,9 @@ def test_texts_are_those_of_this_process(client, alone, home, one_device):
     assert found.choices[0].text == changed.text != wanted[0]
     same = [client.completions.create(model="model", prompt="abc", max_tokens=12, seed=7).choices[0].text for _ in "ab"]
     assert same[0] == same[1], "a seed says what is drawn"
+    for seed in ({"seed": 7}, {}):
+        found = client.completions.create(model="model", prompt=["abc"] * 4, max_tokens=12, temperature=2, **seed)
+        assert len({c.text for c in found.choices}) == 4, "equal prompts of one request draw unlike answers"
 
 
 def test_chats_are_those_of_the_template(client, alone, one_device):

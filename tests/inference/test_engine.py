@@ -16,7 +16,7 @@ from jaxlm.data.tokenizer import Bytes
 from jaxlm.inference import stream
 from jaxlm.inference.engine import Engine, EngineFull, Request, Settings
 from jaxlm.inference.engine import engine as engine_module
-from jaxlm.inference.engine.answer import Answer
+from jaxlm.inference.engine.answer import NO_TOKEN, NOT_FINITE, Answer
 from jaxlm.inference.engine.pages import Pages
 from jaxlm.inference.generate import Generator
 from jaxlm.inference.sampling import Sampling
@@ -357,7 +357,8 @@ def test_what_cannot_be_met_is_refused_by_name():
 def test_an_answer_that_no_token_may_follow_ends_alone(settings):
     one = engine_of("llama")
     other = one.submit(Request(tuple(b"go on"), Sampling(tokens=20, banned_ids=(TOKENS.eos_id,))))
-    assert collected(one.submit(Request(tuple(b"x"), Sampling(tokens=9, **settings)))) == ("", [], "error")
+    *_, last = one.submit(Request(tuple(b"x"), Sampling(tokens=9, **settings)))
+    assert (last.reason, last.error, last.tokens) == ("error", NO_TOKEN, ())
     assert collected(other)[2] == "length"
     assert not one.is_broken
 
@@ -425,7 +426,8 @@ def test_logits_that_are_not_finite_end_an_answer_with_an_error():
     broken = weights | {"embed": weights["embed"].copy()}
     broken["embed"][7] = np.nan
     with Engine_(model, broken, settings=few) as one:
-        assert collected(one.submit(Request((1, 7, 2), Sampling(tokens=3))))[2] == "error"
+        *_, last = one.submit(Request((1, 7, 2), Sampling(tokens=3)))
+        assert (last.reason, last.error) == ("error", NOT_FINITE)
         assert collected(one.submit(Request((1, 2), Sampling(tokens=3))))[2] == "length"
         assert one.stats().failed == 1
 

@@ -13,6 +13,8 @@ from jaxlm.inference.engine.request import Answering, Piece, Reason, Request
 from jaxlm.inference.stream import Reader
 
 log = logging.getLogger(__name__)
+NO_TOKEN = "sampling: the settings allow no further token; ban fewer, or ask for a shorter answer"
+NOT_FINITE = "the model's logits are not finite; look at its weights and its dtype"
 
 
 @dataclass(frozen=True)
@@ -119,16 +121,17 @@ class Answer:
         try:
             allowed_V = self._allowed()
         except ValueError as error:  # the grammar's library gave up
-            self._fail(str(error))
+            self.fail(str(error))
             return None
         if allowed_V is not None and not allowed_V.any():
-            self._fail("its settings allow no further token")
+            self.fail(NO_TOKEN)
             return None
         return self._row(allowed_V)
 
-    def _fail(self, why: str) -> None:
+    def fail(self, why: str) -> None:
+        """Ends the answer with an error."""
         log.warning("an answer ended with an error: %s", why)
-        self.finish("error")
+        self.finish("error", why=why)
 
     def _row(self, allowed_V: np.ndarray | None = None) -> sample.Row:
         r = self.request
@@ -156,7 +159,7 @@ class Answer:
     def take(self, token: int, finite: bool, logprob: float | None = None, top: dict[int, float] | None = None) -> None:
         """Adds the token that was chosen, and sends what is new."""
         if not finite:
-            return self.finish("error")
+            return self.fail(NOT_FINITE)
         rules = self.rules
         if token in rules.end_ids:
             return self.finish("stop", stop=token)
@@ -167,7 +170,7 @@ class Answer:
             try:
                 self._matcher.take(token)
             except ValueError as error:
-                return self._fail(str(error))
+                return self.fail(str(error))
             if self._matcher.ended:
                 return self.finish("stop")
         if len(self.tokens) >= rules.most:
@@ -179,8 +182,8 @@ class Answer:
             self._send(text, len(self.tokens))
         return None
 
-    def finish(self, reason: Reason, text: str = "", stop: str | int | None = None) -> None:
-        """Ends the answer and sends the rest of it."""
+    def finish(self, reason: Reason, text: str = "", stop: str | int | None = None, why: str | None = None) -> None:
+        """Ends the answer and sends the rest of it, and `why` it ends where that is an error."""
         if self.done:
             return
         self.done = True
@@ -190,16 +193,18 @@ class Answer:
                 reason, stop = "stop", self._stop_text()
         if self._reader.num_used is not None:
             del self.tokens[self._reader.num_used :]
-        self._send(text, len(self.tokens), reason, stop)
+        self._send(text, len(self.tokens), reason, stop, why if reason == "error" else None)
         self.answering.note_end()
         self.ended(self, reason)
 
-    def _send(self, text: str, end: int, reason: Reason | None = None, stop: str | int | None = None) -> None:
+    def _send(
+        self, text: str, end: int, reason: Reason | None = None, stop: str | int | None = None, why: str | None = None
+    ) -> None:
         tokens, noted = tuple(self.tokens[self._sent : end]), self._noted[self._sent : end]
         n = self.request.sampling.logprobs
         top = tuple(dict(list(t.items())[:n]) for _, t in noted) if n else ()
         self._sent = max(self._sent, end)
-        self.answering.put(Piece(self.sample, text, tokens, tuple(p for p, _ in noted), top, reason, stop))
+        self.answering.put(Piece(self.sample, text, tokens, tuple(p for p, _ in noted), top, reason, stop, why))
 
     def _stop_text(self) -> str | None:
         """Returns the stop text that the answer's tokens complete."""

@@ -268,7 +268,7 @@ class Engine:
             except queue.Empty:
                 break
         for answer in [*self._line.remove(lambda _: True), *self._rows.everyone]:
-            answer.finish("error")
+            answer.fail("the engine stopped by an error")
 
     def _count(self) -> None:
         with self._lock:

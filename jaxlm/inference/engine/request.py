@@ -56,9 +56,11 @@ class Piece:
     """The likeliest tokens at the places of the new ones, where the request asks for them."""
     reason: Reason | None = None
     """With the last piece of an answer: an end token or stop text came (stop), it is as long as it may be (length), it
-    was given up (abort), or the model's logits were not finite (error)."""
+    was given up (abort), or it can't go on (error)."""
     stop: str | int | None = None
     """The stop text or the token that ended the answer."""
+    error: str | None = None
+    """Why it can't go on: the model's logits are not finite, no token may follow, or the engine stopped."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,6 @@ class Stats:
     finished: int = 0
     aborted: int = 0
     failed: int = 0
-    """Answers that ended because the model's logits were not finite."""
+    """Answers that ended with an error."""
     steps: int = 0
     """Steps of the model that running answers shared."""

@@ -105,9 +105,9 @@ async def answer(request: HttpRequest) -> Response:
     options = Options(echo, how.most != 0, how.sampling.logprobs, stream, usage, texts)
     f.log_unknown()
     scores = how.sampling.logprobs if echo else None
-    asked = [how.request(prompt, service, limits, scores) for prompt in prompts]
-    work = await submit(service, asked, arrived)
     n, name = how.sampling.samples, f.text("model") or service.name
+    asked = [how.request(prompt, service, limits, scores, row=i * n) for i, prompt in enumerate(prompts)]
+    work = await submit(service, asked, arrived)
     choices = [
         Choice(state, how, options, list(prompts[i][0]), texts[i]) for i in range(len(prompts)) for _ in range(n)
     ]

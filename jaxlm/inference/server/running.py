@@ -81,7 +81,7 @@ class Work:
                     running -= 1
                     continue
                 if piece.reason == "error":
-                    raise ApiError(500, "the model's numbers are not finite, so it can't go on", code="not_finite")
+                    raise ApiError(500, f"the answer can't go on: {piece.error}", code="answer_failed")
                 self.new_tokens += len(piece.tokens)
                 observed[i].piece(piece)
                 yield i, piece

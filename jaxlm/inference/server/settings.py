@@ -41,8 +41,11 @@ class Settings:
     salt: str
     """Requests share what the cache has of their prompts with those of the same salt alone."""
 
-    def request(self, prompt: Prompt, service: Service, limits: Limits, scores: int | None = None) -> Request:
-        """Returns what the engine is asked for one prompt. Raises an ApiError where it can't fit."""
+    def request(
+        self, prompt: Prompt, service: Service, limits: Limits, scores: int | None = None, row: int = 0
+    ) -> Request:
+        """Returns what the engine is asked for one prompt, whose answers are drawn as from `row` on. Raises an ApiError
+        where it can't fit."""
         assert service.engine is not None
         ids, source = prompt
         read, limit = len(ids if source is None else source), service.engine.limit
@@ -61,7 +64,7 @@ class Settings:
         ids_read = None if source is None else tuple(source)
         return Request(
             tuple(ids), how, ids_read, adapter=self.adapter, priority=self.priority, prompt_logprobs=scores,
-            logit_bias=self.bias, ignore_eos=self.ignore_eos, salt=self.salt,
+            logit_bias=self.bias, row=row, ignore_eos=self.ignore_eos, salt=self.salt,
         )  # fmt: skip
 
 
