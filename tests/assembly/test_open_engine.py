@@ -1,8 +1,9 @@
 """Many prompts at once: the answers that each gets alone, by the library and by an engine of one's own."""
 
+from support.tiny_models import published
+
 import jaxlm
 from jaxlm.inference.engine import Request, Settings
-from tests.support.tiny_models import published
 
 
 def test_more_prompts_than_a_batch_holds_get_the_answers_that_each_gets_alone(tmp_path):

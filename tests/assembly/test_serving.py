@@ -19,6 +19,7 @@ import openai
 import pytest
 from safetensors.numpy import save_file
 from support import served, tiny_published
+from support.harness_tasks import TASKS
 from support.served import Http, Served
 from support.tiny_models import published, random_weights
 
@@ -284,40 +285,6 @@ def test_the_command_serves_and_drains_on_sigterm(home, tmp_path):
         process.communicate()
 
 
-CHOICE = """
-task: choice
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/choice.jsonl}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{q}}"
-doc_to_target: "{{gold}}"
-doc_to_choice: "{{choices}}"
-metric_list: [{metric: acc}, {metric: acc_norm}]
-"""
-WHOLE = """
-task: whole
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/whole.jsonl}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{text}}"
-metric_list: [{metric: bits_per_byte}, {metric: byte_perplexity}]
-"""
-ANSWER = """
-task: answer
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/choice.jsonl}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{q}}"
-doc_to_target: "{{choices[0]}}"
-generation_kwargs: {until: ["z"], max_gen_toks: 8, temperature: 0}
-metric_list: [{metric: exact_match}]
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the harness's own and its packages'
 def test_the_evaluation_harness_finds_the_same_over_http(server, alone, tmp_path, monkeypatch, one_device):
@@ -330,9 +297,9 @@ def test_the_evaluation_harness_finds_the_same_over_http(server, alone, tmp_path
     rows = [dict(q=f"Question {i}?", choices=["yes", "no", "per haps"], gold=i % 3) for i in range(8)]
     (tmp_path / "choice.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "whole.jsonl").write_text("\n".join(json.dumps(dict(text="some text " * n)) for n in (2, 9)))
-    for name, text in dict(choice=CHOICE, whole=WHOLE, answer=ANSWER).items():
+    for name, text in TASKS.items():
         (tmp_path / f"{name}.yaml").write_text(text.replace("FOLDER", str(tmp_path)))
-    tasks = ["choice", "whole", "answer"]
+    tasks = list(TASKS)
     with mesh.on_mesh(alone.mesh):
         run = alone.generator()
         lm = harness.Harness(alone.model, run, run.prepare(alone.params), alone.tokens, alone.boundary_ids, rows=4)
@@ -349,7 +316,6 @@ def test_the_evaluation_harness_finds_the_same_over_http(server, alone, tmp_path
         a, b = ([s["filtered_resps"] for s in r["samples"][task]] for r in (wanted, found))
         if task == "answer":
             assert a == b
-    print(differences)
     for name, (ours, theirs) in differences.items():
         assert theirs == (ours if "whole" not in name else pytest.approx(ours, rel=1e-6)), name
 
