@@ -201,6 +201,19 @@ def test_rows_wait_where_longer_ones_need_the_cache_and_go_on_as_if_nothing_was(
     assert settled(one).preemptions > 0
 
 
+def test_prompts_that_are_read_both_ways_stay_so_when_rows_had_to_wait():
+    model, weights = model_of("llama")
+    tight = dataclasses.replace(SMALL, cache_tokens=4 * 32)
+    one = engine_of("llama", tight, both_ways=True)
+    generate = Generator(model, (TOKENS.eos_id,), both_ways=True)
+    s = Sampling(tokens=40, banned_ids=(TOKENS.eos_id,))
+    prompts = [tuple(b"prompt %d of some length" % i) for i in range(4)]
+    got = [collected(a)[1] for a in [one.submit(Request(p, s)) for p in prompts]]
+    assert got == [generate(weights, [p], s)[0][0].tokens for p in prompts]
+    assert got != [Generator(model, (TOKENS.eos_id,))(weights, [p], s)[0][0].tokens for p in prompts]
+    assert settled(one).preemptions > 0 and not one.stats().pages
+
+
 def test_guesses_that_are_judged_leave_greedy_answers_as_they_are():
     guessing = engine_of("llama", dataclasses.replace(SMALL, lookup=3))
     requests = [Request(tuple(b"abcabcabcab"), Sampling(tokens=n, stop=("zz",))) for n in (30, 31, 2, 17)]
