@@ -8,9 +8,10 @@ DATA_DIR has the folders tinyshakespeare, multi30k, sst2, conll2003, semeval2010
 Hugging Face directory of a small encoder. `text` trains a decoder of a million weights from nothing, on bytes, and
 scores bits per byte of held-out text; `tasks` fine-tunes with a head for each task; `chain` teaches a pretrained chat
 model three kinds of answers, and scores their loss. Each method is a stream of its own with the same seeds, beside
-training without any and training on everything at once. What is finished is kept in --out, and the same command goes
-on; results/ keeps the methods that weren't run. --scale multiplies the strengths of METHODS; those of ewc and si were
-chosen so, with a seed of their own:
+training without any and training on everything at once; `over plain` is the difference to the former in the average at
+the end, with seeds paired. What is finished is kept in --out, and the same command goes on; results/ keeps the methods
+that weren't run, and `--methods` without a name shows them. --scale multiplies the strengths of METHODS; those of ewc
+and si were chosen so, with a seed of their own:
 
     python benchmarks/continual.py text --data DATA_DIR --seeds 100 --scale 0.1 1 10 --save - --methods ewc si
 """
@@ -18,11 +19,13 @@ chosen so, with a seed of their own:
 import argparse
 import itertools
 import json
+import math
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from worker import HERE, machine, save, table
 
 from jaxlm.assembly import stream
@@ -30,6 +33,7 @@ from jaxlm.core import config
 from jaxlm.core.config import Adapter
 from jaxlm.core.continual import L2, MAS, SI, Continual, Ewc, Features, Gem, LwF, PackNet, Replay, RWalk
 from jaxlm.core.stream import MergeBack, Stage, Stream
+from jaxlm.evaluation.forgetting import over_seeds
 from jaxlm.models import llama
 from jaxlm.objectives import causal, classify, relate, sft, tag
 from jaxlm.weights.adapters import Lora, OrthogonalLora, Progressive
@@ -85,7 +89,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--model", type=Path, help="tasks, chain: where each stream starts")
     p.add_argument(
         "--methods",
-        nargs="+",
+        nargs="*",
         choices=list(METHODS),
         help="default: all; adapters where the stream starts from a model",
     )
@@ -235,7 +239,8 @@ def main() -> None:
     a = arguments()
     made = STREAMS[a.what](a)
     results = {}
-    methods = a.methods or [m for m, variant in METHODS.items() if made.run.start or variant.adapter == Adapter()]
+    if (methods := a.methods) is None:
+        methods = [m for m, variant in METHODS.items() if made.run.start or variant.adapter == Adapter()]
     for method, scale in itertools.product(methods, a.scale):
         name = method if len(a.scale) == 1 else f"{method} × {scale:g}"
         folder = "-".join([a.what, "".join(filter(str.isalnum, method)), *([] if scale == 1 else [f"{scale:g}"])])
@@ -252,12 +257,16 @@ def main() -> None:
     stored = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     results = stored.get("results", {}) | results  # what wasn't run now stays
     results = {name: results[name] for name in sorted(results, key=lambda n: -results[n]["figures"]["average"][0])}
-    shown = ("average", "learned", "forgetting", "backward")
-    rows = [[method, *(interval(r["figures"][name]) for name in shown), f"{sum(r['seconds'].values()):.0f}"]
+    plain = results.get("none") or results.get("lora")
+    for r in results.values() if plain else ():
+        if r is not plain:
+            r["figures"]["over_plain"] = over(r, plain)
+    shown = ("average", "over_plain", "learned", "forgetting", "backward")
+    rows = [[method, *(interval(r["figures"].get(name, [None])) for name in shown), f"{sum(r['seconds'].values()):.0f}"]
             for method, r in results.items()]  # fmt: skip
-    print(table(rows, ["method", *shown, "seconds a seed"]))
+    print(table(rows, ["method", *(name.replace("_", " ") for name in shown), "seconds a seed"]))
     if a.save != "-":
-        save(file.stem, {"machine": machine(), "seeds": a.seeds, "results": results})
+        save(file.stem, {"machine": machine() if methods else stored["machine"], "seeds": a.seeds, "results": results})
 
 
 def scaled(c: Continual, scale: float) -> Continual:
@@ -266,9 +275,21 @@ def scaled(c: Continual, scale: float) -> Continual:
     return replace(c, **{name: replace(part, strength=scale * part.strength) for name, part in own.items()})
 
 
+def over(r: dict[str, Any], plain: dict[str, Any]) -> list[float | None]:
+    """Returns by how much a method's average at the end is better than that of plain training, with its 95 % interval:
+    the mean difference over the seeds that both have."""
+    at_end = [{seed: float(np.mean(np.where(x["lower_is_better"], -1, 1) * m[-1]))
+               for seed, m in zip(x["seeds"], x["matrices"], strict=True)} for x in (r, plain)]  # fmt: skip
+    common = at_end[0].keys() & at_end[1].keys()
+    if not common:
+        return [None]
+    gains = over_seeds([{"gain": at_end[0][seed] - at_end[1][seed]} for seed in common])["gain"]
+    return [None if math.isnan(x) else x for x in gains]
+
+
 def interval(ends: list[float | None]) -> str:
     """Returns a mean with half its 95 % interval over seeds."""
-    mean, _, high = ends
+    mean, high = ends[0], ends[-1]
     if mean is None:
         return "–"
     return f"{mean:.4f}" + ("" if high is None else f" ± {high - mean:.4f}")
