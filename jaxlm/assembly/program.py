@@ -27,6 +27,7 @@ from jaxlm.objectives.objective import DeviceBatch, ExampleReader, Objective, Su
 from jaxlm.runtime import compiler_options as compiler
 from jaxlm.runtime import mesh as meshes
 from jaxlm.runtime import processes
+from jaxlm.runtime.given import Given
 from jaxlm.training import optimizers, step
 from jaxlm.training.distributed import replicas
 from jaxlm.training.distributed.fragments import Fragments
@@ -274,15 +275,21 @@ class Program:
         head, train = self.objective.specs(self.run.model.width), self.run.train
         if self.mesh is not None:
             shardings = step.UpdateShardings.of(self.run.mesh.zero, *self._weight_shardings, self.optimizer)
-        f: Any = step.make_train_step(
-            self._of_worker().loss, self.totals, self.optimizer, seed=self.run.seed, clip=c.clip, ema=c.ema,
-            shardings=shardings, host=host,
-            keeping=self.earlier.keeping(train.batch_size, self.specs, head, train.steps),
-        )  # fmt: skip
-        if self.apart:
-            f = self._apart(f, send)
+        keeping = self.earlier.keeping(train.batch_size, self.specs, head, train.steps)
+
+        def update(numbers: Any, state: step.State, batch: DeviceBatch, *worker: jax.Array) -> tuple[step.State, Any]:
+            seed, given = numbers
+            own = optimizer(self.run, self.specs, self.adapter, self.earlier, given)
+            f: Any = step.make_train_step(
+                self._of_worker().loss, self.totals, own, seed=seed, clip=c.clip, ema=c.ema, shardings=shardings,
+                host=host, keeping=keeping,
+            )  # fmt: skip
+            return (self._apart(f, send) if self.apart else f)(state, batch, *worker)
+
+        numbers = np.uint32(self.run.seed % 2**32), optimizers.numbers(c, train.steps)
         out = (self.state_shardings, None)
-        return jax.jit(f, donate_argnums=0, out_shardings=out, compiler_options=self.compiler_options or None)
+        jitted = jax.jit(update, donate_argnums=1, out_shardings=out, compiler_options=self.compiler_options or None)
+        return Given(jitted, numbers)
 
     def _of_worker(self) -> "Program":
         """Returns the program whose loss is that of one worker: its batch isn't cut over the workers' axis."""
@@ -458,15 +465,19 @@ def once_a_shape(program: Any, what: str) -> tuple[Callable[[Any, Any], Any], Ca
 
 
 def optimizer(
-    run: config.Run, specs: Any, adapter: adapted.Adapted, earlier: earlier_tasks.Earlier
-) -> optimizers.Optimizer:
-    """Returns the optimizer of a run's weights; it moves what the adapter and earlier tasks leave to it."""
+    run: config.Run, specs: Any, adapter: adapted.Adapted, earlier: earlier_tasks.Earlier,
+    given: optimizers.Numbers | None = None,
+) -> optimizers.Optimizer:  # fmt: skip
+    """Returns the optimizer of a run's weights; it moves what the adapter and earlier tasks leave to it. `given`: the
+    numbers to use instead of those in the run's settings."""
     c, steps, wrap = run.optim, run.train.steps, adapter.wrap_optimizer
     if zeros := {path for path, how in run.compression.by_path().items() if how.is_array}:
         wrap = lambda tx, steps: keep_zeros(adapter.wrap_optimizer(tx, steps), zeros)  # noqa: E731
     trainable = lambda path: adapter.trainable(path) and earlier.trainable(path)  # noqa: E731
     scales = parametrization.scaled(run.transfer, adapter.family, run.model)[1]
-    return optimizers.make(c, steps, specs, trainable=trainable, rate_of=adapter.rate, scales=scales, wrap=wrap)
+    return optimizers.make(
+        c, steps, specs, trainable=trainable, rate_of=adapter.rate, scales=scales, wrap=wrap, given=given
+    )
 
 
 def _check_transfer(run: config.Run, heads: bool, taught: bool) -> None:

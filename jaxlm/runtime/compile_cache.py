@@ -1,7 +1,8 @@
 """Keeps compiled programs for the next start of a command.
 
 JAX does so wherever JAX_COMPILATION_CACHE_DIR says; the command line says it where a user didn't. Programs of unlike
-machines or versions of jaxlib never meet: each have a folder of their own.
+machines or versions of jaxlib never meet: each have a folder of their own. Learning rates, the seed and the like are
+data of a training step (`training.optimizers.Numbers`), so that runs which differ in them find each other's program.
 """
 
 import hashlib

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,57 +17,97 @@ from jaxlm.core.spec import Spec, is_spec
 from jaxlm.training import adafactor, rate_scales
 from jaxlm.training.rate_scales import Scale, Scales
 
-Schedule = Callable[[Any], Any]
-"""From the update t = 0, 1, … to its learning rate."""
 DecayMask = Callable[[Any], Any]
 """From weights to a tree of booleans: those that weight decay is for."""
 
 
-def _after_warmup(c: config.Optim, steps: int, then: Schedule) -> Schedule:
-    """Warms up linearly, with a first step that moves already, and then follows `then(steps since)`."""
+class Numbers(NamedTuple):
+    """Numbers are what an update takes of a run's settings as data: runs that differ in these alone share a compiled
+    program. Each is a Python number, or a traced one."""
+
+    peak: float
+    """The highest learning rate, `optim.lr`."""
+    muon_peak: float
+    """That of the matrices that Muon moves."""
+    balance_peak: float
+    """The size of a step of the biases that experts are chosen by."""
+    weight_decay: float
+    warmup: int
+    """Updates of the linear warm-up."""
+    start: int
+    """Updates after the warm-up at which the decay begins."""
+    span: int
+    """Updates that the decay takes."""
+    final: float
+    """What the decay ends at, as a share of the peak."""
+
+
+def numbers(c: config.Optim, steps: int) -> Numbers:
+    """Returns the numbers of a run of so many updates. ValueError: the warm-up doesn't fit."""
     if c.warmup >= steps:
         raise ValueError(f"optim.warmup: {c.warmup} steps do not fit into train.steps {steps}")
-    after = lambda t: jnp.maximum(then(jnp.maximum(t - c.warmup, 0)), 0.0)  # noqa: E731  # rounding may go below zero
-    return lambda t: jnp.where(t < c.warmup, c.lr * (t + 1) / max(1, c.warmup + 1), after(t))
+    start, span = 0, max(1, steps - c.warmup - 1)
+    if c.schedule == "wsd":
+        span = min(max(1, round(c.decay * steps)), steps - c.warmup)
+        start = steps - span - c.warmup
+    muon, balance = (c.muon_lr, BALANCE_RATE) if c.lr else (0.0, 0.0)  # with `optim.lr` 0 nothing moves
+    return Numbers(c.lr, muon, balance, c.weight_decay, c.warmup, start, span, c.final)
 
 
-def _constant(c: config.Optim, steps: int) -> Schedule:
-    return lambda t: jnp.full((), c.lr)
+def _constant(n: Numbers, t: Any) -> Any:
+    return jnp.ones(())
 
 
-def _linear(c: config.Optim, steps: int) -> Schedule:
-    return optax.linear_schedule(c.lr, c.final * c.lr, max(1, steps - c.warmup - 1))
+def _linear(n: Numbers, t: Any) -> Any:
+    return 1 - (1 - n.final) * jnp.clip(t / n.span, 0.0, 1.0)
 
 
-def _cosine(c: config.Optim, steps: int) -> Schedule:
-    return optax.cosine_decay_schedule(c.lr, max(1, steps - c.warmup - 1), c.final)
+def _cosine(n: Numbers, t: Any) -> Any:
+    return n.final + (1 - n.final) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(t / n.span, 0.0, 1.0)))
 
 
-def _inverse_sqrt(c: config.Optim, steps: int) -> Schedule:
-    """Decays as lr · sqrt(w / (w + t)), which continues a warm-up of w steps (Vaswani et al. 2017)."""
-    w = max(1, c.warmup)
-    return lambda t: c.lr * jnp.sqrt(w / (w + t))
+def _inverse_sqrt(n: Numbers, t: Any) -> Any:
+    """Decays as sqrt(w / (w + t)), which continues a warm-up of w steps (Vaswani et al. 2017)."""
+    w = jnp.maximum(1, n.warmup)
+    return jnp.sqrt(w / (w + t))
 
 
-def _wsd(c: config.Optim, steps: int) -> Schedule:
-    """Warms up, stays, and decays linearly over the last share `decay` of all steps, or what the warm-up leaves of it
-    (Hu et al. 2024)."""
-    decay = min(max(1, round(c.decay * steps)), steps - c.warmup)
-    start = steps - decay - c.warmup
-    return lambda t: c.lr * (1 - (1 - c.final) * jnp.clip((t - start + 1) / decay, 0.0, 1.0))
+def _wsd(n: Numbers, t: Any) -> Any:
+    """Stays, and decays linearly over the last share `decay` of all steps, or what the warm-up leaves of it (Hu et al.
+    2024)."""
+    return 1 - (1 - n.final) * jnp.clip((t - n.start + 1) / n.span, 0.0, 1.0)
 
 
-SCHEDULES: Table[Callable[[config.Optim, int], Schedule]] = Table(
+SCHEDULES: Table[Callable[[Numbers, Any], Any]] = Table(
     "schedule",
     {"constant": _constant, "linear": _linear, "cosine": _cosine, "inverse_sqrt": _inverse_sqrt, "wsd": _wsd},
 )
-"""Maps a name to a function of the settings and the number of steps. It returns the learning rate after the warm-up, of
-the steps since."""
+"""Maps a name to the function of the numbers and the updates since the warm-up that returns the share of the peak."""
 
 
-def schedule(c: config.Optim, steps: int) -> Schedule:
-    """Returns the function from the update t = 0, 1, …, steps - 1 to its learning rate."""
-    return _after_warmup(c, steps, SCHEDULES.find(c.schedule, "optim.schedule")(c, steps))
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A Schedule is the function from the update t = 0, 1, …, steps - 1 to its learning rate: a linear warm-up, whose
+    first step moves already, and what follows it."""
+
+    after: Callable[[Numbers, Any], Any]
+    numbers: Numbers
+
+    def __call__(self, t: Any) -> Any:
+        """Returns the learning rate of update t."""
+        n = self.numbers
+        after = self.after(n, jnp.maximum(t - n.warmup, 0))
+        return n.peak * jnp.where(t < n.warmup, (t + 1) / (n.warmup + 1), after)
+
+    def with_peak(self, peak: float) -> "Schedule":
+        """Returns the schedule with another peak."""
+        return Schedule(self.after, self.numbers._replace(peak=peak))
+
+
+def schedule(c: config.Optim, steps: int, given: Numbers | None = None) -> Schedule:
+    """Returns the learning rates of a run of so many updates, or those that the `given` numbers make of its
+    schedule."""
+    return Schedule(SCHEDULES.find(c.schedule, "optim.schedule"), numbers(c, steps) if given is None else given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +133,14 @@ def make(
     rate_of: Callable[[str], float] = lambda path: 1.0,
     scales: Scales = {},  # noqa: B006  # nothing changes it
     wrap: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] = lambda tx, steps: tx,
+    given: Numbers | None = None,
 ) -> Optimizer:
     """Returns the optimizer of a run for a spec tree. Raises ValueError for a pattern that matches no parameter.
 
     `trainable` says which of the weights that aren't frozen by name are trained; `rate_of` returns what a weight's
     learning rate is multiplied by; `wrap` gets the whole chain and the number of steps. `scales` are of a model whose
-    settings come from one of another size; ValueError: it isn't known how those of the optimizer change.
+    settings come from one of another size; ValueError: it isn't known how those of the optimizer change. `given`: the
+    numbers to use instead of those in the settings.
     """
     if scales and c.name not in SCALED:
         raise ValueError(
@@ -122,7 +164,7 @@ def make(
         hidden = "layers" in flat[path].axes and flat[path].is_matrix and flat[path].role != "table"
         return "muon" if c.name == "muon" and hidden and not to_adamw(path) else "adamw" if c.name == "muon" else c.name
 
-    rate = schedule(c, steps)
+    rate = schedule(c, steps, given)
     OPTIMIZERS.find(c.name, "optim.name")
     labels = tree.map_named(lambda path, s: None if frozen(path) else group(path), specs)
     mask = tree.map_named(lambda path, s: None if frozen(path) else decays(path), specs)
@@ -164,14 +206,9 @@ Scaled: TypeAlias = optax.GradientTransformation | None
 
 def _finish(c: config.Optim, rate: Schedule, decays: DecayMask, scaled: Scaled = None) -> optax.GradientTransformation:
     """Applies decoupled weight decay (Loshchilov & Hutter 2019), then the learning rate."""
-    decay = optax.add_decayed_weights(c.weight_decay, mask=decays) if c.weight_decay else optax.identity()
+    decay = optax.add_decayed_weights(rate.numbers.weight_decay, mask=decays) if c.weight_decay else optax.identity()
     first = () if scaled is None else (scaled,)
     return optax.chain(*first, decay, optax.scale_by_learning_rate(rate))
-
-
-def _in_proportion(c: config.Optim, rate: Schedule, peak: float) -> Schedule:
-    """Returns the schedule with another peak; with `optim.lr` 0 nothing moves."""
-    return lambda t: rate(t) * (peak / c.lr if c.lr else 0.0)
 
 
 def _mask_for(mask: Any) -> DecayMask:
@@ -238,7 +275,7 @@ def _muon(
     return optax.chain(
         scale_by_muon(beta=c.muon_momentum, weight_dimension_numbers=numbers),
         optax.stateless(rescale),
-        _finish(c, _in_proportion(c, rate, c.muon_lr), decays, scaled),
+        _finish(c, rate.with_peak(rate.numbers.muon_peak), decays, scaled),
     )
 
 
@@ -266,7 +303,7 @@ def _balance(c: config.Optim, rate: Schedule, decays: DecayMask, specs: Any) -> 
     """
     return optax.chain(
         optax.stateless(lambda g, _: jax.tree.map(jnp.sign, g)),
-        optax.scale_by_learning_rate(_in_proportion(c, rate, BALANCE_RATE)),
+        optax.scale_by_learning_rate(rate.with_peak(rate.numbers.balance_peak)),
     )
 
 

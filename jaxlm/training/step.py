@@ -195,7 +195,7 @@ def make_train_step(
     totals_of: Totals,
     optimizer: Optimizer,
     *,
-    seed: int,
+    seed: int | jax.Array,
     clip: float,
     ema: float,
     shardings: UpdateShardings | None = None,

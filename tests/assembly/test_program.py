@@ -257,3 +257,34 @@ def test_flops_count_the_weights_that_a_token_meets():
     decoder = 2 * (A + 2 * D * D + 2 * D * F) * 0.25 + 2 * 2 * D * D  # keys and values of the source are its tokens'
     expected = 2 * (A + 2 * D * F) + decoder + 0.25 * V * D
     assert flops(both, seq2seq.Config(target_len=8)) == expected
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw with an adapter", "workers"])
+def test_runs_that_differ_in_numbers_alone_share_a_program(kind):
+    from jaxlm.core.distributed import Distributed
+    from jaxlm.models import mixtral
+    from jaxlm.nn.moe import Moe
+    from jaxlm.objectives import causal
+    from jaxlm.planning import ahead_of_time
+    from jaxlm.weights.adapters import Lora
+
+    model = mixtral.Config(vocab=512, layers=1, width=16, heads=2, kv_heads=1, head_width=8, ffn=16,
+                           moe=Moe(experts=4, top_k=2, ffn=16, selection_bias=True))  # fmt: skip
+    more = {"muon": {}, "adamw with an adapter": {"adapter": Lora(rank=2)},
+            "workers": {"distributed": Distributed("diloco", workers=2)}}[kind]  # fmt: skip
+    by = config.Optim("adamw" if "adamw" in kind else "muon", warmup=2)
+    plain = config.Run("r", model, causal.Config(), optim=by,
+                       train=config.Train(batch_size=16, seq_len=32, steps=60), **more)  # fmt: skip
+
+    def lowered(optim: dict | None = None, train: dict | None = None, **changes) -> str:
+        changes |= {"optim": dataclasses.replace(plain.optim, **optim or {})}
+        run = dataclasses.replace(plain, train=dataclasses.replace(plain.train, **train or {}), **changes)
+        p = ahead_of_time.program_of(run)
+        return p.train_step().lower(p.abstract_state(), ahead_of_time.abstract_batch(p)).as_text()
+
+    one = lowered()
+    assert lowered({"lr": 1e-4, "warmup": 9}, seed=2**40 + 7) == one
+    for optim in ({"muon_lr": 0.3}, {"weight_decay": 0.3}, {"decay": 0.5}, {"final": 0.2}) if kind == "muon" else ():
+        assert lowered(optim) == one, optim
+    assert lowered(train={"steps": 120}) == one
+    assert lowered({"beta1": 0.8}) != one, "what a program is made of"
