@@ -75,7 +75,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--steps", type=int, help="default: the quickstart's")
     p.add_argument("--batch-size", type=int, help="sequences of all workers; default: the quickstart's")
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
-    p.add_argument("--clock", action="store_true", help="a server and workers of unlike speeds instead of --rows")
+    p.add_argument("--clock", nargs="*", choices=CLOCK, help="these ways of a server (default: all) instead of --rows")
     p.add_argument("--outer-lr", type=float, help="default: 0.7 (AdamW), 0.8 (Muon)")
     p.add_argument("--outer-momentum", type=float, help="default: 0.9")
     p.add_argument("--out", type=Path, default=Path("runs/distributed"))
@@ -116,12 +116,12 @@ def main() -> None:
     a = arguments()
     file = HERE / "results" / f"{a.save}.json"
     results: dict[str, Any] = json.loads(file.read_text("utf-8"))["results"] if file.is_file() else {}
-    for name in CLOCK if a.clock else ():
+    for name in () if a.clock is None else a.clock or CLOCK:
         for optimizer in a.optimizers:
             results[f"clock: {name}, {optimizer}, {a.steps} steps"] = found = on_clock(a, name, optimizer)
             print(name, found)
     tried = {"outer rate": a.outer_lr, "outer momentum": a.outer_momentum}
-    for group in () if a.clock else a.rows:
+    for group in a.rows if a.clock is None else ():
         for name, c in ROWS[group].items():
             name += "".join(f" {key} {value:g}" for key, value in tried.items() if value is not None)
             for optimizer in a.optimizers:
