@@ -39,7 +39,11 @@ def diloco(**changes: Any) -> Distributed:
 
 
 ROWS: dict[str, dict[str, Distributed]] = {
-    "effect": {"data parallel": Distributed(), "DiLoCo": diloco()},
+    "effect": {
+        "data parallel": Distributed(),
+        "DiLoCo": diloco(),
+        "DiLoCo, outer average": diloco(outer=Outer("average")),
+    },
     "h": {f"H {h}": diloco(every=h) for h in (10, 30, 90)},
     "workers": {f"{n} workers": diloco(workers=n) for n in (1, 2, 4, 8)},
     "compression": {kind: diloco(compress=kind) for kind in ("bfloat16", "int8", "float4")}
@@ -48,10 +52,7 @@ ROWS: dict[str, dict[str, Distributed]] = {
         "3 fragments": diloco(fragments=3),
         "3 fragments, overlap 2, mix 0.5": diloco(fragments=3, overlap=2, mix=0.5),
     },
-    "outer": {
-        "outer average": diloco(outer=Outer("average")),
-        "outer adam": diloco(outer=Outer("adam", lr=1e-3, eps=1e-6)),
-    },
+    "outer": {"outer adam": diloco(outer=Outer("adam", lr=1e-3, eps=1e-6))},
 }
 
 SPEEDS = (1.0, 1.0, 0.5, 0.25)
