@@ -13,6 +13,7 @@ from jaxlm.nn.mask import Mask
 from jaxlm.runtime import compiler_options as compiler
 from jaxlm.runtime import device_order, processes
 from jaxlm.runtime import mesh as meshes
+from jaxlm.training.distributed import replicas
 from jaxlm.training.optimizers import Optimizer
 from jaxlm.weights.adapters import adapted
 
@@ -52,8 +53,9 @@ class Choices:
     flags: Mapping[str, compiler.Option]
     """Compiler options of the train step."""
 
-    def describe(self) -> dict[str, str]:
-        """Returns the choices as people read them, by topic: printed once and stored in the run's log."""
+    def describe(self, one_document: bool = False) -> dict[str, str]:
+        """Returns the choices as people read them, by topic: printed once and stored in the run's log. `one_document`
+        says whether each row is known to be one."""
         mesh = "one device"
         if self.mesh is not None:
             mesh = " × ".join(f"{axis} {n}" for axis, n in self.mesh.items() if n > 1)
@@ -65,7 +67,7 @@ class Choices:
             notes |= self.own
         else:
             notes |= {
-                "attention": self.attention.describe(),
+                "attention": self.attention.describe(one_document),
                 "precision": f"float32 weights, {self.dtype} compute",
                 "layers": f"{'scanned' if self.scanned else 'unrolled'}, remat {self.remat}",
             }
@@ -107,14 +109,17 @@ def choose(
     """Makes a run's choices. Raises ValueError where the run asks for what can't be had on these devices."""
     devices, seq_len = meshes.devices(), run.train.seq_len
     context_devices = layout.ways("seq", mesh)
+    workers = replicas.workers(run)
     attention_choice, own = None, {}
     if isinstance(family, RunsItself):
         family.check_layout(run.model, layout)
         own = dict(family.describe(run.model, run.execution.dtype))
     else:
         attention_choice = attention.choose(
-            run.execution.attention, Mask(family.generates, common=adapter.num_common_keys), False, None,
-            run.execution.dtype, split=run.mesh.context_by if context_devices > 1 else "", lengths=(seq_len, seq_len),
+            run.execution.attention,
+            Mask(family.generates, common=adapter.num_common_keys, packed=not adapter.layout(layout).shared_keys),
+            False, None, run.execution.dtype, split=run.mesh.context_by if context_devices > 1 else "",
+            lengths=(seq_len, seq_len), mapped=max(workers, 1 if mesh is None else mesh.shape[pipeline.AXIS]) > 1,
         )  # fmt: skip
     remat.remat_policy(run.execution)  # refuses what can't be offloaded
     if run.execution.offload:

@@ -63,7 +63,7 @@ class Program:
     @property
     def notes(self) -> dict[str, str]:
         """Returns the choices as people read them: printed once and stored in the run."""
-        notes = self.choices.describe() | self.earlier.describe()
+        notes = self.choices.describe(self.one_document) | self.earlier.describe()
         if self.apart:
             notes["workers"] = replicas.describe(self.run, self.fragments)
         return notes if self.teacher is None else notes | self.teacher.describe()
@@ -281,7 +281,7 @@ class Program:
             seed, given = numbers
             own = optimizer(self.run, self.specs, self.adapter, self.earlier, given)
             f: Any = step.make_train_step(
-                self._of_worker().loss, self.totals, own, seed=seed, clip=c.clip, ema=c.ema, shardings=shardings,
+                self._for_step().loss, self.totals, own, seed=seed, clip=c.clip, ema=c.ema, shardings=shardings,
                 host=host, keeping=keeping,
             )  # fmt: skip
             return (self._apart(f, send) if self.apart else f)(state, batch, *worker)
@@ -291,13 +291,21 @@ class Program:
         jitted = jax.jit(update, donate_argnums=1, out_shardings=out, compiler_options=self.compiler_options or None)
         return Given(jitted, numbers)
 
-    def _of_worker(self) -> "Program":
-        """Returns the program whose loss is that of one worker: its batch isn't cut over the workers' axis."""
-        if not self.apart:
-            return self
-        batch = tuple(a for a in self.layout.over("batch") if a != replicas.AXIS)
-        layout = dataclasses.replace(self.layout, compute={**self.layout.compute, "batch": batch})
+    def _for_step(self) -> "Program":
+        """Returns the program whose loss is the train step's: it knows whether rows are one document each, and that of
+        a worker doesn't cut its batch over the workers' axis."""
+        layout = dataclasses.replace(self.layout, one_document=self.one_document)
+        if self.apart:
+            batch = tuple(a for a in self.layout.over("batch") if a != replicas.AXIS)
+            layout = dataclasses.replace(layout, compute={**self.layout.compute, "batch": batch})
         return dataclasses.replace(self, layout=layout, model=dataclasses.replace(self.model, shard=layout))
+
+    @property
+    def one_document(self) -> bool:
+        """Returns whether each row that is trained on is one document, as windows of text are that aren't cut where
+        documents end. Rows of earlier tasks and of a teacher's data may be others."""
+        windows = not self.run.data.document_mask and self.objective.records == "packed"
+        return windows and self.objective.padding == "keep" and self.teacher is None and not self.earlier.tasks
 
     def _apart(self, one: Any, send: tuple[int, ...]) -> Any:
         """Returns the step of all workers, which also exchanges the fragments to `send` from the weights before it, so

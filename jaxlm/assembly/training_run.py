@@ -27,6 +27,7 @@ from jaxlm.assembly import (
     teacher,
     teacher_cache,
     training_hooks,
+    verify_attention,
 )
 from jaxlm.assembly import program as programs
 from jaxlm.assembly.model_source import StartModel
@@ -37,6 +38,7 @@ from jaxlm.core import config
 from jaxlm.data import token_cache as caches
 from jaxlm.evaluation import bootstrap
 from jaxlm.formats.checkpoint import Checkpoints
+from jaxlm.nn import attention
 from jaxlm.objectives.objective import DeviceBatch
 from jaxlm.runtime import mesh, processes
 from jaxlm.runtime.chips import peak_flops
@@ -189,7 +191,7 @@ def _run(
     example = teacher_cache.example(p, data, begins=not meta)
     loader = corpus.training_loader(run, p.objective, data, rows, remember.replayed(p, rows), example)
     updates = Updates(p, start)
-    compile_seconds = _compile(updates, state, p.to_device(loader.batch(start), rows), log, start)
+    compile_seconds = _compile(p, updates, state, p.to_device(loader.batch(start), rows), log, start)
     scorer = scoring.Scorer(p)
     moved = kl_meter.meter(p, data, state.eval_params if start == 0 else None)
     validate, gain = training_hooks.validator(p, data, log, scorer, moved), training_hooks.gain_log(run, log)
@@ -281,18 +283,28 @@ def stuck_watchdog(run: config.Run, compile_seconds: float) -> Watchdog:
     )  # fmt: skip
 
 
-def _compile(updates: Updates, state: Any, batch: DeviceBatch, log: RunLog, step: int) -> float:
-    """Compiles the step ahead of the loop, and says how long that took and what memory it needs. Returns the seconds.
+def _compile(
+    p: programs.Program, updates: Updates, state: Any, batch: DeviceBatch, log: RunLog, step: int
+) -> float:  # fmt: skip
+    """Compiles the step ahead of the loop, and says how long that took, what memory it needs and where layers attend
+    otherwise than was announced; fused attention is compared with plain attention. Returns the seconds.
 
     Batches of packed texts have a few shapes; those that come later compile when they come.
     """
     started = time.perf_counter()
-    memory = updates.compiled(state, batch).memory_analysis()
+    with attention.recorded() as requests:
+        memory = updates.compiled(state, batch).memory_analysis()
     seconds = time.perf_counter() - started
     size = memory and memory.argument_size_in_bytes + memory.temp_size_in_bytes
     if jax.process_index() == 0:
         shown = f", {size / 2**20:,.0f} MiB a device" if size else ""
         print(f"compiled     the step in {seconds:.1f} s{shown}")
+        others = {r.choice.describe() for r in requests if r.choice != p.choices.attention}
+        for line in sorted(others) if p.choices.attention is not None else ():
+            print(f"attention    also {line}")
+    verified = verify_attention.verify(p, requests, batch)
+    if verified and jax.process_index() == 0:
+        print(f"verified     attention is {verified}")
     if step == 0:  # a continued run's log is the uninterrupted run's
         log.event(0, "compiled", bytes_per_device=size, time={"seconds": seconds})
     return seconds

@@ -209,6 +209,9 @@ class Execution:
     and losses stay in float32."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """auto: the fused kernel if it supports the run (cudnn on GPUs, splash on TPUs), else xla."""
+    verify: bool = True
+    """Compare the fused kernel with plain attention on the devices once, when a run begins or goes on, on the documents
+    of its next batch; a run whose kernel gives something else is refused."""
     remat: Literal["none", "dots", "attention", "qkv", "full"] = "none"
     """Activations that the backward pass recomputes. dots: all but matrix products; attention: all but attention's
     result and the products around it (the mlp's wide ones are recomputed); qkv: all but queries, keys and values;

@@ -130,7 +130,7 @@ def encode(c: Config, specs: Any, params: Any, batch: Batch, *, shard: Layout, k
     segments_BS, positions_BS = batch.get("source_segments"), batch["source_positions"]
     if segments_BS is not None:  # padding may go on behind the last position, where the table has nothing but NaN
         positions_BS = jnp.where(segments_BS > 0, positions_BS, 0)
-    mask = Mask(False, None, segments_BS, segments_BS)
+    mask = Mask(False, None, segments_BS, segments_BS, packed=True)
     return _stack(c, "encoder", specs, params, batch["source"], positions_BS, dict(mask=mask), shard=shard, key=key)[0]
 
 

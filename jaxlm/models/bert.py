@@ -121,7 +121,7 @@ def forward(
 ) -> Output:
     k1, k2 = layers.subkeys(key, 2)
     tokens_BT = batch["tokens"]
-    mask, T = Mask(False, None, batch.get("segments"), batch.get("segments")), tokens_BT.shape[1]
+    mask, T = Mask(False, None, batch.get("segments"), batch.get("segments"), packed=True), tokens_BT.shape[1]
     bias_BHTS = None
     if c.relative:
         bias_BHTS = attention_layers.relative_bias(

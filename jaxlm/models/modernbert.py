@@ -141,7 +141,7 @@ def forward(
     keys = layers.subkeys(key, 3)
     segments_BT, positions_BT, C = batch.get("segments"), batch["positions"], c.width // c.heads
     rows = dict(
-        mask=Mask(False, None, segments_BT, segments_BT),
+        mask=Mask(False, None, segments_BT, segments_BT, packed=True),
         near=rope.table(c.rope_local, C, positions_BT),
         far=rope.table(c.rope, C, positions_BT),
     )

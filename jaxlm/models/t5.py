@@ -111,7 +111,7 @@ def specs(c: Config) -> dict[str, Any]:
 
 def encode(c: Config, specs: Any, params: Any, batch: Batch, *, shard: Layout, key: Key = None) -> jax.Array:
     """Computes `[B, S, D]`, what the decoder looks at."""
-    mask = Mask(False, None, batch.get("source_segments"), batch.get("source_segments"))
+    mask = Mask(False, None, batch.get("source_segments"), batch.get("source_segments"), packed=True)
     x_BSD = layers.embed(params["embed"], batch["source"], shard)
     return _stack(c, specs["encoder"], params["encoder"], x_BSD, dict(mask=mask), shard=shard, key=key)[0]
 

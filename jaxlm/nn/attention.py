@@ -4,7 +4,10 @@ sinks and cache.
 B batch, T query position, S key position, H heads, K key/value heads, G = H / K, C head width.
 """
 
+import contextlib
+import contextvars
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,11 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.nn import context_parallel, ring_attention
-from jaxlm.nn.kernels import splash_attention
+from jaxlm.nn.kernels import packed_attention, splash_attention
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.merged_rows import with_merged_rows
-from jaxlm.runtime.mesh import is_mapped, platform
+from jaxlm.runtime import chips
+from jaxlm.runtime.mesh import devices, is_mapped, platform
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,18 @@ class AttentionChoice:
     implementation: str
     """The name of the implementation: xla, cudnn or splash."""
     reason: str
+    dense: str = ""
+    """Why documents of a row are kept apart by an array of all pairs of positions; empty: no such array is made."""
 
-    def describe(self) -> str:
-        """Returns the choice as people read it: `xla (why)`."""
-        return f"{self.implementation} ({self.reason})"
+    def describe(self, one_document: bool = False) -> str:
+        """Returns the choice as people read it: `xla (why)`. `one_document` says whether each row is known to be
+        one."""
+        if self.implementation != "cudnn":
+            return f"{self.implementation} ({self.reason})"
+        if one_document:
+            return f"cudnn ({self.reason}; each row is one document)"
+        how = f"a mask of all pairs, as {self.dense}" if self.dense else "where they begin and end"
+        return f"cudnn ({self.reason}; documents of a row by {how})"
 
 
 def unavailable(
@@ -65,24 +77,79 @@ def unavailable(
         return f"computes in bfloat16, not {dtype}; set execution.dtype=bfloat16"
     if softcap is not None:
         return "has no soft cap"
-    return "has no attention sinks" if sinks else None
+    if sinks:
+        return "has no attention sinks"
+    capability = chips.compute_capability(devices()[0])
+    widest = 128 if capability is not None and capability < (9, 0) else 256
+    if widths[0] % 8 or widths[0] > widest:
+        return f"takes heads whose width is a multiple of 8 up to {widest} on this GPU, not {widths[0]}"
+    return None
 
 
-def choose(implementation: str, *request: Any, **options: Any) -> AttentionChoice:
+def choose(
+    implementation: str, mask: Mask, bias: bool, *request: Any, mapped: bool = False, **options: Any
+) -> AttentionChoice:
     """Returns the implementation for a request, which is given as to `unavailable`, and the reason.
 
-    Raises ValueError where one is asked for by name that can't answer the request.
+    `mapped` says whether `jax.vmap` maps it, over workers that train apart or a pipeline's stages. Raises ValueError
+    where an implementation is asked for by name that can't answer the request.
     """
+
+    def chosen(implementation: str, reason: str) -> AttentionChoice:
+        dense = packed_attention.unavailable(mask, bias, mapped) if implementation == "cudnn" else None
+        return AttentionChoice(implementation, reason, dense or "")
+
     if implementation != "auto":
-        obstacle = unavailable(implementation, *request, **options)
+        obstacle = unavailable(implementation, mask, bias, *request, **options)
         if obstacle:
             raise ValueError(f"execution.attention: {implementation} {obstacle}; use auto or xla")
-        return AttentionChoice(implementation, "asked for by execution.attention")
+        return chosen(implementation, "asked for by execution.attention")
     fused, device = ("splash", "TPU") if platform() == "tpu" else ("cudnn", "GPU")
-    obstacle = unavailable(fused, *request, **options)
+    obstacle = unavailable(fused, mask, bias, *request, **options)
     if obstacle is None:
-        return AttentionChoice(fused, f"fused kernel of this {device}")
+        return chosen(fused, f"fused kernel of this {device}")
     return AttentionChoice("xla", f"{fused} {obstacle}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A Request is what a layer asks of attention, and which implementation answers it."""
+
+    choice: AttentionChoice
+    shape: tuple[int, int, int, int]
+    """Positions, heads of queries and of keys, and their width."""
+    causal: bool
+    window: int | None
+    scale: float
+    softcap: float | None
+    special: str
+    """What else is asked for, in words: a bias, sinks, keys of another sequence; empty: nothing."""
+
+
+_requests: contextvars.ContextVar[list[Request] | None] = contextvars.ContextVar("requests", default=None)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Request]]:
+    """Yields the list of unlike requests that programs make which are traced within its context; those that read a
+    cache are left out."""
+    requests: list[Request] = []
+    token = _requests.set(requests)
+    try:
+        yield requests
+    finally:
+        _requests.reset(token)
+
+
+def _record(choice: AttentionChoice, q_BTHC: Any, k_BSKC: Any, mask: Mask, scale: float, softcap: float | None,
+            special: dict[str, bool]) -> None:  # fmt: skip
+    if (requests := _requests.get()) is None:
+        return
+    shape = (q_BTHC.shape[1], q_BTHC.shape[2], k_BSKC.shape[2], q_BTHC.shape[3])
+    words = ", ".join(what for what, asked in special.items() if asked)
+    one = Request(choice, shape, mask.causal, mask.window, scale, softcap, words)
+    if one not in requests:
+        requests.append(one)
 
 
 def attend(
@@ -105,12 +172,19 @@ def attend(
     """
     scale = q_BTHC.shape[-1] ** -0.5 if scale is None else scale
     split = shard.mesh.context_by if context_parallel.num_devices(shard) > 1 and mask.at_T is None else ""
+    if shard.shared_keys and mask.packed:
+        mask = dataclasses.replace(mask, packed=False)
+    elif shard.one_document and mask.packed and mask.causal and mask.prefix_BS is None:
+        mask = dataclasses.replace(mask, segments_BT=None, segments_BS=None)  # padding comes last: nobody sees it
+    dense = ""
     if mask.at_T is None:
         requested, dtype, bias = shard.execution.attention, shard.execution.dtype, bias_BHTS is not None
         widths = k_BSKC.shape[-1], v_BSKC.shape[-1]
         lengths = q_BTHC.shape[1], k_BSKC.shape[1]
         choice = choose(requested, mask, bias, softcap, dtype, sinks_H is not None, widths, split, lengths)
-        implementation = choice.implementation
+        implementation, dense = choice.implementation, choice.dense
+        special = {"a bias": bias, "sinks": sinks_H is not None, "other keys": not mask.packed}
+        _record(choice, q_BTHC, k_BSKC, mask, scale, softcap, special)
     else:  # a few queries against a cache take the time of reading it, whatever the kernel
         implementation = "xla"
     if split == "ring":
@@ -131,7 +205,9 @@ def attend(
     names = ("segments_BS", "prefix_BS") + (("segments_BT",) if inner is not shard else ())
     whole_rows: dict[str, Any] = {n: inner(x, "batch", None) for n in names if (x := getattr(mask, n)) is not None}
     mask = dataclasses.replace(mask, **whole_rows)
-    if implementation == "splash":
+    if implementation == "cudnn" and mask.segments_BT is not None and not dense:
+        o_BTHC = packed_attention.attend(q_BTHC, k_BSKC, v_BSKC, mask, shard=inner, scale=scale)
+    elif implementation == "splash":
         o_BTHC = splash_attention.attend(
             q_BTHC, k_BSKC, v_BSKC, mask, shard=inner, scale=scale, softcap=softcap, sinks_H=sinks_H
         )
@@ -143,14 +219,19 @@ def attend(
 
 
 def _cudnn(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_BHTS, sinks_H):
-    needs_dense_mask = mask.segments_BT is not None or mask.prefix_BS is not None or mask.window or mask.common
+    # cuDNN's own window looks back alone, and takes no bias beside it.
+    own_window = mask.window is not None and mask.causal and bias_BHTS is None
+    parts = mask.segments_BT, mask.prefix_BS, mask.common or None, None if own_window else mask.window
+    needs_dense_mask = any(part is not None for part in parts)
     visible = mask.dense(0, q_BTHC.shape[1], 0, k_BSKC.shape[1]) if needs_dense_mask else None
+    window = (mask.window - 1, 0) if mask.window is not None and visible is None else None
     more = {"bias": None if bias_BHTS is None else bias_BHTS.astype(q_BTHC.dtype),
             "mask": None if visible is None else visible[:, None]}  # fmt: skip
     given = {name: x for name, x in more.items() if x is not None}
 
     def kernel(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> jax.Array:
         options: dict[str, Any] = dict(zip(given, rest, strict=True)) | {"implementation": "cudnn", "scale": scale}
+        options |= {} if window is None else {"local_window_size": window}
         return jax.nn.dot_product_attention(q, k, v, is_causal=mask.causal and visible is None, **options)
 
     if is_mapped():  # JAX's rule for mapping the kernel takes no mask that heads share

@@ -133,7 +133,7 @@ def mask_and_cache(batch: Batch, cache: Cache | None, window: int | None = None)
     """Returns the causal mask of a batch, and the cache as it stands once the batch's tokens are in it."""
     segments_BT = batch.get("segments")
     cache = read_on(cache, segments_BT, batch["tokens"].shape)
-    return Mask(True, window, segments_BT, segments_BT, batch.get("prefix")), cache
+    return Mask(True, window, segments_BT, segments_BT, batch.get("prefix"), packed=True), cache
 
 
 def readout(c: ModelConfig, specs: Any, params: Any, x_BTD: jax.Array, *, shard: Layout) -> Readout:

@@ -104,6 +104,10 @@ class Layout:
     moments: Mapping[str, Axes] = field(default_factory=lambda: dict(STORE))
     mesh: config.Mesh = field(default_factory=config.Mesh)
     """The mesh that the run asks for; the sizes of its axes are known where a program is traced."""
+    shared_keys: bool = False
+    """Whether rows begin with virtual tokens that all of their segments see."""
+    one_document: bool = False
+    """Whether each row of a batch is known to be one document, with padding after it."""
     taps: Taps | None = field(default=None, compare=False)
     """Activations of layers that somebody wants; None: nobody."""
 

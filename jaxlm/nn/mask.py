@@ -13,7 +13,7 @@ EVERYONE = 1 << 30  # the segment whose keys all other segments see too
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("segments_BT", "segments_BS", "prefix_BS", "at_T", "at_S"),
-    meta_fields=("causal", "window", "common"),
+    meta_fields=("causal", "window", "common", "packed"),
 )
 @dataclass(frozen=True)
 class Mask:
@@ -35,6 +35,8 @@ class Mask:
     """Positions of the keys; a negative one is an empty slot of a cache."""
     common: int = 0
     """The number of first keys that are no tokens of the row: every query sees them, and positions don't count them."""
+    packed: bool = False
+    """Whether queries and keys are the same positions, and each segment is one run of them, as packing makes rows."""
 
     def positions(self, start: int, stop: int, first: int, last: int) -> tuple[jax.Array, jax.Array]:
         """Returns the positions in the row of a block of queries, `[T]` or `[B, T]`, and of a span of keys."""

@@ -5,6 +5,8 @@ from typing import Any
 
 from jax.extend import core
 
+from jaxlm.nn.kernels import packed_attention
+
 
 def count(jaxpr: Any) -> float:
     """Returns the FLOPs of all devices together.
@@ -18,6 +20,8 @@ def count(jaxpr: Any) -> float:
 
 def _equation(e: Any) -> float:
     name = e.primitive.name
+    if e.params.get("name") == packed_attention.FURTHER:
+        return 0.0  # the first call is counted for all pairs of a row
     if name == "dot_general":
         (contracted, _), _ = e.params["dimension_numbers"]
         shape = e.invars[0].aval.shape
@@ -27,7 +31,8 @@ def _equation(e: Any) -> float:
         return 2 * rows * inner * e.outvars[0].aval.shape[-1]
     if "dot_product_attention" in name:
         batch, queries, heads, width = e.invars[0].aval.shape  # its layout is BTNH; two products forward, five backward
-        keys = e.invars[1].aval.shape[1]
+        kind = e.params.get("mask_type")
+        keys = e.invars[1].aval.shape[1] / (2 if kind is not None and kind.name == "CAUSAL" else 1)
         return (10 if "bwd" in name or "backward" in name else 4) * batch * queries * heads * width * keys
     if name == "pallas_call":
         estimate = e.params.get("cost_estimate")

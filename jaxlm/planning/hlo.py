@@ -20,6 +20,8 @@ CUTS = {"dynamic-slice", "gather"}
 PUTS = {"dynamic-update-slice": 1, "scatter": 2}  # with the operand that is put into the first one
 
 
+RARE = "further_documents"
+"""Names loops that mostly don't run at all: `packed_attention`'s calls beyond the first."""
 BETWEEN_SLICES = "_xla_megascale_"
 """Begins the attributes of what a TPU's compiler sends to other slices, by way of their hosts."""
 
@@ -110,7 +112,9 @@ class Module:
 
     def trips(self, loop: Instruction) -> int:
         """Returns how often a loop runs: what the compiler notes, else the constant that its counter is compared
-        with."""
+        with. Those that mostly don't run at all are left out."""
+        if RARE in loop.attributes:
+            return 0
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
         condition = self.computations.get(loop.attribute("condition") or "", {})

@@ -108,12 +108,16 @@ def hidden(axes: tuple[str, ...], t: Target) -> bool:
 def cost(p: program.Program, t: Target, attention: str | None = None) -> Cost:
     """Returns the cost of a program's step on a target.
 
-    `attention` is flash or splash (fused kernels that skip what causality hides), cudnn or xla; None takes the
-    program's.
+    `attention` is flash or splash (fused kernels that skip what causality hides), cudnn (with a mask of all pairs) or
+    xla; None takes the program's.
     """
     sizes = dict(p.mesh.shape) if p.mesh is not None else {}
     chosen = p.choices.attention  # None: a module attends by itself, of which nothing better than xla is known
-    one_step = _Step(p, sizes, attention or (chosen.implementation if chosen else "xla"), t)
+    if attention is None:
+        attention = chosen.implementation if chosen else "xla"
+        if attention == "cudnn" and (p.one_document or (chosen and not chosen.dense)):
+            attention = "flash"
+    one_step = _Step(p, sizes, attention, t)
     untimed = Cost(
         memory=one_step.memory(), flops=one_step.flops(), hbm=one_step.hbm(), flows=tuple(one_step.flows()),
         tokens=p.run.train.batch_size * p.run.train.seq_len, model_flops=p.flops_per_token(), bubble=one_step.bubble,
@@ -235,7 +239,7 @@ class _Step:
     def pairs(self) -> float:
         """Returns the query–key pairs a head and token that are computed."""
         seq, causal = self.p.run.train.seq_len, self.p.model.family.kind == "decoder"
-        if self.attention == "cudnn" or not causal:  # segments make cuDNN's mask a dense one: nothing is skipped
+        if self.attention == "cudnn" or not causal:  # with a mask of all pairs nothing is skipped
             return float(seq)
         return seq / 2 if self.attention in ("flash", "splash") else seq * (17 / 32 if self.cuts == 1 else 1.0)
 

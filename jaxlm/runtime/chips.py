@@ -8,6 +8,7 @@ states them, which are the documents' aggregates divided by links and directions
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 # Dense bfloat16 FLOP/s of one device, as JAX names and counts devices (a TPU v2, v3 or 7x chip is two devices, a v4 or
 # v5p chip is one). GeForce with float32 accumulation.
@@ -169,6 +170,18 @@ platform_name: "CUDA"  dnn_version_info {{ major: 9 minor: 8 patch: 0 }}  device
 def xla_target(c: Chip) -> str:
     """Returns a GPU's description for XLA's compiler: `GpuTargetConfigProto` as text."""
     return XLA_TARGET.format(**c.xla, kind=c.kind, memory=int(c.hbm), bandwidth=int(c.hbm_bandwidth))
+
+
+def compute_capability(device: Any) -> tuple[int, int] | None:
+    """Returns the compute capability of an NVIDIA GPU, which may be only described: (9, 0) of Hopper; None of others,
+    and where it isn't known."""
+    chip = of_kind(device.device_kind)
+    if chip is not None:
+        return (int(chip.xla["major"]), int(chip.xla["minor"])) if chip.xla else None
+    if device.platform != "gpu":
+        return None
+    major, _, minor = str(device.compute_capability).partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 
 
 def of_kind(kind: str) -> Chip | None:

@@ -222,6 +222,17 @@ def flops(model, objective, attention: bool = False, **more) -> float:
     return (found["full"] - found["causal"]) / 6 if attention else (2 * found["causal"] - found["full"]) / 6
 
 
+@pytest.mark.parametrize(("objective", "windows"), [("causal", True), ("seq2seq", False)])
+def test_rows_are_known_to_be_one_document_where_windows_are_not_cut_by_documents(objective, windows, home):
+    run = config_io.load(home(objective))
+    tokens = run_directory.load_tokenizer(run)
+    assert not program.program(run, tokens).one_document
+    whole = dataclasses.replace(run, data=dataclasses.replace(run.data, document_mask=False))
+    p = program.program(whole, tokens)
+    assert p.one_document == windows == p._for_step().model.shard.one_document
+    assert not p.model.shard.one_document  # other rows than the step's may hold more
+
+
 def test_flops_count_the_weights_that_a_token_meets():
     from jaxlm.models import bert, llama, mixtral, t5
     from jaxlm.nn.moe import Moe

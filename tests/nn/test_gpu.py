@@ -12,6 +12,7 @@ from jaxlm.core import config, spec
 from jaxlm.models import MODELS
 from jaxlm.models.model import Model
 from jaxlm.nn import attention, losses
+from jaxlm.nn.kernels import packed_attention
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.mask import Mask
 
@@ -49,22 +50,30 @@ MASKS = {
 }
 
 
-# rows of 256 positions, grouped queries; and rows that no tile divides, each head with its own keys
-SHAPES = [(name, 256, 8, 2, 128) for name in MASKS] + [(name, 200, 4, 4, 64) for name in ("causal", "causal documents")]
+# rows of 256 positions, grouped queries; rows that no tile divides, each head with its own keys; other widths
+SHAPES = [
+    *((name, 256, 8, 2, 128) for name in MASKS),
+    *((name, 200, 4, 4, 64) for name in ("causal", "causal documents")),
+    *(("causal documents", 512, 4, 1, C) for C in (96, 192, 256)),
+]
+CASES = [(*shape, documents) for shape in SHAPES for documents in ((0, 1, 40) if "documents" in shape[0] else (0,))]
 
 
-@pytest.mark.parametrize(("name", "T", "H", "K", "C"), SHAPES)
-def test_fused_attention_and_its_gradients_equal_plain_attention_in_float32(name, T, H, K, C):
+@pytest.mark.parametrize(("name", "T", "H", "K", "C", "packed"), CASES)
+def test_fused_attention_and_its_gradients_equal_plain_attention_in_float32(name, T, H, K, C, packed):
+    """`packed`: documents a row that are told by where they begin, few for one call or too many; 0: by a mask."""
     causal, window, documents = MASKS[name]
     rng = np.random.default_rng(T)
     segments = None
-    if documents:  # three in each row, then padding
-        segments = np.sort(rng.integers(1, 4, (2, T)), -1).astype(np.int32)
+    if documents:  # then padding
+        segments = np.sort(rng.integers(1, 1 + (packed or 3), (2, T)), -1).astype(np.int32)
         segments[:, -T // 10 :] = 0
-    mask = Mask(causal, window, segments, segments)
-    assert (
-        attention.choose("auto", mask, False, None, "bfloat16", widths=(C, C), lengths=(T, T)).implementation == "cudnn"
-    )
+    mask = Mask(causal, window, segments, segments, packed=bool(packed))
+    choice = attention.choose("auto", mask, False, None, "bfloat16", widths=(C, C), lengths=(T, T))
+    assert choice.implementation == "cudnn"
+    if packed and not choice.dense:
+        room = 2 * packed_attention.room(T)
+        assert (int(packed_attention.number_documents(jnp.asarray(segments))[-1, -1]) >= room) == (packed == 40)
     x = [jnp.asarray(rng.standard_normal((2, T, n, C)), jnp.bfloat16) for n in (H, K, K, H)]
 
     def both(x, which):

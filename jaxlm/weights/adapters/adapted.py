@@ -329,12 +329,13 @@ class Adapted:
         return out
 
     def layout(self, shard: Layout) -> Layout:
-        """Returns the layout for the model's own blocks. Virtual tokens that every segment of a row sees are no mask of
-        splash's."""
+        """Returns the layout for the model's own blocks, with a note of virtual tokens that every segment of a row
+        sees: they are no mask of splash's."""
         asked = shard.execution.attention
-        if not self.num_virtual_tokens or self.family.kind != "decoder" or asked in ("xla", "cudnn"):
+        if not self.num_virtual_tokens or self.family.kind != "decoder":
             return shard
-        if platform() != "tpu":
+        shard = dataclasses.replace(shard, shared_keys=True)
+        if asked in ("xla", "cudnn") or platform() != "tpu":
             return shard
         if asked == "splash":
             raise ValueError(
