@@ -302,6 +302,7 @@ def test_virtual_tokens_that_every_segment_sees_are_not_for_splash(monkeypatch):
     for method, then in (("prompt", "xla"), ("lora", "auto")):
         adapted = Adapted(adapters.METHODS[method].Config(), llama, c)
         assert adapted.layout(LAYOUT).execution.attention == then
+        assert adapted.layout(LAYOUT).shared_keys == (method == "prompt")
     asked = Layout(execution=config.Execution(attention="splash"))
     with pytest.raises(ValueError, match=r"splash has no keys that all queries see \(`adapter` prompt\)"):
         Adapted(adapters.Prompt(), llama, c).layout(asked)

@@ -123,6 +123,9 @@ def test_rows_that_are_one_document_need_neither_a_mask_nor_offsets(cudnn, monke
     ):
         attention.attend(*x, mask, shard=shard, scale=1.0)
         assert seen.pop() == dict(implementation="cudnn", scale=1.0) | expected
+    shared = Layout(execution=config.Execution(attention="cudnn"), shared_keys=True)
+    attention.attend(*x, Mask(True, None, segments, segments, packed=True), shard=shared)
+    assert seen.pop()["mask"].shape == (2, 1, 16, 16)  # virtual tokens are of all documents
     assert not cudnn.calls
 
 
