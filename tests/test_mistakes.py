@@ -382,6 +382,12 @@ MISTAKES = [
         ["eval", "published"],
     ),
     Mistake(
+        "a cache where text is read at once",
+        r"--cache: text is read at once, without a cache; leave it out",
+        None,
+        ["eval", "published", "--cache", "int8"],
+    ),
+    Mistake(
         "evaluation on what isn't there",
         r"data source 'no\.txt' does not exist",
         lambda: jaxlm.evaluate("published", "no.txt"),

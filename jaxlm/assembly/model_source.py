@@ -12,6 +12,7 @@ from jaxlm.assembly import run_directory, task_heads
 from jaxlm.assembly.task_index import Task, read_index
 from jaxlm.core import config
 from jaxlm.core.compression import Compression
+from jaxlm.core.config import CacheKind
 from jaxlm.core.continual import Continual
 from jaxlm.core.errors import nearest
 from jaxlm.data import tokenizer as tokenizers
@@ -62,6 +63,8 @@ class Source:
     """The earlier task that is meant; None: what the run itself learned."""
     whole: "Source | None" = None
     """With `task`: the source of the run, whose files hold the task's weights beside its own."""
+    cache: CacheKind | None = None
+    """How keys and values are stored while it makes text; None: as the run says."""
 
     @property
     def objective(self) -> Any:

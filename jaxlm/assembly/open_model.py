@@ -338,6 +338,8 @@ def open_model(place: Place, step: int | None = None) -> Pretrained:
         return _of_task(open_model(source.whole, step), source)
     mesh = make_mesh(config.Mesh())
     execution = source.run.execution if source.run else published_execution()
+    if source.cache is not None:
+        execution = dataclasses.replace(execution, cache=source.cache)
     layout = Layout.of(config.Mesh(), execution)
     specs = specs_of(source)
     if source.run is None and step is not None:
@@ -348,6 +350,20 @@ def open_model(place: Place, step: int | None = None) -> Pretrained:
     plain = {name: s for name, s in specs.items() if name not in (*adapted.base, "adapter")} | adapted.base
     model = Model(source.family, source.config, plain, layout, adapted if adapted.changes else None)
     return Pretrained(source, model, weights, mesh)
+
+
+def with_cache(place: Place, kind: config.CacheKind | None) -> Place:
+    """Returns the model with keys and values stored in another way while it makes text; None: as it is. Raises
+    ValueError where it is open already, or makes no text."""
+    if kind is None:
+        return place
+    if isinstance(place, Pretrained):
+        raise ValueError("cache: the model is open already; say where it is opened how keys and values are stored")
+    source = source_of(place)
+    if not source.family.generates:
+        raise ValueError(f"cache: {source.path} is an encoder, which keeps no keys and values; leave it out")
+    whole = None if source.whole is None else dataclasses.replace(source.whole, cache=kind)
+    return dataclasses.replace(source, cache=kind, whole=whole)
 
 
 def _of_task(whole: Pretrained, source: Source) -> Pretrained:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from jaxlm.commands.arguments import Command, Done, Flag, Model, start_processes
+from jaxlm.core.config import CacheKind
 from jaxlm.core.ranges import Count, Natural, NonNegative, Positive, PositiveShare, Range
 
 
@@ -60,6 +61,9 @@ class Eval(Command):
     """--code: a program's, at most."""
     memory: Count = 1024
     """--code: a program's MiB, at most."""
+    cache: CacheKind | None = None
+    """--tasks, --metric, --code: how keys and values of tokens that were read are stored while the model writes, such
+    as int8; None: as the run says, or as computed. `against` names another model, or this one without it."""
     against: str | None = None
     """Another model on the same examples: differences with their 95 % intervals and p, by a paired bootstrap."""
     resamples: Annotated[int, Range(100)] = 10_000
@@ -75,19 +79,23 @@ class Eval(Command):
 
 def _evaluate(args: Eval) -> Done:
     start_processes(args)
-    from jaxlm.assembly import evaluate_model
+    from jaxlm.assembly import evaluate_model, open_model
 
+    if args.cache and not (args.code or args.metric or args.tasks):
+        raise ValueError("--cache: text is read at once, without a cache; leave it out, or give --metric, --code or "
+                         "--tasks")  # fmt: skip
     others, out = None, args.out or Path("evals") / Path(args.model).name
+    model = open_model.with_cache(args.model, args.cache)
     written: Path | None = out
     about_rows: dict[str, str] = {}
     if args.code:
-        values, samples, others = _code(args, args.code, out)
+        values, samples, others = _code(args, model, args.code, out)
     elif args.metric:
-        values, samples, others = _texts(args, args.metric, out)
+        values, samples, others = _texts(args, model, args.metric, out)
     elif args.tasks:
         tasks = args.tasks.split(",")
         more: dict[str, Any] = dict(shots=args.shots, limit=args.limit, folder=args.task_folder, chats=args.chat)
-        values, shown, samples = evaluate_model.evaluate_tasks(args.model, tasks, out, step=args.step, **more)
+        values, shown, samples = evaluate_model.evaluate_tasks(model, tasks, out, step=args.step, **more)
         print(f"{shown}\n{out}: results.json, results.md and every example")
         if args.against:
             _, shown, others = evaluate_model.evaluate_tasks(args.against, tasks, out / "against", **more)
@@ -132,7 +140,7 @@ def _said_sources(data: Sequence[str]) -> str:
     return f" ({', '.join(data)})" if data else " (held out of the training data)"
 
 
-def _code(args: Eval, file: str, out: Path) -> tuple[dict, dict, dict | None]:
+def _code(args: Eval, model: Any, file: str, out: Path) -> tuple[dict, dict, dict | None]:
     """(results, what they may be resampled from, the other model's)."""
     if not args.run_generated_code:
         raise ValueError("--code: runs what the model writes on this machine; say so with --run-generated-code")
@@ -147,7 +155,7 @@ def _code(args: Eval, file: str, out: Path) -> tuple[dict, dict, dict | None]:
                                  seed=args.seed, beams=1)  # fmt: skip
     how = evaluate_model.sampling_for(args.model, 512, args.tokens, **asked)
     more: dict[str, Any] = dict(weak=args.weak_sandbox, seconds=args.seconds, memory=args.memory << 20)
-    values, sample = evaluate_model.evaluate_code(args.model, file, out, how, ks, step=args.step, **more)
+    values, sample = evaluate_model.evaluate_code(model, file, out, how, ks, step=args.step, **more)
     print(f"{out}: results.json and code.jsonl, every answer and what became of it")
     others = None
     if args.against:
@@ -157,14 +165,14 @@ def _code(args: Eval, file: str, out: Path) -> tuple[dict, dict, dict | None]:
     return values, {"problems": sample}, others
 
 
-def _texts(args: Eval, metric: str, out: Path) -> tuple[dict, dict, dict | None]:
+def _texts(args: Eval, model: Any, metric: str, out: Path) -> tuple[dict, dict, dict | None]:
     """(results, what they may be resampled from, the other model's)."""
     from jaxlm.assembly import evaluate_model
 
     asked: dict[str, Any] = dict(temperature=0.0) | ({} if args.beams is None else {"beams": args.beams})
     how = evaluate_model.sampling_for(args.model, 128, args.tokens, **asked)
     more: dict[str, Any] = dict(data=args.data or None, rows=args.rows, limit=args.limit)
-    values, about, sample = evaluate_model.evaluate_texts(args.model, metric, out, how, step=args.step, **more)
+    values, about, sample = evaluate_model.evaluate_texts(model, metric, out, how, step=args.step, **more)
     print(": ".join(filter(None, (values["rows"], values["role"]))))
     print(f"{about}\n{out}: results.json and texts.jsonl, every text beside the true one")
     others = None

@@ -10,6 +10,7 @@ from tyro.conf import UseAppendAction, arg
 
 from jaxlm.commands.arguments import Command, Done, Flag, Model, More, start_processes
 from jaxlm.core import typed_arguments
+from jaxlm.core.config import CacheKind
 from jaxlm.core.ranges import Count, Natural
 
 Texts = UseAppendAction[tuple[str, ...]]
@@ -59,12 +60,14 @@ class Generate(OnModel):
     """Tokens that the draft proposes at a time."""
     special: Flag = False
     """Reads special tokens that a prompt spells, such as <|im_start|>, as such and not as characters."""
+    cache: CacheKind | None = None
+    """How keys and values of tokens that were read are stored, such as int8; None: as the run says, or as computed."""
     step: Natural | None = None
     """The checkpoint's; None: the newest."""
 
     def run(self, rest: list[str]) -> Done:
         start_processes(self)
-        from jaxlm.assembly import generate_text
+        from jaxlm.assembly import generate_text, open_model
         from jaxlm.training.log import shown
 
         source, how = self.chosen(rest)
@@ -72,7 +75,8 @@ class Generate(OnModel):
             raise ValueError("give a --prompt")
         more: dict[str, Any] = dict(draft=self.draft, proposals=self.proposals, adapters=self.adapter,
                                     special=self.special)  # fmt: skip
-        found = generate_text.generate(source, self.prompt, how, self.step, **more)
+        place = open_model.with_cache(source, self.cache)
+        found = generate_text.generate(place, self.prompt, how, self.step, **more)
         for prompt, answers in zip(self.prompt, found, strict=True):
             for answer in answers:
                 print(shown(prompt, answer.text, generate_text.goes_on(source)))
@@ -96,19 +100,22 @@ class Chat(OnModel):
     """What the model is told first."""
     template: Path | None = None
     """A chat template in Jinja; None: the model's own."""
+    cache: CacheKind | None = None
+    """How keys and values of tokens that were read are stored, such as int8; None: as the run says, or as computed."""
     step: Natural | None = None
     """The checkpoint's; None: the newest."""
 
     def run(self, rest: list[str]) -> Done:
         start_processes(self)
-        from jaxlm.assembly import generate_text
+        from jaxlm.assembly import generate_text, open_model
 
         def say(text: str) -> None:
             print(text, end="", flush=True)
 
         (source, how), prompt = self.chosen(rest), "> " if sys.stdin.isatty() else ""
         more: dict[str, Any] = dict(system=self.system, template=self.template, step=self.step, prompt=prompt)
-        return Done({"messages": generate_text.chat(source, iter(sys.stdin.readline, ""), say, how, **more)})
+        place = open_model.with_cache(source, self.cache)
+        return Done({"messages": generate_text.chat(place, iter(sys.stdin.readline, ""), say, how, **more)})
 
 
 @dataclass(frozen=True)

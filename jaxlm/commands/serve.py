@@ -12,6 +12,7 @@ from tyro.conf import UseAppendAction, arg
 
 from jaxlm.commands.arguments import Command, Done, Flag, Model, More, part, start_processes
 from jaxlm.core import typed_arguments
+from jaxlm.core.config import CacheKind
 from jaxlm.core.errors import nearest
 from jaxlm.core.ranges import Natural
 from jaxlm.inference.server.limits import Limits
@@ -53,6 +54,8 @@ class Serve(Limits, Command):
     """A chat template in Jinja; None: the model's own."""
     tool_calls: Literal["hermes", "llama", "mistral"] | None = None
     """The format in which the model writes calls of tools; None: that of its template."""
+    cache: CacheKind | None = None
+    """How keys and values of tokens that were read are stored, such as int8; None: as the run says, or as computed."""
     step: Natural | None = None
     """The checkpoint's; None: the newest."""
     no_page: Flag = False
@@ -72,7 +75,7 @@ class Serve(Limits, Command):
             raise ValueError(f"serve needs {' and '.join(missing)}, not installed here: pip install 'jaxlm[serve]'")
         adapters, keys = _named(self.adapter), self._keys()
         start_processes(self)
-        from jaxlm.assembly import serving
+        from jaxlm.assembly import open_model, serving
         from jaxlm.inference.server.app import make_app
         from jaxlm.inference.server.guard import Access, local_hosts
         from jaxlm.inference.server.listen import address, bind, serve
@@ -83,8 +86,8 @@ class Serve(Limits, Command):
             print(f"whoever reaches {self.host} may use this server: give a key by {KEY}", file=sys.stderr)
         with bind(self.host, self.port) as bound:
             service = serving.open_service(
-                self.model, settings, adapters=adapters, name=self.name, template=self.template, calls=self.tool_calls,
-                step=self.step, progress=_compiled,
+                open_model.with_cache(self.model, self.cache), settings, adapters=adapters, name=self.name,
+                template=self.template, calls=self.tool_calls, step=self.step, progress=_compiled,
             )  # fmt: skip
             access = Access(keys, (*hosts, *(h.lower() for h in self.allow_host)) if hosts else (), self.allow_origin)
             page = not self.no_page and service.encode_chat is not None
@@ -92,6 +95,10 @@ class Serve(Limits, Command):
             url = address(bound)
 
             def ready() -> None:
+                if (engine := service.engine) is not None:
+                    s, kept = engine.stats(), engine.settings.page_tokens
+                    print(f"keys and values of {s.cache_tokens:,} tokens, and of {s.pages * kept:,} in pages, each of "
+                          f"{s.slot_bytes:,} bytes", file=sys.stderr)  # fmt: skip
                 what = f"{url} (a chat page) and {url}/v1" if page else f"{url}/v1"
                 print(f"serving {', '.join(service.names)} at {what}; Ctrl-C ends it", flush=True)
 

@@ -200,6 +200,9 @@ class Mesh:
     """Path patterns of large weights that may be stored unsharded on a mesh that could shard them."""
 
 
+CacheKind = Literal["dtype", "int8", "fp8"]
+
+
 @dataclass(frozen=True)
 class Execution:
     """Says how a run's mathematics is executed; this changes results by no more than rounding."""
@@ -224,6 +227,9 @@ class Execution:
     else loop. Checkpoints are the same."""
     loss_chunk: Natural = 0
     """Tokens whose logits exist at one time; 0: as many as take a few MiB."""
+    cache: CacheKind = "dtype"
+    """How the keys and values of tokens that were read are stored while text is made. dtype: as they are computed;
+    int8, fp8: in a byte each with a scale for each head and token, which rounds them."""
     flags: tuple[str, ...] = ()
     """Compiler options for the train step: NAME=VALUE, or a preset such as gpu_overlap."""
 

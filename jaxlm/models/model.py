@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.nn import layers
-from jaxlm.nn.cache import Cache
+from jaxlm.nn.cache import Cache, in_few_bits
 from jaxlm.nn.family import Family, ModelConfig
 from jaxlm.nn.layers import Output
 from jaxlm.nn.layout import Layout
@@ -67,9 +67,12 @@ class Model:
         return layers.layer_norm(y_BTD, p[layer.norm], p.get(f"{layer.norm}_bias"), layer.eps) if layer.norm else y_BTD
 
     def init_cache(self, rows: int, length: int, dtype: Any, slack: int = 0) -> Cache:
-        """Returns an empty cache for rows of `length`, and for the adapter's virtual tokens."""
+        """Returns an empty cache for rows of `length`, and for the adapter's virtual tokens, in `dtype` unless
+        `execution.cache` says fewer bits."""
         n = 0 if self.adapter is None or self.family.kind != "decoder" else self.adapter.num_virtual_tokens
-        return self.family.init_cache(self.config, rows, length + n, dtype, slack)
+        made = self.family.init_cache(self.config, rows, length + n, dtype, slack)
+        kind = self.shard.execution.cache
+        return made if kind == "dtype" else in_few_bits(made, kind)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlm.nn import rope
 from jaxlm.nn.attention import attend
-from jaxlm.nn.cache import SLOTS, Cache, num_slots, remember
+from jaxlm.nn.cache import SLOTS, Cache, encoded, num_slots, numbers, remember
 from jaxlm.nn.layers import project
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.leaf import leaf_of
@@ -100,9 +100,8 @@ def cross_attention(
         at_T = at_S = None
     else:
         assert layer_cache is not None and "cross_k" in layer_cache, "the first call of a cache brings the source"
-        k_BSKC, v_BSKC, segments_BS = (
-            jnp.moveaxis(layer_cache[n], SLOTS.get(n, 1), 1) for n in ("cross_k", "cross_v", "cross_segments")
-        )
+        seen = numbers(layer_cache)
+        k_BSKC, v_BSKC, segments_BS = (seen[n] for n in ("cross_k", "cross_v", "cross_segments"))
         at_T, at_S = jnp.arange(q_BTHC.shape[1]), jnp.arange(k_BSKC.shape[1])
     if segments_BT is None:
         segments_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
@@ -115,10 +114,9 @@ def cross_attention(
     a_BTHC = named(a_BTHC, "attended", shard)
     cross_cache = dict(cross_k=k_BSKC, cross_v=v_BSKC, cross_segments=segments_BS)
     if layer_cache is not None:
+        own, dtype = layer_cache["k"].dtype, segments_BS.dtype
+        cross_cache = encoded(cross_cache, dict(cross_k=own, cross_v=own, cross_segments=dtype))
         cross_cache = {n: jnp.moveaxis(x, 1, SLOTS.get(n, 1)) for n, x in cross_cache.items()}
-        cross_cache = {
-            n: x if n == "cross_segments" else x.astype(layer_cache["k"].dtype) for n, x in cross_cache.items()
-        }
     return project(p, "cross_o", "bthc,hcd->btd", a_BTHC, shard, "batch", "seq", None), cross_cache
 
 

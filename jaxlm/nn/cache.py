@@ -1,6 +1,8 @@
 """Holds the keys and values of tokens that a model has read, so that decoding reads each token once."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,12 @@ from jaxlm.nn.mask import Mask
 # products over slots read in place. As [B, S, K, C] they were transposed for each token, which took 7 times as long on
 # a CPU at 16 rows and 512 slots.
 SLOTS = {"k": 3, "v": 2, "cross_k": 3, "cross_v": 2}
+SCALE = "_scale"
+SLOTS |= {name + SCALE: axis for name, axis in SLOTS.items()}
+
+FEW_BITS: dict[str, Any] = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
+"""The largest number of each type of few bits that numbers of a cache are scaled to."""
 
 
 class Cache(struct.PyTreeNode):
@@ -23,7 +31,8 @@ class Cache(struct.PyTreeNode):
 
     layers: tuple[dict[str, jax.Array], ...]
     """The arrays of each layer: `[B, slots, …]`, or with slots on the axis that `SLOTS` names. Fewer slots than the
-    longest row make a ring, for sliding windows."""
+    longest row make a ring, for sliding windows. What is stored in few bits has its scales beside it (`k_scale`), one
+    for each head and slot."""
     end: jax.Array
     """The number of slots filled, which is where the next token goes: of all rows, or `[B]` of each row."""
     real_BS: jax.Array
@@ -36,6 +45,51 @@ def empty_cache(layers: list[dict[str, jax.Array]], batch_size: int, length: int
     """Returns a cache that has read nothing, around the empty arrays of each layer, for rows of up to `length`
     tokens."""
     return Cache(tuple(layers), jnp.zeros((), jnp.int32), jnp.zeros((batch_size, length), bool))
+
+
+def in_few_bits(cache: Cache, kind: str) -> Cache:
+    """Returns an empty cache that stores keys and values in `FEW_BITS[kind]`, a byte each, and a float32 scale for each
+    head and slot. Raises ValueError where a model's cache holds no such numbers."""
+
+    def one(layer: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        made: dict[str, jax.Array] = {}
+        for name, x in layer.items():
+            if not jnp.issubdtype(x.dtype, jnp.floating):
+                raise ValueError(f"cache: {name} of this model are no keys or values, so {kind} stores nothing; "
+                                 "leave the cache in the model's own type")  # fmt: skip
+            axis = SLOTS.get(name, 1)
+            scale = jnp.moveaxis(jnp.moveaxis(x, axis, 1)[..., :1], 1, axis)
+            made |= {name: x.astype(FEW_BITS[kind]), name + SCALE: scale.astype(jnp.float32)}
+        return made
+
+    return cache.replace(layers=tuple(one(layer) for layer in cache.layers))
+
+
+def encoded(new: dict[str, jax.Array], dtypes: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Returns new numbers `[B, T, …, C]` as a cache stores them: in few bits by the largest magnitude of each head and
+    token, with the scales `[B, T, …, 1]`, where their type in `dtypes` has few bits."""
+    made: dict[str, jax.Array] = {}
+    for name, x in new.items():
+        largest = LARGEST.get(jnp.dtype(dtypes[name]))
+        if largest is None:
+            made[name] = x.astype(dtypes[name])
+            continue
+        x = x.astype(jnp.float32)
+        scale = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), 1e-30) / largest
+        x = x / scale
+        whole = jnp.issubdtype(dtypes[name], jnp.integer)
+        made |= {name: (jnp.round(x) if whole else x).astype(dtypes[name]), name + SCALE: scale}
+    return made
+
+
+def numbers(stored: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns what a layer stores as `[B, slots, …]`, few bits times their scales."""
+    by_slot = {name: jnp.moveaxis(x, SLOTS.get(name, 1), 1) for name, x in stored.items()}
+    return {
+        name: x.astype(jnp.float32) * by_slot[name + SCALE] if name + SCALE in by_slot else x
+        for name, x in by_slot.items()
+        if not name.endswith(SCALE)
+    }
 
 
 def with_own_ends(cache: Cache) -> Cache:
@@ -84,9 +138,10 @@ def remember(
     name, first = next(iter(stored.items()))
     T, size, length = new[name].shape[1], first.shape[SLOTS.get(name, 1)], cache.real_BS.shape[1]
     start = cache.end - T
+    made = encoded(new, {name: stored[name].dtype for name in new})
     if not cache.fresh and size < length and mask.window is not None and size < mask.window + T - 1:
         raise ValueError(f"cache: {T} tokens at once overwrite a window of {mask.window} in a ring of {size} slots")
-    stored = {name: _write(stored[name], x, start, length, SLOTS.get(name, 1)) for name, x in new.items()}
+    stored = {name: _write(stored[name], x, start, length, SLOTS.get(name, 1)) for name, x in made.items()}
     if cache.fresh:
         return new, mask, stored
     slots = jnp.arange(size)
@@ -94,9 +149,8 @@ def remember(
     real_BS = cache.real_BS if size == length else jnp.take(cache.real_BS, jnp.maximum(at_S, 0), axis=1)
     ones_BT = jnp.ones((real_BS.shape[0], T), jnp.int32)
     at_T = start + jnp.arange(T)
-    visible = {name: jnp.moveaxis(x, SLOTS.get(name, 1), 1) for name, x in stored.items()}
     return (
-        visible,
+        numbers(stored),
         dataclasses.replace(
             mask, segments_BT=ones_BT, segments_BS=real_BS.astype(jnp.int32), prefix_BS=None, at_T=at_T, at_S=at_S
         ),
@@ -129,13 +183,14 @@ def _remember_rows(
     """
     T, S = next(iter(new.values())).shape[1], cache.real_BS.shape[1]
     start_B = starts(cache, mask.segments_BT, T)
-    stored = {name: write_rows(stored[name], x, start_B, SLOTS.get(name, 1)) for name, x in new.items()}
+    made = encoded(new, {name: stored[name].dtype for name in new})
+    stored = {name: write_rows(stored[name], x, start_B, SLOTS.get(name, 1)) for name, x in made.items()}
     prefix_BS = None if mask.prefix_BS is None else jnp.pad(mask.prefix_BS, ((0, 0), (0, S - T)))
     at_BT = start_B[:, None] + jnp.arange(T)[None]
     mask = dataclasses.replace(
         mask, segments_BT=None, segments_BS=None, prefix_BS=prefix_BS, at_T=at_BT, at_S=jnp.arange(S)
     )
-    return {name: jnp.moveaxis(x, SLOTS.get(name, 1), 1) for name, x in stored.items()}, mask, stored
+    return numbers(stored), mask, stored
 
 
 def _write(stored: jax.Array, new: jax.Array, start: jax.Array, length: int, axis: int) -> jax.Array:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.inference import constrain
+from jaxlm.inference.engine import row_caches
 from jaxlm.inference.engine.answer import Answer, Rules, check, end_ids_of
 from jaxlm.inference.engine.pages import Pages
 from jaxlm.inference.engine.programs import Programs, Shapes
@@ -90,6 +91,7 @@ class Engine:
             raise RuntimeError("the engine was started before")
         none = np.zeros(len(next(iter(self.adapters.values()))), np.float32) if self.adapters else None
         with on_mesh(self.mesh):
+            self._stats.slot_bytes = row_caches.slot_bytes(self.programs.described(1, self.programs.shapes.lengths[0]))
             seconds = self.programs.compile(none, progress)
             self._rows = Rows(self.programs, self._pages, self._stats, self.adapters, none)
         self._thread = threading.Thread(target=self._run, name="jaxlm-engine", daemon=True)

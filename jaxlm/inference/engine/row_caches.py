@@ -28,6 +28,12 @@ def rows(layers: Layers) -> int:
     return next(iter(layers[0].values())).shape[0]
 
 
+def slot_bytes(layers: Layers) -> int:
+    """Returns how many bytes all layers store of a token of a row."""
+    own = [(name, x) for layer in layers for name, x in layer.items() if _axis(name) is not None]
+    return sum(x.size * x.dtype.itemsize // (x.shape[0] * x.shape[SLOTS.get(name, 1)]) for name, x in own)
+
+
 def _each(layers: Layers, change: Callable[..., jax.Array], *others: Layers) -> Layers:
     """Returns `change(name, array, …)` of each array of all layers."""
     return tuple(

@@ -16,6 +16,8 @@ class Stats:
     """Slots of the cache that hold tokens of running answers."""
     cache_tokens: int = 0
     """Slots of the cache that running answers may fill."""
+    slot_bytes: int = 0
+    """Bytes of what all layers store of a token."""
     pages: int = 0
     """Pages of the prefix cache: free + cached + used."""
     pages_free: int = 0
