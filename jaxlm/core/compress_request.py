@@ -23,10 +23,10 @@ from jaxlm.core.ranges import BelowOne, Count, Natural, Positive, Share
 MethodName = Literal["nearest", "gptq", "awq", "smooth", "magnitude", "wanda", "sparsegpt", "svd"]
 PRUNES = ("magnitude", "wanda", "sparsegpt")
 SETTINGS: dict[MethodName, tuple[str, ...]] = {
-    "nearest": ("format", "group", "zero_point", "budget"),
-    "gptq": ("format", "group", "zero_point", "budget", "act_order", "damp"),
-    "awq": ("format", "group", "zero_point", "budget", "ratios", "own_scales"),
-    "smooth": ("format", "alpha", "own_scales"),
+    "nearest": ("format", "group", "zero_point", "dynamic", "budget"),
+    "gptq": ("format", "group", "zero_point", "dynamic", "budget", "act_order", "damp"),
+    "awq": ("format", "group", "zero_point", "dynamic", "budget", "ratios", "own_scales"),
+    "smooth": ("format", "dynamic", "alpha", "own_scales"),
     "magnitude": ("share", "pattern"),
     "wanda": ("share", "pattern"),
     "sparsegpt": ("share", "pattern", "damp", "block"),
@@ -50,6 +50,9 @@ class Settings:
     """Inputs that share a scale (int4: 128, or 64 or 32; fp8: 0 for one an output, or blocks of 128)."""
     zero_point: bool | None = None
     """int4: codes are counted from a group's least number (no)."""
+    dynamic: bool | None = None
+    """int8, fp8: what the matrices multiply is rounded too, each row by its largest magnitude (no); GPUs then multiply
+    eight bits."""
     budget: str | None = None
     """Bits of each compressed weight on average, such as 5.5bits, or bytes of all of them together, such as 80MB: each
     matrix then gets int4 in groups of 128 or of 32, or int8, by the error that a byte saves, instead of one format."""
@@ -107,8 +110,8 @@ class Settings:
             raise ValueError(f"{name}: {self.method} has no such setting; leave it out, or choose {', '.join(owners)}")
         if {"share", "rank"} <= given:
             raise ValueError("rank: says how many numbers stay, and so does share; leave one out")
-        if self.budget and given & {"format", "group", "zero_point"}:
-            raise ValueError("budget: chooses formats itself; leave format, group and zero_point out")
+        if self.budget and given & {"format", "group", "zero_point", "dynamic"}:
+            raise ValueError("budget: chooses formats itself; leave format, group, zero_point and dynamic out")
         own = {name: getattr(self, name) for name in ("act_order", "damp", "ratios", "alpha", "block") if name in given}
         if self.prunes:
             sparsity = _sparsity(self.share, self.pattern)
@@ -118,7 +121,7 @@ class Settings:
         if self.method == "svd":
             return Svd(rank, **own) if (rank := how.rank if how else self.rank) else Svd(**own)
         kind = self.format or ("int8" if self.method == "smooth" else "int4")
-        f = how.format if how and how.format else Format(kind, self.group, bool(self.zero_point))
+        f = how.format if how and how.format else Format(kind, self.group, bool(self.zero_point), bool(self.dynamic))
         _ = f.inputs
         if f.kind == "nf4" and self.method != "nearest":
             raise ValueError(f"format: nf4 is rounded to the nearest alone; {self.method} takes int4, int8, fp8, mxfp4")

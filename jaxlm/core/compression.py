@@ -28,6 +28,9 @@ class Format:
     (fp8). None: the format's own, which is 128 for int4 and 0 for fp8."""
     zero_point: bool = False
     """int4: codes are counted from a group's least number, not from the middle."""
+    dynamic: bool = False
+    """int8, and fp8 with one scale an output: what the matrix multiplies is rounded to the same type too, each row by
+    its largest magnitude, so that devices multiply eight bits (W8A8 with dynamic activations)."""
 
     @property
     def inputs(self) -> int:
@@ -38,6 +41,8 @@ class Format:
             raise ValueError(f"group: {self.kind} has no groups of {self.group} inputs; it takes {listed}")
         if self.zero_point and self.kind != "int4":
             raise ValueError(f"zero_point: {self.kind} has none; leave it false, or take int4")
+        if self.dynamic and (self.kind not in ("int8", "fp8") or self.group):
+            raise ValueError("dynamic: inputs are rounded for int8, and for fp8 with one scale an output; take one")
         return allowed[0] if self.group is None else self.group
 
 
@@ -64,7 +69,7 @@ class Stored:
         if self.format is None:
             return f"{SVD}:{self.rank}" if self.rank else ZEROS
         f = self.format
-        flags = ["zero"] * f.zero_point + ["scaled"] * self.scaled
+        flags = ["zero"] * f.zero_point + ["dynamic"] * f.dynamic + ["scaled"] * self.scaled
         return ":".join([f.kind, *([str(f.inputs)] if f.inputs else []), *flags])
 
 
@@ -80,9 +85,9 @@ def stored(text: str) -> Stored:
     if kind not in get_args(Kind):
         raise ValueError(f"{text!r} is no format that this version knows{nearest(kind, kinds)}")
     group = int(rest.pop(0)) if rest and rest[0].isdecimal() else 0
-    if unknown := [flag for flag in rest if flag not in ("zero", "scaled")]:
+    if unknown := [flag for flag in rest if flag not in ("zero", "dynamic", "scaled")]:
         raise ValueError(f"{text!r}: no format has {unknown[0]!r}; take what `jaxlm compress` wrote, or update jaxlm")
-    f = Format(kind, group or None, "zero" in rest)  # type: ignore[arg-type]
+    f = Format(kind, group or None, "zero" in rest, "dynamic" in rest)  # type: ignore[arg-type]
     _ = f.inputs  # refuses groups that the kind doesn't have
     return Stored(f, "scaled" in rest)
 
@@ -110,7 +115,7 @@ class Compression:
             how = stored(self.aware)
         except ValueError as error:
             raise ValueError(f"compression.aware: {error}") from None
-        if how.format is None or how.scaled:
+        if how.format is None or how.scaled or how.format.dynamic:
             raise ValueError(
                 f"compression.aware: {self.aware!r} is no format that numbers are rounded to; take int4:128"
             )

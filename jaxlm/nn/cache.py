@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm.nn.mask import Mask
+from jaxlm.nn.row_rounding import FEW_BITS, LARGEST, rounded
 
 # The axis of the slots in stored arrays of these names: keys rest as [B, K, C, S] and values as [B, K, S, C], which the
 # products over slots read in place. As [B, S, K, C] they were transposed for each token, which took 7 times as long on
@@ -16,10 +17,6 @@ from jaxlm.nn.mask import Mask
 SLOTS = {"k": 3, "v": 2, "cross_k": 3, "cross_v": 2}
 SCALE = "_scale"
 SLOTS |= {name + SCALE: axis for name, axis in SLOTS.items()}
-
-FEW_BITS: dict[str, Any] = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
-LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
-"""The largest number of each type of few bits that numbers of a cache are scaled to."""
 
 
 class Cache(struct.PyTreeNode):
@@ -70,15 +67,10 @@ def encoded(new: dict[str, jax.Array], dtypes: Mapping[str, Any]) -> dict[str, j
     token, with the scales `[B, T, …, 1]`, where their type in `dtypes` has few bits."""
     made: dict[str, jax.Array] = {}
     for name, x in new.items():
-        largest = LARGEST.get(jnp.dtype(dtypes[name]))
-        if largest is None:
+        if jnp.dtype(dtypes[name]) in LARGEST:
+            made[name], made[name + SCALE] = rounded(x, 1, dtypes[name])
+        else:
             made[name] = x.astype(dtypes[name])
-            continue
-        x = x.astype(jnp.float32)
-        scale = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), 1e-30) / largest
-        x = x / scale
-        whole = jnp.issubdtype(dtypes[name], jnp.integer)
-        made |= {name: (jnp.round(x) if whole else x).astype(dtypes[name]), name + SCALE: scale}
     return made
 
 

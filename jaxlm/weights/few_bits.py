@@ -17,7 +17,7 @@ from jaxlm.core.spec import Spec
 from jaxlm.nn.layers import times
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.leaf import Wrapped, dense
-from jaxlm.weights.quantized import Quantized, frozen_product
+from jaxlm.weights.quantized import Quantized, frozen_product, product_of_codes, straight_through
 
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of the four-bit floats e2m1, by their code without its sign."""
@@ -139,6 +139,8 @@ class Fp8(Flat, kw_only=True):
     """The scales, float32 `[*lead, 1, O]`, or of blocks `[*lead, ⌈I/block⌉, ⌈O/block⌉]`."""
     block: int = struct.field(pytree_node=False, default=0)
     """The side of a block; 0: one scale for each output."""
+    dynamic: bool = struct.field(pytree_node=False, default=False)
+    """Whether inputs are rounded to fp8 too, so that the product is one of fp8; with a scale for each output alone."""
 
     def _numbers(self) -> jax.Array:
         scale = self.scale
@@ -155,7 +157,11 @@ class Fp8(Flat, kw_only=True):
             numbers = w.replace(scale=jnp.ones_like(w.scale)).dense(x.dtype)
             return times(shard.einsum(eq, x, numbers, *axes), w.scale.reshape(w.out_shape))
 
-        return frozen_product(scaled, shard)(x, self)
+        def of_fp8(x: jax.Array, w: Fp8) -> jax.Array:
+            y = product_of_codes(eq, x, w.fp8.reshape(*w.in_shape, *w.out_shape), shard, *axes)
+            return times(y, w.scale.reshape(w.out_shape)).astype(x.dtype)
+
+        return frozen_product(straight_through(of_fp8, scaled) if self.dynamic else scaled, shard)(x, self)
 
 
 class Mxfp4(Flat, kw_only=True):

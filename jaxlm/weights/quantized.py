@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import PartitionSpec
 
@@ -21,6 +22,7 @@ from jaxlm.nn.block_stack import scanned
 from jaxlm.nn.layers import times
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.leaf import Leaf
+from jaxlm.nn.row_rounding import rounded
 
 BLOCK = 64
 # Quantiles of a normal distribution that hold equal shares of it, with an exact zero; the largest is 1.
@@ -94,6 +96,8 @@ class Int8(Quantized):
     """One number for each output, float32, of the weight's shape with inputs of size one."""
     outs: int = struct.field(pytree_node=False)
     axes: tuple[Any, ...] = struct.field(pytree_node=False, default=())
+    dynamic: bool = struct.field(pytree_node=False, default=False)
+    """Whether inputs are rounded to int8 too, so that the product is one of whole numbers."""
     arrays = ("int8", "scale")
 
     @property
@@ -108,7 +112,12 @@ class Int8(Quantized):
             y = shard.einsum(eq, x, w.int8.astype(x.dtype), *axes)
             return times(y, w.scale.reshape(w.scale.shape[w.scale.ndim - w.outs :]))
 
-        return frozen_product(product, shard)(x, self)
+        def of_whole_numbers(x: jax.Array, w: Int8) -> jax.Array:
+            y = product_of_codes(eq, x, w.int8, shard, *axes)
+            return times(y, w.scale.reshape(w.scale.shape[w.scale.ndim - w.outs :])).astype(x.dtype)
+
+        made = straight_through(of_whole_numbers, product) if self.dynamic else product
+        return frozen_product(made, shard)(x, self)
 
 
 def _unpacked(outs: int, dtype: Any, nf4: jax.Array, scale: jax.Array, low: jax.Array, step: jax.Array) -> jax.Array:
@@ -121,6 +130,46 @@ def _unpacked(outs: int, dtype: Any, nf4: jax.Array, scale: jax.Array, low: jax.
     coarse = low + step * scale.astype(jnp.float32)
     w = w.reshape(*lead, blocks, n // blocks, *rest) * jnp.expand_dims(coarse, at + 1)
     return w.reshape(*lead, n, *rest).astype(dtype)
+
+
+def product_of_codes(eq: str, x: jax.Array, codes: jax.Array, shard: Layout, *axes: str | None) -> jax.Array:
+    """Returns the float32 product of `x`, whose rows are rounded to the type of `codes` by their largest magnitudes,
+    with a matrix of codes: of int8 added in int32, of fp8 in float32."""
+    first, second = eq.partition("->")[0].split(",")
+    dims = sum(letter in first for letter in second)
+    rows, scale = rounded(x, dims, codes.dtype)
+    added = jnp.int32 if jnp.issubdtype(codes.dtype, jnp.integer) else jnp.float32
+    mesh = jax.sharding.get_abstract_mesh()
+    lead, outs = x.shape[: x.ndim - dims], codes.shape[dims:]
+    if mesh.empty:  # two plain matrices, which need no transposing copies
+        inner = math.prod(codes.shape[:dims])
+        y = jnp.matmul(rows.reshape(-1, inner), codes.reshape(inner, -1), preferred_element_type=added)
+        y = y.reshape(*lead, *outs)
+    else:
+        where = dict(out_sharding=shard.spec(axes)) if mesh.are_all_axes_explicit else {}
+        y = shard(jnp.einsum(eq, rows, codes, preferred_element_type=added, **where), *axes)
+    return y.astype(jnp.float32) * scale.reshape(*lead, *(1,) * len(outs))
+
+
+def straight_through(
+    f: Callable[[jax.Array, Any], jax.Array], smooth: Callable[[jax.Array, Any], jax.Array]
+) -> Callable[[jax.Array, Any], jax.Array]:
+    """Returns the product `f` of `x` and a frozen weight, whose gradient reaches `x` as that of `smooth`, which rounds
+    nothing of it."""
+
+    def backward(kept: tuple[jax.Array, Any], g: jax.Array) -> tuple[jax.Array, Any]:
+        x, w = kept
+        _, pull = jax.vjp(lambda x: smooth(x, w), x)
+        return pull(g)[0], jax.tree.map(_no_gradient, w)
+
+    made = jax.custom_vjp(f)
+    made.defvjp(lambda x, w: (f(x, w), (x, w)), backward)
+    return made
+
+
+def _no_gradient(x: jax.Array) -> Any:
+    whole = jnp.issubdtype(x.dtype, jnp.integer)
+    return np.zeros(x.shape, jax.dtypes.float0) if whole else jnp.zeros_like(x)
 
 
 def frozen_product(f: Callable[[jax.Array, Any], jax.Array], shard: Layout) -> Callable[[jax.Array, Any], jax.Array]:
@@ -200,6 +249,6 @@ def specs(s: Spec, ins: int, outs: int, kind: str) -> Any:
     return {name: Spec(x.shape, axes[name], zeros, x.dtype, s.role) for name, x in made.items()}
 
 
-def bound(arrays: dict[str, Any], outs: int) -> Quantized:
-    """Returns the leaf that a dict of stored arrays stands for."""
-    return (Nf4 if "nf4" in arrays else Int8)(**arrays, outs=outs)
+def bound(arrays: dict[str, Any], outs: int, dynamic: bool = False) -> Quantized:
+    """Returns the leaf that a dict of stored arrays stands for. With `dynamic`, int8 rounds its inputs too."""
+    return Nf4(**arrays, outs=outs) if "nf4" in arrays else Int8(**arrays, outs=outs, dynamic=dynamic)

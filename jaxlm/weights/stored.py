@@ -55,11 +55,11 @@ def bound(m: Matrix, how: Stored, stored: Mapping[str, Any]) -> Leaf:
     if f.kind == "int4":
         leaf = few_bits.Int4(**own, **shape, group=f.inputs)
     elif f.kind == "fp8":
-        leaf = few_bits.Fp8(**own, **shape, block=f.inputs)
+        leaf = few_bits.Fp8(**own, **shape, block=f.inputs, dynamic=f.dynamic)
     elif f.kind == "mxfp4":
         leaf = few_bits.Mxfp4(**own, **shape)
     else:
-        leaf = quantized.bound(own, m.outs)
+        leaf = quantized.bound(own, m.outs, f.dynamic)
     return few_bits.Scaled(base=leaf, by=stored[FACTORS], outs=m.outs) if how.scaled else leaf
 
 

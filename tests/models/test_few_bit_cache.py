@@ -17,8 +17,9 @@ from jaxlm.inference.generate import Generator
 from jaxlm.inference.sampling import Sampling
 from jaxlm.models import MODELS
 from jaxlm.models.model import Model
-from jaxlm.nn.cache import FEW_BITS, empty_cache, encoded, in_few_bits, numbers
+from jaxlm.nn.cache import empty_cache, encoded, in_few_bits, numbers
 from jaxlm.nn.layout import Layout
+from jaxlm.nn.row_rounding import FEW_BITS
 from jaxlm.testing import FamilyLaws
 
 TOKENS = Bytes()

@@ -1,5 +1,6 @@
 """Weights of few bits: how near, how small, and that products with them are products with what they stand for."""
 
+import re
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm.core import config, spec
-from jaxlm.core.compression import Format
+from jaxlm.core.compression import Format, stored
 from jaxlm.core.spec import Spec, normal
 from jaxlm.nn import leaf
 from jaxlm.nn.layout import Layout
@@ -116,3 +117,35 @@ def test_a_loop_over_tokens_holds_no_dense_copies(kind: Any) -> None:
 
     used = jax.jit(tokens).lower(jnp.ones((1, 128)), leaves).compile().memory_analysis()
     assert used.temp_size_in_bytes < n / 2 * w.nbytes
+
+
+@pytest.mark.parametrize(("kind", "worst", "types"), [
+    ("int8", 0.01, r"tensor<6x24xi8>, tensor<24x24xi8>\) -> tensor<6x24xi32>"),
+    ("fp8", 0.06, r"tensor<6x24xf8E4M3FN>, tensor<24x24xf8E4M3FN>\) -> tensor<6x24xf32>"),
+])  # fmt: skip
+def test_inputs_are_rounded_row_by_row_where_a_format_says_so(kind, worst, types):
+    w = jax.random.normal(jax.random.key(0), (24, 24))
+    small = formats.nearest(Format(kind, dynamic=True), w, (24,), (4, 6))
+    plain = small.replace(dynamic=False)
+    x = jax.random.normal(jax.random.key(1), (2, 3, 24)).at[0, 1].mul(1e4).at[1, 2].set(0)
+    shard = Layout(execution=config.Execution(dtype="float32"))
+    product = lambda x, w: w.einsum("btd,dhc->bthc", x, shard, "batch", "seq", "heads", None)  # noqa: E731
+    found, expected = np.asarray(product(x, small)), np.asarray(product(x, plain))
+    apart = np.linalg.norm(found - expected, axis=(2, 3)) / np.maximum(np.linalg.norm(expected, axis=(2, 3)), 1e-9)
+    assert 0 < apart.max() < worst, "a row of large inputs rounds its own alone"
+    assert not found[1, 2].any()
+    assert re.search(types, jax.jit(product).lower(x, small).as_text()), "eight bits are multiplied as such"
+    slopes = [jax.grad(lambda x, w=w: (product(x, w) * expected).sum())(x) for w in (small, plain)]
+    np.testing.assert_allclose(*slopes, rtol=1e-5)
+
+
+def test_formats_whose_inputs_are_rounded_are_told_by_name():
+    assert [str(stored(text)) for text in ("int8:dynamic", "fp8:dynamic:scaled")] == [
+        "int8:dynamic",
+        "fp8:dynamic:scaled",
+    ]
+    for text in ("int4:128:dynamic", "fp8:128:dynamic", "nf4:64:dynamic"):
+        with pytest.raises(
+            ValueError, match="dynamic: inputs are rounded for int8, and for fp8 with one scale an output"
+        ):
+            stored(text)

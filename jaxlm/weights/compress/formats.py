@@ -100,7 +100,8 @@ def _decode_mxfp4(codes: jax.Array, g: Grid) -> jax.Array:
 
 def _int8_leaf(f: Format, codes: jax.Array, g: Grid, ins: tuple[int, ...], outs: tuple[int, ...]) -> Leaf:
     scale = g.scale.reshape(*(1,) * len(ins), *outs)
-    return quantized.Int8(int8=codes.astype(jnp.int8).reshape(*ins, *outs), scale=scale, outs=len(outs))
+    whole = codes.astype(jnp.int8).reshape(*ins, *outs)
+    return quantized.Int8(int8=whole, scale=scale, outs=len(outs), dynamic=f.dynamic)
 
 
 def _int4_leaf(f: Format, codes: jax.Array, g: Grid, ins: tuple[int, ...], outs: tuple[int, ...]) -> Leaf:
@@ -112,7 +113,10 @@ def _int4_leaf(f: Format, codes: jax.Array, g: Grid, ins: tuple[int, ...], outs:
 
 def _fp8_leaf(f: Format, codes: jax.Array, g: Grid, ins: tuple[int, ...], outs: tuple[int, ...]) -> Leaf:
     scale = g.scale[:, :: f.inputs] if f.inputs else g.scale
-    return Fp8(fp8=codes.astype(jnp.float8_e4m3fn), scale=scale, in_shape=ins, out_shape=outs, block=f.inputs)
+    return Fp8(
+        fp8=codes.astype(jnp.float8_e4m3fn), scale=scale, in_shape=ins, out_shape=outs, block=f.inputs,
+        dynamic=f.dynamic,
+    )  # fmt: skip
 
 
 def _mxfp4_leaf(f: Format, codes: jax.Array, g: Grid, ins: tuple[int, ...], outs: tuple[int, ...]) -> Leaf:
