@@ -102,8 +102,16 @@ def main() -> None:
                 if a.hlo:
                     a.hlo.mkdir(parents=True, exist_ok=True)
                     (a.hlo / f"{name}.txt").write_text(compiled.as_text())
-    header = ["step", "weights GB", "cache GB", "moved GB", "moved / must", "ms by bandwidth", "tokens/s at most",
-              "products"]
+    header = [
+        "step",
+        "weights GB",
+        "cache GB",
+        "moved GB",
+        "moved / must",
+        "ms by bandwidth",
+        "tokens/s at most",
+        "products",
+    ]
     rows_ = [
         [name, f"{x['weight_bytes'] / 1e9:.2f}", f"{x['cache_bytes'] / 1e9:.2f}", f"{x['moved_bytes'] / 1e9:.2f}",
          f"{x['moved_bytes'] / (x['weight_bytes'] + x['cache_bytes']):.2f}",

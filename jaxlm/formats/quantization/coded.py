@@ -40,6 +40,8 @@ class Form(NamedTuple):
     block: int = 0
     """The side of the square blocks that share a scale; 0: no blocks."""
     zero_points: bool = False
+    dynamic: bool = False
+    """Whether its inputs are rounded to eight bits too, each row by its largest magnitude."""
 
 
 class Coded:
@@ -128,8 +130,10 @@ def _form(leaf: Any) -> Form:
     if isinstance(leaf, Int4):
         return Form(kind, leaf.group if leaf.group <= leaf.inputs else 0, zero_points=leaf.zero is not None)
     if isinstance(leaf, Fp8):
-        return Form(kind, 0, leaf.block)
-    return Form(kind, leaf.group if isinstance(leaf, Mxfp4) else 0)
+        return Form(kind, 0, leaf.block, dynamic=leaf.dynamic)
+    if isinstance(leaf, Int8):
+        return Form(kind, 0, dynamic=leaf.dynamic)
+    return Form(kind, leaf.group)
 
 
 def _codes(leaf: Any) -> np.ndarray:

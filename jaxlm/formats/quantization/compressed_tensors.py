@@ -222,7 +222,8 @@ def _zero_points(m: Module, bits: int, outs: int, groups: int, scales: tuple[int
 
 
 def tensors(c: Coded) -> Tensors:
-    """Returns the tensors of a matrix: whole numbers pack-quantized, fp8 naive-quantized, and MXFP4."""
+    """Returns the tensors of a matrix: whole numbers pack-quantized, or int-quantized where inputs are rounded
+    too, fp8 naive- or float-quantized, and MXFP4."""
     kind, scales = c.form.kind, c.scales
     if c.is_conv1d:
         raise ValueError(f"{c.name}: is a Conv1D, and compressed-tensors quantizes linear layers; export as gptq")
@@ -245,6 +246,11 @@ def tensors(c: Coded) -> Tensors:
         return {
             "weight": Planned(np.dtype(ml_dtypes.float8_e4m3fn), (c.outs, c.ins), c.codes),
             "weight_scale": Planned(scale_kind, (rows, c.groups), scales),
+        }
+    if c.form.dynamic:
+        return {
+            "weight": Planned(np.dtype(np.int8), (c.outs, c.ins), c.codes),
+            "weight_scale": Planned(scale_kind, (c.outs, c.groups), scales),
         }
     bits = 4 if kind == "int4" else 8
     if c.form.group and c.ins % c.form.group:
@@ -270,6 +276,11 @@ def tensors(c: Coded) -> Tensors:
 
 
 FORMATS = {"int4": PACKED, "int8": PACKED, "fp8": "naive-quantized", "mxfp4": "mxfp4-pack-quantized"}
+OF_DYNAMIC = {"int8": "int-quantized", "fp8": "float-quantized"}
+
+
+def _format(form: Form) -> str:
+    return (OF_DYNAMIC if form.dynamic else FORMATS)[form.kind]
 
 
 def written(few: Mapping[str, Coded], plain: Sequence[str]) -> dict[str, Any]:
@@ -281,10 +292,10 @@ def written(few: Mapping[str, Coded], plain: Sequence[str]) -> dict[str, Any]:
     for i, form in enumerate(order):
         targets = ["Linear"] if form == order[-1] else [c.module for c in few.values() if c.form == form]
         groups[f"group_{i}"] = dict(
-            targets=targets, weights=_arguments(form), input_activations=None, output_activations=None,
-            format=FORMATS[form.kind],
+            targets=targets, weights=_arguments(form), input_activations=_inputs(form), output_activations=None,
+            format=_format(form),
         )  # fmt: skip
-    layouts = {FORMATS[form.kind] for form in order}
+    layouts = {_format(form) for form in order}
     return dict(
         quant_method="compressed-tensors", format=layouts.pop() if len(layouts) == 1 else "mixed-precision",
         quantization_status="compressed", config_groups=groups, ignore=list(plain), kv_cache_scheme=None,
@@ -300,3 +311,12 @@ def _arguments(form: Form) -> dict[str, Any]:
         block_structure=[form.block, form.block] if form.block else None, dynamic=False, actorder=None,
         observer="minmax", observer_kwargs={},
     )  # fmt: skip
+
+
+def _inputs(form: Form) -> dict[str, Any] | None:
+    """Returns how inputs are rounded: each token's by its own scale, which is found when it is read; None: they are
+    not."""
+    if not form.dynamic:
+        return None
+    own = dict(strategy="token", dynamic=True, symmetric=True, group_size=None, block_structure=None)
+    return _arguments(form) | own | dict(observer=None)

@@ -122,6 +122,17 @@ def test_matrices_of_several_forms_are_groups_of_their_own(tmp_path):
     assert q["format"] == "mixed-precision" and {"lm_head", "model.layers.1.self_attn.v_proj"} < {*q["ignore"]}
 
 
+def test_inputs_that_are_rounded_too_are_named_as_those_of_tokens(tmp_path):
+    weights = leaves(C, "int8:dynamic", "fp8:dynamic", "int8:dynamic")
+    tensors, q = written(tmp_path / "out", C, weights, "compressed-tensors")
+    groups = {g["format"]: g["input_activations"] for g in q["config_groups"].values()}
+    assert {name: (a["num_bits"], a["type"], a["strategy"], a["dynamic"]) for name, a in groups.items()} == {
+        "int-quantized": (8, "int", "token", True), "float-quantized": (8, "float", "token", True)}  # fmt: skip
+    codes, scale = (tensors[f"model.layers.1.mlp.down_proj.{n}"] for n in ("weight", "weight_scale"))
+    assert codes.dtype == np.int8 and scale.shape == (64, 1)
+    np.testing.assert_array_equal(codes * scale, dense(tree.at(weights, "blocks/down"))[1].T)
+
+
 def test_gptq_names_modules_of_other_bits_and_plain_ones(tmp_path):
     weights = leaves(C, "int4:32", "int8")
     _, q = written_roughly(tmp_path / "out", C, weights)
