@@ -18,11 +18,11 @@ from jaxlm.assembly import sweep as sweeping
 from jaxlm.assembly.as_flax import as_linen, as_nnx
 from jaxlm.assembly.language_model import LanguageModel
 from jaxlm.assembly.model_source import StartModel
-from jaxlm.assembly.open_model import open_model
+from jaxlm.assembly.open_model import open_model, with_cache
 from jaxlm.assembly.own_loop import Program
 from jaxlm.assembly.trained_run import RunDirectory
 from jaxlm.core import compress_request, config_io, plugins
-from jaxlm.core.config import Run
+from jaxlm.core.config import CacheKind, Run
 from jaxlm.core.extraction import Extraction
 from jaxlm.core.growth import Growth
 from jaxlm.core.merging import MethodName, Rescale, Settings
@@ -121,16 +121,17 @@ def sweep(run: Run, space: Mapping[str, Dimension] | Sequence[str], **settings: 
     return None if results["counts"]["running"] or len(results["trials"]) < results["total"] else results
 
 
-def open(place: str | Path, step: int | None = None) -> LanguageModel:
+def open(place: str | Path, step: int | None = None, *, cache: CacheKind | None = None) -> LanguageModel:
     """Opens a model with its weights on this machine's devices.
 
     `place` is a run directory, a Hugging Face directory, `hf:OWNER/NAME` on the hub, a GGUF file, or one of these with
     an adapter of Hugging Face PEFT: `MODEL+DIRECTORY`. `RUN#TASK` is a run's model as a task uses it that was learned
-    before. `step` names a checkpoint of a run.
+    before. `step` names a checkpoint of a run. `cache` says how keys and values of tokens that were read are stored,
+    such as int8; None: as the run says, or as they are computed.
 
     ValueError: the place holds no model that can be read exactly.
     """
-    return LanguageModel(open_model(place, step))
+    return LanguageModel(open_model(with_cache(place, cache), step))
 
 
 def evaluate(

@@ -146,7 +146,7 @@ def product_of_codes(eq: str, x: jax.Array, codes: jax.Array, shard: Layout, *ax
         y = jnp.matmul(rows.reshape(-1, inner), codes.reshape(inner, -1), preferred_element_type=added)
         y = y.reshape(*lead, *outs)
     else:
-        where = dict(out_sharding=shard.spec(axes)) if mesh.are_all_axes_explicit else {}
+        where: dict[str, Any] = dict(out_sharding=shard.spec(axes)) if mesh.are_all_axes_explicit else {}
         y = shard(jnp.einsum(eq, rows, codes, preferred_element_type=added, **where), *axes)
     return y.astype(jnp.float32) * scale.reshape(*lead, *(1,) * len(outs))
 

@@ -9,6 +9,7 @@ import pytest
 from support.sized_models import SIZES
 from support.tiny_models import published, random_weights
 
+import jaxlm
 from jaxlm.assembly import open_model
 from jaxlm.core import config
 from jaxlm.data.tokenizer import Bytes
@@ -110,9 +111,8 @@ def test_beams_share_what_was_read_in_few_bits():
 
 def test_a_place_is_opened_with_its_cache_in_few_bits_where_it_has_one(tmp_path):
     place = published(tmp_path / "llama")
-    model = open_model.open_model(open_model.with_cache(place, "int8")).model
-    assert model.shard.execution.cache == "int8"
-    assert open_model.open_model(open_model.with_cache(place, None)).model.shard.execution.cache == "dtype"
+    for asked, used in (("int8", "int8"), (None, "dtype")):
+        assert jaxlm.open(place, cache=asked).pretrained.model.shard.execution.cache == used
     tokens = empty_cache([dict(tokens=jnp.zeros((1, 4), jnp.int32))], 1, 4)
     with pytest.raises(ValueError, match="cache: tokens of this model are no keys or values, so int8 stores nothing"):
         in_few_bits(tokens, "int8")
