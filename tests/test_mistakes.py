@@ -169,6 +169,17 @@ MISTAKES = [
         "a run for a stream", r"returned Run, not a Stream; use it with: jaxlm train", None, ["continual", "base.py"]
     ),
     field("no such choice", r"execution\.dtype: 'float16' is not one of float32, bfloat16", execution__dtype="float16"),
+    field(
+        "layers apart from nothing",
+        r"execution\.fp8_skip_first, fp8_skip_last: nothing is multiplied in fp8; set matmul=fp8",
+        execution__fp8_skip_first=1,
+    ),
+    field(
+        "all layers apart",
+        r"execution\.fp8_skip_first, fp8_skip_last: 3 of 1 layers leave none for fp8; skip fewer",
+        execution__matmul="fp8",
+        execution__fp8_skip_first=3,
+    ),
     field("no such optimizer", r"optim\.name: unknown 'adam'; did you mean 'adamw'", optim__name="adam"),
     field("no such schedule", r"optim\.schedule: unknown 'cosin'; did you mean 'cosine'", optim__schedule="cosin"),
     field(

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import jax
 
 from jaxlm.core import config
-from jaxlm.nn import attention, block_stack, context_parallel, moe, pipeline, remat
+from jaxlm.core.spec import is_spec
+from jaxlm.nn import attention, block_stack, context_parallel, fp8, moe, pipeline, remat
 from jaxlm.nn.family import Family, RunsItself
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.mask import Mask
@@ -32,6 +33,8 @@ class Choices:
     """What such a model says of itself, by topic; empty: the run chooses."""
     dtype: str
     """The compute dtype."""
+    matmul: str
+    """How layers multiply, in words; empty: in the compute dtype."""
     scanned: bool
     """Whether layers are a loop of the program."""
     remat: str
@@ -68,7 +71,7 @@ class Choices:
         else:
             notes |= {
                 "attention": self.attention.describe(one_document),
-                "precision": f"float32 weights, {self.dtype} compute",
+                "precision": ", ".join(filter(None, ("float32 weights", self.matmul, f"{self.dtype} compute"))),
                 "layers": f"{'scanned' if self.scanned else 'unrolled'}, remat {self.remat}",
             }
         if self.offload:
@@ -121,6 +124,9 @@ def choose(
             False, None, run.execution.dtype, split=run.mesh.context_by if context_devices > 1 else "",
             lengths=(seq_len, seq_len), mapped=max(workers, 1 if mesh is None else mesh.shape[pipeline.AXIS]) > 1,
         )  # fmt: skip
+    depths = [s.shape[0] for s in jax.tree.leaves(adapter.base, is_leaf=is_spec) if s.axes[:1] == ("layers",)]
+    shortest = None if isinstance(family, RunsItself) else min(depths)
+    matmul = fp8.choose(run.execution, shortest, 1 if mesh is None else mesh.shape["stage"])
     remat.remat_policy(run.execution)  # refuses what can't be offloaded
     if run.execution.offload:
         meshes.check_host_memory(devices[0])
@@ -131,6 +137,7 @@ def choose(
         attention=attention_choice,
         own=own,
         dtype=run.execution.dtype,
+        matmul=matmul,
         scanned=block_stack.scanned(layout),
         remat=run.execution.remat,
         offload=run.execution.offload,

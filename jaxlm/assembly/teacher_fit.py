@@ -50,7 +50,7 @@ def _teacher(run: config.Run, source: Source, settings: Any) -> tuple[Model, Any
     """Returns the teacher on the run's mesh, and the specs of its weights as they are stored."""
     c = run.distill
     dtype = run.execution.dtype if c.dtype == "run" else c.dtype
-    execution = dataclasses.replace(run.execution, dtype=dtype, remat="none", offload=())
+    execution = dataclasses.replace(run.execution, dtype=dtype, remat="none", offload=(), matmul="dtype")
     adapter = source.adapter
     if c.base not in ("float32", adapter.base):
         if adapter.base != "float32" or source.adapted.compressed:

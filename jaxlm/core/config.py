@@ -210,6 +210,14 @@ class Execution:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of matrix products and activations, and of sums over devices of matrices' gradients. Weights, norms, softmax
     and losses stay in float32."""
+    matmul: Literal["dtype", "fp8"] = "dtype"
+    """How layers multiply activations by their matrices in training. fp8: activations and weights as e4m3, gradients as
+    e5m2, one scale a tensor; results, sums, heads, routers, experts and attention stay in `dtype`. Needs a GPU from
+    Ada or Hopper on, or a TPU 7x; a CPU computes the same numbers without being faster."""
+    fp8_skip_first: Natural = 0
+    """First layers of each stack that multiply in `dtype` although matmul is fp8."""
+    fp8_skip_last: Natural = 0
+    """Last layers of each stack that multiply in `dtype` although matmul is fp8."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """auto: the fused kernel if it supports the run (cudnn on GPUs, splash on TPUs), else xla."""
     verify: bool = True

@@ -5,13 +5,14 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxlm.core.spec import Spec, is_spec
 from jaxlm.nn import pipeline
 from jaxlm.nn.cache import Cache
+from jaxlm.nn.fp8 import Activations
 from jaxlm.nn.layers import subkeys
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.leaf import is_leaf
@@ -56,6 +57,19 @@ def scanned(shard: Layout) -> bool:
     return platform() != "cpu" if choice is None else choice
 
 
+class _Kind(NamedTuple):
+    """How a layer differs from others: what its model says, and whether it multiplies in fp8."""
+
+    own: Any
+    fp8: bool
+
+
+def _in_fp8(shard: Layout, i: int, n: int) -> bool:
+    """Returns whether layer `i` of a stack of `n` multiplies in fp8."""
+    e = shard.execution
+    return e.matmul == "fp8" and e.fp8_skip_first <= i < n - e.fp8_skip_last
+
+
 def run_blocks(
     block: Block,
     params: Any,
@@ -83,14 +97,16 @@ def run_blocks(
     n = len(params) if separate else jax.tree.leaves(params)[0].shape[0]
     kinds = [None] * n if kinds is None else list(kinds)
     assert len(kinds) == n
+    kinds = [_Kind(kind, cache is None and _in_fp8(shard, i, n)) for i, kind in enumerate(kinds)]
     keys: Any = None if key is None else jax.random.split(key, n)
 
-    def layer(kind: Any, x: Any, rows: Any, p: Any, k: Any, layer_cache: Any) -> tuple[Any, Any]:
+    def layer(kind: _Kind, x: Any, rows: Any, p: Any, k: Any, layer_cache: Any) -> tuple[Any, Any]:
         x = jax.tree.map(lambda a: named(a, "input", shard), x)
+        weights = _gathered(p, specs, dataclasses.replace(shard, fp8=Activations()) if kind.fp8 else shard)
         if shard.taps is None or cache is not None:
-            return block(_gathered(p, specs, shard), x, rows, k, kind, layer_cache)
+            return block(weights, x, rows, k, kind.own, layer_cache)
         with shard.taps.layer() as seen:
-            x, _ = block(_gathered(p, specs, shard), x, rows, k, kind, layer_cache)
+            x, _ = block(weights, x, rows, k, kind.own, layer_cache)
             shard.taps.note(HIDDEN, jax.tree.leaves(x)[0])  # the residual stream stands before what goes with it
         return x, seen
 
@@ -101,7 +117,7 @@ def run_blocks(
     if cache is None and not separate and staged:
         if shard.taps is not None:
             raise ValueError("mesh.stage: the states of single layers don't leave pipeline stages; set it to 1")
-        stage_depth = pipeline.depth(pipeline.stages(), shard.mesh.rounds, kinds)
+        stage_depth = pipeline.depth(pipeline.stages(), shard.mesh.rounds, [kind.own for kind in kinds])
 
         def stage(params: Any, x: Any, rows: Any, keys: Any) -> Any:
             return _in_order(layer, kinds[:stage_depth], x, rows, params, keys, shard)[0]
@@ -154,7 +170,7 @@ def _in_order(
             x, seen = layer(kinds[i], x, rows, p, k, None)
             wanted.append(seen)
         return x, wanted
-    for start, stop, period in stretches(kinds):
+    for start, stop, period in _loops(kinds):
 
         def several(x: Any, inputs: Any, first: int = start, period: int = period) -> tuple[Any, list[Any]]:
             each = []
@@ -224,6 +240,17 @@ def stretches(kinds: Sequence[Any]) -> list[tuple[int, int, int]]:
             return [(0, repeated, period)] + ([(repeated, n, n - repeated)] if repeated < n else [])
     ends = list(itertools.accumulate(len(list(run)) for _, run in itertools.groupby(kinds)))
     return [(a, b, 1) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _loops(kinds: Sequence[_Kind]) -> list[tuple[int, int, int]]:
+    """Returns the loops of `stretches`, where first and last layers that multiply otherwise than the rest hide no
+    pattern of the rest."""
+    loops: list[tuple[int, int, int]] = []
+    for _, run in itertools.groupby(enumerate(kinds), lambda at: at[1].fp8):
+        part = list(run)
+        first = part[0][0]
+        loops += [(first + a, first + b, period) for a, b, period in stretches([kind.own for _, kind in part])]
+    return loops
 
 
 def repeated(pattern: Sequence[Any], n: int) -> list[Any]:

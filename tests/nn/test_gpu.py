@@ -1,4 +1,5 @@
-"""What only a GPU can show: its fused attention is attention, whatever the mask, and a step in bfloat16 learns.
+"""What only a GPU can show: its fused attention is attention, whatever the mask, its products of fp8 are products, and
+a step in bfloat16 learns.
 
 JAX_PLATFORMS=cuda,cpu python -m pytest -m gpu tests/nn/test_gpu.py
 """
@@ -11,7 +12,7 @@ import pytest
 from jaxlm.core import config, spec
 from jaxlm.models import MODELS
 from jaxlm.models.model import Model
-from jaxlm.nn import attention, losses
+from jaxlm.nn import attention, fp8, losses
 from jaxlm.nn.kernels import packed_attention
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.mask import Mask
@@ -90,6 +91,23 @@ def test_fused_attention_and_its_gradients_equal_plain_attention_in_float32(name
     fused, plain = run(x)
     for what, a, b in zip(("values", "d q", "d k", "d v"), fused, plain, strict=True):
         assert distance(a, b) < 0.02, what
+
+
+def test_a_product_in_fp8_is_one_call_of_cublaslt_and_equals_that_of_the_rounded_numbers():
+    rng = np.random.default_rng(0)
+    x, w, g = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((512, 256), (256, 384), (512, 384)))
+
+    def both(x, w, g):
+        matrix = fp8.Fp8Matrix(w, fp8.Activations())
+        y, back = jax.vjp(lambda x, w: Layout().einsum("td,df->tf", x, matrix.replace(w=w), None, None), x, w)
+        return y, *back(g)
+
+    compiled = jax.jit(both).lower(x, w, g).compile(compiler_options=dict(fp8.OPTIONS))
+    assert compiled.as_text().count('custom_call_target="__cublas$lt$matmul$f8"') == 3
+    made = [fp8.scaled(a, kind) for a, kind in ((x, fp8.E4M3), (w, fp8.E4M3), (g, fp8.E5M2))]
+    x8, w8, g8 = (np.asarray(a.numbers, np.float64) * float(a.unit) for a in made)
+    for got, exact in zip(compiled(x, w, g), (x8 @ w8, g8 @ w8.T, x8.T @ g8), strict=True):
+        assert distance(got, exact) < 0.003  # cuBLASLt's sums of fp8 have fewer digits than float32's
 
 
 @pytest.mark.parametrize(("family", "scan"), [("gpt2", True), ("llama", False)])
