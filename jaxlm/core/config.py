@@ -224,9 +224,11 @@ class Execution:
     """Compare the fused kernel with plain attention on the devices once, when a run begins or goes on, on the documents
     of its next batch; a run whose kernel gives something else is refused."""
     remat: Literal["none", "dots", "attention", "qkv", "full"] = "none"
-    """Activations that the backward pass recomputes. dots: all but matrix products; attention: all but attention's
-    result and the products around it (the mlp's wide ones are recomputed); qkv: all but queries, keys and values;
-    full: all of each block. Weights that FSDP shards are gathered again in any case."""
+    """Activations that the backward pass recomputes. none: none, but in a loop over layers those that aren't products,
+    attention or random numbers (norms, gates, rotations), for reading them back would take as long; dots: all but
+    matrix products; attention: all but attention's result and the products around it (the mlp's wide ones are
+    recomputed); qkv: all but queries, keys and values; full: all of each block. Weights that FSDP shards are gathered
+    again in any case."""
     offload: tuple[Literal["optimizer", "input", "q", "k", "v", "attended", "o"], ...] = ()
     """Arrays that stay in the host's memory until they are needed: the optimizer's state, and each block's input,
     queries, keys, values, attention result, and the product after it (with remat attention, qkv or full)."""

@@ -111,9 +111,10 @@ def run_blocks(
         return x, seen
 
     rematerialized: Any = lambda f, **_: f  # noqa: E731
-    if cache is None and (shard.execution.remat != "none" or shard.gathers):
-        rematerialized = partial(jax.checkpoint, policy=remat_policy(shard.execution), prevent_cse=not scanned(shard))
-    staged = shard.mesh.stage != 1 and 1 < pipeline.stages() <= n
+    staged, in_loop = shard.mesh.stage != 1 and 1 < pipeline.stages() <= n, scanned(shard) and not separate
+    if cache is None and (shard.execution.remat != "none" or shard.gathers or in_loop):
+        policy = remat_policy(shard.execution, in_loop)
+        rematerialized = partial(jax.checkpoint, policy=policy, prevent_cse=not scanned(shard))
     if cache is None and not separate and staged:
         if shard.taps is not None:
             raise ValueError("mesh.stage: the states of single layers don't leave pipeline stages; set it to 1")

@@ -47,7 +47,8 @@ def scaled(x: jax.Array, kind: Any) -> Scaled:
     """
     top = jnp.max(jnp.abs(x)).astype(jnp.float32)
     fraction, exponent = jnp.frexp(top)
-    up = jnp.clip(LARGEST_EXPONENT[kind] - exponent - (fraction > LARGEST_FRACTION), -126, 126)
+    exponent = jnp.where(fraction > LARGEST_FRACTION, exponent + 1, exponent)
+    up = jnp.clip(LARGEST_EXPONENT[kind] - exponent, -126, 126)
     one = jnp.ones((), jnp.float32)
     unit = jnp.where(jnp.isfinite(top), jnp.ldexp(one, -up), jnp.nan)
     return Scaled((x.astype(jnp.float32) * jnp.ldexp(one, up)).astype(kind), unit)

@@ -16,8 +16,28 @@ QKV = ("q", "k", "v", "cross_q", "cross_k", "cross_v", "q_b", "kv_a", "k_rotated
 KEPT: dict[str, tuple[str, ...]] = {"attention": (*QKV, "attended", "o", "cross_o"), "qkv": QKV, "full": ()}
 
 
-def remat_policy(e: config.Execution) -> Any:
+# Operations that read and write memory once: computed again they are fused with what reads them. In a loop over layers
+# all that the backward pass reads are stacks of their own, so a norm would keep its input three times in float32.
+# Where layers are unrolled the compiler decides.
+CHEAP = frozenset((
+    "abs", "add", "add_any", "and", "bitcast_convert_type", "broadcast_in_dim", "clamp", "concatenate",
+    "convert_element_type", "copy", "cos", "div", "erf", "exp", "exp2", "expand_dims", "floor", "integer_pow", "iota",
+    "is_finite", "log", "log1p", "logistic", "max", "min", "mul", "neg", "not", "or", "pad", "pow", "reduce_and",
+    "reduce_max", "reduce_min", "reduce_precision", "reduce_sum", "reshape", "rsqrt", "select_n", "shift_left",
+    "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "slice", "split", "sqrt", "square", "squeeze",
+    "stop_gradient", "sub", "tanh", "transpose", "xor",
+))  # fmt: skip
+
+
+def but_cheap(primitive: Any, *inputs: Any, **params: Any) -> bool:
+    """Returns whether a loop over layers keeps a primitive's result: of products, attention, random numbers and
+    comparisons (a mask of dropout), but of nothing that is as quickly made again."""
+    return primitive.name not in CHEAP and but_gathered(primitive, *inputs, **params)
+
+
+def remat_policy(e: config.Execution, in_loop: bool = False) -> Any:
     """Returns the policy of which results of the forward pass a block keeps, and which of them in the host's memory.
+    `in_loop`: layers are a loop of the program.
 
     Raises ValueError where `execution.offload` names activations that `execution.remat` doesn't tell apart.
     """
@@ -28,7 +48,8 @@ def remat_policy(e: config.Execution) -> Any:
                 f"execution.offload: {host[0]} needs execution.remat={', '.join(KEPT)}; with {e.remat} "
                 "other activations than these are kept"
             )
-        return but_gathered if e.remat == "none" else policies.dots_with_no_batch_dims_saveable
+        kept_by_default = but_cheap if in_loop else but_gathered
+        return kept_by_default if e.remat == "none" else policies.dots_with_no_batch_dims_saveable
     saved = [name for name in KEPT[e.remat] if name not in host]
     if host:
         return policies.save_and_offload_only_these_names(

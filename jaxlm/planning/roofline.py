@@ -180,7 +180,9 @@ class _Step:
         c: Any = run.model
         self.width, self.layers = c.width, c.layers
         self.heads = p.model.family.attention_width(c) / c.layers / ways(table.get("heads", ()), sizes)
-        self.recomputed = 0 if run.execution.remat == "none" else 1  # extra passes of what isn't a product
+        self.recomputed = (
+            0 if run.execution.remat == "none" and not p.choices.scanned else 1
+        )  # extra passes of what isn't a product
         shared = set(table.get("experts", ())) & set(table.get("batch", ()))
         self.travel = tuple(a for a in table.get("experts", ()) if a in shared and sizes.get(a, 1) > 1)
 
@@ -309,11 +311,10 @@ class _Step:
         qkv = sum(
             self.outputs(s) for s in self.layered.values() if {"heads", "kv"} & {*s.axes} and s.axes[-1] != "embed"
         )
-        # Without remat these are cached: products, and in float32 too what norms, rotations and gates make of them. The
-        # factors are those of a Llama compiled for an H100.
-        everything = 7 * width + 3 * outputs
+        # Without remat products and attention's results are kept, and what lies between is made again (`but_cheap`).
+        kept = {"full": width, "dots": width + outputs, "none": width + outputs + attended}
         named = {"attention": 2 * width + qkv + attended, "qkv": width + qkv}
-        cached = self.bytes * ({"full": width, "dots": width + outputs, "none": everything} | named)[remat]
+        cached = self.bytes * (kept | named)[remat]
         # A layer's activations and their gradients, and the weights of two layers: one is gathered ahead.
         block = self.tokens * 2 * self.bytes * (6 * width + 2 * outputs) / own_layers
         block += 2 * self.bytes * sum(self.used(s) / self._stages(s) for s in self.layered.values()) / own_layers
@@ -329,7 +330,7 @@ class _Step:
             "parameters": rest, "optimizer state": sum(self._moments().values()) + ema,
             "gradients": grads * (2 if self.p.run.train.micro_batches > 1 else 1),
             "activations": self.tokens * cached, "working memory": max(block, loss),
-        } | ({KEPT: kept} if (kept := self.kept(rest)) else {}) | self.of_workers()  # fmt: skip
+        } | ({KEPT: earlier} if (earlier := self.kept(rest)) else {}) | self.of_workers()  # fmt: skip
 
     def rests(self, s: Spec) -> float:
         """Returns the bytes of a weight that rest on one device."""

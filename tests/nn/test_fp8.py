@@ -204,6 +204,7 @@ def curve(**execution) -> np.ndarray:
     return np.asarray(run(w, jnp.asarray(tokens)))
 
 
+@pytest.mark.slow
 def test_a_small_model_learns_as_well_as_in_bfloat16():
     wide, narrow = (curve(dtype="bfloat16", matmul=matmul).reshape(-1, 50).mean(1) for matmul in ("dtype", "fp8"))
     assert wide[-1] < 1.6 < wide[0]  # the chain's own is log 4 = 1.39

@@ -1,5 +1,7 @@
 """The parts of a Transformer against their formulas, in float32 inside whatever the outside."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from jax.sharding import NamedSharding
 
 from jaxlm.core import config
-from jaxlm.core.spec import Spec
+from jaxlm.core.spec import Spec, is_spec
+from jaxlm.models import gpt2, llama
+from jaxlm.models.model import Model
 from jaxlm.nn import attention_layers, block_stack, layers, layout
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.remat import remat_policy
@@ -168,6 +172,30 @@ def test_full_rematerialization_keeps_no_activation_of_a_block():
         return sum(x.size for x in jax.tree.leaves(back) if hasattr(x, "size"))
 
     assert kept("full") < kept("dots") <= kept("none")
+
+
+@pytest.mark.parametrize("matmul", ["dtype", "fp8"])
+@pytest.mark.parametrize("family", [llama, gpt2])
+def test_a_loop_over_layers_keeps_products_and_no_weight_once_in_the_compute_dtype(family, matmul):
+    """At most 34 bytes a token and channel, with attention's scores left out (Korthikanti et al. 2022)."""
+    T, ffn = 256, 672 if family is llama else 768
+    more = dict(kv_heads=3, head_width=64) if family is llama else dict(positions=T)
+    c = family.Config(vocab=512, layers=3, width=192, heads=3, ffn=ffn, **more)
+    execution = config.Execution(scan=True, attention="xla", matmul=matmul)
+    model = Model(family, c, family.specs(c), layout.Layout(execution=execution))
+    batch = {name: jax.ShapeDtypeStruct((2, T), "int32") for name in ("tokens", "positions", "segments")}
+    weights = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, "float32"), model.specs, is_leaf=is_spec)
+
+    def back(w, b):
+        return jax.vjp(lambda w: model.forward(w, b).x_BTD.astype("float32").sum(), w)[1]
+
+    declared = {s.shape for s in jax.tree.leaves(model.specs, is_leaf=is_spec)}
+    found = [v.aval for v in jax.make_jaxpr(back)(weights, batch).jaxpr.outvars]
+    stacks = [x for x in found if x.shape[:1] == (3,) and x.shape not in declared and x.shape[-1] not in (T, T // 2)]
+    large = [x for x in stacks if math.prod(x.shape[1:]) >= 2 * T * 64]
+    assert large and all(x.dtype == "bfloat16" for x in large), large
+    assert sum(x.size * x.dtype.itemsize for x in stacks) <= 34 * 3 * 2 * T * 192
+    assert not any(x.dtype == "bfloat16" and x.shape in declared for x in found)
 
 
 def activations(remat: str, offload: tuple[str, ...] = ()) -> list:
