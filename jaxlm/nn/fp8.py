@@ -105,7 +105,7 @@ def _product(inputs: int, home: Any, x: jax.Array, w: jax.Array, x8: Scaled) -> 
 def _forward(inputs: int, home: Any, x: jax.Array, w: jax.Array, x8: Scaled) -> tuple[jax.Array, Any]:
     w8 = scaled(w, E4M3)
     over = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs))
-    # Empty arrays say what the gradients look like; the wide factors needn't be kept.
+    # Of the wide factors only what their gradients look like is kept.
     return _dot(x8, w8, over, x.dtype, home), (x8, w8, *_likes(home, x, w))
 
 
