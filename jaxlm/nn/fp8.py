@@ -33,7 +33,7 @@ OPTIONS: dict[str, bool] = {"xla_gpu_enable_triton_gemm": False}
 
 
 class Scaled(struct.PyTreeNode):
-    """A tensor in fp8: `numbers` times `unit`."""
+    """A Scaled is a tensor in fp8: `numbers` times `unit`."""
 
     numbers: jax.Array
     unit: jax.Array
