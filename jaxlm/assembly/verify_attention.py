@@ -54,8 +54,8 @@ def _documents(p: Program, batch: DeviceBatch, T: int) -> np.ndarray:
     its rows have another length."""
     rows = p.layout.ways("batch", p.mesh)
     for name in ("segments", "source_segments"):
-        if name in batch and batch[name].shape[-1] == T:  # type: ignore[literal-required]
-            return np.resize(jax.device_get(batch[name][0, :rows]), (rows, T))  # type: ignore[literal-required]
+        if name in batch and batch[name].shape[-1] == T:
+            return np.resize(jax.device_get(batch[name][0, :rows]), (rows, T))
     return np.broadcast_to(np.arange(T, dtype=np.int32) * 3 // T + 1, (rows, T))
 
 
@@ -65,14 +65,16 @@ def _distances(p: Program, r: Request, segments_BT: np.ndarray) -> dict[str, flo
     rng = np.random.default_rng(0)
     x = [rng.standard_normal((len(segments_BT), T, n, C)).astype(jnp.bfloat16) for n in (H, K, K, H)]
 
-    def both(which: str, dtype: str, segments: jax.Array, *x: jax.Array) -> list[jax.Array]:
-        shard = replace(p.layout, execution=replace(p.run.execution, attention=which, dtype=dtype))
+    def both(segments: jax.Array, *x: jax.Array, **execution: Any) -> list[jax.Array]:
+        shard = replace(p.layout, execution=replace(p.run.execution, **execution))
         mask = Mask(r.causal, r.window, segments, segments, packed=True)
-        q, k, v, pull = (shard(a.astype(dtype), "batch", "seq", "heads", None) if a.shape[2] == H else a.astype(dtype)
-                         for a in x)  # fmt: skip
+        q, k, v, pull = (
+            shard(a, "batch", "seq", "heads", None) if a.shape[2] == H else a
+            for a in (b.astype(execution["dtype"]) for b in x)
+        )
 
-        def run(*x: jax.Array) -> jax.Array:
-            return attention.attend(*x, mask, shard=shard, scale=r.scale, softcap=r.softcap)
+        def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return attention.attend(q, k, v, mask, shard=shard, scale=r.scale, softcap=r.softcap)
 
         out, back = jax.vjp(run, q, k, v)
         return [out, *back(pull.astype(out.dtype))]
@@ -80,8 +82,9 @@ def _distances(p: Program, r: Request, segments_BT: np.ndarray) -> dict[str, flo
     @jax.jit
     def distances(segments: jax.Array, *x: jax.Array) -> list[jax.Array]:
         with jax.default_matmul_precision("highest"):
-            plain = both("xla", "float32", segments, *x)
-        fused, real = both(r.choice.implementation, p.run.execution.dtype, segments, *x), segments > 0
+            plain = both(segments, *x, attention="xla", dtype="float32")
+        fused = both(segments, *x, attention=r.choice.implementation, dtype=p.run.execution.dtype)
+        real = segments > 0
         pairs = zip(fused, plain, strict=True)
         return [_distance(a.astype(jnp.float32), b, real[..., None, None]) for a, b in pairs]
 
