@@ -6,7 +6,6 @@ system architecture of each version; ICI per link and network per chip as "How t
 states them, which are the documents' aggregates divided by links and directions.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,19 +47,6 @@ PEAK_FLOPS = {
 def peak_flops(kind: str) -> float | None:
     """Returns the dense bfloat16 FLOP/s of a device kind; None if it isn't known (every CPU): then there is no MFU."""
     return PEAK_FLOPS.get(kind)
-
-
-# Beginnings of the kinds above that multiply fp8: Ada, Hopper and Blackwell, and the TPU of generation 7.
-FP8_KINDS = ("NVIDIA B200", "NVIDIA GB200", "NVIDIA GeForce RTX 4090", "NVIDIA GH200", "NVIDIA H", "NVIDIA L4", "TPU7x")
-
-
-def multiplies_fp8(device: Any) -> bool:
-    """Returns whether a device multiplies matrices of fp8 numbers (e4m3fn and e5m2). Of a GPU that isn't in the table
-    the compute capability is asked: 8.9 is the first."""
-    if device.device_kind in PEAK_FLOPS or device.platform != "gpu":
-        return bool(device.device_kind.startswith(FP8_KINDS))
-    found = re.fullmatch(r"(\d+)\.(\d+)", str(device.compute_capability))  # those of AMD are names
-    return found is not None and (int(found[1]), int(found[2])) >= (8, 9)
 
 
 @dataclass(frozen=True)
@@ -196,6 +182,13 @@ def compute_capability(device: Any) -> tuple[int, int] | None:
         return None
     major, _, minor = str(device.compute_capability).partition(".")
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+
+
+def multiplies_fp8(device: Any) -> bool:
+    """Returns whether a device multiplies matrices of fp8 numbers (e4m3fn and e5m2): GPUs from Ada and Hopper on, and
+    the TPU of generation 7."""
+    capability = compute_capability(device)
+    return device.device_kind == "TPU7x" if capability is None else capability >= (8, 9)
 
 
 def of_kind(kind: str) -> Chip | None:

