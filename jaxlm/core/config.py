@@ -225,7 +225,7 @@ class Execution:
     of its next batch; a run whose kernel gives something else is refused."""
     remat: Literal["none", "dots", "attention", "qkv", "full"] = "none"
     """Activations that the backward pass recomputes. none: none, but in a loop over layers those that aren't products,
-    attention or random numbers (norms, gates, rotations), for reading them back would take as long; dots: all but
+    attention or dropout's factors (norms, gates, rotations), for reading them back would take as long; dots: all but
     matrix products; attention: all but attention's result and the products around it (the mlp's wide ones are
     recomputed); qkv: all but queries, keys and values; full: all of each block. Weights that FSDP shards are gathered
     again in any case."""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.layout import Layout
@@ -131,7 +132,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     share = (high - 1 / (1 - rate)) / (high - low) if high > low else 1.0
     drawn = jax.random.uniform(key, x.shape)
     scale = jnp.where(drawn < (1 - rate) * share, low, high)
-    return x * jnp.where(drawn < 1 - rate, scale, 0.0).astype(x.dtype)
+    return x * checkpoint_name(jnp.where(drawn < 1 - rate, scale, 0.0).astype(x.dtype), "dropout")
 
 
 def _around(value: float, dtype: Any) -> tuple[Any, Any]:

@@ -21,17 +21,18 @@ KEPT: dict[str, tuple[str, ...]] = {"attention": (*QKV, "attended", "o", "cross_
 # Where layers are unrolled the compiler decides.
 CHEAP = frozenset((
     "abs", "add", "add_any", "and", "bitcast_convert_type", "broadcast_in_dim", "clamp", "concatenate",
-    "convert_element_type", "copy", "cos", "div", "erf", "exp", "exp2", "expand_dims", "floor", "integer_pow", "iota",
-    "is_finite", "log", "log1p", "logistic", "max", "min", "mul", "neg", "not", "or", "pad", "pow", "reduce_and",
-    "reduce_max", "reduce_min", "reduce_precision", "reduce_sum", "reshape", "rsqrt", "select_n", "shift_left",
-    "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "slice", "split", "sqrt", "square", "squeeze",
-    "stop_gradient", "sub", "tanh", "transpose", "xor",
+    "convert_element_type", "copy", "cos", "custom_jvp_call", "div", "eq", "erf", "erfc", "exp", "exp2", "expand_dims",
+    "floor", "ge", "gt", "integer_pow", "iota", "is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min",
+    "mul", "ne", "neg", "not", "one_minus_square", "or", "pad", "pow", "reduce_and", "reduce_max", "reduce_min",
+    "reduce_precision", "reduce_sum", "reshape", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic",
+    "shift_right_logical", "sign", "sin", "slice", "split", "sqrt", "square", "squeeze", "stop_gradient", "sub",
+    "tanh", "transpose", "xor",
 ))  # fmt: skip
 
 
 def but_cheap(primitive: Any, *inputs: Any, **params: Any) -> bool:
-    """Returns whether a loop over layers keeps a primitive's result: of products, attention, random numbers and
-    comparisons (a mask of dropout), but of nothing that is as quickly made again."""
+    """Returns whether a loop over layers keeps a primitive's result: of products, attention, sorts and dropout (its
+    factors have that name), but of nothing that is as quickly made again."""
     return primitive.name not in CHEAP and but_gathered(primitive, *inputs, **params)
 
 

@@ -1,5 +1,6 @@
 """The parts of a Transformer against their formulas, in float32 inside whatever the outside."""
 
+import dataclasses
 import math
 
 import jax
@@ -7,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from support.sized_models import SIZES, batch_of, tiny
 
 from jaxlm.core import config
 from jaxlm.core.spec import Spec, is_spec
 from jaxlm.models import gpt2, llama
 from jaxlm.models.model import Model
 from jaxlm.nn import attention_layers, block_stack, layers, layout
+from jaxlm.nn import remat as rematerialization
 from jaxlm.nn.mask import Mask
-from jaxlm.nn.remat import remat_policy
+from jaxlm.nn.remat import but_cheap, remat_policy
 from jaxlm.planning import hlo
 from jaxlm.runtime.mesh import make_mesh, on_mesh
 
@@ -196,6 +199,36 @@ def test_a_loop_over_layers_keeps_products_and_no_weight_once_in_the_compute_dty
     assert large and all(x.dtype == "bfloat16" for x in large), large
     assert sum(x.size * x.dtype.itemsize for x in stacks) <= 34 * 3 * 2 * T * 192
     assert not any(x.dtype == "bfloat16" and x.shape in declared for x in found)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_loop_over_layers_of_each_family_computes_again_what_is_no_product_nor_sort(name, monkeypatch):
+    kept = set()
+
+    def policy(primitive, *inputs, **params):
+        keep = but_cheap(primitive, *inputs, **params)
+        kept.update([primitive.name] if keep else ())
+        return keep
+
+    monkeypatch.setattr(rematerialization, "but_cheap", policy)
+    made, execution = tiny(name), config.Execution(attention="xla", scan=True)
+    model = dataclasses.replace(made.model, shard=layout.Layout(execution=execution))
+    loss = lambda w: model.forward(w, batch_of(model)).x_BTD.astype("float32").sum()  # noqa: E731
+    jax.make_jaxpr(jax.grad(loss))(made.weights)
+    routing = {"top_k", "sort", "gather", "scatter", "cumsum", "rem", "call_hi_primitive", "custom_vjp_call"}
+    assert "dot_general" in kept and kept <= {"dot_general"} | (routing if name == "deepseek" else set())
+
+
+def test_dropout_in_a_loop_over_layers_keeps_its_factors_and_draws_once():
+    c = gpt2.Config(vocab=64, layers=3, width=64, heads=1, positions=128, dropout=0.1)
+    model = Model(gpt2, c, gpt2.specs(c), layout.Layout(execution=config.Execution(scan=True, attention="xla")))
+    batch = {name: jax.ShapeDtypeStruct((2, 128), "int32") for name in ("tokens", "positions", "segments")}
+    weights = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, "float32"), model.specs, is_leaf=is_spec)
+    loss = lambda w, b, k: model.forward(w, b, key=k).x_BTD.astype("float32").sum()  # noqa: E731
+    program = str(jax.make_jaxpr(jax.grad(loss))(weights, batch, jax.random.key(0)))
+    drawn = program.count("f32[2,128,64] = jit[name=_uniform")
+    assert drawn == 3  # after the embeddings, and two of a layer, in the forward loop alone
+    assert "bool[3,2,128,64]" not in program and "u32[3,2,128,64]" not in program and "bf16[3,2,128,64]" in program
 
 
 def activations(remat: str, offload: tuple[str, ...] = ()) -> list:
