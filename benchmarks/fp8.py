@@ -57,8 +57,8 @@ def curve(a: argparse.Namespace, matmul: Any, seed: int) -> dict[str, Any]:
         losses.append(float(metrics["loss"]))
     means = [statistics.fmean(losses[i : i + WINDOW]) for i in range(0, a.steps, WINDOW)]
     return {
-        "precision": program.parts.notes["precision"], "losses": means, "validation": program.validate(state, 16)["loss"],
-        "cpu_s": round(time.process_time() - began, 1),
+        "precision": program.parts.notes["precision"], "losses": means,
+        "validation": program.validate(state, 16)["loss"], "cpu_s": round(time.process_time() - began, 1),
     }  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def step(run: config.Run, t: targets.Target, folder: Path | None, name: str) -> 
     return {
         "calls": dict(collections.Counter(re.findall(r'custom_call_target="([^"]+)"', text))),
         "wide_products": wide,
-        "precision": made.program.parts.notes["precision"], "layers": made.program.notes["layers"],
+        "precision": made.program.notes["precision"], "layers": made.program.notes["layers"],
         "temporary_bytes": memory.temp_size_in_bytes, "traffic_bytes": made.module.traffic,
         "compile_s": round(made.seconds, 1),
     }  # fmt: skip
