@@ -9,7 +9,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from jaxlm.planning.hlo_text import ARRAY, Frames, Instruction, arrays, first_group, instruction, size, unravel
+from jaxlm.planning.hlo_text import (
+    ARRAY,
+    Frames,
+    Instruction,
+    arrays,
+    first_group,
+    instruction,
+    result_of_start,
+    size,
+    unravel,
+)
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute",
                "collective-broadcast")  # fmt: skip
@@ -18,8 +28,8 @@ FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while
 
 CUTS = {"dynamic-slice", "gather"}
 PUTS = {"dynamic-update-slice": 1, "scatter": 2}  # with the operand that is put into the first one
-
-
+STARTED = "fusion-start"
+"""A fused kernel of a GPU that others run beside; what it gives is a `fusion-done`."""
 RARE = "further_documents"
 """Names loops that mostly don't run at all: `packed_attention`'s calls beyond the first."""
 BETWEEN_SLICES = "_xla_megascale_"
@@ -231,11 +241,11 @@ class Module:
             return 2 * size(i.shape, False)
         if i.opcode in PUTS:
             return 2 * size(shapes[PUTS[i.opcode]], False)
-        if i.opcode != "fusion":
+        if i.opcode not in ("fusion", STARTED):
             return size(i.shape, False) + sum(size(s, False) for s in shapes)
         kernel = self.computations.get(i.attribute("calls") or "", {})
         read = sum(self._read(kernel, n, shape) for n, shape in enumerate(shapes))
-        return read + self._written(kernel, i.shape)
+        return read + self._written(kernel, result_of_start(i.shape) if i.opcode == STARTED else i.shape)
 
     def _read(self, kernel: Mapping[str, Instruction], n: int, shape: str) -> int:
         """Returns the bytes that a kernel reads of its operand `n`. Kernels may hold kernels."""
@@ -292,7 +302,8 @@ class Module:
             for i in self.computations.get(name, {}).values():
                 if i.opcode in FREE or i.opcode.endswith("-done") or i.opcode in ("copy-start", "slice-start"):
                     continue
-                for kind, sizes, layout in ARRAY.findall(i.shape):
+                made = result_of_start(i.shape) if i.opcode == STARTED else i.shape
+                for kind, sizes, layout in ARRAY.findall(made):
                     shape = f"{kind}[{sizes}]"
                     if "S(" not in layout:
                         buffer = Buffer(size(shape), shape, i.opcode, self.frames.where(i))

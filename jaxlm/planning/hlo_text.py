@@ -47,6 +47,16 @@ class Instruction:
         return match and match[1]
 
 
+def result_of_start(shape: str) -> str:
+    """Returns the second part of a shape `((operands), result, context)`: what a kernel that was started will give."""
+    depth, cuts = 0, [0]
+    for m in re.finditer(r"[(\[{}\]),]", shape):
+        depth += {"(": 1, "[": 1, "{": 1, ",": 0}.get(m[0], -1)
+        if m[0] == "," and depth == 1:
+            cuts.append(m.end())
+    return shape[cuts[1] : cuts[2] - 1].strip()
+
+
 class Frames:
     """A Frames leads from an instruction's metadata to the line of source that it comes from."""
 

@@ -192,6 +192,29 @@ ENTRY %main (p: f32[9,4], k: s32[]) -> (f32[9,4], f32[1,4]) {
     )  # the slice and where; the slice into the stack, and itself
 
 
+def test_a_kernel_that_others_run_beside_moves_its_slices_once() -> None:
+    text = """HloModule m
+
+%put (s: f32[9,4], x: f32[1,4], i: s32[]) -> f32[9,4] {
+  %s = f32[9,4] parameter(0)
+  %x = f32[1,4] parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %u = f32[9,4] dynamic-update-slice(%s, %x, %i, %i)
+}
+
+ENTRY %main (p: f32[9,4], q: f32[1,4], k: s32[]) -> f32[9,4] {
+  %p = f32[9,4]{1,0} parameter(0)
+  %q = f32[1,4]{1,0} parameter(1)
+  %k = s32[] parameter(2)
+  %b = ((f32[9,4]{1,0}, f32[1,4]{1,0}, s32[]), f32[9,4]{1,0}, u32[]) fusion-start(%p, %q, %k), kind=kLoop, calls=%put
+  ROOT %done = f32[9,4]{1,0} fusion-done(%b)
+}
+"""
+    module, row, index = hlo.Module(text), 4 * 4, 4
+    assert module.traffic == row + index + row
+    assert [(b.bytes, b.shape) for b in module.buffers()] == [(9 * row, "f32[9,4]")]
+
+
 def test_traffic_of_rows_that_are_gathered_and_scattered_in_place() -> None:
     """A cache that rows are written to, and a table that some are looked up in, are neither read nor written whole."""
     text = """HloModule m
