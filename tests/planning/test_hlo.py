@@ -68,7 +68,7 @@ ENTRY %main (arg: f32[12,64], arg.1: f32[64,8]) -> f32[64,8] {
   %arg = f32[12,64]{1,0} parameter(0)
   %arg.1 = f32[64,8]{1,0} parameter(1)
   %zero = s32[] constant(0)
-  %start = (s32[], f32[12,64]{1,0}, f32[64,8]{1,0}) tuple(%zero, %arg, %arg.1)
+  %b = (s32[], f32[12,64]{1,0}, f32[64,8]{1,0}) tuple(%zero, %arg, %arg.1)
   %kernel = f32[8]{0} custom-call(%arg.1), custom_call_target="k", backend_config={"text":"several
 }} lines"}
   %loop = (s32[], f32[12,64]{1,0}, f32[64,8]{1,0}) while(%start), condition=%condition, body=%body
