@@ -1,7 +1,7 @@
 """What attention of packed documents and loops over layers cost on a GPU that isn't here: a compiled step's kernels,
 arrays and bytes.
 
-    python benchmarks/aot_attention.py [--models gpt2_124m:64x1024 llama_1b:2x4096] [--ways offsets mask]
+    python benchmarks/aot_step.py [--models gpt2_124m:64x1024 llama_1b:2x4096] [--ways offsets mask]
         [--layers scanned unrolled] [--hlo FOLDER]
 
 A config's model in bfloat16, from shapes alone, with a batch of rows × positions. Documents of a row are kept apart by
@@ -79,7 +79,7 @@ def main() -> int:
     p.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     p.add_argument("--layers", nargs="+", default=["scanned", "unrolled"], choices=["scanned", "unrolled"])
     p.add_argument("--hlo", type=Path, help="folder to write the compiled programs to")
-    p.add_argument("--save", default="aot_attention", help="name under results/; - : don't save")
+    p.add_argument("--save", default="aot_step", help="name under results/; - : don't save")
     a = p.parse_args()
     file = HERE / "results" / f"{a.save}.json"
     found: dict[str, Any] = json.loads(file.read_text("utf-8"))["found"] if file.is_file() else {}
