@@ -236,7 +236,7 @@ class Execution:
     """Loop over layers, which compiles one layer, or unroll them; default: unroll on a CPU, whose loops are slower,
     else loop. Checkpoints are the same."""
     loss_chunk: Natural = 0
-    """Tokens whose logits exist at one time; 0: as many as take a few MiB."""
+    """Tokens whose logits exist at one time; 0: as many as take 4 MiB on a CPU, a 64th of the memory (at least 256 MiB) of an accelerator."""
     cache: CacheKind = "dtype"
     """How the keys and values of tokens that were read are stored while text is made. dtype: as they are computed;
     int8, fp8: in a byte each with a scale for each head and token, which rounds them."""

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.core.spec import Spec
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.leaf import is_leaf
-from jaxlm.runtime.mesh import platform
+from jaxlm.runtime import chips
+from jaxlm.runtime.mesh import devices, platform
 
 
 @struct.dataclass
@@ -175,13 +176,19 @@ def _names(spec: P) -> tuple[str, ...]:
 
 
 LOGIT_BYTES = 4 << 20  # float32 logits of one chunk on a CPU: about what its last cache level holds beside the head
+SHARE = 1 / 64  # of an accelerator's memory for these logits: each chunk reads and writes the whole head's gradient
+
+
+def logit_bytes(kind: str) -> float:
+    """Returns the bytes of the float32 logits that a device of this kind makes at one time."""
+    chip = chips.of_kind(kind)
+    return max(256 << 20, 0 if chip is None else SHARE * chip.hbm)
 
 
 def _chunk(n: int, vocab: int, requested: int) -> int:
-    """Returns the tokens of a chunk: few enough for the cache on a CPU, many enough to fill an accelerator's matrix
-    units."""
-    size = requested or max(128, (LOGIT_BYTES if platform() == "cpu" else 256 << 20) // (4 * vocab))
-    return min(n, size)
+    """Returns the tokens of a chunk: few enough for the cache on a CPU, many on an accelerator."""
+    most = LOGIT_BYTES if platform() == "cpu" else logit_bytes(devices()[0].device_kind)
+    return min(n, requested or max(128, int(most) // (4 * vocab)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -260,7 +267,7 @@ def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want):
         total_N = _reduce(jax.lax.psum, e_NV.sum(-1), vocab_axes)
         log_z_N = top_N + jnp.log(total_N)
         hit_NV = jax.lax.broadcasted_iota(targets_N.dtype, z_NV.shape, 1) == (targets_N - first)[:, None]
-        picked_N = _reduce(jax.lax.psum, jnp.where(hit_NV, z_NV, 0.0).sum(-1), vocab_axes)
+        picked_N = _reduce(jax.lax.psum, _picked(z_NV, targets_N - first, hit_NV), vocab_axes)
         nll_N = log_z_N - picked_N
         loss_N = nll_N + z_loss * jnp.square(log_z_N)
         if label_smoothing:
@@ -305,6 +312,16 @@ def _scan(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, plan, want):
     # The blocks' backward pass waits for the head's sums, or the float32 of a whole head lies beside it until its end.
     dx, dw_VD = jax.lax.optimization_barrier((dx, dw_VD))
     return sums, (dx, dw_VD, db_V)
+
+
+def _picked(z_NV: jax.Array, at_N: jax.Array, hit_NV: jax.Array) -> jax.Array:
+    """Returns each row's logit at its target, or 0 where that is another device's. TPUs are slow to gather, and fuse a
+    sum over the row with what else reads it; elsewhere that is a pass over all logits."""
+    if platform() == "tpu":
+        return jnp.where(hit_NV, z_NV, 0.0).sum(-1)
+    V = z_NV.shape[1]
+    z_N = jnp.take_along_axis(z_NV, at_N.clip(0, V - 1)[:, None], axis=1)[:, 0]
+    return jnp.where((at_N >= 0) & (at_N < V), z_N, 0.0)
 
 
 def _reduce(f: Any, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -21,7 +21,7 @@ import numpy as np
 from jaxlm.assembly import program, remember
 from jaxlm.core import spec, tree
 from jaxlm.core.spec import Spec
-from jaxlm.nn import pipeline
+from jaxlm.nn import losses, pipeline
 from jaxlm.planning.targets import Target
 from jaxlm.training import optimizers
 from jaxlm.training.distributed import outer, replicas
@@ -323,7 +323,7 @@ class _Step:
             block += 10 * self.rows * self._heads() * queries * self.p.run.train.seq_len
         table = self.width * self.p.run.model.vocab / ways(self.p.layout.compute["vocab"], self.sizes)
         logits = 4 * self.tokens * self.p.run.model.vocab / ways(self.p.layout.compute["vocab"], self.sizes)
-        chunk = min(logits, 256 << 20)  # see losses._chunk
+        chunk = min(logits, losses.logit_bytes(self.target.chip.kind))
         loss = table * (2 * self.bytes + 4) + 2.5 * chunk + self.tokens * self.width * (4 + self.bytes)
         ema = sum(4 * self.stored(s) for s in self.flat.values()) if self.p.run.optim.ema else 0.0
         return {
