@@ -236,8 +236,8 @@ class Execution:
     """Loop over layers, which compiles one layer, or unroll them; default: unroll on a CPU, whose loops are slower,
     else loop. Checkpoints are the same."""
     loss_chunk: Natural = 0
-    """Tokens whose logits exist at one time; 0: as many as take 4 MiB on a CPU, and a 64th of an accelerator's memory or
-    256 MiB."""
+    """Tokens whose logits exist at one time; 0: as many as take 4 MiB on a CPU, a 64th of the memory or 256 MiB on an
+    accelerator."""
     cache: CacheKind = "dtype"
     """How the keys and values of tokens that were read are stored while text is made. dtype: as they are computed;
     int8, fp8: in a byte each with a scale for each head and token, which rounds them."""
