@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import optax
 import pytest
 
 from jaxlm.core import config
+from jaxlm.nn import losses
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.losses import Readout, cross_entropy, logits
 from jaxlm.runtime.mesh import make_mesh, on_mesh
@@ -68,6 +70,17 @@ def test_equals_optax(chunk, bias, smooth):
     got = values_and_grads(lambda *a: ours(*a, chunk=chunk, **smooth), X, W, bias)
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5)  # noqa: E731
     jax.tree.map(close, got, expected(bias is not None, **smooth))
+
+
+@pytest.mark.parametrize(
+    ("kind", "bytes_at_once"), [("NVIDIA H100 80GB HBM3", 1.3e9), ("TPU v5 lite", 2**28), ("?", 2**28)]
+)
+def test_an_accelerator_makes_logits_for_a_share_of_its_memory(monkeypatch, kind, size):
+    monkeypatch.setattr(losses, "platform", lambda: "tpu")  # where the target's logit is a sum over the row
+    monkeypatch.setattr(losses, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    assert losses._chunk(1 << 20, 50_304, 0) == pytest.approx(size / 4 / 50_304, rel=0.05)
+    got = values_and_grads(ours, X, W, BIAS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5), got, expected(True))
 
 
 def test_without_gradients_it_is_the_same():
