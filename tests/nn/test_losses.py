@@ -72,9 +72,7 @@ def test_equals_optax(chunk, bias, smooth):
     jax.tree.map(close, got, expected(bias is not None, **smooth))
 
 
-@pytest.mark.parametrize(
-    ("kind", "bytes_at_once"), [("NVIDIA H100 80GB HBM3", 1.3e9), ("TPU v5 lite", 2**28), ("?", 2**28)]
-)
+@pytest.mark.parametrize(("kind", "size"), [("NVIDIA H100 80GB HBM3", 1.3e9), ("TPU v5 lite", 2**28), ("?", 2**28)])
 def test_an_accelerator_makes_logits_for_a_share_of_its_memory(monkeypatch, kind, size):
     monkeypatch.setattr(losses, "platform", lambda: "tpu")  # where the target's logit is a sum over the row
     monkeypatch.setattr(losses, "devices", lambda: [SimpleNamespace(device_kind=kind)])
