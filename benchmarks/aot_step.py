@@ -64,8 +64,9 @@ def kept(text: str, run: config.Run, specs: Any) -> float | None:
     for carried in re.findall(r"= (\(.*\)) while\(", text):
         arrays = [(kind, tuple(map(int, n.split(",")))) for kind, n in re.findall(r"(\w+)\[([\d,]+)\]", carried)]
         most = max(most, sum(
-            WIDTHS[kind] * math.prod(sizes) for kind, sizes in arrays if sizes[0] == c.layers and sizes not in weights
-            and (sizes[1] == rows * positions or sizes[1:3] == (rows, positions))
+            WIDTHS[kind] * math.prod(sizes) for kind, sizes in arrays
+            if sizes[0] == c.layers and (sizes[1] == rows * positions or sizes[1:3] == (rows, positions))
+            and not (kind == "f32" and sizes in weights)
         ))  # fmt: skip
     return most / (c.layers * rows * positions * c.width) or None
 

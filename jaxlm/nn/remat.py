@@ -22,11 +22,11 @@ KEPT: dict[str, tuple[str, ...]] = {"attention": (*QKV, "attended", "o", "cross_
 CHEAP = frozenset((
     "abs", "add", "add_any", "and", "bitcast_convert_type", "broadcast_in_dim", "clamp", "concatenate",
     "convert_element_type", "copy", "cos", "custom_jvp_call", "div", "eq", "erf", "erfc", "exp", "exp2", "expand_dims",
-    "floor", "ge", "gt", "integer_pow", "iota", "is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min",
-    "mul", "ne", "neg", "not", "one_minus_square", "or", "pad", "pow", "reduce_and", "reduce_max", "reduce_min",
-    "reduce_precision", "reduce_sum", "reshape", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic",
-    "shift_right_logical", "sign", "sin", "slice", "split", "sqrt", "square", "squeeze", "stop_gradient", "sub",
-    "tanh", "transpose", "xor",
+    "floor", "ge", "gt", "integer_pow", "iota", "is_finite", "le", "le_to", "log", "log1p", "logistic", "lt", "lt_to",
+    "max", "min", "mul", "ne", "neg", "not", "one_minus_square", "or", "pad", "pow", "reduce_and", "reduce_max",
+    "reduce_min", "reduce_precision", "reduce_sum", "reshape", "rsqrt", "select_n", "shift_left",
+    "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "slice", "split", "sqrt", "square", "squeeze",
+    "stop_gradient", "sub", "tanh", "transpose", "xor",
 ))  # fmt: skip
 
 

@@ -311,8 +311,9 @@ class _Step:
         qkv = sum(
             self.outputs(s) for s in self.layered.values() if {"heads", "kv"} & {*s.axes} and s.axes[-1] != "embed"
         )
-        # Without remat products and attention's results are kept, and what lies between is made again (`but_cheap`).
-        kept = {"full": width, "dots": width + outputs, "none": width + outputs + attended}
+        # Kept are a block's input and all products but the last, which is as large, and without remat attention's
+        # results; what lies between is made again (`but_cheap`).
+        kept = {"full": width, "dots": outputs, "none": outputs + attended}
         named = {"attention": 2 * width + qkv + attended, "qkv": width + qkv}
         cached = self.bytes * (kept | named)[remat]
         # A layer's activations and their gradients, and the weights of two layers: one is gathered ahead.
