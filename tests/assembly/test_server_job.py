@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.assembly.distributed import crew, job, local_steps, ray_server, terms
+from jaxlm.assembly.distributed import coordinator, crew, job, local_steps, ray_server, terms
 from jaxlm.assembly.model_source import StartModel
 from jaxlm.commands import cli
 from jaxlm.core import distributed as settings
@@ -20,7 +20,7 @@ from jaxlm.formats import server_state
 from jaxlm.training.distributed.book import Book
 from jaxlm.training.distributed.server import Part, Server
 from jaxlm.training.distributed.simulate import Worker, simulate
-from jaxlm.training.log import read_lines
+from jaxlm.training.log import RunLog, read_lines
 
 NONE = StartModel("")
 
@@ -214,6 +214,23 @@ def test_the_servers_checkpoints_are_whole_or_not_there(tmp_path, make, capsys) 
     (folder / "version-1" / "part-0" / "weights.npy").unlink()
     with pytest.raises(ValueError, match="no checkpoint of the server is sound"):
         server_state.newest(folder)
+
+
+def test_the_log_has_each_version_once_after_a_restart(tmp_path) -> None:
+    """Of versions 2 and 3, which the server saved as untold, the log has the first; version 4 was never saved."""
+    with RunLog(tmp_path) as log:
+        for version in (1, 2, 4):
+            log.train(20 * version, {"version": version}, {})
+    logged = coordinator._forget(tmp_path, 3)
+    with RunLog(tmp_path, resume_step=60) as log:
+        watch = coordinator.Watch.__new__(coordinator.Watch)
+        watch.log, watch.logged, watch.printed = log, logged, float("inf")
+        for version in (2, 3, 4):
+            event = dict(
+                name="version", clock=20 * version, version=version, tokens=1, staleness=[0], loss=None, time=0
+            )
+            watch._log(event | {"workers": ["w0"]}, {"received": 0, "sent": 0})
+    assert [line["version"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_workers_of_a_machine_share_its_gpus() -> None:

@@ -37,10 +37,11 @@ TOLD = ("joined", "returned", "lost", "left", "late", "replaced", "quorum")
 
 
 class Watch:
-    """A Watch follows the server of a run: it puts what happens into the log, and validates when that is due."""
+    """A Watch follows the server of a run: it puts what happens into the log, and validates when that is due. `logged`
+    is the last version that the log has already: a server that was started again tells of it once more."""
 
-    def __init__(self, steps: LocalSteps, state: State, keeper: Any, log: RunLog) -> None:
-        self.steps, self.state, self.keeper, self.log = steps, state, keeper, log
+    def __init__(self, steps: LocalSteps, state: State, keeper: Any, log: RunLog, logged: int) -> None:
+        self.steps, self.state, self.keeper, self.log, self.logged = steps, state, keeper, log, logged
         self.run = steps.run
         self.epoch, self.seen, self.tokens, self.printed = "", 0, 0, -math.inf
         self.last: dict[str, Any] = {"clock": 0, "version": 0, "members": {}, "gone": {}, "ended": ""}
@@ -66,7 +67,7 @@ class Watch:
                     status["clock"], "restarted", version=status["version"], before=self.last["version"],
                     why=status["why"] or "its process ended",
                 )  # fmt: skip
-            self.epoch, self.seen = status["epoch"], 0
+            self.epoch, self.seen, self.logged = status["epoch"], 0, min(self.logged, status["version"])
         for event in status["events"]:
             self._log(event, status)
         self.seen += len(status["events"])
@@ -109,6 +110,9 @@ class Watch:
         rest = {k: v for k, v in event.items() if k not in ("name", "clock", "time")}
         if name == "version":
             self.tokens = int(event["tokens"])
+            if event["version"] <= self.logged:
+                return
+            self.logged = event["version"]
             behind = event["staleness"]
             loss = {} if event["loss"] is None else {"loss": event["loss"]}
             figures = loss | dict(
@@ -177,13 +181,13 @@ def _coordinate(
         begins()
         print(f"the server of {run.name} is at version {at['version']}, step {at['clock']} of {run.train.steps}; "
               f"workers join by: jaxlm work {run.folder} --address {others}", flush=True)  # fmt: skip
-        _forget(run.folder, at["version"])
+        logged = _forget(run.folder, at["version"])
         with (
             RunLog(run.folder, resume_step=at["clock"] if at["version"] else -1) as log,
             Crew(run, others, local) as crew,
             loop.stop_signals() as signals,
         ):
-            watch = Watch(steps, state, keeper, log)
+            watch = Watch(steps, state, keeper, log, logged)
             if not at["version"]:
                 log.event(0, "model", parameters=steps.p.parameters[0], trainable=steps.count, notes=steps.p.notes)
                 watch.validate(0)
@@ -221,12 +225,15 @@ def _start(run: config.Run, agreed: dict[str, Any]) -> Any:
         ) from None
 
 
-def _forget(folder: Path, version: int) -> None:
-    """Removes from a run's log what came after a version, which the server goes on from."""
+def _forget(folder: Path, version: int) -> int:
+    """Removes from a run's log what came after a version, which the server goes on from; returns the last version whose
+    training the log has."""
     file = folder / "metrics.jsonl"
-    if file.exists():
-        kept = [line for line in read_lines(file) if line.get("version", 0) <= version]
-        replace_file(file, "".join(json.dumps(line) + "\n" for line in kept))
+    if not file.exists():
+        return 0
+    kept = [line for line in read_lines(file) if line.get("version", 0) <= version]
+    replace_file(file, "".join(json.dumps(line) + "\n" for line in kept))
+    return max((line["version"] for line in kept if line["kind"] == "train"), default=0)
 
 
 def _finish(watch: Watch) -> None:

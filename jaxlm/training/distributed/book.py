@@ -129,10 +129,12 @@ class Book:
 
     def state(self) -> dict[str, Any]:
         """Returns what goes on after a restart, as JSON has it; read right after a new version. Who is here and the
-        round in flight are not of it."""
+        round in flight are not of it, but the versions are that are still among the events, as nobody may have read of
+        them."""
         known = self.gone | dict.fromkeys(self.members, "the server was restarted")
+        untold = [event for event in self.events if event["name"] == "version"]
         return {"version": self.version, "positions": self.positions, "updates": self.updates, "speeds": self.speeds,
-                "tokens": self.tokens, "known": known, "token": self._tokens}  # fmt: skip
+                "tokens": self.tokens, "known": known, "token": self._tokens, "untold": untold}  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from what `state` returned."""
@@ -144,6 +146,7 @@ class Book:
         self.version, self.positions = state["version"], list(state["positions"])
         self.updates, self.speeds = list(state["updates"]), dict(state["speeds"])
         self.gone, self._tokens, self.tokens = dict(state["known"]), state["token"], state["tokens"]
+        self.events = list(state.get("untold", ()))
         self._end_if_done(0.0)
 
     def deadline(self, now: float) -> float:
