@@ -282,6 +282,16 @@ def test_the_same_schedule_gives_the_same_bits(mode, kind) -> None:
         assert 0 < np.abs(next(iter(a.errors.values()))).max() < 1
 
 
+def test_a_worker_that_asks_late_starts_where_its_round_began() -> None:
+    """The schedule of its learning rate can't depend on who has pushed when it asks."""
+    server = Server(Book(config("sync"), 2, 99, {}), Part(config("sync"), START))
+    first, late = (server.join(name, {}, 0.0).token for name in ("w0", "w1"))
+    work = server.ask("w0", first, 0.0)
+    server.push("w0", first, 0, {"values": np.zeros(SIZE, np.float32)}, 1.0, steps=work.steps)
+    assert server.book.clock == work.steps // 2
+    assert server.ask("w1", late, 2.0)[2:] == (0, 1, 0, 0, work.steps, "")
+
+
 def test_a_restored_server_goes_on_as_one_that_was_never_stopped() -> None:
     c, draw = config("sync", o=settings.Outer("adam", lr=0.01)), np.random.default_rng(3)
     pushes = draw.normal(size=(4, 2, SIZE)).astype(np.float32)

@@ -62,6 +62,8 @@ class Member:
     """spare: all shards are held by others; waiting: for work; working: on `version`; pushed: for this round."""
     version: int = -1
     steps: int = 0
+    clock: int = 0
+    """The step of the run at which its work was given out, whenever it asks for it."""
     rounds: int = 0
     """Pushes, counted from those of the slowest worker when it joined."""
 
@@ -201,7 +203,7 @@ class Book:
         if m.status != "working":
             return Answer("wait", token, self.version, clock=self.clock, why=self._waits_for(m))
         assert m.shard is not None
-        return Answer("work", token, m.version, m.shard, self.positions[m.shard], self.clock, m.steps)
+        return Answer("work", token, m.version, m.shard, self.positions[m.shard], m.clock, m.steps)
 
     def leave(self, name: str, token: int, now: float) -> None:
         """Lets a worker go that says so; its shard is free for another."""
@@ -315,7 +317,7 @@ class Book:
         speeds = {name: self.speeds[name] for name in self.members if name in self.speeds}
         dynamic = self.c.server.dynamic and m.name in speeds
         m.steps = outer.local_steps(speeds, most)[m.name] if dynamic else most
-        m.status, m.version = "working", self.version
+        m.status, m.version, m.clock = "working", self.version, self.clock
 
     def _may_start(self, m: Member) -> bool:
         """Returns whether a worker isn't too far ahead of the slowest one."""
