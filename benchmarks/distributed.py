@@ -172,9 +172,11 @@ def on_clock(a: argparse.Namespace, name: str, optimizer: str) -> dict[str, Any]
 
 
 def trained(run: config.Run) -> float:
-    """Trains a run, or what is left of it, and returns its last validation's bits per byte."""
+    """Trains a run, or what is left of it, and returns the bits per byte of its last validation."""
     jaxlm.train(run)
     lines = [line for line in read_lines(run.folder / "metrics.jsonl") if line["kind"] == "valid"]
+    if lines[-1]["step"] != run.train.steps:
+        raise SystemExit(f"{run.folder} was interrupted; the same command goes on")
     return float(lines[-1]["bits_per_byte"])
 
 
