@@ -221,6 +221,13 @@ def test_a_crew_starts_those_again_that_die_or_hang_but_for_a_reason_that_stays(
         assert len(Process.made) == 4
         Process.made[3].status = 2
         found.look(here)
+        for _ in range(5):  # killed soon, but it had come to the server
+            found.look(here)
+            Process.made[2].status = -9
+            found.look(here)
+            Process.made[2] = Process.made.pop()
+        found.look(here)
+        assert Process.made[2].status is None and len(Process.made) == 4
         for _ in range(5):
             Process.made[-1 if Process.made[-1].words[-1] == "w0" else 2].status = 1
             found.look(here)

@@ -14,7 +14,7 @@ from jaxlm.core import config
 QUICK = 60.0
 """Seconds within which a worker that dies may have no cause but its own start."""
 TRIES = 3
-"""Quick deaths in a row after which a worker isn't started again."""
+"""Quick deaths in a row, none of a worker that had come to the server, after which it isn't started again."""
 
 
 class Crew:
@@ -49,6 +49,8 @@ class Crew:
         """Starts those again that have died, or that the server has given up while they were running."""
         for name, process in list(self._processes.items()):
             ended = process.poll()
+            if ended is None and name in status["members"]:
+                self._quick[name] = 0
             given_up = name in status["gone"] and "no sign of life" in status["gone"][name]
             if ended is None and given_up and name not in status["members"] and self._age(name) > QUICK:
                 print(f"{name} hangs: it is killed and started again", flush=True)
