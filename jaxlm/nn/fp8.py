@@ -122,7 +122,7 @@ _product.defvjp(_forward, _backward)
 
 
 class _Like(struct.PyTreeNode):
-    """What the gradient of a factor looks like."""
+    """A _Like says the type and the partition of a factor's gradient."""
 
     dtype: Any = struct.field(pytree_node=False)
     home: Any = struct.field(pytree_node=False)

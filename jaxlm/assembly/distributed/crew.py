@@ -14,7 +14,8 @@ from jaxlm.core import config
 QUICK = 60.0
 """Seconds within which a worker that dies may have no cause but its own start."""
 TRIES = 3
-"""Quick deaths in a row, none of a worker that had come to the server, after which it isn't started again."""
+"""Quick deaths in a row after which a worker isn't started again; they are counted anew once it has come to the
+server."""
 
 
 class Crew:

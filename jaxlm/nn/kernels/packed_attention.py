@@ -77,7 +77,7 @@ def _versions() -> str | None:
 
 @dataclass(frozen=True)
 class _Private:
-    """What is used of JAX's private module."""
+    """A _Private holds what is used of JAX's private module."""
 
     forward: Any
     backward: Any

@@ -131,7 +131,7 @@ class Book:
 
     def state(self) -> dict[str, Any]:
         """Returns what goes on after a restart, as JSON has it; read right after a new version. Who is here and the
-        round in flight are not of it, but the versions are that are still among the events, as nobody may have read of
+        round in flight are not part of it. Versions that are still among the events are, as nobody may have read of
         them."""
         known = self.gone | dict.fromkeys(self.members, "the server was restarted")
         untold = [event for event in self.events if event["name"] == "version"]
