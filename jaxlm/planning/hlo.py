@@ -31,7 +31,7 @@ PUTS = {"dynamic-update-slice": 1, "scatter": 2}  # with the operand that is put
 STARTED = "fusion-start"
 """A fused kernel of a GPU that others run beside; what it gives is a `fusion-done`."""
 RARE = "further_documents"
-"""Names loops that mostly don't run at all: `packed_attention`'s calls beyond the first."""
+"""Names loops that mostly don't run at all: the calls beyond the first of `nn/kernels/packed_attention.py: FURTHER`."""
 BETWEEN_SLICES = "_xla_megascale_"
 """Begins the attributes of what a TPU's compiler sends to other slices, by way of their hosts."""
 

@@ -180,9 +180,8 @@ class _Step:
         c: Any = run.model
         self.width, self.layers = c.width, c.layers
         self.heads = p.model.family.attention_width(c) / c.layers / ways(table.get("heads", ()), sizes)
-        self.recomputed = (
-            0 if run.execution.remat == "none" and not p.choices.scanned else 1
-        )  # extra passes of what isn't a product
+        # Extra passes of what isn't a product.
+        self.recomputed = 0 if run.execution.remat == "none" and not p.choices.scanned else 1
         shared = set(table.get("experts", ())) & set(table.get("batch", ()))
         self.travel = tuple(a for a in table.get("experts", ()) if a in shared and sizes.get(a, 1) > 1)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxlm.nn.kernels import packed_attention
 from jaxlm.planning import hlo, hlo_text
 
 MESH = {"data": 2, "fsdp": 4}
@@ -190,6 +191,16 @@ ENTRY %main (p: f32[9,4], k: s32[]) -> (f32[9,4], f32[1,4]) {
     assert (
         hlo.Module(text).traffic == row + index + 2 * row
     )  # the slice and where; the slice into the stack, and itself
+
+
+def test_loops_that_mostly_do_not_run_are_those_that_attention_names() -> None:
+    assert hlo.RARE == packed_attention.FURTHER
+    line = (
+        '  %w = f32[4]{0} while(%t), condition=%c, body=%b, metadata={op_name="jit(f)/NAME/while"}, '
+        'backend_config={"known_trip_count":{"n":"7"}}'
+    )
+    found = [hlo_text.instruction(line.replace("NAME", name)) for name in ("other", packed_attention.FURTHER)]
+    assert [hlo.Module("").trips(i) for i in found] == [7, 0]
 
 
 def test_a_kernel_that_others_run_beside_moves_its_slices_once() -> None:
