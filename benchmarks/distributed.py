@@ -2,6 +2,7 @@
 
     python benchmarks/distributed.py                       # the quickstart: AdamW and Muon, 4 workers, H = 30
     python benchmarks/distributed.py --rows h workers compression fragments --steps 750
+    python benchmarks/distributed.py --after 164 --steps 436   # workers part after steps in data parallelism
 
     python benchmarks/distributed.py --clock --steps 300   # a server and workers of unlike speeds, on a counted clock
 
@@ -81,6 +82,9 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--optimizers", nargs="+", choices=OUTER, default=list(OUTER))
     p.add_argument("--steps", type=int, help="default: the quickstart's")
     p.add_argument("--batch-size", type=int, help="sequences of all workers; default: the quickstart's")
+    p.add_argument(
+        "--after", type=int, default=0, help="steps in data parallelism that all rows start from; default: 0"
+    )
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
     p.add_argument("--clock", nargs="*", choices=CLOCK, help="these ways of a server (default: all) instead of --rows")
     p.add_argument("--outer-lr", type=float, help="default: 0.7 (AdamW), 0.8 (Muon)")
@@ -101,12 +105,30 @@ def a_run(a: argparse.Namespace, name: str, optimizer: str, c: Distributed, seed
         run.train, steps=a.steps or run.train.steps, eval_every=0, save_every=0, prompts=(),
         batch_size=a.batch_size or run.train.batch_size,
     )  # fmt: skip
-    folder = "".join(x if x.isalnum() else "-" for x in f"{name}-{optimizer}-{train.steps}-{train.batch_size}-{seed}")
+    after = f"-after-{a.after}" if a.after else ""
+    name = f"{name}-{optimizer}-{train.steps}-{train.batch_size}{after}-{seed}"
     return dataclasses.replace(
-        run, name=folder, out=str(a.out), train=train, distributed=c, seed=seed,
+        run, name="".join(x if x.isalnum() else "-" for x in name), out=str(a.out), train=train, distributed=c, seed=seed,
         optim=ADAMW if optimizer == "adamw" else run.optim,
         data=dataclasses.replace(run.data, compare_compression=False, tokenize_workers=0),
     )  # fmt: skip
+
+
+def started(a: argparse.Namespace, run: config.Run, optimizer: str) -> config.Run:
+    """Returns a run that starts from a model of `a.after` steps in data parallelism, at a constant rate and on batches
+    in another order, which is trained unless it has been."""
+    if not a.after:
+        return run
+    first = a_run(
+        argparse.Namespace(**vars(a) | {"steps": a.after, "after": 0}),
+        "start",
+        optimizer,
+        Distributed(),
+        1000 + run.seed,
+    )
+    first = dataclasses.replace(first, optim=dataclasses.replace(first.optim, schedule="constant"))
+    trained(first)
+    return dataclasses.replace(run, start=str(first.folder))
 
 
 def sent(run: config.Run, count: int) -> float:
@@ -134,11 +156,12 @@ def main() -> None:
             for optimizer in a.optimizers:
                 bits, run = [], None
                 for seed in a.seeds:
-                    run = a_run(a, name, optimizer, c, seed)
+                    run = started(a, a_run(a, name, optimizer, c, seed), optimizer)
                     bits.append(trained(run))
                 assert run is not None
                 count = jaxlm.Program(run).parts.parameters[1]
                 key = f"{name}, {optimizer}, {run.train.steps} steps of {run.train.batch_size}"
+                key += f" after {a.after}" if a.after else ""
                 results[key] = {"bits_per_byte": bits, "bytes_sent": sent(run, count), "seeds": a.seeds,
                                 "outer_lr": run.distributed.outer.lr}  # fmt: skip
                 print(key, bits)

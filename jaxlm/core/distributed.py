@@ -38,7 +38,8 @@ class Server:
     quorum: PositiveShare = 0.5
     """sync: share of the workers whose pushes a round needs at least."""
     grace: NonNegative = 30.0
-    """sync: seconds that a round waits for the others once its quorum is there."""
+    """Seconds that a round of sync waits for the others once its quorum is there, and that a server which has just
+    started waits for workers before it says that there are too few."""
     timeout: Positive = 600.0
     """Seconds without a sign of life after which a worker is taken to be lost, and named."""
     wait: Positive = 1800.0

@@ -192,6 +192,25 @@ def test_too_few_workers_at_the_start_end_the_run_after_its_bound() -> None:
     assert out.server.book.failed and out.seconds == 50.0 and not named(out, "version")
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_server_that_starts_with_too_few_workers_says_so_after_its_grace(again) -> None:
+    book = Book(config(quorum=1.0, grace=5.0, wait=50.0), 2, 99, {}, now=100.0)
+    if again:
+        before = Book(config(quorum=1.0), 2, 99, {})
+        before.join("w0", {}, 0.0)
+        book.restore(before.state())
+    book.tick(100.0)
+    assert not book.events and book.deadline(100.0) == 105.0
+    book.tick(105.0)
+    book.tick(110.0)
+    [said] = book.events
+    assert (said["name"], said["here"], said["need"], list(said["missing"])) == ("quorum", 0, 2, ["w0"] * again)
+    for name in ("w0", "w1"):
+        book.join(name, {}, 120.0)
+    book.tick(121.0)
+    assert book.deadline(121.0) > 155.0, "the bound of the lack of workers stands though they are here"
+
+
 def test_nobody_is_further_ahead_than_the_bound() -> None:
     def furthest(mode: str, bound: int = 2) -> int:
         ahead = 0

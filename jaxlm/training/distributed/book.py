@@ -111,6 +111,8 @@ class Book:
         """What happened, in order, with `time` in seconds."""
         self._tokens = 0
         self._short: float | None = now
+        """Since when there are too few workers; None: there are enough."""
+        self._short_told = False
 
     # ---- figures
 
@@ -159,6 +161,7 @@ class Book:
             moments.append(since + server.grace)
         if self._short is not None:
             moments.append(self._short + server.wait)
+            moments += [] if self._short_told else [self._short + server.grace]
         return math.inf if self.ended else min((t for t in moments if t > now), default=math.inf)
 
     # ---- what workers ask
@@ -366,13 +369,16 @@ class Book:
         self.updates[m.shard] += 1
 
     def _watch_quorum(self, now: float) -> None:
-        """Says at once that there are too few workers, and ends the run when that has lasted."""
+        """Says that there are too few workers, and ends the run when that has lasted. It is said at once when workers
+        are lost, and after `grace` when the server has just started, as they are still coming then."""
         here = len({*self.members, *self.round.pushed})
         if here >= self.need:
-            self._short = None
+            self._short, self._short_told = None, False
             return
-        if self._short is None:
-            self._short = now
+        lost = self._short is None
+        self._short = now if self._short is None else self._short
+        if not self._short_told and (lost or now >= self._short + self.c.server.grace):
+            self._short_told = True
             self._event(now, "quorum", here=here, need=self.need, missing=dict(self.gone))
         if now >= self._short + self.c.server.wait and not self.ended:
             self.failed = True
