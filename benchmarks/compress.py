@@ -1,6 +1,7 @@
 """What making SmolLM2-135M small costs: perplexity and KL on text that no method was calibrated on, before and after.
 
     python benchmarks/compress.py MODEL.gguf --calibration wikitext2/valid.txt --data wikitext2/test.txt
+    python benchmarks/compress.py RUN_DIR --calibration own.py --data another.py --save compress_own   # a model of ours
     python benchmarks/compress.py MODEL.gguf … --rows int8 "int4 g128" --windows 16 --window 256
 
 All rows see the same windows: the first of --data, packed, each read from an empty context. In brackets are 95 %
@@ -35,6 +36,7 @@ ROWS = {
     "magnitude 2:4": Settings("magnitude", pattern="2:4"),
     "int4 g128 AWQ": Settings("awq"),
     "int8 SmoothQuant": Settings("smooth"),
+    "SVD, 20 % fewer numbers": Settings("svd", share=0.2),
 }
 
 

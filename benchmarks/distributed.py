@@ -108,8 +108,8 @@ def a_run(a: argparse.Namespace, name: str, optimizer: str, c: Distributed, seed
     after = f"-after-{a.after}" if a.after else ""
     name = f"{name}-{optimizer}-{train.steps}-{train.batch_size}{after}-{seed}"
     return dataclasses.replace(
-        run, name="".join(x if x.isalnum() else "-" for x in name), out=str(a.out), train=train, distributed=c, seed=seed,
-        optim=ADAMW if optimizer == "adamw" else run.optim,
+        run, name="".join(x if x.isalnum() else "-" for x in name), out=str(a.out), train=train, distributed=c,
+        seed=seed, optim=ADAMW if optimizer == "adamw" else run.optim,
         data=dataclasses.replace(run.data, compare_compression=False, tokenize_workers=0),
     )  # fmt: skip
 

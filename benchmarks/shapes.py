@@ -10,6 +10,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt2-17m": SMALL | {"family": "gpt2"},
     "bert-17m": SMALL | {"family": "bert", "ffn": 1536},
     "llama-17m": SMALL | {"family": "llama", "kv_heads": 2, "ffn": 1024},
+    "t5-25m": SMALL | {"family": "t5", "layers": 3, "ffn": 1024},
     "tiny": {"family": "llama", "layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "ffn": 128, "vocab": 512}
     | {"batch": 8, "seq": 128, "dtype": "float32"},
     # for accelerators

@@ -4,10 +4,11 @@ et al. 2024).
     python benchmarks/shrink.py                           # a model of 0.5 million parameters on Tiny Shakespeare
     python benchmarks/shrink.py --steps 1000 --regain-steps 300 --retrain activation magnitude
 
-A Llama of bytes is trained, made smaller by each importance, and trained on for a part of the first steps. Beside it
-stand a model of the smaller shape that is trained from scratch for as long as the smaller one was trained on, and the
-original trained on for as long. `regained` is the share of the loss that came back, and `of longer` the same against
-the original trained on. Losses are in nats a byte of held-out text. Runs that are finished are kept in --out.
+A Llama of bytes is trained, made smaller by each importance, and trained on for a part of the first steps: on text
+alone, and on the original's logits alone (`distilled`). Beside it stand a model of the smaller shape that is trained
+from scratch for as long as the smaller one was trained on, and the original trained on for as long. `regained` is the
+share of the loss that came back by either way, and `of longer` that of text alone against the original trained on.
+Losses are in nats a byte of held-out text. Runs that are finished are kept in --out.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from worker import machine, save, table
 
 import jaxlm
 from jaxlm.core import config
+from jaxlm.core.distillation import Distill
 from jaxlm.models import llama
 from jaxlm.objectives import causal
 
@@ -54,7 +56,9 @@ def texts(source: Path, folder: Path) -> tuple[str, str]:
     return str(folder / "train.jsonl"), str(folder / "valid.jsonl")
 
 
-def run_of(name: str, a: argparse.Namespace, steps: int, model: Any = None, start: str = "") -> config.Run:
+def run_of(
+    name: str, a: argparse.Namespace, steps: int, model: Any = None, start: str = "", teacher: str = ""
+) -> config.Run:
     train, valid = texts(a.text, a.out / "texts")
     c = llama.Config(
         vocab=264, layers=4, width=96, heads=6, kv_heads=6, head_width=16, ffn=256, positions=SEQ, tied=True
@@ -68,6 +72,7 @@ def run_of(name: str, a: argparse.Namespace, steps: int, model: Any = None, star
             steps=steps, batch_size=16, seq_len=SEQ, eval_every=0, save_every=0, prompts=(), sample_tokens=1
         ),
         execution=config.Execution(dtype="float32"), seed=a.seed, out=str(a.out), start=start,
+        distill=Distill(teacher=teacher, labels=0.0 if teacher else 1.0),
     )  # fmt: skip
 
 
@@ -94,10 +99,12 @@ def main() -> None:
         row: dict[str, Any] = dict(importance=name, original=first, pruned=record["figures"]["loss"][1])
         row["parameters"] = record["sizes"]["parameters"]
         if name in a.retrain:
-            row["trained on"] = trained(
-                run_of(f"regained-{slug}", a, a.regain_steps, smaller_shape, str(folder)), str(folder)
-            )
-            row["regained"] = (row["pruned"] - row["trained on"]) / (row["pruned"] - first)
+            for way, teacher in (("trained on", ""), ("distilled", str(original.folder))):
+                run = run_of(f"{way}-{slug}".replace(" ", "-"), a, a.regain_steps, smaller_shape, str(folder), teacher)
+                row[way] = trained(run, str(folder))
+            row["regained"] = [
+                (row["pruned"] - row[way]) / (row["pruned"] - first) for way in ("trained on", "distilled")
+            ]
         rows.append(row)
     scratch = trained(run_of("scratch", a, a.regain_steps, smaller_shape))
     longer = trained(run_of("original-longer", a, a.regain_steps, start=str(original.folder)), str(original.folder))
@@ -106,8 +113,9 @@ def main() -> None:
             row["of longer"] = (row["pruned"] - row["trained on"]) / (row["pruned"] - longer)
     figures = dict(rows=rows, original=first, original_trained_on=longer, from_scratch=scratch)
     figures |= dict(steps=a.steps, regain_steps=a.regain_steps, share=a.share, window=SEQ, seed=a.seed)
-    columns = ["importance", "original", "pruned", "trained on", "regained", "of longer"]
-    print(table([[row.get(name, "") for name in columns] for row in rows], columns))
+    columns = ["importance", "original", "pruned", "trained on", "distilled", "regained", "of longer"]
+    shown = [{**row, "regained": " and ".join(f"{x:.0%}" for x in row.get("regained", ()))} for row in rows]
+    print(table([[row.get(name, "") for name in columns] for row in shown], columns))
     print(f"original trained on {longer:.4f}; smaller shape from scratch {scratch:.4f}")
     save("shrink", {"what": __doc__} | figures | machine())
 

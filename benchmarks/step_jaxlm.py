@@ -20,10 +20,12 @@ from jaxlm.assembly import program
 from jaxlm.assembly.corpus import Corpus, training_loader
 from jaxlm.core import config, config_io, spec, tree
 from jaxlm.data.token_cache import Cache
-from jaxlm.models import bert, gpt2, llama
-from jaxlm.objectives import causal, masked
+from jaxlm.models import bert, gpt2, llama, t5
+from jaxlm.objectives import causal, masked, span_corruption
 from jaxlm.training import environment, log, loop
 from jaxlm.training.progress import Meter, Progress
+
+OBJECTIVES: dict[str, Any] = {"bert": masked.Config(), "t5": span_corruption.Config()}  # others: causal
 
 
 def make_run(name: str, overrides: list[str]) -> config.Run:
@@ -33,12 +35,14 @@ def make_run(name: str, overrides: list[str]) -> config.Run:
         model: Any = gpt2.Config(**sizes, positions=s["seq"])
     elif s["family"] == "bert":
         model = bert.Config(**sizes, ffn=s["ffn"], positions=s["seq"], dropout=0.0)
+    elif s["family"] == "t5":
+        model = t5.Config(**sizes, ffn=s["ffn"], head_width=s["width"] // s["heads"], dropout=0.0)
     else:
         model = llama.Config(**sizes, kv_heads=s["kv_heads"], head_width=s["width"] // s["heads"], ffn=s["ffn"])
     run: config.Run = config.Run(
         name=name,
         model=model,
-        objective=masked.Config() if s["family"] == "bert" else causal.Config(),
+        objective=OBJECTIVES.get(s["family"], causal.Config()),
         optim=config.Optim(**ADAMW, schedule="constant", warmup=0),
         train=config.Train(steps=1 << 20, batch_size=s["batch"], seq_len=s["seq"]),
         execution=config.Execution(dtype=s["dtype"]),
@@ -51,7 +55,7 @@ def synthetic(vocab: int) -> tuple[Any, Corpus]:
     tokens = np.random.default_rng(0).integers(8, vocab, 1 << 21).astype(np.uint16 if vocab <= 1 << 16 else np.uint32)
     size = np.array([len(tokens)], np.int64)
     cache = Cache(Path(), tokens, np.append(0, size), size, vocab, "synthetic", 0)  # type: ignore[arg-type]
-    names = {"bos_id": 1, "eos_id": 2, "cls_id": 3, "sep_id": 4, "pad_id": 0, "mask_id": 5}
+    names = {"bos_id": 1, "eos_id": 2, "cls_id": 3, "sep_id": 4, "pad_id": 0, "mask_id": 5, "id_of": lambda piece: None}
     return SimpleNamespace(vocab_size=vocab, **names), Corpus([cache], [1.0], [])
 
 
@@ -67,7 +71,8 @@ class Ours:
         self._compile()
 
     def _assemble(self) -> None:
-        tokens, corpus = synthetic(self.run.model.vocab)
+        reserved = getattr(self.run.objective, "sentinels", 0)  # span corruption puts its marks behind the tokens
+        tokens, corpus = synthetic(self.run.model.vocab - reserved)
         self.program = program.program(self.run, tokens)
         self.loader = training_loader(self.run, self.program.objective, corpus, None)
         self.host_batch = self.loader.batch(0)

@@ -31,6 +31,12 @@ def make_model(s: dict[str, Any]) -> torch.nn.Module:
         # The same function as gpt2's own gelu_new, in one fused operation.
         quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "activation_function": "gelu_pytorch_tanh"}
         return transformers.GPT2LMHeadModel(transformers.GPT2Config(**plain, **sizes, **quiet))
+    if s["family"] == "t5":
+        sizes = {"num_layers": s["layers"], "num_decoder_layers": s["layers"], "d_model": s["width"], "d_ff": s["ffn"]}
+        sizes |= {"num_heads": s["heads"], "d_kv": s["width"] // s["heads"], "dropout_rate": 0.0}
+        form = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+        plain.pop("attn_implementation")  # its scores have a bias, and it has only the one way
+        return transformers.T5ForConditionalGeneration(transformers.T5Config(**plain, **sizes, **form))
     sizes = {"num_hidden_layers": s["layers"], "hidden_size": s["width"], "num_attention_heads": s["heads"]}
     sizes |= {"intermediate_size": s["ffn"], "max_position_embeddings": s["seq"]}
     if s["family"] == "bert":
@@ -43,6 +49,8 @@ def make_model(s: dict[str, Any]) -> torch.nn.Module:
 def named(s: dict[str, Any], w: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Our weights under Hugging Face's names and in its layouts (a Linear is [out, in], GPT-2's Conv1D [in, out])."""
     D, out = s["width"], {}
+    if s["family"] == "t5":
+        return named_t5(s, w)
     for i in range(s["layers"]):
         p = {k.removeprefix("blocks/"): v[i] for k, v in w.items() if k.startswith("blocks/")}
         flat = {k: p[k].reshape(-1, D) if k == "o" else p[k].reshape(D, -1) for k in ("q", "k", "v", "o")}
@@ -87,6 +95,25 @@ def named(s: dict[str, Any], w: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return out
 
 
+def named_t5(s: dict[str, Any], w: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    out, D = {"shared.weight": w["embed"], "lm_head.weight": w["head"]}, s["width"]
+    for stack, cross in (("encoder", False), ("decoder", True)):
+        parts = {"SelfAttention": ("", "norm1")} | ({"EncDecAttention": ("cross_", "norm_cross")} if cross else {})
+        for i in range(s["layers"]):
+            p = {k.removeprefix(f"{stack}/blocks/"): v[i] for k, v in w.items() if k.startswith(f"{stack}/blocks/")}
+            for n, (name, (before, norm)) in enumerate(parts.items()):
+                at = f"{stack}.block.{i}.layer.{n}."
+                out |= {f"{at}{name}.{x}.weight": p[before + x].reshape(D, -1).T for x in "qkv"}
+                out |= {f"{at}{name}.o.weight": p[f"{before}o"].reshape(-1, D).T, f"{at}layer_norm.weight": p[norm]}
+            at = f"{stack}.block.{i}.layer.{len(parts)}."
+            matrices = {"wi_0": "gate", "wi_1": "up", "wo": "down"}
+            out |= {f"{at}DenseReluDense.{there}.weight": p[here].T for there, here in matrices.items()}
+            out[f"{at}layer_norm.weight"] = p["norm2"]
+        out[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = w[f"{stack}/bias"]
+        out[f"{stack}.final_layer_norm.weight"] = w[f"{stack}/norm"]
+    return out
+
+
 class Peer:
     """variant: `plain`, or for BERT `gathered`: only the masked places go through the head, as in ours."""
 
@@ -103,10 +130,12 @@ class Peer:
         values = {k: torch.from_numpy(v) for k, v in named(self.shape, weights).items()}
         missing, unknown = self.model.load_state_dict(values, strict=False)
         tied = {"lm_head.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
+        tied |= {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
         assert not unknown and set(missing) <= tied, (missing, unknown)
         self.batch = self.inputs(batch)
-        decayed = [p for p in self.model.parameters() if p.ndim >= 2]
-        rest = [p for p in self.model.parameters() if p.ndim < 2]
+        plain = {n for n, p in self.model.named_parameters() if p.ndim < 2 or "relative_attention_bias" in n}
+        decayed = [p for n, p in self.model.named_parameters() if n not in plain]
+        rest = [p for n, p in self.model.named_parameters() if n in plain]
         groups = [{"params": decayed, "weight_decay": ADAMW["weight_decay"]}, {"params": rest, "weight_decay": 0.0}]
         betas = (ADAMW["beta1"], ADAMW["beta2"])
         self.optimizer = torch.optim.AdamW(groups, lr=ADAMW["lr"], betas=betas, eps=ADAMW["eps"], fused=True)
@@ -114,6 +143,9 @@ class Peer:
 
     def inputs(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         tokens = batch["tokens"].long()
+        if self.shape["family"] == "t5":
+            labels = torch.where(batch["weights"] > 0, batch["targets"].long(), -100)
+            return tuple(x.to(self.device) for x in (batch["source"].long(), tokens, labels))
         if self.shape["family"] != "bert":
             return tokens.to(self.device), batch["targets"].long().to(self.device)
         real = batch["weights"] > 0
@@ -127,6 +159,8 @@ class Peer:
 
     def _loss(self, tokens: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.shape["dtype"] == "bfloat16"):
+            if self.shape["family"] == "t5":
+                return self.model(input_ids=tokens, decoder_input_ids=rest[0], labels=rest[1]).loss
             if self.shape["family"] != "bert":
                 logits = self.model(input_ids=tokens).logits
                 return functional.cross_entropy(logits.float().flatten(0, 1), rest[0].flatten())

@@ -165,6 +165,8 @@ def show_memory(c: Cost, t: Target) -> None:
     for part, number in c.memory.items():
         table.add_row(part, amount(number))
     console.print(table)
+    for part, number in c.host.items():
+        console.print(f"host         {amount(number)} of {part} in the host's memory, for each device")
     if t.chip.hbm:
         ok = fits(c, t)
         mark = "[green]fits[/]" if ok else "[bold red]does not fit[/]"
@@ -183,10 +185,14 @@ def show_times(c: Cost, t: Target, sizes: Mapping[str, int]) -> None:
     table.add_row("memory between products", amount(c.times["memory"] * t.chip.hbm_bandwidth),
                   f"{amount(t.chip.hbm_bandwidth)}/s", seconds(c.times["memory"]))  # fmt: skip
     for f in sorted(c.flows, key=lambda f: -f.sent):
-        network, speed = roofline.bandwidth(t, f.axes, sizes)
-        table.add_row(f"{network}: {f.kind} over {'+'.join(f.axes) or '?'}{f' of {f.what}' if f.what else ''}",
-                      amount(f.sent), f"{amount(speed)}/s" + ("" if f.hidden else ", waited for"),
-                      seconds(f.sent / speed))  # fmt: skip
+        network, speed = roofline.path(t, f, sizes)
+        over = "" if f.kind == roofline.HOST else f" over {'+'.join(f.axes) or '?'}"
+        rate = (f"{amount(speed)}/s" if speed else "not known") + ("" if f.hidden else ", waited for")
+        table.add_row(f"{network}: {f.kind}{over}{f' of {f.what}' if f.what else ''}", amount(f.sent), rate,
+                      seconds(f.sent / speed) if speed else "")  # fmt: skip
+    if c.kernels:
+        table.add_row("gaps between kernels", f"{c.kernels:,.0f}", f"{1e6 * roofline.LAUNCH:g} µs each",
+                      seconds(c.times["launches"]))  # fmt: skip
     if c.bubble:
         table.add_row("pipeline's bubble", f"{c.bubble:.0%}", "", seconds(c.times["bubble"]))
     console.print(table)
@@ -264,7 +270,10 @@ def record(c: Cost, t: Target, sizes: Mapping[str, int], compiled: Compiled | No
         "fits": fits(c, t) if t.chip.hbm else None, "flops": c.flops, "memory_traffic_bytes": c.hbm,
         "tokens": c.tokens, "model_flops_per_token": c.model_flops, "seconds": c.times,
         "collectives": [{"kind": f.kind, "axes": list(f.axes), "what": f.what, "bytes_sent": f.sent,
-                         "hidden": f.hidden} for f in c.flows],
+                         "hidden": f.hidden} for f in c.flows if f.kind != roofline.HOST],
+        "host_bytes": c.host, "kernels": c.kernels or None,
+        "host_copies": [{"what": f.what, "bytes": f.sent, "hidden": f.hidden} for f in c.flows
+                        if f.kind == roofline.HOST],
     }  # fmt: skip
     if c.times:
         out |= c.speed(t.count, t.chip.flops) | {"bottleneck": bottleneck(c)}

@@ -164,11 +164,12 @@ def compile_step(run: config.Run, t: Target) -> Compiled:
                 except jax.errors.JaxRuntimeError as e:
                     raise Refused(f"{t.name}'s compiler refuses this step: {one_line(e, 300)}") from None
     seconds = time.perf_counter() - started
-    module = read(compiled, sizes, t)
+    module, analysis = read(compiled, sizes, t), compiled.memory_analysis()
+    host = host_memory(analysis, state)
     cost = Cost(
-        memory=memory(p, compiled.memory_analysis(), state), flops=count_flops.count(traced.jaxpr) / t.count,
-        hbm=float(module.traffic), flows=flows(module, t), tokens=run.train.batch_size * run.train.seq_len,
-        model_flops=p.flops_per_token(),
+        memory=memory(p, analysis, state), flops=count_flops.count(traced.jaxpr) / t.count, hbm=float(module.traffic),
+        flows=(*flows(module, t), *host_flows(module, host)), tokens=run.train.batch_size * run.train.seq_len,
+        model_flops=p.flops_per_token(), host=host, kernels=module.kernels if t.chip.platform == "gpu" else 0.0,
     )  # fmt: skip
     # A kernel that multiplies reads its operands meanwhile: the rest of the traffic alone takes time of its own.
     unhidden = min(cost.hbm, roofline.cost(p, t).hbm)
@@ -252,12 +253,8 @@ def memory(p: programs.Program, analysis: Any, state: Any) -> dict[str, float]:
     """Returns the bytes of one device by part.
 
     Arguments are told apart by what they are; of the compiler's temporaries at most the gradients' size are gradients.
+    What rests in the host's memory is left out.
     """
-
-    def bytes_of(part: Any) -> float:
-        leaves = [x for x in jax.tree.leaves(part) if hasattr(x, "sharding")]
-        return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
-
     weights, moments = bytes_of(state.params) + bytes_of(state.frozen), bytes_of(state.opt) + bytes_of(state.ema)
     flat = tree.flatten(p.specs, spec.is_spec)
     shardings = tree.flatten(p.layout.shardings(p.specs, p.mesh))
@@ -275,6 +272,27 @@ def memory(p: programs.Program, analysis: Any, state: Any) -> dict[str, float]:
         "batch and copies": max(0.0, analysis.argument_size_in_bytes - weights - moments - kept - sum(held.values()))
         + copied,
     } | {name: n for name, n in {roofline.KEPT: kept, **held}.items() if n}  # fmt: skip
+
+
+def bytes_of(part: Any, host: bool = False) -> float:
+    """Returns the bytes of arrays on one device, or of those that rest in its host's memory."""
+    leaves = [x for x in jax.tree.leaves(part) if hasattr(x, "sharding")]
+    leaves = [x for x in leaves if (x.sharding.memory_kind == "pinned_host") == host]
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
+
+
+def host_memory(analysis: Any, state: Any) -> dict[str, float]:
+    """Returns the bytes by part that one device has in its host's memory."""
+    parts = {"optimizer state": bytes_of(state.opt, host=True), "activations": float(analysis.host_temp_size_in_bytes)}
+    return {name: n for name, n in parts.items() if n}
+
+
+def host_flows(module: hlo.Module, host: Mapping[str, float]) -> tuple[Flow, ...]:
+    """Returns what one device reads and writes of its host's memory: the optimizer's state, which is waited for, and
+    the rest beside the products."""
+    state = min(module.host_traffic, 2 * host.get("optimizer state", 0.0))
+    parts = (("optimizer state", state, False), ("activations", module.host_traffic - state, True))
+    return tuple(Flow(what, roofline.HOST, (), sent, hidden) for what, sent, hidden in parts if sent)
 
 
 def flows(module: hlo.Module, t: Target) -> tuple[Flow, ...]:

@@ -16,6 +16,7 @@ from jaxlm.planning.hlo_text import (
     arrays,
     first_group,
     instruction,
+    of_the_host,
     result_of_start,
     size,
     unravel,
@@ -32,6 +33,8 @@ STARTED = "fusion-start"
 """A fused kernel of a GPU that others run beside; what it gives is a `fusion-done`."""
 RARE = "further_documents"
 """Names loops that mostly don't run at all: the calls beyond the first of `nn/kernels/packed_attention.py: FURTHER`."""
+BUFFER = "AllocateBuffer"
+"""Names a call that gives room and runs nothing."""
 BETWEEN_SLICES = "_xla_megascale_"
 """Begins the attributes of what a TPU's compiler sends to other slices, by way of their hosts."""
 
@@ -229,6 +232,40 @@ class Module:
                     total += times * self._moved(i, computation)
         return total
 
+    @cached_property
+    def kernels(self) -> int:
+        """Returns how many kernels a GPU runs in a call: fused ones, calls of libraries, copies and whatever else isn't
+        free; collectives of networks too."""
+        return sum(
+            times * sum(i.opcode not in FREE and not i.opcode.endswith("-done") and BUFFER not in i.attributes
+                        for i in self.computations.get(name, {}).values())
+            for name, times in self.runs.items()
+        )  # fmt: skip
+
+    @cached_property
+    def host_traffic(self) -> int:
+        """Returns the bytes between the device and the host's memory: copies and kernels read and write what rests
+        there."""
+        total = 0
+        for name, times in self.runs.items():
+            computation = self.computations.get(name, {})
+            for i in computation.values():
+                shapes = [computation[o].shape if o in computation else "" for o in i.operands]
+                if (
+                    i.opcode in FREE | {"custom-call"}
+                    or i.opcode.endswith("-done")
+                    or "S(5)" not in "".join(shapes) + i.shape
+                ):
+                    continue
+                if i.opcode in ("fusion", STARTED):
+                    made = result_of_start(i.shape) if i.opcode == STARTED else i.shape
+                    total += times * self._of_kernel(i, [of_the_host(s) for s in shapes], of_the_host(made))
+                elif i.opcode == "copy-start":
+                    total += times * next(arrays(i.shape), 0)
+                else:
+                    total += times * (size(of_the_host(i.shape)) + sum(size(of_the_host(s)) for s in shapes))
+        return total
+
     def _moved(self, i: Instruction, computation: Mapping[str, Instruction]) -> int:
         shapes = [computation[o].shape if o in computation else "" for o in i.operands]
         if i.opcode.endswith("-start") and i.opcode.removesuffix("-start") in COLLECTIVES:
@@ -243,9 +280,12 @@ class Module:
             return 2 * size(shapes[PUTS[i.opcode]], False)
         if i.opcode not in ("fusion", STARTED):
             return size(i.shape, False) + sum(size(s, False) for s in shapes)
+        return self._of_kernel(i, shapes, result_of_start(i.shape) if i.opcode == STARTED else i.shape)
+
+    def _of_kernel(self, i: Instruction, shapes: list[str], made: str) -> int:
+        """Returns the bytes that a kernel reads of operands of these shapes, and writes of its result."""
         kernel = self.computations.get(i.attribute("calls") or "", {})
-        read = sum(self._read(kernel, n, shape) for n, shape in enumerate(shapes))
-        return read + self._written(kernel, result_of_start(i.shape) if i.opcode == STARTED else i.shape)
+        return sum(self._read(kernel, n, shape) for n, shape in enumerate(shapes)) + self._written(kernel, made)
 
     def _read(self, kernel: Mapping[str, Instruction], n: int, shape: str) -> int:
         """Returns the bytes that a kernel reads of its operand `n`. Kernels may hold kernels."""

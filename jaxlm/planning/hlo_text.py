@@ -27,6 +27,12 @@ def size(shape: str, everywhere: bool = True) -> int:
     return sum(arrays(shape, everywhere))
 
 
+def of_the_host(shape: str) -> str:
+    """Returns a shape of which the arrays in the host's memory, S(5), alone keep their size, as if they lay in the main
+    memory."""
+    return ARRAY.sub(lambda m: m[0].replace(":S(5)", "") if "S(5)" in (m[3] or "") else f"{m[1]}[0]{{0}}", shape)
+
+
 @dataclass(frozen=True)
 class Instruction:
     """An Instruction is one line of a computation."""

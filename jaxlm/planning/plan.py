@@ -100,10 +100,13 @@ def fits(c: Cost, t: Target) -> bool:
 
 def bottleneck(c: Cost) -> str:
     """Names what most of the step's time goes to."""
-    waited = {"sums of activations that are waited for": c.times["waited"], "the pipeline's bubble": c.times["bubble"]}
-    parts = {"compute": c.times["compute"], "memory between products": c.times["memory"]} | waited
+    parts = {
+        "compute": c.times["compute"], "memory between products": c.times["memory"],
+        "gaps between kernels": c.times["launches"], "sums of activations that are waited for": c.times["waited"],
+        "the optimizer's state from the host and back": c.times["copied"], "the pipeline's bubble": c.times["bubble"],
+    }  # fmt: skip
     known = sum(parts.values())
     if c.times["step"] > known * 1.001:
-        return "the network: weights and gradients take longer than the products beside them"
+        return "a network or the host's link: what moves beside the products takes longer than they do"
     name = max(parts, key=lambda k: parts[k])
     return f"{name} ({parts[name] / c.times['step']:.0%} of the step)"

@@ -5,14 +5,15 @@ Everything follows from a `Program`'s specs and tables (`Layout`) and the chip's
 dimension that a table cuts over mesh axes is cut here too, so new kinds of parallelism mostly follow by themselves.
 
 How parts add up (`combine`): products, and what kernels between them read and write, follow one another. Weights and
-gradients move meanwhile, each network on its own. Sums of activations (over tensor, experts or stages) are waited for,
+gradients move meanwhile, each network on its own, and so do activations that rest in the host's memory; its optimizer
+state is waited for. Sums of activations (over tensor, experts or stages) are waited for,
 as their results are needed; but a TPU's compiler splits a product over `tensor` into steps that overlap with their sum
 (Wang et al. 2023, "Overlap communication with dependent computation"). A pipeline's bubble stretches it all.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -29,6 +30,14 @@ from jaxlm.training.distributed import outer, replicas
 KEPT = "what is kept of earlier tasks"
 GLOBAL, OUTER, ERROR = "global weights", "outer optimizer", "error of compression"
 """What workers that train apart hold beside their own weights."""
+HOST = "copies to and from the host"
+"""The kind of a flow that no network carries."""
+LAUNCH = 0.5e-6
+"""Seconds between two kernels of a CUDA graph (Gray 2019, "Getting started with CUDA graphs": 3.4 µs for each kernel of
+2.9)."""
+KERNELS = 100
+"""Kernels that a layer's forward and backward pass take on a GPU, and about as many as the rest of a step:
+compiled for an H100 103 of a layer of GPT-2 and 99 of Llama's."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,10 @@ class Cost:
     """Tokens of all devices in one step."""
     model_flops: dict[str, float]
     """FLOPs a token by both conventions: see `progress.flops_per_token`."""
+    host: dict[str, float] = field(default_factory=dict)
+    """Bytes by part that rest in the host's memory."""
+    kernels: float = 0.0
+    """Kernels that a GPU runs, each of which costs a gap; 0 for other devices."""
     bubble: float = 0.0
     """The share of the time that a pipeline's stage is idle."""
     times: dict[str, float] = field(default_factory=dict)
@@ -100,6 +113,11 @@ def bandwidth(t: Target, axes: tuple[str, ...], sizes: Mapping[str, int]) -> tup
     return ("DCN" if t.chip.dims else "NIC", slow) if slow < fast else (near, fast)
 
 
+def path(t: Target, flow: Flow, sizes: Mapping[str, int]) -> tuple[str, float]:
+    """Returns what a flow goes over, and the bytes a second that one device can send there; 0: not known."""
+    return ("host link", t.chip.to_host) if flow.kind == HOST else bandwidth(t, flow.axes, sizes)
+
+
 def hidden(axes: tuple[str, ...], t: Target) -> bool:
     """Returns whether sums of activations over these axes go on during products."""
     return bool(t.chip.dims) and set(axes) <= {"tensor"}
@@ -120,7 +138,8 @@ def cost(p: program.Program, t: Target, attention: str | None = None) -> Cost:
     one_step = _Step(p, sizes, attention, t)
     untimed = Cost(
         memory=one_step.memory(), flops=one_step.flops(), hbm=one_step.hbm(), flows=tuple(one_step.flows()),
-        tokens=p.run.train.batch_size * p.run.train.seq_len, model_flops=p.flops_per_token(), bubble=one_step.bubble,
+        tokens=p.run.train.batch_size * p.run.train.seq_len, model_flops=p.flops_per_token(), host=one_step.host(),
+        kernels=one_step.kernels(), bubble=one_step.bubble,
     )  # fmt: skip
     return combine(untimed, t, sizes)
 
@@ -131,19 +150,24 @@ def combine(c: Cost, t: Target, sizes: Mapping[str, int]) -> Cost:
         return c
     times = {"compute": c.flops / (t.chip.flops * t.chip.efficiency), "memory": c.hbm / t.chip.hbm_bandwidth}
     hidden_by_network: dict[str, float] = {}
-    waited = 0.0
+    waited = copied = 0.0
     for flow in c.flows:
-        network, speed = bandwidth(t, flow.axes, sizes)
+        network, speed = path(t, flow, sizes)
+        if not speed:
+            continue
         seconds = flow.sent / speed
         times[network] = times.get(network, 0.0) + seconds
         if flow.hidden:
             hidden_by_network[network] = hidden_by_network.get(network, 0.0) + seconds
+        elif flow.kind == HOST:
+            copied += seconds
         else:
             waited += seconds
-    busy = max(times["compute"] + times["memory"] + waited, max(hidden_by_network.values(), default=0.0) + waited)
+    times["launches"] = c.kernels * LAUNCH
+    device = times["compute"] + times["memory"] + times["launches"] + waited + copied
+    busy = max(device, max(hidden_by_network.values(), default=0.0) + waited + copied)
     step = busy / (1 - c.bubble)
-    return Cost(c.memory, c.flops, c.hbm, c.flows, c.tokens, c.model_flops, c.bubble,
-                times | {"waited": waited, "bubble": step - busy, "step": step})  # fmt: skip
+    return replace(c, times=times | {"waited": waited, "copied": copied, "bubble": step - busy, "step": step})
 
 
 def outer_vectors(p: program.Program) -> int:
@@ -180,6 +204,7 @@ class _Step:
         c: Any = run.model
         self.width, self.layers = c.width, c.layers
         self.heads = p.model.family.attention_width(c) / c.layers / ways(table.get("heads", ()), sizes)
+        self.offload = set(run.execution.offload)
         # Extra passes of what isn't a product.
         self.recomputed = 0 if run.execution.remat == "none" and not p.choices.scanned else 1
         shared = set(table.get("experts", ())) & set(table.get("batch", ()))
@@ -272,7 +297,7 @@ class _Step:
         if self.attention == "xla":
             scores = 12.0 * self.pairs() * self._heads() * self.layers / self.stages * (4 + self.recomputed)
         weights = sum(4 * self.stored(s) for path, s in self.flat.items() if self.p.optimizer.trainable(path))
-        state = sum(self._moments().values())
+        state = self.moments()
         weights *= self.local
         update = 5 * weights + 2 * state  # weights and state read and written, gradients written and read twice
         return (between + scores) * self.tokens * self.micro + update
@@ -305,16 +330,12 @@ class _Step:
         remat = self.p.run.execution.remat
         outputs = sum(self.outputs(s) for s in self.layered.values())
         own_layers = self.layers / self.stages
-        width = self.width * own_layers
-        attended = self.heads * own_layers
-        qkv = sum(
-            self.outputs(s) for s in self.layered.values() if {"heads", "kv"} & {*s.axes} and s.axes[-1] != "embed"
-        )
+        width, attended, qkv = self.width * own_layers, self.heads * own_layers, self.qkv()
         # Kept are a block's input and all products but the last, which is as large, and without remat attention's
         # results; what lies between is made again (`but_cheap`).
         kept = {"full": width, "dots": outputs, "none": outputs + attended}
         named = {"attention": 2 * width + qkv + attended, "qkv": width + qkv}
-        cached = self.bytes * (kept | named)[remat]
+        cached = self.bytes * (kept | named)[remat] - self.offloaded()
         # A layer's activations and their gradients, and the weights of two layers: one is gathered ahead.
         block = self.tokens * 2 * self.bytes * (6 * width + 2 * outputs) / own_layers
         block += 2 * self.bytes * sum(self.used(s) / self._stages(s) for s in self.layered.values()) / own_layers
@@ -327,10 +348,37 @@ class _Step:
         loss = table * (2 * self.bytes + 4) + 2.5 * chunk + self.tokens * self.width * (4 + self.bytes)
         ema = sum(4 * self.stored(s) for s in self.flat.values()) if self.p.run.optim.ema else 0.0
         return {
-            "parameters": rest, "optimizer state": sum(self._moments().values()) + ema,
+            "parameters": rest, "optimizer state": ("optimizer" not in self.offload) * self.moments() + ema,
             "gradients": grads * (2 if self.p.run.train.micro_batches > 1 else 1),
             "activations": self.tokens * cached, "working memory": max(block, loss),
         } | ({KEPT: earlier} if (earlier := self.kept(rest)) else {}) | self.of_workers()  # fmt: skip
+
+    def moments(self) -> float:
+        """Returns the bytes of the optimizer's state on one device."""
+        return sum(self._moments().values())
+
+    def qkv(self) -> float:
+        """Returns the elements of one token's queries, keys and values in the layers of one device."""
+        return sum(
+            self.outputs(s) for s in self.layered.values() if {"heads", "kv"} & {*s.axes} and s.axes[-1] != "embed"
+        )
+
+    def offloaded(self) -> float:
+        """Returns the bytes of one token's activations that rest in the host's memory."""
+        width, attended = self.width * self.layers / self.stages, self.heads * self.layers / self.stages
+        keys = (self.qkv() - attended) / 2
+        each = {"input": width, "q": attended, "k": keys, "v": keys, "attended": attended, "o": width}
+        return self.bytes * sum(number for name, number in each.items() if name in self.offload)
+
+    def host(self) -> dict[str, float]:
+        """Returns the bytes by part that rest in the host's memory."""
+        parts = {"optimizer state": ("optimizer" in self.offload) * self.moments(),
+                 "activations": self.tokens * self.offloaded()}  # fmt: skip
+        return {name: n for name, n in parts.items() if n}
+
+    def kernels(self) -> float:
+        """Returns how many kernels a GPU runs; 0 for other devices."""
+        return KERNELS * (self.layers / self.stages + 1) * self.micro if self.target.chip.platform == "gpu" else 0.0
 
     def rests(self, s: Spec) -> float:
         """Returns the bytes of a weight that rest on one device."""
@@ -409,4 +457,8 @@ class _Step:
             add("keys and values", "reduce-scatter", seq, whole, False)
         if self.stages > 1:
             totals["activations", "collective-permute", ("stage",), False] = 2 * each
+        if state := self.host().get("optimizer state"):
+            totals["optimizer state", HOST, (), False] = 2 * state
+        if activations := self.host().get("activations"):
+            totals["activations", HOST, (), True] = 2 * activations * self.micro
         return [Flow(what, kind, axes, sent, hidden) for (what, kind, axes, hidden), sent in totals.items()]

@@ -66,6 +66,9 @@ class Chip:
     """Bandwidth of one ICI link (TPU), or of a device into its NVLink domain (GPU)."""
     network: float
     """Bandwidth that one device has out of its slice (TPU: data centre network) or its node (GPU: one NIC each)."""
+    to_host: float = 0.0
+    """Bandwidth between a device and its host's memory: PCIe × 16, of which the data sheets give the sum of both ways
+    (GPU); 0: not known."""
     dims: int = 0
     """Dimensions of a TPU's torus, each with two links a chip; 0: every device of a host reaches every other."""
     low: float | None = None
@@ -120,7 +123,7 @@ CHIPS = {
         ),
         Chip("v6e", "TPU v6 lite", "tpu", 31.25 * GIB, 1.64e12, 8, 90e9, 12.5e9, dims=2, low=1836e12, efficiency=0.61),
         Chip("tpu7x", "TPU7x", "tpu", 94.75 * GIB, 3.69e12, 8, 90e9, 6.25e9, dims=3, low=2307e12, cores=2, devices=2),
-        Chip("a100", "NVIDIA A100-SXM4-80GB", "gpu", 85100068864, 2.039e12, 8, 300e9, 25e9, xla=AMPERE),
+        Chip("a100", "NVIDIA A100-SXM4-80GB", "gpu", 85100068864, 2.039e12, 8, 300e9, 25e9, 32e9, xla=AMPERE),
         Chip(
             "h100",
             "NVIDIA H100 80GB HBM3",
@@ -130,6 +133,7 @@ CHIPS = {
             8,
             450e9,
             50e9,
+            64e9,
             low=1978.9e12,
             efficiency=0.57,
             xla=HOPPER,
@@ -143,13 +147,26 @@ CHIPS = {
             8,
             450e9,
             50e9,
+            64e9,
             low=1978.9e12,
             efficiency=0.57,
             xla=HOPPER,
         ),
-        Chip("b200", "NVIDIA B200", "gpu", 191514411008, 7.672e12, 8, 900e9, 50e9, low=4500e12, xla=BLACKWELL),
+        Chip("b200", "NVIDIA B200", "gpu", 191514411008, 7.672e12, 8, 900e9, 50e9, 64e9, low=4500e12, xla=BLACKWELL),
         # No NVLink: through PCIe 4.0 × 16.
-        Chip("rtx4090", "NVIDIA GeForce RTX 4090", "gpu", 24000000000, 1.008e12, 8, 25e9, 3.1e9, low=330.3e12, xla=ADA),
+        Chip(
+            "rtx4090",
+            "NVIDIA GeForce RTX 4090",
+            "gpu",
+            24000000000,
+            1.008e12,
+            8,
+            25e9,
+            3.1e9,
+            25e9,
+            low=330.3e12,
+            xla=ADA,
+        ),
     )
 }
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6litepod": "v6e", "v7x": "tpu7x", "7x": "tpu7x", "4090": "rtx4090"}

@@ -256,6 +256,42 @@ ENTRY %main (p: f32[9,4], q: f32[99,4], at: s32[2,1]) -> f32[9,4] {
     assert hlo.Module(text).traffic == 2 * (2 * rows + index)
 
 
+def test_what_rests_in_the_hosts_memory_is_counted_apart_from_the_devices_traffic() -> None:
+    """A layer's row is put into a stack on the host, a moment is read there by a kernel and copied back to it."""
+    text = """HloModule m
+
+%put (s: f32[12,64], r: f32[1,64], i: s32[]) -> f32[12,64] {
+  %s = f32[12,64]{1,0:S(5)} parameter(0)
+  %r = f32[1,64]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %new = f32[12,64]{1,0:S(5)} dynamic-update-slice(%s, %r, %i, %i)
+}
+
+%update (m: f32[256], g: f32[256]) -> f32[256] {
+  %m = f32[256]{0:S(5)} parameter(0)
+  %g = f32[256]{0} parameter(1)
+  ROOT %sum = f32[256]{0} add(%m, %g)
+}
+
+ENTRY %main (moment: f32[256], gradient: f32[256], row: f32[1,64], at: s32[]) -> f32[256] {
+  %moment = f32[256]{0:S(5)} parameter(0)
+  %gradient = f32[256]{0} parameter(1)
+  %row = f32[1,64]{1,0} parameter(2)
+  %at = s32[] parameter(3)
+  %room = f32[12,64]{1,0:S(5)} custom-call(), custom_call_target="AllocateBuffer"
+  %stack = f32[12,64]{1,0:S(5)} fusion(%room, %row, %at), kind=kLoop, calls=%put
+  %new = f32[256]{0} fusion(%moment, %gradient), kind=kLoop, calls=%update
+  %back = (f32[256]{0:S(5)}, f32[256]{0}, u32[]) copy-start(%new)
+  ROOT %done = f32[256]{0:S(5)} copy-done(%back)
+}
+"""
+    module = hlo.Module(text)
+    assert module.host_traffic == 64 * 4 + 256 * 4 + 256 * 4
+    # The row is read, with its index; the gradient is read and the new moment written, and read again to be copied.
+    assert module.traffic == 64 * 4 + 4 + 2 * 256 * 4 + 256 * 4
+    assert module.kernels == 3
+
+
 BETWEEN = """HloModule jit_f
 
 ENTRY %main (p: bf16[1,768], q: f32[64]) -> f32[64] {

@@ -10,7 +10,7 @@ from jaxlm.core import config
 from jaxlm.models import llama, mixtral
 from jaxlm.nn.moe import Moe
 from jaxlm.objectives import causal
-from jaxlm.planning import ahead_of_time, roofline, targets
+from jaxlm.planning import ahead_of_time, plan, roofline, targets
 
 LLAMA_70B = llama.Config(vocab=32000, layers=80, width=8192, heads=64, kv_heads=8, head_width=128, ffn=28672)
 
@@ -111,7 +111,8 @@ def test_times_add_up_as_stated() -> None:
     c = ahead_of_time.estimate(run(dataclasses.replace(LLAMA_70B, layers=4), batch=64, fsdp=-1, tensor=2), t)
     times = c.times
     assert times["compute"] == pytest.approx(c.flops / (989.4e12 * t.chip.efficiency))
-    assert times["step"] == pytest.approx(times["compute"] + times["memory"] + times["waited"])
+    gaps = times["launches"]
+    assert times["step"] == pytest.approx(times["compute"] + times["memory"] + gaps + times["waited"])
     slow = dataclasses.replace(t, chip=dataclasses.replace(t.chip, link=1e9))
     behind = roofline.combine(c, slow, {"fsdp": 4, "tensor": 2})
     assert behind.times["step"] > times["step"] and behind.times["step"] == pytest.approx(behind.times["NVLink"])
@@ -149,3 +150,34 @@ def test_each_kind_of_remat_keeps_what_it_names() -> None:
     assert kept[2] - kept[1] == pytest.approx(
         (64 * 128 + 8192) * each
     )  # what attention gives, and the product after it
+
+
+def test_what_rests_in_the_hosts_memory_is_none_of_the_devices_and_travels_each_step() -> None:
+    t, model = targets.parse("h100"), llama.Config(vocab=512, layers=4, width=256, heads=4, kv_heads=2, head_width=64,
+                                                   ffn=512)  # fmt: skip
+    here = run(model, batch=8, seq=128, remat="attention")
+    there = dataclasses.replace(
+        here, execution=dataclasses.replace(here.execution, offload=("optimizer", "input", "q", "k"))
+    )
+    before, after = ahead_of_time.estimate(here, t), ahead_of_time.estimate(there, t)
+    assert after.host["optimizer state"] == before.memory["optimizer state"] and not before.host
+    assert after.memory["optimizer state"] == 0.0
+    activations = 2 * (256 + 4 * 64 + 2 * 64) * 4 * 8 * 128
+    assert after.host["activations"] == activations
+    assert before.memory["activations"] - after.memory["activations"] == activations
+    copied = {f.what: (f.sent, f.hidden) for f in after.flows if f.kind == roofline.HOST}
+    state = before.memory["optimizer state"]
+    assert copied == {"optimizer state": (2 * state, False), "activations": (2 * activations, True)}
+    assert after.times["copied"] == 2 * state / t.chip.to_host and before.times["copied"] == 0.0
+    # A TPU's link to its host isn't known, and no time is made up for it.
+    tpu = targets.parse("v5p:2x2x1")
+    assert "host link" not in ahead_of_time.estimate(there, tpu).times
+    assert ahead_of_time.estimate(there, tpu).times["copied"] == 0.0
+
+
+def test_small_steps_on_a_gpu_wait_for_their_kernels() -> None:
+    small = llama.Config(vocab=512, layers=32, width=64, heads=1, kv_heads=1, head_width=64, ffn=64)
+    gpu, tpu = (ahead_of_time.estimate(run(small, batch=1, seq=64), targets.parse(t)) for t in ("h100", "v5e:1x1"))
+    assert gpu.kernels == roofline.KERNELS * 33 and tpu.kernels == 0.0
+    assert gpu.times["launches"] == gpu.kernels * roofline.LAUNCH
+    assert plan.bottleneck(gpu).startswith("gaps between kernels")
