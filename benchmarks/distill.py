@@ -1,15 +1,16 @@
 """A 3-layer student of a fine-tuned 6-layer MiniLM on phrases of SST-2, with the teacher and without it.
 
     python benchmarks/distill.py MODEL_DIR --data SST2_DIR --work FOLDER
+    python benchmarks/distill.py MODEL_DIR … --student model --steps 480 --unlabelled 15360 --save distill_pretrained
 
 MODEL_DIR is all-MiniLM-L6-v2 as a Hugging Face directory; SST2_DIR holds GLUE's train.tsv and dev.tsv. The data are
 phrases of 4 to 12 words, so that the whole takes less than an hour on two busy cores: 6,400 to train the teacher on,
 1,920 of them for the students, 320 to validate and 1,500 to test on, none of which stands in the training file. The
-teacher trains 200 steps of 32 phrases. All students are its layers 1, 3 and 5 with its head, and train `--steps` steps
-of 32 phrases at the same rate: on the labels; on half the labels' loss and the teacher's logits (T = 2), which are
-cached on disk; on these and the hidden states of the three layers; or on the teacher's logits alone, of 7,680 other
-phrases that nobody labelled (0 and 1 in turn stand where labels would be, and are not learned from). Every finished run
-is saved at once, and the same command goes on.
+teacher trains 200 steps of 32 phrases. All students are its layers 1, 3 and 5 with its head, or with `--student model`
+those layers of MODEL_DIR with a new head, and train `--steps` steps of 32 phrases at the same rate: on the labels; on
+half the labels' loss and the teacher's logits (T = 2), which are cached on disk; on these and the hidden states of the
+three layers; or on the teacher's logits alone, of 7,680 other phrases that nobody labelled (0 and 1 in turn stand where
+labels would be, and are not learned from). Every finished run is saved at once, and the same command goes on.
 
 Exit status 1 if the best of the taught students is on the mean of all seeds below 97 % of the teacher's accuracy, or
 not above the untaught one.
@@ -47,6 +48,10 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--work", type=Path, required=True, help="a folder for the runs, which is kept")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--steps", type=int, default=240)
+    p.add_argument(
+        "--student", choices=("teacher", "model"), default="teacher", help="whose layers students begin with"
+    )
+    p.add_argument("--unlabelled", type=int, default=7680, help="phrases that nobody labelled")
     p.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     p.add_argument("--save", default="distill", help="name under results/ (- : don't save)")
     return p.parse_args()
@@ -65,7 +70,9 @@ def lay_out(a: argparse.Namespace) -> dict[str, int]:
     rng.shuffle(held)
     seen = {line.split("\t")[0].strip() for line in train}
     held = [line for line in held if line.split("\t")[0].strip() not in seen]
-    unlabelled = ["\t".join((line.split("\t")[0], str(i % 2))) for i, line in enumerate(train[6400:14080])]
+    unlabelled = [
+        "\t".join((line.split("\t")[0], str(i % 2))) for i, line in enumerate(train[6400 : 6400 + a.unlabelled])
+    ]
     parts = dict(train=train[:6400], student=train[:1920], unlabelled=unlabelled, valid=held[:320], test=held[320:1820])
     a.work.mkdir(parents=True, exist_ok=True)
     for name, lines in parts.items():
@@ -118,12 +125,19 @@ def summary(found: dict[str, Any]) -> tuple[str, dict[str, float]]:
 
 def main() -> None:
     a = arguments()
-    about = {"phrases": lay_out(a), "steps": a.steps, "layers": LAYERS, "arms": ARMS, "machine": machine()}
+    about = {
+        "phrases": lay_out(a),
+        "steps": a.steps,
+        "layers": LAYERS,
+        "student": a.student,
+        "arms": ARMS,
+        "machine": machine(),
+    }
     file = HERE / "results" / f"{a.save}.json"
     found = json.loads(file.read_text()) if a.save != "-" and file.is_file() else {}
     if found.get("about", {}).get("steps") != a.steps:
         found = {"about": about, "students": []}
-    found["about"]["arms"] = ARMS
+    found["about"] = about
 
     def keep() -> None:
         text, found["verdict"] = summary(found)
@@ -143,7 +157,8 @@ def main() -> None:
             taught = ("--distill.teacher", str(teacher)) if more else ()
             cache = ("--distill.cache", str(a.work / "logits")) if more == LOGITS else ()
             name, part = "-".join(arm.replace(",", "").split()), "unlabelled" if "unlabelled" in arm else "student"
-            run = train(a, f"{name}{seed}", teacher, part, a.steps, "--seed", str(seed),
+            start = teacher if a.student == "teacher" else a.model
+            run = train(a, f"{name}{seed}", start, part, a.steps, "--seed", str(seed),
                         "--start-layers", *LAYERS, *more, *taught, *cache)  # fmt: skip
             found["students"].append({"arm": arm, "seed": seed, **run})
             keep()

@@ -50,6 +50,7 @@ ROWS: dict[str, dict[str, Distributed]] = {
         "data parallel": Distributed(),
         "DiLoCo": diloco(),
         "DiLoCo, outer average": averaged(),
+        "DiLoCo, outer SGD of rate 2": diloco(outer=Outer("sgd", lr=2.0, momentum=0.0)),
     },
     "h": {f"H {h}": averaged(every=h) for h in (10, 30, 90)},
     "workers": {f"{n} workers": averaged(workers=n) for n in (1, 2, 4, 8)},
@@ -79,6 +80,7 @@ ONE_AT_A_TIME = Outer("delayed_nesterov", lr=0.7, momentum=0.9, delay=4)
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rows", nargs="+", choices=ROWS, default=["effect"])
+    p.add_argument("--names", nargs="+", help="these rows of them alone, such as `data parallel`")
     p.add_argument("--optimizers", nargs="+", choices=OUTER, default=list(OUTER))
     p.add_argument("--steps", type=int, help="default: the quickstart's")
     p.add_argument("--batch-size", type=int, help="sequences of all workers; default: the quickstart's")
@@ -152,6 +154,8 @@ def main() -> None:
     tried = {"outer rate": a.outer_lr, "outer momentum": a.outer_momentum}
     for group in a.rows if a.clock is None else ():
         for name, c in ROWS[group].items():
+            if a.names and name not in a.names:
+                continue
             name += "".join(f" {key} {value:g}" for key, value in tried.items() if value is not None)
             for optimizer in a.optimizers:
                 bits, run = [], None

@@ -36,7 +36,10 @@ def make_model(s: dict[str, Any]) -> torch.nn.Module:
         sizes |= {"num_heads": s["heads"], "d_kv": s["width"] // s["heads"], "dropout_rate": 0.0}
         form = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
         plain.pop("attn_implementation")  # its scores have a bias, and it has only the one way
-        return transformers.T5ForConditionalGeneration(transformers.T5Config(**plain, **sizes, **form))
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**plain, **sizes, **form))
+        # transformers 5 ties the head to the embedding all the same.
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        return model
     sizes = {"num_hidden_layers": s["layers"], "hidden_size": s["width"], "num_attention_heads": s["heads"]}
     sizes |= {"intermediate_size": s["ffn"], "max_position_embeddings": s["seq"]}
     if s["family"] == "bert":
