@@ -1,5 +1,5 @@
-"""Decoding with weights of few bits on this machine, in turns: float32, int8 and int4 of every layer's matrices, and
-llama.cpp's Q8_0 and Q4_K_M files of the same model.
+"""Decoding with weights of few bits on this machine, in turns: float32, int8 and int4 of every layer's matrices, by the
+code for few rows and made dense for each product, and llama.cpp's Q8_0 and Q4_K_M files of the same model.
 
     python benchmarks/few_bits.py MODEL [--peer-python VENV/bin/python] [--threads 2]
 
@@ -16,6 +16,7 @@ import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -26,10 +27,12 @@ from jaxlm.assembly import convert
 from jaxlm.core import tree
 from jaxlm.core.compression import Format, Nearest
 from jaxlm.inference.sampling import Sampling
+from jaxlm.nn.kernels import few_bit_matmul
 from jaxlm.weights import matrices
 from jaxlm.weights.compress.solve import solve
 
 FORMATS = {"float32": None, "int8": Format("int8"), "int4 g128": Format("int4")}
+DENSE = ", made dense"  # of rows without the code for few rows
 PEERS = ("q8_0", "q4_k_m")
 PEER = """
 import json, sys
@@ -57,6 +60,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     p.add_argument("--tokens", type=int, default=33, help="new ones")
+    p.add_argument("--rows", type=int, default=1, help="texts that are written at a time")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--save", default="few_bits", help="name under results/ (- : don't save)")
     return p.parse_args()
@@ -73,19 +77,26 @@ def few_bits(model: Any, params: Any, f: Format | None) -> Any:
 
 
 def ours(a: argparse.Namespace, p: Any, prompt: list[int]) -> dict[str, dict[str, float]]:
-    generator, s = p.generator(), Sampling(tokens=a.tokens)
-    weights = {
-        name: jax.block_until_ready(generator.prepare(few_bits(p.model, p.params, f))) for name, f in FORMATS.items()
-    }
+    s = Sampling(tokens=a.tokens)
+    chosen, dense = few_bit_matmul.choose(), few_bit_matmul.FewBitMatmulChoice("dense", "as asked for by the benchmark")
+    print(f"few rows: {chosen.description}")
+    by_code, made_dense = p.generator(), p.generator()  # each has programs of its own
+    rows = {}
+    for name, f in FORMATS.items():
+        weights = jax.block_until_ready(by_code.prepare(few_bits(p.model, p.params, f)))
+        rows[name] = (weights, by_code, chosen)
+        if f is not None and chosen.method == "kernel":
+            rows[name + DENSE] = (weights, made_dense, dense)
     found = {name: dict(prefill_s=np.inf, step_s=np.inf, weight_bytes=sum(x.nbytes for x in jax.tree.leaves(w)))
-             for name, w in weights.items()}  # fmt: skip
+             for name, (w, _, _) in rows.items()}  # fmt: skip
     for _ in range(a.rounds + 1):  # the first compiles
-        for name, w in weights.items():
-            started = time.perf_counter()
-            state = jax.block_until_ready(generator.start(w, [prompt], s))
-            middle = time.perf_counter()
-            jax.block_until_ready(generator.advance(w, state, s, a.tokens))
-            ended = time.perf_counter()
+        for name, (w, generator, how) in rows.items():
+            with mock.patch.object(few_bit_matmul, "choose", lambda how=how: how):
+                started = time.perf_counter()
+                state = jax.block_until_ready(generator.start(w, [prompt] * a.rows, s))
+                middle = time.perf_counter()
+                jax.block_until_ready(generator.advance(w, state, s, a.tokens))
+                ended = time.perf_counter()
             row = found[name]
             row["prefill_s"] = min(row["prefill_s"], middle - started)
             row["step_s"] = min(row["step_s"], (ended - middle) / (a.tokens - 1))
@@ -123,7 +134,10 @@ def main() -> None:
     header = ["weights", "MB", f"{a.prompt} tokens read, ms", "a token, ms", "× float32", "reading × float32"]
     print(table(rows, header))
     if a.save != "-":
-        save(a.save, {"machine": machine(), "model": Path(a.model).name, "tokens": a.tokens, "rows": found})
+        save(
+            a.save,
+            {"machine": machine(), "model": Path(a.model).name, "tokens": a.tokens, "texts": a.rows, "rows": found},
+        )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from jaxlm.core import config
 from jaxlm.core.spec import is_spec
 from jaxlm.nn import attention, block_stack, context_parallel, fp8, moe, pipeline, remat
 from jaxlm.nn.family import Family, RunsItself
+from jaxlm.nn.kernels import few_bit_matmul
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.mask import Mask
 from jaxlm.runtime import compiler_options as compiler
@@ -35,6 +36,8 @@ class Choices:
     """The compute dtype."""
     matmul: str
     """How layers multiply, in words; empty: in the compute dtype."""
+    few_bits: str
+    """How a few rows are multiplied by frozen matrices of int8 and int4, in words; empty: there are none."""
     scanned: bool
     """Whether layers are a loop of the program."""
     remat: str
@@ -74,6 +77,8 @@ class Choices:
                 "precision": ", ".join(filter(None, ("float32 weights", self.matmul, f"{self.dtype} compute"))),
                 "layers": f"{'scanned' if self.scanned else 'unrolled'}, remat {self.remat}",
             }
+        if self.few_bits:
+            notes["int8 and int4"] = f"matrices are {self.few_bits}"
         if self.offload:
             notes["offload"] = f"{', '.join(self.offload)} to the host's memory"
         if self.experts is not None:
@@ -97,6 +102,13 @@ class Choices:
         if self.flags:
             notes["flags"] = compiler.format_options(dict(self.flags))
         return notes
+
+
+def has_few_bits(run: config.Run) -> bool:
+    """Returns whether a run has frozen matrices of int8 or int4 that a few rows may be multiplied by as they are."""
+    formats = [how.format for how in run.compression.by_path().values()]
+    stored = any(f is not None and f.kind in few_bit_matmul.KINDS and not f.dynamic for f in formats)
+    return stored or run.adapter.base in few_bit_matmul.KINDS
 
 
 def choose(
@@ -138,6 +150,7 @@ def choose(
         own=own,
         dtype=run.execution.dtype,
         matmul=matmul,
+        few_bits=few_bit_matmul.choose().description if has_few_bits(run) else "",
         scanned=block_stack.scanned(layout),
         remat=run.execution.remat,
         offload=run.execution.offload,

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.assembly import choices, scoring
 from jaxlm.assembly import corpus as corpora
-from jaxlm.assembly import scoring
 from jaxlm.assembly.evaluate_model import evaluate
 from jaxlm.assembly.model_source import Source
 from jaxlm.assembly.open_model import Pretrained, open_model, program, specs_of
@@ -26,6 +26,7 @@ from jaxlm.formats.checkpoint import Checkpoints
 from jaxlm.inference.generate import Generator
 from jaxlm.inference.sampling import Sampling
 from jaxlm.nn import losses
+from jaxlm.nn.kernels import few_bit_matmul
 from jaxlm.objectives import OBJECTIVES, outputs
 from jaxlm.runtime import mesh
 
@@ -156,8 +157,10 @@ def decode_speeds(models: Sequence[Pretrained]) -> dict[str, Any]:
                 began = time.perf_counter()
                 run(weights, ids, how)
                 times.append(new / (time.perf_counter() - began))
+    small = any(p.source.run is not None and choices.has_few_bits(p.source.run) for p in models)
     each = [{"tokens_per_second": statistics.median(t), "range": [min(t), max(t)]} for t in made]
-    return {"prompt": before, "new": new, "repeats": REPEATS, "device": jax.devices()[0].device_kind, "models": each}
+    return {"prompt": before, "new": new, "repeats": REPEATS, "device": jax.devices()[0].device_kind,
+            "few_bits": few_bit_matmul.choose().description if small else "", "models": each}  # fmt: skip
 
 
 def lines(record: Mapping[str, Any]) -> list[str]:
@@ -184,6 +187,8 @@ def lines(record: Mapping[str, Any]) -> list[str]:
         row("decoded tokens/s", *(f"{m['tokens_per_second']:.3g}{_ends(m['range'], '.3g')}"
                                   for m in record["decode"]["models"]))  # fmt: skip
     out.append("")
+    if record.get("decode", {}).get("few_bits"):
+        out += [f"In writing, matrices of int8 and int4 are {record['decode']['few_bits']}.", ""]
     if "evaluated" in record:
         e = record["evaluated"]
         some = f"{e['batches']} batches" if e["batches"] else "all"

@@ -70,7 +70,7 @@ def doctor(*, cache: str | os.PathLike = "~/.cache/jaxlm") -> tuple[list[Row], b
     """Every finding, and whether jaxlm can run here. cache: the folder of data and compile caches."""
     rows = [_python(), *_core(), *_extras()]
     if all(row.status != "bad" for row in rows if row.name in ("jax", "jaxlib")):
-        rows += [*_devices(), _matmul()]
+        rows += [*_devices(), _matmul(), _few_bits()]
     rows.append(Row("memory allocator", "ok", allocator.describe(os.environ)))
     rows += [_disk(), _writable("cache folder", Path(cache).expanduser()), _compile_cache()]
     return rows, all(row.status != "bad" for row in rows)
@@ -226,6 +226,28 @@ def _matmul() -> Row:
     if value != 256.0**3:
         return Row("compile and run", "bad", f"256³ came out as {value}", "the device or its driver is faulty")
     return Row("compile and run", "ok", f"a matrix product in {time.perf_counter() - begin:.1f} s")
+
+
+def _few_bits() -> Row:
+    """Multiplies a row by a matrix of int8 as decoding would here."""
+    import jax
+    import numpy as np
+
+    from jaxlm.nn.kernels import few_bit_matmul
+
+    name, choice = "int8 and int4", few_bit_matmul.choose()
+    if choice.method == "dense":
+        return Row(name, "note" if choice.remedy else "ok", f"matrices are {choice.description}", choice.remedy)
+    codes, ones = np.arange(-90, 90, dtype=np.int8).reshape(9, 20), np.ones(20, np.float32)
+    begin = time.perf_counter()
+    try:
+        result = np.asarray(jax.jit(few_bit_matmul.int8)(ones[None, :9], codes, ones))
+    except Exception as error:
+        return Row(name, "bad", _named_line(error), "pip uninstall llvmlite; decoding is slower without it")
+    if (result != codes.sum(0, dtype=np.float32)).any():
+        return Row(name, "bad", "a product came out wrong", "pip uninstall llvmlite; decoding is slower without it")
+    seconds = time.perf_counter() - begin
+    return Row(name, "ok", f"matrices are {choice.description}; compiled in {seconds:.1f} s")
 
 
 # ---- disk

@@ -14,6 +14,7 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from jaxlm.core.spec import Spec
+from jaxlm.nn.kernels import few_bit_matmul
 from jaxlm.nn.layers import times
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.leaf import Wrapped, dense
@@ -128,6 +129,20 @@ class Int4(Flat, kw_only=True):
         codes = unpaired(self.int4, self.inputs).astype(jnp.float32)
         middle = 8.0 if self.zero is None else spread(self.zero.astype(jnp.float32), self.group, self.inputs)
         return (codes - middle) * spread(self.scale.astype(jnp.float32), self.group, self.inputs)
+
+    def einsum(self, eq: str, x: jax.Array, shard: Layout, *axes: str | None) -> jax.Array:
+        paired = self.group % 2 == 0 or self.scale.shape[-2] == 1  # no byte has inputs of two groups
+        if not paired or self.scale.dtype != jnp.bfloat16 or not few_bit_matmul.takes(x, len(self.in_shape)):
+            return super().einsum(eq, x, shard, *axes)
+
+        def of_few_rows(x: jax.Array, w: Int4) -> jax.Array:
+            y = few_bit_matmul.int4(x.reshape(-1, w.inputs), w.int4, w.scale, w.zero, w.group)
+            return y.reshape(*x.shape[: x.ndim - len(w.in_shape)], *w.out_shape).astype(x.dtype)
+
+        def dense(x: jax.Array, w: Int4) -> jax.Array:
+            return Flat.einsum(w, eq, x, shard, *axes)
+
+        return few_bit_matmul.with_gradients_of(dense, of_few_rows)(x, self)
 
 
 class Fp8(Flat, kw_only=True):

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlm.core.spec import Spec, zeros
 from jaxlm.nn.block_stack import scanned
+from jaxlm.nn.kernels import few_bit_matmul
 from jaxlm.nn.layers import times
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.leaf import Leaf
@@ -116,8 +117,18 @@ class Int8(Quantized):
             y = product_of_codes(eq, x, w.int8, shard, *axes)
             return times(y, w.scale.reshape(w.scale.shape[w.scale.ndim - w.outs :])).astype(x.dtype)
 
-        made = straight_through(of_whole_numbers, product) if self.dynamic else product
-        return frozen_product(made, shard)(x, self)
+        made = frozen_product(straight_through(of_whole_numbers, product) if self.dynamic else product, shard)
+        if not self.dynamic and few_bit_matmul.takes(x, self.ndim - self.outs):
+            made = few_bit_matmul.with_gradients_of(made, _of_few_rows)
+        return made(x, self)
+
+
+def _of_few_rows(x: jax.Array, w: Int8) -> jax.Array:
+    """Returns the product of a few rows with a matrix, which is read as it is stored."""
+    ins, outs = w.ndim - w.outs, w.int8.shape[w.ndim - w.outs :]
+    inputs = math.prod(w.int8.shape[:ins])
+    y = few_bit_matmul.int8(x.reshape(-1, inputs), w.int8.reshape(inputs, -1), w.scale.reshape(-1))
+    return y.reshape(*x.shape[: x.ndim - ins], *outs).astype(x.dtype)
 
 
 def _unpacked(outs: int, dtype: Any, nf4: jax.Array, scale: jax.Array, low: jax.Array, step: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from jaxlm.commands import doctor as module
 from jaxlm.commands.doctor import doctor, nvidia_gpus, print_rows, tpu_chips
+from jaxlm.nn.kernels import few_bit_matmul
 
 
 def find(rows, name):
@@ -21,6 +22,9 @@ def test_this_machine_is_fit_and_the_table_shows_it(tmp_path):
     assert fit, [row for row in rows if row.status == "bad"]
     assert find(rows, "jax").status == "ok" and " × " in find(rows, "devices").found
     assert find(rows, "compile and run").status == "ok"
+    few_bits, code = find(rows, "int8 and int4"), few_bit_matmul.choose().method == "kernel"
+    assert few_bits.status == ("ok" if code else "note")
+    assert "compiled in" in few_bits.found if code else few_bits.remedy == 'pip install "jaxlm[cpu]"'
     assert find(rows, "cache folder").found.endswith("can be made") and not list(tmp_path.iterdir())
     out = io.StringIO()
     print_rows(rows, Console(file=out, width=100))
@@ -49,6 +53,14 @@ def test_a_package_that_is_too_old_or_broken_is_bad(monkeypatch):
     assert not fit
     assert find(rows, "optax").found.endswith("is too old") and "optax>=99.1" in find(rows, "optax").remedy
     assert "but ModuleNotFoundError" in find(rows, "tyro").found and "--force-reinstall" in find(rows, "tyro").remedy
+
+
+def test_products_of_few_bits_are_tried(monkeypatch):
+    monkeypatch.setattr(few_bit_matmul, "choose", lambda: few_bit_matmul.FewBitMatmulChoice("kernel", "read as stored"))
+    monkeypatch.setattr(few_bit_matmul, "int8", lambda x, codes, scale: (x @ codes) * scale[None] + 1)
+    assert module._few_bits().status == "bad" and "wrong" in module._few_bits().found
+    monkeypatch.setattr(few_bit_matmul, "int8", lambda x, codes, scale: (x @ codes) * scale[None])
+    assert module._few_bits().status == "ok" and "read as stored; compiled in" in module._few_bits().found
 
 
 @pytest.mark.parametrize(
