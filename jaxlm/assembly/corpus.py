@@ -1,5 +1,6 @@
 """A corpus holds the tokenised training, validation and test data of a run, of which batches are made."""
 
+import functools
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ def corpus(data: config.Data, objective: BoundObjective, parts: Collection[Part]
     if isinstance(records, ExampleReader):
         return _read_examples(data, objective, records, parts)
 
+    @functools.cache  # the files of a source are looked through once for both of its parts
     def prepared(source: str, holdout: float) -> dict[str, Path]:
         return caches.prepare(
             source,

@@ -199,7 +199,7 @@ class Program:
     def init(self) -> step.State:
         """Makes fresh weights and optimizer state, each leaf on its own devices."""
         with meshes.on_mesh(self.mesh):
-            return jax.jit(self._fresh, out_shardings=self.state_shardings)(jax.random.key(self.run.seed), {})
+            return self._make()(jax.random.key(self.run.seed), {})
 
     def init_from(self, weights: Any) -> step.State:
         """Makes a fresh state around weights; those that aren't in `weights` are fresh too."""
@@ -207,8 +207,12 @@ class Program:
         # Where numbers come to rest in fewer bits, their memory can't be used again.
         same = all(path in rests and rests[path].dtype == w.dtype for path, w in tree.flatten(weights).items())
         with meshes.on_mesh(self.mesh):
-            make = jax.jit(self._fresh, out_shardings=self.state_shardings, donate_argnums=1 if same else ())
-            return make(jax.random.key(self.run.seed), weights)
+            return self._make(donate_argnums=1 if same else ())(jax.random.key(self.run.seed), weights)
+
+    def _make(self, **how: Any) -> Any:
+        """Returns the jitted `(key, given weights) → state`, which runs once."""
+        options = compiler.run_once(meshes.platform())
+        return jax.jit(self._fresh, out_shardings=self.state_shardings, compiler_options=options, **how)
 
     def _fresh(self, key: jax.Array, given: Any) -> step.State:
         made = self.adapter.init(self.specs, key, self.adapter.prompt_ids(self.tokens), given)

@@ -148,10 +148,17 @@ class Tally:
 def tally(
     step: Callable[..., Any], params: Any, batches: Iterable[Mapping[str, Any]], units: int = 0, unit: str = "examples"
 ) -> Tally:
-    """Returns what a model does on batches, added up on the host."""
+    """Returns what a model does on batches, added up on the host. A batch's sums are read when the next one has been
+    sent, so that devices don't wait for the host: what two batches give is held."""
     out = Tally(units, unit)
+    pending: Any = None
     for batch in batches:
-        out.add(*jax.device_get(step(params, batch)))
+        sent = step(params, batch)
+        if pending is not None:
+            out.add(*jax.device_get(pending))
+        pending = sent
+    if pending is not None:
+        out.add(*jax.device_get(pending))
     return out
 
 

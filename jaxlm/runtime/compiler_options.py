@@ -125,6 +125,17 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 
+RUN_ONCE: dict[str, dict[str, Option]] = {"cpu": {"xla_backend_optimization_level": 1}}
+"""By platform, the options of a program that runs once, such as that which draws weights: compiling takes longer than
+running it. LLVM's level 1 computes the same numbers and leaves costly passes out; level 0 rounds otherwise."""
+
+
+def run_once(platform: str) -> dict[str, Option] | None:
+    """Returns the options of a program that runs once; None where there are none, or where JAX optimizes less still."""
+    import jax
+
+    return None if jax.config.values["jax_disable_most_optimizations"] else RUN_ONCE.get(platform)
+
 
 def options(flags: Sequence[str], device: Any) -> dict[str, Option]:
     """Returns the options of presets and NAME=VALUE flags, of which the later wins.

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -268,6 +270,47 @@ def test_flops_count_the_weights_that_a_token_meets():
     decoder = 2 * (A + 2 * D * D + 2 * D * F) * 0.25 + 2 * 2 * D * D  # keys and values of the source are its tokens'
     expected = 2 * (A + 2 * D * F) + decoder + 0.25 * V * D
     assert flops(both, seq2seq.Config(target_len=8)) == expected
+
+
+@pytest.mark.usefixtures("one_device")
+def test_the_program_that_draws_weights_is_compiled_quickly_and_draws_the_same(monkeypatch):
+    from jaxlm.data.tokenizer import Bytes
+    from jaxlm.models import llama
+    from jaxlm.objectives import causal
+
+    run = config.Run("r", llama.Config(**LLAMA), causal.Config(), train=config.Train(seq_len=32))
+    p = program.program(run, Bytes())
+    asked = []
+    jit = jax.jit
+    monkeypatch.setattr(program.jax, "jit", lambda *a, **k: asked.append(k["compiler_options"]) or jit(*a, **k))
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        made = p.init().params
+        plain = jit(p._fresh, out_shardings=p.state_shardings)(jax.random.key(run.seed), {}).params
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+    assert asked == [{"xla_backend_optimization_level": 1}]
+    jax.tree.map(np.testing.assert_array_equal, made, plain)
+    p.init()
+    assert asked[1:] == [None], "who asks JAX for less still gets that"
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_run_compiles_its_three_programs_once_and_nothing_array_by_array(home):
+    """The state, the step and the validation; what JAX makes of the seed is beside them, once in a process."""
+    compiled: Counter[str] = Counter()
+
+    def heard(event: str, seconds: float, **about) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled[about["fun_name"].removeprefix("jit(").removesuffix(")")] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        assert cli.main(["train", home("causal"), "--mesh.data", "1"]) == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
+    of_seed = {"stage", "_threefry_seed"}
+    assert {name: n for name, n in compiled.items() if name not in of_seed} == {"_fresh": 1, "update": 1, "step": 1}
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw with an adapter", "workers"])

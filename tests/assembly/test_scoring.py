@@ -13,6 +13,7 @@ from jaxlm.assembly import corpus, program, scoring
 from jaxlm.assembly.run_objective import BoundObjective
 from jaxlm.core import config, spec
 from jaxlm.data import loader, packing
+from jaxlm.data import token_cache as caches
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.evaluation import bootstrap, perplexity, samples
 from jaxlm.models import MODELS
@@ -125,6 +126,43 @@ def test_documents_that_stand_in_two_parts_are_told_and_only_what_is_asked_for_i
     assert len(made.test[0]) == 5 and not made.train and not made.valid
     with pytest.raises(ValueError, match="does not exist"):
         corpus.corpus(lost, task)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_source_is_prepared_once_for_both_of_its_parts(tmp_path, monkeypatch):
+    run = text_run(tmp_path)
+    data = dataclasses.replace(run.data, train=run.data.valid, valid=(), holdout=0.3)
+    asked, prepare = [], caches.prepare
+
+    def counted(source, *args, **kwargs):
+        asked.append(source)
+        return prepare(source, *args, **kwargs)
+
+    monkeypatch.setattr(corpus.caches, "prepare", counted)
+    made = corpus.corpus(data, program.program(run, Bytes()).objective)
+    assert asked == list(data.train)
+    assert len(made.train[0]) + len(made.valid[0]) == len(WORDS) and len(made.valid[0])
+
+
+def test_a_batch_is_read_when_the_next_one_has_been_sent():
+    """Devices compute the next batch while the host adds up the one before and makes another."""
+    told: list[str] = []
+
+    @dataclasses.dataclass
+    class OnDevice:
+        number: int
+
+        def __array__(self, *_, **__):
+            told.append(f"read {self.number}")
+            return np.array(float(self.number))
+
+    def step(params, batch):
+        told.append(f"send {batch['number']}")
+        return {("tokens", ""): OnDevice(batch["number"])}, {}
+
+    found = perplexity.tally(step, None, [{"number": i} for i in range(1, 4)])
+    assert told == ["send 1", "send 2", "read 1", "send 3", "read 2", "read 3"]
+    assert found.table()[0].tolist() == [[1.0], [2.0], [3.0]]
 
 
 def test_an_objective_that_compares_rows_has_batches_for_units():

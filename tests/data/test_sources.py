@@ -152,6 +152,18 @@ def test_stdlib_is_this_python_without_site_packages():
     assert document.text == (Path(argparse.__file__).parent / document.key).read_bytes().decode()
 
 
+def test_stdlib_is_looked_through_once_in_a_process(monkeypatch):
+    read = []
+    monkeypatch.setattr(text_files, "read_text", lambda path: read.append(path))
+    text_files.cut_stdlib.cache_clear()
+    try:
+        first = sources.shards("stdlib")
+        assert len(read) == len(set(read)) > 500
+        assert sources.shards("stdlib") == first and len(read) == len(set(read))
+    finally:
+        text_files.cut_stdlib.cache_clear()
+
+
 def test_held_out_is_a_share_and_depends_on_the_key_alone():
     keys = [f"file{i}.py" for i in range(20_000)]
     share = sum(sources.held_out(key, 0.1) for key in keys) / len(keys)

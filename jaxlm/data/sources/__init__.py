@@ -41,7 +41,7 @@ def shards(source: str, *, field: Field = "text") -> tuple[Shard, ...]:
     if isinstance(field, tuple) and any(file.is_file() for file in parallel_files.sides(source, field)):
         result = parallel_files.cut(source, field)
     elif source == "stdlib":
-        result = text_files.cut_stdlib(field)
+        result = list(text_files.cut_stdlib(field))
     elif source.startswith("tfds:"):
         result = tfds.cut(source, field)
     else:

@@ -1,6 +1,7 @@
 """Reads text files, one document a file; the standard library of Python is a corpus that every machine has."""
 
 import dataclasses
+import functools
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,12 +44,16 @@ def read(shard: Shard) -> Iterator[Document]:
         yield Document(key, read_text(path))
 
 
-def cut_stdlib(field: Field) -> list[Shard]:
-    """Cuts Python's own library into shards; its few test files in other encodings are left out and counted."""
+@functools.cache
+def cut_stdlib(field: Field) -> tuple[Shard, ...]:
+    """Cuts Python's own library into shards; its few test files in other encodings are left out and counted.
+
+    All files are read for that, once in a process: a running Python's own library stays as it is.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     files, skipped = [], 0
     for file in sorted(root.rglob("*.py")):
-        if {"site-packages", "dist-packages"} & set(file.relative_to(root).parts):
+        if {"site-packages", "dist-packages"} & set(file.parts[len(root.parts) :]):
             continue
         try:
             read_text(file)
@@ -58,4 +63,4 @@ def cut_stdlib(field: Field) -> list[Shard]:
     if not files:
         raise ValueError(f"data source 'stdlib': {root} holds no .py files; this Python came without its sources")
     first, *rest = cut(root, files, field)
-    return [dataclasses.replace(first, skipped=skipped), *rest]
+    return (dataclasses.replace(first, skipped=skipped), *rest)
