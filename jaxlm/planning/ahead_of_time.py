@@ -168,7 +168,7 @@ def compile_step(run: config.Run, t: Target) -> Compiled:
     cost = Cost(
         memory=memory(p, compiled.memory_analysis(), state), flops=count_flops.count(traced.jaxpr) / t.count,
         hbm=float(module.traffic), flows=flows(module, t), tokens=run.train.batch_size * run.train.seq_len,
-        model_flops=p.flops_per_token(),
+        model_flops=p.flops_per_token(), narrow=count_flops.count(traced.jaxpr, narrow=True) / t.count,
     )  # fmt: skip
     # A kernel that multiplies reads its operands meanwhile: the rest of the traffic alone takes time of its own.
     unhidden = min(cost.hbm, roofline.cost(p, t).hbm)
