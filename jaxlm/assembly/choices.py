@@ -7,7 +7,7 @@ import jax
 
 from jaxlm.core import config
 from jaxlm.core.spec import is_spec
-from jaxlm.nn import attention, block_stack, context_parallel, fp8, moe, pipeline, remat
+from jaxlm.nn import attention, block_stack, context_parallel, matmul, moe, pipeline, remat
 from jaxlm.nn.family import Family, RunsItself
 from jaxlm.nn.kernels import few_bit_matmul
 from jaxlm.nn.layout import Layout
@@ -138,7 +138,7 @@ def choose(
         )  # fmt: skip
     depths = [s.shape[0] for s in jax.tree.leaves(adapter.base, is_leaf=is_spec) if s.axes[:1] == ("layers",)]
     shortest = None if isinstance(family, RunsItself) else min(depths)
-    matmul = fp8.choose(run.execution, shortest, 1 if mesh is None else mesh.shape["stage"])
+    multiplied = matmul.choose(run.execution, shortest, 1 if mesh is None else mesh.shape["stage"])
     remat.remat_policy(run.execution)  # refuses what can't be offloaded
     if run.execution.offload:
         meshes.check_host_memory(devices[0])
@@ -149,7 +149,7 @@ def choose(
         attention=attention_choice,
         own=own,
         dtype=run.execution.dtype,
-        matmul=matmul,
+        matmul=multiplied,
         few_bits=few_bit_matmul.choose().description if has_few_bits(run) else "",
         scanned=block_stack.scanned(layout),
         remat=run.execution.remat,

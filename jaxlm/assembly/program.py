@@ -20,7 +20,7 @@ from jaxlm.core import config, config_io, registry, spec, tree
 from jaxlm.data import loader, packing, replay
 from jaxlm.models import MODELS
 from jaxlm.models.model import Model, SharingModel, TappedModel
-from jaxlm.nn import fp8, pipeline
+from jaxlm.nn import matmul, pipeline
 from jaxlm.nn.layout import Layout, batch_sharding, check_batch
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.objectives.objective import DeviceBatch, ExampleReader, Objective, Sums, TextPairs, Tokenizer
@@ -448,9 +448,8 @@ def program(
     layout.check_sharded(specs, mesh, run.mesh.replicated, LARGE)
     own = optimizer(run, specs, adapter, before)
     device = meshes.local_device()
-    options = (fp8.OPTIONS if run.execution.matmul == "fp8" and device.platform == "gpu" else {}) | compiler.options(
-        run.execution.flags, device
-    )
+    needed = matmul.gpu_options(run.execution) if device.platform == "gpu" else {}
+    options = {**needed, **compiler.options(run.execution.flags, device)}
     made = choices.choose(run, family, layout, mesh, specs, adapter, own, options)
     model = Model(family, run.model, adapter.base | heads, layout, adapter if adapter.changes else None, used)
     p = Program(run, mesh, layout, specs, model, adapter, objective, own, made, before, options, taught)

@@ -38,6 +38,19 @@ FORMER: dict[str, dict[str, Any]] = {
     "choice": {"bias": False},
 }
 """Fields of objectives that did not always exist, with what held in runs whose `config.json` lacks them."""
+RENAMED: dict[str, dict[str, str]] = {
+    "execution": {"fp8_skip_first": "matmul_skip_first", "fp8_skip_last": "matmul_skip_last"},
+}
+"""Fields by their former names, part by part of a run."""
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values of a `config.json` in which every field of a part of the run has its present name."""
+    parts = {
+        part: {names.get(key, key): value for key, value in values[part].items()}
+        for part, names in RENAMED.items() if isinstance(values.get(part), dict)
+    }  # fmt: skip
+    return values | parts
 
 
 def _with_former(values: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +79,7 @@ def read_config_file(file: Path) -> config.Run:
         raise ValueError(f"{file}: not JSON ({e}); restore it, or delete the run directory") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file}: holds no configuration of a run, as its config.json does")
-    return config_io.from_dict(_with_former(upgraded(values)), MODELS, OBJECTIVES, METHODS)
+    return config_io.from_dict(_with_former(_renamed(upgraded(values))), MODELS, OBJECTIVES, METHODS)
 
 
 def load_tokenizer(run: config.Run, say: Callable[[str], None] = print) -> Any:

@@ -210,14 +210,16 @@ class Execution:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of matrix products and activations, and of sums over devices of matrices' gradients. Weights, norms, softmax
     and losses stay in float32."""
-    matmul: Literal["dtype", "fp8"] = "dtype"
+    matmul: Literal["dtype", "fp8", "mxfp8", "int8"] = "dtype"
     """How layers multiply activations by their matrices in training. fp8: activations and weights as e4m3, gradients as
-    e5m2, one scale a tensor; results, sums, heads, routers, experts and attention stay in `dtype`. Needs a GPU from
-    Ada or Hopper on, or a TPU 7x; a CPU computes the same numbers without being faster."""
-    fp8_skip_first: Natural = 0
-    """First layers of each stack that multiply in `dtype` although matmul is fp8."""
-    fp8_skip_last: Natural = 0
-    """Last layers of each stack that multiply in `dtype` although matmul is fp8."""
+    e5m2, one scale a tensor (a GPU from Ada or Hopper on, or a TPU 7x). mxfp8: all three as e4m3, of which 32 in a row
+    share a power of two (a GPU from Blackwell on). int8: a scale for each token and each output, gradients of weights
+    in `dtype` (a TPU v5e, v5p or v6e, or an NVIDIA GPU from Turing on). Results, heads, routers, experts and attention
+    stay in `dtype`. A CPU computes the same numbers without being faster."""
+    matmul_skip_first: Natural = 0
+    """First layers of each stack that multiply in `dtype` whatever matmul is."""
+    matmul_skip_last: Natural = 0
+    """Last layers of each stack that multiply in `dtype` whatever matmul is."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """auto: the fused kernel if it supports the run (cudnn on GPUs, splash on TPUs), else xla."""
     verify: bool = True

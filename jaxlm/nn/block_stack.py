@@ -12,10 +12,10 @@ import jax
 from jaxlm.core.spec import Spec, is_spec
 from jaxlm.nn import pipeline
 from jaxlm.nn.cache import Cache
-from jaxlm.nn.fp8 import Activations
 from jaxlm.nn.layers import subkeys
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.leaf import is_leaf
+from jaxlm.nn.matmul import WAYS, Activations, is_narrow
 from jaxlm.nn.remat import named, remat_policy
 from jaxlm.nn.taps import HIDDEN
 from jaxlm.runtime.mesh import platform
@@ -58,16 +58,10 @@ def scanned(shard: Layout) -> bool:
 
 
 class _Kind(NamedTuple):
-    """How a layer differs from others: what its model says, and whether it multiplies in fp8."""
+    """How a layer differs from others: what its model says, and whether it multiplies in few bits."""
 
     own: Any
-    fp8: bool
-
-
-def _in_fp8(shard: Layout, i: int, n: int) -> bool:
-    """Returns whether layer `i` of a stack of `n` multiplies in fp8."""
-    e = shard.execution
-    return e.matmul == "fp8" and e.fp8_skip_first <= i < n - e.fp8_skip_last
+    narrow: bool
 
 
 def run_blocks(
@@ -97,12 +91,13 @@ def run_blocks(
     n = len(params) if separate else jax.tree.leaves(params)[0].shape[0]
     kinds = [None] * n if kinds is None else list(kinds)
     assert len(kinds) == n
-    kinds = [_Kind(kind, cache is None and _in_fp8(shard, i, n)) for i, kind in enumerate(kinds)]
+    kinds = [_Kind(kind, cache is None and is_narrow(shard.execution, i, n)) for i, kind in enumerate(kinds)]
     keys: Any = None if key is None else jax.random.split(key, n)
 
     def layer(kind: _Kind, x: Any, rows: Any, p: Any, k: Any, layer_cache: Any) -> tuple[Any, Any]:
         x = jax.tree.map(lambda a: named(a, "input", shard), x)
-        weights = _gathered(p, specs, dataclasses.replace(shard, fp8=Activations()) if kind.fp8 else shard)
+        narrow = Activations(WAYS[shard.execution.matmul]) if kind.narrow else None
+        weights = _gathered(p, specs, dataclasses.replace(shard, narrow=narrow))
         if shard.taps is None or cache is not None:
             return block(weights, x, rows, k, kind.own, layer_cache)
         with shard.taps.layer() as seen:
@@ -247,7 +242,7 @@ def _loops(kinds: Sequence[_Kind]) -> list[tuple[int, int, int]]:
     """Returns the loops of `stretches`, where first and last layers that multiply otherwise than the rest hide no
     pattern of the rest."""
     loops: list[tuple[int, int, int]] = []
-    for _, run in itertools.groupby(enumerate(kinds), lambda at: at[1].fp8):
+    for _, run in itertools.groupby(enumerate(kinds), lambda at: at[1].narrow):
         part = list(run)
         first = part[0][0]
         loops += [(first + a, first + b, period) for a, b, period in stretches([kind.own for _, kind in part])]

@@ -9,8 +9,6 @@ fp8 again in cuBLASLt's call alone: in a Triton kernel they are multiplied in th
 N rows, I inputs, O outputs.
 """
 
-import math
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,10 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxlm.core import config
-from jaxlm.nn.leaf import Leaf
+from jaxlm.nn.narrow import Place, Way, like, partitioned
 from jaxlm.runtime import chips
-from jaxlm.runtime.mesh import devices, platform
+from jaxlm.runtime.mesh import platform
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 # The largest numbers are 0.875 · 2^9 (448) and 0.875 · 2^16 (57,344).
@@ -45,71 +42,35 @@ def scaled(x: jax.Array, kind: Any) -> Scaled:
 
     What isn't finite makes the unit NaN: e4m3 has no infinity, and a saturated one would pass for a number.
     """
-    top = jnp.max(jnp.abs(x)).astype(jnp.float32)
+    up, unit = powers(jnp.max(jnp.abs(x)), kind)
+    return Scaled((x.astype(jnp.float32) * up).astype(kind), unit)
+
+
+def powers(top: jax.Array, kind: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns the largest powers of two, float32, with which these magnitudes are in range of a type of fp8, and one
+    over them, which is NaN for what isn't finite."""
+    top = top.astype(jnp.float32)
     fraction, exponent = jnp.frexp(top)
     exponent = jnp.where(fraction > LARGEST_FRACTION, exponent + 1, exponent)
     up = jnp.clip(LARGEST_EXPONENT[kind] - exponent, -126, 126)
-    one = jnp.ones((), jnp.float32)
-    unit = jnp.where(jnp.isfinite(top), jnp.ldexp(one, -up), jnp.nan)
-    return Scaled((x.astype(jnp.float32) * jnp.ldexp(one, up)).astype(kind), unit)
-
-
-@dataclass(eq=False)
-class Activations:
-    """The activations of one layer that are in fp8 already: several matrices read the same, which is then rounded once
-    and kept once for the backward pass. It holds tracers: make one in each trace of a layer."""
-
-    made: dict[tuple[int, tuple[int, ...]], tuple[jax.Array, Scaled]] = field(default_factory=dict)
-
-    def of(self, x: jax.Array, shape: tuple[int, ...]) -> Scaled:
-        """Returns an activation in fp8, reshaped."""
-        key = id(x), shape
-        if key not in self.made:
-            self.made[key] = x, scaled(jax.lax.stop_gradient(x).reshape(shape), E4M3)
-        return self.made[key][1]
-
-
-class Fp8Matrix(Leaf):
-    """A matrix in the compute dtype that is multiplied in fp8, also for the gradients of both factors."""
-
-    w: jax.Array
-    seen: Activations = struct.field(pytree_node=False)
-
-    @property
-    def ndim(self) -> int:
-        return self.w.ndim
-
-    def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        return self.w.astype(dtype)
-
-    def einsum(self, eq: str, x: jax.Array, shard: Any, *axes: str | None) -> jax.Array:
-        xs, _, ws = eq.partition("->")[0].partition(",")
-        inputs, mesh = sum(a in xs for a in ws), jax.sharding.get_abstract_mesh()
-        if mesh.empty:  # two plain matrices, so that nothing stands between the product and its scale
-            inner = math.prod(self.w.shape[:inputs])
-            x8, w = self.seen.of(x, (-1, inner)), self.w.reshape(inner, -1)
-            y = _product(1, None, x.reshape(-1, inner), w, x8)
-            return y.reshape(*x.shape[: x.ndim - inputs], *self.w.shape[inputs:])
-        explicit = mesh.are_all_axes_explicit
-        y = _product(inputs, shard.spec(axes) if explicit else None, x, self.w, self.seen.of(x, x.shape))
-        return y if explicit else shard(y, *axes)
+    one = jnp.ones_like(top)
+    return jnp.ldexp(one, up), jnp.where(jnp.isfinite(top), jnp.ldexp(one, -up), jnp.nan)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(inputs: int, home: Any, x: jax.Array, w: jax.Array, x8: Scaled) -> jax.Array:
-    """Returns `x`, whose last dimensions are the inputs, times `w`, whose first are. `home`: the result's partition on
-    a mesh of explicit axes."""
-    return _forward(inputs, home, x, w, x8)[0]
+def _product(inputs: int, place: Place, x: jax.Array, w: jax.Array, x8: Scaled) -> jax.Array:
+    """Returns `x`, whose last dimensions are the inputs, times `w`, whose first are."""
+    return _forward(inputs, place, x, w, x8)[0]
 
 
-def _forward(inputs: int, home: Any, x: jax.Array, w: jax.Array, x8: Scaled) -> tuple[jax.Array, Any]:
+def _forward(inputs: int, place: Place, x: jax.Array, w: jax.Array, x8: Scaled) -> tuple[jax.Array, Any]:
     w8 = scaled(w, E4M3)
     over = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs))
     # Of the wide factors only what their gradients look like is kept.
-    return _dot(x8, w8, over, x.dtype, home), (x8, w8, *_likes(home, x, w))
+    return _dot(x8, w8, over, x.dtype, place.home), (x8, w8, like(place.home, x), like(place.home, w))
 
 
-def _backward(inputs: int, home: Any, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _backward(inputs: int, place: Place, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x8, w8, x_like, w_like = kept
     g8, outputs = scaled(g, E5M2), w8.numbers.ndim - inputs
     rows = tuple(range(g.ndim - outputs))
@@ -121,51 +82,20 @@ def _backward(inputs: int, home: Any, kept: Any, g: jax.Array) -> tuple[jax.Arra
 _product.defvjp(_forward, _backward)
 
 
-class _Like(struct.PyTreeNode):
-    """A _Like says the type and the partition of a factor's gradient."""
-
-    dtype: Any = struct.field(pytree_node=False)
-    home: Any = struct.field(pytree_node=False)
-
-
-def _likes(home: Any, *factors: jax.Array) -> tuple[_Like, ...]:
-    return tuple(_Like(x.dtype, None if home is None else jax.typeof(x).sharding.spec) for x in factors)
-
-
 def _dot(a: Scaled, b: Scaled, over: tuple[tuple[int, ...], tuple[int, ...]], dtype: Any, home: Any) -> jax.Array:
     """Returns the product of two tensors, summed over these dimensions of each, in float32 but rounded to `dtype`."""
-    x, y, options = a.numbers, b.numbers, {} if home is None else {"out_sharding": home}
+    x, y = a.numbers, b.numbers
     if platform() == "cpu":  # has no products of fp8, and float32 holds each exactly
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-    product = jax.lax.dot_general(x, y, (over, ((), ())), preferred_element_type=jnp.dtype(dtype), **options)
+    product = jax.lax.dot_general(x, y, (over, ((), ())), preferred_element_type=jnp.dtype(dtype), **partitioned(home))
     return product * (a.unit * b.unit).astype(dtype)
 
 
-def choose(e: config.Execution, layers: int | None, stages: int) -> str:
-    """Returns how a run's layers multiply, in words; empty: in the compute dtype. `layers`: of the shortest stack.
-
-    Raises ValueError where these devices can't multiply fp8, and where no layer would.
-    """
-    skipped = e.fp8_skip_first, e.fp8_skip_last
-    if e.matmul != "fp8":
-        if any(skipped):
-            raise ValueError("execution.fp8_skip_first, fp8_skip_last: nothing is multiplied in fp8; set matmul=fp8")
-        return ""
-    device = devices()[0]
-    if device.platform != "cpu" and not chips.multiplies_fp8(device):
-        raise ValueError(
-            f"execution.matmul: fp8 needs a GPU from Ada or Hopper on or a TPU 7x, and {device.device_kind} has no fp8 "
-            "products; leave it at dtype"
-        )
-    if layers is None:
-        raise ValueError("execution.matmul: fp8 is for models whose layers this package runs; leave it at dtype")
-    if sum(skipped) >= layers:
-        raise ValueError(
-            f"execution.fp8_skip_first, fp8_skip_last: {sum(skipped)} of {layers} layers leave none for fp8; skip fewer"
-        )
-    if any(skipped) and stages > 1:
-        raise ValueError("execution.fp8_skip_first, fp8_skip_last: stages of a pipeline must be alike; set them to 0")
-    words = "fp8 products in layers (e4m3, gradients e5m2, a scale a tensor)"
-    if any(skipped):
-        words += f" but for the first {skipped[0]} and the last {skipped[1]}"
-    return words + (", emulated on this CPU" if device.platform == "cpu" else "")
+WAY = Way(
+    words="fp8 products in layers (e4m3, gradients e5m2, a scale a tensor)",
+    needs="a GPU from Ada or Hopper on or a TPU 7x",
+    multiplies=chips.multiplies_fp8,
+    rounded=lambda x, inputs: scaled(x, E4M3),
+    product=_product,
+    gpu_options=OPTIONS,
+)

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.core import config, errors, tree
 from jaxlm.core.spec import Spec, is_spec
-from jaxlm.nn.fp8 import Activations, Fp8Matrix
 from jaxlm.nn.leaf import is_leaf
+from jaxlm.nn.matmul import Activations, NarrowMatrix
 from jaxlm.nn.taps import Taps
 from jaxlm.runtime.mesh import AXES, BATCH_AXES, replicated, single_device_sharding
 
@@ -111,8 +111,8 @@ class Layout:
     """Whether each row of a batch is known to be one document, with padding after it."""
     taps: Taps | None = field(default=None, compare=False)
     """Activations of layers that somebody wants; None: nobody."""
-    fp8: Activations | None = field(default=None, compare=False)
-    """Where the layer whose weights are gathered keeps its activations in fp8; None: it multiplies in `dtype`."""
+    narrow: Activations | None = field(default=None, compare=False)
+    """Where the layer whose weights are gathered keeps its activations in few bits; None: it multiplies in `dtype`."""
 
     @classmethod
     def of(cls, mesh: config.Mesh, execution: config.Execution) -> "Layout":
@@ -221,9 +221,9 @@ class Layout:
             if is_leaf(w):
                 return w.gathered(s, self)
             whole = self.whole(w.astype(jnp.float32 if s.is_vector else self.dtype), *s.axes[-w.ndim :])[0]
-            if self.fp8 is None or s.is_vector or s.role != "matrix" or "experts" in s.axes:
+            if self.narrow is None or s.is_vector or s.role != "matrix" or "experts" in s.axes:
                 return whole
-            return Fp8Matrix(whole, self.fp8)
+            return NarrowMatrix(whole, self.narrow, s.axes[-w.ndim :])
 
         return jax.tree.map(one, params, specs, is_leaf=is_leaf)
 

@@ -6,7 +6,9 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.core import config
+from jaxlm.nn.int8 import PRODUCT
 from jaxlm.nn.layout import Layout, but_gathered
+from jaxlm.nn.mxfp8 import PRIMITIVE as BLOCK_SCALED
 
 # The activations that each of these kinds of remat keeps for the backward pass; the rest is computed again. They are
 # named by the weight whose product they are, or `attended` (attention's result) and `input` (a block's).
@@ -33,7 +35,20 @@ CHEAP = frozenset((
 def but_cheap(primitive: Any, *inputs: Any, **params: Any) -> bool:
     """Returns whether a loop over layers keeps a primitive's result: of products, attention, sorts and dropout (its
     factors have that name), but of nothing that is as quickly made again."""
-    return primitive.name not in CHEAP and but_gathered(primitive, *inputs, **params)
+    cheap = primitive.name in CHEAP or _of_codes(primitive, *inputs)
+    return not cheap and but_gathered(primitive, *inputs, **params)
+
+
+def _of_codes(primitive: Any, *inputs: Any) -> bool:
+    """Returns whether a primitive is a product of int8 numbers, of which only the scaled result is kept."""
+    return primitive.name == "dot_general" and inputs[0].dtype == "int8"
+
+
+def products(primitive: Any, *inputs: Any, **params: Any) -> bool:
+    """Returns whether a primitive is a product with a matrix, in whatever numbers."""
+    plain: bool = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **params)
+    scaled = primitive.name == BLOCK_SCALED or params.get("name") == PRODUCT
+    return scaled or (plain and not _of_codes(primitive, *inputs))
 
 
 def remat_policy(e: config.Execution, in_loop: bool = False) -> Any:
@@ -50,7 +65,7 @@ def remat_policy(e: config.Execution, in_loop: bool = False) -> Any:
                 "other activations than these are kept"
             )
         kept_by_default = but_cheap if in_loop else but_gathered
-        return kept_by_default if e.remat == "none" else policies.dots_with_no_batch_dims_saveable
+        return kept_by_default if e.remat == "none" else products
     saved = [name for name in KEPT[e.remat] if name not in host]
     if host:
         return policies.save_and_offload_only_these_names(

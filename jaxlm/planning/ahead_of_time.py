@@ -170,6 +170,7 @@ def compile_step(run: config.Run, t: Target) -> Compiled:
         memory=memory(p, analysis, state), flops=count_flops.count(traced.jaxpr) / t.count, hbm=float(module.traffic),
         flows=(*flows(module, t), *host_flows(module, host)), tokens=run.train.batch_size * run.train.seq_len,
         model_flops=p.flops_per_token(), host=host, kernels=module.kernels if t.chip.platform == "gpu" else 0.0,
+        narrow=count_flops.count(traced.jaxpr, narrow=True) / t.count,
     )  # fmt: skip
     # A kernel that multiplies reads its operands meanwhile: the rest of the traffic alone takes time of its own.
     unhidden = min(cost.hbm, roofline.cost(p, t).hbm)

@@ -22,7 +22,7 @@ import numpy as np
 from jaxlm.assembly import program, remember
 from jaxlm.core import spec, tree
 from jaxlm.core.spec import Spec
-from jaxlm.nn import losses, pipeline
+from jaxlm.nn import losses, matmul, pipeline
 from jaxlm.planning.targets import Target
 from jaxlm.training import optimizers
 from jaxlm.training.distributed import outer, replicas
@@ -66,6 +66,8 @@ class Cost:
     """Tokens of all devices in one step."""
     model_flops: dict[str, float]
     """FLOPs a token by both conventions: see `progress.flops_per_token`."""
+    narrow: float = 0.0
+    """The FLOPs among these whose factors are in eight bits."""
     host: dict[str, float] = field(default_factory=dict)
     """Bytes by part that rest in the host's memory."""
     kernels: float = 0.0
@@ -139,7 +141,7 @@ def cost(p: program.Program, t: Target, attention: str | None = None) -> Cost:
     untimed = Cost(
         memory=one_step.memory(), flops=one_step.flops(), hbm=one_step.hbm(), flows=tuple(one_step.flows()),
         tokens=p.run.train.batch_size * p.run.train.seq_len, model_flops=p.flops_per_token(), host=one_step.host(),
-        kernels=one_step.kernels(), bubble=one_step.bubble,
+        kernels=one_step.kernels(), narrow=one_step.narrow(), bubble=one_step.bubble,
     )  # fmt: skip
     return combine(untimed, t, sizes)
 
@@ -148,7 +150,9 @@ def combine(c: Cost, t: Target, sizes: Mapping[str, int]) -> Cost:
     """Returns the cost with times, where the chip's numbers are known."""
     if not t.chip.flops or not t.chip.hbm_bandwidth:
         return c
-    times = {"compute": c.flops / (t.chip.flops * t.chip.efficiency), "memory": c.hbm / t.chip.hbm_bandwidth}
+    rate = (t.chip.low or t.chip.flops) * t.chip.efficiency  # the share of this peak that is reached was not measured
+    computing = (c.flops - c.narrow) / (t.chip.flops * t.chip.efficiency) + c.narrow / rate
+    times = {"compute": computing, "memory": c.hbm / t.chip.hbm_bandwidth}
     hidden_by_network: dict[str, float] = {}
     waited = copied = 0.0
     for flow in c.flows:
@@ -281,6 +285,18 @@ class _Step:
         # Two products forward; five backward, as the scores are computed again; two more if the block is.
         passes = 2 + 5 + (2 if self.recomputed else 0)
         total += passes * 2 * self.pairs() * self.heads * self.layers / self.stages
+        return total * self.tokens * self.micro
+
+    def narrow(self) -> float:
+        """Returns the FLOPs of one device that layers spend in eight bits; what rounds the factors is not counted."""
+        e, total = self.p.run.execution, 0.0
+        for s in self.layered.values():
+            n = s.shape[0]
+            if s.role == "matrix" and "experts" not in s.axes and e.matmul != "dtype":
+                passes = 4.0 if e.matmul == "int8" else 6.0  # gradients of weights are not in int8
+                passes += 2.0 if e.remat == "full" else 0.0
+                share = sum(matmul.is_narrow(e, i, n) for i in range(n)) / n
+                total += passes * share * self.used(s) / self._stages(s)
         return total * self.tokens * self.micro
 
     def _stages(self, s: Spec) -> int:

@@ -72,7 +72,8 @@ class Chip:
     dims: int = 0
     """Dimensions of a TPU's torus, each with two links a chip; 0: every device of a host reaches every other."""
     low: float | None = None
-    """int8 (TPU) or fp8 (GPU) operations a second; None: no faster than bfloat16."""
+    """Operations a second in eight bits: int8 (TPU, but fp8 of a TPU7x), or fp8, mxfp8 and int8 (GPU); None: no faster
+    than bfloat16."""
     cores: int = 1
     """Number that each TPU chip counts for in a slice's short name, such as v5p-128."""
     devices: int = 1
@@ -169,6 +170,7 @@ CHIPS = {
         ),
     )
 }
+INT8_TPUS = ("v5e", "v5p", "v6e")
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6litepod": "v6e", "v7x": "tpu7x", "7x": "tpu7x", "4090": "rtx4090"}
 
 XLA_TARGET = """
@@ -178,7 +180,7 @@ gpu_device_info {{
   block_dim_limit_y: 65535  block_dim_limit_z: 65535  memory_bandwidth: {bandwidth}  l2_cache_size: {l2}
   clock_rate_ghz: {clock}  device_memory_size: {memory}  shared_memory_per_block_optin: {optin}
   cuda_compute_capability {{ major: {major} minor: {minor} }}
-  registers_per_core_limit: 65536  registers_per_block_limit: 65536  runtime_version: "13.0.0"
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536  runtime_version: "13.0.0"  dnn_version: "9.12.0"
 }}
 platform_name: "CUDA"  dnn_version_info {{ major: 9 minor: 8 patch: 0 }}  device_description_str: "{kind}"
 """
@@ -206,6 +208,20 @@ def multiplies_fp8(device: Any) -> bool:
     the TPU of generation 7."""
     capability = compute_capability(device)
     return device.device_kind == "TPU7x" if capability is None else capability >= (8, 9)
+
+
+def multiplies_mxfp8(device: Any) -> bool:
+    """Returns whether a device multiplies matrices of e4m3 numbers of which 32 share a power of two: GPUs from
+    Blackwell on."""
+    return (compute_capability(device) or (0, 0)) >= (10, 0)
+
+
+def multiplies_int8(device: Any) -> bool:
+    """Returns whether a device multiplies matrices of int8 numbers more quickly than of bfloat16: GPUs from Turing on,
+    and the TPUs for which Google states a rate of its own."""
+    capability = compute_capability(device)
+    chip = of_kind(device.device_kind)
+    return chip is not None and chip.name in INT8_TPUS if capability is None else capability >= (7, 5)
 
 
 def of_kind(kind: str) -> Chip | None:

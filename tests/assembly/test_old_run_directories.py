@@ -4,13 +4,16 @@
 one of a LoRA adapter that starts from the first. The losses are those that the old code printed.
 """
 
+import dataclasses
 import json
 import tarfile
 from pathlib import Path
 
 import pytest
 
+from jaxlm.assembly import run_directory
 from jaxlm.commands import cli
+from jaxlm.core import config, config_io
 
 ARCHIVE = Path(__file__).parents[1] / "golden" / "run_directories.tar.gz"
 LOSSES = {"causal": 6.08639004838781, "lora": 6.07885609959577}
@@ -40,3 +43,15 @@ def test_an_old_run_continues_from_its_checkpoint(runs, name, capsys):
     assert cli.main(["train", name]) == 0
     assert f"continuing {name} after step 2" in capsys.readouterr().out
     assert json.loads(log.read_text().splitlines()[-1])["name"] == "end"
+
+
+def test_fields_that_were_renamed_are_read_by_their_former_names(tmp_path):
+    run = config_io.load(config_io.find("tiny_llama"))
+    run = dataclasses.replace(run, execution=config.Execution(matmul="fp8", matmul_skip_first=1, matmul_skip_last=2))
+    values = config_io.to_dict(run)
+    for end in ("first", "last"):
+        values["execution"][f"fp8_skip_{end}"] = values["execution"].pop(f"matmul_skip_{end}")
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert run_directory.read_config(tmp_path) == run
+    with pytest.raises(ValueError, match=r"key execution\.fp8_skip_last; did you mean .*matmul_skip_last"):
+        config_io.override(run, ["--execution.fp8_skip_last", "1"])

@@ -1,6 +1,6 @@
 """Gradients in bfloat16 are those of float32 but for the noise of rounded activations: for every family and adapter,
-biases and other vectors too, which add up over thousands of tokens. With products in fp8 they are those of bfloat16
-but for more of that noise.
+biases and other vectors too, which add up over thousands of tokens. With products in few bits they are those of
+bfloat16 but for more of that noise.
 
 As a program it prints the table of errors.
 """
@@ -137,13 +137,25 @@ def test_gradients_in_bfloat16_are_those_in_float32(family, adapter):
     ("family", "adapter"), [c if c in USUAL else pytest.param(*c, marks=pytest.mark.slow) for c in CASES]
 )
 def test_gradients_with_products_in_fp8_are_close_to_those_in_float32(family, adapter):
-    found = errors(family, adapter, "fp8")
-    assert found and {path: error for path, error in found.items() if error > 0.3} == {}
+    check_few_bits(family, adapter, "fp8", 0.3)
+
+
+@pytest.mark.parametrize(("matmul", "most"), [("mxfp8", 0.3), ("int8", 0.3)])
+@pytest.mark.parametrize(
+    ("family", "adapter"), [pytest.param(*c, marks=[] if c == USUAL[0] else pytest.mark.slow) for c in CASES]
+)
+def test_gradients_with_products_in_mxfp8_and_int8_are_close_to_those_in_float32(family, adapter, matmul, most):
+    check_few_bits(family, adapter, matmul, most)
+
+
+def check_few_bits(family: str, adapter: str, matmul: str, most: float) -> None:
+    found = errors(family, adapter, matmul)
+    assert found and {path: error for path, error in found.items() if error > most} == {}
     assert max(found.values()) > 2 * max(errors(family, adapter).values())  # its products are no others'
 
 
 def main() -> None:
-    for (family, adapter), matmul in itertools.product(CASES, ("dtype", "fp8")):
+    for (family, adapter), matmul in itertools.product(CASES, ("dtype", "fp8", "mxfp8", "int8")):
         found = errors(family, adapter, matmul)
         specs = tree.flatten(model_of(family, adapter, "float32").adapter.specs(), spec.is_spec)
         for kind, is_kind in (("matrices", False), ("vectors", True)):

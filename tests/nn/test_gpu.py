@@ -12,7 +12,7 @@ import pytest
 from jaxlm.core import config, spec
 from jaxlm.models import MODELS
 from jaxlm.models.model import Model
-from jaxlm.nn import attention, fp8, losses
+from jaxlm.nn import attention, fp8, int8, losses, matmul
 from jaxlm.nn.kernels import packed_attention
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.mask import Mask
@@ -98,7 +98,7 @@ def test_a_product_in_fp8_is_one_call_of_cublaslt_and_equals_that_of_the_rounded
     x, w, g = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((512, 256), (256, 384), (512, 384)))
 
     def both(x, w, g):
-        matrix = fp8.Fp8Matrix(w, fp8.Activations())
+        matrix = matmul.NarrowMatrix(w, matmul.Activations(fp8.WAY))
         y, back = jax.vjp(lambda x, w: Layout().einsum("td,df->tf", x, matrix.replace(w=w), None, None), x, w)
         return y, *back(g)
 
@@ -108,6 +108,23 @@ def test_a_product_in_fp8_is_one_call_of_cublaslt_and_equals_that_of_the_rounded
     x8, w8, g8 = (np.asarray(a.numbers, np.float64) * float(a.unit) for a in made)
     for got, exact in zip(compiled(x, w, g), (x8 @ w8, g8 @ w8.T, x8.T @ g8), strict=True):
         assert distance(got, exact) < 0.003  # cuBLASLt's sums of fp8 have fewer digits than float32's
+
+
+def test_a_product_in_int8_is_exactly_that_of_the_codes():
+    rng = np.random.default_rng(0)
+    x, w, g = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((512, 256), (256, 384), (512, 384)))
+
+    def both(x, w, g):
+        matrix = matmul.NarrowMatrix(w, matmul.Activations(int8.WAY))
+        y, back = jax.vjp(lambda x, w: Layout().einsum("td,df->tf", x, matrix.replace(w=w), None, None), x, w)
+        return y, *back(g)
+
+    y, dx, dw = jax.jit(both)(x, w, g)
+    for got, a, b in ((y, int8.coded(x, (1,)), int8.coded(w, (0,))), (dx, int8.coded(g, (1,)), int8.coded(w.T, (0,)))):
+        codes, scales = (np.asarray(m.codes, np.float64) for m in (a, b)), (np.float64(m.scale) for m in (a, b))
+        exact = np.matmul(*codes) * np.multiply(*scales)
+        assert np.abs(np.asarray(got, np.float64) - exact).max() <= 2.0**-8 * np.abs(exact).max()
+    assert distance(dw, np.asarray(x, np.float64).T @ np.asarray(g, np.float64)) < 0.003
 
 
 @pytest.mark.parametrize(("family", "scan"), [("gpt2", True), ("llama", False)])

@@ -177,7 +177,7 @@ def test_full_rematerialization_keeps_no_activation_of_a_block():
     assert kept("full") < kept("dots") <= kept("none")
 
 
-@pytest.mark.parametrize("matmul", ["dtype", "fp8"])
+@pytest.mark.parametrize("matmul", ["dtype", "fp8", "mxfp8", "int8"])
 @pytest.mark.parametrize("family", [llama, gpt2])
 def test_a_loop_over_layers_keeps_products_and_no_weight_once_in_the_compute_dtype(family, matmul):
     """At most 34 bytes a token and channel, with attention's scores left out (Korthikanti et al. 2022)."""

@@ -181,3 +181,20 @@ def test_small_steps_on_a_gpu_wait_for_their_kernels() -> None:
     assert gpu.kernels == roofline.KERNELS * 33 and tpu.kernels == 0.0
     assert gpu.times["launches"] == gpu.kernels * roofline.LAUNCH
     assert plan.bottleneck(gpu).startswith("gaps between kernels")
+
+
+@pytest.mark.parametrize(
+    ("way", "target", "share"), [("mxfp8", "b200:8", 1.0), ("fp8", "h100:8", 1.0), ("int8", "v6e:2x4", 0.75)]
+)
+def test_products_of_layers_in_eight_bits_take_the_time_of_the_chips_own_rate(
+    way: str, target: str, share: float
+) -> None:
+    """Four layers of 80 stay out; of int8 the gradients of weights too: two of eight FLOPs a weight."""
+    t, plain = targets.parse(target), run(fsdp=8)
+    e = dataclasses.replace(plain.execution, matmul=way, matmul_skip_first=1, matmul_skip_last=3)
+    wide, c = (ahead_of_time.estimate(r, t) for r in (plain, dataclasses.replace(plain, execution=e)))
+    matrices = 76 * (8192 * (64 + 8 + 8 + 64) * 128 + 3 * 8192 * 28672)
+    assert wide.narrow == 0 and c.flops == wide.flops
+    assert c.narrow == pytest.approx(8 * share * matrices * 1024 * 4096 / 8)
+    saved = c.narrow * (1 / t.chip.flops - 1 / t.chip.low) / t.chip.efficiency
+    assert wide.times["compute"] - c.times["compute"] == pytest.approx(saved)
