@@ -8,7 +8,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm.core import config
 from jaxlm.nn.int8 import PRODUCT
 from jaxlm.nn.layout import Layout, but_gathered
-from jaxlm.nn.mxfp8 import PRIMITIVE as BLOCK_SCALED
 
 # The activations that each of these kinds of remat keeps for the backward pass; the rest is computed again. They are
 # named by the weight whose product they are, or `attended` (attention's result) and `input` (a block's).
@@ -47,8 +46,7 @@ def _of_codes(primitive: Any, *inputs: Any) -> bool:
 def products(primitive: Any, *inputs: Any, **params: Any) -> bool:
     """Returns whether a primitive is a product with a matrix, in whatever numbers."""
     plain: bool = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **params)
-    scaled = primitive.name == BLOCK_SCALED or params.get("name") == PRODUCT
-    return scaled or (plain and not _of_codes(primitive, *inputs))
+    return params.get("name") == PRODUCT or (plain and not _of_codes(primitive, *inputs))
 
 
 def remat_policy(e: config.Execution, in_loop: bool = False) -> Any:

@@ -121,8 +121,8 @@ def test_a_product_in_int8_is_exactly_that_of_the_codes():
 
     y, dx, dw = jax.jit(both)(x, w, g)
     for got, a, b in ((y, int8.coded(x, (1,)), int8.coded(w, (0,))), (dx, int8.coded(g, (1,)), int8.coded(w.T, (0,)))):
-        codes, scales = (np.asarray(m.codes, np.float64) for m in (a, b)), (np.float64(m.scale) for m in (a, b))
-        exact = np.matmul(*codes) * np.multiply(*scales)
+        a_codes, b_codes, a_scale, b_scale = (np.asarray(v, np.float64) for v in (a.codes, b.codes, a.scale, b.scale))
+        exact = a_codes @ b_codes * a_scale * b_scale
         assert np.abs(np.asarray(got, np.float64) - exact).max() <= 2.0**-8 * np.abs(exact).max()
     assert distance(dw, np.asarray(x, np.float64).T @ np.asarray(g, np.float64)) < 0.003
 
