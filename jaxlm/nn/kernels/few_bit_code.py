@@ -471,11 +471,11 @@ def _share(b: _Code, record: Any, task: Any, api: Any, context: Any) -> None:
 
     known = given(_call(b, b.pointer(api, COUNT_THREADS), asked))
     threads = b.select(known, b.load(count, typ=WORD), b.word(1))
-    # Parts are of whole cache lines, two for each thread where these are worth it.
+    # Parts are of whole vectors, two for each thread where these are worth it.
     fair = b.sdiv(b.add(outputs, b.sub(b.mul(threads, b.word(2)), b.word(1))), b.mul(threads, b.word(2)))
     worth = b.sdiv(b.word(NUMBERS), b.most(inputs, b.word(1)))
-    columns = b.whole(b.add(b.most(fair, worth), b.word(63)), 64)
-    columns = b.most(b.word(64), b.least(columns, b.word(STRIP)))
+    columns = b.whole(b.add(b.most(fair, worth), b.word(LANES - 1)), LANES)
+    columns = b.most(b.word(LANES), b.least(columns, b.word(STRIP)))
     parts = b.sdiv(b.sub(b.add(outputs, columns), b.word(1)), columns)
     helpers = b.sub(b.least(threads, parts), b.word(1))
     helpers = b.most(helpers, b.word(0))
