@@ -175,7 +175,7 @@ def _names(spec: P) -> tuple[str, ...]:
     return tuple(a for part in spec if part for a in ((part,) if isinstance(part, str) else part))
 
 
-LOGIT_BYTES = 4 << 20  # float32 logits of one chunk on a CPU: about what its last cache level holds beside the head
+LOGIT_BYTES = 32 << 20  # float32 logits of one chunk on a CPU: its last cache level may hold them beside the head
 SHARE = 1 / 64  # of an accelerator's memory for these logits: each chunk reads and writes the whole head's gradient
 
 
@@ -186,7 +186,7 @@ def logit_bytes(kind: str) -> float:
 
 
 def _chunk(n: int, vocab: int, requested: int) -> int:
-    """Returns the tokens of a chunk: few enough for the cache on a CPU, many on an accelerator."""
+    """Returns the tokens of a chunk: about as many as the cache holds on a CPU, more on an accelerator."""
     most = LOGIT_BYTES if platform() == "cpu" else logit_bytes(devices()[0].device_kind)
     return min(n, requested or max(128, int(most) // (4 * vocab)))
 
