@@ -185,7 +185,7 @@ def show_times(c: Cost, t: Target, sizes: Mapping[str, int]) -> None:
     table.add_row("memory between products", amount(c.times["memory"] * t.chip.hbm_bandwidth),
                   f"{amount(t.chip.hbm_bandwidth)}/s", seconds(c.times["memory"]))  # fmt: skip
     for f in sorted(c.flows, key=lambda f: -f.sent):
-        network, speed = roofline.path(t, f, sizes)
+        network, speed = roofline.link(t, f, sizes)
         over = "" if f.kind == roofline.HOST else f" over {'+'.join(f.axes) or '?'}"
         rate = (f"{amount(speed)}/s" if speed else "not known") + ("" if f.hidden else ", waited for")
         table.add_row(f"{network}: {f.kind}{over}{f' of {f.what}' if f.what else ''}", amount(f.sent), rate,

@@ -30,8 +30,8 @@ from jaxlm.training.distributed import outer, replicas
 KEPT = "what is kept of earlier tasks"
 GLOBAL, OUTER, ERROR = "global weights", "outer optimizer", "error of compression"
 """What workers that train apart hold beside their own weights."""
-HOST = "copies to and from the host"
-"""The kind of a flow that no network carries."""
+HOST = "copies"
+"""The kind of a flow between a device and its host's memory, which no network carries."""
 LAUNCH = 0.5e-6
 """Seconds between two kernels of a CUDA graph (Gray 2019, "Getting started with CUDA graphs": 3.4 µs for each kernel of
 2.9)."""
@@ -115,7 +115,7 @@ def bandwidth(t: Target, axes: tuple[str, ...], sizes: Mapping[str, int]) -> tup
     return ("DCN" if t.chip.dims else "NIC", slow) if slow < fast else (near, fast)
 
 
-def path(t: Target, flow: Flow, sizes: Mapping[str, int]) -> tuple[str, float]:
+def link(t: Target, flow: Flow, sizes: Mapping[str, int]) -> tuple[str, float]:
     """Returns what a flow goes over, and the bytes a second that one device can send there; 0: not known."""
     return ("host link", t.chip.to_host) if flow.kind == HOST else bandwidth(t, flow.axes, sizes)
 
@@ -156,7 +156,7 @@ def combine(c: Cost, t: Target, sizes: Mapping[str, int]) -> Cost:
     hidden_by_network: dict[str, float] = {}
     waited = copied = 0.0
     for flow in c.flows:
-        network, speed = path(t, flow, sizes)
+        network, speed = link(t, flow, sizes)
         if not speed:
             continue
         seconds = flow.sent / speed
