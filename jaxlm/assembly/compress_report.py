@@ -118,7 +118,9 @@ def predictions(
         each = [apart, outputs.same_top(a, b, shard), jnp.ones_like(a.weights_BN)]
         if "targets" in rows and rows["targets"].shape == a.weights_BN.shape:
             each += [likelihoods(o, rows["targets"]) for o in (a, b)]
-        return jnp.stack([(x * a.weights_BN).sum(-1) for x in each], -1)
+        weighed = jnp.stack([x * a.weights_BN for x in each], -1)
+        texts_share_rows = "rows" in rows and rows["rows"].ndim == 2  # and each is an example by itself
+        return weighed.reshape(-1, len(each)) if texts_share_rows else weighed.sum(1)
 
     with mesh.on_mesh(p.mesh):
         found = [np.asarray(sums(before.params, after.params, batch)) for batch in held.batches(p, batches)]

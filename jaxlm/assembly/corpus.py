@@ -205,25 +205,6 @@ def as_records(objective: BoundObjective, part: Any, *, document_mask: bool, see
             return packing.packed(part, objective.window_length, document_mask=document_mask)
 
 
-def predictions(p: Program, weights: Any, part: Sequence[Any]) -> list[np.ndarray]:
-    """Returns the model's prediction for each of a part's records, in their order. Records of like length are read
-    together."""
-    reader = p.objective.records
-    assert isinstance(reader, ExampleReader)
-    lengths = [sum(map(len, reader.texts(record))) for record in part]
-    order = sorted(range(len(part)), key=lengths.__getitem__)
-    size = p.run.train.batch_size // p.run.train.micro_batches
-    rows, trims = p.rows(size), p.layout.ways("stream", p.mesh) == 1
-    ordered: list[np.ndarray] = []
-    records = [part[i] for i in order]
-    for batch in loader.evaluation_batches(records, p.objective.example, batch_size=size, rows=rows):
-        batch = packing.trim_padding(batch) if trims else batch
-        placed = loader.to_device(batch, p.batch_shardings(batch), rows)
-        ordered += list(jax.device_get(p.predict(weights, jax.tree.map(lambda x: x[0], placed))))
-    by_index = dict(zip(order, ordered, strict=False))
-    return [by_index[i] for i in range(len(part))]
-
-
 def training_loader(
     run: config.Run, objective: BoundObjective, data: Corpus, rows: list[int] | None, replayed: Replayed | None = None,
     example: loader.ToExample | None = None,

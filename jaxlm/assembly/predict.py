@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from jaxlm.assembly import corpus
+from jaxlm.assembly import read_rows
 from jaxlm.assembly.model_source import Source
 from jaxlm.assembly.open_model import Place, Pretrained, open_model, program
 from jaxlm.assembly.program import Program
@@ -43,7 +43,7 @@ class Labeller:
         objective = p.objective
         records = self.use.records(objective.settings, rows, objective.row, objective.tokenizer)
         with mesh.on_mesh(p.mesh):
-            predictions = corpus.predictions(p, self.opened.params, records)
+            predictions = read_rows.predictions(p, self.opened.params, records)
         return self.use.told(objective.settings, records, predictions)
 
     def _program(self, settings: Any) -> Program:

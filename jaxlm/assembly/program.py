@@ -77,7 +77,7 @@ class Program:
         """Computes the objective's sums; in training (with a `key`) with the adapter's penalty, and what keeps earlier
         tasks."""
         own, earlier = replay.parted(batch)
-        model = self._sharing() if key is not None and self.earlier.compares and self.draws_nothing else self.model
+        model = self.sharing() if key is not None and self.earlier.compares and self.draws_nothing else self.model
         sums = self._own_loss(model, weights, own, key, memory) if own else {}
         return (sums | self.earlier.replayed(model, weights, batch, key)) if earlier else sums
 
@@ -91,8 +91,8 @@ class Program:
         )
         return bool(model) and not any([*model, *adapter])
 
-    def _sharing(self) -> Model:
-        """Returns the model for one trace of the loss."""
+    def sharing(self) -> Model:
+        """Returns the model for one trace of what needs its states several times, such as a loss and predictions."""
         m = self.model
         return SharingModel(m.family, m.config, m.specs, m.shard, m.adapter, m.ids_in_use, self._read_names)
 
@@ -262,7 +262,7 @@ class Program:
         earlier = {name: leaf for name, leaf in batch.items() if name not in own}
         padding = self.objective.padding if rows is None else "keep"
         if "teacher_rest" in own:  # what the teacher predicted belongs to places of a row
-            padding = "trim" if padding == "trim" and own["teacher_rest"].shape[-1] == 1 else "keep"
+            padding = "trim" if padding != "keep" and own["teacher_rest"].shape[-1] == 1 else "keep"
         if own and padding == "pack":
             own = packing.pack_batch(own, self.multiple)
         elif own and padding == "trim" and self.layout.ways("stream", self.mesh) == 1:

@@ -1,18 +1,21 @@
 """A model is scored on held-out data: its losses by document or example, and the scores of its task. Training and
 `jaxlm eval` do it in the same way."""
 
+import dataclasses
 import itertools
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from jaxlm.assembly import corpus
+from jaxlm.assembly import corpus, read_rows
 from jaxlm.assembly.program import Program, once_a_shape
 from jaxlm.assembly.run_objective import BoundObjective
-from jaxlm.data import loader, packing
+from jaxlm.data import packing
 from jaxlm.evaluation import mistakes, perplexity, task_scores
 from jaxlm.evaluation.bootstrap import Sample
 from jaxlm.evaluation.samples import is_loss, of_losses
@@ -67,18 +70,21 @@ class HeldOut:
         self.unit = self.units[0].name if self.units else "examples"
 
     def batches(self, p: Program, limit: int = 0) -> Iterator[DeviceBatch]:
-        """Yields every record once, in order, on the devices, each position with its unit; `limit` batches of each
+        """Yields every record once, on the devices, each position with its unit; of as many as `limit` batches of each
         source if not 0."""
-        size = p.run.train.batch_size // p.run.train.micro_batches
-        rows, offset = p.rows(size), 0
+        for batch, _ in self.placed(p, limit):
+            yield batch
+
+    def placed(self, p: Program, limit: int = 0) -> Iterator[read_rows.Placed]:
+        """Yields the batches with the records of their rows, numbered over all sources."""
+        first, offset = 0, 0
         for records, units in zip(self.records, self.units, strict=True):
-            made = loader.evaluation_batches(
-                records, p.objective.example, batch_size=size, rows=rows, limit=limit * size if limit else None
-            )
-            for number, batch in enumerate(made):
-                at = number * size + np.array(range(size) if rows is None else rows)
-                yield p.to_device(batch | owners(batch, at, units, offset), rows)
-            offset += units.count
+            added = partial(owners, units=units, offset=offset)
+            seen = 0
+            for batch, members in read_rows.placed(p, records, limit, added):
+                seen += sum(map(len, members))
+                yield read_rows.Placed(batch, [[m._replace(record=first + m.record) for m in row] for row in members])
+            first, offset = first + seen, offset + units.count
 
 
 def owners(batch: dict[str, np.ndarray], at: np.ndarray, units: Units, offset: int) -> dict[str, np.ndarray]:
@@ -128,19 +134,32 @@ class Scorer:
 
     def __init__(self, p: Program) -> None:
         self.p = p
-        step = perplexity.make_eval_step(p.loss, p.objective.totals, p.tokens.bytes_per_token, p.whole)
-        self._step, _ = once_a_shape(step, "compile the validation")
+        self._step, _ = once_a_shape(jax.jit(self._scores, out_shardings=p.whole), "compile the validation")
+
+    def _scores(self, weights: Any, batch: Any) -> tuple[Any, Any]:
+        """Returns what a batch adds to the sums, and its predictions or None, of one pass of the model."""
+        p = dataclasses.replace(self.p, model=self.p.sharing())
+        rows = jax.tree.map(lambda x: x[0], batch)
+        told = p.objective.predict(p.model, weights, rows) if p.objective.predicts else None
+        return perplexity.eval_step(p.loss, p.objective.totals, p.tokens.bytes_per_token)(weights, rows), told
 
     def __call__(self, weights: Any, held: HeldOut, limit: int = 0) -> Scored:
         """Scores weights on held-out data, or on `limit` batches of each of its sources if not 0."""
         p = self.p
-        found = perplexity.tally(self._step, weights, held.batches(p, limit), held.count, held.unit)
+        told: list[tuple[list[list[read_rows.Member]], Any]] = []
+
+        def step(weights: Any, placed: read_rows.Placed) -> Any:
+            sums, predicted = self._step(weights, placed.batch)
+            told.append((placed.members, predicted))
+            return sums
+
+        found = perplexity.tally(step, weights, held.placed(p, limit), held.count, held.unit)
         losses, samples = found.figures(), {"losses": of_losses(found, whole=not p.objective.predicts)}
         if not p.objective.predicts:
             return Scored(losses, {}, samples, "", None, [], {})
         most = limit * (p.run.train.batch_size // p.run.train.micro_batches) or None
         records = [record for source in held.sources for record in source[:most]]
-        true, predicted = p.objective.answers(records, corpus.predictions(p, weights, records))
+        true, predicted = p.objective.answers(records, read_rows.by_record(p, told))
         judged = task_scores.judge(p.objective.prediction.scores, p.run.objective, records, true, predicted)
         wrong = self._mistakes(held, found, judged, records, true, predicted)
         samples = {"answers": judged.sample} | samples

@@ -3,13 +3,16 @@ models read them.
 
 T positions of a row, S positions of an encoder's text, K predictions of a row, N choices of a question, L labels,
 A answers of a prompt. Shapes are those of one row; a batch has a dimension of rows before them, and what travels to the
-devices one of micro-batches before that.
+devices one of micro-batches before that. Where texts share rows, `at`, `target` and `rows` have a dimension of texts
+after that of rows.
 """
 
 from typing import Generic, TypedDict, TypeVar
 
 Array = TypeVar("Array")
 """numpy's array in the host half, JAX's in the device half."""
+COUNTED = ("weights", "rows")
+"""Keys that say how much a target or a row counts: sums are linear in them, and no model reads them."""
 
 
 class Batch(TypedDict, Generic[Array], total=False):

@@ -232,16 +232,22 @@ def evaluation_batches(
         raise ValueError("nothing to evaluate: there are no records, or limit=0")
     rows = range(batch_size) if rows is None else rows
     blank: Arrays | None = None
-
-    def example(i: int) -> Mapping[str, Any]:
-        rng = _generator(0, i)
-        return to_example(record(records, i, rng), rng)
-
     for start in range(0, total, batch_size):
         indices = [start + row for row in rows]
         if blank is None and any(i >= total for i in indices):
-            blank = {name: np.zeros_like(value) for name, value in example(0).items()}
-        yield _stack([example(i) if i < total else blank for i in indices], (1, len(indices)))  # type: ignore[misc]
+            blank = {name: np.zeros_like(value) for name, value in _evaluated(records, to_example, 0).items()}
+        examples = [_evaluated(records, to_example, i) if i < total else blank for i in indices]
+        yield _stack(examples, (1, len(indices)))  # type: ignore[arg-type]
+
+
+def evaluation_rows(records: Records, to_example: ToExample, indices: Sequence[int]) -> Arrays:
+    """Returns the rows of some records, with leaves [1, indices, …], as every evaluation sees them."""
+    return _stack([_evaluated(records, to_example, i) for i in indices], (1, len(indices)))
+
+
+def _evaluated(records: Records, to_example: ToExample, i: int) -> Mapping[str, Any]:
+    rng = _generator(0, i)
+    return to_example(record(records, i, rng), rng)
 
 
 # -------------------------------------------------------------------------------------------------------- onto devices

@@ -231,25 +231,39 @@ BY_POSITION = frozenset({
 """Keys of a batch that have a number for each position: how long the others are says nothing of what they hold."""
 
 
-def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Assigns texts to rows of `room` tokens, the longest first; returns the indices of the texts in each row.
+BY_TEXT = frozenset({"at", "target", "rows"})
+"""Keys of a batch that have a value for a text, where each row is one text: `[micro, rows, …]`. Where rows are shared,
+they have one for each of a row's places for texts: `[micro, rows, texts_in_row(T), …]`."""
+
+
+def texts_in_row(room: int) -> int:
+    """Returns how many texts with values of their own (`BY_TEXT`) share a row of `room` tokens at most. It depends on
+    nothing else, so that batches have few shapes."""
+    return max(1, room // 8)
+
+
+def first_fit(lengths: Sequence[int], room: int, most: int | None = None) -> list[list[int]]:
+    """Assigns texts to rows of `room` tokens, the longest first; returns the indices of the texts in each row, of which
+    there are at most `most`.
 
     A text goes to the first row that has room for it, which a tree of the most room left finds in log2(texts) steps.
     """
+    assert most is None or min(lengths, default=1) > 0, "a text without tokens fits into a row that is full"
     leaves = 1 << max(0, len(lengths) - 1).bit_length()
-    most = [room] * (2 * leaves)  # node i has children 2i and 2i + 1; its leaves are rows, most of which stay empty
+    left = [room] * (2 * leaves)  # node i has children 2i and 2i + 1; its leaves are rows, most of which stay empty
     out: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         n, node = min(lengths[i], room), 1
         while node < leaves:
-            node = 2 * node if most[2 * node] >= n else 2 * node + 1
+            node = 2 * node if left[2 * node] >= n else 2 * node + 1
         if node - leaves == len(out):
             out.append([])
-        out[node - leaves].append(i)
-        most[node] -= n
+        members = out[node - leaves]
+        members.append(i)
+        left[node] = 0 if len(members) == most else left[node] - n
         while node > 1:
             node //= 2
-            most[node] = max(most[2 * node], most[2 * node + 1])
+            left[node] = max(left[2 * node], left[2 * node + 1])
     return out
 
 
@@ -269,28 +283,50 @@ def concatenated(texts: Sequence[np.ndarray], room: int, pad: int) -> Window:
     )
 
 
+def shared_rows(batch: dict[str, np.ndarray], micro: int = 0) -> list[list[int]]:
+    """Returns which rows of a batch `[micro, rows, T]`, each of them one text, would share a row."""
+    lengths, room = (batch["segments"][micro] > 0).sum(-1), batch["segments"].shape[-1]
+    if BY_TEXT.isdisjoint(batch):
+        return first_fit(lengths.tolist(), room)
+    return first_fit(np.maximum(lengths, 1).tolist(), room, texts_in_row(room))
+
+
 def pack_batch(batch: dict[str, np.ndarray], ways: int = 1) -> dict[str, np.ndarray]:
     """Packs a batch `[micro, rows, T]` of one text a row into as few rows as hold them, each text a segment.
 
-    The number of rows is rounded up, to one of four sizes between two powers of 2 (so that few shapes are compiled)
-    and to a multiple of `ways`; the rows added are padding.
+    The number of rows is rounded up (`padded_count`), so that few shapes are compiled; the rows added are padding.
     """
-    segments = batch["segments"]
-    T, lengths = segments.shape[2], (segments > 0).sum(-1)
-    rows = [first_fit(row.tolist(), T) for row in lengths]
-    count = max(map(len, rows))
+    rows = [shared_rows(batch, m) for m in range(len(batch["segments"]))]
+    return share_rows(batch, rows, padded_count(max(map(len, rows)), ways))
+
+
+def padded_count(count: int, ways: int = 1) -> int:
+    """Returns a number of rows rounded up to one of four sizes between two powers of 2, and to a multiple of `ways`."""
     step = max(1, (1 << max(count - 1, 1).bit_length()) // 8)
-    count = -(-count // step) * step
-    count = -(-count // ways) * ways
-    out = {name: np.zeros((len(segments), count, T), leaf.dtype) for name, leaf in batch.items()}
+    return -(-(-(-count // step) * step) // ways) * ways
+
+
+def share_rows(batch: dict[str, np.ndarray], rows: Sequence[list[list[int]]], count: int) -> dict[str, np.ndarray]:
+    """Puts texts into shared rows: `rows[m][r]` are the rows of the batch `[micro, rows, T]` that row r of the new one
+    `[micro, count, T]` holds, as its segments 1, 2, …"""
+    segments = batch["segments"]
+    micro, _, T = segments.shape
+    lengths, places = (segments > 0).sum(-1), texts_in_row(T)
+    out = {
+        name: np.zeros((micro, count, *((places,) if name in BY_TEXT else ()), *leaf.shape[2:]), leaf.dtype)
+        for name, leaf in batch.items()
+    }
     for m, micro_rows in enumerate(rows):
         for r, members in enumerate(micro_rows):
             at = 0
-            for number, i in enumerate(members, 1):
+            for k, i in enumerate(members):
                 n = lengths[m, i]
                 for name, leaf in batch.items():
-                    out[name][m, r, at : at + n] = leaf[m, i, :n]
-                out["segments"][m, r, at : at + n] = number
+                    if name in BY_TEXT:
+                        out[name][m, r, k] = leaf[m, i] + (at if name == "at" else 0)
+                    else:
+                        out[name][m, r, at : at + n] = leaf[m, i, :n]
+                out["segments"][m, r, at : at + n] = k + 1
                 at += n
     return out
 

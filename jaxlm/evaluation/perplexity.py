@@ -13,25 +13,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.core.batch import COUNTED
+
 Column = tuple[str, str]
 """(name of the loss, its metric), or (name of the total, empty)."""
-COUNTED = ("weights", "rows")
-"""Keys of a batch that sums are linear in."""
 TOLERANCE = 1e-3
 """By how much of a sum, in float32, its shares may differ from it."""
 
 
 def make_eval_step(loss: Any, totals_of: Any, bytes_per_token: np.ndarray, whole: Any = None) -> Callable[..., Any]:
-    """Returns a jitted `(params, batch) → (values, shares)`: the value of each column, and by key of `COUNTED` what
-    each target or row adds to it, with its unit and that unit's checksum.
+    """Returns a jitted `(params, batch) → (values, shares)`, as `eval_step` computes them. Batch leaves are `[1, batch,
+    …]`. `whole`: the sharding of what every device holds whole."""
+    step = eval_step(loss, totals_of, bytes_per_token)
+    return jax.jit(lambda params, batch: step(params, jax.tree.map(lambda x: x[0], batch)), out_shardings=whole)
 
-    Batch leaves are `[1, batch, …]`; padding rows weigh nothing. The total `bytes` counts the raw text bytes of the
-    target tokens, special tokens none. `whole`: the sharding of what every device holds whole.
+
+def eval_step(loss: Any, totals_of: Any, bytes_per_token: np.ndarray) -> Callable[..., Any]:
+    """Returns `(params, batch) → (values, shares)`: the value of each column, and by key of `COUNTED` what each target
+    or row adds to it, with its unit and that unit's checksum.
+
+    Batch leaves are `[batch, …]`; padding rows weigh nothing. The total `bytes` counts the raw text bytes of the target
+    tokens, special tokens none.
     """
     table_V = np.asarray(bytes_per_token, np.float32)
 
     def step(params: Any, batch: dict) -> tuple[dict, dict]:
-        batch = jax.tree.map(lambda x: x[0], batch)
         counted = {name: batch[name] for name in COUNTED if name in batch}
 
         def values(counted: dict) -> dict[Column, jax.Array]:
@@ -54,16 +60,19 @@ def make_eval_step(loss: Any, totals_of: Any, bytes_per_token: np.ndarray, whole
                 shares[name]["values"][column] = slope[name] * x
         return found, shares
 
-    return jax.jit(step, out_shardings=whole)
+    return step
 
 
 def _owners(batch: Mapping[str, jax.Array], counted: jax.Array) -> dict[str, jax.Array]:
     """Returns the unit of each weight, numbered from 1, and its checksum."""
     out = {}
+    at = batch.get("at")
     for name in ("unit", "checksum"):
         x = batch[name]
-        if (at := batch.get("at")) is not None and at.shape == counted.shape and at.ndim > 1:
-            x = jnp.take_along_axis(x, at, axis=1)
+        if at is not None and counted.ndim > 1 and at.shape[:2] == counted.shape:
+            x = jnp.take_along_axis(x, at.reshape(*counted.shape, -1)[..., 0], axis=1)
+            if counted is batch.get("rows"):  # places of a row that no text has
+                x = jnp.where(counted != 0, x, 0)
         elif x.shape != counted.shape:  # all of a row belongs together
             row_B = x.reshape(len(x), -1).max(-1)
             x = jnp.broadcast_to(row_B.reshape(-1, *(1,) * (counted.ndim - 1)), counted.shape)
@@ -103,12 +112,11 @@ class Tally:
             np.add.at(self._keys_U, units, np.asarray(part["checksum"]).ravel()[real].astype(np.uint64))
             if not len(units):
                 continue
-            low = int(units.min())  # a batch's units lie near each other
+            mine, place = np.unique(units, return_inverse=True)
             for i, column in enumerate(self.columns):
                 each = np.asarray(part["values"][column], np.float64).ravel()
                 added_C[i], size_C[i] = added_C[i] + each.sum(), size_C[i] + np.abs(each).sum()
-                mine = np.bincount(units - low, each[real])
-                self._table_UC[low : low + len(mine), i] += mine
+                self._table_UC[mine, i] += np.bincount(place, each[real])
         self._by_unit &= bool(np.all(np.abs(added_C - sums) <= TOLERANCE * (np.abs(sums) + size_C) + 1e-6))
 
     @property
@@ -146,7 +154,7 @@ class Tally:
 
 
 def tally(
-    step: Callable[..., Any], params: Any, batches: Iterable[Mapping[str, Any]], units: int = 0, unit: str = "examples"
+    step: Callable[..., Any], params: Any, batches: Iterable[Any], units: int = 0, unit: str = "examples"
 ) -> Tally:
     """Returns what a model does on batches, added up on the host. A batch's sums are read when the next one has been
     sent, so that devices don't wait for the host: what two batches give is held."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlm.core.batch import COUNTED
 from jaxlm.nn import layers
 from jaxlm.nn.cache import Cache, in_few_bits
 from jaxlm.nn.family import Family, ModelConfig
@@ -99,7 +100,7 @@ class SharingModel(Model):
     def place(self, params: Any, batch: Mapping[str, Any]) -> tuple[tuple[int, ...], list[Any]]:
         """Returns what tells the weights and the batch of a pass from others, and these arrays."""
         read = {name: value for name, value in params.items() if name in self.reads}
-        arrays = [*jax.tree.leaves(read), *(batch[name] for name in sorted(batch))]
+        arrays = [*jax.tree.leaves(read), *(batch[name] for name in sorted(batch) if name not in COUNTED)]
         return tuple(map(id, arrays)), arrays
 
 

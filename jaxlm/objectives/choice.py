@@ -171,7 +171,7 @@ def logits(
         at=batch["at"].reshape(B * N),
     )  # fmt: skip
     out = classify.states(model, params, flat, body)
-    x_BD = dropout(classify.summary(model, params, flat, out), c.dropout, head)
+    x_BD = dropout(classify.summary(model, params, flat, out)[:, 0], c.dropout, head)
     z_B1 = classify.linear(model, params["choice"], x_BD)
     z_BN = _split(model, (z_B1 + params["choice_bias"][None] if c.bias else z_B1)[:, 0], N)
     aux_B = None if out.aux_B is None else _split(model, out.aux_B, N).mean(-1)

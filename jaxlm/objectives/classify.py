@@ -200,12 +200,37 @@ def totals(batch: DeviceBatch) -> dict[str, jax.Array]:
     return {"texts": batch["rows"].sum()}
 
 
+# B rows, K texts that share a row (1 where each row is one text), N = B · K texts of a batch.
+
+
 def logits(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> tuple[jax.Array, Output]:
-    """Computes the head's outputs `[B, L]` in float32, and the model's."""
+    """Computes the head's outputs of each text `[N, L]` in float32, and the model's."""
     body, head = (None, None) if key is None else jax.random.split(key)
     out = states(model, params, batch, body)
-    z_BL = linear(model, params["classify"], dropout(summary(model, params, batch, out), c.dropout, head))
-    return z_BL if c.bias is False else z_BL + params["classify_bias"][None], out
+    x_BKD = summary(model, params, batch, out)
+    z_NL = linear(model, params["classify"], dropout(by_text(model, x_BKD), c.dropout, head))
+    return z_NL if c.bias is False else z_NL + params["classify_bias"][None], out
+
+
+def by_text(model: Model, x: jax.Array) -> jax.Array:
+    """Returns `[N, …]`, one for each text, of `[B, K, …]`."""
+    return model.shard(x.reshape(-1, *x.shape[2:]), "batch", *[None] * (x.ndim - 2))
+
+
+def by_row(model: Model, x: jax.Array, batch: DeviceBatch) -> jax.Array:
+    """Returns `[B, K, …]`, the texts of each row, of `[N, …]`."""
+    rows = batch["rows"]
+    places = 1 if rows.ndim == 1 else rows.shape[1]
+    if places == 1:
+        return x[:, None]
+    # unsharded first: a dimension that is sharded can't be split in two
+    x = model.shard(x, *[None] * x.ndim).reshape(-1, places, *x.shape[1:])
+    return model.shard(x, "batch", *[None] * (x.ndim - 1))
+
+
+def weights_by_row(batch: DeviceBatch) -> jax.Array:
+    """Returns the weights of texts, `[B, K]`."""
+    return batch["rows"].reshape(len(batch["rows"]), -1)
 
 
 def states(model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> Output:
@@ -215,13 +240,14 @@ def states(model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None)
 
 
 def summary(model: Model, params: Any, batch: DeviceBatch, out: Output) -> jax.Array:
-    """Returns `[B, D]`, the state where each row is read, or the mean of its text's, as heads read it."""
+    """Returns `[B, K, D]`, the state where each text is read, or the mean of its states, as heads read it."""
+    at_BK = batch["at"].reshape(len(batch["at"]), -1)
     if not model.config.mean_pooling:
-        return model.task_states(params, states_at(model, out.x_BTD, batch["at"][:, None]))[:, 0]
-    x_BTD = model.shard(out.x_BTD, "batch", None, None)
-    w_BT = model.shard(batch["segments"] > 0, "batch", None).astype(jnp.float32)
-    mean_BD = (x_BTD.astype(jnp.float32) * w_BT[..., None]).sum(1) / jnp.maximum(w_BT.sum(1), 1)[:, None]
-    return model.task_states(params, mean_BD.astype(x_BTD.dtype)[:, None])[:, 0]
+        return model.task_states(params, states_at(model, out.x_BTD, at_BK))
+    x_BTD, segments_BT = model.shard(out.x_BTD, "batch", None, None), model.shard(batch["segments"], "batch", None)
+    w_BKT = (segments_BT[:, None] == 1 + jnp.arange(at_BK.shape[1])[None, :, None]).astype(jnp.float32)
+    sum_BKD = jnp.einsum("bkt,btd->bkd", w_BKT, x_BTD.astype(jnp.float32), precision="highest")
+    return model.task_states(params, (sum_BKD / jnp.maximum(w_BKT.sum(2), 1)[..., None]).astype(x_BTD.dtype))
 
 
 def token_states(model: Model, params: Any, out: Output) -> jax.Array:
@@ -246,36 +272,37 @@ def linear(model: Model, w_DL: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> Sums:
-    z_BL, out = logits(c, model, params, batch, key)
-    y_BL, right_B = batch["target"], None
+    z_NL, out = logits(c, model, params, batch, key)
+    y_NL, right_N = batch["target"].reshape(z_NL.shape), None
     if c.kind == "single":
-        loss_B, right_B = single(z_BL, y_BL, c.label_smoothing)
+        loss_N, right_N = single(z_NL, y_NL, c.label_smoothing)
     elif c.kind == "multi":
-        each_BL = -y_BL * jax.nn.log_sigmoid(z_BL) - (1 - y_BL) * jax.nn.log_sigmoid(-z_BL)
+        each_NL = -y_NL * jax.nn.log_sigmoid(z_NL) - (1 - y_NL) * jax.nn.log_sigmoid(-z_NL)
         scale_L = jnp.asarray(c.class_weights or (1.0,) * len(c.labels), jnp.float32)
-        loss_B = (each_BL * scale_L[None]).mean(-1)
-        right_B = ((z_BL > 0) == (y_BL > 0)).all(-1)
+        loss_N = (each_NL * scale_L[None]).mean(-1)
+        right_N = ((z_NL > 0) == (y_NL > 0)).all(-1)
     else:
-        loss_B = jnp.square(z_BL - y_BL).mean(-1)
-    return {"texts": sums(batch["rows"], out.aux_B, loss_B, right_B)}
+        loss_N = jnp.square(z_NL - y_NL).mean(-1)
+    return {"texts": sums(batch["rows"], out.aux_B, loss_N, right_N)}
 
 
-def single(z_BL: jax.Array, y_BL: jax.Array, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
-    """Computes the cross-entropy of each row, and whether the likeliest label is right; `y_BL` is one at its label."""
-    log_BL = jax.nn.log_softmax(z_BL, -1)
-    loss_B = -(1 - smoothing) * (y_BL * log_BL).sum(-1) - smoothing * log_BL.mean(-1)
-    return loss_B, z_BL.argmax(-1) == y_BL.argmax(-1)
+def single(z_NL: jax.Array, y_NL: jax.Array, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
+    """Computes the cross-entropy of each text, and whether the likeliest label is right; `y_NL` is one at its label."""
+    log_NL = jax.nn.log_softmax(z_NL, -1)
+    loss_N = -(1 - smoothing) * (y_NL * log_NL).sum(-1) - smoothing * log_NL.mean(-1)
+    return loss_N, z_NL.argmax(-1) == y_NL.argmax(-1)
 
 
 def sums(
-    rows_B: jax.Array, aux_B: jax.Array | None, loss_B: jax.Array, right_B: jax.Array | None
+    rows: jax.Array, aux_B: jax.Array | None, loss_N: jax.Array, right_N: jax.Array | None
 ) -> dict[str, jax.Array]:
-    """Sums over rows, by their weights. `aux_B`: what the model adds to the loss."""
-    values = dict(loss=(loss_B * rows_B).sum())
-    if right_B is not None:
-        values["accuracy"] = (right_B * rows_B).sum()
+    """Sums over texts, by their weights `[B]` or `[B, K]`. `aux_B`: what the model adds to the loss of each row's."""
+    rows_N = rows.reshape(-1)
+    values = dict(loss=(loss_N * rows_N).sum())
+    if right_N is not None:
+        values["accuracy"] = (right_N * rows_N).sum()
     if aux_B is not None:
-        values["aux"] = (aux_B * rows_B).sum()
+        values["aux"] = (aux_B * rows.reshape(len(aux_B), -1).sum(1)).sum()
         values["loss"] += values["aux"]
     return values
 
@@ -285,12 +312,12 @@ def all_outputs(c: Config, model: Model, params: Any, batch: DeviceBatch) -> Pre
     kinds: dict[str, Literal["softmax", "sigmoid", "value"]] = {
         "single": "softmax", "multi": "sigmoid", "regression": "value"
     }  # fmt: skip
-    return Predicted(logits(c, model, params, batch, None)[0][:, None], batch["rows"][:, None], kinds[c.kind])
+    return Predicted(predict(c, model, params, batch), weights_by_row(batch), kinds[c.kind])
 
 
 def predict(c: Config, model: Model, params: Any, batch: DeviceBatch) -> jax.Array:
-    """Returns the head's outputs `[B, L]`."""
-    return logits(c, model, params, batch, None)[0]
+    """Returns the head's outputs `[B, K, L]`."""
+    return by_row(model, logits(c, model, params, batch, None)[0], batch)
 
 
 def answers(c: Config, records: Sequence[Text], predictions: Sequence[np.ndarray]) -> tuple[list[Any], list[Any]]:
@@ -369,6 +396,6 @@ head = TaskHead[Config](
 )  # fmt: skip
 objective = Objective(
     Config, ExampleReader(read), ("encoder", "decoder"), example=example, totals=totals, loss=loss, specs=specs,
-    check=check, infer_from_data=infer_from_data, target_positions=no_tokens, padding="trim",
-    prediction=Prediction(predict, answers, "classes", use), head=head, outputs=all_outputs,
+    check=check, infer_from_data=infer_from_data, target_positions=no_tokens, padding="pack",
+    prediction=Prediction(predict, answers, "classes", use, of="text"), head=head, outputs=all_outputs,
 )  # fmt: skip

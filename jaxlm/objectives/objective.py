@@ -151,13 +151,16 @@ class Prediction(Generic[C]):
     """Predictions that are scored beside the loss, of an objective whose `records` are an `ExampleReader`."""
 
     predict: Callable[[C, Model, Any, DeviceBatch], jax.Array]
-    """(settings, model, params, batch) → [B, …]."""
+    """(settings, model, params, batch) → [B, …], as `of` says."""
     answers: Callable[[C, Sequence[Any], Sequence[np.ndarray]], tuple[list[Any], list[Any]]]
     """(settings, records, predictions) → true and predicted answers, where several records may share one answer."""
     scores: str
     """The row of `evaluation/task_scores.py` that scores them."""
     use: Use[C] | None = None
     """How inputs without labels are predicted; None: only labelled examples are."""
+    of: Literal["row", "text", "position"] = "row"
+    """What is predicted: `[B, …]` for a row; `[B, K, …]` for each of the K texts that may share it, or `[B, T, …]` for
+    each position, of which a record's prediction is its part."""
 
 
 @dataclass(frozen=True)
@@ -316,7 +319,7 @@ class Objective(Generic[C]):
     """Whether a decoder's prompt tokens all see each other."""
     padding: Literal["keep", "pack", "trim"] = "keep"
     """What becomes of padding in a batch of one text a row: it is kept; texts share rows as segments, whatever row
-    `example` put them in; or the columns that are padding in every row are left out."""
+    `example` put them in (`data.packing.share_rows`); or the columns that are padding in every row are left out."""
 
     chat_template: Callable[[C], str] | None = None
     """(settings) → the chat template of their own, empty if they have none; None: it doesn't read chats."""
@@ -332,3 +335,8 @@ class Objective(Generic[C]):
     read_prompts: ReadPrompts[C] | None = None
     own_texts: OwnTexts[C] | None = None
     """How rows are made of what a model writes; None: it can't write such rows."""
+
+    def __post_init__(self) -> None:
+        if self.padding == "pack" and self.prediction is not None and self.prediction.of == "row":
+            raise ValueError("prediction.of: texts share rows (padding=pack), so that predictions are of texts or of "
+                             "positions")  # fmt: skip

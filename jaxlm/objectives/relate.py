@@ -169,29 +169,30 @@ def totals(batch: DeviceBatch) -> dict[str, jax.Array]:
 
 
 def logits(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> tuple[jax.Array, Output]:
-    """Computes the head's outputs `[B, L]` in float32, and the model's."""
+    """Computes the head's outputs of each text `[N, L]` in float32, and the model's."""
     body, head = (None, None) if key is None else jax.random.split(key)
     out = classify.states(model, params, batch, body)
-    x_B2D = classify.states_at(model, out.x_BTD, batch["at"])
-    x_BD = dropout(x_B2D.reshape(len(x_B2D), -1), c.dropout, head)
-    return classify.linear(model, params["relate"], x_BD) + params["relate_bias"][None], out
+    B = len(batch["at"])
+    both_BED = classify.states_at(model, out.x_BTD, batch["at"].reshape(B, -1))  # of two entities for each text
+    x_ND = classify.by_text(model, both_BED.reshape(B, -1, 2 * both_BED.shape[-1]))
+    z_NL = classify.linear(model, params["relate"], dropout(x_ND, c.dropout, head))
+    return z_NL + params["relate_bias"][None], out
 
 
 def loss(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Array | None) -> Sums:
-    z_BL, out = logits(c, model, params, batch, key)
-    return {
-        "pairs": classify.sums(batch["rows"], out.aux_B, *classify.single(z_BL, batch["target"], c.label_smoothing))
-    }
+    z_NL, out = logits(c, model, params, batch, key)
+    found = classify.single(z_NL, batch["target"].reshape(z_NL.shape), c.label_smoothing)
+    return {"pairs": classify.sums(batch["rows"], out.aux_B, *found)}
 
 
 def outputs(c: Config, model: Model, params: Any, batch: DeviceBatch) -> Predicted:
     """Returns the head's outputs, one place a pair."""
-    return Predicted(logits(c, model, params, batch, None)[0][:, None], batch["rows"][:, None])
+    return Predicted(predict(c, model, params, batch), classify.weights_by_row(batch))
 
 
 def predict(c: Config, model: Model, params: Any, batch: DeviceBatch) -> jax.Array:
-    """Returns the head's outputs `[B, L]`."""
-    return logits(c, model, params, batch, None)[0]
+    """Returns the head's outputs `[B, K, L]`."""
+    return classify.by_row(model, logits(c, model, params, batch, None)[0], batch)
 
 
 def answers(c: Config, records: Sequence[MarkedText], predictions: Sequence[np.ndarray]) -> tuple[list[str], list[str]]:
@@ -215,6 +216,6 @@ def told(c: Config, records: Sequence[MarkedText], predictions: Sequence[np.ndar
 use = Use[Config](classify.rows, lambda c: c.text, unlabelled, told)
 objective = Objective(
     Config, ExampleReader(read), ("encoder",), example=example, totals=totals, loss=loss, specs=specs, check=check,
-    infer_from_data=infer_from_data, target_positions=no_tokens, padding="trim",
-    outputs=outputs, prediction=Prediction(predict, answers, "relations", use),
+    infer_from_data=infer_from_data, target_positions=no_tokens, padding="pack",
+    outputs=outputs, prediction=Prediction(predict, answers, "relations", use, of="text"),
 )  # fmt: skip

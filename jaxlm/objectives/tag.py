@@ -244,5 +244,5 @@ head = TaskHead[Config](
 objective = Objective(
     Config, ExampleReader(read), ("encoder", "decoder"), example=example, totals=totals, loss=loss, specs=specs,
     check=check, infer_from_data=infer_from_data, target_positions=no_tokens, padding="pack",
-    prediction=Prediction(predict, answers, "tags", use), head=head, outputs=outputs,
+    prediction=Prediction(predict, answers, "tags", use, of="position"), head=head, outputs=outputs,
 )  # fmt: skip

@@ -240,6 +240,17 @@ def test_texts_of_a_batch_are_laid_out_in_fewer_rows():
         assert sorted(whole) == sorted(x for x in found if x)
     assert got["weights"].sum() == batch["weights"].sum()
     assert packing.pack_batch(batch, ways=8)["tokens"].shape == (2, 8, 8)
+    assert packing.first_fit([4, 4, 4, 1, 1], 9, most=2) == [[0, 1], [2, 3], [4]]
+    of_texts = dict(target=np.arange(24.0).reshape(2, 6, 2), at=np.full((2, 6), 1), rows=np.ones((2, 6)))
+    wide = {name: np.pad(leaf, [(0, 0), (0, 0), (0, 16)]) for name, leaf in batch.items()}
+    got = packing.pack_batch(wide | of_texts)
+    assert got["target"].shape == (2, 2, 3, 2) and got["rows"].sum() == 12
+    for m in range(2):
+        for r, k in np.argwhere(got["rows"][m]):
+            i = int(got["target"][m, r, k, 0]) // 2 - 6 * m
+            mine = got["segments"][m, r] == k + 1
+            assert got["tokens"][m, r][mine].tolist() == batch["tokens"][m, i, : lengths[m, i]].tolist()
+            assert not mine.any() or got["at"][m, r, k] == 1 + mine.argmax()
     of_rows = {"target": np.zeros((2, 1, 8)), "at": np.zeros((2, 1, 8), np.int32), "rows": np.zeros((2, 1))}
     short = packing.trim_padding({k: v[:, 2:3] for k, v in batch.items()} | of_rows, multiple=4)
     assert {k: v.shape[2:] for k, v in short.items()} == {

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from support.tiny_models import published
 
-from jaxlm.assembly import convert, corpus, model_source
+from jaxlm.assembly import convert, model_source, read_rows
 from jaxlm.commands import cli
 from jaxlm.training.log import read_lines
 
@@ -96,8 +96,14 @@ def _check_test_data(folder, file, test, shown, page, capsys) -> None:
 
 
 def test_a_run_from_nothing_says_nothing_of_it_and_tests_the_step_that_it_uses(tmp_path, monkeypatch, capsys):
-    predict, counts = corpus.predictions, []
-    monkeypatch.setattr(corpus, "predictions", lambda p, w, part: counts.append(len(part)) or predict(p, w, part))
+    gather, counts = read_rows.by_record, []
+
+    def counted(p, found):
+        out = gather(p, found)
+        counts.append(len(out))
+        return out
+
+    monkeypatch.setattr(read_rows, "by_record", counted)
     file, test = tmp_path / "t.tsv", tmp_path / "test.tsv"
     file.write_text("text\tlabel\n" + "a\tx\nb\ty\n" * 8)
     test.write_text("text\tlabel\n" + "a\tx\nb\ty\n" * 4)  # the rows that are validated

@@ -14,9 +14,11 @@ from jaxlm.commands import cli
 from jaxlm.core import config
 from jaxlm.data import packing
 from jaxlm.data.tokenizer import Bytes
-from jaxlm.models import bert, llama
+from jaxlm.evaluation import perplexity
+from jaxlm.models import bert, llama, mixtral, modernbert
 from jaxlm.models.model import Model
 from jaxlm.nn.layout import Layout
+from jaxlm.nn.moe import Moe
 from jaxlm.objectives import classify
 from jaxlm.objectives.objective import RowShape
 from jaxlm.runtime.mesh import NamedSharding, make_mesh, on_mesh
@@ -84,7 +86,7 @@ def test_settings(c, why):
 
 def make(c: classify.Config, family=bert, mesh: config.Mesh | None = None, **more) -> tuple[Model, dict]:
     shape = dict(vocab=264, layers=1, width=16, heads=2, ffn=24, positions=24)
-    shape |= dict(head=False) if family is bert else dict(kv_heads=2, head_width=8)
+    shape |= dict(head=False) if family in (bert, modernbert) else dict(kv_heads=2, head_width=8)
     model = family.Config(**shape | more)
     specs = family.specs(model) | classify.specs(c, 16)
     layout = Layout.of(mesh or config.Mesh(), config.Execution("float32"))
@@ -118,6 +120,51 @@ def test_the_loss_by_hand_and_padding_does_not_count(file, family, pooler):
     half = {k: np.concatenate([v[:4], np.zeros_like(v[4:])]) for k, v in batch.items()}
     np.testing.assert_allclose(loss(weights, half)["loss"], expected_B[:4].sum(), rtol=1e-5)
     assert float(classify.totals(half)["texts"]) == 4
+
+
+EXPERTS = dict(moe=Moe(experts=4, top_k=2, ffn=16))
+MEAN = dict(mean_pooling=True, window=5, layers=2)
+
+
+@pytest.mark.parametrize(("family", "more"), [(bert, {}), (modernbert, MEAN), (llama, {}), (mixtral, EXPERTS)])
+@pytest.mark.parametrize("kind", ["single", pytest.param("multi", marks=pytest.mark.slow)])
+def test_texts_that_share_rows_give_the_same(file, family, more, kind):
+    """Losses, gradients and what evaluation tells of each text, with class weights, on one device and on a mesh."""
+    c = classify.infer_from_data(classify.Config(dropout=0.0, kind=kind, class_weights=(0.5, 2.0)), [file])
+    model, weights = make(c, family, **more)
+    batch = {k: v[None] for k, v in batch_of(c, file, model.family.kind, 12).items()}
+    batch["unit"] = np.arange(1, 13, dtype=np.int32)[None, :, None] * (batch["segments"] > 0)
+    batch["checksum"] = batch["unit"] * 7
+    shared = packing.pack_batch(batch)
+    count = 10 if model.family.kind == "encoder" else 6  # which has marks around each text
+    assert shared["tokens"].shape == (1, count, 16) and shared["at"].shape == shared["rows"].shape == (1, count, 2)
+    assert (shared["rows"] > 0).sum() == 12 and (shared["rows"] > 0).sum(-1).max() == 2
+
+    def value(model, weights, batch):
+        sums = classify.loss(c, model, weights, jax.tree.map(lambda x: x[0], batch), None)["texts"]
+        return sums["loss"] - sums.get("aux", 0)  # which is of rows, not of texts
+
+    both = jax.jit(jax.value_and_grad(functools.partial(value, model)))
+    expected, got = both(weights, batch), both(weights, shared)
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got[1], expected[1])
+    assert all(float(np.abs(expected[1][name]).max()) > 0 for name in ("classify", "embed"))
+
+    step = perplexity.make_eval_step(functools.partial(classify.loss, c, model), classify.totals, np.ones(264))
+    one, other = (perplexity.tally(step, weights, [b], 12).table() for b in (batch, shared))
+    assert one[1] == other[1] == [7 * number for number in range(1, 13)]
+    if family is not mixtral:  # the loss has what its router adds
+        np.testing.assert_allclose(one[0], other[0], rtol=1e-5)
+
+    shared = packing.pack_batch(batch, ways=4)
+    settings = config.Mesh(data=4, tensor=2, axis_type="explicit")
+    there, mesh = make(c, family, settings, **more)[0], make_mesh(settings)
+    with on_mesh(mesh):
+        placed = jax.device_put(weights, there.shard.shardings(there.specs, mesh))
+        home = {k: NamedSharding(mesh, there.shard.spec((None, "batch"))) for k in shared}
+        spread = jax.jit(jax.value_and_grad(functools.partial(value, there)))(placed, jax.device_put(shared, home))
+    np.testing.assert_allclose(spread[0], expected[0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), jax.device_get(spread[1]), expected[1])
 
 
 @pytest.mark.parametrize("family", [pytest.param(bert, marks=pytest.mark.slow), llama])

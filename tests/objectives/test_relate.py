@@ -12,6 +12,7 @@ from support.tiny_models import random_weights
 
 from jaxlm.commands import cli
 from jaxlm.core import config
+from jaxlm.data import packing
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.models import bert
 from jaxlm.models.model import Model
@@ -57,6 +58,24 @@ def test_entities_are_marked_and_read_where_they_begin(file):
                             TOKENS.sep_id] and first["at"].tolist() == [3, 13]  # fmt: skip
 
 
+def test_texts_that_share_rows_give_the_same(file):
+    c = relate.infer_from_data(relate.Config(dropout=0.0), [file])
+    found, _ = relate.read(c, file, RowShape(80, "encoder"), TOKENS)
+    rows = [relate.example(c, item, RowShape(80, "encoder"), TOKENS, RNG) for item in found * 2]
+    batch = {k: np.stack([r[k] for r in rows])[None] for k in rows[0]}
+    shared = packing.pack_batch(batch)
+    assert shared["tokens"].shape == (1, 3, 80) and shared["at"].shape == (1, 3, 10, 2)
+    model, weights = make(c, positions=80)
+
+    def value(weights, batch):
+        return relate.loss(c, model, weights, jax.tree.map(lambda x: x[0], batch), None)["pairs"]["loss"]
+
+    expected, got = (jax.jit(jax.value_and_grad(value))(weights, b) for b in (batch, shared))
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got[1], expected[1])
+    assert float(np.abs(expected[1]["relate"]).max()) > 0
+
+
 def test_unused_pieces_stand_around_entities_where_there_are_some():
     class Bert(Bytes):
         def id_of(self, piece: str) -> int | None:
@@ -94,8 +113,8 @@ def test_settings(c, why):
         relate.check(c, TOKENS)
 
 
-def make(c: relate.Config, mesh: config.Mesh | None = None) -> tuple[Model, dict]:
-    shape = bert.Config(vocab=264, layers=1, width=16, heads=2, ffn=24, positions=40, head=False, pooler=False)
+def make(c: relate.Config, mesh: config.Mesh | None = None, positions: int = 40) -> tuple[Model, dict]:
+    shape = bert.Config(vocab=264, layers=1, width=16, heads=2, ffn=24, positions=positions, head=False, pooler=False)
     specs = bert.specs(shape) | relate.specs(c, 16)
     layout = Layout.of(mesh or config.Mesh(), config.Execution("float32"))
     return Model(bert, shape, specs, layout), random_weights(specs)

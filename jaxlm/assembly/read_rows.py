@@ -1,0 +1,112 @@
+"""Puts records into the rows that a model reads them in where it learns nothing: for losses and for predictions.
+
+What an objective says of padding is done here over many batches at once: texts that share rows fill them, and texts
+that have a row each are read in the order of their lengths.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import jax
+import numpy as np
+
+from jaxlm.assembly.program import Program
+from jaxlm.data import loader, packing
+from jaxlm.objectives.objective import DeviceBatch, ExampleReader
+
+AHEAD = 64
+"""Batches of records that are put into rows together."""
+
+Added = Callable[[loader.Arrays, np.ndarray], loader.Arrays]
+"""(rows of one record each, with leaves [1, rows, …], the numbers of their records) → leaves to add to them."""
+
+
+class Member(NamedTuple):
+    """A Member is a record in a row, where it has the positions `begin` to `end - 1`."""
+
+    record: int
+    begin: int
+    end: int
+
+
+class Placed(NamedTuple):
+    """A Placed is a batch on the devices, and the records of each of its rows, other processes' rows included."""
+
+    batch: DeviceBatch
+    members: list[list[Member]]
+
+
+def placed(
+    p: Program, records: packing.Records, limit: int = 0, added: Added = lambda batch, at: {}
+) -> Iterator[Placed]:  # fmt: skip
+    """Yields every record once: of the first ones that would fill `limit` batches with a row each, if not 0."""
+    size = p.run.train.batch_size // p.run.train.micro_batches
+    total = min(limit * size, len(records)) if limit else len(records)
+    if isinstance(p.objective.records, ExampleReader) and p.objective.padding != "keep":
+        if not total:
+            raise ValueError("nothing to evaluate: there are no records")
+        for begin in range(0, total, AHEAD * size):
+            numbers = np.arange(begin, min(begin + AHEAD * size, total))
+            block = loader.evaluation_rows(records, p.objective.example, numbers.tolist())
+            yield from _with_little_padding(p, block | added(block, numbers), numbers, size)
+        return
+    rows = p.rows(size)
+    made = loader.evaluation_batches(records, p.objective.example, batch_size=size, rows=rows, limit=total)
+    for number, batch in enumerate(made):
+        mine = number * size + np.array(range(size) if rows is None else rows)
+        every = range(number * size, min((number + 1) * size, total))
+        yield Placed(p.to_device(batch | added(batch, mine), rows), [[Member(i, 0, 0)] for i in every])
+
+
+def _with_little_padding(p: Program, block: loader.Arrays, numbers: np.ndarray, size: int) -> Iterator[Placed]:
+    """Yields the rows of a block of records, `size` a batch; fewer where all of them are fewer, as those of a few
+    inputs are."""
+    segments = block["segments"][0]
+    lengths = (segments > 0).sum(-1).reshape(len(segments), -1).max(-1)
+    shares = p.objective.padding == "pack"
+    rows = packing.shared_rows(block) if shares else [[i] for i in np.argsort(lengths, kind="stable").tolist()]
+    count = min(size, packing.padded_count(len(rows), p.multiple)) if len(rows) < size else size
+    mine = p.rows(count)
+    for begin in range(0, len(rows), count):
+        chosen = rows[begin : begin + count]
+        batch = {name: leaf[:, [i for row in chosen for i in row]] for name, leaf in block.items()}
+        if shares:
+            ends = np.cumsum([0, *map(len, chosen)])
+            here = [list(range(a, b)) for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
+            batch = packing.share_rows(batch, [here], count)
+        else:
+            batch = packing.trim_padding(batch) if p.layout.ways("stream", p.mesh) == 1 else batch
+            batch = {name: _filled_up(leaf, count) for name, leaf in batch.items()}
+        batch = batch if mine is None else {name: leaf[:, mine] for name, leaf in batch.items()}
+        members = [_members(row, lengths, numbers) for row in chosen]
+        yield Placed(cast(DeviceBatch, loader.to_device(batch, p.batch_shardings(batch), mine)), members)
+
+
+def _filled_up(leaf: np.ndarray, count: int) -> np.ndarray:
+    """Returns `[1, count, …]`, the rows beyond those of the leaf zeros."""
+    return np.pad(leaf, [(0, 0), (0, count - leaf.shape[1]), *[(0, 0)] * (leaf.ndim - 2)])
+
+
+def _members(row: Sequence[int], lengths: np.ndarray, numbers: np.ndarray) -> list[Member]:
+    ends = np.cumsum(lengths[row]).tolist()
+    return [Member(int(numbers[i]), a, b) for i, a, b in zip(row, [0, *ends], ends, strict=False)]
+
+
+def by_record(p: Program, found: Iterable[tuple[list[list[Member]], Any]]) -> list[np.ndarray]:
+    """Returns the prediction of each record, in their order, from those of batches and the members of their rows."""
+    out: dict[int, np.ndarray] = {}
+    of = p.objective.prediction.of
+    for members, predicted in found:
+        z = np.asarray(predicted)
+        for r, row in enumerate(members):
+            for k, m in enumerate(row):
+                places = {"row": (r,), "text": (r, k), "position": (r, slice(m.begin, m.end or None))}
+                out[m.record] = z[places[of]]
+    return [out[i] for i in range(len(out))]
+
+
+def predictions(p: Program, weights: Any, records: packing.Records) -> list[np.ndarray]:
+    """Returns the model's prediction for each record, in their order."""
+    found = ((members, p.predict(weights, jax.tree.map(lambda x: x[0], batch)))
+             for batch, members in placed(p, records))  # fmt: skip
+    return by_record(p, found)
