@@ -4,6 +4,7 @@ What an objective says of padding is done here over many batches at once: texts 
 that have a row each are read in the order of their lengths.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -62,18 +63,20 @@ def _with_little_padding(p: Program, block: loader.Arrays, numbers: np.ndarray, 
     """Yields the rows of a block of records, `size` a batch; fewer where all of them are fewer, as those of a few
     inputs are."""
     segments = block["segments"][0]
-    lengths = (segments > 0).sum(-1).reshape(len(segments), -1).max(-1)
+    T, lengths = segments.shape[-1], (segments > 0).sum(-1).reshape(len(segments), -1).max(-1)
     shares = p.objective.padding == "pack"
-    rows = packing.shared_rows(block) if shares else [[i] for i in np.argsort(lengths, kind="stable").tolist()]
-    count = min(size, packing.padded_count(len(rows), p.multiple)) if len(rows) < size else size
+    rows = packing.shared_rows(block, T) if shares else [[i] for i in np.argsort(lengths, kind="stable").tolist()]
+    count = size
+    if len(rows) < size:
+        T, [rows], count = packing.layout(block, p.multiple) if shares else (T, [rows], size)
     mine = p.rows(count)
     for begin in range(0, len(rows), count):
         chosen = rows[begin : begin + count]
         batch = {name: leaf[:, [i for row in chosen for i in row]] for name, leaf in block.items()}
         if shares:
-            ends = np.cumsum([0, *map(len, chosen)])
-            here = [list(range(a, b)) for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
-            batch = packing.share_rows(batch, [here], count)
+            ends = np.cumsum([0, *map(len, chosen)]).tolist()
+            here = [list(range(a, b)) for a, b in itertools.pairwise(ends)]
+            batch = packing.share_rows(batch, T, [here], count)
         else:
             batch = packing.trim_padding(batch) if p.layout.ways("stream", p.mesh) == 1 else batch
             batch = {name: _filled_up(leaf, count) for name, leaf in batch.items()}

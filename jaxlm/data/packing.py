@@ -236,6 +236,10 @@ BY_TEXT = frozenset({"at", "target", "rows"})
 they have one for each of a row's places for texts: `[micro, rows, texts_in_row(T), …]`."""
 
 
+SHORTEST = 32
+"""Rows that texts share aren't made shorter than this."""
+
+
 def texts_in_row(room: int) -> int:
     """Returns how many texts with values of their own (`BY_TEXT`) share a row of `room` tokens at most. It depends on
     nothing else, so that batches have few shapes."""
@@ -283,21 +287,37 @@ def concatenated(texts: Sequence[np.ndarray], room: int, pad: int) -> Window:
     )
 
 
-def shared_rows(batch: dict[str, np.ndarray], micro: int = 0) -> list[list[int]]:
-    """Returns which rows of a batch `[micro, rows, T]`, each of them one text, would share a row."""
-    lengths, room = (batch["segments"][micro] > 0).sum(-1), batch["segments"].shape[-1]
+def shared_rows(batch: dict[str, np.ndarray], room: int, micro: int = 0) -> list[list[int]]:
+    """Returns which rows of a batch `[micro, rows, T]`, each of them one text, would share a row of `room` tokens."""
+    lengths = (batch["segments"][micro] > 0).sum(-1)
     if BY_TEXT.isdisjoint(batch):
         return first_fit(lengths.tolist(), room)
     return first_fit(np.maximum(lengths, 1).tolist(), room, texts_in_row(room))
 
 
 def pack_batch(batch: dict[str, np.ndarray], ways: int = 1) -> dict[str, np.ndarray]:
-    """Packs a batch `[micro, rows, T]` of one text a row into as few rows as hold them, each text a segment.
+    """Packs a batch `[micro, rows, T]` of one text a row into as few rows as hold them, each text a segment."""
+    return share_rows(batch, *layout(batch, ways))
 
-    The number of rows is rounded up (`padded_count`), so that few shapes are compiled; the rows added are padding.
+
+def layout(batch: dict[str, np.ndarray], ways: int = 1) -> tuple[int, list[list[list[int]]], int]:
+    """Returns what `share_rows` takes: the length of the rows, their texts by micro-batch, and the number of rows.
+
+    The number is rounded up (`padded_count`), so that few shapes are compiled; the rows added are padding. Rows are
+    half as long as the batch's, or a quarter and so on, where that saves a fifth of all positions: few texts fill no
+    long rows.
     """
-    rows = [shared_rows(batch, m) for m in range(len(batch["segments"]))]
-    return share_rows(batch, rows, padded_count(max(map(len, rows)), ways))
+    longest, room = int(np.max((batch["segments"] > 0).sum(-1))), batch["segments"].shape[-1]
+    best: tuple[int, list[list[list[int]]], int] | None = None
+    while best is None or room >= max(longest, SHORTEST):
+        rows = [shared_rows(batch, room, m) for m in range(len(batch["segments"]))]
+        count = padded_count(max(map(len, rows)), ways)
+        if best is None or count * room < 0.8 * best[0] * best[2]:
+            best = room, rows, count
+        if room % 2:
+            break
+        room //= 2
+    return best
 
 
 def padded_count(count: int, ways: int = 1) -> int:
@@ -306,14 +326,16 @@ def padded_count(count: int, ways: int = 1) -> int:
     return -(-(-(-count // step) * step) // ways) * ways
 
 
-def share_rows(batch: dict[str, np.ndarray], rows: Sequence[list[list[int]]], count: int) -> dict[str, np.ndarray]:
+def share_rows(
+    batch: dict[str, np.ndarray], room: int, rows: Sequence[list[list[int]]], count: int
+) -> dict[str, np.ndarray]:
     """Puts texts into shared rows: `rows[m][r]` are the rows of the batch `[micro, rows, T]` that row r of the new one
-    `[micro, count, T]` holds, as its segments 1, 2, …"""
-    segments = batch["segments"]
-    micro, _, T = segments.shape
-    lengths, places = (segments > 0).sum(-1), texts_in_row(T)
+    `[micro, count, room]` holds, as its segments 1, 2, …"""
+    lengths = (batch["segments"] > 0).sum(-1)
     out = {
-        name: np.zeros((micro, count, *((places,) if name in BY_TEXT else ()), *leaf.shape[2:]), leaf.dtype)
+        name: np.zeros(
+            (len(rows), count, *((texts_in_row(room), *leaf.shape[2:]) if name in BY_TEXT else (room,))), leaf.dtype
+        )
         for name, leaf in batch.items()
     }
     for m, micro_rows in enumerate(rows):

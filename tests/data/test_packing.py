@@ -256,3 +256,13 @@ def test_texts_of_a_batch_are_laid_out_in_fewer_rows():
     assert {k: v.shape[2:] for k, v in short.items()} == {
         "tokens": (4,), "segments": (4,), "weights": (4,), "target": (8,), "at": (8,), "rows": (),
     }  # fmt: skip
+
+
+def test_rows_are_shorter_where_that_saves_a_fifth_of_the_positions():
+    def batch(lengths: list[int], T: int) -> dict[str, np.ndarray]:
+        return dict(segments=(np.arange(T)[None, None] < np.array(lengths)[None, :, None]).astype(np.int32))
+
+    shapes = {n: packing.pack_batch(batch([7] * n, 512))["segments"].shape[1:] for n in (1, 8, 32, 146)}
+    assert shapes == {1: (1, 32), 8: (1, 64), 32: (1, 256), 146: (2, 512)}
+    assert packing.pack_batch(batch([70] * 4, 512))["segments"].shape == (1, 4, 128), "a text is never cut"
+    assert packing.pack_batch(batch([7] * 32, 512), ways=8)["segments"].shape == (1, 8, 32), "each of 8 devices has one"
