@@ -198,7 +198,8 @@ def as_records(objective: BoundObjective, part: Any, *, document_mask: bool, see
             return part
         case TextPairs() as pairs:
             lengths, _, takes, rooms = objective.fit(pairs, part)
-            return packing.texts(part, lengths, takes, rooms, pack=pairs.packs(objective.settings))
+            pack = objective.row.shared and pairs.packs(objective.settings)
+            return packing.texts(part, lengths, takes, rooms, pack=pack)
         case "pairs":
             return packing.pairs(part, objective.window_length, seed)
         case "packed":

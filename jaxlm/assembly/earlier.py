@@ -24,7 +24,7 @@ from jaxlm.assembly.continual_methods import (
     writes,
 )
 from jaxlm.assembly.model_source import StartModel
-from jaxlm.assembly.run_objective import BoundObjective, bind
+from jaxlm.assembly.run_objective import BoundObjective, bind, row_shape
 from jaxlm.assembly.task_index import FOLDER, INDEX, Task, read_index, task_of
 from jaxlm.core import config, registry, tree
 from jaxlm.core.continual import Continual
@@ -32,7 +32,7 @@ from jaxlm.data import replay
 from jaxlm.models import MODELS
 from jaxlm.models.model import Model
 from jaxlm.objectives import OBJECTIVES, outputs
-from jaxlm.objectives.objective import DeviceBatch, RowShape, Sums
+from jaxlm.objectives.objective import DeviceBatch, Sums
 from jaxlm.training.adafactor import own_axes
 from jaxlm.training.continual import packnet, path, penalty, projection
 from jaxlm.training.step import Keeping, State
@@ -361,7 +361,6 @@ def nothing() -> Earlier:
 
 def bound(run: config.Run, tasks: Sequence[Task], tokens: Any, rows: int) -> Earlier:
     """Binds the earlier tasks of a run. `rows`: how many of a batch's rows are earlier ones."""
-    kind, first = MODELS.of(run.model).kind, run.model.decoder_start
     if "lwf" in run.continual.methods and tasks:
         own = OBJECTIVES.of(run.objective)
         if not any(OBJECTIVES.of(t.objective) is own for t in tasks):
@@ -369,7 +368,8 @@ def bound(run: config.Run, tasks: Sequence[Task], tokens: Any, rows: int) -> Ear
                 f"continual.methods: lwf compares predictions of {registry.name_of(run.objective)}, and no earlier "
                 "task made such; choose another method, such as features or replay"
             )
-    objectives = tuple(bind(t.objective, tokens, RowShape(t.seq_len, kind, first, t.template)) for t in tasks)
+    objectives = tuple(bind(t.objective, tokens, row_shape(t.seq_len, run.model, t.template, run.adapter))
+                       for t in tasks)  # fmt: skip
     if run.continual.methods and any(task.kept_whole for task in tasks) and separate(run):
         raise ValueError(
             f"continual.methods: {registry.name_of(run.adapter)} gives each task a column of its own, so that there is "

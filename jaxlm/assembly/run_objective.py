@@ -33,6 +33,7 @@ from jaxlm.objectives.objective import (
     Tokenizer,
 )  # fmt: skip
 from jaxlm.objectives.outputs import Predicted
+from jaxlm.weights.adapters import METHODS
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class BoundObjective:
     @property
     def padding(self) -> Literal["keep", "pack", "trim"]:
         """Says how padding in a batch is treated."""
-        return self.objective.padding
+        return "trim" if self.objective.padding == "pack" and not self.row.shared else self.objective.padding
 
     @property
     def prompts_read_both_ways(self) -> bool:
@@ -204,12 +205,27 @@ def bind(settings: Any, tokenizer: Tokenizer, row: RowShape) -> BoundObjective:
 
 def bind_run(run: config.Run, tokenizer: Any, template: str | None = None) -> BoundObjective:
     """Binds a run's objective. `template`: the chat template of the run's model, or None."""
-    return bind(run.objective, tokenizer, row_shape(run.train.seq_len, run.model, template))
+    shape = row_shape(run.train.seq_len, run.model, template, run.adapter)
+    if not shape.shared and OBJECTIVES.of(run.objective).records == "packed" and run.data.document_mask:
+        raise ValueError(
+            f"data.document_mask: the virtual tokens of {registry.name_of(run.adapter)} stand before an encoder's row, "
+            "and only the first document would see them; set it to false, or choose another adapter"
+        )
+    return bind(run.objective, tokenizer, shape)
 
 
-def row_shape(seq_len: int, model: Any, template: str | None = None) -> RowShape:
-    """Returns what examples for a model of these settings must fit."""
-    return RowShape(seq_len, MODELS.of(model).kind, model.decoder_start, template)
+def row_shape(
+    seq_len: int, model: Any, template: str | None = None, adapter: config.Adapter | None = None
+) -> RowShape:  # fmt: skip
+    """Returns what examples for a model of these settings must fit.
+
+    An encoder reads virtual tokens both ways, as part of the row's one text, so that no texts share a row then. A
+    decoder's read nothing of what follows them, and all texts of a row see them.
+    """
+    kind = MODELS.of(model).kind
+    virtual = None if adapter is None else METHODS.of(adapter).virtual_tokens
+    shared = kind == "decoder" or virtual is None or not virtual.count(adapter)
+    return RowShape(seq_len, kind, model.decoder_start, template, shared)
 
 
 def infer_from_data(run: config.Run) -> config.Run:

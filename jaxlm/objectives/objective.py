@@ -53,6 +53,8 @@ class RowShape:
     """Id that the model's targets begin after, where the model is an encoder-decoder that names one."""
     template: str | None = None
     """The model's chat template, or None."""
+    shared: bool = True
+    """Whether texts that know nothing of each other may share a row."""
 
 
 class Record(TypedDict):

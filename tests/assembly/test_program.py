@@ -310,7 +310,7 @@ def test_a_run_compiles_its_three_programs_once_and_nothing_array_by_array(home)
     finally:
         jax.monitoring.unregister_event_duration_listener(heard)
     of_seed = {"stage", "_threefry_seed"}
-    assert {name: n for name, n in compiled.items() if name not in of_seed} == {"_fresh": 1, "update": 1, "step": 1}
+    assert {name: n for name, n in compiled.items() if name not in of_seed} == {"_fresh": 1, "update": 1, "_scores": 1}
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw with an adapter", "workers"])
