@@ -27,8 +27,8 @@ def bound(folder: Path, objective, model, adapter: str, **data) -> program.Progr
     lines = LINES.get(name, PAIRS)
     text = TAGGED + "\n" if name == "tag" else "".join(json.dumps(line) + "\n" for line in lines)
     file.write_text(text)
-    run = config.Run("r", model, objective, adapter=METHODS[adapter].Config(),
-                     data=config.Data(train=(str(file),), valid=(str(file),), tokenizer="bytes", cache=str(folder / "cache"), **data),
+    data |= dict(train=(str(file),), valid=(str(file),), tokenizer="bytes", cache=str(folder / "cache"))
+    run = config.Run("r", model, objective, adapter=METHODS[adapter].Config(), data=config.Data(**data),
                      train=config.Train(seq_len=T, batch_size=6), execution=config.Execution("float32"),
                      out=str(folder))  # fmt: skip
     return program.program(run_objective.infer_from_data(run), Bytes())
