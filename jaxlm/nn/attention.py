@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.nn import context_parallel, ring_attention
+from jaxlm.nn import context_parallel, pipeline, ring_attention
 from jaxlm.nn.kernels import packed_attention, splash_attention
 from jaxlm.nn.layout import Layout
 from jaxlm.nn.mask import Mask
@@ -234,9 +234,9 @@ def _cudnn(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap, bias_BHTS, sinks_H):
         options |= {} if window is None else {"local_window_size": window}
         return jax.nn.dot_product_attention(q, k, v, is_causal=mask.causal and visible is None, **options)
 
-    if is_mapped():  # JAX's rule for mapping the kernel takes no mask that heads share
+    if is_mapped() or pipeline.stages() > 1:  # JAX's rule for mapping the kernel takes no mask that heads share
         kernel = with_merged_rows(kernel)
-        # What workers have learned differs; a bias of one row would be that of all.
+        # What workers and stages have learned differs; a bias of one row would be that of all.
         given = {name: jnp.broadcast_to(x, (q_BTHC.shape[0], *x.shape[1:])) if name == "bias" else x
                  for name, x in given.items()}  # fmt: skip
     return kernel(q_BTHC, k_BSKC, v_BSKC, *given.values())

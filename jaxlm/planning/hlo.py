@@ -6,7 +6,7 @@ Counts are of one device and one call; what stands in a loop counts as often as 
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from jaxlm.planning.hlo_text import (
@@ -54,6 +54,8 @@ class Collective:
     """How often it runs in a call of the program."""
     where: str
     """The line of source that it comes from."""
+    under: int = 0
+    """Kernels that are put between its beginning and its end; 0: all others wait for it."""
 
     @property
     def sent(self) -> float:
@@ -161,18 +163,36 @@ class Module:
     def collectives(self) -> list[Collective]:
         """Returns the collectives that go over more than one device."""
         collectives = []
+        wrapped: dict[str, int] = {}  # kernels beside a computation that runs beside others
         for name, times in self.runs.items():
+            under = self._under(self.computations.get(name, {}))
             for outer in self.computations.get(name, {}).values():
+                if outer.opcode == "async-start":
+                    wrapped[outer.attribute("calls") or ""] = under.get(outer.name, 0)
                 kernel = self.computations.get(outer.attribute("calls") or "", {}) if outer.opcode == "fusion" else {}
                 for inner in (outer, *kernel.values()):
                     kind = inner.opcode.removesuffix("-start")
                     if kind in COLLECTIVES and not inner.opcode.endswith("-done"):
-                        collectives.append(
-                            self._collective(kind, inner, outer, times, kernel or self.computations[name])
-                        )
+                        one = self._collective(kind, inner, outer, times, kernel or self.computations[name])
+                        collectives.append(replace(one, under=under.get(inner.name, wrapped.get(name, 0))))
                     elif inner.opcode == "send" and BETWEEN_SLICES in inner.attributes:
                         collectives.append(self._between_slices(inner, times))
         return [c for c in collectives if c.ways > 1]
+
+    @staticmethod
+    def _under(computation: Mapping[str, Instruction]) -> dict[str, int]:
+        """Returns how many kernels are put between what begins something, by its name, and what ends it. A loop counts
+        as one kernel, and other exchanges and copies as none."""
+        count, begun, under = 0, dict[str, int](), dict[str, int]()
+        for i in computation.values():
+            kind = i.opcode.removesuffix("-start").removesuffix("-done")
+            if i.opcode.endswith("-start"):
+                begun[i.name] = count
+            elif i.opcode.endswith("-done"):
+                under |= {o: count - begun[o] for o in i.operands if o in begun}
+            elif kind not in COLLECTIVES and (kind not in FREE or kind in ("while", "conditional", "call")):
+                count += 1
+        return under
 
     def _between_slices(self, i: Instruction, times: int) -> Collective:
         """Returns what one `send` to the hosts of TPUs belongs to: they bring slices together, over their network."""

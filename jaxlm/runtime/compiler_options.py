@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from jaxlm.core.errors import nearest
+from jaxlm.core.errors import nearest, one_line
 
 Option = bool | int | float | str
 
@@ -212,4 +212,5 @@ def check_accepted(options: dict[str, Option], device: Any) -> None:
                 ) from None
             if f"option {name}," in str(error):
                 raise ValueError(f"execution.flags: {_format(value)!r} is no value for {name}") from None
-        raise
+        raise ValueError(f"execution.flags: the compiler for {device.device_kind} refuses {format_options(options)}: "
+                         f"{one_line(error, 300)}") from None  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.core import config, spec
 from jaxlm.models import MODELS
-from jaxlm.nn import block_stack, layers, pipeline
+from jaxlm.nn import attention, block_stack, layers, pipeline
 from jaxlm.nn.layout import Layout, batch_sharding
 from jaxlm.nn.moe import Moe
 from jaxlm.runtime.mesh import make_mesh, on_mesh
@@ -117,6 +117,7 @@ MESHES = {
     "rounds x fsdp x tensor": config.Mesh(stage=2, rounds=2, fsdp=2, tensor=2, axis_type="explicit", pipeline_micro=2),
 }
 # `training/test_meshes.py` holds the other kinds of families in stages to one device, in many meshes.
+EXPLICIT = ["stage x fsdp", "rounds x fsdp x tensor"]
 QUICK = [("bert", "stage x data")]
 SLOW = [("llama", mesh) for mesh in MESHES] + [
     *[(family, "stage x fsdp x tensor") for family in MODEL],
@@ -247,3 +248,21 @@ def test_the_description_of_a_pipeline() -> None:
 def test_what_does_not_divide_is_refused(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(config.Train(batch_size=32))
+
+
+@pytest.mark.parametrize("mesh", ["stage x data", *(pytest.param(m, marks=pytest.mark.slow) for m in EXPLICIT)])
+def test_stages_merge_their_rows_for_cudnn(monkeypatch, mesh: str) -> None:
+    """With XLA in the place of cuDNN, whose rule in JAX takes no mask that heads share."""
+    wanted, plain, rows = expected("llama"), jax.nn.dot_product_attention, []
+
+    def kernel(q, k, v, *, mask, implementation, **more):
+        assert implementation == "cudnn" and mask.shape[0] == len(q) and mask.shape[1] == 1
+        rows.append(len(q))
+        return plain(q, k, v, mask=mask, implementation="xla", **more)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    choice = attention.AttentionChoice("cudnn", "a stand-in", "this is mapped over workers or stages")
+    monkeypatch.setattr(attention, "choose", lambda *_, **__: choice)
+    same(update.__wrapped__("llama", MESHES[mesh]), wanted)
+    stages = MESHES[mesh].stage
+    assert max(rows) == stages * min(rows), "a call has the rows of all stages"

@@ -314,3 +314,30 @@ def test_what_slices_of_tpus_exchange_by_their_hosts_is_a_collective() -> None:
         ("all-gather", ("replica",), 2, 2 * 1536, 1536), ("all-reduce", ("replica", "data"), 4, 256, 384),
         ("all-reduce", ("replica",), 2, 256, 256),
     ]  # fmt: skip
+
+
+def test_kernels_under_which_something_travels() -> None:
+    """Counted are those between its beginning and its end, in what is wrapped and runs beside others too."""
+    text = """HloModule jit_f, is_scheduled=true
+
+%wrapped (w0: f32[64]) -> f32[16] {
+  %w0 = f32[64]{0} parameter(0)
+  ROOT %rs = f32[16]{0} reduce-scatter(%w0), replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add
+}
+
+ENTRY %main (p: f32[16], q: f32[64]) -> f32[64] {
+  %p = f32[16]{0} parameter(0)
+  %q = f32[64]{0} parameter(1)
+  %ag-start = (f32[16]{0}, f32[64]{0}) all-gather-start(%p), replica_groups={{0,1,2,3}}, dimensions={0}
+  %one = f32[64]{0} fusion(%q), kind=kLoop, calls=%f
+  %view = f32[64]{0} bitcast(%one)
+  %rs-start = ((f32[64]{0}), f32[16]{0}, u32[]) async-start(%view), calls=%wrapped
+  %two = f32[64]{0} custom-call(%one), custom_call_target="m"
+  %ag-done = f32[64]{0} all-gather-done(%ag-start)
+  %rs-done = f32[16]{0} async-done(%rs-start), calls=%wrapped
+  %ar = f32[16]{0} all-reduce(%rs-done), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %last = f32[64]{0} add(%ag-done, %two)
+}
+"""
+    found = {c.kind: c.under for c in hlo.Module(text, {"fsdp": 4}).collectives}
+    assert found == {"all-gather": 2, "reduce-scatter": 1, "all-reduce": 0}
