@@ -261,8 +261,8 @@ class Program:
         own, _ = replay.parted(batch)
         earlier = {name: leaf for name, leaf in batch.items() if name not in own}
         padding = self.objective.padding if rows is None else "keep"
-        if "teacher_rest" in own:  # what the teacher predicted belongs to places of a row
-            padding = "trim" if padding != "keep" and own["teacher_rest"].shape[-1] == 1 else "keep"
+        if "teacher_rest" in own and own["teacher_rest"].shape[-1] > 1:  # predictions of positions of a row
+            padding = "keep"
         if own and padding == "pack":
             own = packing.pack_batch(own, self.multiple)
         elif own and padding == "trim" and self.layout.ways("stream", self.mesh) == 1:

@@ -234,6 +234,9 @@ BY_POSITION = frozenset({
 BY_TEXT = frozenset({"at", "target", "rows"})
 """Keys of a batch that have a value for a text, where each row is one text: `[micro, rows, …]`. Where rows are shared,
 they have one for each of a row's places for texts: `[micro, rows, texts_in_row(T), …]`."""
+BY_PLACE = frozenset({"teacher_values", "teacher_classes", "teacher_rest"})
+"""Keys that have a value for each place of a row: `[micro, rows, 1, …]` where each row is one text, and
+`[micro, rows, texts_in_row(T), …]` where rows are shared."""
 
 
 SHORTEST = 32
@@ -331,21 +334,20 @@ def share_rows(
 ) -> dict[str, np.ndarray]:
     """Puts texts into shared rows: `rows[m][r]` are the rows of the batch `[micro, rows, T]` that row r of the new one
     `[micro, count, room]` holds, as its segments 1, 2, …"""
-    lengths = (batch["segments"] > 0).sum(-1)
-    out = {
-        name: np.zeros(
-            (len(rows), count, *((texts_in_row(room), *leaf.shape[2:]) if name in BY_TEXT else (room,))), leaf.dtype
-        )
-        for name, leaf in batch.items()
-    }
+    lengths, K = (batch["segments"] > 0).sum(-1), texts_in_row(room)
+    out = {}
+    for name, leaf in batch.items():
+        shape = (K, *leaf.shape[2:]) if name in BY_TEXT else (K, *leaf.shape[3:]) if name in BY_PLACE else (room,)
+        out[name] = np.zeros((len(rows), count, *shape), leaf.dtype)
     for m, micro_rows in enumerate(rows):
         for r, members in enumerate(micro_rows):
             at = 0
             for k, i in enumerate(members):
                 n = lengths[m, i]
                 for name, leaf in batch.items():
-                    if name in BY_TEXT:
-                        out[name][m, r, k] = leaf[m, i] + (at if name == "at" else 0)
+                    if name in BY_TEXT | BY_PLACE:
+                        own = leaf[m, i, 0] if name in BY_PLACE else leaf[m, i]
+                        out[name][m, r, k] = own + at if name == "at" else own
                     else:
                         out[name][m, r, at : at + n] = leaf[m, i, :n]
                 out["segments"][m, r, at : at + n] = k + 1

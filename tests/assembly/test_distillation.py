@@ -153,7 +153,9 @@ def test_logits_on_disk_teach_as_the_teacher_does(sources, tmp_path, one_device)
     example = teacher_cache.example(q, data, begins=True)
     loader = corpus.training_loader(run, p.objective, data, None, None, example)
     batch = q.to_device(loader.batch(1), None)
-    assert batch["tokens"].shape == p.to_device(batch_of(p, run), None)["tokens"].shape  # trimmed in the same way
+    assert (
+        batch["tokens"].shape == p.to_device(batch_of(p, run), None)["tokens"].shape
+    )  # texts share rows in the same way
     rows = {name: x[0] for name, x in batch.items()}
     bare = {name: x for name, x in rows.items() if not name.startswith("teacher_")}
     known, plain = (
