@@ -244,7 +244,7 @@ class Execution:
     """How the keys and values of tokens that were read are stored while text is made. dtype: as they are computed;
     int8, fp8: in a byte each with a scale for each head and token, which rounds them."""
     flags: tuple[str, ...] = ()
-    """Compiler options for the train step: NAME=VALUE, or a preset such as gpu_overlap."""
+    """Compiler options for the train step: NAME=VALUE, or a preset such as tpu_sparse_core."""
 
 
 @dataclass(frozen=True)

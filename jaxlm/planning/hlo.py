@@ -31,6 +31,9 @@ CUTS = {"dynamic-slice", "gather"}
 PUTS = {"dynamic-update-slice": 1, "scatter": 2}  # with the operand that is put into the first one
 STARTED = "fusion-start"
 """A fused kernel of a GPU that others run beside; what it gives is a `fusion-done`."""
+WRAPPED = "async-start", "call-start"
+"""Begin a computation that others run beside; a TPU's sparse cores get theirs by a call."""
+UNKNOWN_CYCLES = (1 << 63) - 1
 RARE = "further_documents"
 """Names loops that mostly don't run at all: the calls beyond the first of `nn/kernels/packed_attention.py: FURTHER`."""
 BUFFER = "AllocateBuffer"
@@ -113,7 +116,7 @@ class Module:
                     body = i.attribute("body")
                     assert body
                     visit(body, times * self.trips(i))
-                elif i.opcode in ("call", "async-start"):
+                elif i.opcode in ("call", *WRAPPED):
                     visit(i.attribute("to_apply") or i.attribute("calls") or "", times)
                 elif i.opcode == "conditional":
                     for branch in re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", i.attributes):
@@ -167,8 +170,8 @@ class Module:
         for name, times in self.runs.items():
             under = self._under(self.computations.get(name, {}))
             for outer in self.computations.get(name, {}).values():
-                if outer.opcode == "async-start":
-                    wrapped[outer.attribute("calls") or ""] = under.get(outer.name, 0)
+                if outer.opcode in WRAPPED:
+                    wrapped[outer.attribute("to_apply") or outer.attribute("calls") or ""] = under.get(outer.name, 0)
                 kernel = self.computations.get(outer.attribute("calls") or "", {}) if outer.opcode == "fusion" else {}
                 for inner in (outer, *kernel.values()):
                     kind = inner.opcode.removesuffix("-start")
@@ -183,14 +186,16 @@ class Module:
     def _under(computation: Mapping[str, Instruction]) -> dict[str, int]:
         """Returns how many kernels are put between what begins something, by its name, and what ends it. A loop counts
         as one kernel, and other exchanges and copies as none."""
-        count, begun, under = 0, dict[str, int](), dict[str, int]()
+        count, begun, under = 0, dict[str, tuple[str, int]](), dict[str, int]()
         for i in computation.values():
-            kind = i.opcode.removesuffix("-start").removesuffix("-done")
             if i.opcode.endswith("-start"):
-                begun[i.name] = count
+                begun[i.name] = i.name, count
+            elif i.opcode.endswith("-update"):
+                if came := next((o for o in i.operands if o in begun), None):
+                    begun[i.name] = begun[came]
             elif i.opcode.endswith("-done"):
-                under |= {o: count - begun[o] for o in i.operands if o in begun}
-            elif kind not in COLLECTIVES and (kind not in FREE or kind in ("while", "conditional", "call")):
+                under |= {begun[o][0]: count - begun[o][1] for o in i.operands if o in begun}
+            elif i.opcode not in COLLECTIVES and (i.opcode not in FREE or i.opcode in ("while", "conditional", "call")):
                 count += 1
         return under
 
@@ -347,11 +352,12 @@ class Module:
     @cached_property
     def estimated_cycles(self) -> int:
         """Returns the TPU compiler's own estimate of all kernels, without waiting for networks; 0 of other
-        compilers."""
+        compilers. Some kernels it can't estimate, such as those of sparse cores."""
         total = 0
         for name, times in self.runs.items():
             for i in self.computations.get(name, {}).values():
-                if match := re.search(r'estimated_cycles":"(\d+)"', i.attributes):
+                match = re.search(r'estimated_cycles":"(\d+)"', i.attributes)
+                if match and int(match[1]) != UNKNOWN_CYCLES:
                     total += times * int(match[1])
         return total
 

@@ -7,7 +7,6 @@ sets a variable: those of NCCL and of memory belong to launch scripts, and are r
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from jaxlm.core.errors import nearest, one_line
@@ -27,56 +26,11 @@ class Preset:
     why: str
 
 
-GPU = partial(Preset, "gpu", ())
-TPU = partial(Preset, "tpu")
-NEW_TPUS = ("TPU v5p", "TPU v5", "TPU v6 lite", "TPU v6e", "TPU7x")
-SPARSE_CORE = ("TPU v6 lite", "TPU v6e", "TPU7x")
-
-# The compilers of jax 0.10.2 and its libtpu accept every name here, for an H100 and a TPU v6e (`benchmarks/flags.py`
-# asks them without such a device). That says that they parse, not that they make a step faster: measure each one.
+# `benchmarks/presets.py` compiles steps without and with each, and with sets of options that changed nothing.
 PRESETS: dict[str, Preset] = {
-    "gpu_overlap": GPU(
-        {
-            "xla_gpu_enable_latency_hiding_scheduler": True,
-            "xla_gpu_enable_pipelined_all_gather": True,
-            "xla_gpu_enable_pipelined_reduce_scatter": True,
-            "xla_gpu_enable_pipelined_all_reduce": True,
-            "xla_gpu_enable_while_loop_double_buffering": True,
-            "xla_gpu_all_gather_combine_threshold_bytes": 1 << 30,
-            "xla_gpu_reduce_scatter_combine_threshold_bytes": 1 << 27,
-            "xla_gpu_all_reduce_combine_threshold_bytes": 1 << 30,
-        },
-        "collectives under matrix products; thresholds should exceed one layer's weights, which they hold in memory",
-    ),
-    "gpu_collective_matmul": GPU(
-        {"xla_gpu_multi_streamed_windowed_einsum": True, "xla_gpu_threshold_for_windowed_einsum_mib": 0},
-        "tensor parallelism: a product begins with the part that has arrived",
-    ),
-    "gpu_pipeline": GPU(
-        {"xla_gpu_enable_pipelined_p2p": True, "xla_gpu_collective_permute_decomposer_threshold": 1024},
-        "pipeline stages: sends under computation",
-    ),
-    "gpu_no_graphs": GPU({"xla_gpu_enable_command_buffer": ""}, "no CUDA graphs, which hold memory of their own"),
-    "gpu_deterministic": GPU(
-        {"xla_gpu_exclude_nondeterministic_ops": True, "xla_gpu_autotune_level": 0},
-        "the same bits from the same program on the same device; slower",
-    ),
-    "tpu_vmem": TPU(
-        ("TPU v6 lite", "TPU v6e"), {"xla_tpu_scoped_vmem_limit_kib": 98304}, "larger tiles of matrix products"
-    ),
-    "tpu_overlap": TPU(
-        NEW_TPUS,
-        {
-            "xla_tpu_enable_async_collective_fusion": True,
-            "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-            "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
-            "xla_tpu_overlap_compute_collective_tc": True,
-            "xla_enable_async_all_gather": True,
-        },
-        "gathers of FSDP inside the products that use them",
-    ),
-    "tpu_sparse_core": TPU(
-        SPARSE_CORE,
+    "tpu_sparse_core": Preset(
+        "tpu",
+        ("TPU v6 lite", "TPU v6e", "TPU7x"),
         {
             "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
             "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": False,
@@ -91,37 +45,14 @@ PRESETS: dict[str, Preset] = {
             "xla_sc_enable_instruction_fusion": False,
             "xla_sc_disable_megacore_partitioning": True,
         },
-        "collectives on the sparse cores, beside the products; instead of tpu_overlap",
+        "collectives on the sparse cores, beside the products: nothing waits for FSDP's gathers, for a fifth more "
+        "memory of temporaries",
     ),
-    "tpu_reduce_scatter": TPU(
+    "tpu_reduce_scatter": Preset(
+        "tpu",
         (),
         {"xla_tpu_reduce_scatter_collective_matmul_mode": "post_spmd"},
         "FSDP's gradients summed in a ring inside the products that make them: fewest bytes, more work for the chip",
-    ),
-    "tpu_data_center_network": TPU(
-        (),
-        {
-            "xla_tpu_enable_data_parallel_all_reduce_opt": True,
-            "xla_tpu_data_parallel_opt_different_sized_ops": True,
-        },
-        "data parallelism between slices: gradients travel while others are computed",
-    ),
-    "tpu_host_offload": TPU(
-        (),
-        {
-            "xla_tpu_enable_all_experimental_scheduler_features": True,
-            "xla_tpu_enable_scheduler_memory_pressure_tracking": True,
-            "xla_tpu_host_transfer_overlap_limit": 24,
-            "xla_tpu_aggressive_opt_barrier_removal": "ENABLED",
-            "xla_lhs_prioritize_async_depth_over_stall": "ENABLED",
-            "xla_tpu_enable_ag_backward_pipelining": True,
-            "xla_should_allow_loop_variant_parameter_in_chain": "ENABLED",
-            "xla_should_add_loop_invariant_op_in_chain": "ENABLED",
-            "xla_max_concurrent_host_send_recv": 100,
-            "xla_tpu_scheduler_percent_shared_memory_limit": 100,
-            "xla_latency_hiding_scheduler_rerun": 2,
-        },
-        "activations that rest on the host travel under computation",
     ),
 }
 
@@ -192,7 +123,7 @@ def _preset_for(name: str, device: Any) -> Preset:
 def check_accepted(options: dict[str, Option], device: Any) -> None:
     """Asks the compiler for a device, with a program of one addition, whether it accepts options.
 
-    Raises ValueError for an unknown name, with the nearest known one, and for a wrong value.
+    Raises ValueError for an unknown name, for a wrong value, and for what the compiler won't do for this device.
     """
     import jax
 
@@ -203,14 +134,11 @@ def check_accepted(options: dict[str, Option], device: Any) -> None:
     try:
         program.compile(compiler_options=untyped)
     except jax.errors.JaxRuntimeError as error:
+        compiler = f"the compiler for {device.device_kind}"
+        why = f"{compiler} refuses {format_options(options)}: {one_line(error, 300)}"
         for name, value in options.items():
             if f"No such compile option: '{name}'" in str(error):
-                close = nearest(name, {n for p in PRESETS.values() for n in p.options})
-                hint = close if "did you mean" in close else "; see the compiler's own list of flags"
-                raise ValueError(
-                    f"execution.flags: the compiler for {device.device_kind} knows no {name!r}{hint}"
-                ) from None
-            if f"option {name}," in str(error):
-                raise ValueError(f"execution.flags: {_format(value)!r} is no value for {name}") from None
-        raise ValueError(f"execution.flags: the compiler for {device.device_kind} refuses {format_options(options)}: "
-                         f"{one_line(error, 300)}") from None  # fmt: skip
+                why = f"{compiler} knows no {name!r}; see its own list of flags"
+            elif f"option {name}," in str(error):
+                why = f"{_format(value)!r} is no value for {name}"
+        raise ValueError(f"execution.flags: {why}") from None

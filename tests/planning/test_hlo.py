@@ -325,6 +325,11 @@ def test_kernels_under_which_something_travels() -> None:
   ROOT %rs = f32[16]{0} reduce-scatter(%w0), replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add
 }
 
+%called (c0: f32[16]) -> f32[64] {
+  %c0 = f32[16]{0} parameter(0)
+  ROOT %far = f32[64]{0} all-to-all(%c0), replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
 ENTRY %main (p: f32[16], q: f32[64]) -> f32[64] {
   %p = f32[16]{0} parameter(0)
   %q = f32[64]{0} parameter(1)
@@ -335,9 +340,14 @@ ENTRY %main (p: f32[16], q: f32[64]) -> f32[64] {
   %two = f32[64]{0} custom-call(%one), custom_call_target="m"
   %ag-done = f32[64]{0} all-gather-done(%ag-start)
   %rs-done = f32[16]{0} async-done(%rs-start), calls=%wrapped
+  %call = ((), (), (s32[1])) call-start(), async_execution_thread="sparsecore", to_apply=%called
+  %three = f32[64]{0} fusion(%two), kind=kLoop, calls=%f
+  %update = ((f32[16]{0}), f32[64]{0}) call-update(%call, %p)
+  %four = f32[64]{0} fusion(%three), kind=kLoop, calls=%f
+  %call-done = f32[64]{0} call-done(%update)
   %ar = f32[16]{0} all-reduce(%rs-done), replica_groups={{0,1,2,3}}, to_apply=%add
   ROOT %last = f32[64]{0} add(%ag-done, %two)
 }
 """
     found = {c.kind: c.under for c in hlo.Module(text, {"fsdp": 4}).collectives}
-    assert found == {"all-gather": 2, "reduce-scatter": 1, "all-reduce": 0}
+    assert found == {"all-gather": 2, "reduce-scatter": 1, "all-to-all": 2, "all-reduce": 0}

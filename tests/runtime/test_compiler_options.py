@@ -28,17 +28,34 @@ def test_options_reach_the_compiler_and_the_later_wins():
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("xla_gpu_enable_latency_hiding_schedular=true", "knows no .*did you mean 'xla_gpu_enable_latency_hiding_sche"),
-        ("no_such_thing_at_all=1", "knows no 'no_such_thing_at_all'; see the compiler's own list"),
+        ("no_such_thing_at_all=1", "knows no 'no_such_thing_at_all'; see its own list of flags"),
         ("xla_cpu_enable_fast_math=perhaps", "'perhaps' is no value for xla_cpu_enable_fast_math"),
-        ("gpu_overlapp", "neither NAME=VALUE nor a preset; did you mean 'gpu_overlap'"),
-        ("gpu_overlap", "gpu_overlap is for every gpu, and this run is on cpu cpu; leave it out"),
-        ("tpu_vmem", "tpu_vmem is for TPU v6 lite, TPU v6e, and this run is on cpu"),
+        ("tpu_sparse_cores", "neither NAME=VALUE nor a preset; did you mean 'tpu_sparse_core'"),
+        ("tpu_reduce_scatter", "tpu_reduce_scatter is for every tpu, and this run is on cpu cpu; leave it out"),
+        ("tpu_sparse_core", "tpu_sparse_core is for TPU v6 lite, TPU v6e, TPU7x, and this run is on cpu"),
     ],
 )
 def test_what_the_compiler_refuses_is_one_line(flag, words):
     with pytest.raises(ValueError, match=rf"^execution\.flags: .*{words}") as error:
         options([flag], CPU)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_compiler_refuses_for_another_reason_is_one_line(monkeypatch):
+    """As TPUs' compilers refuse what they know and won't do for a chip."""
+
+    class Refusing:
+        def lower(self, *_):
+            return self
+
+        def compile(self, **_):
+            raise jax.errors.JaxRuntimeError("FAILED_PRECONDITION: not supported\nfor this chip")
+
+    monkeypatch.setattr(jax, "jit", lambda *_, **__: Refusing())
+    with pytest.raises(
+        ValueError, match=r"^execution.flags: the compiler for cpu refuses a=1: FAILED_PREC.*$"
+    ) as error:
+        options(["a=1"], CPU)
     assert "\n" not in str(error.value)
 
 
@@ -87,7 +104,8 @@ def test_a_run_records_them(tmp_path):
 
 def test_a_machine_that_is_not_here_takes_its_own_options():
     with mesh.on_devices([mesh.Described("tpu", "TPU v6e")]):
-        assert options(["tpu_vmem"], mesh.local_device()) == PRESETS["tpu_vmem"].options
-        with pytest.raises(ValueError, match="gpu_overlap is for every gpu, and this run is on tpu TPU v6e"):
-            options(["gpu_overlap"], mesh.local_device())
+        assert options(["tpu_sparse_core"], mesh.local_device()) == PRESETS["tpu_sparse_core"].options
+    refused = pytest.raises(ValueError, match=r"tpu_sparse_core is for TPU v6 .*, and this run is on gpu NVIDIA H100")
+    with mesh.on_devices([mesh.Described("gpu", "NVIDIA H100")]), refused:
+        options(["tpu_sparse_core"], mesh.local_device())
     assert mesh.local_device() == CPU
