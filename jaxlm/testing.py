@@ -21,6 +21,7 @@ import numpy as np
 from jaxlm.assembly.run_objective import BoundObjective, row_shape
 from jaxlm.core import config, spec, tree
 from jaxlm.core.batch import Batch
+from jaxlm.data import packing
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.models.model import Model
 from jaxlm.nn import losses
@@ -232,8 +233,9 @@ def check_objective(
 ) -> list[str]:  # fmt: skip
     """Checks an objective on a small model, with records as its `example` takes them (four or more, and the model's
     vocabulary as large as the tokenizer's; by default bytes): rows of one shape with documented keys, the same from the
-    same seed, losses that are sums over rows, rows of padding that add nothing, weights of its own that learn and whose
-    shapes follow the model's width, and prompts that are token ids."""
+    same seed, losses that are sums over rows, rows of padding that add nothing, texts that may share rows where it says
+    so (`padding`), weights of its own that learn and whose shapes follow the model's width, and prompts that are token
+    ids."""
     reader: Any = tokenizer or Bytes()
     task = BoundObjective(objective, settings, reader, row_shape(seq_len, c))
     task.check()
@@ -284,10 +286,16 @@ def check_objective(
     added = jax.tree.map(lambda *x: sum(map(float, x)), *parts)
     same = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4, err_msg="sums over rows, padding adds nothing")
     jax.tree.map(same, jax.tree.map(float, (sums, totals)), added)
-    return [
+    laws = [
         "rows of one shape", "the same from the same seed, in a worker too", "losses are sums", "own weights learn",
         "own weights follow the width", "prompts are ids",
     ]  # fmt: skip
+    if objective.padding == "pack":
+        shared = packing.pack_batch({name: np.stack([row[name] for row in rows])[None] for name in rows[0]})
+        found, _ = step(weights, {name: jnp.asarray(x[0]) for name, x in shared.items()})
+        jax.tree.map(partial(same, err_msg="texts that share rows give the same sums"), found, (sums, totals))
+        laws.append("texts share rows")
+    return laws
 
 
 def check_adapter(method: Method[Any], settings: config.Adapter, family: Family, c: ModelConfig) -> list[str]:
