@@ -264,7 +264,7 @@ class Program:
         if "teacher_rest" in own and own["teacher_rest"].shape[-1] > 1:  # predictions of positions of a row
             padding = "keep"
         if own and padding == "pack":
-            own = packing.pack_batch(own, self.multiple)
+            own = packing.pack_batch(own, self.multiple, self.workers if self.apart else 1)
         elif own and padding == "trim" and self.layout.ways("stream", self.mesh) == 1:
             own = packing.trim_padding(own)
         batch = own | earlier

@@ -298,9 +298,16 @@ def shared_rows(batch: dict[str, np.ndarray], room: int, micro: int = 0) -> list
     return first_fit(np.maximum(lengths, 1).tolist(), room, texts_in_row(room))
 
 
-def pack_batch(batch: dict[str, np.ndarray], ways: int = 1) -> dict[str, np.ndarray]:
-    """Packs a batch `[micro, rows, T]` of one text a row into as few rows as hold them, each text a segment."""
-    return share_rows(batch, *layout(batch, ways))
+def pack_batch(batch: dict[str, np.ndarray], ways: int = 1, parts: int = 1) -> dict[str, np.ndarray]:
+    """Packs a batch `[micro, rows, T]` of one text a row into as few rows as hold them, each text a segment.
+
+    The number of rows is a multiple of `ways`. Texts of unlike `parts` of the rows, one part after another, share none,
+    and parts stay as large as each other: workers that train apart keep the texts that they had.
+    """
+    micro = len(batch["segments"])
+    apart = {name: leaf.reshape(micro * parts, -1, *leaf.shape[2:]) for name, leaf in batch.items()}
+    packed = share_rows(apart, *layout(apart, -(-ways // parts)))
+    return {name: leaf.reshape(micro, -1, *leaf.shape[2:]) for name, leaf in packed.items()}
 
 
 def layout(batch: dict[str, np.ndarray], ways: int = 1) -> tuple[int, list[list[list[int]]], int]:

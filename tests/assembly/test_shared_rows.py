@@ -13,6 +13,7 @@ from support.tiny_models import random_weights
 
 from jaxlm.assembly import corpus, program, run_objective
 from jaxlm.core import config
+from jaxlm.core.distributed import Distributed
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.objectives import OBJECTIVES, masked, seq2seq
 from jaxlm.weights.adapters import METHODS
@@ -59,6 +60,24 @@ def test_a_batch_is_the_sum_of_its_texts(name, kind, adapter, tmp_path):
 
     alone = sum(float(loss(weights, {k: v[:, i : i + 1] for k, v in batch.items()})) for i in range(6))
     np.testing.assert_allclose(float(loss(weights, together)), alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["classify", "tag"])
+def test_workers_that_train_apart_keep_their_texts(name, tmp_path):
+    """However few rows hold all texts: a worker without any could learn nothing."""
+    plain = bound(tmp_path, without_dropout(name), MODELS["encoder"], "none")
+    apart = dataclasses.replace(plain.run, distributed=Distributed("diloco", workers=3),
+                                optim=config.Optim("adamw", warmup=0))  # fmt: skip
+    p = program.program(apart, Bytes())
+    data = corpus.corpus(p.run.data, p.objective, ("train",))
+    batch = corpus.training_loader(p.run, p.objective, data, None).batch(0)
+    together = jax.device_get(p.to_device(batch, None))
+    assert plain.to_device(batch, None)["tokens"].shape[1] < 3 == together["tokens"].shape[1]
+    for worker in range(3):
+        texts = slice(2 * worker, 2 * worker + 2)
+        rows = ((batch, texts), (together, slice(worker, worker + 1)))
+        had, has = (x["tokens"][0, r][x["segments"][0, r] > 0].tolist() for x, r in rows)
+        assert sorted(had) == sorted(has)
 
 
 @pytest.mark.parametrize(
