@@ -67,8 +67,9 @@ def _with_little_padding(p: Program, block: loader.Arrays, numbers: np.ndarray, 
     shares = p.objective.padding == "pack"
     rows = packing.shared_rows(block, T) if shares else [[i] for i in np.argsort(lengths, kind="stable").tolist()]
     count = size
-    if len(rows) < size:
-        T, [rows], count = packing.layout(block, p.multiple) if shares else (T, [rows], size)
+    if shares and len(rows) < size:
+        T, [rows], few = packing.layout(block)
+        count = _multiple(1 << (few - 1).bit_length(), p.multiple)  # a server's requests then have few shapes
     mine = p.rows(count)
     for begin in range(0, len(rows), count):
         chosen = rows[begin : begin + count]
@@ -83,6 +84,10 @@ def _with_little_padding(p: Program, block: loader.Arrays, numbers: np.ndarray, 
         batch = batch if mine is None else {name: leaf[:, mine] for name, leaf in batch.items()}
         members = [_members(row, lengths, numbers) for row in chosen]
         yield Placed(cast(DeviceBatch, loader.to_device(batch, p.batch_shardings(batch), mine)), members)
+
+
+def _multiple(count: int, of: int) -> int:
+    return -(-count // of) * of
 
 
 def _filled_up(leaf: np.ndarray, count: int) -> np.ndarray:

@@ -72,6 +72,10 @@ def test_what_is_asked_of_a_few_texts_fills_no_whole_batch(tmp_path):
     p, records = program_of("classify", tmp_path, batch_size=16)
     [(batch, [[member]])] = read_rows.placed(p, records[:1])
     assert batch["tokens"].shape[:2] == (1, 1) and member.record == 0
+    shapes = set()
+    for n in range(1, len(records) + 1):
+        shapes |= {batch["tokens"].shape[1:] for batch, _ in read_rows.placed(p, records[:n])}
+    assert len(records) == 18 and len(shapes) <= 5, "each is a program of its own"
 
 
 def test_losses_and_predictions_come_from_one_pass_of_the_model(tmp_path):
