@@ -256,6 +256,11 @@ class Program:
         """The number that a batch's rows must be a multiple of."""
         return row_multiple(self.run, self.layout, self.mesh)
 
+    @property
+    def shortens_rows(self) -> bool:
+        """Whether rows may be shorter than `train.seq_len`: where devices split them, their parts are of one length."""
+        return self.layout.ways("stream", self.mesh) == 1
+
     def to_device(self, batch: dict[str, np.ndarray], rows: list[int] | None) -> DeviceBatch:
         """Places a batch on the devices, with less padding where the objective allows that and one process has all."""
         own, _ = replay.parted(batch)
@@ -264,8 +269,9 @@ class Program:
         if "teacher_rest" in own and own["teacher_rest"].shape[-1] > 1:  # predictions of positions of a row
             padding = "keep"
         if own and padding == "pack":
-            own = packing.pack_batch(own, self.multiple, self.workers if self.apart else 1)
-        elif own and padding == "trim" and self.layout.ways("stream", self.mesh) == 1:
+            workers = self.workers if self.apart else 1
+            own = packing.pack_batch(own, self.multiple, workers, halved=self.shortens_rows)
+        elif own and padding == "trim" and self.shortens_rows:
             own = packing.trim_padding(own)
         batch = own | earlier
         return cast(DeviceBatch, loader.to_device(batch, self.batch_shardings(batch), rows))

@@ -68,7 +68,7 @@ def _with_little_padding(p: Program, block: loader.Arrays, numbers: np.ndarray, 
     rows = packing.shared_rows(block, T) if shares else [[i] for i in np.argsort(lengths, kind="stable").tolist()]
     count = size
     if shares and len(rows) < size:
-        T, [rows], few = packing.layout(block)
+        T, [rows], few = packing.layout(block, halved=p.shortens_rows)
         count = _multiple(1 << (few - 1).bit_length(), p.multiple)  # a server's requests then have few shapes
     mine = p.rows(count)
     for begin in range(0, len(rows), count):
@@ -79,7 +79,7 @@ def _with_little_padding(p: Program, block: loader.Arrays, numbers: np.ndarray, 
             here = [list(range(a, b)) for a, b in itertools.pairwise(ends)]
             batch = packing.share_rows(batch, T, [here], count)
         else:
-            batch = packing.trim_padding(batch) if p.layout.ways("stream", p.mesh) == 1 else batch
+            batch = packing.trim_padding(batch) if p.shortens_rows else batch
             batch = {name: _filled_up(leaf, count) for name, leaf in batch.items()}
         batch = batch if mine is None else {name: leaf[:, mine] for name, leaf in batch.items()}
         members = [_members(row, lengths, numbers) for row in chosen]

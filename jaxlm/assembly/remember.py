@@ -270,7 +270,7 @@ def _with_logits(p: Program, state: State, i: int, kept: replay.Kept) -> replay.
 def _trimmed(p: Program, i: int, kept: replay.Kept) -> replay.Kept:
     """Returns the rows of a task without the columns that are padding in all of them. It is done once, for every other
     length would be a program of its own."""
-    if p.earlier.objectives[i].padding == "keep" or "stored" in kept.arrays or p.layout.ways("stream", p.mesh) > 1:
+    if p.earlier.objectives[i].padding == "keep" or "stored" in kept.arrays or not p.shortens_rows:
         return kept
     return replay.Kept(kept.task, trim_padding(kept.arrays), kept.priorities)
 

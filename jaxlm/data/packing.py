@@ -237,8 +237,6 @@ they have one for each of a row's places for texts: `[micro, rows, texts_in_row(
 BY_PLACE = frozenset({"teacher_values", "teacher_classes", "teacher_rest"})
 """Keys that have a value for each place of a row: `[micro, rows, 1, …]` where each row is one text, and
 `[micro, rows, texts_in_row(T), …]` where rows are shared."""
-
-
 SHORTEST = 32
 """Rows that texts share aren't made shorter than this."""
 
@@ -298,24 +296,29 @@ def shared_rows(batch: dict[str, np.ndarray], room: int, micro: int = 0) -> list
     return first_fit(np.maximum(lengths, 1).tolist(), room, texts_in_row(room))
 
 
-def pack_batch(batch: dict[str, np.ndarray], ways: int = 1, parts: int = 1) -> dict[str, np.ndarray]:
-    """Packs a batch `[micro, rows, T]` of one text a row into as few rows as hold them, each text a segment.
+def pack_batch(
+    batch: dict[str, np.ndarray], ways: int = 1, parts: int = 1, *, halved: bool = True
+) -> dict[str, np.ndarray]:
+    """Packs a batch `[micro, rows, T]` of one text a row into as few rows as hold them, each text a segment; see
+    `layout`.
 
     The number of rows is a multiple of `ways`. Texts of unlike `parts` of the rows, one part after another, share none,
     and parts stay as large as each other: workers that train apart keep the texts that they had.
     """
     micro = len(batch["segments"])
     apart = {name: leaf.reshape(micro * parts, -1, *leaf.shape[2:]) for name, leaf in batch.items()}
-    packed = share_rows(apart, *layout(apart, -(-ways // parts)))
+    packed = share_rows(apart, *layout(apart, -(-ways // parts), halved=halved))
     return {name: leaf.reshape(micro, -1, *leaf.shape[2:]) for name, leaf in packed.items()}
 
 
-def layout(batch: dict[str, np.ndarray], ways: int = 1) -> tuple[int, list[list[list[int]]], int]:
+def layout(
+    batch: dict[str, np.ndarray], ways: int = 1, *, halved: bool = True
+) -> tuple[int, list[list[list[int]]], int]:  # fmt: skip
     """Returns what `share_rows` takes: the length of the rows, their texts by micro-batch, and the number of rows.
 
-    The number is rounded up (`padded_count`), so that few shapes are compiled; the rows added are padding. Rows are
-    half as long as the batch's, or a quarter and so on, where that saves a fifth of all positions: few texts fill no
-    long rows.
+    The number is rounded up (`padded_count`), so that few shapes are compiled; the rows added are padding. With
+    `halved` rows are half as long as the batch's, or a quarter and so on, where that saves a fifth of all positions:
+    few texts fill no long rows.
     """
     longest, room = int(np.max((batch["segments"] > 0).sum(-1))), batch["segments"].shape[-1]
     best: tuple[int, list[list[list[int]]], int] | None = None
@@ -324,7 +327,7 @@ def layout(batch: dict[str, np.ndarray], ways: int = 1) -> tuple[int, list[list[
         count = padded_count(max(map(len, rows)), ways)
         if best is None or count * room < 0.8 * best[0] * best[2]:
             best = room, rows, count
-        if room % 2:
+        if room % 2 or not halved:
             break
         room //= 2
     return best

@@ -16,6 +16,7 @@ from jaxlm.core import config
 from jaxlm.core.distributed import Distributed
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.objectives import OBJECTIVES, masked, seq2seq
+from jaxlm.runtime import mesh
 from jaxlm.weights.adapters import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -60,6 +61,30 @@ def test_a_batch_is_the_sum_of_its_texts(name, kind, adapter, tmp_path):
 
     alone = sum(float(loss(weights, {k: v[:, i : i + 1] for k, v in batch.items()})) for i in range(6))
     np.testing.assert_allclose(float(loss(weights, together)), alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["none", "prompt"])
+@pytest.mark.parametrize("name", ["classify", "tag"])
+def test_rows_that_devices_split_keep_their_length(name, adapter, tmp_path):
+    """Few texts would fit shorter ones; losses are the same."""
+    one = bound(tmp_path, without_dropout(name), MODELS["encoder"], adapter)
+    data = corpus.corpus(one.run.data, one.objective, ("train",))
+    batch = {k: v[:, :4] for k, v in corpus.training_loader(one.run, one.objective, data, None).batch(0).items()}
+    weights = random_weights(one.specs)
+
+    def loss(p: program.Program) -> float:
+        together = p.to_device(batch, None)
+        whole = together["tokens"].shape[2] == T
+        assert whole if p.mesh is not None or name == "tag" else not whole
+        with mesh.on_mesh(p.mesh):
+            placed = jax.device_put(weights, p.layout.shardings(p.specs, p.mesh))
+            found = jax.jit(lambda w, b: p.loss(w, jax.tree.map(lambda x: x[0], b), None))(placed, together)
+        [sums] = found.values()
+        return float(sums["loss"])
+
+    run = dataclasses.replace(one.run, mesh=config.Mesh(data=2, context=4))
+    with mesh.on_devices(jax.devices("cpu")):
+        np.testing.assert_allclose(loss(program.program(run, Bytes())), loss(one), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["classify", "tag"])
