@@ -108,6 +108,39 @@ def test_two_processes_equal_one(family: str, mesh: list[str], devices: int, tmp
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["loss"] == pytest.approx(one[-1], rel=1e-4)
 
 
+LABELS = """
+from jaxlm import Data, Execution, Mesh, Optim, Run, Train
+from jaxlm.models import bert
+from jaxlm.objectives import classify
+
+def config():
+    model = bert.Config(vocab=264, layers=1, width=16, heads=2, ffn=16, positions=32, dropout=0.0)
+    return Run("r", model, classify.Config(dropout=0.0), out={out!r}, optim=Optim(lr=1e-2, warmup=1),
+               data=Data(train=({file!r},), valid=({file!r},), tokenizer="bytes"), mesh=Mesh(data=2),
+               train=Train(steps=3, batch_size=8, seq_len=32, eval_every=0, prompts=()), execution=Execution("float32"))
+"""
+
+
+@pytest.mark.multiprocess
+def test_two_processes_read_labelled_texts_as_one_does(tmp_path: Path) -> None:
+    """Each makes its own part of rows that texts share, and knows every prediction; training leaves them apart."""
+    file = tmp_path / "texts.tsv"
+    file.write_text("text\tlabel\n" + "".join(f"{'so ' * (i % 5)}{i}\t{'yes' if i % 3 else 'no'}\n" for i in range(37)))
+    place = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": ""}
+    commands = {}
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.py").write_text(LABELS.format(file=str(file), out=str(tmp_path / name)))
+        commands[name] = [sys.executable, "-m", "jaxlm", "train", str(tmp_path / f"{name}.py")]
+    alone = launch(commands["one"], tmp_path / "one.log", XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    finish(alone)
+    finish(*(launch(commands["two"], tmp_path / f"two-{i}.log", **place, JAX_PROCESS_ID=str(i)) for i in range(2)))
+    one, two = ([line for line in read_lines(tmp_path / name / "r" / "metrics.jsonl") if line["kind"] == "valid"][-1]
+                for name in ("one", "two"))  # fmt: skip
+    figures = ["loss", "accuracy", "f1_macro", "targets"]
+    assert {name: two[name] for name in figures} == pytest.approx({name: one[name] for name in figures}, rel=1e-4)
+    assert one["targets"] == 37
+
+
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("number", "status", "words"),
