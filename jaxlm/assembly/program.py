@@ -258,7 +258,7 @@ class Program:
 
     @property
     def shortens_rows(self) -> bool:
-        """Whether rows may be shorter than `train.seq_len`: where devices split them, their parts are of one length."""
+        """Returns whether rows may be shorter than `train.seq_len`: where devices split them, all have that length."""
         return self.layout.ways("stream", self.mesh) == 1
 
     def to_device(self, batch: dict[str, np.ndarray], rows: list[int] | None) -> DeviceBatch:
