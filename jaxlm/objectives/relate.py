@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core.ranges import BelowOne
@@ -172,9 +173,9 @@ def logits(c: Config, model: Model, params: Any, batch: DeviceBatch, key: jax.Ar
     """Computes the head's outputs of each text `[N, L]` in float32, and the model's."""
     body, head = (None, None) if key is None else jax.random.split(key)
     out = classify.states(model, params, batch, body)
-    B = len(batch["at"])
-    both_BED = classify.states_at(model, out.x_BTD, batch["at"].reshape(B, -1))  # of two entities for each text
-    x_ND = classify.by_text(model, both_BED.reshape(B, -1, 2 * both_BED.shape[-1]))
+    at_BK2 = batch["at"] if batch["at"].ndim == 3 else batch["at"][:, None]
+    both = [classify.states_at(model, out.x_BTD, at_BK2[..., entity]) for entity in (0, 1)]
+    x_ND = classify.by_text(model, jnp.concatenate(both, -1))
     z_NL = classify.linear(model, params["relate"], dropout(x_ND, c.dropout, head))
     return z_NL + params["relate_bias"][None], out
 
