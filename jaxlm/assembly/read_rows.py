@@ -15,8 +15,9 @@ from jaxlm.assembly.program import Program
 from jaxlm.data import loader, packing
 from jaxlm.objectives.objective import DeviceBatch, ExampleReader
 
-AHEAD = 64
-"""Batches of records that are put into rows together."""
+AHEAD = 4096
+"""Records that are put into rows together; those of four batches, if that is more. A block has one batch that isn't
+full, and the host holds its rows before they are shared."""
 
 Added = Callable[[loader.Arrays, np.ndarray], loader.Arrays]
 """(rows of one record each, with leaves [1, rows, …], the numbers of their records) → leaves to add to them."""
@@ -46,10 +47,11 @@ def placed(
     if isinstance(p.objective.records, ExampleReader) and p.objective.padding != "keep":
         if not total:
             raise ValueError("nothing to evaluate: there are no records")
-        for begin in range(0, total, AHEAD * size):
-            numbers = np.arange(begin, min(begin + AHEAD * size, total))
+        block_size = max(AHEAD, 4 * size)
+        for begin in range(0, total, block_size):
+            numbers = np.arange(begin, min(begin + block_size, total))
             block = loader.evaluation_rows(records, p.objective.example, numbers.tolist())
-            yield from _with_little_padding(p, block | added(block, numbers), numbers, size)
+            yield from _with_little_padding(p, block | added(block, numbers), numbers, size, total <= block_size)
         return
     rows = p.rows(size)
     made = loader.evaluation_batches(records, p.objective.example, batch_size=size, rows=rows, limit=total)
@@ -59,15 +61,17 @@ def placed(
         yield Placed(p.to_device(batch | added(batch, mine), rows), [[Member(i, 0, 0)] for i in every])
 
 
-def _with_little_padding(p: Program, block: loader.Arrays, numbers: np.ndarray, size: int) -> Iterator[Placed]:
+def _with_little_padding(
+    p: Program, block: loader.Arrays, numbers: np.ndarray, size: int, alone: bool
+) -> Iterator[Placed]:  # fmt: skip
     """Yields the rows of a block of records, `size` a batch; fewer where all of them are fewer, as those of a few
-    inputs are."""
+    inputs are, and there is no other block."""
     segments = block["segments"][0]
     T, lengths = segments.shape[-1], (segments > 0).sum(-1).reshape(len(segments), -1).max(-1)
     shares = p.objective.padding == "pack"
     rows = packing.shared_rows(block, T) if shares else [[i] for i in np.argsort(lengths, kind="stable").tolist()]
     count = size
-    if shares and len(rows) < size:
+    if shares and alone and len(rows) < size:
         T, [rows], few = packing.layout(block, halved=p.shortens_rows)
         count = _multiple(1 << (few - 1).bit_length(), p.multiple)  # a server's requests then have few shapes
     mine = p.rows(count)

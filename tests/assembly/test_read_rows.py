@@ -56,6 +56,20 @@ def test_each_record_gets_the_prediction_that_it_gets_by_itself(name, tmp_path):
     assert sorted(few) == list(range(4)), "the limit is that of the first records"
 
 
+@pytest.mark.parametrize("name", ["classify", "choice"])
+def test_blocks_of_records_are_read_one_after_another(name, tmp_path, monkeypatch):
+    p, records = program_of(name, tmp_path, batch_size=2)
+    weights = random_weights(p.specs)
+    whole = read_rows.predictions(p, weights, records)
+    monkeypatch.setattr(read_rows, "AHEAD", 8)
+    assert len(records) > 16
+    batches = list(read_rows.placed(p, records))
+    assert {len(b["rows"][0]) for b, _ in batches} == {2}, "a block's last batch is filled up"
+    assert sorted(m.record for _, rows in batches for row in rows for m in row) == list(range(len(records)))
+    for a, b in zip(read_rows.predictions(p, weights, records), whole, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["classify", "tag", "relate"])
 def test_texts_fill_rows(name, tmp_path):
     p, records = program_of(name, tmp_path)
