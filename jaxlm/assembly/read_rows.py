@@ -53,12 +53,12 @@ def placed(
             block = loader.evaluation_rows(records, p.objective.example, numbers.tolist())
             yield from _with_little_padding(p, block | added(block, numbers), numbers, size, total <= block_size)
         return
-    rows = p.rows(size)
+    rows, T = p.rows(size), p.run.train.seq_len
     made = loader.evaluation_batches(records, p.objective.example, batch_size=size, rows=rows, limit=total)
     for number, batch in enumerate(made):
         mine = number * size + np.array(range(size) if rows is None else rows)
         every = range(number * size, min((number + 1) * size, total))
-        yield Placed(p.to_device(batch | added(batch, mine), rows), [[Member(i, 0, 0)] for i in every])
+        yield Placed(p.to_device(batch | added(batch, mine), rows), [[Member(i, 0, T)] for i in every])
 
 
 def _with_little_padding(
@@ -112,7 +112,7 @@ def by_record(p: Program, found: Iterable[tuple[list[list[Member]], Any]]) -> li
         z = np.asarray(predicted)
         for r, row in enumerate(members):
             for k, m in enumerate(row):
-                places = {"row": (r,), "text": (r, k), "position": (r, slice(m.begin, m.end or None))}
+                places = {"row": (r,), "text": (r, k), "position": (r, slice(m.begin, m.end))}
                 out[m.record] = z[places[of]]
     return [out[i] for i in range(len(out))]
 

@@ -1,7 +1,6 @@
 """Merges the rows of workers or stages that `jax.vmap` maps a function over, for kernels that have no such rule of
 their own."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec as P
+
+from jaxlm.runtime.mesh import is_explicit, reshape, spec_of
 
 
 def with_merged_rows(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -24,10 +25,13 @@ def with_merged_rows(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
         @mapped.def_vmap
         def rule(size: int, batched: list[bool], *arrays: jax.Array) -> tuple[Any, Any]:
-            spec = next(_spec(x) for x, b in zip(arrays, batched, strict=True) if b)
+            spec = next(spec_of(x) for x, b in zip(arrays, batched, strict=True) if b)
             out = mapped(*(_merge(x, size, b, spec) for x, b in zip(arrays, batched, strict=True)))
-            split = lambda x: _reshape(x, (size, -1, *x.shape[1:]), (*spec[:2], *_spec(x)[1:]))  # noqa: E731
-            return jax.tree.map(split, out), jax.tree.map(lambda _: True, out)
+
+            def apart(x: jax.Array) -> jax.Array:
+                return reshape(x, (size, x.shape[0] // size, *x.shape[1:]), (*spec[:2], *spec_of(x)[1:]))
+
+            return jax.tree.map(apart, out), jax.tree.map(lambda _: True, out)
 
         return mapped
 
@@ -67,26 +71,11 @@ def _merge(x: jax.Array, size: int, batched: bool, spec: tuple[Any, ...]) -> jax
     if not batched:
         if x.shape[0] == 1:
             return x
-        x = _reshape(jnp.broadcast_to(x, (size, *x.shape)), (size, *x.shape), (*spec[:2], *_spec(x)[1:]))
+        x = reshape(jnp.broadcast_to(x, (size, *x.shape)), (size, *x.shape), (*spec[:2], *spec_of(x)[1:]))
     both = tuple(axis for part in spec[:2] for axis in ((part,) if isinstance(part, str) else part or ()))
-    return _reshape(x, (-1, *x.shape[2:]), (both or None, *_spec(x)[2:]))
-
-
-def _spec(x: jax.Array) -> tuple[Any, ...]:
-    """Returns the axes of an explicit mesh that an array's dimensions lie on; elsewhere nothing is known."""
-    return tuple(jax.typeof(x).sharding.spec) if _explicit() else (None,) * x.ndim
+    return reshape(x, (size * x.shape[1], *x.shape[2:]), (both or None, *spec_of(x)[2:]))
 
 
 def _laid_as(gradient: jax.Array, x: jax.Array) -> jax.Array:
     """Returns a gradient on the axes that its array lies on."""
-    return jax.sharding.reshard(gradient, P(*_spec(x))) if _explicit() else gradient
-
-
-def _explicit() -> bool:
-    return jax.sharding.get_abstract_mesh().are_all_axes_explicit
-
-
-def _reshape(x: jax.Array, shape: tuple[int, ...], spec: tuple[Any, ...]) -> jax.Array:
-    known = math.prod(n for n in shape if n > 0)
-    shape = tuple(x.size // known if n < 0 else n for n in shape)
-    return jax.lax.reshape(x, shape, out_sharding=P(*spec) if _explicit() else None)
+    return jax.sharding.reshard(gradient, P(*spec_of(x))) if is_explicit() else gradient

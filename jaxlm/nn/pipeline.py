@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.core import config, tree
 from jaxlm.core.spec import is_spec
 from jaxlm.nn.layout import Layout
-from jaxlm.runtime.mesh import is_mapped
+from jaxlm.runtime.mesh import is_mapped, reshape, spec_of
 
 AXIS = "stage"
 
@@ -201,18 +201,15 @@ def run(
 
 def _cut(x: jax.Array, M: int) -> jax.Array:
     """Cuts `[B, …]` into micro-batches, `[M, b, …]`."""
-    return jnp.swapaxes(_reshape(x, (x.shape[0] // M, M, *x.shape[1:]), lambda b, *rest: (b, None, *rest)), 0, 1)
+    rows, *rest = spec_of(x)
+    return jnp.swapaxes(reshape(x, (x.shape[0] // M, M, *x.shape[1:]), (rows, None, *rest)), 0, 1)
 
 
 def _joined(x: jax.Array) -> jax.Array:
+    """Joins micro-batches `[M, b, …]` to `[B, …]` again."""
     x = jnp.swapaxes(x, 0, 1)
-    return _reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]), lambda b, _, *rest: (b, *rest))
-
-
-def _reshape(x: jax.Array, shape: tuple[int, ...], reshape_spec: Callable[..., tuple]) -> jax.Array:
-    if not jax.sharding.get_abstract_mesh().are_all_axes_explicit:
-        return x.reshape(shape)
-    return jax.lax.reshape(x, shape, out_sharding=P(*reshape_spec(*jax.typeof(x).sharding.spec)))
+    rows, _, *rest = spec_of(x)
+    return reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]), (rows, *rest))
 
 
 def _fold_in(w: Any, m: jax.Array) -> Any:

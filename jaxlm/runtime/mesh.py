@@ -113,6 +113,22 @@ def on_mesh(mesh: jax.sharding.Mesh | None) -> Any:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
+def is_explicit() -> bool:
+    """Returns whether a program is traced for a mesh whose axes are part of the types of arrays."""
+    return jax.sharding.get_abstract_mesh().are_all_axes_explicit
+
+
+def spec_of(x: jax.Array) -> tuple[Any, ...]:
+    """Returns the axes of an explicit mesh that an array's dimensions lie on; of another mesh nothing is known, and
+    all are None."""
+    return tuple(jax.typeof(x).sharding.spec) if is_explicit() else (None,) * x.ndim
+
+
+def reshape(x: jax.Array, shape: tuple[int, ...], spec: tuple[Any, ...]) -> jax.Array:
+    """Reshapes an array whose dimensions then lie on the axes `spec` of an explicit mesh: JAX can't tell by itself."""
+    return jax.lax.reshape(x, shape, out_sharding=P(*spec) if is_explicit() else None)
+
+
 _mapped: contextvars.ContextVar[bool] = contextvars.ContextVar("mapped", default=False)
 
 
