@@ -45,8 +45,8 @@ PRESETS: dict[str, Preset] = {
             "xla_sc_enable_instruction_fusion": False,
             "xla_sc_disable_megacore_partitioning": True,
         },
-        "collectives on the sparse cores, beside the products: nothing waits for FSDP's gathers, for a fifth more "
-        "memory of temporaries",
+        "collectives on the sparse cores, beside the products: hardly anything waits for FSDP's gathers, for a fifth "
+        "more memory of temporaries",
     ),
     "tpu_reduce_scatter": Preset(
         "tpu",
